@@ -36,12 +36,8 @@ from humptygpt import config as configurator
 from humptygpt import machine
 from humptygpt.config import UserError, note, one_line
 from humptygpt.files import write_whole
-from humptygpt.metrics import read_metrics
-from humptygpt.plots import draw_comparison
+from humptygpt.metrics import draw_comparison, read_metrics
 from humptygpt.schema import parse_json
-
-# torch and matplotlib take seconds to import. They are imported only in the functions that need them, so that a
-# misspelt key is reported at once.
 
 # Settings that do not affect the trained model. _parameters has a column of its own.
 IGNORED = {
@@ -60,10 +56,8 @@ IGNORED = {
 }
 # Settings that --minutes chooses to fit the time, apart from the model size and the batch size
 BY_CLOCK = {"max_iters", "eval_interval", "warmup_iters", "dropout", "weight_decay"}
-SCHEMA = {
-    "max_iters": range(1, 2**53),
-    "_parameters?": range(2**53),
-}  # schema of config.json
+SCHEMA = {"max_iters": range(1, 2**53), "_parameters?": range(2**53)}  # of config.json
+EVALUATION = {"val_loss", "val_bits_per_byte", "val_text"}  # entries of a row of metrics
 SEED = re.compile(r"[/_-](seed[-_=]?)?\d+$")  # the end of a path: -1, _seed=1, /1
 BITS = "best_bits_per_byte"
 # The rows of a table: (name, the runs it covers, which differ only in the seed)
@@ -146,7 +140,7 @@ class Run:
     @cached_property
     def last(self) -> dict:
         """The latest value of each metric."""
-        last = {"iter": 0, "tokens": 0, "seconds": 0}
+        last = {"iter": 0, "tokens": 0, "seconds": 0, "position": 0}
         for row in self.rows:
             last |= row
         return last
@@ -160,23 +154,17 @@ class Run:
         best = {}
         for row in self.rows:
             row = {key.removeprefix("whole_"): value for key, value in row.items()}
-            # a damaged row may have only one of the two
-            if "val_loss" in row and row.get("val_bits_per_byte") and row["iter"]:
-                # runs from earlier versions have no checksum
-                text = str(row.get("val_text", self.settings["dataset"]))
-                best[text] = min(
-                    best.pop(text, row), row, key=lambda each: each["val_loss"]
-                )
+            if row.keys() >= EVALUATION and row["iter"]:
+                text = row["val_text"]
+                earlier = best.pop(text, row)
+                best[text] = min(earlier, row, key=lambda each: each["val_loss"])
         return best
 
     @property
     def state(self) -> str:
-        steps = self.settings["max_iters"]
-        position = self.last.get("position", self.last["iter"])
-        # runs from earlier versions record neither their position nor their end
-        if position >= steps or self.last.get("end") == "done":
+        if self.last.get("end") == "done":
             return "done"
-        return f"at {100 * position // steps:.0f} %"
+        return f"at {100 * self.last['position'] // self.settings['max_iters']:.0f} %"
 
 
 def read_runs(folders: list[str]) -> list[Run]:
@@ -186,27 +174,16 @@ def read_runs(folders: list[str]) -> list[Run]:
         try:
             runs.append(read_run(Path(folder)))
         except (OSError, ValueError) as error:
-            inside = any(Path(folder).glob("*/config.json"))
-            advice = f"; for the runs in it: python compare.py {folder}/*" if inside else ""
-            note(f"{folder} is not a run: {one_line(error)}{advice}; skipped")
+            note(f"{folder} is not a run: {one_line(error)}; skipped")
     if not runs:
         raise UserError("no runs to compare; try: python compare.py out/*")
     return runs
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run's folder; damaged lines in its metrics are reported and skipped. Raises OSError or ValueError."""
+    """Read a run's folder. Raises OSError or ValueError."""
     settings = parse_json((folder / "config.json").read_text("utf-8"), SCHEMA)
-    from humptygpt.settings import TrainConfig
-    from model import ModelConfig
-
-    metrics = folder / "metrics.jsonl"
-    rows = read_metrics(metrics)
-    if damaged := rows.count(None):
-        note(f"{metrics}: skipped damaged lines: {damaged}")
-    # runs from earlier versions lack keys that were added later; at these defaults they have no effect
-    settings = vars(ModelConfig()) | vars(TrainConfig()) | {"mlp_conv": 0} | settings
-    return Run(folder.absolute(), settings, [row for row in rows if row])
+    return Run(folder.absolute(), settings, read_metrics(folder / "metrics.jsonl"))
 
 
 # --------------------------------------------------------------------------------------
@@ -219,7 +196,7 @@ def group_seeds(runs: list[Run], baseline: str | None) -> dict[str, Rows]:
     for run in runs:
         path = Path(SEED.sub("", str(run.folder)))
         keys = run.settings.keys() - IGNORED - {"seed"}
-        if run.settings["minutes"]:
+        if run.settings.get("minutes"):
             keys -= BY_CLOCK
         learnt = str([(key, run.settings[key]) for key in sorted(keys)])
         variants.setdefault((path, learnt), []).append(run)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from humptygpt import config as configurator
 from humptygpt import machine
-from humptygpt.config import check_above_0, check_choices
+from humptygpt.config import check_choices
 from humptygpt.files import write_whole
 
 # torch takes seconds to import. main() imports it last, so that a misspelt key is reported at once.
@@ -31,7 +31,6 @@ class ExplainConfig:
     to: str | None = None  # HTML file to write; None: explain.html in out_dir
     start: str | None = None  # text or sentence that the page shows first
     snapshots: bool = True  # include the weights of earlier steps in the page
-    max_mb: float = 32.0  # maximum size of the weights in the page, in megabytes
 
     @classmethod
     def choices(cls) -> dict[str, tuple[str, ...]]:
@@ -39,7 +38,6 @@ class ExplainConfig:
 
     def validate(self) -> None:
         check_choices(self)
-        check_above_0(self, "max_mb")
 
 
 def main(argv: list[str]) -> None:

@@ -4,7 +4,6 @@ A script calls start() before it imports numpy and torch, because these read the
 once, on import.
 """
 
-import errno
 import math
 import os
 import re
@@ -16,13 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from humptygpt.config import UserError, note, one_line, script_name
+from humptygpt.config import UserError, one_line, script_name
 
-# packages that training and sampling a GPT do not need, but that some other features do
-OPTIONAL = {
-    *("gguf", "huggingface_hub", "matplotlib", "pyarrow", "sacrebleu"),
-    *("safetensors", "sentencepiece", "tiktoken", "tokenizers", "wandb"),
-}
 STARTED = time.monotonic()  # when the command started, apart from Python's own startup
 # Linux's control groups, version 2, which containers use
 CGROUPS = Path("/sys/fs/cgroup")
@@ -39,9 +33,6 @@ def start() -> None:
     A thread that spins while it waits for another thread of its process blocks a core that a different process could
     use: two training runs on two cores were ten times slower. Settings in the user's environment take precedence.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # Ctrl-C during the imports ends the script without a traceback
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)  # GCC's OpenMP, which torch uses on Linux
         os.environ["KMP_BLOCKTIME"] = "1"  # milliseconds; Intel's and LLVM's OpenMP
@@ -95,7 +86,7 @@ def gigabytes(size: float) -> str:
     """Format a number of bytes, such as 3.21 GB."""
     if size < 1e9:
         return f"{size / 1e6:,.1f} MB"
-    return f"{size / 1e9:,.{1 if size >= 1e10 else 2}f} GB"
+    return f"{size / 1e9:,.2f} GB"
 
 
 def check_fits(what: str, size: float, free: float, advice: str) -> None:
@@ -121,11 +112,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory_line(error: BaseException) -> str:
-    if "CUDA" in str(error):
-        return "out of memory on the GPU"
-    available = available_memory()
-    known = f", {gigabytes(available)} is available" if available < math.inf else ""
-    return f"out of memory{known}"
+    return "out of memory on the GPU" if "CUDA" in str(error) else "out of memory"
 
 
 @contextmanager
@@ -133,7 +120,7 @@ def memory_advice(advice: str) -> Iterator[None]:
     """If an allocation in the block fails, raise UserError with this advice."""
     try:
         yield
-    except (MemoryError, RuntimeError, OSError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(f"{out_of_memory_line(error)}; {advice}") from error
@@ -179,15 +166,10 @@ def file_cache(group: Path) -> int:
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Call main(argv) and exit with its code; a UserError becomes one line on stderr and exit code 2.
 
-    A failed allocation or a full disk ends the same way if nothing else reports it, for example if stdout is a file on
-    the full disk.
+    A failed allocation ends the same way.
     """
     if main.__module__ == "__main__":  # a script was started
         start()
-        if Path.cwd() != Path(sys.argv[0]).resolve().parent:
-            note(f"data/, out/ and other relative paths are in {Path.cwd()}")
-        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
@@ -199,17 +181,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         # the program that reads our output has ended: python sample.py ... | head
         sys.stdout = None  # or Python would fail again when it flushes at exit
         sys.exit(128 + 13)  # 13: SIGPIPE
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in OPTIONAL:
-            raise
-        complain(f"this needs the package {package}: pip install {package}")
     except Exception as error:
         if is_out_of_memory(error):
             complain(out_of_memory_line(error))
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            sys.stdout = None
-            complain(f"cannot write {error.filename or 'the output'}: {error.strerror}")
         raise
 
 

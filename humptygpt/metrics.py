@@ -1,45 +1,122 @@
-"""Read metrics.jsonl, one JSON object per line.
+"""Metrics of runs: metrics.jsonl, one JSON object per line, and pictures of its losses.
 
-A killed run may leave an incomplete last line, and a failing disk may damage any line.
+matplotlib takes a second to import, so only the functions that draw import it.
 """
 
-import json
+import math
 from pathlib import Path
 
-# the numbers in a row that are read back later, besides iter, tokens and seconds
-MEASURED = (
-    "position",
-    "train_loss",
-    "val_loss",
-    "val_bits_per_byte",
-    "val_tokens",
-    "whole_iter",
-    "whole_val_loss",
-    "whole_val_bits_per_byte",
-    "whole_val_tokens",
-    "test_bleu",
-)
+from humptygpt.config import note
+from humptygpt.files import write_whole
+from humptygpt.schema import parse_json
+
+# schema of a row: the entries that are read back later
+ROW = {
+    "iter": range(2**53),
+    "tokens": range(2**53),
+    "seconds": float,
+    "position?": float,
+    "train_loss?": float,
+    "val_loss?": float,
+    "val_bits_per_byte?": float,
+    "val_text?": str,
+    "test_bleu?": float,
+}
 
 
-def read_metrics(path: Path) -> list[dict | None]:
-    """Read the rows of a metrics.jsonl: None for a damaged row, and no rows if there is no such file.
+def read_metrics(path: Path) -> list[dict]:
+    """Read the rows of a metrics.jsonl, if there is such a file. Damaged rows are noted and skipped.
 
-    A last line without a line break is incomplete and is left out.
+    A last line without a line break is incomplete, because the run still writes it or was killed, and is left out.
     """
-    if not path.exists():
-        return []
-    return [parse_row(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    rows = []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(parse_json(line, ROW))
+        except ValueError as error:
+            note(f"{path}:{number}: skipped a damaged row: {error}")
+    return rows
 
 
-def parse_row(line: bytes) -> dict | None:
-    """Parse a row. Returns None unless the numbers that are read back are finite, not negative and below 1e18."""
-    try:
-        row = json.loads(line)
-        numbers = [row[key] for key in ("iter", "tokens", "seconds")]
-        numbers += [row[key] for key in MEASURED if key in row]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-    valid = all(type(number) in (int, float) and 0 <= number < 1e18 for number in numbers)
-    # an evaluation records both losses; if one is missing, its name is damaged
-    whole = ("val_loss" in row) == ("val_bits_per_byte" in row)
-    return row if valid and whole else None
+# --------------------------------------------------------------------------------------
+# Pictures
+
+
+def draw_losses(rows: list[dict], path: Path) -> None:
+    """Plot training and validation loss against steps. The legend gives the lowest validation loss."""
+    val = points(rows, "val_loss")
+    if not val:
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    train = zip(*points(rows, "train_loss"), strict=True)
+    axes.plot(
+        *train, label="training", color="#9db4c8", linewidth=1, marker=".", markersize=3
+    )
+    # a loss before the first step belongs to the model that the run starts from
+    step, lowest = min(val, key=lambda point: (point[0] == 0, point[1]))
+    label = f"validation, lowest {lowest:.3f} at step {step:,}"
+    axes.plot(*zip(*val, strict=True), label=label, color="#c2410c", marker=".")
+    axes.set(xlabel="steps", ylabel="loss, nats per token")
+    axes.grid(alpha=0.25)
+    figure.legend(title=f"HumptyGPT: {path.parent.name}", loc="outside upper center")
+    write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
+
+
+def points(rows: list[dict], key: str) -> list[tuple[int, float]]:
+    return [(row["iter"], row[key]) for row in rows if key in row]
+
+
+def draw_comparison(groups: dict, tables: dict[str, list[dict]]):
+    """Draw a panel for each table of compare.py: the curves of its rows, with their lowest losses in the legend.
+
+    groups: {title: [(name, runs)]}, with as many entries as the rows of the table. Returns a figure.
+    """
+    from cycler import cycler
+    from matplotlib import style
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    # ten colours that most people with red-green colour blindness can tell apart; the next ten rows are dashed
+    colors = style.library["petroff10"]["axes.prop_cycle"]
+    looks = cycler(linestyle=["-", "--"]) * colors
+    figure = Figure((12, 5 * len(tables)), layout="constrained")
+    panels = figure.subplots(len(tables), squeeze=False)[:, 0]
+    for panel, (title, table) in zip(panels, tables.items(), strict=True):
+        panel.set_prop_cycle(looks)
+        for row, (_, runs) in zip(table, groups[title], strict=True):
+            panel.plot(*curve(runs), label=label(row), marker="o", markersize=4)
+        # logarithmic, so that the high losses of the first evaluations do not hide the differences between later ones
+        panel.set(title=title, yscale="log", ylabel="validation loss, bits per byte")
+        panel.yaxis.set_major_formatter("{x:.4g}")
+        panel.yaxis.set_minor_formatter("{x:.4g}")
+        panel.xaxis.set_major_formatter(EngFormatter("B"))
+        panel.grid(which="both", alpha=0.25)
+        panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.supxlabel("training text")
+    return figure
+
+
+def label(row: dict) -> str:
+    text = row["run"]
+    if row["best_bits_per_byte"]:
+        text += f"  {row['best_bits_per_byte']:.3f}"
+    if row["lowest"]:
+        text += f" ({row['lowest']:.3f} to {row['highest']:.3f})"
+    return text
+
+
+def curve(runs: list) -> tuple[list[float], list[float]]:
+    """Bytes of text read and bits per byte at each evaluation. Unlike tokens, they are comparable across tokenizers."""
+    read, bits = [], []
+    for run in runs:
+        for row in run.rows:
+            if per_byte := row.get("val_bits_per_byte"):
+                read.append(row["tokens"] * row["val_loss"] / math.log(2) / per_byte)
+                bits.append(per_byte)
+        read.append(math.nan)  # a gap between two seeds
+        bits.append(math.nan)
+    return read, bits

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -20,8 +19,7 @@ from torch import Tensor
 from humptygpt import checkpoint, files
 from humptygpt.config import UserError, find, note
 from humptygpt.device import peak_flops
-from humptygpt.metrics import read_metrics
-from humptygpt.plots import draw_losses
+from humptygpt.metrics import draw_losses, read_metrics
 from model import flops_per_token
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
@@ -345,7 +343,7 @@ def write_text(path: Path, text: str) -> None:
 
 def rows_until(metrics: Path, step: int) -> list[dict]:
     """Select the rows that a resumed run keeps: all up to this step, except those written at the end of a run."""
-    rows = itertools.takewhile(bool, read_metrics(metrics))
+    rows = read_metrics(metrics)
     at_the_end = {"end", "whole_val_loss", "test_bleu"}
     return [row for row in rows if row["iter"] <= step and not at_the_end & row.keys()]
 

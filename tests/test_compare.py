@@ -1,8 +1,7 @@
-"""compare.py: the table, the groups and the picture of runs, finished or not, damaged or of an earlier version."""
+"""compare.py: the table, the groups and the picture of runs, finished or not, or damaged."""
 
 import json
 import math
-import random
 import subprocess
 import sys
 from dataclasses import asdict
@@ -12,17 +11,14 @@ import pytest
 from conftest import GPT2, ROOT
 
 import compare
-from humptygpt import checkpoint, plots
-from humptygpt.config import UserError
+from humptygpt import checkpoint
+from humptygpt.metrics import curve
 from model import ModelConfig
 from train import TrainConfig
 
 SHAPE = ModelConfig(**GPT2, n_head=4, block_size=64, vocab_size=65)
 DEFAULTS = asdict(TrainConfig(max_iters=200)) | asdict(SHAPE)
-RECORDS = {
-    "_parameters": 804_096,
-    "_model.py": "89abcdef",
-}  # entries of config.json that are no settings
+DEFAULTS |= {"_parameters": 804_096, "_model.py": "89abcdef"}
 
 
 def make_run(
@@ -43,7 +39,7 @@ def make_run(
     """
     path = Path(folder)
     path.mkdir(parents=True)
-    settings = DEFAULTS | RECORDS | {"out_dir": folder} | settings
+    settings = DEFAULTS | {"out_dir": folder} | settings
     (path / "config.json").write_text(json.dumps(settings))
     rows = []
     clock = {"iter": 0, "tokens": 0, "seconds": 0.0, "position": 0.0}
@@ -54,8 +50,8 @@ def make_run(
         row = {"val_loss": loss, "val_bits_per_byte": bits}
         row |= {"val_tokens": 1000, "val_text": text}
         rows += [clock | {"train_loss": loss, "lr": 1e-3}, clock | row]
-    if end:
-        rows.append(clock | {"end": end})
+    if end or clock["position"] >= settings["max_iters"]:
+        rows.append(clock | {"end": end or "done"})
     if whole is not None:
         row = {"val_loss": whole, "val_bits_per_byte": whole / math.log(2), "iter": every}
         row |= {"val_tokens": 5000, "val_text": "whole"}
@@ -72,13 +68,6 @@ def make_seeds(path: str, *losses: float, **settings) -> list[str]:
         make_run(path.format(seed), 3.0, loss, seed=seed, **settings)
         for seed, loss in enumerate(losses, 1)
     ]
-
-
-def edit_settings(folder: str, lost: list[str]) -> None:
-    """Leave out of a run's config.json what an earlier version did not record."""
-    path = Path(folder, "config.json")
-    settings = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in settings.items() if k not in lost}))
 
 
 @pytest.fixture
@@ -141,7 +130,7 @@ def test_runs_with_different_tokens_are_compared_by_bits_per_byte(run):
     table, errors = run("out/char", "out/bpe")
     assert " best " in row_of(table, "bpe") and " best " not in row_of(table, "char")
     assert errors == ""
-    read, bits = plots.curve([compare.read_run(Path("out/bpe"))])
+    read, bits = curve([compare.read_run(Path("out/bpe"))])
     assert read[:2] == pytest.approx([4000, 8000])
     assert bits[:2] == pytest.approx([4 / 4 / math.log(2), 3.9 / 4 / math.log(2)])
 
@@ -201,27 +190,6 @@ def test_a_run_with_settings_of_another_version_is_listed(run):
     assert row_of(table, "a").endswith("  n_experts=None position=learned")
 
 
-def test_a_run_of_an_earlier_version_has_the_defaults_and_compares_by_its_data_set(
-    run, data
-):
-    new = make_run("out/new-1", 2.0, 1.9)
-    for name, changes in (("new-2", {}), ("b", {}), ("c", {"dataset": "other"})):
-        path = Path(make_run(f"out/{name}", 2.0, 1.9, **changes), "metrics.jsonl")
-        edit_settings(path.parent, ["checkpoint_activations", "mlp_conv"])
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        lost = {"position", "val_tokens", "val_text"}
-        rows = [{key: row[key] for key in row.keys() - lost} for row in rows]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "different texts" in run("out/b", new)[1]
-    assert " best  done" in row_of(run("out/b", "out/new-2")[0], "b")
-    assert "different texts" in run("out/b", "out/c")[1]
-    (row,) = data(new, "out/new-2", "--group=True")
-    assert row["seeds"] == 2
-    edit_settings("out/b", list(RECORDS))
-    row = row_of(run("out/b", new)[0], "b").split()
-    assert row[1] == "—" and row[-1] == "_model.py=None"
-
-
 # --------------------------------------------------------------------------------------
 # Runs in progress, and folders that are not runs
 
@@ -243,45 +211,20 @@ def test_a_row_shows_how_far_its_run_is(run, losses, settings, state):
     assert row_of(run("out/a")[0], "a").endswith(f"  {state}")
 
 
-DAMAGED = [
-    "[1]",
-    "[" * 100_000,
-    "\x00\xff",
-    {"iter": None},
-    {"tokens": [1]},
-    {"seconds": True},
-    {"iter": -1},
-    {"seconds": math.nan},
-    {"tokens": 10**400},
-    {"val_loss": 0.1, "val_bits_per_byte": -1},
-    {"val_loss": 0.1},
-]
+DAMAGED = ["[1]", "[" * 100_000, "\x00\xff", '{"iter": 150}']
+DAMAGED += ['{"iter": 150, "tokens": 9, "seconds": 9, "val_loss": "low"}']
 
 
-@pytest.mark.parametrize("row", DAMAGED, ids=lambda row: str(row)[:40])
+@pytest.mark.parametrize("row", DAMAGED, ids=lambda row: row[:40])
 def test_damaged_rows_are_skipped_with_a_note(run, row):
-    metrics = Path(make_run("out/a", 2.0, 1.9, 1.95, max_iters=300), "metrics.jsonl")
+    path = Path(make_run("out/a", 2.0, 1.9, 1.95, max_iters=300), "metrics.jsonl")
     expected = run("out/a")[0]
-    if isinstance(row, dict):
-        row = json.dumps({"iter": 150, "tokens": 1500, "seconds": 1.5} | row)
-    lines = metrics.read_text().splitlines()
-    metrics.write_text("\n".join([row, *lines[:3], row, *lines[3:], ""]))
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:3], row, *lines[3:], ""]))
     table, errors = run("out/a")
     assert table == expected
-    assert errors == f"note: {metrics}: skipped damaged lines: 2\n"
-
-
-def test_changed_bytes_of_metrics_are_a_note_at_most(run):
-    metrics = Path(make_run("out/a", 2.0, 1.9, whole=1.95), "metrics.jsonl")
-    whole = metrics.read_bytes()
-    rng = random.Random(0)
-    for _ in range(200):
-        changed = bytearray(whole)
-        changed[rng.randrange(len(whole))] = rng.randrange(256)
-        metrics.write_bytes(changed)
-        table, errors = run("out/a", "--group=True")
-        assert all(line.isprintable() for line in table.splitlines())
-        assert not errors or errors.startswith(f"note: {metrics}: skipped damaged lines")
+    assert errors.startswith(f"note: {path}:4: skipped a damaged row: ")
+    assert errors.count("\n") == 1
 
 
 def test_a_last_line_that_is_being_written_is_skipped_without_a_note(run):
@@ -301,17 +244,18 @@ def test_a_run_that_has_not_been_evaluated_shows_dashes_and_is_drawn_without_a_c
 BROKEN = {
     '{"max_iters": 2': "Expecting ',' delimiter: line 1 column 16 (char 15)",
     '{"hidden_size": 768}': "max_iters is missing",
-    json.dumps(DEFAULTS | {"max_iters": 0}): "max_iters must be an int from 1 to",
+    "": "Expecting value: line 1 column 1 (char 0)",
 }
 
 
-@pytest.mark.parametrize("config", BROKEN, ids=BROKEN.values())
-def test_a_folder_whose_config_is_damaged_is_one_note_and_the_rest_is_compared(run, config):
+@pytest.mark.parametrize("config", BROKEN)
+def test_a_folder_that_is_no_run_is_one_note_and_the_rest_is_compared(run, config):
     make_run("out/good", 2.0)
     Path(make_run("out/bad", 2.0), "config.json").write_text(config)
-    table, errors = run("out/good", "out/bad")
-    assert errors.startswith(f"note: out/bad is not a run: {BROKEN[config]}")
-    assert errors.count("\n") == 1 and errors.endswith("; skipped\n")
+    table, errors = run("out/good", "out/bad", "out")
+    bad, missing = errors.splitlines()
+    assert bad == f"note: out/bad is not a run: {BROKEN[config]}; skipped"
+    assert missing.startswith("note: out is not a run: [Errno 2] No such file")
     assert row_of(table, "good") and "bad" not in table
 
 
@@ -320,18 +264,6 @@ def test_control_characters_of_a_stranger_s_config_are_not_printed(run):
     make_run("out/b", 2.0, dataset="\x1b[2J\ud800", **{"\n": 1})
     table, _ = run("out/a", "out/b")
     assert len(table.splitlines()) == 3 and table.replace("\n", "").isprintable()
-
-
-def test_what_is_no_run_is_skipped_with_a_note(run):
-    make_run("out/b", 2.0)
-    missing = "is not a run: [Errno 2] No such file or directory:"
-    advice = "; for the runs in it: python compare.py out/*"
-    assert run("out/a", "out/b", "out")[1].splitlines() == [
-        f"note: out/a {missing} 'out/a/config.json'; skipped",
-        f"note: out {missing} 'out/config.json'{advice}; skipped",
-    ]
-    with pytest.raises(UserError, match="no runs to compare"):
-        run("out/a")
 
 
 def test_bad_arguments_are_one_line(fails):
@@ -346,11 +278,12 @@ def test_bad_arguments_are_one_line(fails):
         assert complaint in fails(compare.main, *argv.split())
 
 
-def test_a_mistake_is_reported_without_loading_torch():
-    code = "import sys, compare\ntry: compare.main(['out'])\nexcept compare.UserError: print('torch' in sys.modules)"
-    command = [sys.executable, "-c", code]
+def test_runs_are_compared_without_loading_torch():
+    make_run("out/a", 2.0)
+    code = "import sys, compare; compare.main(sys.argv[1:]); print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, str(Path("out/a").resolve()), "--picture=None"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "False\n", done.stderr
+    assert done.stdout.endswith("\nFalse\n"), done.stderr
 
 
 # --------------------------------------------------------------------------------------
@@ -378,8 +311,6 @@ def test_runs_of_a_variant_that_differ_only_in_the_seed_are_one_row_of_means_and
 
 LAYOUTS = {
     "out/idea/{variant}-{seed}": "with",
-    "out/idea/{variant}_seed={seed}": "with",
-    "out/idea/{variant}/{seed}": "with",
     "out/idea/{variant}/seed{seed}": "with",
     "out/idea/{variant}_0.1-{seed}": "with_0.1",
     "out/idea/{variant}4-{seed}": "with4",
@@ -417,30 +348,23 @@ def test_runs_whose_settings_differ_are_not_merged_whatever_their_names(data):
     assert [row["run"] for row in rows] == ["heads-1", "heads-2", "heads-4"]
 
 
-def test_rows_are_compared_with_the_first_of_their_group_and_the_best_of_each_group_is_marked(
+def test_rows_are_compared_with_the_first_of_their_group_and_each_group_has_a_best(
     run, data
 ):
-    bits = {  # lowest loss of each seed, in bits per byte; what the row says of it
-        "out/a/first-{}": ((2.0, 2.1), (None, "")),
-        "out/a/worse-{}": ((2.2, 2.5), (0.3, "")),
-        "out/a/overlaps-{}": ((1.5, 2.05), (-0.275, "best")),
-        "out/b/first-{}": ((4.0, 4.2), (None, "best")),
-        "out/b/once-{}": ((4.32,), (0.22, "")),
+    expected = {  # bits per byte; the difference and the remark in its row
+        "out/a/first": (2.0, None, ""),
+        "out/b/first": (4.0, None, "best"),
+        "out/a/worse": (2.25, pytest.approx(0.25), ""),
+        "out/a/better": (1.5, pytest.approx(-0.5), "best"),
+        "out/b/worse": (4.5, pytest.approx(0.5), ""),
     }
-    runs = []
-    for i, (path, (values, _)) in enumerate(bits.items()):
-        runs += make_seeds(
-            path, *(math.log(2) * value for value in values), max_iters=199 - i
-        )
-    rows = data(*runs, "--group=True")
-    assert [row["remark"] for row in rows] == [said[1] for _, said in bits.values()]
-    expected = [said[0] and pytest.approx(said[0]) for _, said in bits.values()]
-    assert [row["difference"] for row in rows] == expected
-    table, _ = run(*runs[::2], *runs[1::2], "--group=True")  # the groups alternate
+    runs = [make_run(path, math.log(2) * row[0]) for path, row in expected.items()]
+    for row in data(*runs, "--group=True"):
+        assert (row["difference"], row["remark"]) == expected[row["folder"]][1:]
+    table, _ = run(*runs, "--group=True")
     titles = [line for line in table.splitlines() if line in ("out/a", "out/b")]
     assert titles == ["out/a", "out/b"]
-    assert "-0.275  best" in row_of(table, "overlaps")
-    assert row_of(table, "overlaps").endswith("2 done  max_iters=197")
+    assert "-0.500  best" in row_of(table, "better")
 
 
 def test_a_run_without_an_evaluation_counts_in_no_mean_and_a_group_may_have_none(data):
@@ -453,27 +377,14 @@ def test_a_run_without_an_evaluation_counts_in_no_mean_and_a_group_may_have_none
     assert old["state"] == "2 done, 1 at 0 %"
 
 
-def test_different_validation_text_is_noted_for_the_group_that_has_it(run):
-    runs = [*make_seeds("out/a/x-{}", 2.0), *make_seeds("out/a/y-{}", 2.0, n_head=1)]
-    runs += make_seeds("out/b/x-{}", 2.0, n_head=1)
-    runs += make_seeds("out/b/y-{}", 2.0, text="4567cdef")
-    table, errors = run(*runs, "--group=True")
-    assert errors.startswith("note: out/b were evaluated on different texts")
-    group_a, group_b = table.split("\nout/b\n")
-    # nor are they compared
-    for word in (" best ", "difference"):
-        assert word in group_a and word not in group_b
-
-
 # --------------------------------------------------------------------------------------
 # The table as data, and the picture
 
 
-@pytest.mark.parametrize("group", [True, False])
-def test_json_holds_the_numbers_in_full_and_all_that_differs(run, group):
+def test_json_holds_the_numbers_in_full_and_all_that_differs(run):
     make_run("out/a", 2.123456789)
     make_run("out/b", 1.987654321, 1.9, n_head=1, dataset="has,comma")
-    table, errors = run("out/a", "out/b", "--json=out/t.json", f"--group={group}")
+    table, errors = run("out/a", "out/b", "--json=out/t.json")
     assert errors == "out/t.json written\n"
     rows = json.loads(Path("out/t.json").read_text())
     for row in rows:

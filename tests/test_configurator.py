@@ -6,7 +6,6 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -348,13 +347,6 @@ def test_commands_in_messages_name_the_script_as_the_user_has_written_it(
     ):
         monkeypatch.setattr(sys, "argv", [script])
         assert configurator.as_written_here(command) == shown
-
-
-def test_started_from_another_folder_a_script_says_where_its_files_are(folder):
-    command = [sys.executable, ROOT / "compare.py", "nothing"]
-    start = partial(subprocess.run, command, capture_output=True, text=True)
-    note = f"note: data/, out/ and other relative paths are in {folder}\n"
-    assert start(cwd=folder).stderr == note + start(cwd=ROOT).stderr
 
 
 NANOGPT_KEYS = """out_dir eval_interval eval_iters log_interval always_save_checkpoint wandb_log wandb_project

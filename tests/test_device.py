@@ -1,8 +1,5 @@
 """Devices and dtypes: the choices of auto, and refusals."""
 
-import ctypes
-import sys
-
 import pytest
 import torch
 
@@ -12,21 +9,9 @@ from humptygpt.device import (
     pick_device,
     pick_dtype,
     sample_dtype,
-    tune_malloc,
 )
 
 CPU = torch.device("cpu")
-
-
-def test_a_linux_without_glibc_keeps_its_own_malloc(monkeypatch):
-    def library(name):
-        if name:
-            raise OSError(f"Error loading shared library {name}")
-        return object()
-
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(ctypes, "CDLL", library)
-    tune_malloc(sharded=False)
 
 
 def test_auto_picks_the_gpu_if_there_is_one(monkeypatch):

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import re
 import subprocess
@@ -15,7 +16,6 @@ import prepare_data
 import train
 from humptygpt import checkpoint, files, machine
 from humptygpt.config import UserError
-from humptygpt.metrics import read_metrics
 
 RUN = [*TINY_RUN, "--out_dir=disk/run", "--max_iters=8", "--eval_interval=2"]
 PREPARE = ["--input=tiny.txt", "--name=mine"]
@@ -92,7 +92,8 @@ def test_on_a_disk_of_any_size_a_run_ends_well_or_in_one_line_and_resumes_with_m
         for saved in path.glob("run/*.pt"):
             assert checkpoint.read(saved)["progress"]["iter"] in (2, 4, 6, 8)
         assert not list(path.rglob("*.tmp"))
-        assert None not in read_metrics(path / "run" / "metrics.jsonl")[:-1]
+        for line in (path / "run" / "metrics.jsonl").read_text().split("\n")[:-2]:
+            json.loads(line)
         disk(10**8, keep=True)
         resume = ["--init_from=resume"] * (path / "run" / "ckpt.pt").exists()
         assert run(train.main, [*RUN, *resume], capsys, monkeypatch) is None

@@ -1,7 +1,6 @@
 """Cores and memory that a process may use, threads that give way, and allocations that fail."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -77,7 +76,6 @@ def environment(monkeypatch):
     """An environment in which nobody has chosen anything, and what start() changes is restored."""
     others = {key: value for key, value in os.environ.items() if key not in NAMES}
     monkeypatch.setattr(os, "environ", others)
-    monkeypatch.setattr(signal, "signal", lambda *handler: None)
     monkeypatch.setattr(machine, "affinity", lambda: set(range(8)))
     monkeypatch.setattr(machine, "read_numbers", lambda path: [])
 
@@ -144,13 +142,10 @@ def test_available_memory_is_that_of_the_machine_and_of_every_control_group(
 
 
 FAILURES = {
-    "out of memory, 7.0 MB is available": lambda: torch.empty(2**50),
-    "out of memory, 7.0 MB": lambda: np.empty(2**50, np.uint8),
-    "out of memory, ": lambda: bytes(2**62),
+    "out of memory": lambda: torch.empty(2**50),
+    "out of memory, numpy": lambda: np.empty(2**50, np.uint8),
+    "out of memory, Python": lambda: bytes(2**62),
     "out of memory on the GPU": lambda: fail(torch.OutOfMemoryError("CUDA out of memory.")),
-    "out of memory": lambda: fail(
-        ImportError("x.so: failed to map segment from shared object")
-    ),
 }
 
 
@@ -159,17 +154,14 @@ def fail(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("line", FAILURES)
-def test_an_allocation_that_fails_is_one_line_with_the_way_out(line, monkeypatch, fails):
-    monkeypatch.setattr(machine, "available_memory", lambda: 7_000_000)
-    assert fails(lambda argv: FAILURES[line]()).startswith(line)
-
+def test_an_allocation_that_fails_is_one_line_with_the_way_out(line, fails):
     def main(argv: list[str]) -> None:
         with machine.memory_advice("take less"):
             FAILURES[line]()
 
-    # an import is no allocation that a smaller setting would help
-    if line != "out of memory":
-        assert fails(main).endswith("; take less\n")
+    expected = line.partition(",")[0]
+    assert fails(lambda argv: FAILURES[line]()) == f"{expected}\n"
+    assert fails(main) == f"{expected}; take less\n"
 
 
 def test_other_errors_pass():
@@ -179,33 +171,3 @@ def test_other_errors_pass():
             machine.memory_advice("take less"),
         ):
             raise error
-
-
-@pytest.mark.parametrize("script", ["prepare_data.py", "sample.py"])
-def test_ctrl_c_while_imports_run_shows_nothing(folder, script):
-    interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
-    (folder / "numpy.py").write_text(interrupt)
-    done = subprocess.run(
-        [sys.executable, ROOT / script],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(folder)},
-        # a shell lets what runs in the background ignore it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
-
-
-# --------------------------------------------------------------------------------------
-# Others
-
-
-def test_a_full_disk_under_the_output_is_one_line(fails):
-    if not Path("/dev/full").is_char_device():
-        pytest.skip("needs /dev/full")
-
-    def main(argv: list[str]) -> None:
-        with Path("/dev/full").open("w") as file:
-            print("text", file=file, flush=True)
-
-    assert fails(main) == "cannot write the output: No space left on device\n"

@@ -77,12 +77,6 @@ def test_importing_any_module_does_nothing(folder):
     assert list(folder.iterdir()) == []
 
 
-def test_the_trainer_does_without_a_config_file(tiny):
-    argv = "--dataset=tiny --device=cpu --max_iters=2 --eval_iters=1"
-    assert train.main(argv.split()) == 0
-    assert Path("out/tiny/ckpt.pt").exists()
-
-
 def test_nanogpts_command_for_a_laptop_runs_unchanged(tiny):
     Path("config").mkdir()
     Path("config/theirs.py").write_text(

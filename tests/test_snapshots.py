@@ -1,5 +1,6 @@
 """Snapshots: the weights of a run after steps 0, 10, 30, ..., in 8 bits a weight."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,19 +58,19 @@ def test_a_small_run_keeps_the_weights_of_steps_0_10_30_and_so_on(run_train):
         assert (difference <= 0.501 * step).all()
 
 
-def test_without_being_asked_a_run_keeps_less_than_10_megabytes(monkeypatch):
+def test_without_being_asked_a_run_keeps_less_than_10_megabytes():
     with torch.device("meta"):
         model = build(ModelConfig(**GPT2, n_layer=8, block_size=64, vocab_size=65))
     assert count_parameters(model) == 1_591_552
 
     def keeps(**settings) -> bool:
-        config = TrainConfig(**settings)
-        saved = []
-        run = SimpleNamespace(model=model, config=config, process=Process(None))
-        monkeypatch.setattr(snapshots, "save", lambda path, weights: saved.append(path))
-        run.weights = dict
-        snapshots.taker(run, SimpleNamespace(path=Path("out")))(10)
-        return bool(saved)
+        weights = lambda: {"weight": torch.ones(1)}  # noqa: E731
+        config, process = TrainConfig(**settings), Process(None)
+        run = SimpleNamespace(model=model, config=config, process=process, weights=weights)
+        snapshots.taker(run, SimpleNamespace(path=Path("kept")))(10)
+        kept = Path("kept/snapshots/10.pt").exists()
+        shutil.rmtree("kept", ignore_errors=True)
+        return kept
 
     assert keeps(max_iters=3000)  # 6
     assert not keeps(max_iters=3001)  # 7
@@ -97,27 +98,11 @@ def test_a_resumed_run_has_the_same_snapshots_byte_for_byte(run_train):
     assert not list(OUT.rglob("*.tmp"))
 
 
-def test_a_new_run_in_the_same_folder_has_only_its_own_snapshots(run_train):
-    run_train("--max_iters=12", "--seed=1")
-    first = kept()
-    for name in ("ckpt.pt", "best.pt"):
-        (OUT / name).unlink()  # the run ended before its first checkpoint
-    run_train("--seed=2")
-    assert list(first) == [0, 10] and list(kept()) == [0]
-    assert kept()[0] != first[0]
-
-
 @pytest.mark.parametrize("keys", [{}, {"tie_weights": False, "bias": True}], ids=str)
 def test_a_snapshot_has_each_matrix_once_in_the_order_of_the_state_dict(keys):
     packed = snapshots.to_8_bits(test_model.tiny(**keys).state_dict())
     again = restored(packed, test_model.tiny(**keys)).state_dict()
     assert torch.equal(packed, snapshots.to_8_bits(again))
-
-
-def test_a_parameter_that_is_one_number_is_a_row():
-    model = torch.nn.Linear(2, 1)
-    model.config, model.gain = ModelConfig(), torch.nn.Parameter(torch.tensor(3.0))
-    assert len(snapshots.to_8_bits(model.state_dict())) == (4 + 2) + (4 + 1) + (4 + 1)
 
 
 def test_a_damaged_snapshot_or_one_of_another_model_is_refused(run_train):
@@ -129,12 +114,9 @@ def test_a_damaged_snapshot_or_one_of_another_model_is_refused(run_train):
     assert found["iter"] == 0
     with pytest.raises(UserError, match=r"0\.pt is not a snapshot of this model"):
         snapshots.snapshot_data(OUT, 6, test_model.tiny())
-    flipped = bytearray(whole)
-    flipped[5000] ^= 1
-    for damaged in (whole[:1000], flipped, b""):
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"0\.pt is not a checkpoint: it is trunc"):
-            snapshots.snapshot_data(OUT, 6, model)
+    path.write_bytes(whole[:1000])
+    with pytest.raises(UserError, match=r"0\.pt is not a checkpoint: it is trunc"):
+        snapshots.snapshot_data(OUT, 6, model)
     torch.save([1, 2], path)
     with pytest.raises(UserError, match=r"0\.pt is not a snapshot"):
         snapshots.snapshot_data(OUT, 6, model)

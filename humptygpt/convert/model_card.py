@@ -107,7 +107,7 @@ def training(loaded: Loaded) -> dict[str, str]:
     if progress["best_val_loss"] == math.inf:
         loss = "not evaluated"
     for row in read_metrics(loaded.path.with_name("metrics.jsonl")):
-        if row and row["iter"] == progress["iter"] and "val_bits_per_byte" in row:
+        if row["iter"] == progress["iter"] and "val_bits_per_byte" in row:
             bits = f"{row['val_bits_per_byte']:.3f} bits per byte"
             loss = f"{row['val_loss']:.4f} nats per token, {bits}"
     return {

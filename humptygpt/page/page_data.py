@@ -4,26 +4,20 @@ import base64
 import math
 from pathlib import Path
 
-import numpy as np
 from sentencepiece import SentencePieceProcessor
-from torch import Tensor, nn
+from torch import nn
 
 from humptygpt import checkpoint
 from humptygpt.config import UserError
 from humptygpt.convert.sentencepiece_model import normal_ids
-from humptygpt.loading import Loaded, load
+from humptygpt.loading import Loaded, from_run
 from humptygpt.metrics import read_metrics
 from humptygpt.page.known_settings import check_formulas, check_settings
 from humptygpt.page.snapshots import snapshot_data
 from humptygpt.token_files import TokenFiles, read_meta
-from humptygpt.tokenizers import (
-    END_OF_TEXT,
-    SentencePieceTokenizer,
-    Tokenizer,
-)
-from model import ModelConfig, count_parameters
+from humptygpt.tokenizers import END_OF_TEXT, SentencePieceTokenizer, Tokenizer
+from model import ModelConfig
 
-BASE64 = 4 / 3  # characters per byte
 START_TOKENS = 64  # length of the text that a page opens with
 
 
@@ -32,11 +26,8 @@ def page_data(config) -> dict:
 
     config: explain.py's ExplainConfig.
     """
-    run = load(checkpoint.find_checkpoint(Path(config.out_dir), config.checkpoint))
-    if run.saved is None:
-        raise UserError(
-            f"out_dir={config.out_dir} is not a run of train.py; a page can only show such a run"
-        )
+    path = checkpoint.find_checkpoint(Path(config.out_dir), config.checkpoint)
+    run = from_run(path, checkpoint.read_plain(path))
     check_settings(run.model.config, run.tokenizer.name)
     check_formulas(run.model.config, "a page")
     saved = run.saved["progress"]
@@ -47,11 +38,6 @@ def page_data(config) -> dict:
     snapshots = []
     if config.snapshots:
         snapshots = snapshot_data(run.path.parent, saved["iter"], run.model)
-    check_size(run.model, len(snapshots), config.max_mb)
-    start = config.start or example_text(run)
-    # this raises UserError if the tokenizer has no tokens for the text
-    run.tokenizer.encode(start.removeprefix(END_OF_TEXT))
-    rows = read_metrics(run.path.with_name("metrics.jsonl"))
     return {
         "name": Path(config.out_dir).resolve().name,
         "task": run.task,
@@ -59,8 +45,8 @@ def page_data(config) -> dict:
         **model_data(run.model),
         "snapshots": snapshots,
         "tokenizer": tokenizer_data(run.tokenizer),
-        "start": start,
-        "metrics": [*filter(None, rows)],
+        "start": config.start or example_text(run),
+        "metrics": read_metrics(run.path.with_name("metrics.jsonl")),
     }
 
 
@@ -81,16 +67,6 @@ def example_text(run: Loaded) -> str:
     return text.partition("\n")[2].lstrip() or text
 
 
-def check_size(model: nn.Module, snapshots: int, max_mb: float) -> None:
-    """Raise UserError if the weights of the model and of its snapshots take more than max_mb megabytes in a page."""
-    size = (2 + snapshots) * count_parameters(model) * BASE64 / 1e6
-    if size > max_mb:
-        raise UserError(
-            f"the weights take {size:.2f} MB in a page, more than max_mb={max_mb:g}: a browser would be slow to open"
-            " it; train a smaller model, raise --max_mb or use --snapshots=False"
-        )
-
-
 # --------------------------------------------------------------------------------------
 # The model
 
@@ -109,7 +85,7 @@ def page_config(config: ModelConfig) -> dict:
 
 
 def pack_weights(model: nn.Module) -> dict:
-    """Pack all tensors: their names, shapes and offsets, and their bytes in base64.
+    """Pack all tensors, rounded to float16: their names, shapes and offsets, and their bytes in base64.
 
     Tied matrices are stored once, under both names.
     """
@@ -119,19 +95,9 @@ def pack_weights(model: nn.Module) -> dict:
     for name, p in model.named_parameters(remove_duplicate=False):
         if p not in placed:
             placed[p] = {"shape": list(p.shape), "offset": len(packed)}
-            packed += to_float16(name, p.detach())
+            packed += p.detach().half().numpy().tobytes()
         tensors.append({"name": name, **placed[p]})
     return {"tensors": tensors, "bytes": base64.b64encode(packed).decode()}
-
-
-def to_float16(name: str, tensor: Tensor) -> bytes:
-    """Round a float32 tensor to float16 and return its bytes. Raises UserError if a weight is too large."""
-    half = tensor.half()
-    if not half.isfinite().all():
-        raise UserError(
-            f"{name} has a weight of {tensor.abs().max():.4g}, above float16's maximum, 65504: did training diverge?"
-        )
-    return half.numpy().tobytes()
 
 
 # --------------------------------------------------------------------------------------
@@ -160,8 +126,7 @@ def sentencepiece_data(tokenizer: SentencePieceTokenizer) -> dict:
     model = SentencePieceProcessor(model_proto=tokenizer.proto)
     scores = dict.fromkeys(range(1, model.vocab_size()))  # our ids omit its token 0
     for i in normal_ids(model):
-        # the shortest decimal that rounds to the same float32
-        scores[i] = float(str(np.float32(model.get_score(i))))
+        scores[i] = model.get_score(i)
     merged = all(score is None or score.is_integer() for score in scores.values())
     return {
         "model_type": "bpe" if merged else "unigram",

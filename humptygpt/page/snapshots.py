@@ -19,7 +19,8 @@ FILES = {step: f"snapshots/{step}.pt" for step in STEPS}  # paths in the run's f
 def taker(run, folder) -> Callable[[int], None]:
     """Return a function that saves a train.Run's weights in its RunFolder before a step, if the step is one of STEPS.
 
-    It does nothing if config.snapshots is False, or if it is None and all snapshots together exceed SMALL.
+    It does nothing if config.snapshots is False, or if it is None and all snapshots together exceed SMALL. The same
+    weights give the same bytes. Raises UserError.
     """
     config = run.config
     keep = config.snapshots
@@ -29,15 +30,10 @@ def taker(run, folder) -> Callable[[int], None]:
 
     def take(step: int) -> None:
         if keep and step in FILES and run.process.first:
-            save(folder.path / FILES[step], run.weights())
+            rows = {"rows": to_8_bits(run.weights())}
+            write_whole(folder.path / FILES[step], lambda file: torch.save(rows, file))
 
     return take
-
-
-def save(path: Path, state: dict[str, Tensor]) -> None:
-    """Write a snapshot of a state dict. The same weights give the same bytes. Raises UserError."""
-    rows = {"rows": to_8_bits(state)}
-    write_whole(path, lambda file: torch.save(rows, file))
 
 
 def to_8_bits(state: dict[str, Tensor]) -> Tensor:
