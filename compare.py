@@ -57,7 +57,7 @@ IGNORED = {
 # Settings that --minutes chooses to fit the time, apart from the model size and the batch size
 BY_CLOCK = {"max_iters", "eval_interval", "warmup_iters", "dropout", "weight_decay"}
 SCHEMA = {"max_iters": range(1, 2**53), "_parameters?": range(2**53)}  # of config.json
-EVALUATION = {"val_loss", "val_bits_per_byte", "val_text"}  # entries of a row of metrics
+EVALUATION = {"val_loss", "val_bits_per_byte"}  # entries of a row of metrics
 SEED = re.compile(r"[/_-](seed[-_=]?)?\d+$")  # the end of a path: -1, _seed=1, /1
 BITS = "best_bits_per_byte"
 # The rows of a table: (name, the runs it covers, which differ only in the seed)
@@ -140,7 +140,7 @@ class Run:
     @cached_property
     def last(self) -> dict:
         """The latest value of each metric."""
-        last = {"iter": 0, "tokens": 0, "seconds": 0, "position": 0}
+        last = {"iter": 0, "tokens": 0, "seconds": 0}
         for row in self.rows:
             last |= row
         return last
@@ -155,16 +155,20 @@ class Run:
         for row in self.rows:
             row = {key.removeprefix("whole_"): value for key, value in row.items()}
             if row.keys() >= EVALUATION and row["iter"]:
-                text = row["val_text"]
+                # runs from earlier versions have no checksum of the text
+                text = row.get("val_text", str(self.settings.get("dataset")))
                 earlier = best.pop(text, row)
                 best[text] = min(earlier, row, key=lambda each: each["val_loss"])
         return best
 
     @property
     def state(self) -> str:
-        if self.last.get("end") == "done":
+        steps = self.settings["max_iters"]
+        # runs from earlier versions record neither their position nor their end
+        position = self.last.get("position", self.last["iter"])
+        if position >= steps or self.last.get("end") == "done":
             return "done"
-        return f"at {100 * self.last['position'] // self.settings['max_iters']:.0f} %"
+        return f"at {100 * position // steps:.0f} %"
 
 
 def read_runs(folders: list[str]) -> list[Run]:
@@ -174,7 +178,9 @@ def read_runs(folders: list[str]) -> list[Run]:
         try:
             runs.append(read_run(Path(folder)))
         except (OSError, ValueError) as error:
-            note(f"{folder} is not a run: {one_line(error)}; skipped")
+            inside = any(Path(folder).glob("*/config.json"))
+            advice = f"; for the runs in it: python compare.py {folder}/*" if inside else ""
+            note(f"{folder} is not a run: {one_line(error)}{advice}; skipped")
     if not runs:
         raise UserError("no runs to compare; try: python compare.py out/*")
     return runs

@@ -119,7 +119,9 @@ def tune_malloc(sharded: bool) -> None:
     """
     if sys.platform != "linux":
         return
-    mallopt = ctypes.CDLL(None).mallopt
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # a Linux without glibc
+        return
     # malloc.h: M_TRIM_THRESHOLD is -1, M_MMAP_THRESHOLD is -3, M_MMAP_MAX is -4
     if sharded:
         mallopt(-1, 1 << 20)

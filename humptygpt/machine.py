@@ -17,6 +17,11 @@ from pathlib import Path
 
 from humptygpt.config import UserError, one_line, script_name
 
+# packages that training and sampling a GPT do not need, but that some other features do
+OPTIONAL = {
+    *("gguf", "huggingface_hub", "matplotlib", "pyarrow", "sacrebleu"),
+    *("safetensors", "sentencepiece", "tiktoken", "tokenizers", "wandb"),
+}
 STARTED = time.monotonic()  # when the command started, apart from Python's own startup
 # Linux's control groups, version 2, which containers use
 CGROUPS = Path("/sys/fs/cgroup")
@@ -33,6 +38,9 @@ def start() -> None:
     A thread that spins while it waits for another thread of its process blocks a core that a different process could
     use: two training runs on two cores were ten times slower. Settings in the user's environment take precedence.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Ctrl-C during the imports ends the script without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)  # GCC's OpenMP, which torch uses on Linux
         os.environ["KMP_BLOCKTIME"] = "1"  # milliseconds; Intel's and LLVM's OpenMP
@@ -170,6 +178,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     """
     if main.__module__ == "__main__":  # a script was started
         start()
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
@@ -181,6 +191,11 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         # the program that reads our output has ended: python sample.py ... | head
         sys.stdout = None  # or Python would fail again when it flushes at exit
         sys.exit(128 + 13)  # 13: SIGPIPE
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in OPTIONAL:
+            raise
+        complain(f"this needs the package {package}: pip install {package}")
     except Exception as error:
         if is_out_of_memory(error):
             complain(out_of_memory_line(error))

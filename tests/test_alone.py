@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from texts import make_text
+
+from humptygpt import machine
 
 ROOT = Path(__file__).parent.parent
 ALONE = """
@@ -43,7 +46,6 @@ def test_copied_into_an_empty_folder_model_py_trains_and_generates(folder):
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
-OPTIONAL = "gguf,huggingface_hub,matplotlib,pyarrow,sacrebleu,safetensors,sentencepiece,tiktoken,tokenizers,wandb"
 BLOCKED = f"""
 import runpy
 import sys
@@ -57,19 +59,40 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run_without(packages: str, *argv: str):
+def run_without(packages, *argv: str):
     """Run a script as if these packages were not installed."""
-    command = [sys.executable, "-c", BLOCKED, packages, *argv]
+    command = [sys.executable, "-c", BLOCKED, ",".join(packages), *argv]
     return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_training_and_sampling_need_only_torch_numpy_and_tqdm(folder):
     Path("own.txt").write_text(make_text())
     shape = ["--n_layer=1", "--n_embd=32", "--block_size=16", "--max_iters=2"]
-    done = run_without(OPTIONAL, "train.py", "--input=own.txt", *shape)
+    done = run_without(machine.OPTIONAL, "train.py", "--input=own.txt", *shape)
     assert done.returncode == 0, done.stderr
     assert "no loss.png, because matplotlib is not installed" in done.stderr
     assert not Path("out/own/loss.png").exists()
     argv = ["sample.py", "--out_dir=out/own", "--num_samples=1", "--max_new_tokens=5"]
-    done = run_without(OPTIONAL, *argv)
+    done = run_without(machine.OPTIONAL, *argv)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "argv"),
+    [
+        ("tiktoken", "prepare_data.py a --input=own.txt --tokenizer=gpt2"),
+        (
+            "tokenizers",
+            "prepare_data.py a --input=own.txt --tokenizer=bpe --vocab_size=300",
+        ),
+        ("pyarrow", "prepare_data.py a --input=own.parquet"),
+        ("matplotlib", "compare.py out/run"),
+    ],
+)
+def test_a_missing_package_is_named_in_one_line(run_train, capsys, package, argv):
+    run_train()
+    Path("own.txt").write_text(make_text())
+    Path("own.parquet").write_bytes(b"PAR1")
+    done = run_without([package], *argv.split())
+    line = f"{argv.split()[0]}: this needs the package {package}: pip install {package}\n"
+    assert (done.returncode, done.stderr.endswith(line)) == (2, True), done.stderr

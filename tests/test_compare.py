@@ -190,6 +190,18 @@ def test_a_run_with_settings_of_another_version_is_listed(run):
     assert row_of(table, "a").endswith("  n_experts=None position=learned")
 
 
+def test_a_run_of_an_earlier_version_compares_by_its_data_set(run):
+    for name, changes in (("a", {}), ("b", {}), ("c", {"dataset": "other"})):
+        path = Path(make_run(f"out/{name}", 2.0, 1.9, **changes), "metrics.jsonl")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row.pop("position", None)
+            row.pop("val_text", None)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert " best  done" in row_of(run("out/a", "out/b")[0], "a")
+    assert "different texts" in run("out/a", "out/c")[1]
+
+
 # --------------------------------------------------------------------------------------
 # Runs in progress, and folders that are not runs
 
@@ -255,7 +267,7 @@ def test_a_folder_that_is_no_run_is_one_note_and_the_rest_is_compared(run, confi
     table, errors = run("out/good", "out/bad", "out")
     bad, missing = errors.splitlines()
     assert bad == f"note: out/bad is not a run: {BROKEN[config]}; skipped"
-    assert missing.startswith("note: out is not a run: [Errno 2] No such file")
+    assert missing.endswith("for the runs in it: python compare.py out/*; skipped")
     assert row_of(table, "good") and "bad" not in table
 
 

@@ -220,14 +220,19 @@ class FakeWandb(types.ModuleType):
         self.finished += 1
 
 
-def test_wandb_gets_every_row_and_a_resumed_run_is_the_same_run(run_train, monkeypatch):
-    fake = FakeWandb(online=True)
+@pytest.mark.parametrize("online", [True, False])
+def test_wandb_gets_every_row_and_a_resumed_run_is_the_same_run(
+    run_train, monkeypatch, capsys, online
+):
+    fake = FakeWandb(online)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     rows = run_train("--wandb_log=True", "--wandb_project=p")
     train.main([*RESUME, "--max_iters=8"])
     first, second = fake.started
     assert first["id"] == second["id"]
     assert (first["project"], first["name"]) == ("p", "run")
+    assert first["mode"] == (None if online else "offline")
+    assert ("logging offline" in capsys.readouterr().err) == (not online)
     assert [step for step, _ in fake.logged][: len(rows)] == [row["iter"] for row in rows]
     assert fake.finished == 2
     run_train("--wandb_log=True")
