@@ -61,8 +61,10 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     label = f"validation, lowest {lowest:.3f} at step {step:,}"
     axes.plot(*zip(*val, strict=True), label=label, color="#c2410c", marker=".")
     axes.set(xlabel="steps", ylabel="loss, nats per token")
+    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    figure.legend(title=f"HumptyGPT: {path.parent.name}", loc="outside upper center")
+    title = f"HumptyGPT: {path.parent.name}"
+    figure.legend(title=title, frameon=False, loc="outside upper center")
     write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
 
 
