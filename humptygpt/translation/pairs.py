@@ -5,7 +5,6 @@ target, source, target. Pairs unsuitable for training are dropped and reported. 
 every pair that has both sides, so that scores on it stay comparable.
 """
 
-import math
 import re
 import unicodedata
 from collections import Counter
@@ -23,13 +22,12 @@ from humptygpt.prepare.documents import SKIP_HINT, file_size, read_text_lines
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
 SLACK = 8  # tokens by which one side may always be longer, as in "Stop!" and "Halt, stehen bleiben!"
-DROPPED = {  # {reason: how the summary describes it}
+DROPPED = {  # {reason to drop a pair: how the summary describes it}
     "too_long": "longer than {max_pair_tokens} tokens",
     "empty": "empty on one side",
     "lopsided": f"with a side longer than {{max_pair_ratio:g}} times the other plus {SLACK} tokens",
     "held_out": "held out",
 }
-
 LINE_RULE = "each line must be SOURCE, one tab, TARGET"
 # (split, (TSV file,) or (source file, target file)); split None: each pair's split is drawn
 PairFiles = list[tuple[str | None, tuple[Path, ...]]]
@@ -39,6 +37,9 @@ class Pair(NamedTuple):
     source: str
     target: str
     read: int  # bytes of the files read so far
+    dropped: str = (
+        ""  # why the pair is dropped, which leaves its texts empty: a key of DROPPED
+    )
 
     @property
     def texts(self) -> tuple[str, str]:
@@ -62,10 +63,8 @@ class Pairs:
         self.files = files
         self.source = source
         self.paths = [path for _, paths in files for path in paths]
-        if config.held_out is not None:
-            self.paths.append(Path(config.held_out))
         self.sizes = [sum(map(file_size, paths)) for _, paths in files]
-        # indices of the files that the user gave as validation or test split
+        # indices of the files that were given as validation or test split
         self.given = [n for n, (split, _) in enumerate(files) if split in ("val", "test")]
         with_test = config.test_fraction or self.given
         self.splits = ("train", "val", "test") if with_test else ("train", "val")
@@ -73,47 +72,21 @@ class Pairs:
         self.encoder = partial(
             encode_pairs, cleaned, config.max_pair_tokens, config.max_pair_ratio
         )
-        self.held_out = self.read_held_out()
-        self.left_out = Counter()  # {reason: number of pairs}
-        self.val_below, self.test_below = self.survey()
-
-    def survey(self) -> tuple[float, float]:
-        """Count the pairs to leave out. Returns the upper limits of draws for validation and for test.
-
-        With few pairs, these limits are raised to include the next draws, so that three different sources are enough
-        for three splits. Also sets text_size, in bytes of UTF-8.
-        """
-        val = self.config.val_fraction
-        test = self.config.test_fraction
-        any_val = False
-        above = []  # the two lowest draws that are not below val
-        self.text_size = 0
-        for position, pair in read_from(self, "checking the pairs"):
-            if reason := self.why_left_out(pair, position.file):
-                self.left_out[reason] += 1
-                continue
-            self.text_size += len("".join(pair.texts).encode())
-            drawn = draw(pair.source)
-            if drawn < val:
-                any_val = True
-            else:
-                above = sorted({drawn, *above})[:2]
+        self.held_out = set()
+        if config.held_out is not None:
+            self.paths.append(Path(config.held_out))
+            self.held_out = self.read_held_out()
+        pairs = read_from(self, "checking the pairs")
+        self.text_size = sum(len("".join(pair.texts).encode()) for _, pair in pairs)
         if not self.text_size:
-            left_out = f"left out: {dict(self.left_out)}"
-            raise UserError(f"{self.source} has no pairs; {LINE_RULE}; {left_out}")
-        just_above = [math.nextafter(drawn, 1) for drawn in above]
-        val_below = val if any_val else just_above.pop(0)
-        test_below = max([val + test, *just_above[:1]]) if test else val_below
-        return val_below, test_below
+            raise UserError(f"{self.source} has no pairs; {LINE_RULE}")
 
     def read_held_out(self) -> set[str]:
-        """Collect the normalised sentences to exclude from training. Without the key held_out, there are none.
+        """Collect the normalised sentences to exclude from training.
 
-        They are the sentences in that file, the sources of given validation and test splits, and everything connected
-        to them by pairs: their translations, other translations of those, and so on.
+        They are the sentences in the file held_out, the sources of given validation and test splits, and everything
+        connected to them by pairs: their translations, other translations of those, and so on.
         """
-        if self.config.held_out is None:
-            return set()
         lines = read_text_lines(Path(self.config.held_out), self.config.encoding_errors)
         held_out = {normalised(line.partition("\t")[0]) for line, _ in lines}
         for pair in chain.from_iterable(map(self.read, self.given)):
@@ -129,38 +102,39 @@ class Pairs:
                     held_out |= texts
         return held_out
 
-    def why_left_out(self, pair: Pair, number: int) -> str:
-        """Explain why a pair of a file is left out, or return "". A given split loses only empty pairs."""
-        if not all(pair.texts):
-            return "empty"
-        if not self.held_out or number in self.given:
-            return ""
-        return "" if self.held_out.isdisjoint(map(normalised, pair.texts)) else "held_out"
-
     def read(self, number: int) -> Iterator[Pair]:
-        """Read one pair per line from self.files[number]. A pair may be empty."""
+        """Read one pair per line from self.files[number]. A pair that is left out is empty and has the reason."""
         _, paths = self.files[number]
         if len(paths) == 1:
-            return read_tsv(
+            pairs = read_tsv(
                 paths[0], self.config.encoding_errors, self.config.skip_bad_lines
             )
-        return read_aligned(*paths, self.config.encoding_errors)
+        else:
+            pairs = read_aligned(*paths, self.config.encoding_errors)
+        held_out = set() if number in self.given else self.held_out
+        for pair in pairs:
+            if not all(pair.texts):
+                yield Pair("", "", pair.read, "empty")
+            elif held_out and not held_out.isdisjoint(map(normalised, pair.texts)):
+                yield Pair("", "", pair.read, "held_out")
+            else:
+                yield pair
 
     def assign(self, pair: Pair, number: int) -> list[tuple[str, Pair]]:
-        """Return [(split, pair)] for a pair from self.files[number], or [] if it is left out."""
-        if self.why_left_out(pair, number):
-            return []
+        """Return [(split, pair)] for a pair from self.files[number]."""
         if given := self.files[number][0]:
             return [(given, pair)]
         drawn = draw(pair.source)
-        if drawn < self.val_below:
+        val_fraction = self.config.val_fraction
+        if drawn < val_fraction:
             return [("val", pair)]
-        return [("test" if drawn < self.test_below else "train", pair)]
+        in_test = drawn < val_fraction + self.config.test_fraction
+        return [("test" if in_test else "train", pair)]
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
         """Entries of meta.json for pairs only. first_text: the start of the training split."""
         sides = first_text.split(END_OF_TEXT)[:-1]
-        dropped = sum(splits.values(), self.left_out)
+        dropped = sum(splits.values(), Counter())
         return {
             "longest": max(counted["longest"] for counted in splits.values()),
             "dropped": {why: dropped[why] for why in DROPPED},
@@ -244,7 +218,9 @@ def encode_pairs(
     for pair, *both in zip(pairs, sides, sides, strict=True):
         source, target = (np.append(side, tokenizer.eot) for side in both)
         shorter, longer = sorted((len(source), len(target)))
-        if split in cleaned and longer > max_tokens:
+        if pair.dropped:
+            counted[pair.dropped] += 1
+        elif split in cleaned and longer > max_tokens:
             counted["too_long"] += 1
         elif split in cleaned and longer > max_ratio * shorter + SLACK:
             counted["lopsided"] += 1
