@@ -31,9 +31,9 @@ def open_pairs(with_encoder: bool = True, seed: int = 1) -> PairDataset:
     return PairDataset(Path("data/pairs"), 40 if with_encoder else 80, seed, with_encoder)
 
 
-def pairs_of(data: PairDataset, split: str, count: int | None = None) -> list[tuple]:
+def pairs_of(data: PairDataset, split: str) -> list[tuple]:
     """(source, target) of the pairs of a split, as text."""
-    texts = data.texts(split, count)
+    texts = data.texts(split)
     return [(data.tokenizer.decode(source[:-1]), target) for source, target in texts]
 
 
@@ -214,7 +214,7 @@ def test_pairs_are_memorised_and_translated_as_in_training(pairs, capsys, with_e
     learn += " --norm=rmsnorm --init=zero"
     model = [] if with_encoder else NO_ENCODER
     assert train.main([*TINY, *model, *learn.split()]) == 0
-    known = pairs_of(open_pairs(with_encoder), "train", 30)
+    known = pairs_of(open_pairs(with_encoder), "train")[:30]
     Path("german.txt").write_text("".join(f"{source}\n" for source, _ in known))
     capsys.readouterr()
     start = ["--out_dir=out/run", "--checkpoint=latest", "--start=FILE:german.txt"]
@@ -264,7 +264,7 @@ def test_evaluations_show_translations_and_the_end_has_the_bleu_of_the_best_chec
 ):
     assert train.main(TINY) == 0
     out = capsys.readouterr().out
-    source, target = pairs_of(open_pairs(), "val", 3)[0]
+    source, target = pairs_of(open_pairs(), "val")[0]
     assert out.count(f"    {source}\n  = {target}\n  > ") == 2  # one for each evaluation
     assert "pairs of the test split" in out and "BLEU" in out and "chrF" in out
     assert out.count("nrefs:1|") == 2

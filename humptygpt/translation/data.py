@@ -88,22 +88,17 @@ class PairDataset(Dataset):
         for i in range(count):
             yield self.pairs_batch("val", found[int((i + 0.5) * len(found) / count)])
 
-    def texts(
-        self, split: str, count: int | None = None
-    ) -> Iterator[tuple[np.ndarray, str]]:
-        """Read up to `count` evenly spaced pairs, or all: source with eot, int64 (S,), and target as text."""
-        pairs = self.pairs[split]
-        spaced = np.linspace(0, len(pairs) - 1, count or len(pairs))
-        numbers = np.unique(spaced.astype(int))
-        for start, source, target in pairs[numbers].tolist():
-            ids = self.read(split, np.array([start]), source + target)[0]
+    def texts(self, split: str, step: int = 1) -> Iterator[tuple[np.ndarray, str]]:
+        """Read every step-th pair. Yields the source as tokens with its eot, int64 (S,), and the target as text."""
+        for start, source, target in self.pairs[split][::step].tolist():
+            (ids,) = self.read(split, np.array([start]), source + target)
             yield ids[:source], self.tokenizer.decode(ids[source:-1])
 
     def summary(self, batch_size: int, eval_iters: int | None) -> tuple[str, str]:
         """Describe a batch and the evaluation set."""
         train = self.pairs["train"]
-        batches = self.batches_per_epoch(batch_size)
-        tokens, pairs = train[:, 2].sum() / batches, len(train) / batches
+        count = self.batches_per_epoch(batch_size)
+        tokens, pairs = train[:, 2].sum() / count, len(train) / count
         val_batches = self.val_batches(batch_size, eval_iters)
         evaluated = sum(len(batch["idx"]) for batch in val_batches)
         batch = f"about {tokens:,.0f} target tokens ({pairs:,.0f} pairs of similar lengths)"

@@ -89,8 +89,8 @@ class Pairs:
         """
         lines = read_text_lines(Path(self.config.held_out), self.config.encoding_errors)
         held_out = {normalised(line.partition("\t")[0]) for line, _ in lines}
-        for pair in chain.from_iterable(map(self.read, self.given)):
-            held_out.add(normalised(pair.source))
+        given = chain.from_iterable(map(self.read, self.given))
+        held_out.update(normalised(pair.source) for pair in given)
         held_out.discard("")
         drawn = [number for number in range(len(self.files)) if number not in self.given]
         before = 0
@@ -170,7 +170,7 @@ def normalised(text: str) -> str:
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text.casefold())))
 
 
-def read_tsv(path: Path, errors: str, skip_bad_lines: bool = False) -> Iterator[Pair]:
+def read_tsv(path: Path, errors: str, skip_bad_lines: bool) -> Iterator[Pair]:
     """Read lines of SOURCE, a tab, TARGET. A blank line is an empty pair; with skip_bad_lines, so is a bad line."""
     for number, (line, read) in enumerate(read_text_lines(path, errors), start=1):
         sides = line.split("\t")

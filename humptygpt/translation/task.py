@@ -10,9 +10,10 @@ NUM_BEAMS = 4  # for the score
 
 
 def translate_examples(model: nn.Module, dataset: PairDataset) -> str:
-    """Translate three sentences of the validation split greedily, and show each with its reference."""
+    """Translate up to three sentences of the validation split greedily, and show each with its reference."""
     tokenizer = dataset.tokenizer
-    sources, references = zip(*dataset.texts("val", 3), strict=True)
+    third = len(dataset.pairs["val"]) // 3 + 1
+    sources, references = zip(*dataset.texts("val", third), strict=True)
     lines = []
     translations = translate(model, tokenizer, sources)
     for source, reference, translation in zip(
