@@ -37,9 +37,7 @@ class Pair(NamedTuple):
     source: str
     target: str
     read: int  # bytes of the files read so far
-    dropped: str = (
-        ""  # why the pair is dropped, which leaves its texts empty: a key of DROPPED
-    )
+    dropped: str = ""  # a key of DROPPED if the pair is left out; its texts are then empty
 
     @property
     def texts(self) -> tuple[str, str]:
@@ -92,27 +90,22 @@ class Pairs:
         given = chain.from_iterable(map(self.read, self.given))
         held_out.update(normalised(pair.source) for pair in given)
         held_out.discard("")
-        drawn = [number for number in range(len(self.files)) if number not in self.given]
+        others = [number for number in range(len(self.files)) if number not in self.given]
         before = 0
         while len(held_out) > before:
             before = len(held_out)
-            for pair in chain.from_iterable(map(self.read, drawn)):
+            for pair in chain.from_iterable(map(self.read, others)):
                 texts = set(map(normalised, pair.texts)) - {""}
                 if texts & held_out:
                     held_out |= texts
         return held_out
 
     def read(self, number: int) -> Iterator[Pair]:
-        """Read one pair per line from self.files[number]. A pair that is left out is empty and has the reason."""
-        _, paths = self.files[number]
-        if len(paths) == 1:
-            pairs = read_tsv(
-                paths[0], self.config.encoding_errors, self.config.skip_bad_lines
-            )
-        else:
-            pairs = read_aligned(*paths, self.config.encoding_errors)
+        """Read one pair per line from self.files[number]. A pair that is left out is empty and says why."""
+        config = self.config
         held_out = set() if number in self.given else self.held_out
-        for pair in pairs:
+        _, paths = self.files[number]
+        for pair in read_pairs(paths, config.encoding_errors, config.skip_bad_lines):
             if not all(pair.texts):
                 yield Pair("", "", pair.read, "empty")
             elif held_out and not held_out.isdisjoint(map(normalised, pair.texts)):
@@ -160,39 +153,33 @@ class Pairs:
 # Files -> pairs
 
 
-def clean(text: str) -> str:
-    """Trim the text, and collapse each run of whitespace into one space."""
-    return " ".join(text.split())
-
-
 def normalised(text: str) -> str:
     """Reduce a text to its words: texts that differ only in case, punctuation or whitespace become identical."""
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text.casefold())))
 
 
-def read_tsv(path: Path, errors: str, skip_bad_lines: bool) -> Iterator[Pair]:
-    """Read lines of SOURCE, a tab, TARGET. A blank line is an empty pair; with skip_bad_lines, so is a bad line."""
-    for number, (line, read) in enumerate(read_text_lines(path, errors), start=1):
-        sides = line.split("\t")
-        if len(sides) != 2:
-            if line.strip() and not skip_bad_lines:
-                bad = f"{path}, line {number:,} has {len(sides) - 1:,} tabs"
-                raise UserError(f"{bad}; {LINE_RULE}; {SKIP_HINT}")
-            sides = ("", "")
-        yield Pair(*map(clean, sides), read)
+def read_pairs(
+    paths: tuple[Path, ...], errors: str, skip_bad_lines: bool = False
+) -> Iterator[Pair]:
+    """Read one pair per line from a TSV file, or from two aligned files. White space is trimmed and collapsed.
 
-
-def read_aligned(source: Path, target: Path, errors: str) -> Iterator[Pair]:
-    """Read pairs from two files with one sentence per line. Raises UserError if one file has more lines."""
-    lines = zip_longest(read_text_lines(source, errors), read_text_lines(target, errors))
-    for both in lines:
-        if None in both:
+    A blank line of a TSV file is an empty pair; with skip_bad_lines, so is a line that does not have exactly one tab.
+    """
+    files = (read_text_lines(path, errors) for path in paths)
+    for number, lines in enumerate(zip_longest(*files), start=1):
+        if None in lines:
             rule = "each line must translate the same line in the other file"
             raise UserError(
-                f"{source} and {target} differ in their number of lines; {rule}"
+                f"{paths[0]} and {paths[1]} differ in their number of lines; {rule}"
             )
-        (source_line, read), (target_line, also_read) = both
-        yield Pair(clean(source_line), clean(target_line), read + also_read)
+        texts, read = zip(*lines, strict=True)
+        sides = texts if len(paths) == 2 else texts[0].split("\t")
+        if len(sides) != 2:
+            if texts[0].strip() and not skip_bad_lines:
+                bad = f"{paths[0]}, line {number:,} has {len(sides) - 1:,} tabs"
+                raise UserError(f"{bad}; {LINE_RULE}; {SKIP_HINT}")
+            sides = ("", "")
+        yield Pair(*(" ".join(side.split()) for side in sides), sum(read))
 
 
 # --------------------------------------------------------------------------------------
@@ -226,10 +213,11 @@ def encode_pairs(
             counted["lopsided"] += 1
         else:
             ids += [source, target]
+            text = pair.source + pair.target
             counted.update(
                 pairs=1,
-                characters=len(pair.source + pair.target),
-                bytes=len((pair.source + pair.target).encode()),
+                characters=len(text),
+                bytes=len(text.encode()),
                 target_bytes=len(pair.target.encode()),
                 target_tokens=len(target),
             )
