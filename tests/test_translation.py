@@ -318,11 +318,10 @@ def test_without_a_test_split_the_validation_split_is_scored(folder, capsys):
 # Translating
 
 
-@both_ways
 def test_lines_keep_their_order_and_numbers_and_long_ones_are_cut_and_reported(
-    pairs, capsys, monkeypatch, with_encoder
+    pairs, capsys, monkeypatch
 ):
-    train.main([*TINY, *([] if with_encoder else NO_ENCODER)])
+    train.main(TINY)
 
     def echo(model, tokenizer, sources, **settings):
         return [Translation(ids[:-1].tolist(), -1.0, ended=ids[0] < 53) for ids in sources]

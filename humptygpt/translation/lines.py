@@ -14,9 +14,7 @@ def translate_lines(
     model: nn.Module, tokenizer: Tokenizer, lines: list[str], **search
 ) -> Iterator[str]:
     """Translate each line; empty lines stay empty. search: keyword arguments for beam_search()."""
-    block_size = model.config.block_size
-    # without an encoder, source and translation share the context; the last token of a source is end-of-text
-    room = (block_size if model.has_encoder else block_size // 2) - 1
+    room = model.config.block_size - 1  # the last token of a source is end-of-text
     sources = tokenizer.encode_batch(" ".join(line.split()) for line in lines)
     for number, ids in enumerate(sources, start=1):
         if len(ids) > room:
