@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ADAMW, GPT2
+from conftest import GPT2, overfit
 
 import model as models
-from humptygpt.optimizers import make_optimizer
 from humptygpt.sampling import generate
 from humptygpt.tasks import build
 from humptygpt.tokenizers import CharTokenizer
@@ -26,7 +25,6 @@ from model import (
     attend,
     attention_mask,
 )
-from train import TrainConfig
 
 LETTERS = CharTokenizer("abcdefghijklmnopqrstuvwxyz ")
 LEAF = torch.tensor([32.0, 107.0, 56.0, 11.2])  # red, green, blue, volume in ml
@@ -123,27 +121,16 @@ def test_letters_are_the_numbers_of_their_positions_in_the_alphabet():
     [{"model": "number_mlp", "n_embd": 1}, {"model": "window_mlp", "n_embd": 10}],
     ids=["numbers", "vectors"],
 )
-def test_the_window_drops_its_oldest_letter_and_the_network_continues_the_text(keys):
+def test_the_window_network_continues_the_text_letter_by_letter(keys):
     """humpty dumpt -> y, then umpty dumpty -> a space, then mpty dumpty_ -> s, ..."""
     torch.manual_seed(0)
     text = "humpty dumpty sat on a wall"
     keys |= {"window": 12, "block_size": 26, "n_hidden": 100}
     network = build(config(activation="relu", bias=True, **keys))
-    assert network.layers[0].in_features == {1: 12, 10: 120}[network.config.n_embd]
-    adamw = TrainConfig(**ADAMW, learning_rate=1e-2, weight_decay=0.0)
-    optimizer = make_optimizer(adamw, network)
     idx = torch.from_numpy(LETTERS.encode(text))[None]
-    for _ in range(200):
-        network(idx[:, :-1], idx[:, 1:])[1].backward()
-        optimizer.step()
-        network.zero_grad()
-
+    overfit(network, {"idx": idx[:, :-1], "targets": idx[:, 1:]}, 200, lr=1e-2, until=0)
     steps = generate(network, idx[:, :12], len(text) - 12, temperature=0)
     assert LETTERS.decode(torch.cat([*steps]).tolist()) == "y sat on a wall"
-    for start, next_letter in enumerate("y sat on a wall"):
-        window = text[start : start + 12]
-        logits, _ = network(torch.from_numpy(LETTERS.encode(window))[None])
-        assert LETTERS.decode([int(logits[0, -1].argmax())]) == next_letter, window
 
 
 # --------------------------------------------------------------------------------------
@@ -228,12 +215,6 @@ def test_the_sinusoidal_encoding_is_the_papers():
             assert encoding[p, i].item() == pytest.approx(
                 function(p / 10000 ** ((i - i % 2) / 10)), abs=1e-5
             )
-    # bounded, and different at all positions
-    assert encoding.abs().max() <= 1 and len(encoding.unique(dim=0)) == 50
-    assert not list(position.parameters())
-    torch.testing.assert_close(
-        position.embed(nothing[:, :3], slice(7, 10))[0], encoding[7:10]
-    )
     words = torch.randn(1, 50, 10)
     torch.testing.assert_close(
         position.embed(words, slice(0, 50))[0], math.sqrt(10) * words[0] + encoding

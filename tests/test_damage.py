@@ -143,7 +143,7 @@ def read_data(folder: Path) -> list:
     meta = read_meta(folder)
     if meta["task"] == "translation":
         data: Dataset = PairDataset(folder, 200, seed=1, with_encoder=True, meta=meta)
-        data.texts("val", 3)
+        list(data.texts("val", 3))
     else:
         data = TokenDataset(folder, 16, seed=1, meta=meta)
     tokens = range(data.tokenizer.vocab_size)

@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -149,7 +148,7 @@ def test_a_model_whose_cache_forgets_an_edit_does_without_it(
     torch.testing.assert_close(context.next_logits(), expected)
     assert capsys.readouterr().err.count("note: ") == 2
     with pytest.raises(UserError, match="cannot translate: its logits with the cache"):
-        translate(model, [np.array([1, 2])], eot=2)
+        translate(model, None, [])
 
 
 def test_a_class_that_needs_other_sizes_than_the_comparison_has_is_used(monkeypatch):

@@ -25,8 +25,8 @@ SMALL = [
 ADVISED = {
     "char": "--input=own.txt --tokenizer=char '--name=my own'",
     "subwords": "--input=own.txt --vocab_size=320 --name=own",
-    "pairs": "--input=pairs.tsv --vocab_size=320 --name=own",
-    "long pairs": "--input=pairs.tsv --tokenizer=char --max_pair_tokens=200 --name=own",
+    "pairs": "--input=pairs.tsv --vocab_size=320 --val_fraction=0.1 --name=own",
+    "long pairs": "--input=pairs.tsv --tokenizer=char --max_pair_tokens=200 --val_fraction=0.1 --name=own",
     "long pairs of a data set with a config": "translate_de_en --tokenizer=char",
     "tokens of a run": "--input=own.txt --tokenizer=out/run --name=own",
     "tokens of a checkpoint": "--input=own.txt --tokenizer=out/run/ckpt.pt --name=own",

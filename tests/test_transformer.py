@@ -110,20 +110,6 @@ def test_with_equal_weights_the_outputs_are_those_of_torchs_transformer(block, l
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_original_transformer_scales_its_shared_embedding_by_the_square_root_of_n_embd():
-    model = random_model(position="sinusoidal")
-    inputs = []
-    for stack in (model.encoder, model.decoder):
-        stack.blocks[0].register_forward_pre_hook(
-            lambda block, args: inputs.append(args[0])
-        )
-    source, idx = tokens(2, 6), tokens(2, 4, seed=1)
-    model(idx, source=source)
-    for ids, x in zip((source, idx), inputs, strict=True):
-        sinusoids = model.encoder.position.sinusoids[: ids.shape[1]]
-        torch.testing.assert_close(x, model.lm_head.weight[ids] * 32**0.5 + sinusoids)
-
-
 # --------------------------------------------------------------------------------------
 # Every variant
 

@@ -44,7 +44,7 @@ Guten Morgen!|Good morning!
 Gute Nacht!|Good night!
 Bis morgen!|See you tomorrow!
 Vielen Dank!|Thank you very much!
-Heute regnet es.|It is raining today.
+Heute regnet es!|It is raining today!
 Morgen scheint die Sonne.|The sun will shine tomorrow.
 Der Zug ist spät.|The train is late.
 Der Bus fährt um neun.|The bus leaves at nine.

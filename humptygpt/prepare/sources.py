@@ -22,7 +22,7 @@ from humptygpt.files import whole
 from humptygpt.prepare.corpus import draw
 from humptygpt.prepare.documents import write_if_changed
 from humptygpt.prepare.download import download, package
-from humptygpt.translation.pairs import PairFiles, normalised, read_aligned
+from humptygpt.translation.pairs import PairFiles, normalised, read_pairs
 
 DOWNLOADS = Path("data/downloads")
 
@@ -273,7 +273,7 @@ def everyday_de_en(config) -> tuple[PairFiles, str]:
     if not archive.exists():
         archive = fetch_tatoeba(config.name)
     components = UnionFind()
-    for pair in read_aligned(*captions[0][1], "strict"):
+    for pair in read_pairs(captions[0][1], "strict"):
         components.union("captions", *pair.texts)  # a single component, used for training
     pairs = read_tatoeba(archive)
     for pair in pairs:

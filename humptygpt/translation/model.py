@@ -22,26 +22,14 @@ from model import (
     Shared,
     Stack,
     attend,
-    attention_mask,
 )
-
-IN_THE_CACHE: Context = (None, (None, False))  # the keys and values are in the cache
-
-
-class CrossLayerCache(LayerCache):
-    """Also holds the keys and values of the source, each (B, H, S, D)."""
-
-    source_k: Tensor
-    source_v: Tensor
 
 
 class CrossAttention(SelfAttention):
     """Queries come from the target, keys and values from the source. Their positions are unrelated."""
 
-    def forward(
-        self, x: Tensor, shared: Shared, cache: CrossLayerCache | None = None
-    ) -> Tensor:
-        """x: (B, T, C). Returns (B, T, C)."""
+    def forward(self, x: Tensor, shared: Shared, cache: LayerCache | None = None) -> Tensor:
+        """x: (B, T, C). cache: from Transformer.make_cache(). Returns (B, T, C)."""
         context, mask = shared.context
         q = self.heads(self.q_proj(x))
         if self.qk_norm:
@@ -73,27 +61,9 @@ class Cross:
         return [attention, (norm, self.cross_attn), *rest]
 
 
-class CrossPreNormBlock(Cross, BLOCKS["pre_norm"]):
-    pass
-
-
-class CrossPostNormBlock(Cross, BLOCKS["post_norm"]):
-    pass
-
-
-class CrossPlainBlock(Cross, BLOCKS["plain"]):
-    pass
-
-
-class CrossParallelBlock(Cross, BLOCKS["parallel"]):
-    pass
-
-
 CROSS_BLOCKS = {
-    "pre_norm": CrossPreNormBlock,
-    "post_norm": CrossPostNormBlock,
-    "plain": CrossPlainBlock,
-    "parallel": CrossParallelBlock,
+    name: type(f"Cross{block.__name__}", (Cross, block), {})
+    for name, block in BLOCKS.items()
 }
 
 
@@ -119,27 +89,30 @@ class Transformer(GPT):
         idx: (B, T) token ids of the target so far, which follow those in the cache; the first is end-of-text. targets:
         (B, T); targets of -1 are ignored. Returns logits and loss as GPT does.
         """
-        context = IN_THE_CACHE if cache else self.encode(source)
+        # with a cache, cross-attention finds the keys and values of the source there, and they need no mask
+        context = (None, (None, False)) if cache else self.encode(source)
         logits = self.head(self.decoder(self.wte(idx), cache, context=context))
         return logits, None if targets is None else self.loss(logits, targets)
 
     def next_logits(self, idx: Tensor, cache: Cache) -> Tensor:
         """Compute the logits (B, V) of the token that follows idx."""
-        return self.head(self.decoder(self.wte(idx), cache, context=IN_THE_CACHE)[:, -1])
+        logits, _ = self(idx, cache=cache)
+        return logits[:, -1]
 
     def encode(self, source: Tensor) -> Context:
         """Run the encoder on a source, as in forward(). Returns the output, (B, S, C), and the padding mask."""
         padding = source < 0
-        distance = torch.ones_like(source[:1])  # never 0, the distance of a token to itself
-        mask = attention_mask(distance, causal=False, padding=padding)
-        return self.encoder(self.wte(source.clamp(min=0)), padding=padding), mask
+        mask = torch.where(padding[:, None, None, :], -torch.inf, 0.0)  # (B, 1, 1, S)
+        x = self.encoder(self.wte(source.clamp(min=0)), padding=padding)
+        return x, (mask, False)
 
     def make_cache(self, source: Tensor) -> Cache:
-        """Make a cache that holds the sources, (B, S), all of one length, with room for block_size target tokens."""
-        assert (source >= 0).all(), "sources must be equally long"
+        """Make a cache for up to block_size target tokens. source: (B, S), without padding.
+
+        The cache of each block also holds the keys and values of the source, each (B, H, S, D).
+        """
         context, _ = self.encode(source)
-        cache = Cache(self.config.n_layer, self.config.block_size)
-        cache.layers = [CrossLayerCache(cache.size) for _ in cache.layers]
+        cache = super().make_cache()
         for block, layer in zip(self.decoder.blocks, cache.layers, strict=True):
             layer.source_k, layer.source_v = block.cross_attn.keys_and_values(context)
         return cache

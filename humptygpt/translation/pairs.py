@@ -5,7 +5,6 @@ target, source, target. Pairs unsuitable for training are dropped and reported. 
 every pair that has both sides, so that scores on it stay comparable.
 """
 
-import math
 import re
 import unicodedata
 from collections import Counter
@@ -23,13 +22,12 @@ from humptygpt.prepare.documents import SKIP_HINT, file_size, read_text_lines
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
 SLACK = 8  # tokens by which one side may always be longer, as in "Stop!" and "Halt, stehen bleiben!"
-DROPPED = {  # {reason: how the summary describes it}
+DROPPED = {  # {reason to drop a pair: how the summary describes it}
     "too_long": "longer than {max_pair_tokens} tokens",
     "empty": "empty on one side",
     "lopsided": f"with a side longer than {{max_pair_ratio:g}} times the other plus {SLACK} tokens",
     "held_out": "held out",
 }
-
 LINE_RULE = "each line must be SOURCE, one tab, TARGET"
 # (split, (TSV file,) or (source file, target file)); split None: each pair's split is drawn
 PairFiles = list[tuple[str | None, tuple[Path, ...]]]
@@ -39,6 +37,7 @@ class Pair(NamedTuple):
     source: str
     target: str
     read: int  # bytes of the files read so far
+    dropped: str = ""  # a key of DROPPED if the pair is left out; its texts are then empty
 
     @property
     def texts(self) -> tuple[str, str]:
@@ -62,10 +61,8 @@ class Pairs:
         self.files = files
         self.source = source
         self.paths = [path for _, paths in files for path in paths]
-        if config.held_out is not None:
-            self.paths.append(Path(config.held_out))
         self.sizes = [sum(map(file_size, paths)) for _, paths in files]
-        # indices of the files that the user gave as validation or test split
+        # indices of the files that were given as validation or test split
         self.given = [n for n, (split, _) in enumerate(files) if split in ("val", "test")]
         with_test = config.test_fraction or self.given
         self.splits = ("train", "val", "test") if with_test else ("train", "val")
@@ -73,94 +70,64 @@ class Pairs:
         self.encoder = partial(
             encode_pairs, cleaned, config.max_pair_tokens, config.max_pair_ratio
         )
-        self.held_out = self.read_held_out()
-        self.left_out = Counter()  # {reason: number of pairs}
-        self.val_below, self.test_below = self.survey()
-
-    def survey(self) -> tuple[float, float]:
-        """Count the pairs to leave out. Returns the upper limits of draws for validation and for test.
-
-        With few pairs, these limits are raised to include the next draws, so that three different sources are enough
-        for three splits. Also sets text_size, in bytes of UTF-8.
-        """
-        val = self.config.val_fraction
-        test = self.config.test_fraction
-        any_val = False
-        above = []  # the two lowest draws that are not below val
-        self.text_size = 0
-        for position, pair in read_from(self, "checking the pairs"):
-            if reason := self.why_left_out(pair, position.file):
-                self.left_out[reason] += 1
-                continue
-            self.text_size += len("".join(pair.texts).encode())
-            drawn = draw(pair.source)
-            if drawn < val:
-                any_val = True
-            else:
-                above = sorted({drawn, *above})[:2]
+        self.held_out = set()
+        if config.held_out is not None:
+            self.paths.append(Path(config.held_out))
+            self.held_out = self.read_held_out()
+        pairs = read_from(self, "checking the pairs")
+        self.text_size = sum(len("".join(pair.texts).encode()) for _, pair in pairs)
         if not self.text_size:
-            left_out = f"left out: {dict(self.left_out)}"
-            raise UserError(f"{self.source} has no pairs; {LINE_RULE}; {left_out}")
-        just_above = [math.nextafter(drawn, 1) for drawn in above]
-        val_below = val if any_val else just_above.pop(0)
-        test_below = max([val + test, *just_above[:1]]) if test else val_below
-        return val_below, test_below
+            raise UserError(f"{self.source} has no pairs; {LINE_RULE}")
 
     def read_held_out(self) -> set[str]:
-        """Collect the normalised sentences to exclude from training. Without the key held_out, there are none.
+        """Collect the normalised sentences to exclude from training.
 
-        They are the sentences in that file, the sources of given validation and test splits, and everything connected
-        to them by pairs: their translations, other translations of those, and so on.
+        They are the sentences in the file held_out, the sources of given validation and test splits, and everything
+        connected to them by pairs: their translations, other translations of those, and so on.
         """
-        if self.config.held_out is None:
-            return set()
         lines = read_text_lines(Path(self.config.held_out), self.config.encoding_errors)
         held_out = {normalised(line.partition("\t")[0]) for line, _ in lines}
-        for pair in chain.from_iterable(map(self.read, self.given)):
-            held_out.add(normalised(pair.source))
+        given = chain.from_iterable(map(self.read, self.given))
+        held_out.update(normalised(pair.source) for pair in given)
         held_out.discard("")
-        drawn = [number for number in range(len(self.files)) if number not in self.given]
+        others = [number for number in range(len(self.files)) if number not in self.given]
         before = 0
         while len(held_out) > before:
             before = len(held_out)
-            for pair in chain.from_iterable(map(self.read, drawn)):
+            for pair in chain.from_iterable(map(self.read, others)):
                 texts = set(map(normalised, pair.texts)) - {""}
                 if texts & held_out:
                     held_out |= texts
         return held_out
 
-    def why_left_out(self, pair: Pair, number: int) -> str:
-        """Explain why a pair of a file is left out, or return "". A given split loses only empty pairs."""
-        if not all(pair.texts):
-            return "empty"
-        if not self.held_out or number in self.given:
-            return ""
-        return "" if self.held_out.isdisjoint(map(normalised, pair.texts)) else "held_out"
-
     def read(self, number: int) -> Iterator[Pair]:
-        """Read one pair per line from self.files[number]. A pair may be empty."""
+        """Read one pair per line from self.files[number]. A pair that is left out is empty and says why."""
+        config = self.config
+        held_out = set() if number in self.given else self.held_out
         _, paths = self.files[number]
-        if len(paths) == 1:
-            return read_tsv(
-                paths[0], self.config.encoding_errors, self.config.skip_bad_lines
-            )
-        return read_aligned(*paths, self.config.encoding_errors)
+        for pair in read_pairs(paths, config.encoding_errors, config.skip_bad_lines):
+            if not all(pair.texts):
+                yield Pair("", "", pair.read, "empty")
+            elif held_out and not held_out.isdisjoint(map(normalised, pair.texts)):
+                yield Pair("", "", pair.read, "held_out")
+            else:
+                yield pair
 
     def assign(self, pair: Pair, number: int) -> list[tuple[str, Pair]]:
-        """Return [(split, pair)] for a pair from self.files[number], or [] if it is left out."""
-        if self.why_left_out(pair, number):
-            return []
+        """Return [(split, pair)] for a pair from self.files[number]."""
         if given := self.files[number][0]:
             return [(given, pair)]
         drawn = draw(pair.source)
-        if drawn < self.val_below:
+        val_fraction = self.config.val_fraction
+        if drawn < val_fraction:
             return [("val", pair)]
-        return [("test" if drawn < self.test_below else "train", pair)]
+        in_test = drawn < val_fraction + self.config.test_fraction
+        return [("test" if in_test else "train", pair)]
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
         """Entries of meta.json for pairs only. first_text: the start of the training split."""
         sides = first_text.split(END_OF_TEXT)[:-1]
-        dropped = sum(splits.values(), self.left_out)
+        dropped = sum(splits.values(), Counter())
         return {
             "longest": max(counted["longest"] for counted in splits.values()),
             "dropped": {why: dropped[why] for why in DROPPED},
@@ -186,39 +153,33 @@ class Pairs:
 # Files -> pairs
 
 
-def clean(text: str) -> str:
-    """Trim the text, and collapse each run of whitespace into one space."""
-    return " ".join(text.split())
-
-
 def normalised(text: str) -> str:
     """Reduce a text to its words: texts that differ only in case, punctuation or whitespace become identical."""
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text.casefold())))
 
 
-def read_tsv(path: Path, errors: str, skip_bad_lines: bool = False) -> Iterator[Pair]:
-    """Read lines of SOURCE, a tab, TARGET. A blank line is an empty pair; with skip_bad_lines, so is a bad line."""
-    for number, (line, read) in enumerate(read_text_lines(path, errors), start=1):
-        sides = line.split("\t")
-        if len(sides) != 2:
-            if line.strip() and not skip_bad_lines:
-                bad = f"{path}, line {number:,} has {len(sides) - 1:,} tabs"
-                raise UserError(f"{bad}; {LINE_RULE}; {SKIP_HINT}")
-            sides = ("", "")
-        yield Pair(*map(clean, sides), read)
+def read_pairs(
+    paths: tuple[Path, ...], errors: str, skip_bad_lines: bool = False
+) -> Iterator[Pair]:
+    """Read one pair per line from a TSV file, or from two aligned files. White space is trimmed and collapsed.
 
-
-def read_aligned(source: Path, target: Path, errors: str) -> Iterator[Pair]:
-    """Read pairs from two files with one sentence per line. Raises UserError if one file has more lines."""
-    lines = zip_longest(read_text_lines(source, errors), read_text_lines(target, errors))
-    for both in lines:
-        if None in both:
+    A blank line of a TSV file is an empty pair; with skip_bad_lines, so is a line that does not have exactly one tab.
+    """
+    files = (read_text_lines(path, errors) for path in paths)
+    for number, lines in enumerate(zip_longest(*files), start=1):
+        if None in lines:
             rule = "each line must translate the same line in the other file"
             raise UserError(
-                f"{source} and {target} differ in their number of lines; {rule}"
+                f"{paths[0]} and {paths[1]} differ in their number of lines; {rule}"
             )
-        (source_line, read), (target_line, also_read) = both
-        yield Pair(clean(source_line), clean(target_line), read + also_read)
+        texts, read = zip(*lines, strict=True)
+        sides = texts if len(paths) == 2 else texts[0].split("\t")
+        if len(sides) != 2:
+            if texts[0].strip() and not skip_bad_lines:
+                bad = f"{paths[0]}, line {number:,} has {len(sides) - 1:,} tabs"
+                raise UserError(f"{bad}; {LINE_RULE}; {SKIP_HINT}")
+            sides = ("", "")
+        yield Pair(*(" ".join(side.split()) for side in sides), sum(read))
 
 
 # --------------------------------------------------------------------------------------
@@ -244,16 +205,19 @@ def encode_pairs(
     for pair, *both in zip(pairs, sides, sides, strict=True):
         source, target = (np.append(side, tokenizer.eot) for side in both)
         shorter, longer = sorted((len(source), len(target)))
-        if split in cleaned and longer > max_tokens:
+        if pair.dropped:
+            counted[pair.dropped] += 1
+        elif split in cleaned and longer > max_tokens:
             counted["too_long"] += 1
         elif split in cleaned and longer > max_ratio * shorter + SLACK:
             counted["lopsided"] += 1
         else:
             ids += [source, target]
+            text = pair.source + pair.target
             counted.update(
                 pairs=1,
-                characters=len(pair.source + pair.target),
-                bytes=len((pair.source + pair.target).encode()),
+                characters=len(text),
+                bytes=len(text.encode()),
                 target_bytes=len(pair.target.encode()),
                 target_tokens=len(target),
             )

@@ -3,18 +3,22 @@
 from torch import nn
 
 from humptygpt.tasks import Score, Task
-from humptygpt.translation.beams import NUM_BEAMS, score, translate
+from humptygpt.translation.beams import translate
 from humptygpt.translation.data import PairDataset
+
+NUM_BEAMS = 4  # for the score
 
 
 def translate_examples(model: nn.Module, dataset: PairDataset) -> str:
-    """Translate three sentences of the validation split greedily, and show each with its reference."""
+    """Translate up to three sentences of the validation split greedily, and show each with its reference."""
     tokenizer = dataset.tokenizer
-    examples = dataset.texts("val", 3)
-    sources = [source for source, _ in examples]
-    translations = translate(model, sources, tokenizer.eot, tokenizer.vocab_size)
+    third = len(dataset.pairs["val"]) // 3 + 1
+    sources, references = zip(*dataset.texts("val", third), strict=True)
     lines = []
-    for (source, reference), translation in zip(examples, translations, strict=True):
+    translations = translate(model, tokenizer, sources)
+    for source, reference, translation in zip(
+        sources, references, translations, strict=True
+    ):
         lines += [
             f"    {tokenizer.decode(source[:-1])}",
             f"  = {reference}",
@@ -24,22 +28,31 @@ def translate_examples(model: nn.Module, dataset: PairDataset) -> str:
 
 
 def score_translations(model: nn.Module, dataset: PairDataset) -> Score:
-    """Compute BLEU and chrF on the test split, or on the validation split if there is none."""
+    """Score translations of the test split, or of the validation split if there is none."""
     split = "test" if "test" in dataset.pairs else "val"
     tokenizer = dataset.tokenizer
-    pairs = dataset.texts(split)
-    sources = [source for source, _ in pairs]
-    references = [reference for _, reference in pairs]
-    beams = translate(
-        model, sources, tokenizer.eot, tokenizer.vocab_size, num_beams=NUM_BEAMS
-    )
-    scores = score([tokenizer.decode(beam.ids) for beam in beams], references)
-    text = (
-        f"\n{len(pairs):,} pairs of the {split} split, beams: {NUM_BEAMS}\n"
-        f"  BLEU {scores['bleu']:5.2f}   {scores['bleu_signature']}\n"
-        f"  chrF {scores['chrf']:5.2f}   {scores['chrf_signature']}"
-    )
-    return Score(text, {"test_bleu": scores["bleu"], "test_chrf": scores["chrf"]})
+    sources, references = zip(*dataset.texts(split), strict=True)
+    found = translate(model, tokenizer, sources, num_beams=NUM_BEAMS)
+    text, metrics = score([tokenizer.decode(x.ids) for x in found], references)
+    title = f"\n{len(sources):,} pairs of the {split} split, beams: {NUM_BEAMS}"
+    return Score(title + text, metrics)
+
+
+def score(translations: list[str], references: list[str]) -> Score:
+    """Compute BLEU and chrF, both from 0 to 100. sacrebleu's signatures record how they were computed.
+
+    Source: Papineni et al. 2002, "BLEU: a method for automatic evaluation of machine translation"; Popovic 2015, "chrF:
+    character n-gram F-score for automatic MT evaluation"; Post 2018, arXiv:1804.08771.
+    """
+    from sacrebleu.metrics import BLEU, CHRF
+
+    text = ""
+    metrics = {}
+    for name, metric in (("BLEU", BLEU()), ("chrF", CHRF())):
+        value = metric.corpus_score(translations, [references]).score
+        text += f"\n  {name} {value:5.2f}   {metric.get_signature()}"
+        metrics[f"test_{name.lower()}"] = value
+    return Score(text, metrics)
 
 
 TRANSLATION = Task(
