@@ -5,7 +5,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from humptygpt.config import UserError
 from humptygpt.tokenizers import Tokenizer
@@ -32,7 +31,6 @@ def translate(
         )
     device = next(model.parameters()).device
     translations = {}
-    bar = tqdm(total=len(sources), unit="sentences", delay=2, disable=None)
     for length in sorted(set(map(len, sources))):
         numbers = [number for number, ids in enumerate(sources) if len(ids) == length]
         for first in range(0, len(numbers), BATCH):
@@ -42,7 +40,6 @@ def translate(
                 model, source.to(device), tokenizer.eot, tokenizer.vocab_size, **settings
             )
             translations.update(zip(batch, found, strict=True))
-            bar.update(len(batch))
     return [translations[number] for number in range(len(sources))]
 
 

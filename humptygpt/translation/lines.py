@@ -4,26 +4,39 @@ from collections.abc import Iterator
 
 import numpy as np
 from torch import nn
+from tqdm import tqdm
 
 from humptygpt.config import note
 from humptygpt.tokenizers import Tokenizer
 from humptygpt.translation import beams
+
+AT_ONCE = 500  # lines translated together, before the first is returned
 
 
 def translate_lines(
     model: nn.Module, tokenizer: Tokenizer, lines: list[str], **search
 ) -> Iterator[str]:
     """Translate each line; empty lines stay empty. search: keyword arguments for beam_search()."""
+    firsts = range(0, len(lines), AT_ONCE)
+    for first in tqdm(firsts, unit=f"{AT_ONCE} lines", delay=2, disable=None):
+        batch = lines[first : first + AT_ONCE]
+        yield from translate_batch(model, tokenizer, batch, first + 1, **search)
+
+
+def translate_batch(
+    model: nn.Module, tokenizer: Tokenizer, lines: list[str], first: int, **search
+) -> Iterator[str]:
+    """Translate lines together. first: number of the first line, for notes."""
     room = model.config.block_size - 1  # the last token of a source is end-of-text
     sources = tokenizer.encode_batch(" ".join(line.split()) for line in lines)
-    for number, ids in enumerate(sources, start=1):
+    for number, ids in enumerate(sources, start=first):
         if len(ids) > room:
             note(
                 f"line {number:,} has {len(ids):,} tokens; only the first {room:,} are read"
             )
     cut = [np.append(ids[:room], tokenizer.eot) for ids in sources if len(ids)]
     translations = iter(beams.translate(model, tokenizer, cut, **search))
-    for number, ids in enumerate(sources, start=1):
+    for number, ids in enumerate(sources, start=first):
         if not len(ids):
             yield ""
             continue
