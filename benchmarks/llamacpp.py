@@ -39,7 +39,7 @@ def write_random_gguf(path: Path, config: ModelConfig, dtype: str) -> None:
         "architectures": ["GPT2LMHeadModel"],
         "n_inner": 4 * config.n_embd,
     }
-    write_gguf(path, content, weights, vocabulary, dtype, about={})
+    write_gguf(path, "random", content, weights, vocabulary, dtype)
 
 
 class LlamaCppGenerator(Generator):

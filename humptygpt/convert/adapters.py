@@ -11,7 +11,7 @@ from torch import nn
 from humptygpt.config import UserError
 from humptygpt.convert.families import FAMILIES
 from humptygpt.convert.huggingface import find_family, layer_names, write_files
-from humptygpt.convert.weight_files import Weights, check_tensor, open_weights, reading
+from humptygpt.convert.weight_files import check_shapes, open_weights, reading
 from humptygpt.finetune.lora import adapted
 from humptygpt.schema import parse_json
 from model import ModelConfig
@@ -26,21 +26,13 @@ SCHEMA = {
     "use_rslora?": (bool, None),
     "alpha_pattern?": ({str: float}, None),
 }
-# PEFT settings that make an adapter more than plain LoRA
-VARIANTS = [
-    "use_dora",
-    "use_qalora",
-    "lora_bias",
-    "modules_to_save",
-    "alora_invocation_tokens",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "kasa_config",
-    "use_bdlora",
-]
-# values of init_lora_weights that leave the base model unchanged; the others modify its weights
-STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+# PEFT's settings with the values that make plain LoRA; others that change more are noticed by their weights
+PLAIN = {
+    "use_dora": (None, False),
+    "alora_invocation_tokens": (None,),
+    # the other values change the base model
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
+}
 
 
 def adapter_names(
@@ -86,11 +78,10 @@ def write_adapter(model: nn.Module, training, folder: Path) -> None:
         ]
         weights[f"{PREFIX}{theirs}.lora_A.weight"] = A
         weights[f"{PREFIX}{theirs}.lora_B.weight"] = torch.block_diag(*B)
-        targets.add(re.split(r"\.\d+\.", theirs)[-1])
-        if len(present) > 1:
-            kind = theirs.rpartition(".")[2]
-            ranks[kind] = training.lora_rank * len(present)
-            alphas[kind] = training.lora_alpha * len(present)
+        kind = re.split(r"\.\d+\.", theirs)[-1]
+        targets.add(kind)
+        ranks[kind] = training.lora_rank * len(present)
+        alphas[kind] = training.lora_alpha * len(present)
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -98,9 +89,8 @@ def write_adapter(model: nn.Module, training, folder: Path) -> None:
         "r": training.lora_rank,
         "lora_alpha": training.lora_alpha,
         "target_modules": sorted(targets),
-        "fan_in_fan_out": any(
-            ".c_" in name for name in targets
-        ),  # matrices in transformers' GPT-2 are (inputs, outputs)
+        # matrices in transformers' GPT-2 are (inputs, outputs)
+        "fan_in_fan_out": any(".c_" in name for name in targets),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
     }
@@ -116,70 +106,51 @@ def read_config(folder: Path) -> dict:
     """Read adapter_config.json. Raises UserError if it is damaged or describes more than plain LoRA."""
     with reading(f"the adapter in {folder}"):
         config = parse_json((folder / CONFIG).read_bytes(), SCHEMA)
-        for key in VARIANTS:
-            if config.get(key):
-                raise ValueError(
-                    f"{key}={config[key]} is not supported; only plain LoRA is"
-                )
-        if (start := config.get("init_lora_weights")) not in STARTS:
-            raise ValueError(
-                f"init_lora_weights={start} changes the base model; convert the adapter to plain LoRA"
-            )
+        for key, values in PLAIN.items():
+            if (value := config.get(key)) not in values:
+                raise ValueError(f"{key}={value} is not supported; only plain LoRA is")
         return config
 
 
-def merge_adapter(folder: Path, config: ModelConfig, weights: Weights) -> Weights:
-    """Merge an adapter into its base model. Raises UserError.
-
-    config, weights: the config and state dict of the base model. Returns the merged state dict.
-    """
+@torch.no_grad()
+def merge_adapter(folder: Path, model: nn.Module) -> None:
+    """Change each W of a base model that the adapter names into W + scale * B A. Raises UserError."""
     adapter = read_config(folder)
+    layers = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    ]
     with reading(f"the adapter in {folder}"):
-        return weights | changed_weights(
-            open_weights(folder, WEIGHTS), adapter, config, weights
-        )
+        stored = open_weights(folder, WEIGHTS)
+        for theirs, ours in adapter_names(model.config, layers):
+            names = [f"{PREFIX}{theirs}.lora_{part}.weight" for part in "AB"]
+            tied = theirs == "lm_head" and model.config.tie_weights
+            if tied or not stored.keys() >= set(names):
+                continue
+            pair = {name: stored.pop(name).float() for name in names}
+            A, B = pair.values()
+            own = [model.get_submodule(name).weight for name in ours]
+            sizes = [len(W) for W in own]
+            rank = max(1, A.shape[:1].numel())
+            inputs = own[0].shape[1]
+            check_shapes(pair, {names[0]: (rank, inputs), names[1]: (sum(sizes), rank)})
+            updates = (scale(theirs, adapter, rank) * (B @ A)).split(sizes)
+            for W, update in zip(own, updates, strict=True):
+                W += update
+        if stored:
+            raise ValueError(
+                f"the weight {min(stored)} is unknown, or its counterpart (lora_A or lora_B) is missing"
+            )
 
 
-def changed_weights(
-    stored: Weights, adapter: dict, config: ModelConfig, weights: Weights
-) -> Weights:
-    """Compute W + scale * B A for each W that the adapter changes, under our names. stored: the adapter's tensors."""
-    layers = [name.removesuffix(".weight") for name, W in weights.items() if W.dim() == 2]
-    changed = {}
-    for theirs, ours in adapter_names(config, layers):
-        names = [f"{PREFIX}{theirs}.lora_{part}.weight" for part in "AB"]
-        if not stored.keys() >= set(names):
-            continue
-        if config.tie_weights and theirs == "lm_head":
-            raise ValueError("it changes lm_head, which is tied to the embedding")
-        A, B = (stored.pop(name) for name in names)
-        own = [weights[f"{name}.weight"] for name in ours]
-        sizes = [len(W) for W in own]
-        rank = max(1, len(A)) if A.dim() else 1
-        check_tensor(names[0], A, (rank, own[0].shape[1]))
-        check_tensor(names[1], B, (sum(sizes), rank))
-        scale = alpha(theirs, adapter) / (
-            math.sqrt(rank) if adapter.get("use_rslora") else rank
-        )
-        updates = (scale * (B.float() @ A.float())).split(sizes)
-        for name, W, update in zip(ours, own, updates, strict=True):
-            changed[f"{name}.weight"] = W + update
-    if stored:
-        raise ValueError(
-            f"the weight {min(stored)} is unknown, or its counterpart (lora_A or lora_B) is missing"
-        )
-    if not changed:
-        raise ValueError("it has no weights")
-    return changed
-
-
-def alpha(layer: str, adapter: dict) -> float:
-    """Look up the lora_alpha of a layer. PEFT allows any regex in alpha_pattern; here only names and suffixes work."""
+def scale(layer: str, adapter: dict, rank: int) -> float:
+    """Compute alpha / rank for a layer. PEFT allows any regex in alpha_pattern; here only names and suffixes work."""
+    alpha = adapter["lora_alpha"]
     for pattern, value in (adapter.get("alpha_pattern") or {}).items():
-        if not re.fullmatch(r"\^?[\w.]+", pattern):
+        if not re.fullmatch(r"[\w.]+", pattern):
             raise ValueError(
                 f"alpha_pattern has the regular expression {pattern!r}; only layer names are supported"
             )
-        if layer == pattern.removeprefix("^") or layer.endswith(f".{pattern}"):
-            return value
-    return adapter["lora_alpha"]
+        if f".{layer}".endswith(f".{pattern}"):
+            alpha = value
+            break
+    return alpha / (math.sqrt(rank) if adapter.get("use_rslora") else rank)

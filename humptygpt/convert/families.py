@@ -16,10 +16,8 @@ WITHOUT = {"mlp_conv": 0, "qk_norm": False, "init": "gpt2"}
 ACTIVATION_NAMES = {  # transformers' name: our name; export writes the first match
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
     "gelu": "gelu",
     "silu": "silu",
-    "swish": "silu",
     "relu": "relu",
     "relu2": "relu_squared",
 }
@@ -33,14 +31,12 @@ class Family(NamedTuple):
     prefix: str
     settings: dict[str, str]  # key of config.json: key of ModelConfig
     defaults: dict[str, object]  # default values of keys that config.json may omit
-    supported: dict[str, object]  # more keys of config.json and their only supported value
     fixed: dict[str, object]  # our settings that all models of the family share
     # layer in transformers: our layers, concatenated if there are several; # stands for the index of the block
-    weights: dict[str, list[str]]
+    weights: dict[str, str]
     transposed: bool  # whether the matrices in blocks are (inputs, outputs), unlike ours
     # regular expression for the names of buffers, which older files also contain
     no_weights: str
-    dropouts: list[str]  # dropout keys of config.json
     preset: str  # a config file of ours that describes a model of this family
 
 
@@ -64,11 +60,6 @@ GPT2 = Family(
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": True,
     },
-    supported={
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-    },
     fixed=WITHOUT
     | {
         "position": "learned",
@@ -79,22 +70,21 @@ GPT2 = Family(
         "mlp_bias": None,
     },
     weights={
-        "transformer.wte": ["wte"],
-        "transformer.wpe": ["stack.position.wpe"],
-        "transformer.h.#.ln_1": ["stack.blocks.#.attn_norm"],
-        "transformer.h.#.attn.c_attn": [
-            f"stack.blocks.#.attn.{part}_proj" for part in "qkv"
-        ],
-        "transformer.h.#.attn.c_proj": ["stack.blocks.#.attn.o_proj"],
-        "transformer.h.#.ln_2": ["stack.blocks.#.mlp_norm"],
-        "transformer.h.#.mlp.c_fc": ["stack.blocks.#.mlp.up_proj"],
-        "transformer.h.#.mlp.c_proj": ["stack.blocks.#.mlp.down_proj"],
-        "transformer.ln_f": ["stack.norm"],
-        "lm_head": ["lm_head"],
+        "transformer.wte": "wte",
+        "transformer.wpe": "stack.position.wpe",
+        "transformer.h.#.ln_1": "stack.blocks.#.attn_norm",
+        "transformer.h.#.attn.c_attn": (
+            "stack.blocks.#.attn.q_proj stack.blocks.#.attn.k_proj stack.blocks.#.attn.v_proj"
+        ),
+        "transformer.h.#.attn.c_proj": "stack.blocks.#.attn.o_proj",
+        "transformer.h.#.ln_2": "stack.blocks.#.mlp_norm",
+        "transformer.h.#.mlp.c_fc": "stack.blocks.#.mlp.up_proj",
+        "transformer.h.#.mlp.c_proj": "stack.blocks.#.mlp.down_proj",
+        "transformer.ln_f": "stack.norm",
+        "lm_head": "lm_head",
     },
     transposed=True,
     no_weights=r"transformer\.h\.\d+\.attn\.(masked_)?bias",
-    dropouts=["embd_pdrop", "attn_pdrop", "resid_pdrop"],
     preset="config/gpt2_124m.py",
 )
 LLAMA = Family(
@@ -126,25 +116,23 @@ LLAMA = Family(
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
     },
-    supported={"partial_rotary_factor": 1},
     fixed=WITHOUT | {"position": "rotary", "norm": "rmsnorm", "mlp": "gated"},
     weights={
-        "model.embed_tokens": ["wte"],
-        "model.layers.#.input_layernorm": ["stack.blocks.#.attn_norm"],
-        "model.layers.#.self_attn.q_proj": ["stack.blocks.#.attn.q_proj"],
-        "model.layers.#.self_attn.k_proj": ["stack.blocks.#.attn.k_proj"],
-        "model.layers.#.self_attn.v_proj": ["stack.blocks.#.attn.v_proj"],
-        "model.layers.#.self_attn.o_proj": ["stack.blocks.#.attn.o_proj"],
-        "model.layers.#.post_attention_layernorm": ["stack.blocks.#.mlp_norm"],
-        "model.layers.#.mlp.gate_proj": ["stack.blocks.#.mlp.gate_proj"],
-        "model.layers.#.mlp.up_proj": ["stack.blocks.#.mlp.up_proj"],
-        "model.layers.#.mlp.down_proj": ["stack.blocks.#.mlp.down_proj"],
-        "model.norm": ["stack.norm"],
-        "lm_head": ["lm_head"],
+        "model.embed_tokens": "wte",
+        "model.layers.#.input_layernorm": "stack.blocks.#.attn_norm",
+        "model.layers.#.self_attn.q_proj": "stack.blocks.#.attn.q_proj",
+        "model.layers.#.self_attn.k_proj": "stack.blocks.#.attn.k_proj",
+        "model.layers.#.self_attn.v_proj": "stack.blocks.#.attn.v_proj",
+        "model.layers.#.self_attn.o_proj": "stack.blocks.#.attn.o_proj",
+        "model.layers.#.post_attention_layernorm": "stack.blocks.#.mlp_norm",
+        "model.layers.#.mlp.gate_proj": "stack.blocks.#.mlp.gate_proj",
+        "model.layers.#.mlp.up_proj": "stack.blocks.#.mlp.up_proj",
+        "model.layers.#.mlp.down_proj": "stack.blocks.#.mlp.down_proj",
+        "model.norm": "stack.norm",
+        "lm_head": "lm_head",
     },
     transposed=False,
     no_weights=r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
-    dropouts=["attention_dropout"],
     preset="config/shakespeare_char_llama.py",
 )
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA}  # keyed by the model_type in config.json

@@ -11,14 +11,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from torch import Tensor
 
 from humptygpt.config import UserError
-from humptygpt.convert.families import ACTIVATION_NAMES, ROPE_SCALING
-from humptygpt.convert.pretrained import PretrainedTokenizer
+from humptygpt.convert.families import ACTIVATION_NAMES, FAMILIES, ROPE_SCALING
 from humptygpt.convert.weight_files import Weights
-from humptygpt.convert.write_huggingface import build_tokenizer
+from humptygpt.convert.write_huggingface import tokenizer_json
 from humptygpt.tokenizers import (
     BYTE_TOKEN,
     END_OF_TEXT,
@@ -29,33 +28,22 @@ from humptygpt.tokenizers import (
 from model import ModelConfig, llama_scale
 
 DTYPES = {  # the values of --dtype
-    "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "bfloat16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "float32": GGMLQuantizationType.F32,
+    "bfloat16": GGMLQuantizationType.BF16,
+    "q8_0": GGMLQuantizationType.Q8_0,
 }
 ACTIVATIONS = {"gpt2": "gelu_tanh", "llama": "silu"}  # fixed in llama.cpp
-HYPERPARAMETERS = {  # X in GGUFWriter.add_X: key of config.json
-    "gpt2": {
-        "block_count": "n_layer",
-        "context_length": "n_positions",
-        "embedding_length": "n_embd",
-        "feed_forward_length": "n_inner",
-        "head_count": "n_head",
-        "layer_norm_eps": "layer_norm_epsilon",
-    },
-    "llama": {
-        "block_count": "num_hidden_layers",
-        "context_length": "max_position_embeddings",
-        "embedding_length": "hidden_size",
-        "feed_forward_length": "intermediate_size",
-        "head_count": "num_attention_heads",
-        "head_count_kv": "num_key_value_heads",
-        "key_length": "head_dim",
-        "value_length": "head_dim",
-        "rope_dimension_count": "head_dim",
-        "rope_freq_base": "rope_theta",
-        "layer_norm_rms_eps": "rms_norm_eps",
-    },
+EPSILONS = {"gpt2": "add_layer_norm_eps", "llama": "add_layer_norm_rms_eps"}
+HYPERPARAMETERS = {  # X in GGUFWriter.add_X: key of ModelConfig; written if the family has the key
+    "block_count": "n_layer",
+    "context_length": "block_size",
+    "embedding_length": "n_embd",
+    "feed_forward_length": "n_hidden",
+    "head_count": "n_head",
+    "head_count_kv": "n_kv_head",
+    "key_length": "head_size",
+    "value_length": "head_size",
+    "rope_freq_base": "rope_base",
 }
 EMBEDDINGS = ("transformer.wte.weight", "model.embed_tokens.weight", "lm_head.weight")
 # how Llama 3 splits text before byte pairs are merged
@@ -78,14 +66,13 @@ Vocabulary = dict[str, object]  # X in GGUFWriter.add_X: its argument
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     """Describe a tokenizer for GGUF. Raises UserError if none in llama.cpp produces the same tokens."""
-    eot, bos = tokenizer.eot, tokenizer.bos
     if isinstance(tokenizer, CharTokenizer | ByteTokenizer):
         found = without_merges(tokenizer)
-    elif isinstance(tokenizer, PretrainedTokenizer):
-        found = with_merges(tokenizer, json.loads(tokenizer.content))
     else:
-        found = with_merges(tokenizer, json.loads(build_tokenizer(tokenizer).to_str()))
-        eot = tokenizer.pieces.index(END_OF_TEXT.encode())
+        found = with_merges(tokenizer, json.loads(tokenizer_json(tokenizer)))
+    eot, bos, end = tokenizer.eot, tokenizer.bos, END_OF_TEXT.encode()
+    if eot is None and end in tokenizer.pieces:
+        eot = tokenizer.pieces.index(end)
     ends = {"eos_token_id": eot, "bos_token_id": eot if bos is None else bos}
     found |= {name: i for name, i in ends.items() if i is not None}
     return {"add_bos_token": bos is not None, "add_space_prefix": False} | found
@@ -93,7 +80,7 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
 
 def refusal(tokenizer: Tokenizer, why: str) -> UserError:
     return UserError(
-        f"tokenizer={tokenizer.name} cannot be exported as GGUF: {why}; use --format=transformers"
+        f"tokenizer={tokenizer.name} cannot be exported as GGUF: {why}; transformers can: --to=FOLDER"
     )
 
 
@@ -109,23 +96,19 @@ def without_merges(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
     if tokenizer.eot is not None:
         texts = texts[:-1]
         end = [END_OF_TEXT]
-    types = [TokenType.NORMAL] * len(texts) + [TokenType.CONTROL] * len(end)
-    if isinstance(tokenizer, ByteTokenizer) or tokenizer.alphabet.isascii():
-        escaped = ["".join(f"\\x{byte:02x}" for byte in text) for text in texts]
-        return {
-            "tokenizer_model": "rwkv",
-            "token_list": escaped + end,
-            "token_types": types,
-        }
-    if not end or "▁" in tokenizer.alphabet:
+    as_bytes = isinstance(tokenizer, ByteTokenizer) or tokenizer.alphabet.isascii()
+    if as_bytes:
+        tokens = ["".join(f"\\x{byte:02x}" for byte in text) for text in texts]
+    elif not end or "▁" in tokenizer.alphabet:
         why = "in llama.cpp, non-ASCII characters need an end-of-text token, and '▁' stands for a space"
         raise refusal(tokenizer, why)
-    tokens = [char.replace(" ", "▁") for char in tokenizer.alphabet] + end
+    else:
+        tokens = [char.replace(" ", "▁") for char in tokenizer.alphabet]
     return {
-        "tokenizer_model": "llama",
-        "token_list": tokens,
-        "token_types": types,
-        "token_scores": [0.0] * len(tokens),
+        "tokenizer_model": "rwkv" if as_bytes else "llama",
+        "token_list": tokens + end,
+        "token_types": [TokenType.NORMAL] * len(tokens) + [TokenType.CONTROL] * len(end),
+        "token_scores": [0.0] * len(tokens + end),
     }
 
 
@@ -149,18 +132,15 @@ def with_merges(tokenizer: Tokenizer, content: dict) -> Vocabulary:
         tokens[entry["id"]] = entry["content"]
         special = entry["special"]
         types[entry["id"]] = TokenType.CONTROL if special else TokenType.USER_DEFINED
-    pairs = model["merges"]
-    if not model["byte_fallback"]:
-        # llama.cpp requires at least one merge
-        pairs = pairs or [[END_OF_TEXT, END_OF_TEXT]]
+    if split != "default":
         return {
             "tokenizer_model": "gpt2",
             "tokenizer_pre": split,
             "token_list": tokens,
             "token_types": types,
-            "token_merges": [" ".join(pair) for pair in pairs],
+            "token_merges": [" ".join(pair) for pair in model["merges"]],
         }
-    ranks = {a + b: rank for rank, (a, b) in enumerate(pairs)}
+    ranks = {a + b: rank for rank, (a, b) in enumerate(model["merges"])}
     return {
         "tokenizer_model": "llama",
         "token_list": [token.replace(" ", "▁") for token in tokens],
@@ -172,15 +152,12 @@ def with_merges(tokenizer: Tokenizer, content: dict) -> Vocabulary:
 
 def known_split(tokenizer: Tokenizer, content: dict) -> str | None:
     """Find llama.cpp's name for the way a tokenizer.json splits text; None if llama.cpp would give different tokens."""
-    model = content["model"]
     step = content["pre_tokenizer"] or {}
     split = SPLITS.get(tuple(map(split_key, step.get("pretokenizers") or [step])))
-    if not model["byte_fallback"]:
-        known = split == "gpt-2" or (split == "llama-bpe" and model["ignore_merges"])
-        return split if known and not content["normalizer"] else None
-    text = " a  ﬁ "
+    text = " A  ﬁ e\u0301 "  # a normalizer would change it
     same = "".join(tokenizer.decode_stream(tokenizer.encode_rest(text))) == text
-    return split if split == "default" and same else None
+    fits = (split == "default") == content["model"]["byte_fallback"]
+    return split if same and fits else None
 
 
 def split_key(step: dict) -> tuple[str | None, bool | None, bool | None]:
@@ -195,36 +172,36 @@ def split_key(step: dict) -> tuple[str | None, bool | None, bool | None]:
 
 def write_gguf(
     path: Path,
+    name: str,
     content: dict,
     weights: Weights,
     vocabulary: Vocabulary,
     dtype: str,
-    about: dict[str, str],
 ) -> None:
     """Write a GGUF file.
 
-    content, weights: as returned by to_pretrained(). about: name and description. dtype: a key of DTYPES. Vectors and
-    learned positions stay in float32. With q8_0, which packs weights in blocks of 32, so do matrices whose row length
-    is not a multiple of 32. Padding rows of the embedding are left out, because llama.cpp would sample them. Raises
-    UserError if llama.cpp does not support a part of the model, OSError if writing fails.
+    name: the model's. content, weights: as returned by to_pretrained(). dtype: a key of DTYPES. Vectors and learned
+    positions stay in float32. With q8_0, which packs weights in blocks of 32, so do matrices whose row length is not a
+    multiple of 32. Padding rows of the embedding are left out, because llama.cpp would sample them. Raises UserError if
+    llama.cpp does not support a part of the model, OSError if writing fails.
     """
-    check_activation(content)
     architecture = content["model_type"]
+    table = FAMILIES[architecture].settings
+    settings = {ours: content.get(theirs) for theirs, ours in table.items()}
+    check_activation(settings["activation"], ACTIVATIONS[architecture])
     tokens = len(vocabulary["token_list"])
-    hyperparameters = HYPERPARAMETERS[architecture]
     writer = GGUFWriter(path, architecture)
-    for key, value in about.items():
-        writer.add_string(f"general.{key}", value)
-    kind, file_type = DTYPES[dtype]
-    writer.add_file_type(file_type)
-    writer.add_vocab_size(tokens)
-    values = {name: content[key] for name, key in hyperparameters.items()}
+    writer.add_name(name)
+    getattr(writer, EPSILONS[architecture])(settings["norm_eps"])
+    values = {
+        name: settings[key] for name, key in HYPERPARAMETERS.items() if key in settings
+    }
     for name, value in (values | vocabulary).items():
         getattr(writer, f"add_{name}")(value)
-    layers = content[hyperparameters["block_count"]]
+    layers = settings["n_layer"]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], layers)
     for name, tensor in weights.items():
-        tensor = arranged(name, tensor, content)
+        tensor = arranged(name, tensor, settings.get("head_size"))
         if name in EMBEDDINGS:
             tensor = tensor[:tokens]
         exact = (
@@ -232,47 +209,45 @@ def write_gguf(
             or "wpe" in name
             or (dtype == "q8_0" and tensor.shape[-1] % 32)
         )
-        stored = GGMLQuantizationType.F32 if exact else kind
+        stored = GGMLQuantizationType.F32 if exact else DTYPES[dtype]
         array = gguf.quants.quantize(tensor.float().contiguous().numpy(), stored)
         writer.add_tensor(
             names.get_name(name, (".weight", ".bias")), array, raw_dtype=stored
         )
     if "rope_scaling" in content:
-        writer.add_tensor("rope_freqs.weight", rope_factors(content))
+        scaling = {ours: content["rope_scaling"][x] for x, ours in ROPE_SCALING.items()}
+        factors = rope_factors(ModelConfig(**settings | scaling))
+        writer.add_tensor("rope_freqs.weight", factors)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def check_activation(content: dict) -> None:
-    """Raise UserError if llama.cpp would use a different activation."""
-    supported = ACTIVATIONS[content["model_type"]]
-    activation = ACTIVATION_NAMES[
-        content.get("hidden_act") or content["activation_function"]
-    ]
+def check_activation(name: str, supported: str) -> None:
+    """Raise UserError if llama.cpp would use a different activation. name: transformers' name of the model's."""
+    activation = ACTIVATION_NAMES[name]
     if activation != supported:
         raise UserError(
             f"activation={activation} cannot be exported as GGUF; train with --activation={supported}"
         )
 
 
-def arranged(name: str, tensor: Tensor, content: dict) -> Tensor:
+def arranged(name: str, tensor: Tensor, head_size: int | None) -> Tensor:
     """Rearrange a tensor into llama.cpp's layout: (outputs, inputs), with features that rotate together side by side.
 
     In transformers they are D / 2 apart, so the rows of q_proj and k_proj are in a different order.
     """
-    if content["model_type"] == "gpt2":
-        return tensor.T if tensor.dim() == 2 and ".h." in name else tensor
+    if ".h." in name:  # a block of GPT-2
+        return tensor.t()
     if ".q_proj." in name or ".k_proj." in name:
-        halves = tensor.unflatten(0, (-1, 2, content["head_dim"] // 2))
+        halves = tensor.unflatten(0, (-1, 2, head_size // 2))
         return halves.transpose(1, 2).reshape(tensor.shape)
     return tensor
 
 
-def rope_factors(content: dict) -> np.ndarray:
+def rope_factors(config: ModelConfig) -> np.ndarray:
     """Compute the divisor of each rotary frequency: (D / 2,) float32."""
-    D = content["head_dim"]
-    frequency = content["rope_theta"] ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
-    scaling = {ours: content["rope_scaling"][key] for key, ours in ROPE_SCALING.items()}
-    return (1 / llama_scale(frequency, ModelConfig(**scaling))).numpy()
+    D = config.head_size
+    frequency = config.rope_base ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
+    return (1 / llama_scale(frequency, config)).numpy()

@@ -23,8 +23,6 @@ TEXT_FILES = [
     "vocab.json",
     "merges.txt",
     "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
 ]
 WEIGHTS = [  # only the first of these groups that a model has is fetched
     ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],
@@ -48,9 +46,8 @@ def fetch_tokenizer(repo: str) -> Path:
 
 def fetch_model(repo: str) -> Path:
     """Fetch a model and return its folder. Raises UserError, if possible before the weights are downloaded."""
-    from humptygpt.convert.huggingface import (
-        read_config,
-    )  # imported here, because it loads torch
+    # imported here, because it loads torch
+    from humptygpt.convert.huggingface import read_config
 
     read_config(fetch_tokenizer(repo))
     for names in WEIGHTS:
@@ -63,23 +60,15 @@ def fetch_model(repo: str) -> Path:
 def fetch(repo: str, names: list[str]) -> Path:
     # imported here, because they take half a second to load
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()
-    endpoint = constants.ENDPOINT
     try:
         return Path(snapshot_download(repo, allow_patterns=names))
-    except RepositoryNotFoundError as error:  # also raised if this user has no access
-        raise UserError(
-            f"{endpoint}/{repo} does not exist or requires permission; check the name, or accept its terms"
-            " and set HF_TOKEN"
-        ) from error
-    except (
-        Exception
-    ) as error:  # the class comes from requests or httpx, depending on the version
+    # the class comes from requests or httpx, depending on the version
+    except Exception as error:
         reason = one_line(error.__cause__ or error)
         raise UserError(
-            f"{repo} cannot be fetched from {endpoint}: {reason}; run the command again to resume,"
-            " or give a folder that contains the model, or set HF_ENDPOINT to a mirror"
+            f"{repo} cannot be fetched from {constants.ENDPOINT}: {reason}; check the name, set HF_TOKEN if the model"
+            " asks for permission, set HF_ENDPOINT to a mirror, or give a folder that contains the model"
         ) from error

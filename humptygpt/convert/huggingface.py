@@ -6,7 +6,6 @@ read as float32, which represents bfloat16 and float16 exactly.
 
 import json
 import re
-import typing
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,30 +14,34 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from humptygpt.checkpoint import build_like
-from humptygpt.config import UserError, convert
+from humptygpt.checkpoint import build_like, restore_model
+from humptygpt.config import UserError, restore
 from humptygpt.convert.families import (
     ACTIVATION_NAMES,
     FAMILIES,
     ROPE_SCALING,
     Family,
 )
-from humptygpt.convert.weight_files import Weights, check_tensor, open_weights, reading
+from humptygpt.convert.weight_files import Weights, check_shapes, open_weights, reading
 from humptygpt.files import write_whole
-from humptygpt.schema import check_schema, parse_json
+from humptygpt.schema import parse_json
 from humptygpt.tasks import build_on_meta
-from humptygpt.tokenizers import Tokenizer
 from model import ModelConfig
 
 # settings that matter only in training, biases (visible in the weights) and rope_base (not used by GPT-2)
 NOT_EXPORTED = {"dropout", "label_smoothing", "init", "bias", "attn_bias", "mlp_bias"}
 NOT_EXPORTED |= {"rope_base"}
+SCHEMA = {
+    "model_type": str,
+    "rope_scaling?": (dict, None),
+    "rope_parameters?": (dict, None),
+}
 
 
 def layer_names(family: Family, config: ModelConfig) -> list[tuple[str, list[str]]]:
     """Pair transformers' name for each layer with our names."""
     return [
-        (theirs.replace("#", str(i)), [name.replace("#", str(i)) for name in ours])
+        (theirs.replace("#", str(i)), ours.replace("#", str(i)).split())
         for theirs, ours in family.weights.items()
         for i in range(config.n_layer if "#" in theirs else 1)
     ]
@@ -73,41 +76,35 @@ def to_theirs(family: Family, config: ModelConfig, ours: Weights) -> Weights:
 # Reading
 
 
-def read_pretrained(folder: Path) -> tuple[ModelConfig, Weights]:
-    """Read a model's config and its state dict, in float32 on the CPU, from a folder.
+def read_pretrained(folder: Path) -> nn.Module:
+    """Read a model from a folder, in float32 on the CPU. Raises UserError.
 
-    checkpoint.restore_model(state_dict, config) builds the model. Dropout is not read, since it only matters in
-    training. Raises UserError if the folder is incomplete or damaged, or if the model is not supported.
+    Dropout is not read, since it only matters in training.
     """
-    family, config = read_config(folder)
     what = f"the model in {folder}"
+    family, config = read_config(folder)
     with reading(what):
         tensors = open_weights(folder)
-    like = build_like(what, config, tensors).state_dict()
-    with reading(what):
-        return config, read_weights(family, config, tensors, like)
+    return build_model(what, family, config, tensors)
 
 
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     """Read config.json. Raises UserError if it describes a model that is not supported."""
     with reading(f"the model in {folder}: config.json"):
-        content = parse_json((folder / "config.json").read_bytes(), {"model_type": str})
+        content = parse_json((folder / "config.json").read_bytes(), SCHEMA)
         kind = content["model_type"]
         if kind not in FAMILIES:
             raise ValueError(
                 f"model_type={kind} is not supported; only {' and '.join(FAMILIES)} are"
             )
         family = FAMILIES[kind]
-        config = ModelConfig(**family.fixed | model_settings(family, content))
-        config.validate()
-        return family, config
+        return family, restore(ModelConfig, family.fixed | model_settings(family, content))
 
 
 def model_settings(family: Family, content: dict) -> dict[str, object]:
-    """Translate the content of config.json into our settings. Raises ValueError."""
+    """Translate the content of config.json into our settings, whose types are not checked yet. Raises ValueError."""
     # transformers before version 5 writes the first key, later versions the second
     rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
-    check_schema(rope, {"rope_type?": str, "type?": str}, "rope_scaling")
     content = family.defaults | content | rope
     table = family.settings
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -115,31 +112,32 @@ def model_settings(family: Family, content: dict) -> dict[str, object]:
         table = table | ROPE_SCALING
     elif kind != "default":
         raise ValueError(f"rope_type={kind} is not supported; only default and llama3 are")
-    for key, value in family.supported.items():
-        if content.get(key, value) != value:
-            raise ValueError(
-                f"{key}={content[key]} is not supported; only {key}={value} is"
-            )
+    if content.get("scale_attn_by_inverse_layer_idx"):
+        raise ValueError("scale_attn_by_inverse_layer_idx=true is not supported")
     if missing := table.keys() - content.keys():
         raise ValueError(f"{min(missing)} is missing")
-    types = typing.get_type_hints(ModelConfig)
-    settings = {
-        ours: convert(ours, content[theirs], types[ours]) for theirs, ours in table.items()
-    }
-    activation = settings["activation"]
-    if activation not in ACTIVATION_NAMES:
-        names = ", ".join(ACTIVATION_NAMES)
-        raise ValueError(f"the activation {activation} is not supported; only {names} are")
-    return settings | {"activation": ACTIVATION_NAMES[activation]}
+    settings = {ours: content[theirs] for theirs, ours in table.items()}
+    activation = str(settings["activation"])
+    # ModelConfig refuses a name that it does not know
+    return settings | {"activation": ACTIVATION_NAMES.get(activation, activation)}
+
+
+def build_model(
+    what: object, family: Family, config: ModelConfig, tensors: Weights
+) -> nn.Module:
+    """Build a model from the tensors of a file, emptying `tensors` along the way. what: the file. Raises UserError."""
+    like = build_like(what, config, tensors).state_dict()
+    with reading(what):
+        return restore_model(read_weights(family, config, tensors, like), config)
 
 
 def read_weights(
     family: Family, config: ModelConfig, tensors: Weights, like: Weights
 ) -> Weights:
-    """Build our state dict from the tensors of a file, emptying `tensors` along the way. Raises ValueError.
+    """Build our state dict from the tensors of a file. Raises ValueError.
 
-    like: the state dict of the same model on the meta device. Nothing is allocated until all names, shapes and dtypes
-    have been checked.
+    like: the state dict of the same model on the meta device. Nothing is allocated until all names and shapes have been
+    checked.
     """
     stored = {}
     while tensors:
@@ -148,16 +146,10 @@ def read_weights(
             name = family.prefix + name
         if not re.fullmatch(family.no_weights, name):
             stored[name] = tensor
-    # older files also contain a tied head
-    head = stored.pop("lm_head.weight", None) if config.tie_weights else None
+    if config.tie_weights:  # older files also contain a tied head
+        stored.pop("lm_head.weight", None)
     expected = to_theirs(family, config, like)
-    if unmatched := stored.keys() ^ expected.keys():
-        name = min(unmatched)
-        raise ValueError(
-            f"the weight {name} is {'unknown' if name in stored else 'missing'}"
-        )
-    for name, tensor in sorted(stored.items()):
-        check_tensor(name, tensor, expected[name].shape)
+    check_shapes(stored, {name: tuple(x.shape) for name, x in expected.items()})
     ours = {}
     for name, own in weight_names(family, config, like):
         tensor = transposed(family, name, stored.pop(name).detach())
@@ -167,10 +159,6 @@ def read_weights(
             ours[part] = piece.to(
                 torch.float32, copy=True, memory_format=torch.contiguous_format
             )
-    if head is not None and not torch.equal(head.float(), ours["wte.weight"]):
-        raise ValueError(
-            "lm_head.weight must equal the embedding, because tie_word_embeddings=true ties them"
-        )
     return ours if not config.tie_weights else ours | {"lm_head.weight": ours["wte.weight"]}
 
 
@@ -179,7 +167,7 @@ def read_weights(
 
 
 def to_pretrained(
-    model: nn.Module, dtype: torch.dtype = torch.float32, tokenizer: Tokenizer | None = None
+    model: nn.Module, dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, object], Weights]:
     """Convert a model to the content of config.json and to weights with transformers' names, in this dtype on the CPU.
 
@@ -203,16 +191,12 @@ def to_pretrained(
         "model_type": name,
         "architectures": [family.architecture],
         "torch_dtype": str(dtype).removeprefix("torch."),
+        # in generation_config.json; transformers' defaults here are meant for other tokenizers
+        "bos_token_id": None,
+        "eos_token_id": None,
     }
     content |= {theirs: settings[key] for theirs, key in family.settings.items()}
-    content |= dict.fromkeys(family.dropouts, config.dropout)
-    # None is written explicitly, because transformers' defaults are meant for other tokenizers
-    eot = tokenizer and tokenizer.eot
-    bos = tokenizer and tokenizer.bos
-    content |= {"bos_token_id": eot if bos is None else bos, "eos_token_id": eot}
-    if name == "gpt2":
-        content["n_ctx"] = config.block_size  # llama.cpp's own converter reads it
-    elif config.rope_factor != 1:
+    if name == "llama" and config.rope_factor != 1:
         scaling = {theirs: settings[key] for theirs, key in ROPE_SCALING.items()}
         content["rope_scaling"] = {"rope_type": "llama3"} | scaling
     like = build_on_meta(replace(config, **family.fixed)).state_dict()
@@ -225,50 +209,37 @@ def to_pretrained(
 
 def find_family(config: ModelConfig) -> str:
     """Find the model_type of a model with this config. Raises UserError if no family supports all its settings."""
-    families = {family.fixed["position"]: name for name, family in FAMILIES.items()}
-    if config.position not in families:
-        needed = " or ".join(
-            f"position={position} ({name})" for position, name in families.items()
-        )
-        raise UserError(
-            f"position={config.position} cannot be exported; export needs {needed}"
-        )
-    family = FAMILIES[families[config.position]]
+    name = "gpt2" if config.position == "learned" else "llama"
+    family = FAMILIES[name]
     free = {*family.settings.values(), *ROPE_SCALING.values(), *NOT_EXPORTED}
-    same = {  # values equivalent to the default
-        "window": config.block_size,
-        "n_kv_head": config.n_head,
-        "head_size": config.n_embd // config.n_head,
-    }
     for key, needed in (vars(ModelConfig()) | family.fixed).items():
         value = getattr(config, key)
-        if key not in free and value not in (needed, same.get(key, needed)):
+        if key not in free and value != needed:
             raise UserError(
                 f"{key}={value} cannot be exported; {family.architecture} needs {key}={needed},"
                 f" as in {family.preset}"
             )
-    if config.n_embd % config.n_head:
-        needed = f"transformers needs a multiple of n_head={config.n_head}"
-        raise UserError(f"n_embd={config.n_embd} cannot be exported; {needed}")
-    return families[config.position]
+    return name
 
 
 def write_pretrained(
-    model: nn.Module,
-    folder: Path,
-    dtype: torch.dtype = torch.float32,
-    tokenizer: Tokenizer | None = None,
+    model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32
 ) -> None:
     """Write the output of to_pretrained() to config.json and model.safetensors. Raises UserError."""
-    content, weights = to_pretrained(model, dtype, tokenizer)
+    content, weights = to_pretrained(model, dtype)
     write_files(folder, {"config.json": content, "model.safetensors": weights})
 
 
-def write_files(folder: Path, contents: dict[str, dict]) -> None:
-    """Write JSON and safetensors files, each atomically, and the JSON last. Raises UserError."""
+def write_files(folder: Path, contents: dict[str, str | dict]) -> None:
+    """Write texts, JSON and safetensors files, each atomically, and .json files last. Raises UserError.
+
+    contents: {name: a text, the weights, or the content of a JSON file}.
+    """
     for name, content in sorted(contents.items(), reverse=True):
-        if name.endswith(".json"):
-            data = f"{json.dumps(content, indent=2)}\n".encode()
-        else:
+        if name.endswith(".safetensors"):
             data = safetensors.torch.save(content, {"format": "pt"})
+        elif isinstance(content, str):
+            data = content.encode()
+        else:
+            data = f"{json.dumps(content, indent=2)}\n".encode()
         write_whole(folder / name, lambda file, data=data: file.write(data))

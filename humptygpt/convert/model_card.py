@@ -1,12 +1,12 @@
 """README.md of an exported model: its origin and training, its validation loss, and how to use it."""
 
 import json
-import math
 
 from humptygpt.loading import Loaded
-from humptygpt.metrics import read_metrics
+from humptygpt.settings import TrainConfig
+from humptygpt.tasks import find_task
 from humptygpt.tokenizers import END_OF_TEXT
-from model import count_parameters
+from model import ModelConfig, count_parameters
 
 CARD = """---
 library_name: transformers
@@ -16,12 +16,12 @@ tags:
 ---
 # {name}
 
-A {family} model with {parameters} parameters, {origin}.
+A {family} model with {parameters:,} parameters, {origin}.
 
 | | |
 |---|---|
-{training}| context | {context} tokens |
-| tokenizer | {tokenizer}, {vocabulary} tokens |
+{training}| context | {context:,} tokens |
+| tokenizer | {tokenizer}, {vocabulary:,} tokens |
 
 It continues texts like those it was trained on. It does not follow instructions, and nothing prevents it from writing
 false or offensive text.
@@ -39,11 +39,11 @@ output = model.generate(**prompt, max_new_tokens={new_tokens})
 print(tokenizer.decode(output[0]))
 ```
 
-Prompt and output together can have at most {context} tokens. {note}
+Prompt and output together can have at most {context:,} tokens. {note}
 """
 TRAINING = """| trained on | {source} |
-| training | {steps} steps, {tokens} tokens |
-| validation loss | {loss} |
+| training | {progress[iter]:,} steps, {progress[tokens]:,} tokens |
+| lowest validation loss | {progress[best_val_loss]:.4f} nats per token, at step {progress[best_iter]:,} |
 """
 SETTINGS = """
 ## Settings
@@ -56,63 +56,40 @@ Settings of the run that differ from HumptyGPT's defaults:
 """
 
 
-def model_card(loaded: Loaded, name: str, prompt: str, note: str, defaults: dict) -> str:
-    """Write the model card.
-
-    prompt, note: how an example prompt begins, and a remark, both for the model's task. defaults: the default values of
-    all settings; only settings that differ from them are listed.
-    """
+def model_card(loaded: Loaded, name: str) -> str:
     model, tokenizer, saved = loaded.model, loaded.tokenizer, loaded.saved
+    task = find_task(loaded.task)
     context = model.config.block_size
     start = tokenizer.decode(tokenizer.start()) if tokenizer.eot is None else END_OF_TEXT
+    origin = f"converted by HumptyGPT from {loaded.description}"
+    training = settings = ""
+    if saved:
+        source = saved["data"].get("source", saved["train_config"]["dataset"])
+        origin = f"trained with HumptyGPT on {source}"
+        training = TRAINING.format(source=source, progress=saved["progress"])
+        settings = SETTINGS.format(settings="\n".join(changed_settings(saved)))
     card = CARD.format(
         name=name,
         family="Llama" if model.config.position == "rotary" else "GPT-2",
-        parameters=f"{count_parameters(model):,}",
-        origin=origin(loaded),
-        training=TRAINING.format(**training(loaded)) if saved else "",
-        context=f"{context:,}",
+        parameters=count_parameters(model),
+        origin=origin,
+        training=training,
+        context=context,
         tokenizer=tokenizer.name,
-        vocabulary=f"{tokenizer.vocab_size:,}",
-        prompt=json.dumps(prompt + start, ensure_ascii=False),
+        vocabulary=tokenizer.vocab_size,
+        prompt=json.dumps(task.card_prompt + start, ensure_ascii=False),
         new_tokens=min(200, context // 2),
-        note=note,
+        note=task.card_note,
     )
-    if not saved:
-        return card
-    settings = (saved["model_config"] | saved["train_config"]).items()
-    changed = [
-        f"{key} = {value!r}" for key, value in settings if value != defaults.get(key, value)
+    return card + settings
+
+
+def changed_settings(saved: dict) -> list[str]:
+    """List the settings of a run that differ from the defaults, as the lines of a config file."""
+    defaults = vars(ModelConfig()) | vars(TrainConfig())
+    settings = saved["model_config"] | saved["train_config"]
+    return [
+        f"{key} = {value!r}"
+        for key, value in settings.items()
+        if value != defaults.get(key, value)
     ]
-    return card + SETTINGS.format(settings="\n".join(changed))
-
-
-def summary(loaded: Loaded) -> str:
-    """Describe the origin of a model and its validation loss in one line."""
-    loss = f"; validation loss: {training(loaded)['loss']}" if loaded.saved else ""
-    return f"{origin(loaded)}{loss}"
-
-
-def origin(loaded: Loaded) -> str:
-    if loaded.saved is None:
-        return f"converted by HumptyGPT from {loaded.description}"
-    return f"trained with HumptyGPT on {training(loaded)['source']}"
-
-
-def training(loaded: Loaded) -> dict[str, str]:
-    """Describe a run's data, length and validation loss (of these weights if known, otherwise the run's lowest)."""
-    saved, progress = loaded.saved, loaded.saved["progress"]
-    best = f"{progress['best_val_loss']:.4f} nats per token"
-    loss = f"{best}, at step {progress['best_iter']:,}"
-    if progress["best_val_loss"] == math.inf:
-        loss = "not evaluated"
-    for row in read_metrics(loaded.path.with_name("metrics.jsonl")):
-        if row["iter"] == progress["iter"] and "val_bits_per_byte" in row:
-            bits = f"{row['val_bits_per_byte']:.3f} bits per byte"
-            loss = f"{row['val_loss']:.4f} nats per token, {bits}"
-    return {
-        "source": saved["data"].get("source", saved["train_config"]["dataset"]),
-        "steps": f"{progress['iter']:,}",
-        "tokens": f"{progress['tokens']:,}",
-        "loss": loss,
-    }

@@ -1,6 +1,5 @@
 """Tokenizers from other projects, in Hugging Face's tokenizer.json format."""
 
-import base64
 import json
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -8,7 +7,6 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from humptygpt.convert.sentencepiece_model import convert_sentencepiece
 from humptygpt.tokenizers import (
     Tokenizer,
     pack,
@@ -19,7 +17,6 @@ from humptygpt.tokenizers import (
 )
 
 SENTENCEPIECE_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
-ENDS = {"eot": (int, None), "bos": (int, None)}
 
 
 class PretrainedTokenizer(Tokenizer):
@@ -30,7 +27,7 @@ class PretrainedTokenizer(Tokenizer):
     """
 
     name = "tokenizer.json"
-    schema: ClassVar = {"content": str, **ENDS}
+    schema: ClassVar = {"content": str, "eot": (int, None), "bos": (int, None)}
 
     def __init__(self, content: str, eot: int | None, bos: int | None):
         self.content = content
@@ -91,8 +88,6 @@ def load_engine(content: str):
 
     try:
         engine = tokenizers.Tokenizer.from_str(content)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
     # tokenizers raises a bare Exception for errors, and its panics derive directly from BaseException
     except BaseException as error:
         raise ValueError(f"tokenizers cannot read it: {error}") from error
@@ -126,24 +121,4 @@ def without_prefix(step: dict) -> dict:
     return step | {key: plain[key] for key in plain.keys() & step.keys()}
 
 
-class SentencePieceModel(PretrainedTokenizer):
-    """A tokenizer.model in data or a checkpoint from an earlier version. It is converted to a tokenizer.json."""
-
-    name = "tokenizer.model"
-    schema: ClassVar = {
-        "proto": str,
-        "special": {str: int},
-        "space": {"every", "unless", "first"},
-        **ENDS,
-    }
-
-    @classmethod
-    def from_state(
-        cls, proto: str, special: dict[str, int], space: str, **ends
-    ) -> PretrainedTokenizer:
-        engine = convert_sentencepiece(base64.b64decode(proto, validate=True), space)
-        engine.add_special_tokens(sorted(special, key=special.get))
-        return PretrainedTokenizer(engine.to_str(), **ends)
-
-
-PRETRAINED = {kind.name: kind for kind in (PretrainedTokenizer, SentencePieceModel)}
+PRETRAINED = {PretrainedTokenizer.name: PretrainedTokenizer}

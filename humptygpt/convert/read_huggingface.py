@@ -12,32 +12,12 @@ from humptygpt.convert.sentencepiece_model import convert_sentencepiece
 from humptygpt.schema import parse_json
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
-TOKEN = (str, {"content": str}, None)  # schema of a token in these files
-NAMED = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
-SWITCHES = ("legacy", "add_bos_token", "add_prefix_space")
-FLAGS = (
-    "single_word",
-    "lstrip",
-    "rstrip",
-    "normalized",
-    "special",
-)  # properties of an added token
+ENDS = ("bos_token", "eos_token")
 SETTINGS = {
-    **{f"{key}?": TOKEN for key in NAMED},
-    **{f"{key}?": (bool, None) for key in SWITCHES},
+    **{f"{key}?": (str, {"content": str}, None) for key in ENDS},
+    **dict.fromkeys(("legacy?", "add_bos_token?"), (bool, None)),
     "tokenizer_class?": (str, None),
-    "added_tokens_decoder?": {
-        str: {"content": str, **{f"{flag}?": bool for flag in FLAGS}}
-    },
-    "additional_special_tokens?": ([(str, {"content": str})], None),
+    "added_tokens_decoder?": {str: {"content": str}},
 }
 
 
@@ -54,46 +34,22 @@ def read_tokenizer(path: Path) -> Tokenizer:
         if file is None:
             raise ValueError(f"there is neither {' nor '.join(READERS)}")
         return READERS[file.name](file, read_settings(file.parent))
-    except (
-        ValueError,
-        OSError,
-        RuntimeError,
-    ) as error:  # sentencepiece raises RuntimeError
+    # sentencepiece raises RuntimeError, and AddedToken TypeError
+    except (ValueError, OSError, RuntimeError, TypeError) as error:
         raise UserError(
             f"cannot read the tokenizer in {path}: {one_line(error)}"
         ) from error
 
 
 def read_settings(folder: Path) -> dict:
-    """Read tokenizer_config.json and older files with the same purpose.
-
-    Named tokens, such as bos_token, become text. The entry "tokens" lists (id or None, description) for each token to
-    add.
-    """
-    settings = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            content = parse_json((folder / name).read_bytes(), SETTINGS)
-            settings |= {key: value for key, value in content.items() if value is not None}
-    for key in settings.keys() & set(NAMED):
-        settings[key] = text_of(settings[key])
-    special = [settings[key] for key in NAMED if key in settings]
-    special += map(text_of, settings.get("additional_special_tokens", []))
-    tokens = [(int(i), x) for i, x in settings.get("added_tokens_decoder", {}).items()]
-    if (folder / "added_tokens.json").is_file():  # written by older versions
-        ids = parse_json((folder / "added_tokens.json").read_bytes(), {str: int})
-        tokens += [(i, {"content": token, "normalized": False}) for token, i in ids.items()]
-    tokens.sort(key=lambda token: token[0])
-    settings["tokens"] = tokens + [(None, special_token(token)) for token in special]
+    """Read tokenizer_config.json, if there is one, without entries that are null."""
+    path = folder / "tokenizer_config.json"
+    content = parse_json(path.read_bytes(), SETTINGS) if path.is_file() else {}
+    settings = {key: value for key, value in content.items() if value is not None}
+    for key in settings.keys() & set(ENDS):
+        if isinstance(settings[key], dict):
+            settings[key] = settings[key]["content"]
     return settings
-
-
-def special_token(token: str) -> dict[str, object]:
-    return {"content": token, "special": True, "normalized": False}
-
-
-def text_of(token: str | dict) -> str:
-    return token if isinstance(token, str) else token["content"]
 
 
 # --------------------------------------------------------------------------------------
@@ -107,34 +63,22 @@ def read_json(path: Path, settings: dict) -> PretrainedTokenizer:
 
 
 def read_sentencepiece(path: Path, settings: dict) -> PretrainedTokenizer:
-    from sentencepiece import SentencePieceProcessor
-
-    proto = path.read_bytes()
-    space = "every"
+    scheme = None
     if settings.get("tokenizer_class", "").removesuffix("Fast") == "LlamaTokenizer":
-        space = "unless" if settings.get("legacy") else "first"
-    engine = convert_sentencepiece(proto, space)
-    model = SentencePieceProcessor(model_proto=proto)
-    ends = {"bos_token": model.bos_id(), "eos_token": model.eos_id()}
-    defaults = {key: model.id_to_piece(i) for key, i in ends.items() if i >= 0}
+        scheme = "always" if settings.get("legacy") else "first"
+    engine, defaults = convert_sentencepiece(path.read_bytes(), scheme)
     return finish(engine, defaults | settings)
 
 
 def read_merges(path: Path, settings: dict) -> PretrainedTokenizer:
     """Read GPT-2's vocab.json and merges.txt."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import ByteLevelBPETokenizer
 
+    merges = str(path.with_name("merges.txt"))
     try:
-        model = models.BPE.from_file(str(path), str(path.with_name("merges.txt")))
+        engine = ByteLevelBPETokenizer.from_file(str(path), merges)
     except Exception as error:  # tokenizers has no exception class of its own
         raise ValueError(f"vocab.json and merges.txt do not match: {error}") from error
-    engine = Tokenizer(model)
-    prefix = bool(settings.get("add_prefix_space"))
-    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-    engine.decoder = decoders.ByteLevel()
-    if engine.token_to_id(END_OF_TEXT) is not None:  # GPT-2's default start and end token
-        settings["tokens"].append((None, special_token(END_OF_TEXT)))
-        settings = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT} | settings
     return finish(engine, settings)
 
 
@@ -145,36 +89,28 @@ READERS = {
     "vocab.json": read_merges,
 }
 
-# --------------------------------------------------------------------------------------
-# The last step of all readers
-
 
 def finish(engine, settings: dict) -> PretrainedTokenizer:
-    """Add the special tokens that the settings name, and find the token that every text starts with."""
-    from tokenizers import processors
+    """Add the special tokens that the settings name, and find the tokens that texts start and end with."""
+    from tokenizers import AddedToken, processors
 
-    add_tokens(engine, settings["tokens"])
-    start = settings.get("bos_token")
-    if settings.get("add_bos_token") and start:
+    added = {int(i): x for i, x in settings.get("added_tokens_decoder", {}).items()}
+    for i, entry in sorted(added.items()):
+        engine.add_tokens([AddedToken(**entry)])
+        if i != engine.token_to_id(entry["content"]):
+            raise ValueError(
+                f"added_tokens_decoder says that {entry['content']!r} has the id {i}, but it has a different one"
+            )
+    # in files of GPT-2, which do not name it
+    if "tokenizer_class" not in settings and engine.token_to_id(END_OF_TEXT) is not None:
+        settings = {"eos_token": END_OF_TEXT} | settings
+    engine.add_special_tokens([settings[key] for key in ENDS if key in settings])
+    if (start := settings.get("bos_token")) and settings.get("add_bos_token"):
         engine.post_processor = processors.TemplateProcessing(
             single=[start, "$A"], special_tokens=[(start, engine.token_to_id(start))]
         )
     plain, whole = (engine.encode("a", add_special_tokens=add).ids for add in (False, True))
     starts = plain and whole[1 : 1 + len(plain)] == plain
-    eot = engine.token_to_id(settings["eos_token"]) if "eos_token" in settings else None
-    return PretrainedTokenizer(engine.to_str(), eot, whole[0] if starts else None)
-
-
-def add_tokens(engine, tokens: list[tuple[int | None, dict]]) -> None:
-    """Add the tokens that the engine does not know yet. Raises ValueError if one gets a different id than specified."""
-    from tokenizers import AddedToken
-
-    for i, entry in tokens:
-        token = entry["content"]
-        flags = {flag: entry[flag] for flag in FLAGS if flag in entry}
-        add = engine.add_special_tokens if entry.get("special") else engine.add_tokens
-        add([AddedToken(token, **flags)])
-        if i not in (None, engine.token_to_id(token)):
-            raise ValueError(
-                f"added_tokens_decoder says that {token!r} has the id {i}, but it has a different one"
-            )
+    bos = whole[0] if starts else None
+    eot = engine.token_to_id(settings.get("eos_token", ""))
+    return PretrainedTokenizer(engine.to_str(), eot, bos)

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, strided
 
 from humptygpt.checkpoint import load_plain, refuse_damaged
 from humptygpt.config import UserError, one_line
@@ -17,7 +16,6 @@ from humptygpt.schema import parse_json
 
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is used
 Weights = dict[str, Tensor]  # tensors by name
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @contextmanager
@@ -42,12 +40,11 @@ def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Weights:
 
 
 def open_file(path: Path) -> Weights:
-    path.open("rb").close()  # raises OSError for a file that cannot be read
     problem = "is truncated, damaged or holds more than tensors and plain data"
     with refuse_damaged(path, problem):
-        if path.suffix == ".safetensors":
-            return load_file(path)  # it also checks that the file has the declared size
-        tensors = load_plain(path, legacy=True)
+        # load_file also checks that the file has the declared size
+        safe = path.suffix == ".safetensors"
+        tensors = load_file(path) if safe else load_plain(path, legacy=True)
     check_dense(tensors, path.name)
     return tensors
 
@@ -65,22 +62,20 @@ def open_shards(index: Path, present: set[str]) -> Weights:
 
 
 def check_dense(tensors: object, file: str) -> None:
-    """Raise ValueError unless `tensors` is a dictionary of dense tensors by name. file: its name in messages."""
+    """Raise ValueError unless `tensors` is a dictionary of dense floating-point tensors by name. file: for messages."""
     if not isinstance(tensors, dict) or any(type(name) is not str for name in tensors):
         raise ValueError(f"{file} does not contain a dictionary of tensors by name")
     for name, x in tensors.items():
-        dense = (
-            isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu"
-        )
+        dense = isinstance(x, Tensor) and x.layout == strided and x.device.type == "cpu"
         # with a stride of 0, a tensor can claim any size with little memory behind it
         if not dense or x.is_nested or x.nbytes > x.untyped_storage().nbytes():
             raise ValueError(f"{file}: {name} must be a dense tensor")
 
 
-def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise ValueError if the shape differs or the dtype is not supported."""
-    if tensor.shape != shape or tensor.dtype not in DTYPES:
-        raise ValueError(
-            f"the weight {name} must have shape {tuple(shape)} and dtype float32, bfloat16 or float16,"
-            f" but has shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
-        )
+def check_shapes(tensors: Weights, expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError unless the tensors have exactly these names and shapes."""
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(found.keys() | expected.keys()):
+        wanted, given = (shapes.get(name, "none") for shapes in (expected, found))
+        if wanted != given:
+            raise ValueError(f"the weight {name}: expected shape {wanted}, found {given}")
