@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GPT2, TINY_RUN, assert_same_weights, make_text
+from conftest import GPT2, TINY_RUN, assert_same_weights
 from safetensors.torch import load_file, save_file
 
 import prepare_data
@@ -164,8 +164,7 @@ def transformers_model(kind: str, **settings):
 def test_peft_opens_the_adapter_with_equal_logits(kind, targets, folder):
     theirs = transformers_model(kind)
     theirs.save_pretrained("theirs")
-    config, weights = read_pretrained(Path("theirs"))
-    ours = checkpoint.restore_model(weights, config)
+    ours = read_pretrained(Path("theirs"))
     settings = {"lora_rank": 3, "lora_alpha": 5.0, "lora_targets": targets}
     lora.add(ours, settings)
     torch.manual_seed(0)
@@ -255,7 +254,7 @@ B = "base_model.model.transformer.h.1.attn.c_attn.lora_B.weight"
 BAD = {
     "peft_type must be LORA": lambda: change_config(peft_type="LOHA"),
     "use_dora=True is not supported; only plain LoRA": lambda: change_config(use_dora=True),
-    "init_lora_weights=pissa changes the base model": lambda: change_config(
+    "init_lora_weights=pissa is not supported": lambda: change_config(
         init_lora_weights="pissa"
     ),
     "the regular expression 'c_(a|b)'; only layer names are": lambda: change_config(
@@ -264,17 +263,12 @@ BAD = {
     "thei: there is no such file or folder; did you mean theirs?": lambda: change_config(
         base_model_name_or_path="thei"
     ),
-    "the base model of the adapter adapter is itself an adapter": lambda: change_config(
-        base_model_name_or_path="adapter"
-    ),
     "lora_A.weight is unknown, or its counterpart (lora_A or": lambda: change_weights(
         **{B: None}
     ),
-    "the weight more is unknown": lambda: change_weights(more=torch.ones(1)),
-    "c_attn.lora_B.weight must have shape (48, 3) and": lambda: change_weights(
+    "c_attn.lora_B.weight: expected shape (48, 3), found (48, 4)": lambda: change_weights(
         **{B: torch.ones(48, 4)}
     ),
-    "it has no weights": lambda: save_file({}, WEIGHTS),
     "neither adapter_model.safetensors nor adapter_model.bin": lambda: WEIGHTS.unlink(),
     "is truncated, damaged or holds more": lambda: WEIGHTS.write_bytes(b"abc"),
 }
@@ -287,10 +281,6 @@ def test_an_adapter_that_is_damaged_or_more_than_lora_is_refused_in_one_line(
     peft_adapter("gpt2", target_modules=["c_attn"], fan_in_fan_out=True)
     BAD[complaint]()
     assert complaint in fails(sample.main, "--init_from=adapter")
-    if "adapter, too" in complaint:
-        Path("text.txt").write_text(make_text(3000))
-        argv = ["--input=text.txt", "--name=x", "--tokenizer=adapter"]
-        assert complaint in fails(prepare_data.main, *argv)
 
 
 # --------------------------------------------------------------------------------------

@@ -219,6 +219,10 @@ def find_family(config: ModelConfig) -> str:
                 f"{key}={value} cannot be exported; {family.architecture} needs {key}={needed},"
                 f" as in {family.preset}"
             )
+    if config.n_embd % config.n_head:
+        raise UserError(
+            f"n_embd={config.n_embd} cannot be exported; transformers needs a multiple of n_head={config.n_head}"
+        )
     return name
 
 

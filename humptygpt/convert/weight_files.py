@@ -68,7 +68,12 @@ def check_dense(tensors: object, file: str) -> None:
     for name, x in tensors.items():
         dense = isinstance(x, Tensor) and x.layout == strided and x.device.type == "cpu"
         # with a stride of 0, a tensor can claim any size with little memory behind it
-        if not dense or x.is_nested or x.nbytes > x.untyped_storage().nbytes():
+        if (
+            not dense
+            or x.is_nested
+            or x.is_quantized
+            or x.nbytes > x.untyped_storage().nbytes()
+        ):
             raise ValueError(f"{file}: {name} must be a dense tensor")
 
 
