@@ -160,7 +160,7 @@ def test_sample_and_export_open_it_without_a_process_group(saved, capsys):
     sample.main(["--out_dir=out/run", latest, *short])
     text, notes = capsys.readouterr()
     assert "Warning" not in notes
-    export.main(["--out_dir=out/run", latest, "--format=ckpt", "--to=one/ckpt.pt"])
+    export.main(["--out_dir=out/run", latest, "--to=one/ckpt.pt"])
     one, sharded = checkpoint.read(Path("one/ckpt.pt")), checkpoint.read(saved)
     assert_same_weights(one["model"], sharded["model"])
     assert one["progress"] == sharded["progress"] and one["optimizer"]["steps"] == 3
