@@ -253,8 +253,7 @@ WEIGHTS = Path("adapter/adapter_model.safetensors")
 B = "base_model.model.transformer.h.1.attn.c_attn.lora_B.weight"
 BAD = {
     "peft_type must be LORA": lambda: change_config(peft_type="LOHA"),
-    "use_dora=True is not supported; only plain LoRA": lambda: change_config(use_dora=True),
-    "init_lora_weights=pissa is not supported": lambda: change_config(
+    "init_lora_weights must be None or bool or eva or": lambda: change_config(
         init_lora_weights="pissa"
     ),
     "the regular expression 'c_(a|b)'; only layer names are": lambda: change_config(

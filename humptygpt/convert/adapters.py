@@ -25,13 +25,8 @@ SCHEMA = {
     "lora_alpha": float,
     "use_rslora?": (bool, None),
     "alpha_pattern?": ({str: float}, None),
-}
-# PEFT's settings with the values that make plain LoRA; others that change more are noticed by their weights
-PLAIN = {
-    "use_dora": (None, False),
-    "alora_invocation_tokens": (None,),
-    # the other values change the base model
-    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
+    # the other values, such as "pissa", change the base model
+    "init_lora_weights?": (None, bool, {"gaussian", "eva", "orthogonal"}),
 }
 
 
@@ -62,7 +57,6 @@ def write_adapter(model: nn.Module, training, folder: Path) -> None:
     """
     layers = adapted(model)
     weights = {}
-    targets = set()
     ranks = {}
     alphas = {}
     for theirs, ours in adapter_names(model.config, layers):
@@ -79,7 +73,6 @@ def write_adapter(model: nn.Module, training, folder: Path) -> None:
         weights[f"{PREFIX}{theirs}.lora_A.weight"] = A
         weights[f"{PREFIX}{theirs}.lora_B.weight"] = torch.block_diag(*B)
         kind = re.split(r"\.\d+\.", theirs)[-1]
-        targets.add(kind)
         ranks[kind] = training.lora_rank * len(present)
         alphas[kind] = training.lora_alpha * len(present)
     content = {
@@ -88,9 +81,9 @@ def write_adapter(model: nn.Module, training, folder: Path) -> None:
         "base_model_name_or_path": training.init_from,
         "r": training.lora_rank,
         "lora_alpha": training.lora_alpha,
-        "target_modules": sorted(targets),
+        "target_modules": sorted(ranks),
         # matrices in transformers' GPT-2 are (inputs, outputs)
-        "fan_in_fan_out": any(".c_" in name for name in targets),
+        "fan_in_fan_out": any(".c_" in name for name in ranks),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
     }
@@ -103,13 +96,9 @@ def write_adapter(model: nn.Module, training, folder: Path) -> None:
 
 
 def read_config(folder: Path) -> dict:
-    """Read adapter_config.json. Raises UserError if it is damaged or describes more than plain LoRA."""
+    """Read adapter_config.json. Raises UserError if it is damaged or does not describe LoRA."""
     with reading(f"the adapter in {folder}"):
-        config = parse_json((folder / CONFIG).read_bytes(), SCHEMA)
-        for key, values in PLAIN.items():
-            if (value := config.get(key)) not in values:
-                raise ValueError(f"{key}={value} is not supported; only plain LoRA is")
-        return config
+        return parse_json((folder / CONFIG).read_bytes(), SCHEMA)
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ transformers: GPT-2 only with gelu_tanh, Llama only with silu, and each only wit
 """
 
 import json
-import logging
 from pathlib import Path
 
 import gguf
@@ -57,7 +56,6 @@ SPLITS = {  # split_key() of each pre_tokenizer step: llama.cpp's name for the s
     ((None, None, None),): "default",  # the text is not split
     (("Metaspace", None, False),): "default",
 }
-logging.getLogger("gguf").setLevel(logging.ERROR)  # it logs every file it writes
 Vocabulary = dict[str, object]  # X in GGUFWriter.add_X: its argument
 
 # --------------------------------------------------------------------------------------
@@ -91,11 +89,10 @@ def without_merges(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
     token. But it hangs if a text has the first byte of a token without the rest, which can happen with characters of
     another language. Alphabets with non-ASCII characters therefore use the type llama, which writes a space as "▁".
     """
-    texts = tokenizer.pieces
-    end = []
-    if tokenizer.eot is not None:
-        texts = texts[:-1]
-        end = [END_OF_TEXT]
+    texts = tokenizer.pieces[
+        : tokenizer.eot
+    ]  # the last token is end-of-text, if there is one
+    end = [END_OF_TEXT] * (tokenizer.vocab_size - len(texts))
     as_bytes = isinstance(tokenizer, ByteTokenizer) or tokenizer.alphabet.isascii()
     if as_bytes:
         tokens = ["".join(f"\\x{byte:02x}" for byte in text) for text in texts]
@@ -103,7 +100,7 @@ def without_merges(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
         why = "in llama.cpp, non-ASCII characters need an end-of-text token, and '▁' stands for a space"
         raise refusal(tokenizer, why)
     else:
-        tokens = [char.replace(" ", "▁") for char in tokenizer.alphabet]
+        tokens = [text.decode().replace(" ", "▁") for text in texts]
     return {
         "tokenizer_model": "rwkv" if as_bytes else "llama",
         "token_list": tokens + end,

@@ -60,9 +60,7 @@ def fetch_model(repo: str) -> Path:
 def fetch(repo: str, names: list[str]) -> Path:
     # imported here, because they take half a second to load
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()
     try:
         return Path(snapshot_download(repo, allow_patterns=names))
     # the class comes from requests or httpx, depending on the version

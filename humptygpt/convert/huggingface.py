@@ -31,10 +31,13 @@ from model import ModelConfig
 # settings that matter only in training, biases (visible in the weights) and rope_base (not used by GPT-2)
 NOT_EXPORTED = {"dropout", "label_smoothing", "init", "bias", "attn_bias", "mlp_bias"}
 NOT_EXPORTED |= {"rope_base"}
+ROPE_TYPES = {"default", "llama3"}
+ROPE = {"rope_type?": ROPE_TYPES, "type?": ROPE_TYPES}  # older files have the second
 SCHEMA = {
-    "model_type": str,
-    "rope_scaling?": (dict, None),
-    "rope_parameters?": (dict, None),
+    "model_type": set(FAMILIES),
+    # transformers before version 5 writes the first key, later versions the second
+    "rope_scaling?": (ROPE, None),
+    "rope_parameters?": (ROPE, None),
 }
 
 
@@ -92,26 +95,17 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     """Read config.json. Raises UserError if it describes a model that is not supported."""
     with reading(f"the model in {folder}: config.json"):
         content = parse_json((folder / "config.json").read_bytes(), SCHEMA)
-        kind = content["model_type"]
-        if kind not in FAMILIES:
-            raise ValueError(
-                f"model_type={kind} is not supported; only {' and '.join(FAMILIES)} are"
-            )
-        family = FAMILIES[kind]
+        family = FAMILIES[content["model_type"]]
         return family, restore(ModelConfig, family.fixed | model_settings(family, content))
 
 
 def model_settings(family: Family, content: dict) -> dict[str, object]:
     """Translate the content of config.json into our settings, whose types are not checked yet. Raises ValueError."""
-    # transformers before version 5 writes the first key, later versions the second
     rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
     content = family.defaults | content | rope
     table = family.settings
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "llama3":
+    if rope.get("rope_type", rope.get("type")) == "llama3":
         table = table | ROPE_SCALING
-    elif kind != "default":
-        raise ValueError(f"rope_type={kind} is not supported; only default and llama3 are")
     if content.get("scale_attn_by_inverse_layer_idx"):
         raise ValueError("scale_attn_by_inverse_layer_idx=true is not supported")
     if missing := table.keys() - content.keys():

@@ -46,10 +46,7 @@ class PretrainedTokenizer(Tokenizer):
     @cached_property
     def _rest(self):
         """The engine for text that continues an earlier text."""
-        described = json.loads(self.content)
-        steps = {key: described.get(key) for key in ("normalizer", "pre_tokenizer")}
-        described |= json.loads(json.dumps(steps), object_hook=without_prefix)
-        return load_engine(json.dumps(described))
+        return load_engine(json.dumps(json.loads(self.content, object_hook=without_prefix)))
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -115,10 +112,11 @@ def piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
     return lambda token: sentencepiece_bytes(token, "ByteFallback" in kinds)
 
 
-def without_prefix(step: dict) -> dict:
-    """Change a step of a tokenizer.json so that it adds no space before a text."""
+def without_prefix(entry: dict) -> dict:
+    """Change an entry of a tokenizer.json so that it adds no space before a text, if it is a step of the tokenizer."""
     plain = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
-    return step | {key: plain[key] for key in plain.keys() & step.keys()}
+    is_step = isinstance(entry.get("type"), str)  # the vocabulary may have the token "type"
+    return entry | {key: plain[key] for key in plain.keys() & entry.keys() if is_step}
 
 
 PRETRAINED = {PretrainedTokenizer.name: PretrainedTokenizer}

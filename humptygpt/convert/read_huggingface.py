@@ -109,8 +109,6 @@ def finish(engine, settings: dict) -> PretrainedTokenizer:
         engine.post_processor = processors.TemplateProcessing(
             single=[start, "$A"], special_tokens=[(start, engine.token_to_id(start))]
         )
-    plain, whole = (engine.encode("a", add_special_tokens=add).ids for add in (False, True))
-    starts = plain and whole[1 : 1 + len(plain)] == plain
-    bos = whole[0] if starts else None
-    eot = engine.token_to_id(settings.get("eos_token", ""))
-    return PretrainedTokenizer(engine.to_str(), eot, bos)
+    bos, eot = (engine.token_to_id(settings.get(key, "")) for key in ENDS)
+    starts = engine.encode("a").ids[:1] == [bos]
+    return PretrainedTokenizer(engine.to_str(), eot, bos if starts else None)

@@ -59,15 +59,13 @@ def subword_model(model, space: str, first: int = 0):
     from tokenizers import models
 
     ids = range(first, model.vocab_size())
-    texts = {i: model.id_to_piece(i).replace("▁", space) for i in ids}
-    scores = {i: model.get_score(i) for i in ids}
-    if not all(score.is_integer() for score in scores.values()):
+    pieces = [(model.id_to_piece(i).replace("▁", space), model.get_score(i)) for i in ids]
+    if not all(score.is_integer() for _, score in pieces):
         # unk_id marks text without a piece until it is spelled in bytes; any token will do
-        pieces = [(texts[i], scores[i]) for i in ids]
         return models.Unigram(pieces, unk_id=0, byte_fallback=True)
-    by_score = sorted(normal_ids(model), key=scores.get, reverse=True)
-    merges = find_merges([texts[i] for i in by_score])
-    vocabulary = {text: i - first for i, text in texts.items()}
+    by_score = sorted(normal_ids(model), key=model.get_score, reverse=True)
+    merges = find_merges([pieces[i - first][0] for i in by_score])
+    vocabulary = {text: i for i, (text, _) in enumerate(pieces)}
     return models.BPE(vocabulary, list(merges), byte_fallback=True)
 
 

@@ -76,14 +76,12 @@ def from_nanogpt(path: Path, saved: dict) -> Loaded:
 def nanogpt_tokenizer(path: Path, saved: dict) -> Tokenizer:
     """Read the dataset's meta.pkl from data/ here or in nanoGPT's checkout; if there is none, use GPT-2's tokenizer."""
     dataset = Path(saved.get("config", {}).get("dataset", "")).name
-    folders = (Path(), path.absolute().parent.parent)
-    metas = [folder / "data" / dataset / "meta.pkl" for folder in folders]
-    for meta in metas:
-        if meta.is_file():
-            return read_characters(meta)
+    meta = Path("data", dataset, "meta.pkl")
+    for file in (meta, path.absolute().parent.parent / meta):
+        if file.is_file():
+            return read_characters(file)
     if saved["model_args"]["vocab_size"] < GPT2_TOKENS:
-        missing = " and no ".join(map(str, metas))
         raise UserError(
-            f"{path} needs the characters of its dataset, but there is no {missing}"
+            f"{path} needs the characters of its dataset, but there is no {meta} here or in nanoGPT's folder"
         )
     return tokenizers.GPT2Tokenizer.train(separated=True)
