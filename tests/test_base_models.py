@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GPT2, ROOT, TINY_RUN, assert_same_weights, make_text, read_rows
+from test_damage import Code
 from torch import nn
 
 import prepare_data
@@ -51,13 +52,6 @@ def test_a_run_starts_with_the_weights_of_another(other):
         assert_same_weights(dict(run.model.state_dict()), best)
         assert run.progress.iter == 0 and not run.optimizer.state
     assert load("out/run", "latest").path == Path("out/run/ckpt.pt")
-
-
-def test_fine_tuning_is_below_training_from_scratch_at_equal_steps(other):
-    assert train.main(FROM_RUN) == 0
-    assert train.main([*FROM_RUN, "--init_from=scratch", "--out_dir=out/scratch"]) == 0
-    _, *tuned = val_losses("out/other")
-    assert all(a < b - 0.1 for a, b in zip(tuned, val_losses("out/scratch"), strict=True))
 
 
 def test_a_run_that_started_from_a_model_resumes_without_it(other):
@@ -264,31 +258,18 @@ def test_a_damaged_nanogpt_checkpoint_is_refused_in_one_line(complaint, folder, 
     assert re.search(complaint, fails(sample.main, "--init_from=ckpt.pt"))
 
 
-class Hostile:
-    def __reduce__(self):
-        return Path.touch, (Path("executed"),)
-
-
 def test_a_checkpoint_that_would_run_code_is_refused(folder):
-    write_nanogpt(model=Hostile())
+    write_nanogpt(model=Code())
     with pytest.raises(UserError, match="holds more than tensors and plain data"):
         load("nano/out")
-    assert not Path("executed").exists()
+    assert not Path("ran").exists()
 
 
 def test_out_dir_may_be_nanogpts_but_its_training_is_not_resumed(folder, fails, capsys):
     write_nanogpt()
-    texts = []
-    for argv in (
-        ["--out_dir=nano/out"],
-        ["--init_from=nano/out/ckpt.pt"],
-        ["--init_from=nano/out"],
-    ):
-        sample.main(
-            [*argv, "--seed=3", "--start=abc", "--max_new_tokens=9", "--num_samples=1"]
-        )
-        texts.append(capsys.readouterr().out)
-    assert len(set(texts)) == 1 and len(texts[0]) == 13
+    argv = ["--start=abc", "--max_new_tokens=9", "--num_samples=1"]
+    sample.main(["--out_dir=nano/out", *argv])
+    assert len(capsys.readouterr().out) == 13
     line = fails(train.main, "--init_from=resume", "--out_dir=nano/out")
     assert line.endswith(
         "is a nanoGPT checkpoint; to start from it, use --init_from=nano/out/ckpt.pt\n"
@@ -360,11 +341,9 @@ def test_a_start_that_holds_no_model_is_refused(theirs, fails, folder):
     def refused(source: str, script=sample.main) -> str:
         return fails(script, f"--init_from={source}")
 
-    no_config = "config.json: No such file or directory"
     assert refused("nothing") == "init_from=nothing: there is no such file or folder\n"
     assert refused("their").endswith("; did you mean theirs?\n")
-    assert no_config in refused("data", train.main)
-    assert "is not a checkpoint: it is truncated" in refused("text.txt")
+    assert "config.json: No such file or directory" in refused("data", train.main)
     assert refused("theirs/model.safetensors") == (
         "init_from=theirs/model.safetensors is not a complete model; name its folder, which also has config.json\n"
     )
@@ -373,10 +352,6 @@ def test_a_start_that_holds_no_model_is_refused(theirs, fails, folder):
     train_first = "no checkpoint out/stopped/best.pt; train first: python train.py --out_d"
     assert refused("out/stopped").startswith(train_first)
     assert refused("stopped").endswith("; did you mean out/stopped?\n")
-    line = fails(sample.main, "--out_dir=out/stopped/best.pt")
-    assert line.endswith("; train first: python train.py --out_dir=out/stopped\n")
     vocab = json.loads(Path("theirs/vocab.json").read_text())
     Path("theirs/vocab.json").write_text(json.dumps(vocab | {"surplus": 400}))
     assert "theirs has 401 tokens, but the model has only 400" in refused("theirs")
-    Path("theirs/config.json").unlink()
-    assert no_config in refused("theirs", train.main)

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GPT2, ROOT, make_text
-from huggingface_hub import constants
+from huggingface_hub import constants, save_torch_state_dict
 from safetensors.torch import load as load_bytes
-from safetensors.torch import save_file
 from servers import serving
 from test_tokenizer_files import merges_folder
 
@@ -146,14 +145,11 @@ def test_without_a_network_the_fixes_are_named_in_one_line(server, monkeypatch, 
 
 def test_weights_in_shards_come_with_their_index(server, folder):
     weights = load_bytes(server.files.pop("model.safetensors"))
-    names = sorted(weights)
-    shards = {"model-1-of-2.safetensors": names[:5], "model-2-of-2.safetensors": names[5:]}
-    for shard, members in shards.items():
-        save_file({name: weights[name] for name in members}, shard)
-        server.files[shard] = Path(shard).read_bytes()
-    files = {name: shard for shard, members in shards.items() for name in members}
-    index = json.dumps({"weight_map": files}).encode()
-    server.files["model.safetensors.index.json"] = index
+    Path("shards").mkdir()
+    save_torch_state_dict(weights, "shards", max_shard_size="5KB")
+    shards = {path.name: path.read_bytes() for path in Path("shards").iterdir()}
+    assert len(shards) > 2
+    server.files |= shards
     assert load("gpt2").model.config.n_layer == 1
     assert shards.keys() < fetched(server)
 

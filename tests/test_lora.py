@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GPT2, TINY_RUN, assert_same_weights
+from conftest import GPT2, ROOT, TINY_RUN, assert_same_weights
 from safetensors.torch import load_file, save_file
 
 import prepare_data
@@ -122,14 +122,6 @@ def test_frozen_parameters_stay_and_the_others_train(base):
     parts = r"(wte|lm_head)\.|\.blocks\.0\.|\.attn_norm\."
     assert same == {name for name in before if re.search(parts, name)}
     assert not saved["optimizer"]["state"].keys() & same
-
-
-def test_how_much_of_the_model_trains_is_printed_before_the_run(base, capsys):
-    assert train.main(LORA) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].endswith(", from out/run")
-    rows = 2 * 2 * 2 * (32 + 32)  # layers, projections, rank, inputs and outputs
-    assert any(line.startswith(f"training: {rows} parameters, ") for line in lines)
 
 
 REFUSED = {
@@ -300,9 +292,6 @@ print("peak", peak() - imported)
 
 
 @pytest.mark.long
-@pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="peak memory is read from /proc"
-)
 def test_lora_needs_at_most_half_the_memory_of_full_fine_tuning_of_124_million_parameters(
     run_train,
 ):
@@ -312,21 +301,15 @@ def test_lora_needs_at_most_half_the_memory_of_full_fine_tuning_of_124_million_p
     large = {"model_config": vars(model.config), "model": dict(model.state_dict())}
     checkpoint.save(Path("base.pt"), checkpoint.read(Path("out/run/best.pt")) | large)
     argv = ["--init_from=base.pt", "--dataset=tiny", "--batch_size=1", "--block_size=256"]
-    argv += ["--max_iters=2"]
-    argv += ["--dtype=float32", "--device=cpu", "--warmup_iters=0"]
+    argv += ["--max_iters=2", "--dtype=float32", "--device=cpu", "--warmup_iters=0"]
     peaks = {}
     for name, more in {"full": [], "lora": ["--lora_rank=8"]}.items():
         done = subprocess.run(
             [sys.executable, "-c", PEAK, *argv, f"--out_dir=out/{name}", *more],
-            env={
-                "PYTHONPATH": str(Path(train.__file__).parent),
-                "OMP_NUM_THREADS": "1",
-                "PATH": "/usr/bin",
-            },
+            env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
+            check=True,
         )
-        assert done.returncode == 0, done.stderr
-        print(name, done.stdout)
         peaks[name] = int(done.stdout.rpartition("peak ")[2])
     assert peaks["lora"] <= peaks["full"] / 2, peaks

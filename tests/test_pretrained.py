@@ -87,15 +87,11 @@ def save(model: nn.Module) -> None:
     model.save_pretrained(HF)
 
 
-def save_bfloat16(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
+def save_bfloat16(model: nn.Module) -> None:
     """The model itself gets the rounded weights in float32: what it computes is not rounded."""
-    copy.deepcopy(model).to(dtype).save_pretrained(HF)
+    copy.deepcopy(model).bfloat16().save_pretrained(HF)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype).float()
-
-
-def save_float16(model: nn.Module) -> None:
-    save_bfloat16(model, torch.float16)
+        parameter.data = parameter.data.bfloat16().float()
 
 
 def save_shards(model: nn.Module) -> None:
@@ -154,28 +150,22 @@ UNTIED, TIED = ({"tie_word_embeddings": tied} for tied in (False, True))
 THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
 SHAPES = {
     "gpt2, 3 heads of 5": (gpt2, {"n_head": 3, "n_embd": 15, "n_inner": 37}, save),
-    "gpt2, 1 head, 1 layer": (gpt2, {"n_head": 1, "n_layer": 1, "n_embd": 7}, save),
     "gpt2, large epsilon, untied": (gpt2, UNTIED | {"layer_norm_epsilon": 0.5}, save),
     "gpt2, bfloat16": (gpt2, {}, save_bfloat16),
-    "gpt2, float16, untied": (gpt2, UNTIED, save_float16),
     "gpt2, shards": (gpt2, {}, save_shards),
     "gpt2, without prefix": (gpt2, {}, save_without_prefix),
     "gpt2, old config": (gpt2, {}, save_old_config),
     "gpt2, pickle": (gpt2, {}, save_pickle),
-    "gpt2, untied, pickle": (gpt2, UNTIED, save_pickle),
     "gpt2, 12 layers": (gpt2, {"n_layer": 12, "n_embd": 8}, save_legacy_pickle_shards),
     "llama, 3 heads of 6": (llama, {"num_attention_heads": 3, "hidden_size": 18}, save),
     "llama, 4 heads share 1": (llama, {"num_key_value_heads": 1}, save),
     "llama, wide heads": (llama, {"head_dim": 14, "num_key_value_heads": 2}, save),
     "llama, biases": (llama, {"head_dim": 2, "attention_bias": True}, save),
     "llama, MLP biases": (llama, {"mlp_bias": True, "rms_norm_eps": 0.5}, save),
-    "llama, rope_theta": (llama, THETA, save),
-    "llama, scaled": (llama, rope_scaling(), save),
     "llama, scaled, tied, shards": (llama, rope_scaling(factor=32.0) | TIED, save_shards),
     "llama, scaled, old config": (llama, rope_scaling(), save_old_config),
     "llama, old config": (llama, THETA, save_old_config),
     "llama, bfloat16": (llama, {"num_key_value_heads": 2}, save_bfloat16),
-    "llama, float16, tied": (llama, TIED, save_float16),
     "llama, tied, without prefix": (llama, TIED, save_without_prefix),
     "llama, pickle": (llama, {"num_key_value_heads": 1}, save_pickle),
     "llama, tied, shards of legacy pickles": (llama, TIED, save_legacy_pickle_shards),
@@ -301,7 +291,7 @@ def test_what_cannot_be_exported_is_refused_by_name_and_nothing_is_written(setti
     key, _, text = setting.partition("=")
     value = text if text.isalpha() else json.loads(text)
     complaint = f"{setting} cannot be exported; {needed}"
-    with pytest.raises(UserError, match=f"^{re.escape(complaint)}"):
+    with pytest.raises(UserError, match=f"^{re.escape(complaint)}.* as in config/.*py$"):
         write_pretrained(random_model(**keys | {key: value}), HF)
     assert not HF.exists()
 
@@ -337,15 +327,6 @@ def pickled(content: Callable[[dict], object], **options) -> Callable[[], None]:
     return write
 
 
-def damaged_pickle(damage: Callable[[bytes], bytes]) -> Callable[[], None]:
-    def write() -> None:
-        pickled(lambda weights: weights | {LN: torch.ones(32)})()
-        path = HF / "pytorch_model.bin"
-        path.write_bytes(damage(path.read_bytes()))
-
-    return write
-
-
 def sharded(weight_map: dict[str, str]) -> Callable[[], None]:
     """Two files, each with all weights, and an index."""
 
@@ -358,31 +339,17 @@ def sharded(weight_map: dict[str, str]) -> Callable[[], None]:
     return write
 
 
-def write_config(text: str) -> Callable[[], object]:
-    return lambda: (HF / "config.json").write_text(text)
-
-
-def write_file(change: Callable[[bytes], bytes]) -> Callable[[], object]:
-    path = HF / "model.safetensors"
-    return lambda: path.write_bytes(change(path.read_bytes()))
-
-
 LN, WTE = "transformer.h.1.ln_1.weight", "transformer.wte.weight"
 HEAD, PICKLE, WHOLE = "lm_head.weight", "pytorch_model.bin", "truncated, damaged or"
 BAD = [
     # the folder and config.json
     (lambda: (HF / "config.json").unlink(), "config.json: No such file or directory"),
     (lambda: (HF / "model.safetensors").unlink(), "there is neither model.safetensors nor"),
-    (write_config(""), "config.json: Expecting value: line 1"),
-    (write_config("[1]"), "config.json: the content must be dict"),
-    (write_config("[" * 10**5), "config.json: it is nested too deeply"),
     (edit_config(model_type="mistral"), "config.json: model_type must be gpt2 or llama"),
     (edit_config(n_layer=...), "config.json: n_layer is missing"),
     (edit_config(n_layer="2"), "n_layer='2' must be int"),
-    (edit_config(n_head=3), "n_embd=32 must be a multiple of n_head=3"),
     (edit_config(activation_function="tanh"), "activation=tanh is not one of: "),
     (edit_config(scale_attn_by_inverse_layer_idx=True), "layer_idx=true is not supported"),
-    (edit_config(layer_norm_epsilon=float("nan")), "norm_eps=nan must be above 0"),
     # absurd sizes
     (edit_config(n_embd=2**40), "n_embd=1099511627776 must be at least 1 and at most"),
     (edit_config(n_layer=2**20), "n_layer=1048576 and n_embd=32 do not"),
@@ -405,15 +372,11 @@ BAD = [
         f"the weight {HEAD}: expected shape (11, 32), found none",
     ),
     # safetensors and shards
-    (write_file(lambda data: data[:-1]), f"model.safetensors is {WHOLE} holds more than"),
-    (write_file(lambda data: b"\xff" * 8 + data[8:]), WHOLE),
     (sharded({WTE: "../theirs/b.safetensors"}), "lists ../theirs/b.safetensors, which is"),
     (sharded({}), "do not match its weights"),
     # pickles
     (pickled(lambda x: x | {LN: Code()}), f"{PICKLE} is {WHOLE} holds more than tensors"),
     (pickled(lambda _: Code(), _use_new_zipfile_serialization=False), WHOLE),
-    (damaged_pickle(lambda data: data[:-100]), WHOLE),
-    (damaged_pickle(lambda data: data.replace(b"\0\0\x80\x3f", b"\0\0\x80\x3e", 1)), WHOLE),
     (pickled(lambda _: [1]), f"{PICKLE} does not contain a dictionary of tensors by name"),
     (pickled(lambda x: x | {LN: [1.0]}), f"{PICKLE}: {LN} must be a dense tensor"),
 ]
@@ -429,10 +392,8 @@ BAD_LLAMA = [
         "rope_scaling.type must be default or llama3",
     ),
     (edit_config(rope_scaling={"type": "llama3"}), "config.json: factor is missing"),
-    (edit_rope(original_max_position_embeddings=0), "rope_original_context=0 must be at"),
     (edit_rope(factor=0), "rope_factor=0 must be at least 1"),
     (edit_config(rope_scaling="linear"), "config.json: rope_scaling must be dict"),
-    (edit_config(head_dim=7), "head_size=7 must be even"),
 ]
 
 
@@ -452,7 +413,7 @@ def test_what_is_incomplete_damaged_or_unsupported_is_refused_in_one_line(
     line = str(refusal.value)
     assert line.startswith("cannot read the model in theirs: ")
     assert line.isprintable() and len(line) < 600
-    assert any(option in line for option in complaint.split("|")), line
+    assert complaint in line
     assert not Path("ran").exists()
 
 

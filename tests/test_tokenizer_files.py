@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +20,11 @@ from humptygpt.convert.read_huggingface import read_tokenizer
 from humptygpt.convert.write_huggingface import build_tokenizer, tokenizer_files
 from humptygpt.prepare.corpus import encode_documents
 from humptygpt.prepare.documents import Piece
-from humptygpt.token_files import TokenFiles, read_meta
+from humptygpt.token_files import read_meta
 
 transformers = pytest.importorskip(
     "transformers", reason="needs transformers: pip install -r requirements-dev.txt"
 )
-tokenizers = pytest.importorskip("tokenizers")
 
 TEXT = (
     "Füße, 東京!\n🙂 and   plain words\nHello the dog "
@@ -47,9 +46,9 @@ def write(folder: Path, **files: dict) -> Path:
 
 def trained_bpe(split: str | None = None):
     """A tokenizers.Tokenizer; split: a pattern as Llama 3 has, instead of GPT-2's."""
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    engine = tokenizers.Tokenizer(models.BPE())
+    engine = Tokenizer(models.BPE())
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if split:
         by_pattern = pre_tokenizers.Split(Regex(split), "isolated")
@@ -150,22 +149,13 @@ KINDS = {
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """{kind: (its folder, transformers' tokenizer, ours after a round trip through its state)}, made when asked for."""
-    pytest.importorskip(
-        "google.protobuf", reason="transformers reads tokenizer.model with it"
-    )
-    tokenizers = {}
 
+    @cache
     def make(kind: str):
-        if kind not in tokenizers:
-            folder = KINDS[kind](tmp_path_factory.mktemp("tokenizer"))
-            theirs = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True
-            )
-            ours = tokenizer.from_state(
-                json.loads(json.dumps(read_tokenizer(folder).state()))
-            )
-            tokenizers[kind] = folder, theirs, ours
-        return tokenizers[kind]
+        folder = KINDS[kind](tmp_path_factory.mktemp("tokenizer"))
+        theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        state = json.loads(json.dumps(read_tokenizer(folder).state()))
+        return folder, theirs, tokenizer.from_state(state)
 
     return make
 
@@ -210,14 +200,13 @@ def test_pieces_joined_are_the_text_and_continue_a_prompt_with_its_spaces(kind, 
 
 
 def test_the_ends_of_texts_are_the_models_own(made):
-    names = {kind: (made(kind)[2], made(kind)[1]) for kind in KINDS}
-    for kind, (ours, theirs) in names.items():
+    with_bos = []
+    for kind in KINDS:
+        _, theirs, ours = made(kind)
         assert ours.eot == theirs.eos_token_id, kind
-    assert [kind for kind, (ours, _) in names.items() if ours.bos is not None] == [
-        "Llama 3's tokenizer.json",
-        "LlamaTokenizer",
-    ]
-    assert names["LlamaTokenizer"][0].start().tolist() == [1]
+        with_bos += [kind] * (ours.bos is not None)
+    assert with_bos == ["Llama 3's tokenizer.json", "LlamaTokenizer"]
+    assert made("LlamaTokenizer")[2].start().tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -243,13 +232,10 @@ def test_data_is_prepared_with_the_tokenizer_of_a_folder_and_keeps_it(kind, made
     shutil.rmtree("theirs")
     meta = read_meta(Path("data/mine"))
     assert tokenizer.from_state(meta["tokenizer"]).vocab_size == len(theirs)
-    tokens = meta["splits"]["train"]["tokens"]
-    ids = (
-        TokenFiles(Path("data/mine"), "train", meta).read(np.array([0]), tokens)[0].tolist()
-    )
+    ids = np.fromfile("data/mine/train.bin", meta["dtype"]).tolist()
     starts = [theirs(text).input_ids[:20] for text in documents]
     assert ids[:20] == starts[0]
-    assert starts[1] in [ids[start : start + 20] for start in range(tokens)]
+    assert starts[1] in [ids[start : start + 20] for start in range(len(ids))]
 
 
 def test_data_follows_a_change_of_the_tokenizer_files(made, folder, capsys):
