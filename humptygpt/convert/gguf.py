@@ -119,16 +119,14 @@ def with_merges(tokenizer: Tokenizer, content: dict) -> Vocabulary:
     if model["type"] != "BPE" or not (split := known_split(tokenizer, content)):
         why = "llama.cpp needs byte pairs as in GPT-2, Llama 2 or Llama 3 (with sentencepiece: model_type=bpe)"
         raise refusal(tokenizer, why)
-    tokens = [f"[PAD{i}]" for i in range(tokenizer.vocab_size)]
-    types = [TokenType.UNUSED] * len(tokens)
+    found = {i: (f"[PAD{i}]", TokenType.UNUSED) for i in range(tokenizer.vocab_size)}
     for token, i in model["vocab"].items():
-        tokens[i] = token
         is_byte = model["byte_fallback"] and BYTE_TOKEN.fullmatch(token)
-        types[i] = TokenType.BYTE if is_byte else TokenType.NORMAL
+        found[i] = token, TokenType.BYTE if is_byte else TokenType.NORMAL
     for entry in content["added_tokens"]:
-        tokens[entry["id"]] = entry["content"]
-        special = entry["special"]
-        types[entry["id"]] = TokenType.CONTROL if special else TokenType.USER_DEFINED
+        kind = TokenType.CONTROL if entry["special"] else TokenType.USER_DEFINED
+        found[entry["id"]] = entry["content"], kind
+    tokens, types = zip(*found.values(), strict=True)
     if split != "default":
         return {
             "tokenizer_model": "gpt2",

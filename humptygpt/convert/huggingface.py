@@ -170,15 +170,14 @@ def to_pretrained(
     config = model.config
     name = find_family(config)
     family = FAMILIES[name]
-    attn = model.stack.blocks[0].attn
-    mlp = model.stack.blocks[0].mlp
+    block = model.stack.blocks[0]
     names = {ours: theirs for theirs, ours in reversed(ACTIVATION_NAMES.items())}
     settings = vars(config) | {
         "n_kv_head": config.kv_heads,
-        "head_size": attn.head_size,
-        "n_hidden": mlp.up_proj.out_features,
-        "attn_bias": attn.q_proj.bias is not None,
-        "mlp_bias": mlp.up_proj.bias is not None,
+        "head_size": config.features,
+        "n_hidden": block.mlp.up_proj.out_features,
+        "attn_bias": block.attn.q_proj.bias is not None,
+        "mlp_bias": block.mlp.up_proj.bias is not None,
         "activation": names[config.activation],
     }
     content = {

@@ -24,40 +24,32 @@ def reading(what: object) -> Iterator[None]:
     try:
         yield
     except (ValueError, UserError, OSError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"cannot read {what}: {reason}") from error
+        raise UserError(f"cannot read {what}: {one_line(error)}") from error
 
 
 def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Weights:
     """Read all tensors from the first of these files found in a folder. Raises ValueError, UserError or OSError."""
-    present = {path.name for path in folder.iterdir()}
     for name in names:
-        if name in present:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
             return open_file(folder / name)
-        if f"{name}.index.json" in present:
-            return open_shards(folder / f"{name}.index.json", present)
+        if index.is_file():
+            content = parse_json(index.read_bytes(), {"weight_map": {str: str}})
+            tensors = {}
+            for shard in sorted(set(content["weight_map"].values())):
+                tensors |= open_file(folder / Path(shard).name)  # never another folder
+            return tensors
     raise ValueError(f"there is neither {' nor '.join(names)}")
 
 
 def open_file(path: Path) -> Weights:
+    path.open("rb").close()  # raises OSError for a file that cannot be read
     problem = "is truncated, damaged or holds more than tensors and plain data"
     with refuse_damaged(path, problem):
         # load_file also checks that the file has the declared size
         safe = path.suffix == ".safetensors"
         tensors = load_file(path) if safe else load_plain(path, legacy=True)
     check_dense(tensors, path.name)
-    return tensors
-
-
-def open_shards(index: Path, present: set[str]) -> Weights:
-    """Read the tensors from all files that an index lists. present: names of the files in its folder."""
-    content = parse_json(index.read_bytes(), {"weight_map": {str: str}})
-    shards = set(content["weight_map"].values())
-    if missing := shards - present:
-        raise ValueError(f"{index.name} lists {min(missing)}, which is missing")
-    tensors = {}
-    for shard in sorted(shards):
-        tensors |= open_file(index.with_name(shard))
     return tensors
 
 
