@@ -346,7 +346,7 @@ BAD = [
     (lambda: (HF / "config.json").unlink(), "config.json: [Errno 2] No such file"),
     (lambda: (HF / "model.safetensors").unlink(), "there is neither model.safetensors nor"),
     (edit_config(model_type="mistral"), "config.json: model_type must be gpt2 or llama"),
-    (edit_config(n_layer=...), "config.json: n_layer is missing"),
+    (edit_config(n_layer=...), "n_layer=None must be int"),
     (edit_config(n_layer="2"), "n_layer='2' must be int"),
     (edit_config(activation_function="tanh"), "activation=tanh is not one of: "),
     (edit_config(scale_attn_by_inverse_layer_idx=True), "layer_idx=true is not supported"),
@@ -380,8 +380,8 @@ BAD = [
     # pickles
     (pickled(lambda x: x | {LN: Code()}), f"{PICKLE} is {WHOLE} holds more than tensors"),
     (pickled(lambda _: Code(), _use_new_zipfile_serialization=False), WHOLE),
-    (pickled(lambda _: [1]), f"{PICKLE} does not contain a dictionary of tensors by name"),
-    (pickled(lambda x: x | {LN: [1.0]}), f"{PICKLE}: {LN} must be a dense tensor"),
+    (pickled(lambda _: [1]), WHOLE),
+    (pickled(lambda x: x | {LN: [1.0]}), WHOLE),
 ]
 
 
@@ -394,7 +394,7 @@ BAD_LLAMA = [
         edit_config(rope_scaling={"type": "yarn"}),
         "rope_scaling.type must be default or llama3",
     ),
-    (edit_config(rope_scaling={"type": "llama3"}), "config.json: factor is missing"),
+    (edit_config(rope_scaling={"type": "llama3"}), "rope_factor=None must be float"),
     (edit_rope(factor=0), "rope_factor=0 must be at least 1"),
     (edit_config(rope_scaling="linear"), "config.json: rope_scaling must be dict"),
 ]

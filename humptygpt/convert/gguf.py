@@ -32,7 +32,6 @@ DTYPES = {  # the values of --dtype
     "q8_0": GGMLQuantizationType.Q8_0,
 }
 ACTIVATIONS = {"gpt2": "gelu_tanh", "llama": "silu"}  # fixed in llama.cpp
-EPSILONS = {"gpt2": "add_layer_norm_eps", "llama": "add_layer_norm_rms_eps"}
 HYPERPARAMETERS = {  # X in GGUFWriter.add_X: key of ModelConfig; written if the family has the key
     "block_count": "n_layer",
     "context_length": "block_size",
@@ -43,6 +42,9 @@ HYPERPARAMETERS = {  # X in GGUFWriter.add_X: key of ModelConfig; written if the
     "key_length": "head_size",
     "value_length": "head_size",
     "rope_freq_base": "rope_base",
+    # each architecture reads one of these
+    "layer_norm_eps": "norm_eps",
+    "layer_norm_rms_eps": "norm_eps",
 }
 EMBEDDINGS = ("transformer.wte.weight", "model.embed_tokens.weight", "lm_head.weight")
 # how Llama 3 splits text before byte pairs are merged
@@ -187,7 +189,6 @@ def write_gguf(
     tokens = len(vocabulary["token_list"])
     writer = GGUFWriter(path, architecture)
     writer.add_name(name)
-    getattr(writer, EPSILONS[architecture])(settings["norm_eps"])
     values = {
         name: settings[key] for name, key in HYPERPARAMETERS.items() if key in settings
     }

@@ -35,6 +35,7 @@ ROPE_TYPES = {"default", "llama3"}
 ROPE = {"rope_type?": ROPE_TYPES, "type?": ROPE_TYPES}  # older files have the second
 SCHEMA = {
     "model_type": set(FAMILIES),
+    "vocab_size": int,
     # transformers before version 5 writes the first key, later versions the second
     "rope_scaling?": (ROPE, None),
     "rope_parameters?": (ROPE, None),
@@ -108,9 +109,7 @@ def model_settings(family: Family, content: dict) -> dict[str, object]:
         table = table | ROPE_SCALING
     if content.get("scale_attn_by_inverse_layer_idx"):
         raise ValueError("scale_attn_by_inverse_layer_idx=true is not supported")
-    if missing := table.keys() - content.keys():
-        raise ValueError(f"{min(missing)} is missing")
-    settings = {ours: content[theirs] for theirs, ours in table.items()}
+    settings = {ours: content.get(theirs) for theirs, ours in table.items()}
     activation = str(settings["activation"])
     # ModelConfig refuses a name that it does not know
     return settings | {"activation": ACTIVATION_NAMES.get(activation, activation)}

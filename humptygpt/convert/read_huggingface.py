@@ -34,8 +34,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
         if file is None:
             raise ValueError(f"there is neither {' nor '.join(READERS)}")
         return READERS[file.name](file, read_settings(file.parent))
-    # sentencepiece raises RuntimeError, and AddedToken TypeError
-    except (ValueError, OSError, RuntimeError, TypeError) as error:
+    # tokenizers has no exception class of its own
+    except Exception as error:
         raise UserError(
             f"cannot read the tokenizer in {path}: {one_line(error)}"
         ) from error
@@ -74,12 +74,8 @@ def read_merges(path: Path, settings: dict) -> PretrainedTokenizer:
     """Read GPT-2's vocab.json and merges.txt."""
     from tokenizers import ByteLevelBPETokenizer
 
-    merges = str(path.with_name("merges.txt"))
-    try:
-        engine = ByteLevelBPETokenizer.from_file(str(path), merges)
-    except Exception as error:  # tokenizers has no exception class of its own
-        raise ValueError(f"vocab.json and merges.txt do not match: {error}") from error
-    return finish(engine, settings)
+    merges = path.with_name("merges.txt")
+    return finish(ByteLevelBPETokenizer.from_file(str(path), str(merges)), settings)
 
 
 # the first file that exists is used, as in transformers

@@ -1,5 +1,6 @@
 """Load models and tokenizers from other programs: Hugging Face folders, PEFT adapters, nanoGPT checkpoints."""
 
+from collections import OrderedDict
 from pathlib import Path
 
 from humptygpt import checkpoint, tokenizers
@@ -15,7 +16,11 @@ from humptygpt.schema import check_schema
 from humptygpt.tokenizers import Tokenizer
 from model import ModelConfig
 
-NANOGPT = {"model_args": {"vocab_size": int}, "config?": {"dataset?": str}}
+NANOGPT = {
+    "model": (dict, OrderedDict),
+    "model_args": {"vocab_size": int},
+    "config?": {"dataset?": str},
+}
 # nanoGPT's matrices are (outputs, inputs), like ours
 NANOGPT_FAMILY = GPT2._replace(transposed=False)
 
@@ -62,8 +67,8 @@ def is_adapter(folder: Path) -> bool:
 
 def from_nanogpt(path: Path, saved: dict) -> Loaded:
     with reading(path):
-        check_dense(saved.get("model"), path.name)
         check_schema(saved, NANOGPT)
+        check_dense(saved["model"])
         always = {"activation": "gelu", "tie_weights": True}
         settings = GPT2.fixed | always | saved["model_args"] | {"dropout": 0.0}
         config = restore(ModelConfig, settings)

@@ -49,24 +49,18 @@ def open_file(path: Path) -> Weights:
         # load_file also checks that the file has the declared size
         safe = path.suffix == ".safetensors"
         tensors = load_file(path) if safe else load_plain(path, legacy=True)
-    check_dense(tensors, path.name)
-    return tensors
+        check_dense(tensors)
+        return tensors
 
 
-def check_dense(tensors: object, file: str) -> None:
-    """Raise ValueError unless `tensors` is a dictionary of dense floating-point tensors by name. file: for messages."""
-    if not isinstance(tensors, dict) or any(type(name) is not str for name in tensors):
-        raise ValueError(f"{file} does not contain a dictionary of tensors by name")
+def check_dense(tensors: Weights) -> None:
+    """Raise ValueError unless these are dense tensors by name. Raises other exceptions if it is not a dictionary."""
     for name, x in tensors.items():
         dense = isinstance(x, Tensor) and x.layout == strided and x.device.type == "cpu"
         # with a stride of 0, a tensor can claim any size with little memory behind it
-        if (
-            not dense
-            or x.is_nested
-            or x.is_quantized
-            or x.nbytes > x.untyped_storage().nbytes()
-        ):
-            raise ValueError(f"{file}: {name} must be a dense tensor")
+        small = dense and not x.is_nested and x.nbytes <= x.untyped_storage().nbytes()
+        if type(name) is not str or not small or x.is_quantized:
+            raise ValueError(f"{name} must be a dense tensor")
 
 
 def check_shapes(tensors: Weights, expected: dict[str, tuple[int, ...]]) -> None:
