@@ -60,13 +60,11 @@ class ExportConfig:
 def main(argv: list[str]) -> None:
     given = configurator.read(argv, ExportConfig)
     config = configurator.make(ExportConfig, given)
-    from humptygpt.convert.huggingface import find_family
     from humptygpt.loading import chosen_source, load
     from humptygpt.page.known_settings import check_formulas
 
     loaded = load(chosen_source(config, given), config.checkpoint)
     if config.format != "checkpoint":
-        find_family(loaded.model.config)
         check_formulas(loaded.model.config, "transformers or llama.cpp")
     write = {
         "folder": write_folder,

@@ -470,10 +470,7 @@ GGUF_REFUSES = [
     (ROTARY | {"activation": "relu"}, "activation=relu cannot be .* --activation=silu"),
     ({"tokenizer": CharTokenizer("aé")}, f"{CHAR} non-ASCII characters"),
     ({"tokenizer": CharTokenizer("aé▁", True)}, f"{CHAR} and '▁' stands for a space"),
-    (
-        {"tokenizer": EVERY["unigram"]},
-        "tokenizer=sentencepiece .* model_type=bpe.; transformers can: --to=FOLDER",
-    ),
+    ({"tokenizer": EVERY["unigram"]}, "as GGUF, only to a folder: .* model_type=bpe.$"),
 ]
 
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,7 +13,6 @@ from humptygpt.convert.huggingface import find_family, layer_names, write_files
 from humptygpt.convert.weight_files import check_shapes, open_weights, reading
 from humptygpt.finetune.lora import adapted
 from humptygpt.schema import parse_json
-from model import ModelConfig
 
 PREFIX = "base_model.model."
 CONFIG = "adapter_config.json"
@@ -30,18 +28,17 @@ SCHEMA = {
 }
 
 
-def adapter_names(
-    config: ModelConfig, layers: Iterable[str]
-) -> list[tuple[str, list[str]]]:
-    """Pair each layer name in the adapter with the names of our layers.
+def adapter_names(model: nn.Module) -> list[tuple[str, list[str]]]:
+    """Pair each layer name that an adapter can have with the names of our layers.
 
     An adapter has transformers' names if transformers supports the architecture, and ours otherwise.
     """
     try:
-        family = FAMILIES[find_family(config)]
+        family = FAMILIES[find_family(model.config)]
     except UserError:
-        return [(layer, [layer]) for layer in layers]
-    return layer_names(family, config)
+        names = dict(model.named_modules())
+        return [(name, [name]) for name in names if isinstance(names[name], nn.Linear)]
+    return layer_names(family, model.config)
 
 
 # --------------------------------------------------------------------------------------
@@ -59,7 +56,7 @@ def write_adapter(model: nn.Module, training, folder: Path) -> None:
     weights = {}
     ranks = {}
     alphas = {}
-    for theirs, ours in adapter_names(model.config, layers):
+    for theirs, ours in adapter_names(model):
         present = [name for name in ours if name in layers]
         if not present:
             continue
@@ -105,12 +102,9 @@ def read_config(folder: Path) -> dict:
 def merge_adapter(folder: Path, model: nn.Module) -> None:
     """Change each W of a base model that the adapter names into W + scale * B A. Raises UserError."""
     adapter = read_config(folder)
-    layers = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    ]
     with reading(f"the adapter in {folder}"):
         stored = open_weights(folder, WEIGHTS)
-        for theirs, ours in adapter_names(model.config, layers):
+        for theirs, ours in adapter_names(model):
             names = [f"{PREFIX}{theirs}.lora_{part}.weight" for part in "AB"]
             tied = theirs == "lm_head" and model.config.tie_weights
             if tied or not stored.keys() >= set(names):

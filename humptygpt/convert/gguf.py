@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from torch import Tensor
 
-from humptygpt.config import UserError
+from humptygpt.config import UserError, refuse
 from humptygpt.convert.families import ACTIVATION_NAMES, FAMILIES, ROPE_SCALING
 from humptygpt.convert.weight_files import Weights
 from humptygpt.convert.write_huggingface import tokenizer_json
@@ -66,10 +66,13 @@ Vocabulary = dict[str, object]  # X in GGUFWriter.add_X: its argument
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     """Describe a tokenizer for GGUF. Raises UserError if none in llama.cpp produces the same tokens."""
-    if isinstance(tokenizer, CharTokenizer | ByteTokenizer):
-        found = without_merges(tokenizer)
-    else:
-        found = with_merges(tokenizer, json.loads(tokenizer_json(tokenizer)))
+    with refuse(
+        f"tokenizer={tokenizer.name} cannot be exported as GGUF, only to a folder: "
+    ):
+        if isinstance(tokenizer, CharTokenizer | ByteTokenizer):
+            found = without_merges(tokenizer)
+        else:
+            found = with_merges(tokenizer, json.loads(tokenizer_json(tokenizer)))
     eot, bos, end = tokenizer.eot, tokenizer.bos, END_OF_TEXT.encode()
     if eot is None and end in tokenizer.pieces:
         eot = tokenizer.pieces.index(end)
@@ -78,14 +81,8 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     return {"add_bos_token": bos is not None, "add_space_prefix": False} | found
 
 
-def refusal(tokenizer: Tokenizer, why: str) -> UserError:
-    return UserError(
-        f"tokenizer={tokenizer.name} cannot be exported as GGUF: {why}; transformers can: --to=FOLDER"
-    )
-
-
 def without_merges(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
-    """Describe a tokenizer whose tokens are characters or bytes.
+    """Describe a tokenizer whose tokens are characters or bytes. Raises ValueError if llama.cpp has none like it.
 
     llama.cpp's tokenizer type rwkv matches the longest token first, and is the only type that needs no end-of-text
     token. But it hangs if a text has the first byte of a token without the rest, which can happen with characters of
@@ -99,8 +96,9 @@ def without_merges(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
     if as_bytes:
         tokens = ["".join(f"\\x{byte:02x}" for byte in text) for text in texts]
     elif not end or "▁" in tokenizer.alphabet:
-        why = "in llama.cpp, non-ASCII characters need an end-of-text token, and '▁' stands for a space"
-        raise refusal(tokenizer, why)
+        raise ValueError(
+            "in llama.cpp, non-ASCII characters need an end-of-text token, and '▁' stands for a space"
+        )
     else:
         tokens = [text.decode().replace(" ", "▁") for text in texts]
     return {
@@ -112,15 +110,18 @@ def without_merges(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
 
 
 def with_merges(tokenizer: Tokenizer, content: dict) -> Vocabulary:
-    """Describe a byte-pair tokenizer like that of GPT-2, Llama 2 or Llama 3. content: its tokenizer.json.
+    """Describe a byte-pair tokenizer like that of GPT-2, Llama 2 or Llama 3. Raises ValueError for any other.
+
+    content: its tokenizer.json.
 
     At the start of a prompt or after a special token, transformers' LlamaTokenizer may add one space fewer than
     llama.cpp.
     """
     model = content["model"]
     if model["type"] != "BPE" or not (split := known_split(tokenizer, content)):
-        why = "llama.cpp needs byte pairs as in GPT-2, Llama 2 or Llama 3 (with sentencepiece: model_type=bpe)"
-        raise refusal(tokenizer, why)
+        raise ValueError(
+            "llama.cpp needs byte pairs as in GPT-2, Llama 2 or Llama 3 (with sentencepiece: model_type=bpe)"
+        )
     found = {i: (f"[PAD{i}]", TokenType.UNUSED) for i in range(tokenizer.vocab_size)}
     for token, i in model["vocab"].items():
         is_byte = model["byte_fallback"] and BYTE_TOKEN.fullmatch(token)

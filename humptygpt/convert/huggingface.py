@@ -118,20 +118,11 @@ def model_settings(family: Family, content: dict) -> dict[str, object]:
 def build_model(
     what: object, family: Family, config: ModelConfig, tensors: Weights
 ) -> nn.Module:
-    """Build a model from the tensors of a file, emptying `tensors` along the way. what: the file. Raises UserError."""
-    like = build_like(what, config, tensors).state_dict()
-    with reading(what):
-        return restore_model(read_weights(family, config, tensors, like), config)
+    """Build a model from the tensors of a file, emptying `tensors` along the way. what: the file. Raises UserError.
 
-
-def read_weights(
-    family: Family, config: ModelConfig, tensors: Weights, like: Weights
-) -> Weights:
-    """Build our state dict from the tensors of a file. Raises ValueError.
-
-    like: the state dict of the same model on the meta device. Nothing is allocated until all names and shapes have been
-    checked.
+    Nothing is allocated until all names and shapes have been checked.
     """
+    like = build_like(what, config, tensors).state_dict()
     stored = {}
     while tensors:
         name, tensor = tensors.popitem()
@@ -142,7 +133,8 @@ def read_weights(
     if config.tie_weights:  # older files also contain a tied head
         stored.pop("lm_head.weight", None)
     expected = to_theirs(family, config, like)
-    check_shapes(stored, {name: tuple(x.shape) for name, x in expected.items()})
+    with reading(what):
+        check_shapes(stored, {name: tuple(x.shape) for name, x in expected.items()})
     ours = {}
     for name, own in weight_names(family, config, like):
         tensor = transposed(family, name, stored.pop(name).detach())
@@ -152,7 +144,9 @@ def read_weights(
             ours[part] = piece.to(
                 torch.float32, copy=True, memory_format=torch.contiguous_format
             )
-    return ours if not config.tie_weights else ours | {"lm_head.weight": ours["wte.weight"]}
+    if config.tie_weights:
+        ours["lm_head.weight"] = ours["wte.weight"]
+    return restore_model(ours, config)
 
 
 # --------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import json
 from humptygpt.loading import Loaded
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import find_task
-from humptygpt.tokenizers import END_OF_TEXT
 from model import ModelConfig, count_parameters
 
 CARD = """---
@@ -60,7 +59,7 @@ def model_card(loaded: Loaded, name: str) -> str:
     model, tokenizer, saved = loaded.model, loaded.tokenizer, loaded.saved
     task = find_task(loaded.task)
     context = model.config.block_size
-    start = tokenizer.decode(tokenizer.start()) if tokenizer.eot is None else END_OF_TEXT
+    start = tokenizer.decode(tokenizer.start())
     origin = f"converted by HumptyGPT from {loaded.description}"
     training = settings = ""
     if saved:

@@ -105,9 +105,8 @@ def piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
             else token.encode()
         )
     if not kinds or not set(kinds) <= SENTENCEPIECE_DECODERS:
-        listed = ", ".join(kinds) or "none"
         raise ValueError(
-            f"its decoder is {listed}; only ByteLevel and sentencepiece decoders are supported"
+            f"its decoder {kinds} is not supported; only ByteLevel and those of sentencepiece are"
         )
     return lambda token: sentencepiece_bytes(token, "ByteFallback" in kinds)
 
