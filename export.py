@@ -76,8 +76,6 @@ def main(argv: list[str]) -> None:
 
 def write_folder(loaded, to: Path, dtype: str) -> str:
     """Write a folder for transformers and return a line to print. loaded: a loading.Loaded."""
-    import torch
-
     from humptygpt.convert.huggingface import write_files, write_pretrained
     from humptygpt.convert.model_card import model_card
     from humptygpt.convert.write_huggingface import tokenizer_files
@@ -88,7 +86,7 @@ def write_folder(loaded, to: Path, dtype: str) -> str:
     }
     with whole(to) as folder:
         folder.mkdir()  # made here, so that an error names the folder that cannot be written
-        write_pretrained(loaded.model, folder, getattr(torch, dtype))
+        write_pretrained(loaded.model, folder, dtype)
         write_files(folder, files)
     return f"{to}: its README.md shows how to use it"
 

@@ -100,7 +100,10 @@ def read_config(folder: Path) -> dict:
 
 @torch.no_grad()
 def merge_adapter(folder: Path, model: nn.Module) -> None:
-    """Change each W of a base model that the adapter names into W + scale * B A. Raises UserError."""
+    """Change each W of a base model that the adapter names into W + scale * B A. Raises UserError.
+
+    PEFT's variants of LoRA have more weights, and are refused because these are unknown.
+    """
     adapter = read_config(folder)
     with reading(f"the adapter in {folder}"):
         stored = open_weights(folder, WEIGHTS)

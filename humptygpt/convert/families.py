@@ -13,9 +13,9 @@ ROPE_SCALING = {  # settings of rope_type=llama3, in a separate entry of config.
 }
 # settings of ours that neither family has, at values with no effect
 WITHOUT = {"mlp_conv": 0, "qk_norm": False, "init": "gpt2"}
-ACTIVATION_NAMES = {  # transformers' name: our name; export writes the first match
-    "gelu_new": "gelu_tanh",
+ACTIVATION_NAMES = {  # transformers' name: our name; export writes the last match
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
     "gelu": "gelu",
     "silu": "silu",
     "relu": "relu",

@@ -32,7 +32,8 @@ DTYPES = {  # the values of --dtype
     "q8_0": GGMLQuantizationType.Q8_0,
 }
 ACTIVATIONS = {"gpt2": "gelu_tanh", "llama": "silu"}  # fixed in llama.cpp
-HYPERPARAMETERS = {  # X in GGUFWriter.add_X: key of ModelConfig; written if the family has the key
+# X in GGUFWriter.add_X: key of ModelConfig. Keys that the family lacks are left out.
+HYPERPARAMETERS = {
     "block_count": "n_layer",
     "context_length": "block_size",
     "embedding_length": "n_embd",
@@ -170,7 +171,7 @@ def split_key(step: dict) -> tuple[str | None, bool | None, bool | None]:
 
 def write_gguf(
     path: Path,
-    name: str,
+    title: str,
     content: dict,
     weights: Weights,
     vocabulary: Vocabulary,
@@ -178,10 +179,10 @@ def write_gguf(
 ) -> None:
     """Write a GGUF file.
 
-    name: the model's. content, weights: as returned by to_pretrained(). dtype: a key of DTYPES. Vectors and learned
-    positions stay in float32. With q8_0, which packs weights in blocks of 32, so do matrices whose row length is not a
-    multiple of 32. Padding rows of the embedding are left out, because llama.cpp would sample them. Raises UserError if
-    llama.cpp does not support a part of the model, OSError if writing fails.
+    title: the name of the model. content, weights: as returned by to_pretrained(). dtype: a key of DTYPES.
+    Vectors and learned positions stay in float32. With q8_0, which packs weights in blocks of 32, so do matrices whose
+    row length is not a multiple of 32. Padding rows of the embedding are left out, because llama.cpp would sample them.
+    Raises UserError if llama.cpp does not support a part of the model, OSError if writing fails.
     """
     architecture = content["model_type"]
     table = FAMILIES[architecture].settings
@@ -189,7 +190,7 @@ def write_gguf(
     check_activation(settings["activation"], ACTIVATIONS[architecture])
     tokens = len(vocabulary["token_list"])
     writer = GGUFWriter(path, architecture)
-    writer.add_name(name)
+    writer.add_name(title)
     values = {
         name: settings[key] for name, key in HYPERPARAMETERS.items() if key in settings
     }

@@ -154,7 +154,7 @@ def build_model(
 
 
 def to_pretrained(
-    model: nn.Module, dtype: torch.dtype = torch.float32
+    model: nn.Module, dtype: str = "float32"
 ) -> tuple[dict[str, object], Weights]:
     """Convert a model to the content of config.json and to weights with transformers' names, in this dtype on the CPU.
 
@@ -164,7 +164,7 @@ def to_pretrained(
     name = find_family(config)
     family = FAMILIES[name]
     block = model.stack.blocks[0]
-    names = {ours: theirs for theirs, ours in reversed(ACTIVATION_NAMES.items())}
+    names = {ours: theirs for theirs, ours in ACTIVATION_NAMES.items()}
     settings = vars(config) | {
         "n_kv_head": config.kv_heads,
         "head_size": config.features,
@@ -176,7 +176,7 @@ def to_pretrained(
     content = {
         "model_type": name,
         "architectures": [family.architecture],
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": dtype,
         # in generation_config.json; transformers' defaults here are meant for other tokenizers
         "bos_token_id": None,
         "eos_token_id": None,
@@ -189,7 +189,8 @@ def to_pretrained(
     zeros = {key: torch.zeros(x.shape) for key, x in like.items() if key.endswith(".bias")}
     theirs = to_theirs(family, config, zeros | model.state_dict())
     return content, {
-        key: x.detach().to("cpu", dtype).contiguous() for key, x in theirs.items()
+        key: x.detach().to("cpu", getattr(torch, dtype)).contiguous()
+        for key, x in theirs.items()
     }
 
 
@@ -212,9 +213,7 @@ def find_family(config: ModelConfig) -> str:
     return name
 
 
-def write_pretrained(
-    model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32
-) -> None:
+def write_pretrained(model: nn.Module, folder: Path, dtype: str = "float32") -> None:
     """Write the output of to_pretrained() to config.json and model.safetensors. Raises UserError."""
     content, weights = to_pretrained(model, dtype)
     write_files(folder, {"config.json": content, "model.safetensors": weights})

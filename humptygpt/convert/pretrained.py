@@ -52,15 +52,10 @@ class PretrainedTokenizer(Tokenizer):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
-        texts = [utf8(text).decode() for text in texts]
-        encodings = self._engine.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        return encode_with(self._engine, texts)
 
     def encode_rest(self, text: str) -> np.ndarray:
-        utf8(text)
-        return np.array(
-            self._rest.encode(text, add_special_tokens=False).ids, dtype=np.int64
-        )
+        return encode_with(self._rest, [text])[0]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._engine.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -91,6 +86,12 @@ def load_engine(content: str):
     engine.no_truncation()
     engine.no_padding()
     return engine
+
+
+def encode_with(engine, texts: Iterable[str]) -> list[np.ndarray]:
+    texts = [utf8(text).decode() for text in texts]
+    encodings = engine.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
 
 def piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:

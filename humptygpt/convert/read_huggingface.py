@@ -23,7 +23,7 @@ SETTINGS = {
 
 def tokenizer_file(path: Path) -> Path | None:
     """Return path if it is one of these files, else the first of them in the folder `path`; None if there is none."""
-    files = [path] if path.is_file() else [path / name for name in READERS]
+    files = [path, *(path / name for name in READERS)]
     return next((file for file in files if file.name in READERS and file.is_file()), None)
 
 

@@ -8,8 +8,8 @@ def convert_sentencepiece(proto: bytes, scheme: str | None):
 
     scheme: which texts get a leading space. None: each text, as in sentencepiece; "always": each text that does not
     start with a space; "first": only the first text, unless it starts with a space. The last two match transformers'
-    LlamaTokenizer with legacy=True and legacy=False. Special tokens split a text into several. Also returns the names
-    of the tokens that begin and end a text, as in tokenizer_config.json.
+    LlamaTokenizer with legacy=True and legacy=False. Special tokens split a text into several.
+    Returns the tokenizer, and the tokens that begin and end a text, under their names in tokenizer_config.json.
     """
     from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers

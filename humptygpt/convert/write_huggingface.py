@@ -9,7 +9,7 @@ from functools import singledispatch
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from humptygpt.config import UserError
 from humptygpt.convert.pretrained import PretrainedTokenizer
@@ -54,7 +54,7 @@ def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """Build the same tokenizer for Hugging Face's tokenizers library."""
     theirs = convert(tokenizer)
     if END_OF_TEXT.encode() in tokenizer.pieces:
-        theirs.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
+        theirs.add_special_tokens([END_OF_TEXT])
     return theirs
 
 
