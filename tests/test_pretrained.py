@@ -385,17 +385,13 @@ BAD = [
 ]
 
 
-def edit_rope(**changes: object) -> Callable[[], None]:
-    return edit_config(rope_scaling=ROPE | changes)
-
-
 BAD_LLAMA = [
     (
         edit_config(rope_scaling={"type": "yarn"}),
         "rope_scaling.type must be default or llama3",
     ),
     (edit_config(rope_scaling={"type": "llama3"}), "rope_factor=None must be float"),
-    (edit_rope(factor=0), "rope_factor=0 must be at least 1"),
+    (edit_config(rope_scaling=ROPE | {"factor": 0}), "rope_factor=0 must be at least 1"),
     (edit_config(rope_scaling="linear"), "config.json: rope_scaling must be dict"),
 ]
 

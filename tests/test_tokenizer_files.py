@@ -301,7 +301,6 @@ def test_a_tokenizer_that_is_neither_a_kind_nor_a_path_is_refused(fails, folder)
     for keys, complaint in {
         "--tokenizer=chars": f"tokenizer=chars is not one of: auto, {kinds}, a folder",
         "--tokenizer=.": "cannot read the tokenizer in .: there is neither tokenizer.json",
-        "--tokenizer=. --vocab_size=300": "vocab_size=300 has no effect",
     }.items():
         argv = ["mine", "--input=mine.txt", *keys.split()]
         assert fails(prepare_data.main, *argv).startswith(complaint)

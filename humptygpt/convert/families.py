@@ -30,7 +30,8 @@ class Family(NamedTuple):
     # prefix of all weight names except the head's; files without a head may omit it
     prefix: str
     settings: dict[str, str]  # key of config.json: key of ModelConfig
-    defaults: dict[str, object]  # default values of keys that config.json may omit
+    # default values, other than None, of keys that config.json may omit
+    defaults: dict[str, object]
     fixed: dict[str, object]  # our settings that all models of the family share
     # layer in transformers: our layers, concatenated if there are several; # stands for the index of the block
     weights: dict[str, str]
@@ -55,7 +56,6 @@ GPT2 = Family(
         "tie_word_embeddings": "tie_weights",
     },
     defaults={
-        "n_inner": None,
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": True,
@@ -107,11 +107,7 @@ LLAMA = Family(
         "tie_word_embeddings": "tie_weights",
     },
     defaults={
-        "num_key_value_heads": None,
-        "head_dim": None,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,

@@ -110,6 +110,8 @@ def model_settings(family: Family, content: dict) -> dict[str, object]:
     if content.get("scale_attn_by_inverse_layer_idx"):
         raise ValueError("scale_attn_by_inverse_layer_idx=true is not supported")
     settings = {ours: content.get(theirs) for theirs, ours in table.items()}
+    if any(type(value) is int and abs(value) >= 2**63 for value in settings.values()):
+        raise ValueError("a number does not fit in 64 bits")
     activation = str(settings["activation"])
     # ModelConfig refuses a name that it does not know
     return settings | {"activation": ACTIVATION_NAMES.get(activation, activation)}

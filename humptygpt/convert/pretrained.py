@@ -61,10 +61,9 @@ class PretrainedTokenizer(Tokenizer):
         return self._engine.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def state(self) -> dict:
-        content = pack(self.content.encode())
         return {
             "tokenizer": self.name,
-            "content": content,
+            "content": pack(self.content.encode()),
             "eot": self.eot,
             "bos": self.bos,
         }

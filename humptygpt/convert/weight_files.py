@@ -66,7 +66,8 @@ def check_dense(tensors: Weights) -> None:
 def check_shapes(tensors: Weights, expected: dict[str, tuple[int, ...]]) -> None:
     """Raise ValueError unless the tensors have exactly these names and shapes."""
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(found.keys() | expected.keys()):
-        wanted, given = (shapes.get(name, "none") for shapes in (expected, found))
-        if wanted != given:
-            raise ValueError(f"the weight {name}: expected shape {wanted}, found {given}")
+    if different := found.items() ^ expected.items():
+        name, _ = min(different)
+        raise ValueError(
+            f"the weight {name}: expected shape {expected.get(name, 'none')}, found {found.get(name, 'none')}"
+        )
