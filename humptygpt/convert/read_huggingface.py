@@ -64,7 +64,7 @@ def read_json(path: Path, settings: dict) -> PretrainedTokenizer:
 
 def read_sentencepiece(path: Path, settings: dict) -> PretrainedTokenizer:
     scheme = None
-    if settings.get("tokenizer_class", "").removesuffix("Fast") == "LlamaTokenizer":
+    if settings.get("tokenizer_class") == "LlamaTokenizer":
         scheme = "always" if settings.get("legacy") else "first"
     engine, defaults = convert_sentencepiece(path.read_bytes(), scheme)
     return finish(engine, defaults | settings)
