@@ -357,18 +357,6 @@ def test_one_process_prepares_missing_data_on_each_disk(tiny, disks):
     assert launch(4, *TINY_RUN, main=partial(on_two_machines, disks=disks)) == [0] * 4
 
 
-def test_a_port_in_use_is_one_line(tiny, fails, monkeypatch):
-    with socket.socket() as used:
-        used.bind(("127.0.0.1", 0))
-        used.listen()
-        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(used.getsockname()[1])}
-        monkeypatch.setattr(os, "environ", os.environ | ranks | address)
-        complaint = fails(train.main, *TINY_RUN)
-    assert complaint.startswith("the processes cannot connect (") and "in use" in complaint
-    assert complaint.endswith("; start them with torchrun or use another --master_port\n")
-
-
 def test_without_torchrun_several_processes_are_refused(tiny, fails, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     complaint = fails(train.main, *TINY_RUN)

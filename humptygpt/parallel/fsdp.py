@@ -10,8 +10,8 @@ This module takes a second to load, so it is imported only with --parallel=fsdp.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
+from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -31,18 +31,34 @@ from humptygpt.parallel.processes import (
     raise_if_rank_died,
     share_dropout,
 )
+from humptygpt.process import Share
 from humptygpt.tasks import build
 from model import Block
+
+
+class ShardedOptimizer(SharedOptimizer):
+    """An optimizer whose parameters are DTensors. Each rank updates its own rows."""
+
+    def local(self, x: Tensor) -> Tensor:
+        return x.to_local()
+
+    def total(self, x: Tensor) -> Tensor:
+        return self.process.sum(x)
+
+    def own_part(self, value: Tensor, p: Tensor) -> Tensor:
+        """Return this rank's rows of a whole parameter's state. A state of a single row is returned whole."""
+        placements = p.placements if len(value) == len(p) else [Replicate()]
+        value = value.to(p.device)
+        return distribute_tensor(
+            value, p.device_mesh, placements, src_data_rank=None
+        ).clone()
 
 
 class FullySharded(DataParallel):
     """One of several processes that each hold a part of the model. All compute and save at the same time."""
 
     sharded = True
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.optimizer_class = partial(ShardedOptimizer, process=self)
+    optimizer_class = ShardedOptimizer
 
     @cached_property
     def mesh(self) -> DeviceMesh:
@@ -85,10 +101,12 @@ class FullySharded(DataParallel):
                 block.forward = torch.compile(block.forward, dynamic=dynamic)
         return model
 
-    def summing(self, net: nn.Module, last: bool) -> AbstractContextManager:
+    def accumulate(
+        self, net: nn.Module, share: Share, last: bool
+    ) -> AbstractContextManager:
         """Sum gradients over ranks in the last share. Until then, each rank accumulates its own unsharded ones."""
         net.set_requires_gradient_sync(last)
-        return nullcontext()
+        return super().accumulate(net, share, last=True)
 
     @raise_if_rank_died()
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
@@ -112,28 +130,9 @@ class FullySharded(DataParallel):
     @raise_if_rank_died()
     def save(self, path: Path, entries: dict) -> None:
         """Write the folder ckpt instead of ckpt.pt."""
-        entries = {"format": checkpoint.FORMAT, **entries}
-        sharded.save(path.with_suffix(""), entries)
+        sharded.save(path.with_suffix(""), {"format": checkpoint.FORMAT, **entries})
         if self.first:
             remove(path)
-
-
-class ShardedOptimizer(SharedOptimizer):
-    """An optimizer whose parameters are DTensors. Each rank updates its own rows."""
-
-    def local(self, x: Tensor) -> Tensor:
-        return x.to_local()
-
-    def total(self, x: Tensor) -> Tensor:
-        return self.process.sum(x)
-
-    def own_part(self, value: Tensor, p: Tensor) -> Tensor:
-        """Return this rank's rows of a whole parameter's state. A state of a single row is returned whole."""
-        placements = p.placements if len(value) == len(p) else [Replicate()]
-        value = value.to(p.device)
-        return distribute_tensor(
-            value, p.device_mesh, placements, src_data_rank=None
-        ).clone()
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

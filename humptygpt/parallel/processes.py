@@ -15,7 +15,7 @@ watchdog, a thread that ends a process if one of its collectives fails or waits 
 import datetime
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -70,8 +70,21 @@ def share_dropout(model: nn.Module) -> None:
                 setattr(module, name, SharedDropout(child.p))
 
 
+class SharedOptimizer(Optimizer):
+    """An optimizer that splits Muon's orthogonalisation among the ranks."""
+
+    def __init__(self, groups: list[dict], process: "DataParallel"):
+        super().__init__(groups)
+        self.process = process
+
+    def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
+        return self.process.spread(function, x, rows)
+
+
 class DataParallel(Process):
     """One of several processes that each have the whole model (DDP)."""
+
+    optimizer_class = SharedOptimizer
 
     def __init__(self, rank: int, size: int, device: torch.device, patient=None):
         """patient: a process group whose collectives wait up to LONG."""
@@ -80,7 +93,7 @@ class DataParallel(Process):
         self.size = size
         self.first = rank == 0
         self.patient = patient
-        self.optimizer_class = partial(SharedOptimizer, process=self)
+        self.optimizer_class = partial(self.optimizer_class, process=self)
 
     @classmethod
     def start(cls, config, device, prepare) -> "DataParallel":
@@ -125,9 +138,9 @@ class DataParallel(Process):
                 f"gradient_accumulation_steps={count} micro-batches cannot be split evenly over {self.size} processes;"
                 f" use gradient_accumulation_steps={-(-count // self.size) * self.size}"
             )
-        settings = asdict(config) | asdict(run.model.config) | run.dataset.identity
+        own = asdict(config) | asdict(run.model.config) | run.dataset.identity
         ranks = [None] * self.size
-        dist.all_gather_object(ranks, settings | {"iter": run.progress.iter})
+        dist.all_gather_object(ranks, own | {"iter": run.progress.iter})
         for rank, settings in enumerate(ranks):
             if differ := dict(settings.items() - ranks[0].items()):
                 raise UserError(
@@ -173,11 +186,8 @@ class DataParallel(Process):
         for module in net.modules():
             if isinstance(module, SharedDropout):
                 module.rows = share.rows
-        with raise_if_rank_died(), self.summing(net, last):
+        with raise_if_rank_died(), nullcontext() if last else net.no_sync():
             yield
-
-    def summing(self, net: nn.Module, last: bool) -> AbstractContextManager:
-        return nullcontext() if last else net.no_sync()
 
     @raise_if_rank_died()
     def sum(self, x: Tensor) -> Tensor:
@@ -196,17 +206,6 @@ class DataParallel(Process):
         computed = torch.zeros_like(x)
         computed[own] = function(x[own])
         return self.sum(computed)
-
-
-class SharedOptimizer(Optimizer):
-    """An optimizer that splits Muon's orthogonalisation among the ranks."""
-
-    def __init__(self, groups: list[dict], process: DataParallel):
-        super().__init__(groups)
-        self.process = process
-
-    def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-        return self.process.spread(function, x, rows)
 
 
 # --------------------------------------------------------------------------------------
