@@ -11,6 +11,7 @@ process group.
 import hashlib
 import io
 import pickle
+import shutil
 import warnings
 import zipfile
 from pathlib import Path, PurePath
@@ -63,9 +64,10 @@ def save(folder: Path, entries: dict) -> None:
     first = dist.get_rank() == 0
     temporary = folder.with_name(f"{folder.name}.tmp")
     if first:
-        remove(temporary)  # left behind by a run that was killed
+        # left behind by a run that was killed; another rank may already create it again
+        shutil.rmtree(temporary, ignore_errors=True)
     try:
-        # no rank writes before all have called this
+        # a rank writes only when all have called this
         dcp.save(flat(entries), storage_writer=dcp.FileSystemWriter(temporary))
     except CheckpointException as error:
         raise cannot_write(folder, first_failure(error)) from error
