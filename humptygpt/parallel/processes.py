@@ -136,7 +136,7 @@ class DataParallel(Process):
         if count % self.size and self.size % count:
             raise UserError(
                 f"gradient_accumulation_steps={count} micro-batches cannot be split evenly over {self.size} processes;"
-                f" use gradient_accumulation_steps={-(-count // self.size) * self.size}"
+                f" use gradient_accumulation_steps={count + -count % self.size}"
             )
         own = asdict(config) | asdict(run.model.config) | run.dataset.identity
         ranks = [None] * self.size

@@ -72,7 +72,8 @@ def save(folder: Path, entries: dict) -> None:
     except CheckpointException as error:
         raise cannot_write(folder, first_failure(error)) from error
     if first:
-        plain = entries | {"metadata": digest((temporary / SHARDED).read_bytes())}
+        metadata = (temporary / SHARDED).read_bytes()
+        plain = entries | {"metadata": hashlib.sha256(metadata).hexdigest()}
         del plain["model"]
         if "optimizer" in entries:
             plain["optimizer"] = {"steps": entries["optimizer"]["steps"]}
@@ -97,10 +98,6 @@ def flat(entries: dict) -> dict[str, Tensor]:
     for name, state in entries.get("optimizer", {"state": {}})["state"].items():
         tensors |= {f"optimizer/{name}/{key}": tensor for key, tensor in state.items()}
     return tensors
-
-
-def digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def first_failure(error: CheckpointException) -> BaseException:
@@ -215,6 +212,6 @@ def open_folder(path: Path) -> tuple[dict, Reader]:
         entries = load_plain(path / ENTRIES)
         check_schema(entries, SCHEMA)
         metadata = (path / SHARDED).read_bytes()
-        if entries.pop("metadata") != digest(metadata):
+        if entries.pop("metadata") != hashlib.sha256(metadata).hexdigest():
             raise ValueError(f"the checksum of {SHARDED} does not match")
         return entries, Reader(path, Unpickler(io.BytesIO(metadata)).load())
