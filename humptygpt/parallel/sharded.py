@@ -160,7 +160,7 @@ def read(path: Path, with_tensors: bool = True) -> dict:
             name: torch.zeros(entry.size, dtype=entry.properties.dtype, device=device)
             for name, entry in reader.metadata.state_dict_metadata.items()
         }
-        entries = nested(entries, tensors)
+        add_tensors(entries, tensors)
     if with_tensors:
         fill(path, tensors, reader, no_dist=True)
     return entries
@@ -192,7 +192,7 @@ def fill(
             raise first_failure(error) from error
 
 
-def nested(entries: dict, tensors: dict[str, Tensor]) -> dict:
+def add_tensors(entries: dict, tensors: dict[str, Tensor]) -> None:
     """Add tensors, whose names come from flat(), to the entries of a checkpoint."""
     tied = entries.pop("tied", {})
     for name, tensor in tensors.items():
@@ -203,7 +203,6 @@ def nested(entries: dict, tensors: dict[str, Tensor]) -> dict:
         place[last] = tensor
     for name, first in tied.items():
         entries["model"][name] = entries["model"][first]
-    return entries
 
 
 def open_folder(path: Path) -> tuple[dict, Reader]:
