@@ -27,7 +27,7 @@ class Share(NamedTuple):
     key: tuple[int, ...]  # seeds dropout: the micro-batch's number, counted over the run
     batch: dict[str, Tensor]
     tokens: int  # targets that are not ignored
-    # (number of rows in the micro-batch, those of the share); None: all
+    # (number of rows in the micro-batch, the share's rows); None: all
     rows: tuple[int, slice] | None = None
 
 

@@ -181,7 +181,7 @@ def load(path: Path, entries: dict) -> None:
 def fill(
     path: Path, tensors: dict[str, Tensor], reader: Reader, no_dist: bool = False
 ) -> None:
-    """Read tensors in place. no_dist: whether this process reads them alone. Raises UserError."""
+    """Read tensors in place. no_dist: True if no other process takes part. Raises UserError."""
     try:
         with warnings.catch_warnings():
             # torch warns that there is only one process, although no_dist says so
