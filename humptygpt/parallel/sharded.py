@@ -173,7 +173,7 @@ def load(path: Path, entries: dict) -> None:
     All ranks must call this. If one of them finds a damaged file, all raise UserError.
     """
     _, reader = open_folder(path)
-    stored = reader.metadata.state_dict_metadata
+    stored = reader.metadata.state_dict_metadata  # without tied weights in earlier versions
     tensors = {name: tensor for name, tensor in flat(entries).items() if name in stored}
     fill(path, tensors, reader)
 
