@@ -45,13 +45,7 @@ from humptygpt.device import (
 from humptygpt.loading import Loaded, load
 from humptygpt.memory import ADVICE, check_training_fits
 from humptygpt.optimizers import Optimizer, make_optimizer
-from humptygpt.process import (
-    Process,
-    Share,
-    exit_code,
-    silence_other_processes,
-    start_process,
-)
+from humptygpt.process import Process, Share, silence_other_processes, start_process
 from humptygpt.run_folder import (
     Diverged,
     Meter,
@@ -74,7 +68,7 @@ from humptygpt.setup import (
 )
 from model import ModelConfig
 
-LOAD_SHARDED = "humptygpt.parallel.fsdp:load"
+LOAD_SHARDED = "humptygpt.parallel.sharded:load"
 SNAPSHOTS = "humptygpt.page.snapshots:taker"
 
 
@@ -202,7 +196,7 @@ def setup(
     """
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    process = start_process(config, device, dtype, lambda: prepare_missing(config))
+    process = start_process(config, device, lambda: prepare_missing(config))
     device = process.device
     tune_malloc(process.sharded)
     if device.type == "cuda":
@@ -274,7 +268,7 @@ def fit(run: Run) -> int:
             finish(run, folder)
     if run.process.first and stopped_by:
         report.stopped(run, stopped_by)
-    return exit_code(stopped_by)
+    return 128 + stopped_by if stopped_by else 0
 
 
 def train(run: Run, folder: RunFolder) -> int | None:

@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,10 +27,11 @@ class Share(NamedTuple):
     key: tuple[int, ...]  # seeds dropout: the micro-batch's number, counted over the run
     batch: dict[str, Tensor]
     tokens: int  # targets that are not ignored
-    rows: tuple[int, int] | None = None  # (first row, rows in the micro-batch); None: all
+    # (number of rows in the micro-batch, the share's rows); None: all
+    rows: tuple[int, slice] | None = None
 
 
-class Process:
+class Process(AbstractContextManager):
     """A single process, which has the whole model and computes whole steps."""
 
     rank = 0
@@ -39,12 +39,10 @@ class Process:
     first = True  # whether it writes and reports
     sharded = False  # whether it holds only a part of each weight
     optimizer_class = Optimizer
+    save = staticmethod(checkpoint.save)  # writes a checkpoint such as ckpt.pt
 
     def __init__(self, device: torch.device):
         self.device = device
-
-    def __enter__(self) -> "Process":
-        return self
 
     def __exit__(self, error: type | None, *_: object) -> None:
         """End the run. Several processes wait for each other unless there is an error."""
@@ -60,8 +58,9 @@ class Process:
     def shares(self, run, step: int) -> tuple[list[Share], int]:
         """Return this process's shares of a step, and the number of tokens in the whole step."""
         count = run.config.gradient_accumulation_steps
+        stride = min(self.size, count)
         shares = []
-        for number in range(step * count, (step + 1) * count):
+        for number in range(step * count + self.rank % stride, (step + 1) * count, stride):
             batch = run.batches.batch(number, run.config.batch_size)
             shares.append(Share((number,), batch, count_targets(batch)))
         return shares, sum(share.tokens for share in shares)
@@ -76,22 +75,16 @@ class Process:
         """Sum x over processes, in place."""
         return x
 
-    def save(self, path: Path, entries: dict) -> None:
-        """Write a checkpoint such as ckpt.pt."""
-        checkpoint.save(path, entries)
 
-
-def start_process(
-    config, device: torch.device, dtype: torch.dtype, prepare: Callable[[], None]
-) -> Process:
+def start_process(config, device: torch.device, prepare: Callable[[], None]) -> Process:
     """Return the process of a run, connected to the others if there are several. config: a TrainConfig.
 
-    prepare: prepares the data if it is missing. With several processes, one process per disk calls it before the others
-    continue. Raises UserError if the processes cannot connect.
+    prepare: prepares the data if it is missing. Several processes call it one after the other. Raises UserError if the
+    processes cannot connect.
     """
     _, size = launched()
     if size > 1:
-        return find(PARALLEL[config.parallel]).start(config, device, dtype, prepare)
+        return find(PARALLEL[config.parallel]).start(config, device, prepare)
     prepare()
     return Process(device)
 
@@ -115,12 +108,3 @@ def silence_other_processes() -> None:
     rank, _ = launched()
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115, open to the end
-
-
-def exit_code(stopped_by: int | None) -> int:
-    """Return the exit code of a run. stopped_by: the number of a signal, or None if the run is complete.
-
-    It is 0 if torchrun may restart processes that fail, since this run was asked to stop.
-    """
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
-    return 128 + stopped_by if stopped_by and not restarts else 0

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_RUN, read_rows
 from test_bench import NANOGPT
+from test_distributed import losses
 from test_inference import PADDED, greedy, logits_in_pieces
 from test_model import VARIANTS, random_model, tokens
 
@@ -44,10 +45,6 @@ MODELS = [
     {"model": "transformer"},
     {"model": "transformer", "position": "rotary", "norm": "rmsnorm", "n_kv_head": 1},
 ]
-
-
-def losses(rows: list[dict]) -> list[float]:
-    return [row.get("train_loss", row.get("val_loss")) for row in rows]
 
 
 def trained(*argv: str) -> list[float]:

@@ -23,7 +23,7 @@ from humptygpt import config as configurator
 from humptygpt import machine as cores
 from humptygpt.config import UserError
 from humptygpt.minutes import plan
-from humptygpt.settings import IN_VAIN, TrainConfig, read_settings
+from humptygpt.settings import TrainConfig, read_settings
 from humptygpt.tasks import MODELS, build_on_meta, make_model_config, model_class
 from model import ModelConfig
 
@@ -191,16 +191,6 @@ def test_a_finished_run_goes_on_by_more_minutes_or_by_its_steps(tiny, machine, c
     assert read_config()["minutes"] is None
 
 
-def test_a_run_by_its_steps_that_is_resumed_by_minutes_goes_on_where_it_was(tiny, machine):
-    machine.stop_at = 3
-    machine.run(*TINY_RUN, code=143)
-    machine.now = 0.0
-    rows = machine.run(*RESUME, "--minutes=0.1")
-    assert machine.now == pytest.approx(6 - plan.ENDING, abs=0.1)
-    lrs = [row["lr"] for row in rows if "lr" in row]
-    assert lrs[3:] == sorted(lrs[3:], reverse=True) and progress()["iter"] > 20
-
-
 def test_a_run_whose_only_evaluation_is_its_last_ends_on_time_also_resumed(tiny, machine):
     # all 25 blocks of the validation split
     once = ["--batch_size=1", "--eval_iters=1000", "--eval_interval=100000"]
@@ -220,13 +210,6 @@ def test_more_evaluations_than_fit_neither_end_a_run_early_nor_late(tiny, machin
     rows = machine.run(*TIMED, "--minutes=0.2", "--eval_interval=1")
     assert machine.now == pytest.approx(12 - plan.ENDING - 1, abs=1.1)
     assert sum("val_loss" in row for row in rows) > 3
-
-
-def test_a_run_with_too_little_time_left_takes_one_step_and_ends(tiny, machine):
-    machine.start = 4.38  # leaves 0.12 s before the end of the run
-    machine.evaluation = 3.0
-    rows = machine.run(*TIMED, "--minutes=0.1")
-    assert [row["iter"] for row in rows if "val_loss" in row] == [1]
 
 
 # --------------------------------------------------------------------------------------
@@ -252,6 +235,7 @@ def choose(monkeypatch):
     monkeypatch.setattr(plan, "training_memory", lambda *args: SimpleNamespace(least=0))
     monkeypatch.setattr(plan, "seconds_per_step", seconds_per_step)
     monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: 2.0))
+    monkeypatch.setattr(cores, "STARTED", 0.0)
 
     def chosen(text: int, minutes: float, **given) -> tuple[TrainConfig, ModelConfig]:
         settings = {"vocab_size": 65, "minutes": minutes} | given
@@ -260,15 +244,11 @@ def choose(monkeypatch):
             train=range(text),
             val_bytes_per_token=lambda: 1.0,
         )
-        return plan.choose(
-            configurator.make(TrainConfig, settings),
-            make_model_config(settings),
-            given,
-            dataset,
-            plan.Clock(0.0, minutes, 0.0),
-            CPU,
-            torch.float32,
-        )
+        config = configurator.make(TrainConfig, settings)
+        model_config = make_model_config(settings)
+        return plan.begin(config, model_config, given, None, dataset, CPU, torch.float32)[
+            :2
+        ]
 
     return chosen
 
@@ -323,17 +303,6 @@ GIVEN = {
 }
 
 
-def test_keys_of_a_config_file_are_obeyed_but_for_its_length(tiny, machine):
-    keys = {"n_layer": 3, "n_embd": 48, "dropout": 0.3, "eval_interval": 7}
-    length = {"max_iters": 5, "lr_decay_iters": 600_000}
-    lines = [f"{key} = {value}\n" for key, value in (keys | length).items()]
-    Path("mine.py").write_text("".join(lines))
-    machine.run("mine.py", *SHOWN, "--minutes=0.1")
-    config = read_config()
-    assert config | keys == config
-    assert config["max_iters"] > 5 and config["lr_decay_iters"] is None
-
-
 @pytest.mark.parametrize("key", GIVEN)
 def test_a_given_key_is_obeyed_and_the_rest_is_chosen(choose, key):
     config, model_config = choose(10_000, 3, **{key: GIVEN[key]})
@@ -356,7 +325,7 @@ def test_a_context_and_a_batch_are_chosen_too(choose):
     assert choose(300, 3)[1].block_size < 300
 
 
-def test_a_plan_takes_the_time_that_is_left_also_with_dropout_and_compiling(choose):
+def test_a_plan_takes_the_time_that_is_left_also_with_dropout(choose):
     for text, dropped, slower in ((1_000_000, False, 1), (10_000, True, 1.5)):
         config, model_config = choose(text, 3)
         assert bool(model_config.dropout) == dropped
@@ -364,11 +333,6 @@ def test_a_plan_takes_the_time_that_is_left_also_with_dropout_and_compiling(choo
         seconds = plan.TIME_TO_TRAIN * (178 - plan.ENDING)
         assert config.max_iters == int(seconds / (slower * step))
         assert config.eval_interval == math.ceil(config.max_iters / plan.EVALUATIONS)
-    compiled, eager = (
-        choose(10_000, 3, dropout=0.0, n_layer=2, n_embd=64, compile=choice)[0].max_iters
-        for choice in (True, False)
-    )
-    assert compiled < 0.7 * eager
 
 
 def test_every_size_keeps_the_architecture_and_can_be_built():
@@ -489,7 +453,7 @@ def test_plan_py_repeats_the_steps_that_were_taken(tiny, machine, capsys):
 
 
 @pytest.mark.parametrize("start", ["scratch", "out/base"])
-def test_plan_py_has_every_setting_and_the_learning_rates_of_a_run_that_stopped_early(
+def test_plan_py_has_the_settings_and_learning_rates_of_a_run_that_stopped_early(
     tiny, machine, capsys, start
 ):
     machine.run(*TINY_RUN, "--out_dir=out/base")
@@ -511,13 +475,16 @@ def test_plan_py_has_every_setting_and_the_learning_rates_of_a_run_that_stopped_
     lrs = [[row["lr"] for row in rows if "lr" in row] for rows in (ran, again)]
     for lr, before in zip(*lrs, strict=False):
         assert lr == pytest.approx(before, abs=0.1 * rate)
-    settings = read_settings(["out/run/plan.py", "--overwrite=True"])
-    written = vars(settings.config) | vars(settings.model_config)
-    may_differ = {*(key[2:] for key in LENGTH), "lr_decay_iters", "minutes"}
-    may_differ |= configurator.in_vain(written, written, IN_VAIN).keys()
-    recorded = {key: value for key, value in read_config().items() if key[0] != "_"}
-    different = {key for key, value in recorded.items() if written.get(key) != value}
-    assert different <= may_differ
+    written = configurator.read(["out/run/plan.py"], ModelConfig, TrainConfig)
+    recorded = read_config()
+    assert {"n_layer", "batch_size", "optimizer", "early_stopping"} <= written.keys()
+    for key in written.keys() - {
+        "max_iters",
+        "eval_interval",
+        "warmup_iters",
+        "lr_decay_iters",
+    }:
+        assert written[key] == recorded[key]
 
 
 def test_a_model_to_start_from_keeps_its_size(tiny, machine, small_sizes):
@@ -556,31 +523,13 @@ def test_minutes_are_for_text_and_one_process(tiny, pairs, fails, monkeypatch):
     assert line == "minutes is for one process; with several, use max_iters instead\n"
 
 
-def test_a_trial_that_does_not_fit_into_memory_is_one_line(tiny, fails, monkeypatch):
-    def make_model(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(plan, "make_model", make_model)
-    line = fails(train.main, *TIMED, "--minutes=1")
-    assert "memory" in line and "a smaller --batch_size" in line
-
-
-TEXT = {
-    "20 characters": make_text(20),
-    "one line": make_text(900).replace("\n", " "),
-    "one character again and again": 900 * "a",
-}
-
-
 @pytest.mark.whole_ending
-@pytest.mark.parametrize("name", TEXT)
-def test_the_smallest_texts_train_or_are_refused_in_one_line(folder, machine, capsys, name):
-    Path("own.txt").write_text(TEXT[name])
-    argv = ["--input=own.txt", *TIMED, "--minutes=0.1", "--block_size=256"]
-    if name == "20 characters":
-        with pytest.raises(UserError, match=r"use more text or a smaller --block_size"):
-            machine.run(*argv)
-        argv += ["--block_size=8"]
+def test_the_smallest_texts_train_or_are_refused_in_one_line(folder, machine, capsys):
+    Path("own.txt").write_text(make_text(20))
+    argv = ["--input=own.txt", *TIMED, "--minutes=0.1"]
+    with pytest.raises(UserError, match=r"use more text or a smaller --block_size"):
+        machine.run(*argv, "--block_size=256")
+    argv.append("--block_size=8")
     rows = machine.run(*argv)
     lines = capsys.readouterr().out.splitlines()
     evaluated = [i for i, line in enumerate(lines) if re.match(r"iter \d+: val loss", line)]

@@ -5,15 +5,12 @@ import hashlib
 import os
 import pickle
 import random
-import resource
 import shutil
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 from conftest import PLAIN, TINY_RUN, assert_same_weights, read_rows
@@ -26,8 +23,6 @@ from test_distributed import (
     losses,
     terminated,
 )
-from test_model import every_variant
-from test_model import tiny as tiny_model
 from test_snapshots import kept
 
 import export
@@ -39,7 +34,6 @@ from humptygpt.config import UserError
 from humptygpt.parallel import fsdp as sharding
 from humptygpt.parallel import sharded as sharded_checkpoint
 from humptygpt.settings import TrainConfig
-from humptygpt.tasks import Score, build
 
 OUT = Path("out/run")
 FSDP = [*UNEVEN, "--parallel=fsdp"]
@@ -58,54 +52,6 @@ def test_a_sharded_run_starts_from_a_model_and_is_evaluated_as_one_of_one_proces
     resumed = ["--init_from=resume", "--out_dir=out/tuned", "--eval_only=True"]
     assert launch(2, *resumed) == [0, 0]
     assert f"val loss {one[-1]['val_loss']:.4f}" in Path("stdout0").read_text()
-
-
-@every_variant
-def test_each_rank_draws_its_rows_of_the_weights_of_one_process_and_keeps_no_more(variant):
-    one = tiny_model(**variant)
-    for rank in range(3):
-        processes = sharding.FullySharded(rank, 3, CPU)
-        torch.manual_seed(0)
-        with sharding.DrawnRows(processes) as drawn:
-            model = build(one.config)
-        for p, expected in zip(model.parameters(), one.parameters(), strict=True):
-            rows = drawn.take(p)
-            assert torch.equal(rows, processes.rows_of(expected))
-            assert not p.is_meta or rows.untyped_storage().nbytes() == rows.nbytes
-
-
-def test_a_weight_that_cannot_be_drawn_by_rows_is_refused():
-    refused = pytest.raises(UserError, match="normal_, uniform_ and fill_; use")
-    with refused, sharding.DrawnRows(sharding.FullySharded(0, 2, CPU)) as drawn:
-        drawn.take(torch.nn.init.trunc_normal_(torch.empty(4, 4)))
-
-
-def peak_of_setup(argv: list[str]) -> int:
-    """Put a run together, and write how much memory that took."""
-    before = psutil.Process().memory_info().rss
-
-    def fit(run):
-        taken = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        Path(f"taken{run.process.rank}").write_text(str(taken))
-        return 0
-
-    train.fit = fit
-    return train.main(argv)
-
-
-@pytest.mark.long
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-def test_a_new_model_of_half_a_billion_parameters_takes_a_shard_and_its_largest_matrix(
-    tiny,
-):
-    shape = ["--n_layer=16", "--n_head=12", "--n_embd=1536", "--vocab_size=50304"]
-    argv = [*TINY_RUN, *shape, "--parallel=fsdp"]
-    assert launch(4, *argv, main=peak_of_setup) == [0] * 4
-    parameters = 16 * 12 * 1536**2 + 50304 * 1536
-    for rank in range(4):
-        taken = int(Path(f"taken{rank}").read_text())
-        print(f"{taken / 1e6:,.0f} MB of {4 * parameters / 1e6:,.0f}")
-        assert taken < 4 * (parameters / 4 + 50304 * 1536) + 300e6
 
 
 @pytest.mark.long
@@ -179,18 +125,17 @@ def test_sample_and_export_open_it_without_a_process_group(saved, capsys):
 )
 def test_a_missing_shard_is_one_line(saved, fails, main, argv):
     (saved / "__1_0.distcp").rename(saved / "elsewhere")
-    complaint = (
-        "out/run/ckpt is incomplete: its file __1_0.distcp is missing; copy all files"
-    )
-    assert fails(main, "--out_dir=out/run", *argv).startswith(complaint)
+    complaint = fails(main, "--out_dir=out/run", *argv)
+    problem = "No such file or directory: 'out/run/ckpt/__1_0.distcp'"
+    assert complaint == f"out/run/ckpt is damaged: [Errno 2] {problem}\n"
 
 
-def rewrite_metadata(folder: Path, content: bytes) -> None:
-    """Replace the metadata and its checksum, as an attacker would."""
+def rewrite_metadata(folder: Path, metadata: object, **entries) -> None:
+    """Replace the metadata and its checksum, as an attacker would, and other entries."""
+    content = pickle.dumps(metadata)
     (folder / ".metadata").write_bytes(content)
-    entries = load_plain(folder / "entries.pt")
     entries["metadata"] = hashlib.sha256(content).hexdigest()
-    torch.save(entries, folder / "entries.pt")
+    torch.save(load_plain(folder / "entries.pt") | entries, folder / "entries.pt")
 
 
 class Harm:
@@ -199,7 +144,7 @@ class Harm:
 
 
 def test_metadata_that_would_run_code_is_refused(saved, fails):
-    rewrite_metadata(saved, pickle.dumps(Harm()))
+    rewrite_metadata(saved, Harm())
     complaint = fails(sample.main, "--out_dir=out/run", "--checkpoint=latest")
     assert complaint.startswith("out/run/ckpt is damaged: it contains")
     assert not Path("harmed").exists()
@@ -226,9 +171,18 @@ def test_metadata_that_names_a_file_elsewhere_is_refused(saved):
     metadata = pickle.loads((saved / ".metadata").read_bytes())
     for info in metadata.storage_data.values():
         info.relative_path = "../../secret.distcp"
-    rewrite_metadata(saved, pickle.dumps(metadata))
+    rewrite_metadata(saved, metadata)
     with pytest.raises(UserError, match="is damaged"):
         checkpoint.read(saved)
+
+
+def test_a_tied_weight_that_earlier_versions_stored_once_is_read(saved):
+    whole = checkpoint.read(saved)["model"]
+    metadata = pickle.loads((saved / ".metadata").read_bytes())
+    del metadata.state_dict_metadata["model/lm_head.weight"]
+    rewrite_metadata(saved, metadata, tied={"lm_head.weight": "wte.weight"})
+    assert_same_weights(checkpoint.read(saved)["model"], whole)
+    assert launch(2, *RESUME, "--max_iters=4") == [0, 0]
 
 
 @pytest.mark.parametrize("stop", range(4))
@@ -276,24 +230,22 @@ def test_a_disk_that_is_full_for_one_process_is_one_line(tiny, monkeypatch):
     assert not (OUT / "best").exists()
 
 
-@pytest.mark.parametrize(("rank", "dtype"), [(4, torch.float32), (0, torch.float16)])
-def test_what_cannot_be_sharded_is_refused(rank, dtype):
-    with pytest.raises(UserError, match="supports neither LoRA nor float16; use"):
-        sharding.FullySharded.check_config(TrainConfig(lora_rank=rank), dtype)
+@pytest.mark.parametrize(
+    "settings, dtype",
+    [({"lora_rank": 4}, "float32"), ({"snapshots": True}, "float32"), ({}, "float16")],
+)
+def test_what_cannot_be_sharded_is_refused(settings, dtype):
+    config = TrainConfig(init_from="out/other", **settings)
+    run = SimpleNamespace(config=config, dtype=getattr(torch, dtype))
+    with pytest.raises(UserError, match="LoRA, snapshots nor float16; use --parallel=ddp"):
+        sharding.FullySharded(0, 2, CPU).place(run)
 
 
-def test_no_process_has_a_sharded_model_whole_on_its_card(tiny, monkeypatch):
-    card = torch.device("meta")  # moving a tensor there loses its numbers
+def test_a_sharded_run_shows_no_examples_because_no_process_has_the_whole_model(
+    tiny, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "TEXT", replace(evaluation.TEXT, final_examples=str))
     run = train.setup(*train.read_settings(TINY_RUN))
-    run.process, run.device = sharding.FullySharded(0, 1, card), card
+    assert run.task.final_examples
+    run.process = sharding.FullySharded(0, 1, CPU)
     assert not run.task.evaluation_examples and not run.task.final_examples
-    devices = []
-
-    def score(model, dataset):
-        devices.append(next(model.parameters()).device.type)
-        return Score("", {})
-
-    monkeypatch.setattr(evaluation, "TEXT", replace(evaluation.TEXT, score=score))
-    monkeypatch.setattr(train, "load", lambda path: SimpleNamespace(model=tiny_model()))
-    train.show_best(run, SimpleNamespace(path=OUT, record=lambda row: None))
-    assert devices == ["cpu"]

@@ -24,10 +24,9 @@ from humptygpt.convert.huggingface import find_family
 from humptygpt.data import Dataset
 from humptygpt.device import autocast, free_memory, to_device
 from humptygpt.evaluation import cost_of_whole_split
-from humptygpt.files import write_whole
 from humptygpt.memory import check_training_fits, model_on_meta, training_memory
 from humptygpt.optimizers import make_optimizer
-from humptygpt.run_folder import Progress
+from humptygpt.run_folder import Progress, write_text
 from humptygpt.settings import IN_VAIN, TrainConfig
 from humptygpt.setup import make_model
 from model import ModelConfig
@@ -50,7 +49,6 @@ STEPS = (1024, 2048, 4096)  # tokens per step
 HEAD_SIZE = 64
 EVALUATIONS = 4
 TIME_TO_TRAIN = 0.85  # fraction of the remaining time; evaluations get the rest
-COMPILING = 60.0  # seconds that torch.compile is expected to take
 PROBE_STEPS = 5
 # seconds reserved for the end of a run: to load the best model, sample from it, draw the plot and exit
 ENDING = 1.5
@@ -105,10 +103,9 @@ class Clock:
         # at least half of the time is for training; evaluations that no longer fit are skipped
         return max(left - before * self.evaluation, left / 2)
 
-    def planned(self, config: TrainConfig) -> float:
+    def planned(self) -> float:
         """Seconds of training to plan for, if the plan is made now."""
-        ending = ENDING + COMPILING * bool(config.compile)
-        return TIME_TO_TRAIN * (self.end - time.monotonic() - ending)
+        return TIME_TO_TRAIN * (self.end - time.monotonic() - ENDING)
 
     def advance(self, position: float, config: TrainConfig) -> float:
         """Position after a step, between 0 and config.max_iters. position: the position before the step."""
@@ -217,37 +214,23 @@ def begin(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[TrainConfig, ModelConfig, Clock]:
-    """Start the clock. Choose the settings, unless a checkpoint, `saved`, is resumed. Parameters as in choose()."""
-    earlier = saved["progress"].get("run_seconds", 0.0) if saved else 0.0
-    clock = Clock(machine.STARTED, config.minutes, earlier)
-    # compiling takes about a minute, so a timed run compiles only if the user asks for it
-    config = replace(config, compile=bool(config.compile))
-    if not saved:
-        config, model_config = choose(
-            config, model_config, given, dataset, clock, device, dtype
-        )
-    return config, model_config, clock
+    """Start the clock, and choose the settings for which the scaling law predicts the lowest loss in the time left.
 
-
-def choose(
-    config: TrainConfig,
-    model_config: ModelConfig,
-    given: Collection[str],
-    dataset: Dataset,
-    clock: Clock,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[TrainConfig, ModelConfig]:
-    """Choose the settings for which the scaling law predicts the lowest loss in the time left.
-
-    given: keys that keep their values. A model loaded with init_from keeps its size. Sets the block_size of the dataset
-    and the step time of the clock. Raises UserError if not even one step fits into the time or memory.
+    given: keys that keep their values. A model loaded with init_from keeps its size, and a run resumed from `saved` all
+    of its settings. Sets the block_size of the dataset. Raises UserError if not even one step fits into the time or
+    memory.
     """
     if dataset.task != "language modelling":
         raise UserError(
             f"minutes={config.minutes:g} works only for text, but {config.dataset} has sentence pairs;"
             " use max_iters instead"
         )
+    earlier = saved["progress"].get("run_seconds", 0.0) if saved else 0.0
+    clock = Clock(machine.STARTED, config.minutes, earlier)
+    # compiling takes about a minute, so a timed run compiles only if the user asks for it
+    config = replace(config, compile=bool(config.compile))
+    if saved:
+        return config, model_config, clock
 
     @cache
     def time_step(candidate: Candidate) -> float:
@@ -262,12 +245,12 @@ def choose(
     best = find_best(fitting, dataset, clock, time_step)
     config, model_config, parameters, tokens, *_ = best
     if "dropout" not in given:  # dropout takes time, so the step is timed again
-        epochs = clock.planned(config) / time_step(best) * tokens / len(dataset.train)
+        epochs = clock.planned() / time_step(best) * tokens / len(dataset.train)
         model_config = replace(model_config, dropout=dropout(epochs, parameters))
         best = best._replace(model_config=model_config)
     clock.step = time_step(best)
     dataset.block_size = model_config.block_size
-    steps = max(1, int(clock.planned(config) / clock.step))
+    steps = max(1, int(clock.planned() / clock.step))
     chosen = {
         "max_iters": steps,
         "lr_decay_iters": None,
@@ -277,7 +260,7 @@ def choose(
     if config.init_from == "scratch":  # decay would make a trained model forget
         chosen["weight_decay"] = decay(config.weight_decay, tokens, len(dataset.train))
     config = replace(config, **{k: v for k, v in chosen.items() if k not in given})
-    return config, model_config
+    return config, model_config, clock
 
 
 def find_best(
@@ -307,7 +290,7 @@ def find_best(
 
     small, large = tried[0], tried[len(tried) // 2]
     times = {small: time_step(small)}
-    available = clock.planned(small.config)
+    available = clock.planned()
     if available < times[small]:
         raise UserError(
             f"minutes={small.config.minutes:g} is too short: {clock.seconds():.1f} s have passed before the first step,"
@@ -452,5 +435,4 @@ def write_plan(path: Path, run) -> None:
     ]
     # defaults are included, because a run that starts from a model has different ones
     lines += [f"{key} = {settings[key]!r}" for key in settings if key not in left_out]
-    text = "\n".join(lines) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_text(path, "\n".join(lines) + "\n")

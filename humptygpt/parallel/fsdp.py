@@ -10,17 +10,16 @@ This module takes a second to load, so it is imported only with --parallel=fsdp.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
+from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from humptygpt import checkpoint
 from humptygpt.config import UserError
@@ -32,121 +31,9 @@ from humptygpt.parallel.processes import (
     raise_if_rank_died,
     share_dropout,
 )
+from humptygpt.process import Share
 from humptygpt.tasks import build
 from model import Block
-
-aten = torch.ops.aten
-# operations that initialize a whole weight
-FILLS = (
-    aten.normal_.default,
-    aten.uniform_.default,
-    aten.fill_.Scalar,
-    aten.zero_.default,
-)
-UNKNOWN_INIT = "parallel=fsdp can initialize weights only with normal_, uniform_ and fill_; use --parallel=ddp"
-
-
-class FullySharded(DataParallel):
-    """One of several processes that each hold a part of the model. All compute and save at the same time."""
-
-    sharded = True
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.optimizer_class = partial(ShardedOptimizer, process=self)
-
-    @cached_property
-    def mesh(self) -> DeviceMesh:
-        return init_device_mesh(self.device.type, (self.size,))
-
-    @classmethod
-    def check_config(cls, config, dtype: torch.dtype) -> None:
-        if config.lora_rank or dtype == torch.float16:
-            raise UserError(
-                "parallel=fsdp supports neither LoRA nor float16; use --parallel=ddp or --dtype=bfloat16"
-            )
-        if config.snapshots:
-            raise UserError("parallel=fsdp does not keep snapshots; use --parallel=ddp")
-
-    def place(self, run) -> None:
-        """Keep only this rank's part of each parameter, on the device. Each block is gathered separately.
-
-        Weights are gathered in float32; autocast converts them, as it does for a single process.
-        """
-        self.check(run)
-        model = run.model
-        share_dropout(model)
-        new = run.config.init_from == "scratch" and not run.progress.iter
-        if not next(model.parameters()).is_meta:  # else they are drawn below or read later
-            for tensor in model.state_dict().values():
-                dist.broadcast(tensor, 0)  # different hardware may draw different weights
-        for module in (*blocks(model), model):
-            fully_shard(module, mesh=self.mesh)
-            module.set_force_sum_reduction_for_comms(True)  # gloo supports only sums
-        for module in model.modules():
-            if any(p.is_meta for p in module.parameters(recurse=False)):
-                module.to_empty(device=self.device, recurse=False)
-        model.to(self.device)  # position tables
-        if new:
-            self.draw(model, run.config.seed)
-
-    @torch.no_grad()
-    def draw(self, model: nn.Module, seed: int) -> None:
-        """Initialize a new model with the weights that a single process would draw."""
-        torch.manual_seed(seed)
-        with DrawnRows(self) as drawn:
-            whole = build(model.config)
-        for part, p in zip(model.parameters(), whole.parameters(), strict=True):
-            part.to_local().copy_(drawn.take(p))
-
-    def rows_of(self, x: Tensor) -> Tensor:
-        """Return this rank's part of a whole parameter, split as fully_shard does it. It may be empty."""
-        most = -(-len(x) // self.size)
-        return x[self.rank * most : (self.rank + 1) * most]
-
-    def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
-        """Return the model itself, with each block compiled, except for the code that gathers the block's weights."""
-        if compiled:
-            for block in blocks(model):
-                block.forward = torch.compile(block.forward, dynamic=dynamic)
-        return model
-
-    def summing(self, net: nn.Module, last: bool) -> AbstractContextManager:
-        """Sum gradients over ranks in the last share. Until then, each rank accumulates its own unsharded ones."""
-        net.set_requires_gradient_sync(last)
-        return nullcontext()
-
-    @raise_if_rank_died()
-    def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-        """Return this rank's rows of function(whole). whole: (n, rows, columns), n independent matrices.
-
-        x: (n, rows of this rank, columns). Each rank gathers some of the matrices, applies the function to them, and
-        sends the rows of the result to the ranks that keep them.
-        """
-        shape = torch.Size((len(x), rows, x.shape[2]))
-
-        def redistribute(part: Tensor, before: int, after: int) -> Tensor:
-            whole = DTensor.from_local(
-                part.contiguous(),
-                self.mesh,
-                [Shard(before)],
-                shape=shape,
-                stride=(rows * shape[2], shape[2], 1),
-            )
-            return whole.redistribute(placements=[Shard(after)]).to_local()
-
-        matrices = redistribute(x, before=1, after=0)
-        if len(matrices):
-            matrices = function(matrices)
-        return redistribute(matrices, before=0, after=1)
-
-    @raise_if_rank_died()
-    def save(self, path: Path, entries: dict) -> None:
-        """Write the folder ckpt instead of ckpt.pt."""
-        entries = {"format": checkpoint.FORMAT, **entries}
-        sharded.save(path.with_suffix(""), entries, self.wait_for_all)
-        if self.first:
-            remove(path)
 
 
 class ShardedOptimizer(SharedOptimizer):
@@ -167,43 +54,85 @@ class ShardedOptimizer(SharedOptimizer):
         ).clone()
 
 
-@raise_if_rank_died()
-def load(path: Path, entries: dict) -> None:
-    """Fill the DTensors of entries from a sharded checkpoint. Each rank reads its own part."""
-    sharded.load(checkpoint.stored(path), entries)
+class FullySharded(DataParallel):
+    """One of several processes that each hold a part of the model. All compute and save at the same time."""
 
+    sharded = True
+    optimizer_class = ShardedOptimizer
 
-class DrawnRows(TorchDispatchMode):
-    """Builds a model without memory for its weights, and keeps only this rank's rows of their initial values.
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        return init_device_mesh(self.device.type, (self.size,))
 
-    Each weight is drawn whole, on the CPU, one at a time, so the random numbers are the same as in a single process.
-    """
+    def place(self, run) -> None:
+        """Keep only this rank's part of each parameter, on the device. Each block is gathered separately.
 
-    def __init__(self, process: FullySharded):
-        super().__init__()
-        self.process = process
-        self.rows: dict[Tensor, Tensor] = {}
+        Weights are gathered in float32; autocast converts them, as it does for a single process. Raises UserError.
+        """
+        config = run.config
+        if config.lora_rank or config.snapshots or run.dtype == torch.float16:
+            raise UserError(
+                "parallel=fsdp supports neither LoRA, snapshots nor float16; use --parallel=ddp"
+            )
+        self.check(run)
+        model = run.model
+        share_dropout(model)
+        for module in (*blocks(model), model):
+            fully_shard(module, mesh=self.mesh)
+            module.set_force_sum_reduction_for_comms(True)  # gloo supports only sums
+        for module in model.modules():
+            if any(p.is_meta for p in module.parameters(recurse=False)):
+                module.to_empty(device=self.device, recurse=False)
+        model.to(self.device)  # position tables
+        if config.init_from == "scratch" and not run.progress.iter:
+            self.draw(model, config.seed)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is aten.empty.memory_format:
-            return func(*args, **kwargs | {"device": "meta"})
-        changed = args[0] if args and func._schema.is_mutable else None
-        if changed is None or not changed.is_meta:
-            return func(*args, **kwargs)
-        if func not in FILLS:
-            raise UserError(UNKNOWN_INIT)
-        whole = func(torch.empty(changed.shape), *args[1:], **kwargs)
-        self.rows[changed] = self.process.rows_of(whole).clone()
-        return changed
+    def draw(self, model: nn.Module, seed: int) -> None:
+        """Initialize a new model with the weights that a single process would draw. Rank 0 draws and sends them."""
+        torch.manual_seed(seed)
+        whole = build(model.config).state_dict() if self.first else {}
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, whole, options=options)
 
-    def take(self, p: Tensor) -> Tensor:
-        """Return this rank's rows of a weight, and free them. Raises UserError."""
-        if not p.is_meta:  # a small tensor, for example one of zeros
-            return self.process.rows_of(p)
-        if p not in self.rows:
-            raise UserError(UNKNOWN_INIT)
-        return self.rows.pop(p)
+    def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
+        """Return the model itself, with each block compiled, except for the code that gathers the block's weights."""
+        if compiled:
+            for block in blocks(model):
+                block.forward = torch.compile(block.forward, dynamic=dynamic)
+        return model
+
+    def accumulate(
+        self, net: nn.Module, share: Share, last: bool
+    ) -> AbstractContextManager:
+        """Sum gradients over ranks in the last share. Until then, each rank accumulates its own unsharded ones."""
+        net.set_requires_gradient_sync(last)
+        return super().accumulate(net, share, last=True)
+
+    @raise_if_rank_died()
+    def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
+        """Return this rank's rows of function(whole). whole: (n, rows, columns), n independent matrices.
+
+        x: (n, rows of this rank, columns). Each rank gathers some of the matrices, applies the function to them, and
+        sends the rows of the result to the ranks that keep them.
+        """
+        like = torch.empty(len(x), rows, x.shape[2], device="meta")
+
+        def redistribute(part: Tensor, before: int, after: int) -> Tensor:
+            part = part.contiguous()
+            whole = DTensor.from_local(
+                part, self.mesh, [Shard(before)], shape=like.shape, stride=like.stride()
+            )
+            return whole.redistribute(placements=[Shard(after)]).to_local()
+
+        matrices = redistribute(x, before=1, after=0)
+        return redistribute(function(matrices), before=0, after=1)
+
+    @raise_if_rank_died()
+    def save(self, path: Path, entries: dict) -> None:
+        """Write the folder ckpt instead of ckpt.pt."""
+        sharded.save(path.with_suffix(""), {"format": checkpoint.FORMAT, **entries})
+        if self.first:
+            remove(path)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -8,14 +8,14 @@ a part of it (see fsdp.py). Rank 0 writes and reports.
 
 If a rank dies, its connections close, and the next collective of the others fails. If a rank hangs, the others notice
 when a collective has waited for TIMEOUT. In either case the run ends, and torchrun may restart it. This also holds on
-GPUs, because the numbers that ranks exchange in each step go through gloo; NCCL's watchdog covers the rest of the step.
+GPUs, because the numbers that ranks exchange in each step go through gloo. The rest of the step is covered by NCCL's
+watchdog, a thread that ends a process if one of its collectives fails or waits too long.
 """
 
 import datetime
 import os
-import socket
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,14 +33,6 @@ from model import Dropout
 
 TIMEOUT = datetime.timedelta(minutes=10)  # for a collective during training
 LONG = datetime.timedelta(days=7)  # while one rank prepares data or scores translations
-# NCCL's wait() only orders streams and raises nothing. With these settings, a torch thread kills a process whose
-# collective failed or exceeded TIMEOUT, a second thread kills it if the first one hangs, and neither dumps a trace.
-WATCHDOG = {
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
-    "TORCH_NCCL_ENABLE_MONITORING": "1",
-    "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": f"{TIMEOUT.total_seconds():.0f}",
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
-}
 
 
 @contextmanager
@@ -61,14 +53,13 @@ def raise_if_rank_died() -> Iterator[None]:
 class SharedDropout(Dropout):
     """Dropout for some rows of a batch. On the CPU, its mask is the one a single process would draw for these rows."""
 
-    rows: tuple[int, int] | None = None  # (first row, rows of the whole batch); None: all
+    rows: tuple[int, slice] | None = None  # as in Share
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rows is None or not self.training or x.device.type != "cpu":
             return super().forward(x)
-        first, total = self.rows
-        mask = super().forward(x.new_ones(total, *x.shape[1:]))
-        return x * mask[first : first + len(x)]
+        total, own = self.rows
+        return x * super().forward(x.new_ones(total, *x.shape[1:]))[own]
 
 
 def share_dropout(model: nn.Module) -> None:
@@ -79,8 +70,21 @@ def share_dropout(model: nn.Module) -> None:
                 setattr(module, name, SharedDropout(child.p))
 
 
+class SharedOptimizer(Optimizer):
+    """An optimizer that splits Muon's orthogonalisation among the ranks."""
+
+    def __init__(self, groups: list[dict], process: "DataParallel"):
+        super().__init__(groups)
+        self.process = process
+
+    def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
+        return self.process.spread(function, x, rows)
+
+
 class DataParallel(Process):
     """One of several processes that each have the whole model (DDP)."""
+
+    optimizer_class = SharedOptimizer
 
     def __init__(self, rank: int, size: int, device: torch.device, patient=None):
         """patient: a process group whose collectives wait up to LONG."""
@@ -89,20 +93,20 @@ class DataParallel(Process):
         self.size = size
         self.first = rank == 0
         self.patient = patient
-        self.optimizer_class = partial(SharedOptimizer, process=self)
+        self.optimizer_class = partial(self.optimizer_class, process=self)
 
     @classmethod
-    def start(cls, config, device, dtype, prepare) -> "DataParallel":
+    def start(cls, config, device, prepare) -> "DataParallel":
         """Connect to the other ranks. Parameters: as for process.start_process()."""
-        cls.check_config(config, dtype)
         rank, size = launched()
-        backends = pick_backend(config.backend, device)
         if device.type == "cuda":
             device = pick_gpu()
-            for key, value in WATCHDOG.items():
-                os.environ.setdefault(key, value)
-        process = cls(rank, size, device, meet(backends, rank, size))
-        process.prepare_in_turn(prepare)
+        process = cls(rank, size, device, meet(config.backend, device, rank, size))
+        # in turn, so that data is prepared once per disk, whether or not the machines share one
+        for turn in range(size):
+            if turn == rank:
+                prepare()
+            process.wait_for_all()
         return process
 
     def __exit__(self, error: type | None, *_: object) -> None:
@@ -110,22 +114,6 @@ class DataParallel(Process):
             # wait, because a rank that exits with a nonzero code makes torchrun stop the others
             self.wait_for_all()
             dist.destroy_process_group()
-
-    @classmethod
-    def check_config(cls, config, dtype: torch.dtype) -> None:
-        """Raise UserError if such processes cannot train with these settings. config: a TrainConfig."""
-
-    def prepare_in_turn(self, prepare: Callable[[], None]) -> None:
-        """Prepare missing data in rank 0, then in the first rank of each other machine; the rest find it prepared.
-
-        This way, data is prepared once per disk, whether or not the machines share one.
-        """
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        mine = 0 if self.first else 1 if local_rank == 0 else 2
-        for turn in range(3):
-            if turn == mine:
-                prepare()
-            self.wait_for_all()
 
     @raise_if_rank_died()
     def wait_for_all(self) -> None:
@@ -140,13 +128,25 @@ class DataParallel(Process):
         share_dropout(run.model)
         run.model.to(self.device)
 
+    @raise_if_rank_died()
     def check(self, run) -> None:
         """Raise UserError if a step of this run cannot be split evenly, or the ranks differ in settings or data."""
         config = run.config
         count = config.gradient_accumulation_steps
-        check_divisible(self.size, count, config.batch_size, run.task.batches_vary)
-        settings = asdict(config) | asdict(run.model.config) | run.dataset.identity
-        self.check_alike(settings | {"iter": run.progress.iter})
+        if count % self.size and self.size % count:
+            raise UserError(
+                f"gradient_accumulation_steps={count} micro-batches cannot be split evenly over {self.size} processes;"
+                f" use gradient_accumulation_steps={count + -count % self.size}"
+            )
+        own = asdict(config) | asdict(run.model.config) | run.dataset.identity
+        ranks = [None] * self.size
+        dist.all_gather_object(ranks, own | {"iter": run.progress.iter})
+        for rank, settings in enumerate(ranks):
+            if differ := dict(settings.items() - ranks[0].items()):
+                raise UserError(
+                    f"process {rank} differs from process 0 in {differ}; start all with the same command, on the"
+                    " same data"
+                )
 
     def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
         """Wrap the model for training: DDP averages gradients over ranks, which all start from rank 0's weights."""
@@ -159,36 +159,26 @@ class DataParallel(Process):
     def shares(self, run, step: int) -> tuple[list[Share], int]:
         """Return this rank's shares of a step, and the number of tokens in the whole step.
 
-        Shares are whole micro-batches or, if there are fewer of them than ranks, neighbouring rows of one.
+        Shares are whole micro-batches or, if there are fewer of them than ranks, some rows of one.
         """
-        count = run.config.gradient_accumulation_steps
-        stride = min(self.size, count)
-        parts = self.size // stride  # ranks that share one micro-batch
-        shares = []
-        for number in range(step * count + self.rank % stride, (step + 1) * count, stride):
-            batch = run.batches.batch(number, run.config.batch_size)
-            shares.append(self.share(number, batch, self.rank // stride, parts))
+        shares, _ = super().shares(run, step)
+        parts = self.size // run.config.gradient_accumulation_steps
+        if parts > 1:
+            shares = [self.part(share, parts) for share in shares]
         tokens = sum(share.tokens for share in shares)
-        # In language modelling, all ranks have the same number of tokens, so they need not wait for each other. Sharded
-        # ranks wait anyway: if another rank has died, they report it in one line, before the forward pass fails.
-        if run.task.batches_vary or self.sharded:
-            return shares, int(self.sum(torch.tensor(tokens)))
-        return shares, tokens * self.size
+        return shares, int(self.sum(torch.tensor(tokens)))
 
-    def share(self, number: int, batch: dict[str, Tensor], part: int, parts: int) -> Share:
-        """Return one of several parts of a micro-batch."""
-        if parts == 1:
-            return Share((number,), batch, count_targets(batch))
-        total = len(batch["targets"])
-        start = total * part // parts
-        end = total * (part + 1) // parts
+    def part(self, share: Share, parts: int) -> Share:
+        """Return this rank's rows of a micro-batch that several ranks share."""
+        total = len(share.batch["targets"])
+        number = self.rank * parts // self.size
         # With fewer rows than parts, some ranks compute a row that does not count, because every rank needs gradients.
-        first = min(start, total - 1)
-        rows = {name: value[first : max(end, first + 1)] for name, value in batch.items()}
+        counts = number < total
+        own = slice(number, None, parts) if counts else slice(1)
+        batch = {name: value[own] for name, value in share.batch.items()}
         # A GPU cannot draw just some rows of a dropout mask, so there each share draws a mask of its own.
-        key = (number,) if self.device.type == "cpu" else (number, first)
-        tokens = count_targets(rows) if end > start else 0
-        return Share(key, rows, tokens, (first, total))
+        key = share.key if self.device.type == "cpu" else (*share.key, number)
+        return Share(key, batch, counts * count_targets(batch), (total, own))
 
     @contextmanager
     def accumulate(self, net: nn.Module, share: Share, last: bool) -> Iterator[None]:
@@ -196,11 +186,8 @@ class DataParallel(Process):
         for module in net.modules():
             if isinstance(module, SharedDropout):
                 module.rows = share.rows
-        with raise_if_rank_died(), self.summing(net, last):
+        with raise_if_rank_died(), nullcontext() if last else net.no_sync():
             yield
-
-    def summing(self, net: nn.Module, last: bool) -> AbstractContextManager:
-        return nullcontext() if last else net.no_sync()
 
     @raise_if_rank_died()
     def sum(self, x: Tensor) -> Tensor:
@@ -213,72 +200,16 @@ class DataParallel(Process):
         if self.first:
             super().save(path, entries)
 
-    # ----------------------------------------------------------------------------------
-    # Methods for several processes only
-
-    def check_alike(self, settings: dict[str, object]) -> None:
-        """Raise UserError in every rank if the settings or data of any rank differ from those of rank 0."""
-        ranks = [None] * self.size
-        with raise_if_rank_died():
-            dist.all_gather_object(ranks, (socket.gethostname(), settings))
-        first_host, expected = ranks[0]
-        for rank, (host, actual) in enumerate(ranks):
-            for key, value in expected.items():
-                if actual.get(key) != value:
-                    raise UserError(
-                        f"process {rank} on {host} has {key}={actual.get(key)}, but process 0 on {first_host} has"
-                        f" {key}={value}; start all with the same command, on the same data"
-                    )
-
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
         """Compute function(x). x: (n, rows, columns), n independent matrices, of which each rank computes some."""
-        most = -(-len(x) // self.size)
-        mine = x[self.rank * most : (self.rank + 1) * most]
-        computed = x.new_zeros(most, *x.shape[1:])
-        if len(mine):
-            computed[: len(mine)] = function(mine)
-        gathered = x.new_empty(self.size * most, *x.shape[1:])
-        with raise_if_rank_died():
-            dist.all_gather_into_tensor(gathered, computed)
-        return gathered[: len(x)]
-
-
-class SharedOptimizer(Optimizer):
-    """An optimizer that splits Muon's orthogonalisation among the ranks."""
-
-    def __init__(self, groups: list[dict], process: DataParallel):
-        super().__init__(groups)
-        self.process = process
-
-    def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-        return self.process.spread(function, x, rows)
+        own = slice(self.rank, None, self.size)
+        computed = torch.zeros_like(x)
+        computed[own] = function(x[own])
+        return self.sum(computed)
 
 
 # --------------------------------------------------------------------------------------
 # Startup
-
-
-def check_divisible(size: int, micro_batches: int, batch_size: int, pairs: bool) -> None:
-    """Raise UserError if a step cannot be split evenly. pairs: micro-batches may have any number of rows."""
-    whole_batches = micro_batches % size == 0
-    whole_rows = pairs or batch_size % max(1, size // micro_batches) == 0
-    if whole_batches or (size % micro_batches == 0 and whole_rows):
-        return
-    raise UserError(
-        f"gradient_accumulation_steps={micro_batches} micro-batches of batch_size={batch_size} cannot be split evenly"
-        f" over {size} processes; use gradient_accumulation_steps={-(-micro_batches // size) * size}"
-    )
-
-
-def pick_backend(backend: str, device: torch.device) -> str:
-    """Return the backends: gloo for tensors on the CPU, nccl for tensors on a GPU. Raises UserError."""
-    if device.type == "mps" or (backend == "nccl" and device.type != "cuda"):
-        raise UserError(
-            f"several processes with backend={backend} cannot train on {device.type}; use --device=cpu --backend=gloo"
-        )
-    if device.type == "cpu" or backend == "gloo":
-        return "gloo"
-    return "cpu:gloo,cuda:nccl"  # exchanging numbers over gloo does not wait for a GPU
 
 
 def pick_gpu() -> torch.device:
@@ -293,15 +224,23 @@ def pick_gpu() -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def meet(backends: str, rank: int, size: int) -> dist.ProcessGroup:
-    """Form the process group of all ranks. Returns a second, patient one. Raises UserError if they cannot connect."""
+def meet(backend: str, device: torch.device, rank: int, size: int) -> dist.ProcessGroup:
+    """Form the process group of all ranks. Returns a second, patient one. Raises UserError if they cannot connect.
+
+    Ranks exchange tensors on a GPU by nccl, and tensors on the CPU by gloo, which does not wait for a GPU.
+    """
+    if backend == "auto" and device.type == "cpu":
+        backend = "gloo"
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
         # when torchrun restarts ranks, it keeps the store, with the addresses of ranks that have ended
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"start {attempt}", store)
         dist.init_process_group(
-            backends, store=store, rank=rank, world_size=size, timeout=TIMEOUT
+            "gloo" if backend == "gloo" else "cpu:gloo,cuda:nccl",
+            store=dist.PrefixStore(f"start {attempt}", store),
+            rank=rank,
+            world_size=size,
+            timeout=TIMEOUT,
         )
         return dist.new_group(backend="gloo", timeout=LONG)
     except (RuntimeError, ValueError) as error:  # a port in use, an unreachable host
