@@ -248,6 +248,9 @@ BAD = {
     "init_lora_weights must be None or bool or eva or": lambda: change_config(
         init_lora_weights="pissa"
     ),
+    "alora_invocation_tokens must be None": lambda: change_config(
+        alora_invocation_tokens=[1]
+    ),
     "the regular expression 'c_(a|b)'; only layer names are": lambda: change_config(
         alpha_pattern={"c_(a|b)": 3}
     ),

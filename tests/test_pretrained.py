@@ -347,7 +347,8 @@ BAD = [
     (edit_config(model_type="mistral"), "config.json: model_type must be gpt2 or llama"),
     (edit_config(n_layer="2"), "n_layer='2' must be int"),
     (edit_config(activation_function="tanh"), "activation=tanh is not one of: "),
-    (edit_config(scale_attn_by_inverse_layer_idx=True), "layer_idx=true is not supported"),
+    (edit_config(scale_attn_by_inverse_layer_idx=True), "layer_idx=True is not supported"),
+    (edit_config(scale_attn_weights=False), "scale_attn_weights=False is not supported"),
     # absurd sizes
     (edit_config(n_embd=2**40), "n_embd=1099511627776 must be at least 1 and at most"),
     (edit_config(n_layer=2**20), "n_layer=1048576 and n_embd=32 do not"),
@@ -384,6 +385,7 @@ BAD = [
 
 
 BAD_LLAMA = [
+    (edit_config(partial_rotary_factor=0.5), "partial_rotary_factor=0.5 is not supported"),
     (
         edit_config(rope_scaling={"type": "yarn"}),
         "rope_scaling.type must be default or llama3",

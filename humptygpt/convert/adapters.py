@@ -23,6 +23,7 @@ SCHEMA = {
     "lora_alpha": float,
     "use_rslora?": (bool, None),
     "alpha_pattern?": ({str: float}, None),
+    "alora_invocation_tokens?": None,
     # the other values, such as "pissa", change the base model
     "init_lora_weights?": (None, bool, {"gaussian", "eva", "orthogonal"}),
 }

@@ -31,6 +31,12 @@ from model import ModelConfig
 # settings that matter only in training, biases (visible in the weights) and rope_base (not used by GPT-2)
 NOT_EXPORTED = {"dropout", "label_smoothing", "init", "bias", "attn_bias", "mlp_bias"}
 NOT_EXPORTED |= {"rope_base"}
+SUPPORTED = {  # keys of config.json that change the model's formulas, and their only supported value
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "partial_rotary_factor": 1,
+}
 ROPE_TYPES = {"default", "llama3"}
 ROPE = {"rope_type?": ROPE_TYPES, "type?": ROPE_TYPES}  # older files have the second
 SCHEMA = {
@@ -107,8 +113,11 @@ def model_settings(family: Family, content: dict) -> dict[str, object]:
     table = family.settings
     if rope.get("rope_type", rope.get("type")) == "llama3":
         table = table | ROPE_SCALING
-    if content.get("scale_attn_by_inverse_layer_idx"):
-        raise ValueError("scale_attn_by_inverse_layer_idx=true is not supported")
+    for key, value in SUPPORTED.items():
+        if content.get(key, value) != value:
+            raise ValueError(
+                f"{key}={content[key]} is not supported; only {key}={value} is"
+            )
     settings = {ours: content.get(theirs) for theirs, ours in table.items()}
     if any(type(value) is int and abs(value) >= 2**63 for value in settings.values()):
         raise ValueError("a number does not fit in 64 bits")

@@ -79,6 +79,8 @@ def load_engine(content: str):
 
     try:
         engine = tokenizers.Tokenizer.from_str(content)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
     # tokenizers raises a bare Exception for errors, and its panics derive directly from BaseException
     except BaseException as error:
         raise ValueError(f"tokenizers cannot read it: {error}") from error

@@ -13,9 +13,10 @@ from humptygpt.schema import parse_json
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
 ENDS = ("bos_token", "eos_token")
+SWITCHES = ("legacy?", "add_bos_token?", "add_prefix_space?")
 SETTINGS = {
     **{f"{key}?": (str, {"content": str}, None) for key in ENDS},
-    **dict.fromkeys(("legacy?", "add_bos_token?"), (bool, None)),
+    **dict.fromkeys(SWITCHES, (bool, None)),
     "tokenizer_class?": (str, None),
     "added_tokens_decoder?": {str: {"content": str}},
 }
@@ -75,7 +76,11 @@ def read_merges(path: Path, settings: dict) -> PretrainedTokenizer:
     from tokenizers import ByteLevelBPETokenizer
 
     merges = path.with_name("merges.txt")
-    return finish(ByteLevelBPETokenizer.from_file(str(path), str(merges)), settings)
+    prefix = bool(settings.get("add_prefix_space"))
+    engine = ByteLevelBPETokenizer.from_file(
+        str(path), str(merges), add_prefix_space=prefix
+    )
+    return finish(engine, settings)
 
 
 # the first file that exists is used, as in transformers

@@ -69,7 +69,7 @@ def from_nanogpt(path: Path, saved: dict) -> Loaded:
     with reading(path):
         check_schema(saved, NANOGPT)
         check_dense(saved["model"])
-        always = {"activation": "gelu", "tie_weights": True}
+        always = {"activation": "gelu", "tie_weights": True, "bias": True}
         settings = GPT2.fixed | always | saved["model_args"] | {"dropout": 0.0}
         config = restore(ModelConfig, settings)
     # names in a compiled model have a prefix
