@@ -182,7 +182,8 @@ def catch_signals() -> Iterator[list[int]]:
 
     def catch(number: int, frame) -> None:
         nonlocal first_at
-        if not caught:
+        caught.append(number)
+        if len(caught) == 1:
             first_at = time.monotonic()
             name = signal.Signals(number).name
             line = f"\n{name}: finishing this step, then saving; a second signal ends the run at once, unsaved\n"
@@ -191,7 +192,6 @@ def catch_signals() -> Iterator[list[int]]:
                 os.write(2, line.encode())
         elif time.monotonic() - first_at > SAME_REQUEST:
             os._exit(128 + number)
-        caught.append(number)
 
     handlers = {number: signal.signal(number, catch) for number in STOPPING}
     try:

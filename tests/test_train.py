@@ -823,7 +823,10 @@ def test_a_second_ctrl_c_ends_a_long_step_at_once_and_the_first_one_says_so():
         assert process.stderr.readline() == "\n"
         assert process.stderr.readline().startswith("SIGINT: finishing this step, then ")
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=9) == 128 + signal.SIGINT
+        try:
+            assert process.wait(timeout=9) == 128 + signal.SIGINT
+        finally:
+            process.kill()
 
 
 # --------------------------------------------------------------------------------------
