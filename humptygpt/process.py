@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,6 @@ class Process(AbstractContextManager):
     first = True  # whether it writes and reports
     sharded = False  # whether it holds only a part of each weight
     optimizer_class = Optimizer
-    save = staticmethod(checkpoint.save)  # writes a checkpoint such as ckpt.pt
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -74,6 +74,10 @@ class Process(AbstractContextManager):
     def sum(self, x: Tensor) -> Tensor:
         """Sum x over processes, in place."""
         return x
+
+    def save(self, path: Path, entries: dict) -> None:
+        """Write a checkpoint such as ckpt.pt."""
+        checkpoint.save(path, entries)
 
 
 def start_process(config, device: torch.device, prepare: Callable[[], None]) -> Process:
