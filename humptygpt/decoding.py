@@ -38,7 +38,7 @@ def make_generator(
 
     dtype: float32, bfloat16 or float16, or int8 on a CPU. The weights are converted once, here; autocast would convert
     them for each token. Embeddings are not converted: a token reads only one row, and in a memory-mapped file only the
-    rows that have been read take up memory. compiles: compile the single-token step.
+    rows that have been read take up memory. compiles: compile the single-token step, if the model has a cache.
 
     Raises UserError if there is not enough memory, or for int8 on a GPU.
     """
@@ -50,30 +50,15 @@ def make_generator(
     advice = "close other programs, or on a CPU use --quantize=int8"
     check_fits("the weights take", weights * dtype.itemsize, free_memory(device), advice)
     model.eval().requires_grad_(False)
-    shortcuts = not compiles and model.has_cache and agrees(model, join, call_directly)
-    if model.has_cache and not shortcuts and not agrees(model):
+    if model.has_cache and not agrees(model, compiles):
         note(
-            "model.py computes different logits with a cache than without one; generating without it, which is slower"
+            "model.py computes other logits with a cache and faster layers; generating without them, which is slower"
         )
         model.has_cache = False
-    if compiles and not model.has_cache:
-        note(f"compile=True has no effect: model={model.config.model} has no cache")
-        compiles = False
-    if shortcuts:
-        join(model)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            # a user's subclass of nn.Linear may compute something different
-            if type(child).forward is nn.Linear.forward:
-                # on a GPU, attention and the cached keys and values use this dtype, too
-                keeps = device.type != "cpu" and name in ("qkv_proj", *QKV)
-                result = dtype if keeps else torch.float32
-                linear = low_bit_linear(child.to(device), dtype, result, compiles)
-                setattr(module, name, linear)
+        return model.to(device)
+    replace_layers(model, dtype, device, compiles)
     model.to(device)
-    if shortcuts:
-        call_directly(model)
-    if not compiles:
+    if not compiles or not model.has_cache:
         return model
     from humptygpt.compiled import CompiledGPT
 
@@ -83,32 +68,28 @@ def make_generator(
 
 
 @torch.inference_mode()
-def agrees(model: nn.Module, *changes: Callable[[nn.Module], None]) -> bool:
-    """Check that model.py, which the user may have edited, computes the same logits with a cache as without one.
+def agrees(model: nn.Module, compiles: bool) -> bool:
+    """Check that model.py, which the user may have edited, computes the same with a cache and replaced layers.
 
-    The check takes milliseconds, because it uses a tiny model with the same classes and settings. changes: functions
-    that are applied to the tiny model before it runs with a cache. If the tiny model raises an error, returns False
-    with changes and True without: a user's class may need other sizes.
+    The check takes milliseconds, because it uses a tiny model with the same classes and settings. An edit that does not
+    work in the tiny model counts as a difference.
     """
     config = model.config
-    window = min(config.window, 5)
-    sizes = {"n_embd": 4 * config.n_head, "vocab_size": 11}
+    sizes = {"n_embd": 4 * config.n_head, "vocab_size": 11, "window": min(config.window, 5)}
     random = torch.Generator().manual_seed(0)
-    T = min(config.block_size, window + 12)
-    idx = torch.randint(11, (1, T), generator=random)
+    idx = torch.randint(11, (1, min(config.block_size, 17)), generator=random)
     texts = {"source": idx} if model.has_encoder else {}
     try:
-        small = type(model)(replace(config, **sizes, window=window)).eval()
+        small = type(model)(replace(config, **sizes)).eval()
         for p in small.parameters():
             p.normal_(std=0.5, generator=random)
         expected = small(idx, **texts)[0][:, -1]
-        for change in changes:
-            change(small)
+        replace_layers(small, torch.float32, CPU, compiles)
         cache = small.make_cache(**texts)
-        for piece in idx.split([1, T - 3, 1, 1] if T > 3 else 1, dim=1):
-            found = small.next_logits(piece, cache)
+        for token in idx.split(1, dim=1):
+            found = small.next_logits(token, cache)
     except Exception:
-        return not changes
+        return False
     return torch.allclose(found, expected, 1e-3, 1e-3)
 
 
@@ -116,15 +97,43 @@ def agrees(model: nn.Module, *changes: Callable[[nn.Module], None]) -> bool:
 # Fewer operators
 
 
-def join(model: nn.Module) -> None:
-    """Compute the queries, keys and values of self-attention with a single matrix product."""
-    for module in list(model.modules()):
+def replace_layers(
+    model: nn.Module, dtype: torch.dtype, device: torch.device, compiles: bool
+) -> None:
+    """Replace linear layers and RMS norms with faster equivalents, and their module calls with function calls.
+
+    A module call has an overhead as large as a small product. The compiler removes it, and fuses operators, by itself.
+    """
+    for module in model.modules():  # one after the other, including those that join() adds
         # other kinds of attention may give the three layers different inputs
-        if type(module).forward is SelfAttention.forward:
-            module.joint = JointLinear([getattr(module, name) for name in QKV])
-            for number, name in enumerate(QKV):
+        if type(module).forward is SelfAttention.forward and not compiles:
+            join(module)
+        for name, child in list(module.named_children()):
+            if not isinstance(child, nn.Linear | nn.LayerNorm | nn.RMSNorm):
+                continue
+            layer = child.to(device)
+            # a user's subclass may compute something different
+            if type(child).forward is nn.Linear.forward:
+                # on a GPU, attention and the cached keys and values use this dtype, too
+                keeps = device.type != "cpu" and name in ("qkv_proj", *QKV)
+                result = dtype if keeps else torch.float32
+                layer = low_bit_linear(layer, dtype, result, compiles)
+            elif type(child).forward is nn.RMSNorm.forward and not compiles:
+                layer = FastRMSNorm(layer)
+            # a list can only hold modules
+            if compiles or isinstance(module, nn.ModuleList):
+                setattr(module, name, layer)
+            else:
                 delattr(module, name)
-                setattr(module, name, partial(module.joint.part, number))
+                setattr(module, name, layer.forward)
+
+
+def join(attention: SelfAttention) -> None:
+    """Compute queries, keys and values with a single matrix product."""
+    attention.joint = JointLinear([getattr(attention, name) for name in QKV])
+    for number, name in enumerate(QKV):
+        delattr(attention, name)
+        setattr(attention, name, partial(attention.joint.part, number))
 
 
 class JointLinear(nn.Module):
@@ -146,34 +155,19 @@ class JointLinear(nn.Module):
         return self.parts[number]
 
 
-def call_directly(model: nn.Module) -> None:
-    """Replace each layer with its forward function: nn.Module's overhead is as large as a small product."""
-    for module in list(model.modules()):
-        if isinstance(module, nn.ModuleList):  # it can only hold modules
-            continue
-        for name, child in list(module.named_children()):
-            if type(child).forward is nn.RMSNorm.forward:
-                function = rms_norm(child)
-            elif isinstance(child, nn.Linear | ProductLinear | nn.LayerNorm):
-                function = child.forward
-            else:
-                continue
-            delattr(module, name)
-            setattr(module, name, function)
+class FastRMSNorm(nn.Module):
+    """RMSNorm with a third of the operators: x / root mean square = sqrt(C) x / |x|."""
 
+    def __init__(self, norm: nn.RMSNorm):
+        super().__init__()
+        C = norm.normalized_shape[0]
+        eps = norm.eps or torch.finfo(torch.float32).eps
+        self.root = torch.tensor(math.sqrt(C * eps))
+        self.scale = math.sqrt(C) * (1 if norm.weight is None else norm.weight)
 
-def rms_norm(norm: nn.RMSNorm) -> Product:
-    """Return an equivalent function with a third of the operators: x / root mean square = sqrt(C) x / |x|."""
-    C = norm.normalized_shape[0]
-    eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
-    root = torch.tensor(math.sqrt(C * eps))
-    scale = math.sqrt(C) if norm.weight is None else math.sqrt(C) * norm.weight
-
-    def function(x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return x / torch.hypot(length, root) * scale
-
-    return function
+        return x / torch.hypot(length, self.root) * self.scale
 
 
 # --------------------------------------------------------------------------------------
@@ -190,9 +184,7 @@ def low_bit_linear(
         return ProductLinear(int8_product(linear), torch.float32, result)
     weight = linear.weight.to(dtype)
     bias = None if linear.bias is None else linear.bias.to(dtype)
-    if compiles and weight.device.type == "cpu":
-        product = partial(sum_of_products, weight, bias)
-    elif packs(weight):
+    if packs(weight) and not compiles:
         product = packed_product(weight, bias)
     elif dtype == torch.float32:
         return linear
@@ -215,18 +207,9 @@ class ProductLinear(nn.Module):
         return self.product(x.to(self.dtype)).to(self.result)
 
 
-def sum_of_products(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Same as F.linear, but a single token uses a sum, which the compiler turns into one loop over the weights."""
-    if x.numel() != weight.shape[1]:
-        return F.linear(x, weight, bias)
-    y = (weight.float() * x.float().view(-1)).sum(dim=-1).to(weight.dtype)
-    y = y if bias is None else y + bias
-    return y.view(*x.shape[:-1], -1)
-
-
 def packs(weight: Tensor) -> bool:
     """True if oneDNN can pack this matrix and it is large enough to benefit."""
-    large = weight.device.type == "cpu" and weight.numel() >= PACKED_FROM
+    large = weight.is_cpu and weight.numel() >= PACKED_FROM
     if not large or not torch.backends.mkldnn.is_available():
         return False
     return weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()

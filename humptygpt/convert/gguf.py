@@ -179,7 +179,8 @@ def known_split(tokenizer: Tokenizer, content: dict) -> str | None:
         known = split == "gpt-2" or (split == "llama-bpe" and model["ignore_merges"])
         return split if known and not content["normalizer"] else None
     text = " a  ﬁ "
-    same = "".join(tokenizer.decode_stream(tokenizer.encode_rest(text))) == text
+    pieces = [tokenizer.pieces[i] for i in tokenizer.encode_rest(text)]
+    same = b"".join(pieces) == text.encode()
     return split if split == "default" and same else None
 
 

@@ -15,7 +15,6 @@ from humptygpt.tokenizers import (
     printable_bytes,
     sentencepiece_bytes,
     unpack,
-    utf8,
 )
 
 SENTENCEPIECE_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
@@ -58,12 +57,10 @@ class PretrainedTokenizer(Tokenizer):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
-        texts = [utf8(text).decode() for text in texts]
-        encodings = self._engine.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
     def encode_rest(self, text: str) -> np.ndarray:
-        utf8(text)
         return np.array(
             self._rest.encode(text, add_special_tokens=False).ids, dtype=np.int64
         )
