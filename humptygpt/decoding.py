@@ -52,7 +52,7 @@ def make_generator(
     model.eval().requires_grad_(False)
     if model.has_cache and not agrees(model, compiles):
         note(
-            "model.py computes other logits with a cache and faster layers; generating without them, which is slower"
+            "model.py computes different logits with a cache and faster layers; generating without them, which is slower"
         )
         model.has_cache = False
         return model.to(device)
@@ -104,7 +104,7 @@ def replace_layers(
 
     A module call has an overhead as large as a small product. The compiler removes it, and fuses operators, by itself.
     """
-    for module in model.modules():  # one after the other, including those that join() adds
+    for module in list(model.modules()):
         # other kinds of attention may give the three layers different inputs
         if type(module).forward is SelfAttention.forward and not compiles:
             join(module)
@@ -129,30 +129,23 @@ def replace_layers(
 
 
 def join(attention: SelfAttention) -> None:
-    """Compute queries, keys and values with a single matrix product."""
-    attention.joint = JointLinear([getattr(attention, name) for name in QKV])
+    """Compute queries, keys and values with a single matrix product, qkv_proj, when the first of them is needed."""
+    layers = [getattr(attention, name) for name in QKV]
+    sizes = [layer.out_features for layer in layers]
+    attention.qkv_proj = layers[0]
+    for name, p in layers[0].named_parameters():  # weight, perhaps bias
+        p.data = torch.cat([layer.get_parameter(name) for layer in layers])
+    last, parts = None, ()
+
+    def part(number: int, x: Tensor) -> Tensor:
+        nonlocal last, parts
+        if x is not last:
+            last, parts = x, attention.qkv_proj(x).split(sizes, dim=-1)
+        return parts[number]
+
     for number, name in enumerate(QKV):
         delattr(attention, name)
-        setattr(attention, name, partial(attention.joint.part, number))
-
-
-class JointLinear(nn.Module):
-    """Several linear layers with the same input as one matrix product, computed when the first layer is called."""
-
-    def __init__(self, layers: list[nn.Linear]):
-        super().__init__()
-        self.sizes = [layer.out_features for layer in layers]
-        self.qkv_proj = layers[0]
-        for name, p in self.qkv_proj.named_parameters():  # weight, perhaps bias
-            p.data = torch.cat([layer.get_parameter(name) for layer in layers])
-        self.x = None
-
-    def part(self, number: int, x: Tensor) -> Tensor:
-        """Return the output of one layer, (..., outputs). x: (..., inputs)."""
-        if x is not self.x:
-            self.x = x
-            self.parts = self.qkv_proj(x).split(self.sizes, dim=-1)
-        return self.parts[number]
+        setattr(attention, name, partial(part, number))
 
 
 class FastRMSNorm(nn.Module):

@@ -285,9 +285,8 @@ def continue_texts(
     model's vocabulary and are never sampled. sampling: keyword arguments of next_tokens(). Raises UserError if the
     logits are not finite.
     """
-    dtype = (
-        torch.float32 if context.device.type == "mps" else torch.float64
-    )  # Apple lacks float64
+    # Apple's GPUs lack float64
+    dtype = torch.float32 if context.device.type == "mps" else torch.float64
     uniforms = uniform_numbers(seed, samples, max_new_tokens, dtype).to(context.device)
     seen = [list(text) for text in context.texts]  # the context will forget tokens
     for uniform in uniforms:

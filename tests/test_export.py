@@ -301,7 +301,9 @@ def test_a_tokenizer_that_was_imported_has_its_tokens_in_llama_cpp(kind, folder)
         expected = [
             i for i in expected if found.tokenizer.pieces[i] not in (b"<s>", b"<unk>")
         ]
-        text = b"".join(found.tokenizer.pieces[i] for i in expected).decode()
+        text = b"".join(found.tokenizer.pieces[i] for i in expected).decode(
+            "utf-8", "replace"
+        )
         assert answer["choices"][0]["text"].lstrip() == text.lstrip(), prompt
 
 
