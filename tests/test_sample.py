@@ -206,6 +206,8 @@ def test_the_score_of_the_validation_text_is_the_trainers_evaluation(tiny, capsy
     progress = checkpoint.read(Path("out/run/best.pt"))["progress"]
     assert found == pytest.approx(progress["best_val_loss"], abs=1e-4)
     assert float(text_of(capsys, "--score=val.txt").split()[0]) != found  # more context
+    longer = text_of(capsys, "--score=val.txt", "--stride=99")
+    assert longer == text_of(capsys, "--score=val.txt", "--stride=16")
 
 
 def test_each_line_typed_continues_the_text_so_far(run_dir, capsys, monkeypatch):
