@@ -100,11 +100,10 @@ def test_filters_keep_the_most_probable_tokens_and_rescale_them(top_p, min_p, ke
 
 
 def test_the_repetition_penalty_makes_the_tokens_of_each_text_less_probable():
-    logits = torch.tensor([[-3.0, 3.0, -4.0, 2.0]] * 3)
-    texts = [[0], [1], [1, 0, 1, 3]]
+    logits = torch.tensor([[-3.0, 3.0, -4.0, 2.0]] * 2 + [[-1.0, -1.5, -9.0, -9.0]])
     penalty = {"repetition_penalty": 2.0, "temperature": 0}
-    found = next_tokens(logits, torch.zeros(3, 1), texts, **penalty)
-    assert found.tolist() == [[1], [3], [1]]
+    found = next_tokens(logits, torch.zeros(3, 1), [[1], [3, 1, 1], [0]], **penalty)
+    assert found.tolist() == [[3], [1], [1]]
     model, penalty = tiny_model(), {"repetition_penalty": 1.5, "temperature": 0}
     texts = [[1, 2, 3], [4]]
     expected = [uncached(model, text, 30, **penalty) for text in texts]

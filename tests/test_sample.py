@@ -163,9 +163,11 @@ def test_a_sample_is_the_same_alone_and_beside_others_of_other_prompts(
 def test_how_many_texts_fit_depends_on_memory_and_size(run_dir, monkeypatch):
     loaded = sample.load("out/run", device="cpu")
     monkeypatch.setattr(sampling, "free_memory", lambda device: 1_000_000)
-    size = 4 * (2 * 2 * 32 * 16 + 8 * loaded.model.config.vocab_size) + 16 * 16
-    assert sampling.texts_at_once(loaded.model, loaded.device, 16) == 900_000 // size
-    assert sampling.texts_at_once(loaded.model, loaded.device, 2) > 900_000 // size
+    within = 4 * (2 * 2 * 32 * 16 + 8 * loaded.model.config.vocab_size)  # block_size is 16
+    for size in (16, 100):
+        found = sampling.texts_at_once(loaded.model, loaded.device, size)
+        assert found == 900_000 // (within + 16 * size)
+    assert sampling.texts_at_once(loaded.model, loaded.device, 2) > found
 
 
 def test_a_text_ends_before_a_stop_text_and_end_of_text(run_dir, capsys):
