@@ -54,21 +54,6 @@ MODES = {  # {mode: the module in benchmarks/ whose bench() measures it}
     "gpu": "gpu",
 }
 NEEDED = {"loss": "nanogpt", "page": "page"}
-COUNTS_WITH = {  # {keys: the values of --what for which they have an effect}
-    "nanogpt": "train loss sample gpu",
-    "config dtype": "train loss profile",
-    "device": "train loss profile gpu",
-    "steps": "train profile",
-    "target seeds": "loss",
-    "size weights compile texts prompt new_tokens rounds": "sample",
-    "page keystrokes": "page",
-    "short": "gpu",
-}
-IN_VAIN = {
-    key: ("what", tuple(MODES.keys() - modes.split()))
-    for keys, modes in COUNTS_WITH.items()
-    for key in keys.split()
-}
 
 
 @dataclass(frozen=True)
@@ -124,7 +109,6 @@ class BenchConfig:
 def main(argv: list[str]) -> None:
     given = configurator.read(argv, BenchConfig)
     config = configurator.make(BenchConfig, given)
-    configurator.refuse_vain(given, vars(config), IN_VAIN)
     mode = importlib.import_module(f"benchmarks.{MODES[config.what]}")
     print(json.dumps(mode.bench(config)))
 

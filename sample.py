@@ -26,7 +26,6 @@ from humptygpt import machine
 if __name__ == "__main__":
     machine.start()  # before numpy and torch are loaded
 
-import numpy as np
 import torch
 
 from humptygpt import config as configurator
@@ -41,16 +40,16 @@ from humptygpt.config import (
 )
 from humptygpt.decoding import make_generator
 from humptygpt.device import DTYPES, pick_device, sample_dtype
-from humptygpt.sampling import Context, texts_at_once
-from humptygpt.texts import (
+from humptygpt.sampling import (
+    Context,
     Piece,
     Prompt,
     encode_prompt,
-    pad,
     read_prompts,
     read_start,
     read_text,
     stream_texts,
+    texts_at_once,
     typed_lines,
 )
 from humptygpt.tokenizers import Tokenizer
@@ -58,15 +57,10 @@ from humptygpt.tokenizers import Tokenizer
 SEPARATOR = "---------------"
 SAMPLING = "temperature top_k top_p min_p repetition_penalty seed max_new_tokens stop"
 OF_TEXT = "prompts score num_samples stop logprobs temperature top_k repetition_penalty"
-OF_TEXT += " seed context compile top_p min_p"
-# {keys: (another setting, the values of that setting for which the keys have no effect)}
-WITHOUT_EFFECT = {
-    OF_TEXT: ("task", ("translation",)),
-    "num_beams length_penalty": ("task", ("language modelling",)),
-    "stride": ("score", (None,)),
-    "dtype": ("quantize", ("int8",)),
-}
-IN_VAIN = {key: why for keys, why in WITHOUT_EFFECT.items() for key in keys.split()}
+OF_TEXT += " seed compile top_p min_p"
+# {key: (another setting, the values of that setting for which the key has no effect)}
+IN_VAIN = dict.fromkeys(OF_TEXT.split(), ("task", ("translation",)))
+IN_VAIN |= dict.fromkeys(("num_beams", "length_penalty"), ("task", ("language modelling",)))
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,7 @@ class SampleConfig:
     num_samples: int = 3  # texts for each prompt, generated together in one batch
     max_new_tokens: int = 500  # tokens to generate after each prompt
     stop: tuple[str, ...] = ()  # end a text just before this string; several may be given
-    logprobs: int | None = None  # JSON lines with the K likeliest tokens; or colours
+    logprobs: int | None = None  # JSON lines: each token and the K likeliest ones
     # beam search, for translations
     num_beams: int = 4  # hypotheses; 1: greedy
     length_penalty: float = 1.0  # rank hypotheses by log-probability / tokens^this
@@ -94,7 +88,6 @@ class SampleConfig:
     min_p: float | None = None  # drop tokens below this fraction of the top probability
     repetition_penalty: float = 1.0  # above 1: makes tokens already in the text less likely
     seed: int = 1337  # the same seed gives the same text
-    context: str = "fast"  # when it is full: fast continues from its newest half; exact recomputes it for each token
     # system
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto: float32 on a CPU
@@ -105,7 +98,6 @@ class SampleConfig:
     def choices(cls) -> dict[str, Collection[str]]:
         return {
             "checkpoint": ("best", "latest"),
-            "context": ("fast", "exact"),
             "dtype": ("auto", *DTYPES),
             "quantize": ("int8",),
         }
@@ -118,15 +110,10 @@ class SampleConfig:
         check_least(self, 0, "logprobs", "temperature", "seed", "min_p")
         check_least(self, -10, "length_penalty")
         check_above_0(self, "top_p", "repetition_penalty")
-        most = {"top_p": 1, "min_p": 1, "repetition_penalty": 100, "length_penalty": 10}
-        for name, bound in most.items():
+        for name in ("top_p", "min_p"):
             value = getattr(self, name)
-            if value is not None and value > bound:
-                raise ValueError(f"{name}={value} must be at most {bound}")
-            if not self.temperature and name in ("top_p", "min_p") and value is not None:
-                raise ValueError(
-                    f"{name}={value} has no effect with temperature=0.0; leave it out"
-                )
+            if value is not None and value > 1:
+                raise ValueError(f"{name}={value} must be at most 1")
         for keys in (
             "start prompts score",
             "interactive prompts score",
@@ -156,13 +143,11 @@ class Pipeline:
 def main(argv: list[str]) -> None:
     given = configurator.read(argv, SampleConfig)
     config = configurator.make(SampleConfig, given)
-    settings = vars(config)
-    refuse_vain(given, settings | {"task": None}, IN_VAIN)  # now, not after loading
     source = loading.chosen_source(config, given)
     loaded = load(
         source, config.checkpoint, **config.select("device dtype quantize compile")
     )
-    refuse_vain(given, settings | {"task": loaded.task}, IN_VAIN)
+    refuse_vain(given, vars(config) | {"task": loaded.task}, IN_VAIN)
     smaller = "try a smaller --num_samples, --max_new_tokens or --num_beams"
     with machine.memory_advice(smaller):
         if loaded.task == "translation":
@@ -219,15 +204,14 @@ def complete(loaded: Pipeline, prompt: str, max_new_tokens: int = 500, **keys) -
 
 
 def write(
-    prompts: list[np.ndarray],
+    prompts: list[list[int]],
     samples: Collection[int],
     config: SampleConfig,
     loaded: Pipeline,
 ) -> Iterator[Piece]:
     """Continue prompts, given as token ids, in one batch. samples: a number for each text, which seeds its sampling."""
-    idx = pad(prompts).to(loaded.device)
-    size = idx.shape[1] + config.max_new_tokens
-    context = Context(loaded.model, idx, size, exact=config.context == "exact")
+    size = max(map(len, prompts)) + config.max_new_tokens
+    context = Context(loaded.model, prompts, size, device=loaded.device)
     return stream_texts(context, loaded.tokenizer, samples, **config.select(SAMPLING))
 
 
@@ -265,12 +249,10 @@ def print_batch(
     prompts, samples = zip(*texts, strict=True)
     pieces = write([prompt.ids for prompt in prompts], samples, config, loaded)
     if config.logprobs is not None:
-        from humptygpt import scoring
+        from humptygpt.scoring import print_json_lines
 
-        if not sys.stdout.isatty():
-            scoring.print_json_lines(pieces, texts, config.logprobs, loaded.tokenizer)
-            return
-        pieces = scoring.coloured(pieces)
+        print_json_lines(pieces, texts, config.logprobs, loaded.tokenizer)
+        return
     first, *others = [prompt.text for prompt in prompts]
     print(first, end="", flush=True)
     for piece in pieces:
@@ -305,11 +287,10 @@ def converse(config: SampleConfig, loaded: Pipeline) -> None:
     for turn, line in enumerate(chain(first, typed_lines())):
         try:
             if context is None:  # the text starts with this line
-                ids = encode_prompt(line, tokenizer) if line else tokenizer.start()
-                idx = pad([ids]).to(loaded.device)
-                context = Context(loaded.model, idx, exact=config.context == "exact")
+                ids = encode_prompt(line, tokenizer) if line else tokenizer.start().tolist()
+                context = Context(loaded.model, [ids], device=loaded.device)
             elif line:
-                context.append(pad([tokenizer.encode_rest(line)]).to(loaded.device))
+                context.append([tokenizer.encode_rest(line).tolist()])
         except UserError as error:
             note(str(error))
             continue

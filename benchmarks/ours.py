@@ -10,7 +10,7 @@ from bench import BenchConfig
 from benchmarks.contenders import Generator, Trainer
 from humptygpt.decoding import make_generator
 from humptygpt.device import pick_device
-from humptygpt.sampling import generate
+from humptygpt.sampling import Context, continue_texts
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build
 from model import ModelConfig
@@ -39,10 +39,12 @@ class OurGenerator(Generator):
 
     def load(self, model_config: ModelConfig, config: BenchConfig) -> None:
         dtype = getattr(torch, config.weights)
-        device = pick_device(config.device if config.what == "gpu" else "cpu")
+        self.device = pick_device(config.device if config.what == "gpu" else "cpu")
         model = build(model_config)
-        self.model = make_generator(model, dtype, device, config.compile)
-        self.idx = self.idx.to(device)
+        self.model = make_generator(model, dtype, self.device, config.compile)
 
-    def steps(self, n: int) -> Iterator[Tensor]:
-        return generate(self.model, self.idx, n, temperature=0.0)
+    def steps(self, n: int) -> Iterator[tuple[list[int], Tensor]]:
+        B, T = self.idx.shape
+        context = Context(self.model, self.idx.tolist(), T + n, device=self.device)
+        size = self.model.config.vocab_size
+        return continue_texts(context, range(B), size, max_new_tokens=n, temperature=0.0)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt.config import first_line, note
-from humptygpt.machine import is_out_of_memory
 from model import GPT, Cache, LayerCache
 
 
@@ -75,10 +74,6 @@ class CompiledGPT(nn.Module):
         """Return an empty cache for block_size tokens, whatever `size` is, so that all texts share one shape."""
         return self.model.make_cache()
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple:
-        """Same as GPT.forward."""
-        return self.model(idx, targets)
-
     def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
         """Same as GPT.next_logits. If the cache is not empty, a single token uses the compiled step."""
         if idx.shape[1] > 1 or not cache or not cache.length:
@@ -90,12 +85,8 @@ class CompiledGPT(nn.Module):
                     if buffer is not None:
                         torch._dynamo.mark_static_address(buffer, guard=False)
         try:
-            # a different stride, or a tensor created outside inference mode, would trigger a recompile
-            token = idx.clone(memory_format=torch.contiguous_format)
-            logits = self.step(token, static)
+            logits = self.step(idx, static)
         except Exception as error:  # compilers fail in as many ways as there are machines
-            if self.step == self.model.next_logits or is_out_of_memory(error):
-                raise
             note(f"torch.compile failed ({first_line(error)}); generating without it")
             self.step = self.model.next_logits
             logits = self.step(idx, static)

@@ -38,7 +38,7 @@ def make_generator(
 
     dtype: float32, bfloat16 or float16, or int8 on a CPU. The weights are converted once, here; autocast would convert
     them for each token. Embeddings are not converted: a token reads only one row, and in a memory-mapped file only the
-    rows that have been read take up memory. compiles: compile the single-token step.
+    rows that have been read take up memory. compiles: compile the single-token step, if the model has a cache.
 
     Raises UserError if there is not enough memory, or for int8 on a GPU.
     """
@@ -50,30 +50,16 @@ def make_generator(
     advice = "close other programs, or on a CPU use --quantize=int8"
     check_fits("the weights take", weights * dtype.itemsize, free_memory(device), advice)
     model.eval().requires_grad_(False)
-    shortcuts = not compiles and model.has_cache and agrees(model, join, call_directly)
-    if model.has_cache and not shortcuts and not agrees(model):
+    if model.has_cache and not agrees(model, replaces=True):
+        model.has_cache = agrees(model, replaces=False)
+        what = "faster layers" if model.has_cache else "a cache"
         note(
-            "model.py computes different logits with a cache than without one; generating without it, which is slower"
+            f"model.py computes different logits with {what}; generating without, which is slower"
         )
-        model.has_cache = False
-    if compiles and not model.has_cache:
-        note(f"compile=True has no effect: model={model.config.model} has no cache")
-        compiles = False
-    if shortcuts:
-        join(model)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            # a user's subclass of nn.Linear may compute something different
-            if type(child).forward is nn.Linear.forward:
-                # on a GPU, attention and the cached keys and values use this dtype, too
-                keeps = device.type != "cpu" and name in ("qkv_proj", *QKV)
-                result = dtype if keeps else torch.float32
-                linear = low_bit_linear(child.to(device), dtype, result, compiles)
-                setattr(module, name, linear)
+        return model.to(device)
+    replace_layers(model, dtype, device, compiles)
     model.to(device)
-    if shortcuts:
-        call_directly(model)
-    if not compiles:
+    if not compiles or not model.has_cache:
         return model
     from humptygpt.compiled import CompiledGPT
 
@@ -83,32 +69,29 @@ def make_generator(
 
 
 @torch.inference_mode()
-def agrees(model: nn.Module, *changes: Callable[[nn.Module], None]) -> bool:
+def agrees(model: nn.Module, replaces: bool) -> bool:
     """Check that model.py, which the user may have edited, computes the same logits with a cache as without one.
 
-    The check takes milliseconds, because it uses a tiny model with the same classes and settings. changes: functions
-    that are applied to the tiny model before it runs with a cache. If the tiny model raises an error, returns False
-    with changes and True without: a user's class may need other sizes.
+    The check takes milliseconds, because it uses a tiny model with the same classes and settings. An edit that does not
+    work in the tiny model counts as a difference. replaces: with the cache, use replace_layers(), too.
     """
     config = model.config
-    window = min(config.window, 5)
-    sizes = {"n_embd": 4 * config.n_head, "vocab_size": 11}
+    sizes = {"n_embd": 4 * config.n_head, "vocab_size": 11, "window": min(config.window, 5)}
     random = torch.Generator().manual_seed(0)
-    T = min(config.block_size, window + 12)
-    idx = torch.randint(11, (1, T), generator=random)
+    idx = torch.randint(11, (1, min(config.block_size, 17)), generator=random)
     texts = {"source": idx} if model.has_encoder else {}
     try:
-        small = type(model)(replace(config, **sizes, window=window)).eval()
+        small = type(model)(replace(config, **sizes)).eval()
         for p in small.parameters():
             p.normal_(std=0.5, generator=random)
         expected = small(idx, **texts)[0][:, -1]
-        for change in changes:
-            change(small)
+        if replaces:
+            replace_layers(small, torch.float32, CPU, compiles=False)
         cache = small.make_cache(**texts)
-        for piece in idx.split([1, T - 3, 1, 1] if T > 3 else 1, dim=1):
-            found = small.next_logits(piece, cache)
+        for token in idx.split(1, dim=1):
+            found = small.next_logits(token, cache)
     except Exception:
-        return not changes
+        return False
     return torch.allclose(found, expected, 1e-3, 1e-3)
 
 
@@ -116,64 +99,70 @@ def agrees(model: nn.Module, *changes: Callable[[nn.Module], None]) -> bool:
 # Fewer operators
 
 
-def join(model: nn.Module) -> None:
-    """Compute the queries, keys and values of self-attention with a single matrix product."""
+def replace_layers(
+    model: nn.Module, dtype: torch.dtype, device: torch.device, compiles: bool
+) -> None:
+    """Replace linear layers and RMS norms with faster equivalents, and their module calls with function calls.
+
+    A module call has an overhead as large as a small product. The compiler removes it, and fuses operators, by itself.
+    """
     for module in list(model.modules()):
         # other kinds of attention may give the three layers different inputs
-        if type(module).forward is SelfAttention.forward:
-            module.joint = JointLinear([getattr(module, name) for name in QKV])
-            for number, name in enumerate(QKV):
-                delattr(module, name)
-                setattr(module, name, partial(module.joint.part, number))
-
-
-class JointLinear(nn.Module):
-    """Several linear layers with the same input as one matrix product, computed when the first layer is called."""
-
-    def __init__(self, layers: list[nn.Linear]):
-        super().__init__()
-        self.sizes = [layer.out_features for layer in layers]
-        self.qkv_proj = layers[0]
-        for name, p in self.qkv_proj.named_parameters():  # weight, perhaps bias
-            p.data = torch.cat([layer.get_parameter(name) for layer in layers])
-        self.x = None
-
-    def part(self, number: int, x: Tensor) -> Tensor:
-        """Return the output of one layer, (..., outputs). x: (..., inputs)."""
-        if x is not self.x:
-            self.x = x
-            self.parts = self.qkv_proj(x).split(self.sizes, dim=-1)
-        return self.parts[number]
-
-
-def call_directly(model: nn.Module) -> None:
-    """Replace each layer with its forward function: nn.Module's overhead is as large as a small product."""
-    for module in list(model.modules()):
-        if isinstance(module, nn.ModuleList):  # it can only hold modules
-            continue
+        if type(module).forward is SelfAttention.forward and not compiles:
+            join(module)
         for name, child in list(module.named_children()):
-            if type(child).forward is nn.RMSNorm.forward:
-                function = rms_norm(child)
-            elif isinstance(child, nn.Linear | ProductLinear | nn.LayerNorm):
-                function = child.forward
-            else:
+            if not isinstance(child, nn.Linear | nn.LayerNorm | nn.RMSNorm):
                 continue
-            delattr(module, name)
-            setattr(module, name, function)
+            layer = child.to(device)
+            # a user's subclass may compute something different
+            if type(child).forward is nn.Linear.forward:
+                # on a GPU, attention and the cached keys and values use this dtype, too
+                keeps = device.type != "cpu" and name in ("qkv_proj", *QKV)
+                result = dtype if keeps else torch.float32
+                layer = low_bit_linear(layer, dtype, result, compiles)
+            elif type(child).forward is nn.RMSNorm.forward and not compiles:
+                layer = FastRMSNorm(layer)
+            # a list can only hold modules
+            if compiles or isinstance(module, nn.ModuleList):
+                setattr(module, name, layer)
+            else:
+                delattr(module, name)
+                setattr(module, name, layer.forward)
 
 
-def rms_norm(norm: nn.RMSNorm) -> Product:
-    """Return an equivalent function with a third of the operators: x / root mean square = sqrt(C) x / |x|."""
-    C = norm.normalized_shape[0]
-    eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
-    root = torch.tensor(math.sqrt(C * eps))
-    scale = math.sqrt(C) if norm.weight is None else math.sqrt(C) * norm.weight
+def join(attention: SelfAttention) -> None:
+    """Compute queries, keys and values with a single matrix product, qkv_proj, when the first of them is needed."""
+    layers = [getattr(attention, name) for name in QKV]
+    sizes = [layer.out_features for layer in layers]
+    attention.qkv_proj = layers[0]
+    for name, p in layers[0].named_parameters():  # weight, perhaps bias
+        p.data = torch.cat([layer.get_parameter(name) for layer in layers])
+    last, parts = None, ()
 
-    def function(x: Tensor) -> Tensor:
+    def part(number: int, x: Tensor) -> Tensor:
+        nonlocal last, parts
+        if x is not last:
+            last, parts = x, attention.qkv_proj(x).split(sizes, dim=-1)
+        return parts[number]
+
+    for number, name in enumerate(QKV):
+        delattr(attention, name)
+        setattr(attention, name, partial(part, number))
+
+
+class FastRMSNorm(nn.Module):
+    """RMSNorm with a third of the operators: x / root mean square = sqrt(C) x / |x|."""
+
+    def __init__(self, norm: nn.RMSNorm):
+        super().__init__()
+        C = norm.normalized_shape[0]
+        eps = norm.eps or torch.finfo(torch.float32).eps
+        self.root = torch.tensor(math.sqrt(C * eps))
+        self.scale = math.sqrt(C) * (1 if norm.weight is None else norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return x / torch.hypot(length, root) * scale
-
-    return function
+        return x / torch.hypot(length, self.root) * self.scale
 
 
 # --------------------------------------------------------------------------------------
@@ -190,9 +179,7 @@ def low_bit_linear(
         return ProductLinear(int8_product(linear), torch.float32, result)
     weight = linear.weight.to(dtype)
     bias = None if linear.bias is None else linear.bias.to(dtype)
-    if compiles and weight.device.type == "cpu":
-        product = partial(sum_of_products, weight, bias)
-    elif packs(weight):
+    if packs(weight) and not compiles:
         product = packed_product(weight, bias)
     elif dtype == torch.float32:
         return linear
@@ -215,18 +202,9 @@ class ProductLinear(nn.Module):
         return self.product(x.to(self.dtype)).to(self.result)
 
 
-def sum_of_products(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Same as F.linear, but a single token uses a sum, which the compiler turns into one loop over the weights."""
-    if x.numel() != weight.shape[1]:
-        return F.linear(x, weight, bias)
-    y = (weight.float() * x.float().view(-1)).sum(dim=-1).to(weight.dtype)
-    y = y if bias is None else y + bias
-    return y.view(*x.shape[:-1], -1)
-
-
 def packs(weight: Tensor) -> bool:
     """True if oneDNN can pack this matrix and it is large enough to benefit."""
-    large = weight.device.type == "cpu" and weight.numel() >= PACKED_FROM
+    large = weight.is_cpu and weight.numel() >= PACKED_FROM
     if not large or not torch.backends.mkldnn.is_available():
         return False
     return weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()

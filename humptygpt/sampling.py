@@ -1,9 +1,13 @@
-"""Continue a text with a model: compute logits, convert them to probabilities, draw a token, and repeat.
+"""Continue prompts with a model: text -> token ids -> logits -> probabilities -> a token -> characters, and repeat.
 
 Shapes: B texts, T tokens, V vocabulary.
 """
 
+import codecs
+import os
+import sys
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,25 +15,105 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from humptygpt.config import UserError
+from humptygpt.config import UserError, nearest_path, note, refuse
 from humptygpt.device import free_memory
 from humptygpt.machine import check_fits
+from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
 AT_ONCE = 128  # texts to continue in one batch
+CPU = torch.device("cpu")
+
+# --------------------------------------------------------------------------------------
+# Prompts -> token ids
+
+
+class Prompt(NamedTuple):
+    number: int  # from 0
+    text: str  # without a leading end-of-text
+    ids: list[int]
+
+
+def read_prompts(
+    start: str | None, prompts: str | None, tokenizer: Tokenizer, block_size: int
+) -> list[Prompt]:
+    """Read the prompts that --start and --prompts name. Raises UserError."""
+    if prompts is not None:
+        texts = read_text(prompts).removesuffix("\n").split("\n")
+    elif start is not None:
+        texts = [read_start(start)]
+    else:
+        ids = tokenizer.start().tolist()
+        return [Prompt(0, "" if tokenizer.eot is not None else tokenizer.decode(ids), ids)]
+    found = []
+    for number, text in enumerate(texts):
+        with refuse(f"prompt {number + 1:,}: "):
+            ids = encode_prompt(text, tokenizer)
+        if len(ids) > block_size:
+            note(
+                f"prompt {number + 1:,} has {len(ids):,} tokens; only the last {block_size:,} are used"
+            )
+        found.append(Prompt(number, text.removeprefix(END_OF_TEXT), ids))
+    return found
+
+
+def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the token ids of a prompt. Raises UserError if it is empty or has unknown characters."""
+    if not text:
+        raise UserError(
+            "the prompt is empty; give at least one character, or leave out --start"
+        )
+    # nanoGPT's users write end-of-text before a prompt
+    separated = tokenizer.eot is not None and text.startswith(END_OF_TEXT)
+    if separated:
+        text = text.removeprefix(END_OF_TEXT)
+    before = tokenizer.start()[: int(separated or tokenizer.bos is not None)]
+    return [*before.tolist(), *tokenizer.encode(text).tolist()]
+
+
+def read_start(start: str) -> str:
+    """Return the text of --start, or the content of the file that it names."""
+    if start.startswith("FILE:"):
+        return read_text(os.path.expanduser(start[5:]))  # noqa: PTH111
+    return read_text(start) if start == "-" else start
+
+
+def read_text(path: str) -> str:
+    """Read a text file, or standard input if path is "-"."""
+    try:
+        if path == "-":
+            return sys.stdin.read()
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read the text {path}: it is not UTF-8") from error
+    except OSError as error:
+        near = nearest_path(path) if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"cannot read the text {path}: {error.strerror}{near}") from error
+
+
+def typed_lines() -> Iterator[str]:
+    """Yield lines from standard input, and print "> " before each if it is a terminal."""
+    print("Ctrl-D ends; an empty line continues the text", file=sys.stderr)
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+
 
 # --------------------------------------------------------------------------------------
 # Logits -> probabilities -> token
 
 
-def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Penalize tokens that were seen: divide their positive logits by the penalty, and multiply negative ones by it.
+def penalize_repetition(logits: Tensor, texts: list[list[int]], penalty: float) -> Tensor:
+    """Penalize the tokens of each text: divide their positive logits by the penalty, and multiply negative ones by it.
 
-    logits: (B, V); seen: (B, V), bool. Source: Keskar et al. 2019, arXiv:1909.05858, section 4.1, as implemented by
-    Hugging Face.
+    logits: (B, V). Source: Keskar et al. 2019, arXiv:1909.05858, section 4.1, as implemented by Hugging Face.
     """
-    return torch.where(
-        seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits
-    )
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    for row, ids in zip(seen, texts, strict=True):
+        row[torch.tensor(ids, device=logits.device)] = True
+    penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, penalized, logits)
 
 
 def keep_top_p(probs: Tensor, p: float) -> Tensor:
@@ -60,7 +144,7 @@ def probabilities(
 ) -> Tensor:
     """Return the probabilities (B, V) of the next token; logits: (B, V)."""
     probs = (logits / max(temperature, 1e-30)).softmax(dim=-1)  # 1e-30 does not overflow
-    if top_p is not None and top_p < 1:
+    if top_p and top_p < 1:
         probs = keep_top_p(probs, top_p)
     if min_p is not None:
         probs = keep_min_p(probs, min_p)
@@ -79,22 +163,32 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, uniform * total, right=True)
 
 
-def sample_tokens(
-    logits: Tensor, uniform: Tensor, top_k: int | None = None, **filters
+def next_tokens(
+    logits: Tensor,
+    uniform: Tensor,
+    texts: list[list[int]],
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    repetition_penalty: float = 1.0,
+    **filters,
 ) -> Tensor:
-    """Draw tokens, (B, 1), from only the top_k most probable; filters: keyword arguments of probabilities()."""
-    vocab_size = logits.shape[-1]
-    if top_k is None or top_k >= vocab_size:
-        return draw(probabilities(logits, **filters), uniform)
+    """Choose the next token of each text, (B, 1), from only the top_k most probable. temperature=0 is greedy.
+
+    logits: (B, V). uniform: random numbers, (B, 1). filters: keyword arguments of probabilities(). If the logits are
+    not finite, the token is V.
+    """
+    V = logits.shape[-1]
+    if repetition_penalty != 1:
+        logits = penalize_repetition(logits, texts, repetition_penalty)
+    if temperature == 0:
+        largest = logits.max(dim=-1, keepdim=True)
+        return largest.indices.where(largest.values.isfinite(), V)
+    if top_k is None or top_k >= V:
+        return draw(probabilities(logits, temperature, **filters), uniform)
     ids = logits.topk(top_k).indices.sort(dim=-1).values
-    choice = draw(probabilities(logits.gather(1, ids), **filters), uniform)
-    return F.pad(ids, (0, 1), value=vocab_size).gather(1, choice)
-
-
-def greedy_tokens(logits: Tensor) -> Tensor:
-    """Return the most probable tokens, (B, 1); V if a logit is not finite."""
-    largest = logits.max(dim=-1, keepdim=True)
-    return largest.indices.where(largest.values.isfinite(), logits.shape[-1])
+    choice = draw(probabilities(logits.gather(1, ids), temperature, **filters), uniform)
+    return F.pad(ids, (0, 1), value=V).gather(1, choice)
 
 
 def uniform_numbers(
@@ -118,188 +212,92 @@ def uniform_numbers(
 
 
 class Context:
-    """A batch of texts that a model continues: the tokens that it can still see, and its cache for them.
+    """A batch of texts that a model continues, and the cache of the tokens that it can still see.
 
     The model sees block_size tokens. When a text grows longer, the newest half of a block is recomputed once, and the
-    text continues from there. With exact=True, the newest block_size tokens are recomputed for every new token. Each
-    text in a batch restarts when its own tokens fill the context, so it continues as it would by itself.
+    text continues from there. A model without a cache reads the newest block_size tokens for every new token. Each text
+    in a batch restarts when its own tokens fill the context, so it continues as it would by itself.
     """
 
     def __init__(
-        self, model: nn.Module, idx: Tensor, size: int | None = None, *, exact: bool = False
+        self,
+        model: nn.Module,
+        texts: list[list[int]],
+        size: int | None = None,
+        *,
+        device: torch.device = CPU,
     ):
-        """idx: (B, T) token ids, T >= 1, with -1 before the first token of a shorter text. size: maximum length of
-        a text; None: unlimited.
-        """
+        """texts: token ids, at least one each. size: maximum length of a text; None: unlimited."""
         self.model = model
+        self.device = device
         self.block_size = model.config.block_size
-        self.tokens = idx  # (B, T)
-        self.padding = (idx < 0).sum(dim=1).tolist()  # columns before each text
+        self.texts = [list(ids) for ids in texts]
         self.cache = model.make_cache(size=size) if model.has_cache else None
-        if self.cache and not exact:
-            self.kept = max(1, self.block_size // 2)
-        else:
-            self.kept = self.block_size
+        self.kept = max(1, self.block_size // 2) if self.cache else self.block_size
         self.restart(self.block_size)
 
-    def append(self, tokens: Tensor) -> None:
-        """Add the next tokens of each text, (B, T)."""
-        self.tokens = torch.cat([self.tokens, tokens], dim=1)
+    def append(self, new: list[list[int]]) -> None:
+        """Add the next tokens of each text, equally many."""
+        for text, ids in zip(self.texts, new, strict=True):
+            text += ids
+        self.width += len(new[0])
 
     def next_logits(self) -> Tensor:
         """Return the logits (B, V) of the next token of each text."""
-        if self.tokens.shape[1] > self.block_size:
+        if self.width > self.block_size:
             self.restart(self.kept)
         if self.cache:
-            new = self.tokens[:, self.cache.length :]
-            if self.cache.padding is not None:
-                new = new.clamp(min=0)  # no token attends to the padding
-            return self.model.next_logits(new, self.cache)
-        if not any(self.padding):
-            return self.model.next_logits(self.tokens)
-        texts = zip(self.tokens.split(1), self.padding, strict=True)
-        return torch.cat([self.model.next_logits(text[:, first:]) for text, first in texts])
+            T = self.width - self.cache.length
+            # no token attends to the padding
+            new = [[0] * (T - len(text)) + text[-T:] for text in self.texts]
+            return self.model.next_logits(torch.tensor(new, device=self.device), self.cache)
+        texts = [torch.tensor([text], device=self.device) for text in self.texts]
+        return torch.cat([self.model.next_logits(idx) for idx in texts])
 
     def restart(self, kept: int) -> None:
-        """Keep the `kept` newest tokens of each text that has more than block_size, and empty the cache."""
-        T = self.tokens.shape[1]
-        padding = [
-            T - kept if T - first > self.block_size else first for first in self.padding
-        ]
-        dropped = min(padding)
-        self.padding = [first - dropped for first in padding]
-        tokens = self.tokens = self.tokens[:, dropped:].clone()
-        for text, first in zip(tokens, self.padding, strict=True):
-            text[:first] = -1
+        """Forget all but the `kept` newest tokens of each text that has more than block_size, and empty the cache.
+
+        In the cache, all texts end in the same column, and padding comes before the shorter ones.
+        """
+        full = self.block_size
+        self.texts = [text[-kept:] if len(text) > full else text for text in self.texts]
+        self.width = max(map(len, self.texts))  # columns in use
         if self.cache:
             self.cache.clear()
-            if any(self.padding):
-                self.cache.padding = torch.tensor(self.padding, device=tokens.device)
-
-    def select(self, rows: list[int]) -> Tensor:
-        """Keep only these texts. Returns their rows, int64, on the device."""
-        index = torch.tensor(rows, device=self.tokens.device)
-        self.tokens = self.tokens[index]
-        self.padding = [self.padding[row] for row in rows]
-        if self.cache:
-            self.cache.select(index)
-        return index
-
-
-class Sampler:
-    """Chooses the next token of each of B texts."""
-
-    def __init__(
-        self,
-        idx: Tensor,
-        vocab_size: int,
-        samples: Collection[int],
-        max_new_tokens: int,
-        *,
-        repetition_penalty: float = 1.0,
-        seed: int = 1337,
-        **filters,
-    ):
-        """idx: (B, T), the texts so far, padded with -1. samples: a number for each text, which determines its random
-        numbers. filters: keyword arguments of sample_tokens(); temperature=0 is greedy.
-        """
-        self.filters = filters
-        self.uniforms = None
-        if filters.get("temperature") != 0:
-            dtype = torch.float32 if idx.is_mps else torch.float64  # Apple lacks float64
-            numbers = uniform_numbers(seed, samples, max_new_tokens, dtype)
-            self.uniforms = numbers.to(idx.device)
-        self.penalty = repetition_penalty
-        self.seen = None
-        if repetition_penalty != 1:
-            # (B, V + 1): the tokens in each text; the last column is for padding
-            self.seen = idx.new_zeros(len(idx), vocab_size + 1, dtype=torch.bool)
-            self.seen.scatter_(1, idx.where(idx >= 0, vocab_size), True)
-        self.step = 0
-
-    def next_tokens(self, logits: Tensor) -> Tensor:
-        """logits: (B, V). Returns (B, 1) token ids; V if the logits are not finite."""
-        if self.seen is not None:
-            logits = penalize_repetition(logits, self.seen[:, :-1], self.penalty)
-        if self.uniforms is None:
-            tokens = greedy_tokens(logits)
-        else:
-            tokens = sample_tokens(logits, self.uniforms[self.step], **self.filters)
-        self.step += 1
-        if self.seen is not None:
-            self.seen.scatter_(1, tokens, True)
-        return tokens
-
-    def select(self, rows: Tensor) -> None:
-        """Keep only these texts; rows: int64, on the device."""
-        if self.uniforms is not None:
-            self.uniforms = self.uniforms[:, rows]
-        if self.seen is not None:
-            self.seen = self.seen[rows]
-
-
-class Step(NamedTuple):
-    """One new token for each text that has not ended."""
-
-    rows: list[int]  # the numbers of these texts in the batch
-    ids: list[int]  # their new tokens
-    logits: Tensor  # (len(rows), V), float32, as the model returned them
+            padding = [self.width - len(text) for text in self.texts]
+            if any(padding):
+                self.cache.padding = torch.tensor(padding, device=self.device)
 
 
 @torch.inference_mode()
 def continue_texts(
     context: Context,
-    max_new_tokens: int,
-    tokenizer_vocab_size: int | None = None,
+    samples: Collection[int],
+    vocab_size: int,
     *,
-    samples: Collection[int] | None = None,
-    eot: int | None = None,
-    stopped: Collection[int] = (),
+    max_new_tokens: int,
+    seed: int = 1337,
     **sampling,
-) -> Iterator[Step]:
-    """Sample token by token. A text ends after eot, or when the caller adds its row to `stopped`.
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Sample token by token. Yields a token of each text, and the logits, (B, V) float32, from which it was drawn.
 
-    tokenizer_vocab_size: ids from this number on pad the model's vocabulary and are never sampled. samples, sampling:
-    arguments for Sampler; samples defaults to the row numbers. Raises UserError if the logits are not finite.
+    samples: a number for each text, which determines its random numbers. vocab_size: ids from this number on pad the
+    model's vocabulary and are never sampled. sampling: keyword arguments of next_tokens(). Raises UserError if the
+    logits are not finite.
     """
-    vocab_size = tokenizer_vocab_size or context.model.config.vocab_size
-    rows = list(range(len(context.tokens)))
-    sampler = Sampler(
-        context.tokens, vocab_size, samples or rows, max_new_tokens, **sampling
-    )
-    for _ in range(max_new_tokens):
+    # Apple's GPUs lack float64
+    dtype = torch.float32 if context.device.type == "mps" else torch.float64
+    uniforms = uniform_numbers(seed, samples, max_new_tokens, dtype).to(context.device)
+    seen = [list(text) for text in context.texts]  # the context will forget tokens
+    for uniform in uniforms:
         logits = context.next_logits().float()[:, :vocab_size]
-        tokens = sampler.next_tokens(logits)
-        context.append(tokens)
-        ids = [token for (token,) in tokens.tolist()]
-        if max(ids) >= vocab_size:
+        new = next_tokens(logits, uniform, seen, **sampling).tolist()
+        if [vocab_size] in new:
             raise UserError("the model's logits are not finite: did training diverge?")
-        yield Step(rows, ids, logits)
-        going = [i for i, row in enumerate(rows) if ids[i] != eot and row not in stopped]
-        if not going:
-            return
-        if len(going) < len(rows):
-            rows = [rows[i] for i in going]
-            sampler.select(context.select(going))
-
-
-def generate(
-    model: nn.Module,
-    idx: Tensor,
-    max_new_tokens: int,
-    tokenizer_vocab_size: int | None = None,
-    *,
-    exact: bool = False,
-    **options,
-) -> Iterator[Tensor]:
-    """Continue idx by max_new_tokens. Yields each new token as (B,), -1 for a text that has ended.
-
-    idx, exact: as for Context. options: keyword arguments of continue_texts().
-    """
-    context = Context(model, idx, idx.shape[1] + max_new_tokens, exact=exact)
-    for step in continue_texts(context, max_new_tokens, tokenizer_vocab_size, **options):
-        ids = dict(zip(step.rows, step.ids, strict=True))
-        yield idx.new_tensor([ids.get(row, -1) for row in range(len(idx))])
+        context.append(new)
+        for text, ids in zip(seen, new, strict=True):
+            text += ids
+        yield [token for (token,) in new], logits
 
 
 def texts_at_once(model: nn.Module, device: torch.device, size: int) -> int:
@@ -307,16 +305,80 @@ def texts_at_once(model: nn.Module, device: torch.device, size: int) -> int:
 
     Raises UserError if not even one fits.
     """
-    needed = bytes_per_text(model, size)
+    config = model.config
+    # keys and values in float32, logits and their copies, tokens and random numbers
+    cached = 2 * config.n_layer * config.kv_heads * config.features
+    cached *= min(size, config.block_size)
+    needed = 4 * (cached + 8 * config.vocab_size) + 16 * size
     free = int(0.9 * free_memory(device))
     advice = "try a smaller --max_new_tokens"
     check_fits(f"a text of {size:,} tokens takes", needed, free, advice)
     return min(AT_ONCE, free // needed)
 
 
-def bytes_per_text(model: nn.Module, size: int) -> int:
-    """Estimate the memory of one text of `size` tokens: keys, values, logits, tokens, random numbers."""
-    config = model.config
-    kept = min(size, config.block_size) if model.has_cache else 0
-    cache = 2 * config.n_layer * config.kv_heads * config.features * kept
-    return 4 * (cache + 8 * config.vocab_size) + 16 * size
+# --------------------------------------------------------------------------------------
+# Token -> characters
+
+
+class TextStream:
+    """The text of one sample: feed() its tokens and show the characters that it returns.
+
+    A character is shown once its last byte has arrived; an incomplete one is never shown. The text ends before the
+    first stop text. Text that may begin a stop text is held back until later tokens decide.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.held = ""
+        self.ended = False
+
+    def feed(self, token: int) -> str:
+        """Return the characters that can be shown now."""
+        if token == self.tokenizer.eot:
+            self.ended = True
+            return self.close()
+        self.held += self.decoder.decode(self.tokenizer.pieces[token])
+        ends = [self.held.index(text) for text in self.stop if text in self.held]
+        if ends:
+            self.ended = True
+            return self.close()[: min(ends)]
+        for n in range(len(self.held)):
+            if any(text.startswith(self.held[n:]) for text in self.stop):
+                shown, self.held = self.held[:n], self.held[n:]
+                return shown
+        return self.close()
+
+    def close(self) -> str:
+        """Return all characters that were held back."""
+        shown, self.held = self.held, ""
+        return shown
+
+
+class Piece(NamedTuple):
+    """Text that became printable with one new token or, at the end of a text, the text that was held back."""
+
+    row: int  # the number of the text in the batch
+    text: str
+    token: int | None = None  # None at the end of a text
+    logits: Tensor | None = None  # (V,), from which the token was drawn
+
+
+def stream_texts(
+    context: Context,
+    tokenizer: Tokenizer,
+    samples: Collection[int],
+    stop: tuple[str, ...] = (),
+    **sampling,
+) -> Iterator[Piece]:
+    """Continue the texts of the context. stop: as for TextStream. The others: arguments for continue_texts()."""
+    streams = [TextStream(tokenizer, stop) for _ in samples]
+    for ids, logits in continue_texts(context, samples, tokenizer.vocab_size, **sampling):
+        for row, (stream, token) in enumerate(zip(streams, ids, strict=True)):
+            if not stream.ended:
+                yield Piece(row, stream.feed(token), token, logits[row])
+        if all(stream.ended for stream in streams):
+            break
+    for row, stream in enumerate(streams):
+        yield Piece(row, stream.close())

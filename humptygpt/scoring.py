@@ -1,35 +1,19 @@
 """Log-probabilities of the tokens that a model samples, and of the tokens of a given text."""
 
 import json
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from humptygpt.config import UserError
-from humptygpt.texts import Piece, Prompt
+from humptygpt.sampling import Piece, Prompt
 from humptygpt.tokenizers import Tokenizer
 
 # --------------------------------------------------------------------------------------
 # Sampled tokens
-
-# {minimum probability: ANSI code}: green, cyan, yellow, red
-COLOURS = {0.5: 32, 0.1: 36, 0.01: 33, 0.0: 31}
-
-
-def coloured(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Colour each piece of text by its token's probability, for a terminal."""
-    legend = ", ".join(f"\033[{code}m{least:.0%}\033[0m" for least, code in COLOURS.items())
-    print(f"colours: the token's probability is at least {legend}", file=sys.stderr)
-    code = 0
-    for piece in pieces:
-        if piece.token is not None:
-            probability = float(piece.logits.softmax(dim=-1)[piece.token])
-            code = next(code for least, code in COLOURS.items() if probability >= least)
-        yield piece._replace(text=f"\033[{code}m{piece.text}\033[0m")
 
 
 def print_json_lines(
@@ -42,21 +26,20 @@ def print_json_lines(
         prompt, sample = texts[row]
         logprobs = logits.log_softmax(dim=-1)
         likeliest = logprobs.topk(min(k, len(logprobs))).indices.tolist()
-        line = {"prompt": prompt.number, "sample": sample}
-        line |= json_token(token, logprobs, tokenizer)
-        line["top"] = [json_token(other, logprobs, tokenizer) for other in likeliest]
+        chosen, *top = [
+            {
+                "token": i,
+                "text": tokenizer.pieces[i].decode("utf-8", "replace"),
+                "logprob": round(float(logprobs[i]), 6),
+            }
+            for i in (token, *likeliest)
+        ]
+        line = {"prompt": prompt.number, "sample": sample} | chosen | {"top": top}
         print(json.dumps(line, ensure_ascii=False), flush=True)
-
-
-def json_token(token: int, logprobs: Tensor, tokenizer: Tokenizer) -> dict:
-    text = tokenizer.pieces[token].decode("utf-8", "replace")
-    return {"token": token, "text": text, "logprob": round(float(logprobs[token]), 6)}
 
 
 # --------------------------------------------------------------------------------------
 # A given text
-
-LOGITS = 2**26  # the most logits computed at once: 256 MB
 
 
 def describe_score(
@@ -72,11 +55,7 @@ def describe_score(
         ids = np.concatenate([tokenizer.start(), ids])
     if len(ids) < 2:
         raise UserError("the text to score has no token to predict; give a longer one")
-    stride = stride or max(1, block_size // 2)
-    if stride > block_size:
-        raise UserError(
-            f"stride={stride} would skip tokens; it must be at most block_size={block_size}"
-        )
+    stride = min(stride or max(1, block_size // 2), block_size)  # skip no token
     nats = -log_probabilities(model, ids, stride).astype(np.float64)
     size = int(tokenizer.token_bytes()[ids[1:]].sum())
     return (
@@ -95,28 +74,12 @@ def log_probabilities(model: nn.Module, ids: np.ndarray, stride: int) -> np.ndar
     stride, each has at least block_size - stride tokens of context, except at the beginning of the text.
     """
     block_size = model.config.block_size
-    overlap = block_size - stride
     tokens = torch.from_numpy(ids.astype(np.int64)).to(next(model.parameters()).device)
-    windows = tokens.new_empty(0, 0)
-    if len(ids) > block_size:
-        windows = tokens.unfold(0, block_size + 1, stride)  # (n, block_size + 1)
-    last = tokens[None, len(windows) * stride :]  # shorter than a window
-    at_once = max(1, LOGITS // model.config.vocab_size)  # tokens
-    scores = []
-    for batch in (*windows.split(max(1, at_once // block_size)), last):
-        if batch.shape[1] > 1:
-            scores.append(score(model, batch, at_once))
-    new = [batch_scores[:, overlap:].flatten() for batch_scores in scores]
-    return torch.cat([scores[0][0, :overlap], *new]).cpu().numpy()
-
-
-def score(model: nn.Module, batch: Tensor, at_once: int) -> Tensor:
-    """Log-probabilities, (B, T - 1), of windows, (B, T). A model with a cache reads at_once tokens at a time."""
-    cache = {"cache": model.make_cache()} if model.has_cache else {}
-    size = at_once if cache else batch.shape[1]
-    pieces = zip(batch[:, :-1].split(size, 1), batch[:, 1:].split(size, 1), strict=True)
-    nats = [
-        F.cross_entropy(model(idx, **cache)[0].float().mT, targets, reduction="none")
-        for idx, targets in pieces
-    ]
-    return -torch.cat(nats, dim=1)
+    scores, end = [], 1  # the first token that is not scored yet
+    for first in range(0, max(1, len(ids) - 1 - block_size + stride), stride):
+        window = tokens[first : first + block_size + 1]
+        logits, _ = model(window[None, :-1])
+        nats = F.cross_entropy(logits[0].float(), window[1:], reduction="none")
+        scores.append(-nats[end - first - 1 :])
+        end = first + len(window)
+    return torch.cat(scores).cpu().numpy()

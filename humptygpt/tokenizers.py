@@ -6,10 +6,9 @@ an entry in TOKENIZERS, both in this file. prepare/vocabulary.py learns subwords
 """
 
 import base64
-import codecs
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from itertools import chain
 from typing import ClassVar, Self
@@ -51,11 +50,6 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return len(self.pieces)
 
-    @property
-    def ends(self) -> list[int]:
-        """The tokens that are not text: bos and eot, if they exist."""
-        return [i for i in (self.bos, self.eot) if i is not None]
-
     @classmethod
     def train(cls, texts: Iterable[str], separated: bool = False, **options) -> Self:
         """Learn a vocabulary. Raises UserError if the texts do not allow one with these options."""
@@ -74,21 +68,18 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text. Bytes that are not valid UTF-8, which a model may generate, become U+FFFD."""
-        return "".join(self.decode_stream(ids))
-
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yield each character as soon as its last byte has arrived."""
-        return codecs.iterdecode((self.pieces[i] for i in ids), "utf-8", errors="replace")
+        return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
 
     def start(self) -> np.ndarray:
         """Return the token to start a text from, (1,): bos, else eot, else a line break, else token 0."""
         line_break = self.pieces.index(b"\n") if b"\n" in self.pieces else 0
-        return np.array([*self.ends, line_break][:1])
+        first = [i for i in (self.bos, self.eot, line_break) if i is not None]
+        return np.array(first[:1])
 
     def token_bytes(self) -> np.ndarray:
         """Number of bytes of text in each token, (vocab_size,); 0 for eot and bos."""
         sizes = np.array([len(piece) for piece in self.pieces])
-        sizes[self.ends] = 0
+        sizes[[i for i in (self.bos, self.eot) if i is not None]] = 0
         return sizes
 
     def state(self) -> dict:
@@ -108,16 +99,11 @@ class CharTokenizer(Tokenizer):
     schema: ClassVar = {"alphabet": str, "separated?": bool}
 
     def __init__(self, alphabet: str, separated: bool = False):
-        if not alphabet or len(set(alphabet)) < len(alphabet):
-            raise ValueError("the alphabet is empty or contains a duplicate character")
         self.alphabet = alphabet
         self.pieces = [char.encode("utf-8", "surrogatepass") for char in alphabet]
         self.pieces += [END_OF_TEXT.encode()] * separated
         self.eot = len(alphabet) if separated else None
-        codes = code_points(alphabet)
-        # the last entry stands for all code points beyond the alphabet
-        self._ids = np.full(int(codes.max()) + 2, -1)
-        self._ids[codes] = np.arange(len(alphabet))
+        self._ids = {char: i for i, char in enumerate(alphabet)}
 
     @classmethod
     def train(cls, texts: Iterable[str], separated: bool = False) -> Self:
@@ -128,22 +114,17 @@ class CharTokenizer(Tokenizer):
         return cls("".join(sorted(alphabet)), separated)
 
     def encode(self, text: str) -> np.ndarray:
-        ids = self._ids[np.minimum(code_points(text), len(self._ids) - 1)]
-        if (ids < 0).any():
-            char = text[int((ids < 0).argmax())]
+        try:
+            return np.fromiter(map(self._ids.__getitem__, text), np.int64)
+        except KeyError as error:
+            (char,) = error.args
             raise UserError(
                 f"character {char!r} (U+{ord(char):04X}) is not among"
                 f" the {len(self.alphabet)} characters of this tokenizer"
-            )
-        return ids
+            ) from error
 
     def state(self) -> dict:
         return super().state() | {"alphabet": self.alphabet}
-
-
-def code_points(text: str) -> np.ndarray:
-    """Return the Unicode code points of the text, uint32 (length,)."""
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 class ByteTokenizer(Tokenizer):
@@ -160,7 +141,7 @@ class ByteTokenizer(Tokenizer):
         return cls(separated)
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(utf8(text), np.uint8).astype(np.int64)
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -189,17 +170,13 @@ class SentencePieceTokenizer(Tokenizer):
         # "▁" is sentencepiece's sign for a space, so a real "▁" has to be spelled in bytes
         underscore = [model.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
         self._separators = {"\n": [model.piece_to_id("\n")], "▁": underscore}
-        if (model.unk_id(), model.eos_id()) != (0, 1) or 0 in chain(
-            *self._separators.values()
-        ):
-            raise ValueError("the model lacks a token that any text may need")
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
         """Encode all texts in one call of sentencepiece; for sentences, one call each would take ten times as long."""
-        split = [re.split("([\n▁])", utf8(text).decode()) for text in texts]
+        split = [re.split("([\n▁])", text) for text in texts]
         plain = [part for part in chain(*split) if part not in self._separators]
         encoded = iter(self._model.encode(plain, num_threads=1))
         ids = (
@@ -238,10 +215,6 @@ class BytePairTokenizer(Tokenizer):
     schema: ClassVar = {"separated": bool, "pieces": str}
 
     def __init__(self, pieces: list[bytes], separated: bool = False):
-        if len(set(pieces)) < len(pieces) or not {bytes([i]) for i in range(256)} <= set(
-            pieces
-        ):
-            raise ValueError("a piece occurs twice, or one of the 256 bytes is missing")
         self.pieces = [*pieces, END_OF_TEXT.encode()]
         self.eot = len(pieces) if separated else None
 
@@ -257,7 +230,6 @@ class BytePairTokenizer(Tokenizer):
         )
 
     def encode(self, text: str) -> np.ndarray:
-        utf8(text)
         return self.engine.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
 
     def state(self) -> dict:
@@ -313,16 +285,6 @@ def from_state(state: dict) -> Tokenizer:
 
 # --------------------------------------------------------------------------------------
 # Bytes as text
-
-
-def utf8(text: str) -> bytes:
-    """Encode a text. Raises UserError for a character that UTF-8 cannot encode, such as a bad byte in an argument."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{text[error.start]!r} at position {error.start} is not valid UTF-8"
-        ) from error
 
 
 def pack(content: bytes) -> str:

@@ -18,6 +18,7 @@ from test_bench import NANOGPT
 from test_distributed import losses
 from test_inference import PADDED, greedy, logits_in_pieces
 from test_model import VARIANTS, random_model, tokens
+from uncached import generate
 
 import bench
 import prepare_data
@@ -26,7 +27,6 @@ from humptygpt.compiled import CompiledGPT
 from humptygpt.decoding import make_generator
 from humptygpt.device import autocast, pick_dtype
 from humptygpt.memory import ADVICE
-from humptygpt.sampling import generate
 from model import POSITIONS
 
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))
@@ -162,18 +162,19 @@ def test_compiled_decode_writes_the_tokens_of_eager_decode(position, capsys):
         for compiles in (False, True)
     )
     compiled = CompiledGPT(ready.model, **options)
-    for idx in (tokens(3, 4).to(DEVICE), PADDED.to(DEVICE)):
-        assert greedy(compiled, idx, 30) == greedy(eager, idx, 30)
+    for texts in (tokens(3, 4).tolist(), PADDED):
+        expected = greedy(eager, texts, 30, device=DEVICE)
+        assert greedy(compiled, texts, 30, device=DEVICE) == expected
     assert "compile failed" not in capsys.readouterr().err
 
 
 def test_a_text_is_the_same_in_a_batch_and_alone():
     model = make_generator(random_model(position="rotary"), torch.float32, DEVICE)
-    idx = tokens(4, 5).to(DEVICE)
-    together = [*generate(model, idx, 20, seed=3)]
-    for i in range(4):
-        alone = [*generate(model, idx[i : i + 1], 20, seed=3, samples=[i])]
-        assert torch.cat(alone).tolist() == [step[i].item() for step in together]
+    texts = tokens(4, 5).tolist()
+    together = generate(model, texts, 20, device=DEVICE, seed=3)
+    for i, text in enumerate(texts):
+        alone = generate(model, [text], 20, device=DEVICE, seed=3, samples=[i])
+        assert alone == together[i : i + 1]
 
 
 # --------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from conftest import PLAIN, TINY_RUN, WITHOUT_SAMPLE
 from test_explain import expected_trace, rounded
 from test_snapshots import restored
 from texts import make_pairs, make_text
+from uncached import generate
 
 import explain
 import prepare_data
@@ -22,7 +23,6 @@ from benchmarks import keystrokes
 from humptygpt import evaluation, run_folder
 from humptygpt import loading as interchange
 from humptygpt.checkpoint import load_plain
-from humptygpt.sampling import generate
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 if CHROMIUM is None:
@@ -176,9 +176,9 @@ def assert_shows(view, model, tokenizer) -> None:
 def test_continue_writes_what_sample_py_writes_when_the_context_is_full_too(opened, runs):
     model, tokenizer = load(runs)
     view = opened()
-    idx = tensor_of(tokenizer, START)
-    written = generate(model, idx, 40, tokenizer.vocab_size, temperature=0)
-    expected = START + tokenizer.decode([token.item() for token in written])
+    prompt = tokenizer.encode(START).tolist()
+    (written,) = generate(model, [prompt], 40, tokenizer.vocab_size, temperature=0)
+    expected = START + tokenizer.decode(written)
     view.page.check("#greedy")
     view.page.click("#write-one")
     view.settle()

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from humptygpt.texts import TextStream
+from humptygpt.sampling import TextStream
 from humptygpt.tokenizers import ByteTokenizer, CharTokenizer
 
 TEXTS = st.text(st.sampled_from("abü🙂\n"), max_size=30)

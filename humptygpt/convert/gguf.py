@@ -154,8 +154,12 @@ def known_split(tokenizer: Tokenizer, content: dict) -> str | None:
     step = content["pre_tokenizer"] or {}
     split = SPLITS.get(tuple(map(split_key, step.get("pretokenizers") or [step])))
     text = " A  ﬁ e\u0301 "  # a normalizer would change it
-    same = "".join(tokenizer.decode_stream(tokenizer.encode_rest(text))) == text
-    fits = (split == "default") == content["model"]["byte_fallback"]
+    pieces = [tokenizer.pieces[i] for i in tokenizer.encode_rest(text)]
+    same = b"".join(pieces) == text.encode()
+    model = content["model"]
+    fits = (split == "default") == model["byte_fallback"]
+    if split == "llama-bpe":
+        fits = fits and model["ignore_merges"]
     return split if same and fits else None
 
 

@@ -13,7 +13,6 @@ from humptygpt.tokenizers import (
     printable_bytes,
     sentencepiece_bytes,
     unpack,
-    utf8,
 )
 
 SENTENCEPIECE_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
@@ -90,8 +89,7 @@ def load_engine(content: str):
 
 
 def encode_with(engine, texts: Iterable[str]) -> list[np.ndarray]:
-    texts = [utf8(text).decode() for text in texts]
-    encodings = engine.encode_batch_fast(texts, add_special_tokens=False)
+    encodings = engine.encode_batch_fast(list(texts), add_special_tokens=False)
     return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
 
