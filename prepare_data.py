@@ -241,10 +241,7 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
     if config.text_key and formats <= {".txt"}:
         rule = f"has no effect, since {name} has no records with keys or columns"
         raise UserError(f"text_key={config.text_key} {rule}")
-    if not config.text_key and ".tsv" in formats:
-        if len(formats) > 1:
-            problem = f"{where} has both text and sentence pairs"
-            raise UserError(f"{problem}; select one kind, with a pattern such as '*.tsv'")
+    if not config.text_key and formats == {".tsv"}:
         pairs = [(None, (file,)) for file in files]
         return Pairs(resolve(config, preset, Pairs.task), pairs, name)
     return Documents(resolve(config, preset, Documents.task), files, skipped, name)

@@ -401,19 +401,17 @@ def test_files_of_a_folder_that_are_no_text_are_skipped_in_every_pass_named_and_
     assert meta("mine")["documents"] == 5
 
 
-def test_sentence_pairs_and_text_in_one_folder_are_refused_and_each_kind_is_prepared_by_itself(
-    pairs, fails
+def test_sentence_pairs_are_skipped_in_a_folder_of_text_and_prepared_by_themselves(
+    pairs, capsys
 ):
     Path("mixed").mkdir()
     Path("pairs.tsv").rename("mixed/a.TSV")
     Path("mixed/b.md").write_text(make_text())
-    complaint = fails(prepare_data.main, "mine", "--input=mixed")
-    rule = "select one kind, with a pattern such as '*.tsv'"
-    assert complaint == f"mixed has both text and sentence pairs; {rule}\n"
-    prepare("mine --input=mixed/*.TSV --tokenizer=byte")
-    assert meta("mine")["task"] == "translation"
-    prepare("mine --input=mixed/*.md --overwrite=True")
+    prepare("mine --input=mixed")
+    assert "skipped files: 1; mixed/a.TSV has no column 'text'" in capsys.readouterr().err
     assert meta("mine")["task"] == "language modelling"
+    prepare("mine --input=mixed/*.TSV --tokenizer=byte --overwrite=True")
+    assert meta("mine")["task"] == "translation"
 
 
 def pipe(monkeypatch, data: bytes) -> None:
