@@ -15,12 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from humptygpt.config import UserError, note
-from humptygpt.prepare.documents import (
-    BadFile,
-    Piece,
-    file_format,
-    read_documents,
-)
+from humptygpt.prepare.documents import BadFile, Piece, file_format, read_documents
 from humptygpt.tokenizers import Tokenizer
 
 UNIT = 1 << 19  # characters encoded at once
@@ -91,9 +86,9 @@ class Documents:
             length += len(piece.text)
             held_out += len(piece.text) * (piece.draw <= self.config.val_fraction)
             self.skipped_lines += piece.skipped
-            piece_size = len(piece.text.encode())
-            size += piece_size
-            bar.update(piece_size)
+            read = len(piece.text.encode())
+            size += read
+            bar.update(read)
         if not length:
             raise BadFile(f"{self.files[number]} has no text to learn from")
         return length, held_out, size
