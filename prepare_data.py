@@ -106,7 +106,7 @@ class PrepareConfig:
     held_out: str | None = None  # file of pairs or source lines to exclude from training
     # tokens
     tokenizer: str = "auto"  # auto: chosen to fit the text; or the tokenizer of a run, a model folder or owner/model
-    vocab_size: int | None = None  # vocabulary size; None: chosen for the text, or 4096
+    vocab_size: int | None = None  # most tokens; None: chosen for the text, or 4096
     model_type: str | None = None  # method of sentencepiece; None: bpe
     shard_tokens: int | None = None  # tokens per file, train_0000.bin, ...; None: one file
     # existing data
