@@ -25,7 +25,6 @@ import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 
 from humptygpt import machine
@@ -43,14 +42,14 @@ from humptygpt.config import (
     check_least,
     note,
     our_configs,
+    refuse_vain,
 )
 from humptygpt.convert.hub import repository
-from humptygpt.files import cannot_write, locked, remove
+from humptygpt.files import cannot_write, locked
 from humptygpt.prepare.corpus import Documents
 from humptygpt.prepare.documents import file_format, find_files, write_if_changed
 from humptygpt.prepare.encoding import encode, read_json, write_json
 from humptygpt.prepare.folder import (
-    COMMANDS,
     check_splits,
     data_id,
     holds_other_data,
@@ -61,15 +60,17 @@ from humptygpt.prepare.folder import (
     verify,
 )
 from humptygpt.prepare.sources import SOURCES, Source
-from humptygpt.prepare.vocabulary import choose_tokenizer, make_tokenizer
-from humptygpt.tokenizers import TOKENIZERS
+from humptygpt.prepare.vocabulary import CHOICES
+from humptygpt.token_files import is_nanogpts, read_meta
+from humptygpt.tokenizers import TOKENIZERS, Tokenizer
 from humptygpt.translation.pairs import PairFiles, Pairs
 
 Corpus = Documents | Pairs
 STREAM = "standard_input.txt"  # copy of stdin, since the text is read several times
 RESUME = "run the same command again to resume"
 OWN_TEXT = "python prepare_data.py --input=FILE_OR_FOLDER --name=NAME"
-CHOICES = ("auto", *TOKENIZERS)
+# keys that do not affect what is written; the name has a place of its own
+NOT_IN_COMMAND = ("name", "workers", "verify", "overwrite")
 TEXT_DEFAULTS = {
     "val_fraction": 0.1,
     "text_key": "text",
@@ -105,14 +106,14 @@ class PrepareConfig:
     held_out: str | None = None  # file of pairs or source lines to exclude from training
     # tokens
     tokenizer: str = "auto"  # auto: chosen to fit the text; or the tokenizer of a run, a model folder or owner/model
-    vocab_size: int | None = None  # vocabulary size; None: chosen for the text, or 4096
+    vocab_size: int | None = None  # most tokens; None: chosen for the text, or 4096
     model_type: str | None = None  # method of sentencepiece; None: bpe
     shard_tokens: int | None = None  # tokens per file, train_0000.bin, ...; None: one file
     # existing data
     overwrite: bool = False  # replace a different data set of this name
     verify: bool = False  # only check the token files against their checksums
     # system
-    workers: int | None = None  # encoding processes; None: one per usable core
+    workers: int | None = None  # encoding threads; None: one per usable core
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
@@ -125,7 +126,8 @@ class PrepareConfig:
     def validate(self) -> None:
         check_choices(replace(self, tokenizer="auto"))  # tokenizer is checked below
         check_least(self, 1, "files", "max_pair_ratio", "shard_tokens", "workers")
-        check_least(self, 2, "vocab_size", "max_pair_tokens")
+        check_least(self, 2, "max_pair_tokens")
+        check_least(self, 257, "vocab_size")  # 256 bytes and end-of-text
         check_fraction(self, "val_fraction", "test_fraction")
         check_above_0(self, "val_fraction")
         tokenizer = self.tokenizer
@@ -133,7 +135,7 @@ class PrepareConfig:
         if tokenizer not in CHOICES and not elsewhere:
             kinds = f"{', '.join(CHOICES)}, a folder or file with a tokenizer, or owner/model on the hub"
             raise ValueError(f"tokenizer={tokenizer} is not one of: {kinds}")
-        if not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0"):
+        if self.name in (None, "..") or Path(self.name).name != self.name:
             rule = "must be the name of a folder in data/, such as shakespeare_char"
             raise ValueError(
                 f"name={self.name!r} {rule}; for your own text: {as_written_here(OWN_TEXT)}"
@@ -147,13 +149,8 @@ def main(argv: list[str]) -> None:
     given = configurator.read(argv, PrepareConfig, positional="name")
     config = configurator.make(PrepareConfig, given)
     if config.verify:
-        if others := given.keys() - {"name", "verify"}:
-            raise UserError(f"verify takes only a name; leave out {', '.join(others)}")
         folder = Path("data") / config.name
-        if not (count := verify(folder)):
-            raise UserError(
-                f"{folder} has no checksums; another version or program wrote it"
-            )
+        count = verify(folder, read_meta(folder))
         print(f"{folder}: {count} token files match their checksums")
         return
     meta = prepare(config)
@@ -165,12 +162,9 @@ def prepare(config: PrepareConfig) -> dict:
     """Write data/<name>, print a summary and return meta.json, which is written last and marks the folder complete."""
     folder = Path("data") / config.name
     with one_writer(folder):
-        try:
-            corpus = open_corpus(config, folder)
-            meta = make_data(corpus, folder, config)
-        finally:
-            if config.input == "-" and not (folder / "preparing").exists():
-                (folder / STREAM).unlink(missing_ok=True)  # there is nothing to resume
+        corpus = find_corpus(config, folder)
+        meta = make_data(corpus, folder, config)
+        (folder / STREAM).unlink(missing_ok=True)
     print(summary(folder, meta, corpus.summary(meta)))
     return meta
 
@@ -180,10 +174,7 @@ def one_writer(folder: Path) -> Iterator[None]:
     """Lock a folder. A full disk raises UserError, whose message says how to resume; Ctrl-C prints the same advice."""
     advice = "wait until it has finished, or choose another --name"
     try:
-        with (
-            machine.memory_advice("try --workers=1, or --tokenizer=byte"),
-            locked(folder, str(folder), advice),
-        ):
+        with locked(folder, str(folder), advice):
             yield
     except OSError as error:
         raise cannot_write(error.filename or folder, error, f"; {RESUME}") from error
@@ -196,25 +187,19 @@ def make_data(corpus: Corpus, folder: Path, config: PrepareConfig) -> dict:
     """Write the folder unless it already has this data. Returns its meta.json. config: as given by the user."""
     preparing = folder / "preparing"
     command = command_text(config)
-    fitted = config.vocab_size is None  # the vocabulary may shrink to fit the text
-    made_from = data_id(corpus, fitted)
+    made_from = data_id(corpus, command)
     old = read_json(folder / "meta.json")
-    if old.get("made_from") == made_from and is_whole(folder):
+    if old.get("made_from") == made_from and is_whole(folder, old):
         note(f"{folder} already has this text with these settings; it is left unchanged")
-        # a preparation with other settings may have been stopped; it can be resumed
-        if not (preparing / "progress.json").exists():
-            remove(preparing)
         return old
     new = read_json(preparing / "meta.json")
     if new.get("made_from") != made_from:
-        # refuse now rather than after hours of work
-        if old.get("command", command) != command and not config.overwrite:
+        other = old.get("command", command) != command or is_nanogpts(folder)
+        if other and not config.overwrite:  # refuse now rather than after hours of work
             refuse_to_replace(folder, command)
-        train = partial(make_tokenizer, corpus, fitted)
-        # earlier versions split some files differently
-        begun_from = f"{made_from} {corpus.cuts}"
-        progress = encode(corpus, preparing, begun_from, command, train)
-        check_splits(progress, preparing)
+        corpus.survey()
+        progress = encode(corpus, preparing, made_from, command)
+        check_splits(progress)
         new = make_meta(corpus, progress, preparing)
         new |= {"command": command, "made_from": made_from}
         write_json(preparing / "meta.json", new)
@@ -229,7 +214,7 @@ def command_text(config: PrepareConfig) -> str:
     words = ["python", "prepare_data.py", config.name]
     for field in fields(config):
         value = getattr(config, field.name)
-        if value != field.default and field.name not in ("name", "workers", *COMMANDS):
+        if value != field.default and field.name not in NOT_IN_COMMAND:
             words.append(f"--{field.name}={value}")
     return shlex.join(words)
 
@@ -243,33 +228,23 @@ def built_in(config: PrepareConfig) -> Source | None:
     return None if own_files else SOURCES.get(config.name)
 
 
-def open_corpus(config: PrepareConfig, folder: Path) -> Corpus:
-    """Open the documents or pairs that the config names, and fill in the config's defaults."""
+def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
+    """Find the documents or pairs that the config names, and fill in the config's defaults."""
     source = built_in(config)
     preset = with_defaults(config, source.settings) if source else config
     where, name = find_input(preset, folder)
-    pairs = where
-    formats = set()
-    if isinstance(where, str):
-        text_key = preset.text_key or "text"
-        files, skipped = find_files(where, preset.encoding_errors, text_key)
-        files = files[: preset.files]
-        name = f"{len(files):,} files: {name}" if len(files) > 1 else name
-        pairs = [(None, (file,)) for file in files]
-        formats = set(map(file_format, files))
+    if not isinstance(where, str):
+        return Pairs(resolve(config, preset, Pairs.task), where, name)
+    files, skipped = find_files(where)
+    files = files[: preset.files]
+    formats = set(map(file_format, files))
     if config.text_key and formats <= {".txt"}:
         rule = f"has no effect, since {name} has no records with keys or columns"
         raise UserError(f"text_key={config.text_key} {rule}")
-    if not config.text_key and formats <= {".tsv"}:
+    if not config.text_key and formats == {".tsv"}:
+        pairs = [(None, (file,)) for file in files]
         return Pairs(resolve(config, preset, Pairs.task), pairs, name)
-    if not config.text_key and ".tsv" in formats:
-        problem = f"{where} has both text and sentence pairs"
-        raise UserError(f"{problem}; select one kind, with a pattern such as '*.tsv'")
-    corpus = Documents(resolve(config, preset, Documents.task), files, skipped, name)
-    if corpus.config.tokenizer == "auto":
-        chosen, corpus.chosen_for = choose_tokenizer(corpus)
-        corpus.config = replace(corpus.config, **chosen)
-    return corpus
+    return Documents(resolve(config, preset, Documents.task), files, skipped, name)
 
 
 def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, str]:
@@ -288,7 +263,11 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, st
         if os.path.exists(path):
             return str(path), str(path)
     if source := built_in(config):
-        return source.fetch(config)
+        try:
+            return source.fetch(config)
+        except UserError as error:
+            own = f"to use your own files, put them into {folder}, as data/README.md says"
+            raise UserError(f"{error}; {own}") from error
     raise UserError(
         f"no data set {config.name}: it is not one of: {', '.join(SOURCES)}, and there is no {folder}/input.txt;"
         f" for your own text: {as_written_here(OWN_TEXT)}"
@@ -306,20 +285,18 @@ def resolve(config: PrepareConfig, preset: PrepareConfig, task: str) -> PrepareC
 
     Raises UserError for a key of the config that has no effect on this data or with this tokenizer.
     """
-    pairs = task == Pairs.task
-    resolved = with_defaults(preset, PAIR_DEFAULTS if pairs else TEXT_DEFAULTS)
+    resolved = with_defaults(preset, PAIR_DEFAULTS if task == Pairs.task else TEXT_DEFAULTS)
     tokenizer = "bpe" if preset.vocab_size else "auto"
     more = {"tokenizer": tokenizer, "test_fraction": resolved.val_fraction}
     resolved = with_defaults(resolved, more)
-    idle = {} if pairs else dict.fromkeys(ONLY_FOR_PAIRS, f"without task={Pairs.task}")
+    in_vain = dict.fromkeys(ONLY_FOR_PAIRS, ("task", (Documents.task,)))
+    kind = TOKENIZERS.get(resolved.tokenizer, Tokenizer)
     for key in ("vocab_size", "model_type"):
-        takers = [name for name, cls in TOKENIZERS.items() if key in cls.options]
-        if resolved.tokenizer not in takers:
-            idle[key] = f"without tokenizer={' or '.join(takers)}"
-    for key, why in idle.items():
-        if getattr(config, key) is not None:
-            raise UserError(f"{key}={getattr(config, key)} has no effect {why}")
-    return replace(resolved, **dict.fromkeys(idle))
+        if key not in kind.options:
+            in_vain[key] = ("tokenizer", (resolved.tokenizer,))
+    given = [key for key in in_vain if getattr(config, key) is not None]
+    refuse_vain(given, vars(resolved) | {"task": task}, in_vain)
+    return resolved
 
 
 # --------------------------------------------------------------------------------------
@@ -328,16 +305,16 @@ def resolve(config: PrepareConfig, preset: PrepareConfig, task: str) -> PrepareC
 
 def summary(folder: Path, meta: dict, other: dict[str, str]) -> str:
     """Summarize the data: a table of counts, then lines of text. other: more lines, for this kind of data."""
-    columns = [meta, *meta["splits"].values()]
-    names = ("total", "training", "validation", "test")[: len(columns)]
+    columns = {"total": meta} | meta["splits"]
     table = [
         f"{folder}: {meta['source']}",
-        12 * " " + "".join(f"{name:>14}" for name in names),
+        12 * " " + "".join(f"{name:>14}" for name in columns),
     ]
     for key in ("documents", "pairs", "characters", "bytes", "tokens"):
         if meta.get(key, 1) > 1:  # a single document is cut in two
             table.append(
-                f"  {key:<10}" + "".join(f"{column[key]:>14,}" for column in columns)
+                f"  {key:<10}"
+                + "".join(f"{column[key]:>14,}" for column in columns.values())
             )
     kind = meta["tokenizer"]["tokenizer"]
     unused = meta["vocab_size"] - meta["vocabulary_used"]

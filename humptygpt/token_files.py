@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 import shlex
-from bisect import bisect_right
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
@@ -88,15 +87,13 @@ class TokenFiles:
         """Return `length` tokens from each start, int64 (len(starts), length), with zeros after the last token."""
         rows = np.zeros((len(starts), length), dtype=np.int64)
         for row, start in zip(rows, starts.tolist(), strict=True):
-            number = bisect_right(self.starts, start) - 1
-            offset = start - self.starts[number]
             # a row may continue in the next file
-            while len(row) and number < len(self.arrays):
-                ids = self.arrays[number][offset : offset + len(row)]
-                row[: len(ids)] = ids
-                row = row[len(ids) :]
-                number += 1
-                offset = 0
+            parts = [
+                ids[max(0, start - first) : max(0, start - first + length)]
+                for first, ids in zip(self.starts, self.arrays, strict=False)
+            ]
+            tokens = np.concatenate(parts)
+            row[: len(tokens)] = tokens
         return rows
 
     def verify(self) -> int:
@@ -124,12 +121,17 @@ def read_meta(folder: Path) -> dict:
             raise UserError(
                 f"cannot read {folder}/meta.json: {error}; {how_to(folder)}"
             ) from error
-    ours = any(os.path.exists(folder / name) for name in ("preparing", COMMAND))
-    tokens_of_others = os.path.exists(folder / "train.bin") and not ours
-    if tokens_of_others or os.path.exists(folder / "meta.pkl"):
+    if is_nanogpts(folder):
         return find(NANOGPT)(folder)
     problem = f"{folder} has no meta.json, which is written last when data is prepared"
     raise UserError(f"{problem}; {how_to(folder)}")
+
+
+def is_nanogpts(folder: Path) -> bool:
+    """True if nanoGPT prepared the folder: it has a meta.pkl, or tokens without a sign of us."""
+    names = {path.name for path in folder.glob("*")}
+    ours = {"preparing", "meta.json", COMMAND} & names
+    return "meta.pkl" in names or ("train.bin" in names and not ours)
 
 
 def check_splits(meta: dict) -> None:
@@ -137,11 +139,9 @@ def check_splits(meta: dict) -> None:
     check_schema(meta["splits"], SPLITS[meta["task"]], "splits")
     for split, entry in meta["splits"].items():
         for file in entry["files"]:
-            name = file["name"]
-            no_path = re.fullmatch(r"(train|val|test)(_[0-9]+)?\.bin", name)
-            if not (no_path and name.startswith(split)):
+            if not re.fullmatch(rf"{re.escape(split)}(_[0-9]+)?\.bin", file["name"]):
                 raise ValueError(
-                    f"splits.{split} lists the file {name!r}, which does not belong to it"
+                    f"splits.{split} lists the file {file['name']!r}, which does not belong to it"
                 )
 
 

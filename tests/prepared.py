@@ -38,7 +38,8 @@ def tokenizer_of(name: str) -> str:
 
 
 def contents(name: str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path("data", name).iterdir()}
+    files = filter(Path.is_file, Path("data", name).iterdir())
+    return {path.name: path.read_bytes() for path in files}
 
 
 def texts_of(name: str) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY_RUN, assert_same_weights
+from prepared import contents
 
 import prepare_data
 import train
@@ -105,25 +106,21 @@ def test_on_a_disk_of_any_size_a_run_ends_well_or_in_one_line_and_resumes_with_m
 def test_on_a_disk_of_any_size_a_preparation_ends_well_or_in_one_line_and_resumes_with_more_space(
     tiny, folder, disk, count, capsys, monkeypatch
 ):
-    def contents() -> dict:
-        files = filter(Path.is_file, Path("data/mine").iterdir())
-        return {path.name: path.read_bytes() for path in files}
-
     path = disk(10**8)
     (folder / "data" / "mine").symlink_to(path / "mine")
     (path / "mine").mkdir()
     assert run(prepare_data.main, PREPARE, capsys, monkeypatch) is None
-    needed, whole = size_of(path), contents()
+    needed, whole = size_of(path), contents("mine")
     for number in range(count):
         path = disk(2 * needed * number // (count - 1))
         (path / "mine").mkdir()
         complaint = run(prepare_data.main, PREPARE, capsys, monkeypatch)
-        assert (complaint is None) == ("meta.json" in contents())
+        assert (complaint is None) == ("meta.json" in contents("mine"))
         if complaint:
             assert f"No space left on device (the disk {path} has " in complaint
         disk(10**8, keep=True)
         assert run(prepare_data.main, PREPARE, capsys, monkeypatch) is None
-        assert contents() == whole
+        assert contents("mine") == whole
     assert complaint is None
 
 

@@ -29,7 +29,6 @@ from humptygpt import device, evaluation, machine, memory, run_folder, tasks
 from humptygpt.config import UserError
 from humptygpt.device import autocast
 from humptygpt.optimizers import OPTIMIZERS, freeze, make_optimizer
-from humptygpt.prepare import encoding
 from humptygpt.settings import TrainConfig, read_settings
 from humptygpt.tasks import MODELS, build, build_on_meta
 from model import ACTIVATIONS, BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig
@@ -255,32 +254,6 @@ def test_a_step_for_which_memory_does_not_suffice_all_the_same_is_one_line_with_
 ):
     monkeypatch.setattr(train, "train_step", lambda run, it: torch.empty(2**50))
     assert fails(train.main, *TINY_RUN) == f"out of memory; {memory.ADVICE}\n"
-
-
-def test_a_tokenizer_whose_training_will_not_fit_is_refused_with_the_one_that_fits(
-    tiny, fails, monkeypatch
-):
-    monkeypatch.setattr(machine, "available_memory", lambda: 50_000)
-    line = fails(
-        prepare_data.main, "--input=tiny.txt", "--name=mine", "--tokenizer=sentencepiece"
-    )
-    assert line == (
-        "training tokenizer=sentencepiece on this text needs 50.1 MB of memory, but only 0.1 MB is free;"
-        " --tokenizer=byte needs none\n"
-    )
-    assert not Path("data/mine").exists()
-
-
-def test_as_many_workers_encode_as_memory_allows(folder, monkeypatch):
-    Path("large.txt").write_text("Ak el. " * 1_200_000)
-    monkeypatch.setattr(machine, "available_memory", lambda: 250_000_000)
-    monkeypatch.setattr(machine, "usable_cores", lambda: 8)
-    started = []
-    usable_workers = encoding.usable_workers
-    watched = lambda corpus: started.append(usable_workers(corpus)) or 1  # noqa: E731
-    monkeypatch.setattr(encoding, "usable_workers", watched)
-    prepare_data.main(["--input=large.txt", "--name=mine", "--tokenizer=char"])
-    assert started == [2]
 
 
 # --------------------------------------------------------------------------------------

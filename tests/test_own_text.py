@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY_RUN
-from prepared import meta, prepare, save_often, texts_of, tokenizer_of, write_own
+from prepared import meta, prepare, texts_of, tokenizer_of, write_own
 from test_documents import write
 from test_pairs import ROWS, write_multi30k, write_tsv
-from test_prepare_data import full_disk
 from texts import make_text
 
 import prepare_data
@@ -82,8 +81,8 @@ def test_the_size_of_the_text_and_not_of_its_file_decides_what_a_token_is(
     assert tokenizer_of("mine") == kind
     if kind == "bpe":
         assert meta("mine")["vocab_size"] == int(vocab_size)
-    reason = f"tokenizer=auto chosen for {len(text.encode()):,} bytes of text"
-    assert reason in capsys.readouterr().out
+    chosen = f"tokenizer={kind} is chosen for {len(text.encode()):,} bytes of text"
+    assert chosen in capsys.readouterr().out
 
 
 def test_a_text_that_repeats_itself_gets_fewer_subwords(small_table, capsys):
@@ -93,34 +92,12 @@ def test_a_text_that_repeats_itself_gets_fewer_subwords(small_table, capsys):
     assert "10,000 bytes of text that repeats itself" in capsys.readouterr().out
 
 
-def test_a_stopped_or_repeated_preparation_makes_the_same_choice(
-    small_table, monkeypatch, capsys
-):
-    save_often(monkeypatch)
-    write_own(make_text(9000))
-    with full_disk(10):
-        prepare("mine --input=own.txt")
-    prepare("mine --input=own.txt")
-    assert "resuming after" in capsys.readouterr().err
-    assert "".join(texts_of("mine")) == make_text(9000)
-    assert meta("mine")["vocab_size"] == 320
-    prepare("mine --input=own.txt")
-    out, err = capsys.readouterr()
-    assert "it is left unchanged" in err and "tokenizer=auto chosen" in out
-
-
-def test_a_text_with_few_pairs_to_merge_gives_as_many_tokens_as_it_can(small_table):
-    write_own(700 * "some words\n")
-    prepare("mine --input=own.txt")
-    assert 257 < meta("mine")["vocab_size"] < 300
-
-
 def test_a_vocab_size_without_a_tokenizer_is_for_byte_pair_encoding(folder, capsys):
     write_own(make_text())
     prepare("mine --input=own.txt --vocab_size=310")
     assert tokenizer_of("mine") == "bpe"
     assert meta("mine")["vocab_size"] == 310
-    assert "tokenizer=auto" not in capsys.readouterr().out
+    assert "is chosen for" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["wills", "mine --input=pairs.tsv --vocab_size=330"])

@@ -1,5 +1,4 @@
 import base64
-import re
 import tracemalloc
 import zlib
 
@@ -132,23 +131,14 @@ def test_byte_pairs_are_merged_in_the_order_in_which_they_were_found():
 
 
 @pytest.mark.parametrize("kind", [SentencePieceTokenizer, BytePairTokenizer])
-@pytest.mark.parametrize(
-    "text, size, rule, step",
-    [
-        ("too little text", 5000, "large: .* finds at most", 1),
-        (TEXT, 20, "small: .* needs at least", -1),
-    ],
-)
-def test_a_vocabulary_too_large_or_small_for_the_text_is_refused_with_the_bound(
-    kind, text, size, rule, step
-):
-    too = rf"vocab_size=\d+ is too {rule} (\d+) tokens"
-    with pytest.raises(UserError, match=too) as error:
-        kind.train([text], vocab_size=size)
-    bound = int(re.search(too, str(error.value))[1])
-    assert kind.train([text], vocab_size=bound).vocab_size == bound
-    with pytest.raises(UserError, match=too):
-        kind.train([text], vocab_size=bound + step)
+def test_a_vocabulary_is_as_large_as_a_small_text_allows(kind):
+    size = kind.train(["too little text"], vocab_size=5000).vocab_size
+    assert 256 < size < 300
+
+
+def test_a_vocabulary_too_small_for_the_characters_of_the_text_is_refused():
+    with pytest.raises(UserError, match="is smaller than required_chars"):
+        SentencePieceTokenizer.train([TEXT], vocab_size=257)
 
 
 def test_byte_pair_encoding_learns_from_a_bounded_part_of_text_without_spaces(monkeypatch):

@@ -215,7 +215,7 @@ def test_the_ends_of_texts_are_the_models_own(made):
 def test_a_document_in_pieces_has_the_tokens_of_the_whole(kind, made):
     _, theirs, ours = made(kind)
     first, second = "Hello the dog.", " and plain words\n12"
-    pieces = [Piece(first, 0, False, 0), Piece(second, len(first), True, 0)]
+    pieces = [Piece(first, 0, False), Piece(second, len(first), True)]
     ids, _ = encode_documents(ours, "train", pieces)
     assert np.concatenate(ids).tolist() == [*theirs(first + second).input_ids, ours.eot]
 

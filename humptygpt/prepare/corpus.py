@@ -5,37 +5,21 @@ pairs), and an encoder for items.
 """
 
 import hashlib
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from humptygpt.config import UserError
-from humptygpt.prepare.documents import Piece, file_format, file_size, read_documents
-from humptygpt.tokenizers import TOKENIZERS, Tokenizer
+from humptygpt.config import UserError, note
+from humptygpt.prepare.documents import BadFile, Piece, file_format, read_documents
+from humptygpt.tokenizers import Tokenizer
 
 UNIT = 1 << 19  # characters encoded at once
 HASHED = 4096  # leading characters of a document that determine its split; below PIECE
-MANY = 64_000_000  # above this many bytes of text, lines or rows count as many documents
-
-# ({split: its pieces or pairs}, position after them)
-Unit = tuple[dict[str, list[NamedTuple]], "Position"]
-
-
-class Position(NamedTuple):
-    """How far the files of a corpus have been read."""
-
-    file: int = 0  # index of the open file
-    item: int = 0  # pieces or pairs read from it
-    read: int = 0  # bytes read so far, over all files
-
-
-START = Position()
 
 
 class Documents:
@@ -45,50 +29,69 @@ class Documents:
     splits = ("train", "val")
     # entries for each split in meta.json
     counts = ("documents", "characters", "bytes", "tokens")
-    chosen_for = ""  # with tokenizer=auto: the text statistics behind the choice
+    text_size = None  # bytes of UTF-8; set by survey(), like cuts
+    cuts = None  # characters before the cut in each file; None: documents are not cut
 
-    def __init__(self, config, files: list[Path], skipped: Counter, source: str):
+    def __init__(self, config, files: list[Path], skipped: list[str], source: str):
         """config: a resolved prepare_data.PrepareConfig. source: what meta.json calls the files.
 
         files, skipped: from find_files.
         """
         self.config = config
         self.skipped = skipped
+        self.skipped_lines = 0
         self.files = self.paths = files
         self.source = source
         self.encoder = encode_documents
-        self.sizes = [file_size(file) for file in files]
-        self.only_text = all(file_format(file) == ".txt" for file in files)
-        # documents end in the end-of-text token
-        self.separated = len(files) > 1 or not self.only_text
-        self.cuts = self.survey()
 
-    def survey(self) -> list[int] | None:
-        """Decide how to split the text. Returns the number of characters before the cut in each file; None: no cuts.
+    @property
+    def separated(self) -> bool:
+        """Whether documents end in the end-of-text token."""
+        return len(self.files) > 1 or file_format(self.files[0]) != ".txt"
+
+    def survey(self) -> None:
+        """Read everything once, to skip the files that are not text and to decide how to split the rest.
 
         Documents whose draw is at most val_fraction are for validation. If their share of the text is less than half or
         more than one and a half times that fraction, every file is cut instead; a single text is always cut. Raises
-        UserError if there is no text. Also sets text_size, in bytes of UTF-8. For more than MANY bytes of lines or rows
-        it is an estimate.
+        UserError if there is no text, or if the only file cannot be read.
         """
+        measured = {}
+        with progress_bar("checking the files") as bar:
+            for number, file in enumerate(self.files):
+                try:
+                    measured[file] = self.measure(number, bar)
+                except BadFile as error:
+                    if len(self.files) == 1:
+                        raise
+                    self.skipped.append(str(error))
+        if self.skipped:
+            note("; ".join([f"skipped files: {len(self.skipped):,}", *self.skipped[:5]]))
+        if not measured:
+            raise UserError(f"{self.source} has no text to learn from")
+        self.files = list(measured)
+        if len(self.files) > 1:
+            self.source = f"{len(self.files):,} files: {self.source}"
+        lengths, held_out, sizes = zip(*measured.values(), strict=True)
+        self.text_size = sum(sizes)
         fraction = self.config.val_fraction
-        lengths = [0] * len(self.files)
-        held_out = self.text_size = 0
-        for number in range(len(self.files)):
-            for piece in self.read(number):
-                lengths[number] += len(piece.text)
-                held_out += len(piece.text) * (piece.draw <= fraction)
-                self.text_size += len(piece.text.encode())
-                # with many documents, the validation split is close to val_fraction
-                if self.text_size > MANY and not self.only_text:
-                    read = sum(self.sizes[:number]) + piece.read
-                    self.text_size = self.text_size * sum(self.sizes) // read
-                    return None
-        if not any(lengths):
-            raise UserError(f"{self.source} has no text; there is nothing to learn from")
-        if self.separated and 0.5 <= held_out / (fraction * sum(lengths)) <= 1.5:
-            return None
-        return [int(length * (1 - fraction)) for length in lengths]
+        share = sum(held_out) / (fraction * sum(lengths))
+        if not self.separated or not 0.5 <= share <= 1.5:
+            self.cuts = [int(length * (1 - fraction)) for length in lengths]
+
+    def measure(self, number: int, bar: tqdm) -> tuple[int, int, int]:
+        """Count the characters of a file, those drawn for validation, and the bytes of UTF-8. Raises BadFile."""
+        length = held_out = size = 0
+        for piece in self.read(number):
+            length += len(piece.text)
+            held_out += len(piece.text) * (piece.draw <= self.config.val_fraction)
+            self.skipped_lines += piece.skipped
+            read = len(piece.text.encode())
+            size += read
+            bar.update(read)
+        if not length:
+            raise BadFile(f"{self.files[number]} has no text to learn from")
+        return length, held_out, size
 
     def read(self, number: int) -> Iterator[Piece]:
         """Read the documents of a file in pieces, each with its place in the file and the draw of its document."""
@@ -103,37 +106,28 @@ class Documents:
 
     def assign(self, piece: Piece, number: int) -> list[tuple[str, Piece]]:
         """Return [(split, piece)] for a piece of a file, with two entries if the file is cut within the piece."""
+        if piece.skipped:
+            return []
         if self.cuts is None:
             return [("val" if piece.draw <= self.config.val_fraction else "train", piece)]
-        cut = self.cuts[number] - piece.place
-        if cut > len(piece.text):
-            return [("train", piece)]
-        if cut <= 0:
-            return [("val", piece)]
-        begun = piece._replace(text=piece.text[:cut], last=True)
-        if cut == len(piece.text):
-            return [("train", begun)]
+        cut = max(0, self.cuts[number] - piece.place)
+        ends = piece.last or cut <= len(piece.text)
+        begun = piece._replace(text=piece.text[:cut], last=ends)
         rest = piece._replace(text=piece.text[cut:], start=piece.start + cut)
-        return [("train", begun), ("val", rest)]
+        return [entry for entry in (("train", begun), ("val", rest)) if entry[1].text]
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
         """Entries of meta.json for documents only."""
-        return {"skipped_lines": sum(splits.values(), Counter())["skipped_lines"]}
+        return {"skipped_lines": self.skipped_lines}
 
     def summary(self, meta: dict) -> dict[str, str]:
         """Lines of the summary for documents only."""
         lines = {}
-        if self.chosen_for:
-            another = f"alternatives: --tokenizer={', '.join(TOKENIZERS)}"
-            lines["tokenizer=auto"] = f"chosen for {self.chosen_for}; {another}"
         if self.cuts and self.separated:
             last = f"the last {self.config.val_fraction:.4g} of each file"
             lines["validation"] = (
                 f"{last}, because there are too few documents or their lengths differ too much"
             )
-        if self.skipped:
-            counts = (f"{count:,} {reason}" for reason, count in self.skipped.items())
-            lines["skipped files"] = ", ".join(counts)
         if count := meta["skipped_lines"]:
             lines["skipped lines"] = f"{count:,} without text"
         return lines
@@ -146,9 +140,6 @@ def encode_documents(
     ids = []
     counted = Counter()
     for piece in pieces:
-        if piece.skipped:
-            counted["skipped_lines"] += 1
-            continue
         begins = piece.start == 0
         if begins and tokenizer.bos is not None:
             ids.append([tokenizer.bos])
@@ -166,36 +157,32 @@ def encode_documents(
 # Documents or pairs, in order
 
 
-def read_from(
-    corpus, what: str, start: Position = START
-) -> Iterator[tuple[Position, NamedTuple]]:
-    """Yield (position after the item, piece or pair) from start on, with a progress bar. what: title of the bar."""
-    offsets = list(accumulate(corpus.sizes, initial=0))
-    bar = tqdm(
-        desc=what,
-        total=offsets[-1],
-        unit="B",
-        unit_scale=True,
-        mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds
-        delay=2,
-        initial=start.read,
-    )
-    with bar:
-        for number in range(start.file, len(corpus.sizes)):
-            first = start.item if number == start.file else 0
-            items = islice(corpus.read(number), first, None)
-            for count, item in enumerate(items, start=first + 1):
-                read = offsets[number] + item.read
-                bar.update(read - bar.n)
-                yield Position(number, count, read), item
+def progress_bar(what: str, total: int | None = None) -> tqdm:
+    """Make a progress bar that counts bytes of text. what: its title. total: None if it is unknown."""
+    return tqdm(desc=what, total=total, unit="B", unit_scale=True, delay=2, disable=None)
 
 
-def units(corpus, what: str, start: Position = START) -> Iterator[Unit]:
-    """Read units of about UNIT characters."""
+def read_all(corpus, what: str) -> Iterator[tuple[int, NamedTuple]]:
+    """Yield (index of the file, piece or pair) in order, with a progress bar. what: title of the bar."""
+    with progress_bar(what, corpus.text_size) as bar:
+        for number in range(len(corpus.files)):
+            for item in corpus.read(number):
+                bar.update(sum(len(text.encode()) for text in item.texts))
+                yield number, item
+
+
+def units(
+    corpus, what: str, start: int = 0
+) -> Iterator[tuple[dict[str, list[NamedTuple]], int]]:
+    """Read units of about UNIT characters: ({split: its pieces or pairs}, how many have been read by then).
+
+    start: how many pieces or pairs to skip.
+    """
     entries = defaultdict(list)
     length = 0
-    for position, item in read_from(corpus, what, start):
-        for split, entry in corpus.assign(item, position.file):
+    items = islice(read_all(corpus, what), start, None)
+    for position, (number, item) in enumerate(items, start=start + 1):
+        for split, entry in corpus.assign(item, number):
             entries[split].append(entry)
             length += sum(map(len, entry.texts))
         if length >= UNIT:
@@ -203,7 +190,7 @@ def units(corpus, what: str, start: Position = START) -> Iterator[Unit]:
             entries = defaultdict(list)
             length = 0
     if entries:
-        yield entries, Position(len(corpus.sizes), 0, sum(corpus.sizes))
+        yield entries, position
 
 
 def draw(text: str, salt: str = "split") -> float:

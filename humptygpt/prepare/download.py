@@ -32,14 +32,11 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
             break
         except (OSError, http.client.HTTPException) as error:
             if attempt == ATTEMPTS:
-                reason = getattr(error, "reason", error)
-                raise UserError(f"{url} cannot be reached: {reason}") from error
+                raise UserError(f"{url} cannot be reached: {error}") from error
             time.sleep(attempt)
     actual = hashlib.sha256(content).hexdigest()
     if sha256 not in (actual, None):
-        raise UserError(
-            f"{url} returned {len(content):,} bytes with sha256 {actual[:12]}..., but {sha256[:12]}... was expected"
-        )
+        raise UserError(f"{url} is not the expected file: its sha256 is {actual}")
     write_whole(path, lambda file: file.write(content))
 
 
@@ -59,7 +56,6 @@ def package(requirement: str, sha256: str, *options: str) -> Iterator[Path]:
             errors="replace",
         )
         if done.returncode:
-            last_line = done.stderr.strip().rpartition("\n")[2]
-            raise UserError(f"pip: {last_line.removeprefix('ERROR: ')}")
+            raise UserError(f"pip cannot download {requirement}: {done.stderr.strip()}")
         (archive,) = archives.iterdir()
         yield archive

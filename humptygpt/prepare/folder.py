@@ -3,66 +3,59 @@
 import hashlib
 import json
 import re
-import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from humptygpt.config import UserError, as_written_here
+from humptygpt.prepare.documents import read_errors
 from humptygpt.prepare.encoding import Progress, read_json, token_dtype
-from humptygpt.prepare.vocabulary import load_tokenizer
-from humptygpt.token_files import COMMAND, META_FORMAT, TokenFiles, read_meta, sha256
-from humptygpt.tokenizers import TOKENIZERS, SentencePieceTokenizer, from_state
+from humptygpt.prepare.vocabulary import CHOICES, load_tokenizer
+from humptygpt.token_files import (
+    COMMAND,
+    META_FORMAT,
+    TokenFiles,
+    sha256,
+)
+from humptygpt.tokenizers import SentencePieceTokenizer, from_state
 
-# keys of prepare_data.py that do not affect which bytes are written
-COMMANDS = ("verify", "overwrite")
-CHANGES_NOTHING = ("input", "source", "target", "files", "workers")
-OURS = re.compile(r"meta\.(json|pkl)|command\.txt|(train|val|test)(_\d+)?\.bin")
+OURS = re.compile(r"meta\.pkl|(train|val|test)(_\d+)?\.bin")
 
 
-def verify(folder: Path) -> int:
-    """Check all token files of a folder. Returns how many files have a checksum. Raises UserError if one is damaged."""
-    meta = read_meta(folder)
+def verify(folder: Path, meta: dict) -> int:
+    """Check the token files of a folder. Returns how many have a checksum in meta. Raises UserError if one differs."""
     return sum(TokenFiles(folder, split, meta).verify() for split in meta["splits"])
 
 
-def is_whole(folder: Path) -> bool:
-    """True if all token files of a folder match its meta.json."""
+def is_whole(folder: Path, meta: dict) -> bool:
+    """True if the token files of a folder are those that meta describes."""
     try:
-        return verify(folder) >= 0
-    except (OSError, UserError):
+        verify(folder, meta)
+    except UserError:
         return False
+    return True
 
 
-def data_id(corpus, fitted: bool) -> str:
-    """Hash all that affects the output: paths, sizes and times of the files, settings, and any external tokenizer.
-
-    fitted: vocab_size may shrink to fit the text.
-    """
-    files = [
-        [path.as_posix(), path.stat().st_mtime_ns, path.stat().st_size]
-        for path in corpus.paths
-    ]
-    settings = asdict(corpus.config) | dict.fromkeys(CHANGES_NOTHING)
-    for key in COMMANDS:
-        del settings[key]
-    made_from = [files, settings, fitted]
-    if corpus.config.tokenizer not in TOKENIZERS:
+def data_id(corpus, command: str) -> str:
+    """Hash the command, the paths, sizes and times of the files, and the tokenizer if it is another project's."""
+    made_from = [command]
+    for path in corpus.paths:
+        with read_errors(path):
+            status = path.stat()
+        made_from.append([path.as_posix(), status.st_mtime_ns, status.st_size])
+    if corpus.config.tokenizer not in CHOICES:
         made_from.append(load_tokenizer(corpus).state())
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
 
-def check_splits(progress: Progress, preparing: Path) -> None:
-    """Raise UserError if a split has too few tokens. Removes the incomplete files, since resuming would not help."""
+def check_splits(progress: Progress) -> None:
+    """Raise UserError if a split has too few tokens."""
     for split, counted in progress.splits.items():
         if counted["tokens"] < 2:
-            shutil.rmtree(preparing)
-            rule = (
-                f"{split}.bin would have {counted['tokens']} tokens, but needs at least 2"
+            raise UserError(
+                f"{split}.bin would have {counted['tokens']} tokens, but needs at least 2; change --val_fraction"
+                f" or add text; counted: {dict(counted)}"
             )
-            advice = f"change --val_fraction or add text; counted: {dict(counted)}"
-            raise UserError(f"{rule}; {advice}")
 
 
 def make_meta(corpus, progress: Progress, preparing: Path) -> dict:
@@ -72,9 +65,12 @@ def make_meta(corpus, progress: Progress, preparing: Path) -> dict:
     splits = {}
     for split, counted in progress.splits.items():
         paths = sorted(preparing.glob(f"{split}*.bin"))
-        sizes = {path.name: path.stat().st_size // dtype.itemsize for path in paths}
+        sizes = [path.stat().st_size // dtype.itemsize for path in paths]
         splits[split] = {key: counted[key] for key in corpus.counts} | {
-            "files": [{"name": name, "tokens": size} for name, size in sizes.items()],
+            "files": [
+                {"name": path.name, "tokens": size}
+                for path, size in zip(paths, sizes, strict=True)
+            ],
             "sha256": {path.name: sha256(path) for path in paths},
         }
     total = {key: sum(counted[key] for counted in splits.values()) for key in corpus.counts}
@@ -86,7 +82,6 @@ def make_meta(corpus, progress: Progress, preparing: Path) -> dict:
             "share": round(progress.counts[i] / total["tokens"], 4),
         }
         for i in np.argsort(-counts, kind="stable")[:10].tolist()
-        if counts[i]
     ]
     spelled = {}
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -111,12 +106,13 @@ def make_meta(corpus, progress: Progress, preparing: Path) -> dict:
 
 
 def holds_other_data(folder: Path, new: dict) -> bool:
-    """True if the folder holds a data set other than the one that the new meta describes."""
+    """True if the folder holds data that were made from something else and have other tokens than new describes."""
     old = read_json(folder / "meta.json")
-    if not old:  # data prepared by nanoGPT has no command.txt
-        return (folder / "train.bin").exists() and not (folder / COMMAND).exists()
-    same = all(old.get(key) == new[key] for key in ("task", "tokenizer", "splits"))
-    return not same and old.get("made_from") != new["made_from"]
+    if not old or old.get("made_from") == new["made_from"]:
+        return False
+    tokenizers = [from_state(meta["tokenizer"]) for meta in (old, new)]
+    same_tokens = tokenizers[0].pieces == tokenizers[1].pieces
+    return not (same_tokens and is_whole(folder, new))
 
 
 def refuse_to_replace(folder: Path, command: str) -> None:
@@ -127,14 +123,13 @@ def refuse_to_replace(folder: Path, command: str) -> None:
 def install(preparing: Path, folder: Path, meta: dict) -> None:
     """Move the complete files into the folder. If this is interrupted, the same command moves the rest."""
     (preparing / "progress.json").unlink(missing_ok=True)  # meta.json takes its place
-    if (preparing / COMMAND).exists():  # nothing has been moved yet
-        # meta.json is removed before the tokens, so that a half-deleted data set never looks complete
-        for path in sorted(folder.iterdir()):
-            if OURS.fullmatch(path.name):
-                path.unlink()
-    names = [file["name"] for split in meta["splits"].values() for file in split["files"]]
-    # the command comes first, since everything in the folder is new from then on; meta.json comes last
-    for name in (COMMAND, *names, "meta.json"):
+    # from now on the folder does not look complete; its new meta.json comes last
+    (folder / "meta.json").unlink(missing_ok=True)
+    files = [file["name"] for split in meta["splits"].values() for file in split["files"]]
+    for path in list(folder.iterdir()):
+        if OURS.fullmatch(path.name) and path.name not in files:
+            path.unlink()
+    for name in (COMMAND, *files, "meta.json"):
         if (preparing / name).exists():
             (preparing / name).replace(folder / name)
-    shutil.rmtree(preparing)
+    preparing.rmdir()

