@@ -149,6 +149,8 @@ def main(argv: list[str]) -> None:
     given = configurator.read(argv, PrepareConfig, positional="name")
     config = configurator.make(PrepareConfig, given)
     if config.verify:
+        if others := given.keys() - {"name", "verify"}:
+            raise UserError(f"verify takes only a name; leave out {', '.join(others)}")
         folder = Path("data") / config.name
         count = verify(folder, read_meta(folder))
         print(f"{folder}: {count} token files match their checksums")

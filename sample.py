@@ -61,6 +61,7 @@ OF_TEXT += " seed compile top_p min_p"
 # {key: (another setting, the values of that setting for which the key has no effect)}
 IN_VAIN = dict.fromkeys(OF_TEXT.split(), ("task", ("translation",)))
 IN_VAIN |= dict.fromkeys(("num_beams", "length_penalty"), ("task", ("language modelling",)))
+IN_VAIN |= {"stride": ("score", (None,)), "dtype": ("quantize", ("int8",))}
 
 
 @dataclass(frozen=True)
