@@ -156,10 +156,7 @@ def known_split(tokenizer: Tokenizer, content: dict) -> str | None:
     text = " A  ﬁ e\u0301 "  # a normalizer would change it
     pieces = [tokenizer.pieces[i] for i in tokenizer.encode_rest(text)]
     same = b"".join(pieces) == text.encode()
-    model = content["model"]
-    fits = (split == "default") == model["byte_fallback"]
-    if split == "llama-bpe":
-        fits = fits and model["ignore_merges"]
+    fits = (split == "default") == content["model"]["byte_fallback"]
     return split if same and fits else None
 
 
