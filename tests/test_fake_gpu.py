@@ -199,7 +199,9 @@ def watched_residual_stream():
 
     hook = nn.modules.module.register_module_forward_hook(check)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding, "agrees", lambda *args, **keys: True)  # the original reads numbers
+        patch.setattr(
+            decoding, "agrees", lambda *args, **keys: True
+        )  # the original reads numbers
         yield
     hook.remove()
 

@@ -159,22 +159,27 @@ class DataParallel(Process):
     def shares(self, run, step: int) -> tuple[list[Share], int]:
         """Return this rank's shares of a step, and the number of tokens in the whole step.
 
-        Shares are whole micro-batches or, if there are fewer of them than ranks, some rows of one.
+        Shares are whole micro-batches or, if there are fewer of them than ranks, neighbouring rows of one.
         """
         shares, _ = super().shares(run, step)
-        parts = self.size // run.config.gradient_accumulation_steps
+        parts = max(1, self.size // run.config.gradient_accumulation_steps)
         if parts > 1:
             shares = [self.part(share, parts) for share in shares]
         tokens = sum(share.tokens for share in shares)
-        return shares, int(self.sum(torch.tensor(tokens)))
+        # Ranks with equally many rows of text have equally many tokens, so they need not wait for each other. Sharded
+        # ranks wait anyway: if another rank has died, they report it in one line, before the forward pass fails.
+        if run.config.batch_size % parts or run.task.batches_vary or self.sharded:
+            return shares, int(self.sum(torch.tensor(tokens)))
+        return shares, tokens * self.size
 
     def part(self, share: Share, parts: int) -> Share:
         """Return this rank's rows of a micro-batch that several ranks share."""
         total = len(share.batch["targets"])
         number = self.rank * parts // self.size
+        start, end = total * number // parts, total * (number + 1) // parts
         # With fewer rows than parts, some ranks compute a row that does not count, because every rank needs gradients.
-        counts = number < total
-        own = slice(number, None, parts) if counts else slice(1)
+        counts = start < end
+        own = slice(start, end) if counts else slice(1)
         batch = {name: value[own] for name, value in share.batch.items()}
         # A GPU cannot draw just some rows of a dropout mask, so there each share draws a mask of its own.
         key = share.key if self.device.type == "cpu" else (*share.key, number)
