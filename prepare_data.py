@@ -35,7 +35,6 @@ if __name__ == "__main__":
 from humptygpt import config as configurator
 from humptygpt.config import (
     UserError,
-    as_written_here,
     check_above_0,
     check_choices,
     check_fraction,
@@ -137,9 +136,7 @@ class PrepareConfig:
             raise ValueError(f"tokenizer={tokenizer} is not one of: {kinds}")
         if self.name in (None, "..") or Path(self.name).name != self.name:
             rule = "must be the name of a folder in data/, such as shakespeare_char"
-            raise ValueError(
-                f"name={self.name!r} {rule}; for your own text: {as_written_here(OWN_TEXT)}"
-            )
+            raise ValueError(f"name={self.name!r} {rule}; for your own text: {OWN_TEXT}")
         if (self.source is None) != (self.target is None) or (self.source and self.input):
             rule = "must be given together, without input, as in --source=a.de --target=a.en, aligned line by line"
             raise ValueError(f"source and target {rule}")
@@ -157,7 +154,7 @@ def main(argv: list[str]) -> None:
         return
     meta = prepare(config)
     command = f"python train.py {shlex.join(training_arguments(config, meta))}"
-    print("\ntrain on it: " + as_written_here(command))
+    print(f"\ntrain on it: {command}")
 
 
 def prepare(config: PrepareConfig) -> dict:
@@ -272,7 +269,7 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, st
             raise UserError(f"{error}; {own}") from error
     raise UserError(
         f"no data set {config.name}: it is not one of: {', '.join(SOURCES)}, and there is no {folder}/input.txt;"
-        f" for your own text: {as_written_here(OWN_TEXT)}"
+        f" for your own text: {OWN_TEXT}"
     )
 
 

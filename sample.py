@@ -179,9 +179,7 @@ def load(
     """
     torch_device = pick_device(device)
     weight_dtype = torch.int8 if quantize else sample_dtype(dtype, torch_device)
-    # Windows would not let a run replace a file that is mapped
-    mapped = torch_device.type == "cpu" and sys.platform != "win32"
-    loaded = loading.load(source, which, mapped)
+    loaded = loading.load(source, which)
     print(loaded.description, file=sys.stderr)
     compiles = compile and loaded.task != "translation"
     model = make_generator(loaded.model, weight_dtype, torch_device, compiles)

@@ -130,57 +130,33 @@ def suggest_run(out_dir: Path) -> str:
         return f"; did you mean {shlex.quote(f'--out_dir={newest}')}?"
     command = f"python train.py {shlex.quote(f'--out_dir={out_dir}')}"
     near = "" if os.path.exists(out_dir) else nearest_path(str(out_dir))
-    return near or f"; train first: {configurator.as_written_here(command)}"
+    return near or f"; train first: {command}"
 
 
 # --------------------------------------------------------------------------------------
 # Reading a torch.save file: checksums are verified, and code in it is never run
 
 
-def load_plain(path: Path, mapped: bool = False, legacy: bool = False) -> object:
+def load_plain(path: Path, legacy: bool = False) -> object:
     """Load a torch.save file onto the CPU. Raises some Exception if it is corrupt or would run code.
 
-    mapped: tensors stay in the file until they are used. legacy: also read files from PyTorch before 1.6, which are not
-    zip files and have no checksums.
+    legacy: also read files from PyTorch before 1.6, which are not zip files and have no checksums.
     """
-    in_records = not legacy or zipfile.is_zipfile(path)
-    sizes = check_records(path) if in_records else []
+    if not legacy or zipfile.is_zipfile(path):
+        check_records(path)
     with warnings.catch_warnings():
         # torch prints several lines about a pickle that it did not write
         warnings.simplefilter("ignore")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    # if a record is too short, torch would map the bytes after it
-    if mapped and in_records and storage_sizes(content) != sizes:
-        raise ValueError("a record and its tensor differ in size")
-    return content
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def check_records(path: Path) -> list[int]:
-    """Verify all checksums, and return the sizes in bytes of the non-empty tensor records, sorted."""
+def check_records(path: Path) -> None:
+    """Verify all checksums. Raises ValueError."""
     with zipfile.ZipFile(path) as file:
-        records = file.infolist()
         damaged = file.testzip() is not None
-    # torch.load treats a record that is marked as a directory as empty, and leaves its tensor uninitialized
-    if damaged or any(info.external_attr & 0x10 for info in records):
-        raise ValueError("a record is damaged")
-    sizes = (info.file_size for info in records if "/data/" in info.filename)
-    return sorted(size for size in sizes if size)
-
-
-def storage_sizes(content: object) -> list[int]:
-    """Return the sizes in bytes of all non-empty tensor storages, sorted."""
-    storages = {}
-    remaining = [content]
-    while remaining:
-        entry = remaining.pop()
-        if isinstance(entry, dict):
-            remaining += entry.values()
-        elif isinstance(entry, list | tuple):
-            remaining += entry
-        elif isinstance(entry, Tensor):
-            storage = entry.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sorted(size for size in storages.values() if size)
+        # torch.load treats a record that is marked as a directory as empty, and leaves its tensor uninitialized
+        if damaged or any(info.external_attr & 0x10 for info in file.infolist()):
+            raise ValueError("a record is damaged")
 
 
 @contextmanager
@@ -199,18 +175,15 @@ def refuse_damaged(path: Path, problem: str = "") -> Iterator[None]:
 # Checking the content
 
 
-def read_plain(path: Path, mapped: bool = False, with_tensors: bool = True) -> object:
-    """Read a checkpoint, sharded or not, without checking its content. Raises UserError as read() does.
-
-    mapped: tensors stay in the file until they are used. Changing them does not change the file.
-    """
+def read_plain(path: Path, with_tensors: bool = True) -> object:
+    """Read a checkpoint, sharded or not, without checking its content. Raises UserError as read() does."""
     path = stored(path)
     if is_sharded(path):
         return configurator.find(READ_SHARDED)(path, with_tensors)
     check_there(path)
     problem = "is not a checkpoint: it is truncated, damaged or holds more than tensors and plain data"
     with refuse_damaged(path, problem):
-        return load_plain(path, mapped)
+        return load_plain(path)
 
 
 def check(path: Path, saved: object, device: str = "cpu") -> dict:

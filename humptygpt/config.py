@@ -362,12 +362,3 @@ def comments_of(*classes: type) -> dict[str, tuple[str, str]]:
 
 def script_name() -> str:
     return Path(sys.argv[0]).name
-
-
-def as_written_here(command: str) -> str:
-    """Prefix the script in a command such as "python train.py" with the folder that the user typed."""
-    script = command.split()[1]
-    path = os.path.join(os.path.dirname(sys.argv[0]), script)  # noqa: PTH118, PTH120, since "" stays ""
-    return (
-        command.replace(script, shlex.quote(path), 1) if os.path.exists(path) else command
-    )

@@ -37,8 +37,8 @@ def make_generator(
     """Prepare a model for generation and move it to the device. It can no longer be trained or saved.
 
     dtype: float32, bfloat16 or float16, or int8 on a CPU. The weights are converted once, here; autocast would convert
-    them for each token. Embeddings are not converted: a token reads only one row, and in a memory-mapped file only the
-    rows that have been read take up memory. compiles: compile the single-token step, if the model has a cache.
+    them for each token. Embeddings are not converted, because a token reads only one row. compiles: compile the
+    single-token step, if the model has a cache.
 
     Raises UserError if there is not enough memory, or for int8 on a GPU.
     """

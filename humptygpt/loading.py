@@ -11,7 +11,6 @@ from torch import nn
 from humptygpt import checkpoint, tokenizers
 from humptygpt.config import (
     UserError,
-    as_written_here,
     find,
     nearest_path,
     note,
@@ -35,16 +34,16 @@ class Loaded(NamedTuple):
     saved: dict | None = None  # the entries of a run's checkpoint: see checkpoint.SCHEMA
 
 
-def load(source: str | Path, which: str = "best", mapped: bool = False) -> Loaded:
+def load(source: str | Path, which: str = "best") -> Loaded:
     """Load the model that init_from=source names. which: for a run, best or latest. Raises UserError.
 
-    mapped: the weights of a run stay in its file until they are used. Either way, nothing is in memory twice.
+    Nothing is in memory twice.
     """
     path = find_source(source, which)
     if is_folder(path):
         loaded = find(FOLDER)(path, source)
     else:
-        saved = checkpoint.read_plain(path, mapped)
+        saved = checkpoint.read_plain(path)
         nanogpt = is_nanogpt(saved)
         loaded = find(NANOGPT)(path, saved) if nanogpt else from_run(path, saved)
     loaded.model.eval()
@@ -115,7 +114,7 @@ def find_source(source: str | Path, which: str = "best", key: str = "init_from")
     run = Path("out", source)
     near = f"; did you mean {run}?" if os.path.isdir(run) else nearest_path(str(source))
     if not near and (config := our_configs().get(str(source))):
-        command = as_written_here(f"python train.py {shlex.quote(config)}")
+        command = f"python train.py {shlex.quote(config)}"
         near = f"; train it first: {command} --out_dir={run}"
     raise UserError(f"{key}={source}: there is no such file or folder{near}")
 

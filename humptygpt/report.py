@@ -10,7 +10,7 @@ from contextlib import suppress
 from tqdm import tqdm
 
 from humptygpt.checkpoint import stored
-from humptygpt.config import as_written_here, note
+from humptygpt.config import note
 from humptygpt.evaluation import evaluation_line
 from humptygpt.run_folder import Diverged, RunFolder
 from model import count_parameters
@@ -102,7 +102,7 @@ def line(bar: tqdm, text: str) -> None:
 def closing(run, rows: list[dict]) -> str:
     """Say what to do next, and how good the best model is. rows: all rows of the run's metrics."""
     progress = run.progress
-    command = as_written_here(run.task.sample_command.format(out_dir_key(run)))
+    command = run.task.sample_command.format(out_dir_key(run))
     lines = [f"{run.task.sample_label}: {command}"]
     if progress.best_val_loss < math.inf:
         lines.append(
@@ -118,7 +118,7 @@ def closing(run, rows: list[dict]) -> str:
 
 def stopped(run, number: int) -> None:
     """Say which signal stopped the run, and how to resume it."""
-    command = as_written_here(f"python train.py --init_from=resume {out_dir_key(run)}")
+    command = f"python train.py --init_from=resume {out_dir_key(run)}"
     saved = f"saved {run.path} at iter {run.progress.iter}"
     text = f"{signal.Signals(number).name}: {saved}; resume: {command}"
     with suppress(OSError):  # the reader of stderr may have received the signal, too

@@ -14,7 +14,7 @@ from torch import nn
 import model as models
 from humptygpt import checkpoint, evaluation, machine
 from humptygpt import config as configurator
-from humptygpt.config import UserError, as_written_here, find, first_line, note
+from humptygpt.config import UserError, find, first_line, note
 from humptygpt.data import Dataset
 from humptygpt.device import autocast, pick_device, pick_dtype, to_device
 from humptygpt.loading import Loaded, load
@@ -127,7 +127,7 @@ def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
     advice = "; if the right data is in another folder, add --dataset=NAME"
     command = saved["data"].get("command", "")
     if is_command(command):
-        advice += f"; to prepare it again: {as_written_here(command)}"
+        advice += f"; to prepare it again: {command}"
     raise UserError(problem + advice)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from humptygpt.config import UserError, as_written_here, find
+from humptygpt.config import UserError, find
 from humptygpt.schema import check_schema, parse_json
 
 META_FORMAT = "tokens 2"  # the number increases when the layout of data folders changes
@@ -148,7 +148,7 @@ def check_splits(meta: dict) -> None:
 def how_to(folder: Path) -> str:
     """Say how to repair a folder: with the command that made it, if that can still be read."""
     command = made_by(folder) or f"python prepare_data.py {shlex.quote(folder.name)}"
-    return f"prepare it again: {as_written_here(command)}"
+    return f"prepare it again: {command}"
 
 
 def made_by(folder: Path) -> str | None:

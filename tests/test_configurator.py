@@ -334,21 +334,6 @@ def test_a_script_shows_its_help_with_the_variants_that_a_dictionary_has(
     assert text.startswith(f"{usage}\n\nTrain a")
 
 
-def test_commands_in_messages_name_the_script_as_the_user_has_written_it(
-    folder, monkeypatch
-):
-    command = "python train.py --out_dir='a b'"
-    (folder / "my code").mkdir()
-    (folder / "my code/train.py").touch()
-    for script, shown in (
-        ("train.py", command),
-        ("nowhere/sample.py", command),
-        ("my code/sample.py", "python 'my code/train.py' --out_dir='a b'"),
-    ):
-        monkeypatch.setattr(sys, "argv", [script])
-        assert configurator.as_written_here(command) == shown
-
-
 NANOGPT_KEYS = """out_dir eval_interval eval_iters log_interval always_save_checkpoint wandb_log wandb_project
 wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias
 learning_rate max_iters lr_decay_iters min_lr beta1 beta2 warmup_iters weight_decay grad_clip decay_lr

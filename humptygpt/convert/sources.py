@@ -34,7 +34,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         return load_tokenizer(find_base(path))
     if is_folder(path):
         return read_tokenizer(path)
-    saved = checkpoint.read_plain(path, mapped=True)
+    saved = checkpoint.read_plain(path)
     if is_nanogpt(saved):
         return nanogpt_tokenizer(path, saved)
     return tokenizers.from_state(checkpoint.check(path, saved)["tokenizer"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from humptygpt.config import UserError, as_written_here
+from humptygpt.config import UserError
 from humptygpt.prepare.documents import read_errors
 from humptygpt.prepare.encoding import Progress, read_json, token_dtype
 from humptygpt.prepare.vocabulary import CHOICES, load_tokenizer
@@ -116,7 +116,7 @@ def holds_other_data(folder: Path, new: dict) -> bool:
 
 
 def refuse_to_replace(folder: Path, command: str) -> None:
-    ways = f"use another name, or replace it: {as_written_here(command)} --overwrite=True"
+    ways = f"use another name, or replace it: {command} --overwrite=True"
     raise UserError(f"{folder} holds another data set; {ways}")
 
 
