@@ -495,13 +495,6 @@ class Cache:
         for layer in self.layers:
             layer.last_inputs = None
 
-    def select(self, rows: Tensor) -> None:
-        """Select rows of the batch in every tensor. rows: int64 indices, in the new order; they may repeat."""
-        for holder in (self, *self.layers):
-            for name, value in vars(holder).items():
-                if isinstance(value, Tensor):
-                    setattr(holder, name, value[rows])
-
 
 ATTENTIONS = {"softmax": SelfAttention}
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from humptygpt.config import UserError
 from humptygpt.tokenizers import Tokenizer
+from model import Cache
 
 BATCH = 64  # sentences translated at once
 
@@ -95,9 +96,17 @@ def beam_search(
         open_sentences = [open_sentences[row] for row in going]
         kept = torch.tensor(going, device=ids.device)
         ids, log_prob = ids[kept], log_prob[kept]
-        cache.select(rows[kept].flatten())
+        select(cache, rows[kept].flatten())
         idx = ids[..., -1].view(-1, 1)
     return best
+
+
+def select(cache: Cache, rows: Tensor) -> None:
+    """Select rows of the batch in every tensor. rows: int64 indices, in the new order; they may repeat."""
+    for holder in (cache, *cache.layers):
+        for name, value in vars(holder).items():
+            if isinstance(value, Tensor):
+                setattr(holder, name, value[rows])
 
 
 def extend(
