@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from humptygpt.config import UserError
 from humptygpt.sampling import Piece, Prompt
@@ -41,6 +41,8 @@ def print_json_lines(
 # --------------------------------------------------------------------------------------
 # A given text
 
+LOGITS = 2**26  # the most logits computed at once: 256 MB
+
 
 def describe_score(
     model: nn.Module, tokenizer: Tokenizer, text: str, stride: int | None
@@ -55,7 +57,11 @@ def describe_score(
         ids = np.concatenate([tokenizer.start(), ids])
     if len(ids) < 2:
         raise UserError("the text to score has no token to predict; give a longer one")
-    stride = min(stride or max(1, block_size // 2), block_size)  # skip no token
+    stride = stride or max(1, block_size // 2)
+    if stride > block_size:
+        raise UserError(
+            f"stride={stride} would skip tokens; it must be at most block_size={block_size}"
+        )
     nats = -log_probabilities(model, ids, stride).astype(np.float64)
     size = int(tokenizer.token_bytes()[ids[1:]].sum())
     return (
@@ -74,12 +80,28 @@ def log_probabilities(model: nn.Module, ids: np.ndarray, stride: int) -> np.ndar
     stride, each has at least block_size - stride tokens of context, except at the beginning of the text.
     """
     block_size = model.config.block_size
+    overlap = block_size - stride
     tokens = torch.from_numpy(ids.astype(np.int64)).to(next(model.parameters()).device)
-    scores, end = [], 1  # the first token that is not scored yet
-    for first in range(0, max(1, len(ids) - 1 - block_size + stride), stride):
-        window = tokens[first : first + block_size + 1]
-        logits, _ = model(window[None, :-1])
-        nats = F.cross_entropy(logits[0].float(), window[1:], reduction="none")
-        scores.append(-nats[end - first - 1 :])
-        end = first + len(window)
-    return torch.cat(scores).cpu().numpy()
+    windows = tokens.new_empty(0, 0)
+    if len(ids) > block_size:
+        windows = tokens.unfold(0, block_size + 1, stride)  # (n, block_size + 1)
+    last = tokens[None, len(windows) * stride :]  # shorter than a window
+    at_once = max(1, LOGITS // model.config.vocab_size)  # tokens
+    scores = []
+    for batch in (*windows.split(max(1, at_once // block_size)), last):
+        if batch.shape[1] > 1:
+            scores.append(score(model, batch, at_once))
+    new = [batch_scores[:, overlap:].flatten() for batch_scores in scores]
+    return torch.cat([scores[0][0, :overlap], *new]).cpu().numpy()
+
+
+def score(model: nn.Module, batch: Tensor, at_once: int) -> Tensor:
+    """Log-probabilities, (B, T - 1), of windows, (B, T). A model with a cache reads at_once tokens at a time."""
+    cache = {"cache": model.make_cache()} if model.has_cache else {}
+    size = at_once if cache else batch.shape[1]
+    pieces = zip(batch[:, :-1].split(size, 1), batch[:, 1:].split(size, 1), strict=True)
+    nats = [
+        F.cross_entropy(model(idx, **cache)[0].float().mT, targets, reduction="none")
+        for idx, targets in pieces
+    ]
+    return -torch.cat(nats, dim=1)

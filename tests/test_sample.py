@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN
+from conftest import TINY_RUN, read_rows
 from test_model import random_model
 
 import sample
 import train
 from humptygpt import checkpoint, sampling
+from humptygpt.config import UserError
 from humptygpt.data import TokenDataset
 from humptygpt.sampling import read_prompts
 from humptygpt.tokenizers import ByteTokenizer
@@ -204,12 +205,13 @@ def test_the_score_of_the_validation_text_is_the_trainers_evaluation(tiny, capsy
     dataset = TokenDataset(Path("data/tiny"), block_size=16, seed=0)
     ids = dataset.splits["val"].read(np.array([0]), len(dataset.splits["val"]))[0]
     Path("val.txt").write_text(dataset.tokenizer.decode(ids.tolist()))
-    found = float(text_of(capsys, "--score=val.txt", "--stride=16").split()[0])
-    progress = checkpoint.read(Path("out/run/best.pt"))["progress"]
-    assert found == pytest.approx(progress["best_val_loss"], abs=1e-4)
-    assert float(text_of(capsys, "--score=val.txt").split()[0]) != found  # more context
-    longer = text_of(capsys, "--score=val.txt", "--stride=99")
-    assert longer == text_of(capsys, "--score=val.txt", "--stride=16")
+    words = text_of(capsys, "--score=val.txt", "--stride=16").split()
+    best = min(read_rows(Path("out/run")), key=lambda row: row.get("val_loss", 99))
+    assert float(words[0]) == pytest.approx(best["val_loss"], abs=1e-4)
+    assert float(words[4]) == pytest.approx(best["val_bits_per_byte"], abs=1e-2)
+    assert text_of(capsys, "--score=val.txt").split()[0] != words[0]  # more context
+    with pytest.raises(UserError, match="stride=17 would skip tokens; it must be at most"):
+        text_of(capsys, "--score=val.txt", "--stride=17")
 
 
 def test_each_line_typed_continues_the_text_so_far(run_dir, capsys, monkeypatch):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_model import random_model, tokens
 
+from humptygpt import scoring
 from humptygpt.scoring import log_probabilities
 
 
@@ -25,3 +26,20 @@ def test_a_text_is_scored_as_token_by_token_with_as_much_context_as_promised(key
         np.testing.assert_allclose(
             log_probabilities(model, ids, stride), expected, atol=1e-5
         )
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"window": 3, "mlp_conv": 2}, {"position": "alibi"}], ids=str
+)
+def test_no_more_logits_are_computed_at_once_than_memory_is_meant_for(keys, monkeypatch):
+    model, ids = random_model(**keys).eval(), tokens(1, 60)[0].numpy()
+    at_once = []
+    model.lm_head.register_forward_hook(lambda *call: at_once.append(call[-1].numel()))
+    whole = {stride: log_probabilities(model, ids, stride) for stride in (5, 16)}
+    for n_tokens in (1, 6, 40):
+        at_once.clear()
+        monkeypatch.setattr(scoring, "LOGITS", 11 * n_tokens + 1, raising=False)
+        for stride, expected in whole.items():
+            found = log_probabilities(model, ids, stride)
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert max(at_once) <= 11 * n_tokens
