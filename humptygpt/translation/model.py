@@ -1,10 +1,10 @@
 """The original transformer: an encoder reads the source, and a decoder writes the target.
 
 It consists of two stacks like the GPT's. In the encoder, each source token attends to the whole source. The decoder's
-blocks have a third branch between attention and feed-forward, cross-attention, in which each token of the target
-attends to the encoder's output. Source: Vaswani et al. 2017, arXiv:1706.03762.
+blocks have a third branch, cross-attention, between attention and feed-forward: in it, each target token attends to the
+encoder's output. Source: Vaswani et al. 2017, arXiv:1706.03762.
 
-Shapes: see model.py. Here S is the length of the source.
+Shapes: see model.py. S is the length of the source.
 """
 
 import torch
