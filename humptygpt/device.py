@@ -63,7 +63,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def sample_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Find a dtype for generation. auto is float32 on a CPU, where memory is the bottleneck, not arithmetic."""
+    """Find a dtype for generation. On a CPU, auto means float32, because memory is the bottleneck, not arithmetic."""
     if name == "auto" and device.type == "cpu":
         return torch.float32
     return pick_dtype(name, device)
@@ -104,7 +104,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still allocate on the device. On a CPU, torchrun's processes share it equally."""
+    """Bytes that this process can still allocate on the device. On a CPU, torchrun's processes share it evenly."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

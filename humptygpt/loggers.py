@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, chosen with --log. Both loggers have the methods of a wandb run."""
+"""TensorBoard and Weights & Biases, chosen with --log. Both loggers have the interface of a wandb run."""
 
 import secrets
 from pathlib import Path
@@ -11,7 +11,7 @@ class TensorBoard:
     """Writes files to out_dir/tensorboard, which `tensorboard --logdir=out` shows."""
 
     def __init__(self, out_dir: Path, settings: dict, resumed_at: int):
-        """TensorBoard hides the points that an earlier process logged after step resumed_at."""
+        """Hide points that an earlier process logged after step resumed_at, which will be logged again."""
         from torch.utils.tensorboard import SummaryWriter
 
         path = str(out_dir / "tensorboard")
@@ -28,7 +28,7 @@ class TensorBoard:
 
 
 def start_wandb(out_dir: Path, settings: dict, resumed_at: int):
-    """Start a run on Weights & Biases, or continue it if it is resumed. If wandb cannot be reached, log offline."""
+    """Start a run on Weights & Biases, or continue a resumed one. If wandb cannot be reached, log offline."""
     import wandb
 
     id_file = out_dir / "wandb_id"

@@ -1,4 +1,4 @@
-"""Cores and memory that this process may use, given its affinity and control groups; one-line out-of-memory errors.
+"""Find the cores and memory that this process may use, by its affinity and cgroups, and report errors in one line.
 
 A script calls start() before it imports numpy and torch, because these read their thread count and wait policy only
 once, on import.
@@ -22,8 +22,8 @@ OPTIONAL = {
     *("gguf", "huggingface_hub", "matplotlib", "pyarrow", "sacrebleu"),
     *("safetensors", "sentencepiece", "tiktoken", "tokenizers", "wandb"),
 }
-STARTED = time.monotonic()  # when the command started, apart from Python's own startup
-# Linux's control groups, version 2, which containers use
+STARTED = time.monotonic()  # when the command started, not counting Python's own startup
+# Linux's control groups (cgroups), version 2, which containers use
 CGROUPS = Path("/sys/fs/cgroup")
 OUR_GROUPS = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
@@ -60,7 +60,7 @@ def affinity() -> set[int]:
 
 
 def usable_cores() -> int:
-    """Count the threads that can run at once: by affinity, and by the control groups' quotas, rounded up."""
+    """Number of threads that can run at once, limited by affinity and by the cgroups' quotas, rounded up."""
     cores = len(affinity())
     for folder in cgroup_folders():
         if quota := read_numbers(folder / "cpu.max"):
@@ -73,7 +73,7 @@ def usable_cores() -> int:
 
 
 def available_memory() -> float:
-    """Bytes that this process can still allocate, limited by the machine and by the control groups.
+    """Bytes that this process can still allocate, limited by the machine and by the cgroups.
 
     Without Linux's /proc/meminfo, this is the machine's total memory or, if that is also unknown, infinity.
     """
@@ -91,7 +91,7 @@ def available_memory() -> float:
 
 
 def gigabytes(size: float) -> str:
-    """Format a number of bytes, such as 3.21 GB."""
+    """Format a number of bytes, for example as "3.21 GB"."""
     if size < 1e9:
         return f"{size / 1e6:,.1f} MB"
     return f"{size / 1e9:,.2f} GB"
@@ -139,9 +139,9 @@ def memory_advice(advice: str) -> Iterator[None]:
 
 
 def cgroup_folders() -> list[Path]:
-    """Folders of this process's control group and of the groups around it, whose limits also apply."""
+    """Folders of this process's cgroup and its ancestors, whose limits also apply."""
     paths = re.findall("^0::/(.*)$", read(OUR_GROUPS), re.MULTILINE)
-    # in a container, this may be the path outside it, and only the root exists inside
+    # in a container, this may be the path outside the container; inside, only the root folder exists
     return [
         folder for path in paths for folder in (CGROUPS / path, *(CGROUPS / path).parents)
     ]
@@ -174,9 +174,9 @@ def file_cache(group: Path) -> int:
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Call main(argv) and exit with its code; a UserError becomes one line on stderr and exit code 2.
 
-    A failed allocation ends the same way.
+    A failed allocation is reported in the same way.
     """
-    if main.__module__ == "__main__":  # a script was started
+    if main.__module__ == "__main__":  # main() is in the script that was started
         start()
         if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -189,7 +189,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         # the program that reads our output has ended: python sample.py ... | head
-        sys.stdout = None  # or Python would fail again when it flushes at exit
+        sys.stdout = None  # otherwise Python would fail again when it flushes at exit
         sys.exit(128 + 13)  # 13: SIGPIPE
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]

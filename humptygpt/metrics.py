@@ -25,9 +25,9 @@ ROW = {
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Read the rows of a metrics.jsonl, if there is such a file. Damaged rows are noted and skipped.
+    """Read the rows of a metrics.jsonl, if there is such a file. Damaged rows are skipped with a note.
 
-    A last line without a line break is incomplete, because the run still writes it or was killed, and is left out.
+    A last line without a line break is incomplete, because the run is still writing it or was killed; it is ignored.
     """
     rows = []
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
@@ -56,7 +56,7 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     axes.plot(
         *train, label="training", color="#9db4c8", linewidth=1, marker=".", markersize=3
     )
-    # a loss before the first step belongs to the model that the run starts from
+    # a loss at step 0 belongs to the model that the run started from; it counts only if there is no other
     step, lowest = min(val, key=lambda point: (point[0] == 0, point[1]))
     label = f"validation, lowest {lowest:.3f} at step {step:,}"
     axes.plot(*zip(*val, strict=True), label=label, color="#c2410c", marker=".")
@@ -75,7 +75,7 @@ def points(rows: list[dict], key: str) -> list[tuple[int, float]]:
 def draw_comparison(groups: dict, tables: dict[str, list[dict]]):
     """Draw a panel for each table of compare.py: the curves of its rows, with their lowest losses in the legend.
 
-    groups: {title: [(name, runs)]}, with as many entries as the rows of the table. Returns a figure.
+    groups: {title: [(name, runs)]}, with one entry for each row of the table. Returns a figure.
     """
     from cycler import cycler
     from matplotlib import style
@@ -112,7 +112,7 @@ def label(row: dict) -> str:
 
 
 def curve(runs: list) -> tuple[list[float], list[float]]:
-    """Bytes of text read and bits per byte at each evaluation. Unlike tokens, they are comparable across tokenizers."""
+    """Bytes of text read and bits per byte at each evaluation. Unlike tokens, both are comparable across tokenizers."""
     read, bits = [], []
     for run in runs:
         for row in run.rows:

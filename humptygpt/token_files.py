@@ -19,8 +19,8 @@ from humptygpt.schema import check_schema, parse_json
 
 META_FORMAT = "tokens 2"  # the number increases when the layout of data folders changes
 CHECKED = 1 << 28  # a split of up to this many bytes is checked whenever it is opened
-COMMAND = "command.txt"  # in every folder that we prepared: the command that made it
-NANOGPT = "humptygpt.prepare.nanogpt:describe"  # makes the meta of a nanoGPT folder
+COMMAND = "command.txt"  # this file in a data folder holds the command that made it
+NANOGPT = "humptygpt.prepare.nanogpt:describe"  # builds the metadata of a nanoGPT folder
 
 COUNT = range(2**53)  # a float64 holds these exactly
 POSITIVE = range(1, 2**53)
@@ -30,7 +30,7 @@ SPLIT = {
     "files": [{"name": str, "tokens": COUNT}],
     "sha256?": {str: str},
 }
-SPLITS = {  # {task: schema}
+SPLITS = {  # {task: schema of its splits}
     "language modelling": {str: SPLIT},
     "translation": {str: SPLIT | {"target_bytes": POSITIVE, "target_tokens": POSITIVE}},
 }
@@ -52,7 +52,7 @@ def sha256(path: Path) -> str:
 
 
 class TokenFiles:
-    """The token files of one split, memory-mapped and read as one.
+    """The token files of one split, memory-mapped and read as one sequence.
 
     meta: from read_meta. Raises UserError if a file is missing or does not match meta.
     """
@@ -111,7 +111,7 @@ class TokenFiles:
 
 
 def read_meta(folder: Path) -> dict:
-    """Read the folder's meta.json, checked, or make one for a folder that nanoGPT prepared. Raises UserError."""
+    """Read and check the folder's meta.json, or build one for a folder that nanoGPT prepared. Raises UserError."""
     if os.path.exists(folder / "meta.json"):
         try:
             meta = parse_json((folder / "meta.json").read_bytes(), META)
@@ -123,12 +123,12 @@ def read_meta(folder: Path) -> dict:
             ) from error
     if is_nanogpts(folder):
         return find(NANOGPT)(folder)
-    problem = f"{folder} has no meta.json, which is written last when data is prepared"
+    problem = f"{folder} has no meta.json, so it was not prepared completely"
     raise UserError(f"{problem}; {how_to(folder)}")
 
 
 def is_nanogpts(folder: Path) -> bool:
-    """True if nanoGPT prepared the folder: it has a meta.pkl, or tokens without a sign of us."""
+    """True if nanoGPT prepared the folder: it has a meta.pkl, or tokens but none of our own files."""
     names = {path.name for path in folder.glob("*")}
     ours = {"preparing", "meta.json", COMMAND} & names
     return "meta.pkl" in names or ("train.bin" in names and not ours)
@@ -152,7 +152,7 @@ def how_to(folder: Path) -> str:
 
 
 def made_by(folder: Path) -> str | None:
-    """Read the command that made a folder, or started to. Returns None if there is none or it cannot be read."""
+    """Read the command that made a folder, or began to. Returns None if there is no command or it cannot be read."""
     for path in (folder / COMMAND, folder / "preparing" / COMMAND):
         with suppress(OSError, ValueError), path.open(encoding="utf-8") as file:
             text = file.read(10_000).strip()

@@ -208,7 +208,7 @@ def test_a_nanogpt_checkpoint_has_its_logits(bias, prefix, folder):
 def test_without_its_meta_pkl_a_large_vocabulary_is_gpt2s(folder, monkeypatch):
     write_nanogpt()
     Path("nano/data/letters/meta.pkl").unlink()
-    complaint = "needs the characters of its dataset, but there is no data/letters/meta.pkl"
+    complaint = "needs the alphabet of its dataset, but there is no data/letters/meta.pkl"
     with pytest.raises(UserError, match=complaint):
         load("nano/out")
     made = object()

@@ -138,7 +138,7 @@ def test_binary_and_hidden_files_are_skipped_counted_and_named(capsys):
         file.write(b"name\0\0\0some text")
     assert found("t") == ["t/notes", "t/utf16.txt"]
     binary = "; ".join(
-        f"t/{name} is not text: convert it, or unpack it"
+        f"t/{name} is not a text file; convert or unpack it"
         for name in ("a.png", "b.pdf", "c.txt", "d.tar.gz")
     )
     hidden = "t/.git/config is hidden"
@@ -156,7 +156,8 @@ def test_what_our_scripts_have_written_is_no_text_of_a_folder_around_it(run_trai
     Path("notes/meta.json").write_text("of the user")  # there is no mark of ours
     assert found(".") == ["notes/meta.json", "tiny.txt"]
     assert (
-        "data/tiny/meta.json is part of a data folder or run; " in capsys.readouterr().err
+        "data/tiny/meta.json is part of a data folder or of a run; "
+        in capsys.readouterr().err
     )
 
 
@@ -235,14 +236,14 @@ BAD = {
         "a.csv --text_key=body"
     ),
     "chats.jsonl, line 1 has no text under 'text': {\"messages\": [{": "chats.jsonl",
-    "a.pdf is not text: convert it, or unpack it": "a.pdf",
-    "a.zip is not text: convert it, or unpack it": "a.zip",
+    "a.pdf is not a text file; convert or unpack it": "a.pdf",
+    "a.zip is not a text file; convert or unpack it": "a.zip",
     "text_key=body has no effect, since latin1.txt has no records with keys or columns": (
         "latin1.txt --text_key=body --encoding_errors=replace"
     ),
     "cannot read latin.txt: No such file or directory; did you mean latin1.txt?": "latin.txt",
     "utf16.txt is not valid utf-16": "utf16.txt",
-    "nothing*.txt has no text files": "nothing*.txt",
+    "no text files found at nothing*.txt": "nothing*.txt",
     "empty.txt has no text": "empty.txt",
     "latin1.txt is not valid utf-8; convert it with iconv, or set --encoding_errors=": "latin1.txt",
     "latin1.jsonl, line 2 has no text under 'text': ": "latin1.jsonl",

@@ -470,7 +470,7 @@ GGUF_REFUSES = [
     ({"activation": "gelu"}, "activation=gelu cannot be .* --activation=gelu_tanh"),
     (ROTARY | {"activation": "relu"}, "activation=relu cannot be .* --activation=silu"),
     ({"tokenizer": CharTokenizer("aé")}, f"{CHAR} non-ASCII characters"),
-    ({"tokenizer": CharTokenizer("aé▁", True)}, f"{CHAR} and '▁' stands for a space"),
+    ({"tokenizer": CharTokenizer("aé▁", True)}, f"{CHAR} and must not contain '▁'"),
     ({"tokenizer": EVERY["unigram"]}, "as GGUF, only to a folder: .* model_type=bpe.$"),
 ]
 

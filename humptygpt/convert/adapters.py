@@ -24,15 +24,15 @@ SCHEMA = {
     "use_rslora?": (bool, None),
     "alpha_pattern?": ({str: float}, None),
     "alora_invocation_tokens?": None,
-    # the other values, such as "pissa", change the base model
+    # other values, such as "pissa", are refused because they change the base model
     "init_lora_weights?": (None, bool, {"gaussian", "eva", "orthogonal"}),
 }
 
 
 def adapter_names(model: nn.Module) -> list[tuple[str, list[str]]]:
-    """Pair each layer name that an adapter can have with the names of our layers.
+    """Pair each layer name that an adapter may use with the names of our matching layers.
 
-    An adapter has transformers' names if transformers supports the architecture, and ours otherwise.
+    Adapters use transformers' names if transformers supports the architecture, and our names otherwise.
     """
     try:
         family = FAMILIES[find_family(model.config)]
@@ -47,11 +47,11 @@ def adapter_names(model: nn.Module) -> list[tuple[str, list[str]]]:
 
 
 def write_adapter(model: nn.Module, training, folder: Path) -> None:
-    """Write adapter_model.safetensors, which holds A and B, and adapter_config.json. Raises UserError.
+    """Write A and B to adapter_model.safetensors and the settings to adapter_config.json. Raises UserError.
 
     training: a TrainConfig. An adapter for GPT-2 or Llama uses the layer names of transformers, so that PEFT can load
-    it with the base model. GPT-2's c_attn combines our q_proj, k_proj and v_proj in one matrix, and its rank is the sum
-    of their ranks.
+    it with the base model. GPT-2's c_attn combines our q_proj, k_proj and v_proj in one matrix, so its LoRA
+    rank is the sum of theirs.
     """
     layers = adapted(model)
     weights = {}
@@ -101,9 +101,9 @@ def read_config(folder: Path) -> dict:
 
 @torch.no_grad()
 def merge_adapter(folder: Path, model: nn.Module) -> None:
-    """Change each W of a base model that the adapter names into W + scale * B A. Raises UserError.
+    """Replace each weight W that the adapter covers with W + scale * B A, in place. Raises UserError.
 
-    PEFT's variants of LoRA have more weights, and are refused because these are unknown.
+    PEFT's variants of LoRA store additional weights. These are unknown here, so such adapters are refused.
     """
     adapter = read_config(folder)
     with reading(f"the adapter in {folder}"):
@@ -130,7 +130,10 @@ def merge_adapter(folder: Path, model: nn.Module) -> None:
 
 
 def scale(layer: str, adapter: dict, rank: int) -> float:
-    """Compute alpha / rank for a layer. PEFT allows any regex in alpha_pattern; here only names and suffixes work."""
+    """Compute the scale of a layer: alpha / rank or, with use_rslora, alpha / sqrt(rank).
+
+    PEFT allows any regular expression in alpha_pattern; here, only layer names and their suffixes are supported.
+    """
     alpha = adapter["lora_alpha"]
     for pattern, value in (adapter.get("alpha_pattern") or {}).items():
         if not re.fullmatch(r"[\w.]+", pattern):

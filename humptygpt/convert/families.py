@@ -1,6 +1,6 @@
-"""GPT-2 and Llama in Hugging Face's transformers: its names of settings and weights, and the matching names here.
+"""GPT-2 and Llama in Hugging Face's transformers: its names for settings and weights, and our matching names.
 
-Each table is used in both directions. To support another family, add an entry to FAMILIES.
+Each table is used for both import and export. To support another family, add an entry to FAMILIES.
 """
 
 from typing import NamedTuple
@@ -11,9 +11,9 @@ ROPE_SCALING = {  # settings of rope_type=llama3, in a separate entry of config.
     "high_freq_factor": "rope_high_freq_factor",
     "original_max_position_embeddings": "rope_original_context",
 }
-# settings of ours that neither family has, at values with no effect
+# our settings that neither family has; at these values they have no effect
 WITHOUT = {"mlp_conv": 0, "qk_norm": False, "init": "gpt2"}
-ACTIVATION_NAMES = {  # transformers' name: our name; export writes the last match
+ACTIVATION_NAMES = {  # transformers' name: our name; if several match, export writes the last
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu": "gelu",
@@ -24,21 +24,21 @@ ACTIVATION_NAMES = {  # transformers' name: our name; export writes the last mat
 
 
 class Family(NamedTuple):
-    """Models that differ only in the values of these settings."""
+    """A group of models that differ only in the values of `settings`."""
 
     architecture: str  # name of the class in transformers
-    # prefix of all weight names except the head's; files without a head may omit it
+    # prefix of all weight names except the head's; files of models without a head may omit the prefix
     prefix: str
     settings: dict[str, str]  # key of config.json: key of ModelConfig
     # default values, other than None, of keys that config.json may omit
     defaults: dict[str, object]
-    fixed: dict[str, object]  # our settings that all models of the family share
-    # layer in transformers: our layers, concatenated if there are several; # stands for the index of the block
+    fixed: dict[str, object]  # our settings that have the same value in the whole family
+    # layer in transformers: our layers, concatenated if there are several; "#" stands for the index of the block
     weights: dict[str, str]
     transposed: bool  # whether the matrices in blocks are (inputs, outputs), unlike ours
-    # regular expression for the names of buffers, which older files also contain
+    # regular expression for the names of buffers in older files, which are ignored
     no_weights: str
-    preset: str  # a config file of ours that describes a model of this family
+    preset: str  # one of our config files that describes a model of this family
 
 
 GPT2 = Family(

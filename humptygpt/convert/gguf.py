@@ -1,7 +1,7 @@
 """Convert a model in Hugging Face's format and its vocabulary to a single GGUF file, which llama.cpp can run.
 
 The file resembles one from llama.cpp's own convert_hf_to_gguf.py. llama.cpp can run fewer of our models than
-transformers: GPT-2 only with gelu_tanh, Llama only with silu, and each only with some kinds of tokenizer.
+transformers can: GPT-2 only with gelu_tanh, Llama only with silu, and each only with some kinds of tokenizer.
 """
 
 import json
@@ -43,7 +43,7 @@ HYPERPARAMETERS = {
     "key_length": "head_size",
     "value_length": "head_size",
     "rope_freq_base": "rope_base",
-    # each architecture reads one of these
+    # each architecture reads one of these two
     "layer_norm_eps": "norm_eps",
     "layer_norm_rms_eps": "norm_eps",
 }
@@ -53,7 +53,7 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITS = {  # split_key() of each pre_tokenizer step: llama.cpp's name for the sequence
+SPLITS = {  # split_key() of each step of a pre_tokenizer: llama.cpp's name for these steps
     (("ByteLevel", False, True),): "gpt-2",
     ((LLAMA3_PATTERN, None, None), ("ByteLevel", False, False)): "llama-bpe",
     ((None, None, None),): "default",  # the text is not split
@@ -66,7 +66,7 @@ Vocabulary = dict[str, object]  # X in GGUFWriter.add_X: its argument
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    """Describe a tokenizer for GGUF. Raises UserError if none in llama.cpp produces the same tokens."""
+    """Describe a tokenizer for GGUF. Raises UserError if no tokenizer in llama.cpp produces the same tokens."""
     with refuse(
         f"tokenizer={tokenizer.name} cannot be exported as GGUF, only to a folder: "
     ):
@@ -83,22 +83,23 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
 
 
 def without_merges(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
-    """Describe a tokenizer whose tokens are characters or bytes. Raises ValueError if llama.cpp has none like it.
+    """Describe a tokenizer whose tokens are characters or bytes. Raises ValueError if llama.cpp has no equivalent.
 
     llama.cpp's tokenizer type rwkv matches the longest token first, and is the only type that needs no end-of-text
-    token. But it hangs if a text has the first byte of a token without the rest, which can happen with characters of
-    another language. Alphabets with non-ASCII characters therefore use the type llama, which writes a space as "▁".
+    token. But it hangs if a text contains the first byte of a token without the rest, which can happen with
+    characters from another language. Alphabets with non-ASCII characters therefore use the type llama, which writes a
+    space as "▁".
     """
     texts = tokenizer.pieces[
         : tokenizer.eot
-    ]  # the last token is end-of-text, if there is one
+    ]  # if there is an end-of-text token, it is the last
     end = [END_OF_TEXT] * (tokenizer.vocab_size - len(texts))
     as_bytes = isinstance(tokenizer, ByteTokenizer) or tokenizer.alphabet.isascii()
     if as_bytes:
         tokens = ["".join(f"\\x{byte:02x}" for byte in text) for text in texts]
     elif not end or "▁" in tokenizer.alphabet:
         raise ValueError(
-            "in llama.cpp, non-ASCII characters need an end-of-text token, and '▁' stands for a space"
+            "an alphabet with non-ASCII characters needs an end-of-text token and must not contain '▁'"
         )
     else:
         tokens = [text.decode().replace(" ", "▁") for text in texts]
@@ -116,12 +117,12 @@ def with_merges(tokenizer: Tokenizer, content: dict) -> Vocabulary:
     content: its tokenizer.json.
 
     At the start of a prompt or after a special token, transformers' LlamaTokenizer may add one space fewer than
-    llama.cpp.
+    llama.cpp does.
     """
     model = content["model"]
     if model["type"] != "BPE" or not (split := known_split(tokenizer, content)):
         raise ValueError(
-            "llama.cpp needs byte pairs as in GPT-2, Llama 2 or Llama 3 (with sentencepiece: model_type=bpe)"
+            "llama.cpp needs a BPE tokenizer like that of GPT-2, Llama 2 or Llama 3 (sentencepiece: model_type=bpe)"
         )
     found = {i: (f"[PAD{i}]", TokenType.UNUSED) for i in range(tokenizer.vocab_size)}
     for token, i in model["vocab"].items():
@@ -150,10 +151,10 @@ def with_merges(tokenizer: Tokenizer, content: dict) -> Vocabulary:
 
 
 def known_split(tokenizer: Tokenizer, content: dict) -> str | None:
-    """Find llama.cpp's name for the way a tokenizer.json splits text; None if llama.cpp would give different tokens."""
+    """Find llama.cpp's name for how this tokenizer splits text; None if llama.cpp would produce different tokens."""
     step = content["pre_tokenizer"] or {}
     split = SPLITS.get(tuple(map(split_key, step.get("pretokenizers") or [step])))
-    text = " A  ﬁ e\u0301 "  # a normalizer would change it
+    text = " A  ﬁ e\u0301 "  # chosen so that a normalizer would change it
     pieces = [tokenizer.pieces[i] for i in tokenizer.encode_rest(text)]
     same = b"".join(pieces) == text.encode()
     fits = (split == "default") == content["model"]["byte_fallback"]
@@ -224,7 +225,7 @@ def write_gguf(
 
 
 def check_activation(name: str, supported: str) -> None:
-    """Raise UserError if llama.cpp would use a different activation. name: transformers' name of the model's."""
+    """Raise UserError if llama.cpp would use a different activation. name: transformers' name for the model's."""
     activation = ACTIVATION_NAMES[name]
     if activation != supported:
         raise UserError(
@@ -233,9 +234,9 @@ def check_activation(name: str, supported: str) -> None:
 
 
 def arranged(name: str, tensor: Tensor, head_size: int | None) -> Tensor:
-    """Rearrange a tensor into llama.cpp's layout: (outputs, inputs), with features that rotate together side by side.
+    """Rearrange a tensor into llama.cpp's layout: (outputs, inputs), with the features of a rotary pair side by side.
 
-    In transformers they are D / 2 apart, so the rows of q_proj and k_proj are in a different order.
+    In transformers, the two are D / 2 apart, so the rows of q_proj and k_proj have to be reordered.
     """
     if ".h." in name:  # a block of GPT-2
         return tensor.t()

@@ -1,4 +1,4 @@
-"""Fetch models by name from the Hugging Face hub, into the cache that the user's other programs share.
+"""Fetch models by name from the Hugging Face hub, into the cache shared with the user's other programs.
 
 huggingface_hub's environment variables apply: HF_ENDPOINT selects a mirror, HF_TOKEN gives access to gated models,
 HF_HOME is the folder that models are stored in, HF_HUB_OFFLINE=1 prevents network access. Only text files and weights
@@ -31,7 +31,7 @@ WEIGHTS = [  # only the first of these groups that a model has is fetched
 
 
 def repository(name: str) -> str | None:
-    """Expand a name to owner/model; None if it cannot be on the hub, as with a path into a local folder."""
+    """Expand a name to owner/model; None if it cannot be a name on the hub, for example because it is a local path."""
     if name in GPT2:
         return GPT2[name]
     owner = name.partition("/")[0]
@@ -63,10 +63,10 @@ def fetch(repo: str, names: list[str]) -> Path:
 
     try:
         return Path(snapshot_download(repo, allow_patterns=names))
-    # the class comes from requests or httpx, depending on the version
+    # the class of the error comes from requests or httpx, depending on the version
     except Exception as error:
         reason = one_line(error.__cause__ or error)
         raise UserError(
-            f"{repo} cannot be fetched from {constants.ENDPOINT}: {reason}; check the name, set HF_TOKEN if the model"
-            " asks for permission, set HF_ENDPOINT to a mirror, or give a folder that contains the model"
+            f"{repo} cannot be fetched from {constants.ENDPOINT}: {reason}; check the name, set HF_TOKEN if access"
+            " to the model is restricted, set HF_ENDPOINT to a mirror, or give a folder that contains the model"
         ) from error

@@ -1,7 +1,7 @@
 """Convert GPT-2 and Llama models from Hugging Face's format to our config and weights, and back.
 
-A model is a folder with config.json and weights. No code in it is run, and transformers is not needed. Weights are
-read as float32, which represents bfloat16 and float16 exactly.
+A model is a folder with config.json and weights. No code in the folder is run, and transformers is not needed.
+Weights are read as float32, which represents bfloat16 and float16 exactly.
 """
 
 import json
@@ -28,17 +28,17 @@ from humptygpt.schema import parse_json
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 
-# settings that matter only in training, biases (visible in the weights) and rope_base (not used by GPT-2)
+# not checked on export: settings for training only, biases (visible in the weights) and rope_base (unused by GPT-2)
 NOT_EXPORTED = {"dropout", "label_smoothing", "init", "bias", "attn_bias", "mlp_bias"}
 NOT_EXPORTED |= {"rope_base"}
-SUPPORTED = {  # keys of config.json that change the model's formulas, and their only supported value
+SUPPORTED = {  # keys of config.json that change the model's formulas, and the only value supported for each
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
     "partial_rotary_factor": 1,
 }
 ROPE_TYPES = {"default", "llama3"}
-ROPE = {"rope_type?": ROPE_TYPES, "type?": ROPE_TYPES}  # older files have the second
+ROPE = {"rope_type?": ROPE_TYPES, "type?": ROPE_TYPES}  # older files use the second key
 SCHEMA = {
     "model_type": set(FAMILIES),
     "vocab_size": int,
@@ -49,7 +49,7 @@ SCHEMA = {
 
 
 def layer_names(family: Family, config: ModelConfig) -> list[tuple[str, list[str]]]:
-    """Pair transformers' name for each layer with our names."""
+    """Pair transformers' name for each layer with the names of our layers that it combines."""
     return [
         (theirs.replace("#", str(i)), ours.replace("#", str(i)).split())
         for theirs, ours in family.weights.items()
@@ -60,7 +60,7 @@ def layer_names(family: Family, config: ModelConfig) -> list[tuple[str, list[str
 def weight_names(
     family: Family, config: ModelConfig, ours: dict
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yield transformers' name and our names for each weight of a model. ours: its state dict."""
+    """Yield transformers' name and our names for each weight of a model. ours: the model's state dict."""
     for theirs, names in layer_names(family, config):
         for kind in ("weight", "bias"):
             own = [f"{name}.{kind}" for name in names]
@@ -74,7 +74,7 @@ def transposed(family: Family, name: str, tensor: Tensor) -> Tensor:
 
 
 def to_theirs(family: Family, config: ModelConfig, ours: Weights) -> Weights:
-    """Convert our state dict to the names and shapes of the family."""
+    """Convert our state dict to the family's names and shapes."""
     theirs = {}
     for name, own in weight_names(family, config, ours):
         tensor = ours[own[0]] if len(own) == 1 else torch.cat([ours[part] for part in own])
@@ -107,7 +107,7 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
 
 
 def model_settings(family: Family, content: dict) -> dict[str, object]:
-    """Translate the content of config.json into our settings, whose types are not checked yet. Raises ValueError."""
+    """Translate the content of config.json into our settings. Their types are not checked yet. Raises ValueError."""
     rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
     content = family.defaults | content | rope
     table = family.settings
@@ -122,16 +122,16 @@ def model_settings(family: Family, content: dict) -> dict[str, object]:
     if any(type(value) is int and abs(value) >= 2**63 for value in settings.values()):
         raise ValueError("a number does not fit in 64 bits")
     activation = str(settings["activation"])
-    # ModelConfig refuses a name that it does not know
+    # ModelConfig refuses unknown names
     return settings | {"activation": ACTIVATION_NAMES.get(activation, activation)}
 
 
 def build_model(
     what: object, family: Family, config: ModelConfig, tensors: Weights
 ) -> nn.Module:
-    """Build a model from the tensors of a file, emptying `tensors` along the way. what: the file. Raises UserError.
+    """Build a model from the tensors of a file, emptying `tensors` along the way. Raises UserError.
 
-    Nothing is allocated until all names and shapes have been checked.
+    what: the name of the file in error messages. Nothing is allocated until all names and shapes have been checked.
     """
     like = build_like(what, config, tensors).state_dict()
     stored = {}
@@ -141,7 +141,7 @@ def build_model(
             name = family.prefix + name
         if not re.fullmatch(family.no_weights, name):
             stored[name] = tensor
-    if config.tie_weights:  # older files also contain a tied head
+    if config.tie_weights:  # older files contain the tied head as well
         stored.pop("lm_head.weight", None)
     expected = to_theirs(family, config, like)
     with reading(what):
@@ -188,7 +188,7 @@ def to_pretrained(
         "model_type": name,
         "architectures": [family.architecture],
         "torch_dtype": dtype,
-        # in generation_config.json; transformers' defaults here are meant for other tokenizers
+        # set in generation_config.json instead; transformers' defaults are ids of other tokenizers
         "bos_token_id": None,
         "eos_token_id": None,
     }
@@ -231,9 +231,9 @@ def write_pretrained(model: nn.Module, folder: Path, dtype: str = "float32") -> 
 
 
 def write_files(folder: Path, contents: dict[str, str | dict]) -> None:
-    """Write texts, JSON and safetensors files, each atomically, and .json files last. Raises UserError.
+    """Write texts, JSON and safetensors files, each atomically, and config files after weights. Raises UserError.
 
-    contents: {name: a text, the weights, or the content of a JSON file}.
+    contents: {file name: a text, named tensors, or the content of a JSON file}.
     """
     for name, content in sorted(contents.items(), reverse=True):
         if name.endswith(".safetensors"):

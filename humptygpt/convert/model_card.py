@@ -1,4 +1,4 @@
-"""README.md of an exported model: its origin and training, its validation loss, and how to use it."""
+"""The README.md of an exported model: its origin and training, its validation loss, and how to use it."""
 
 import json
 

@@ -36,7 +36,9 @@ class PretrainedTokenizer(Tokenizer):
         ids = self._engine.get_vocab(with_added_tokens=True)
         size = 1 + max(ids.values(), default=-1)
         if not ids or size > 2 * len(ids) + 1000 or not {eot, bos} <= {None, *ids.values()}:
-            raise ValueError("its ids have gaps or do not include the end-of-text token")
+            raise ValueError(
+                "its ids have too many gaps, or its start-of-text or end-of-text token has no id"
+            )
         as_bytes = piece_decoder(json.loads(content).get("decoder"))
         self.pieces = [b""] * size
         for token, i in ids.items():
@@ -44,7 +46,7 @@ class PretrainedTokenizer(Tokenizer):
 
     @cached_property
     def _rest(self):
-        """The engine for text that continues an earlier text."""
+        """An engine for text that continues an earlier text: it adds no space in front."""
         return load_engine(json.dumps(json.loads(self.content, object_hook=without_prefix)))
 
     def encode(self, text: str) -> np.ndarray:
@@ -82,7 +84,7 @@ def load_engine(content: str):
         raise
     # tokenizers raises a bare Exception for errors, and its panics derive directly from BaseException
     except BaseException as error:
-        raise ValueError(f"tokenizers cannot read it: {error}") from error
+        raise ValueError(f"the tokenizers library reports: {error}") from error
     engine.no_truncation()
     engine.no_padding()
     return engine
@@ -94,7 +96,7 @@ def encode_with(engine, texts: Iterable[str]) -> list[np.ndarray]:
 
 
 def piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
-    """Return a function that maps a token to its bytes. Raises ValueError if decoding it needs more than the token."""
+    """Return a function that maps a token to its bytes. Raises ValueError if tokens cannot be decoded one by one."""
     steps = decoder.get("decoders", [decoder]) if decoder else []
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
@@ -106,15 +108,16 @@ def piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
         )
     if not kinds or not set(kinds) <= SENTENCEPIECE_DECODERS:
         raise ValueError(
-            f"its decoder {kinds} is not supported; only ByteLevel and those of sentencepiece are"
+            f"its decoder {kinds} is not supported; only ByteLevel and sentencepiece's decoders are"
         )
     return lambda token: sentencepiece_bytes(token, "ByteFallback" in kinds)
 
 
 def without_prefix(entry: dict) -> dict:
-    """Change an entry of a tokenizer.json so that it adds no space before a text, if it is a step of the tokenizer."""
+    """Keep a step of a tokenizer.json from adding a space before a text; other entries are returned unchanged."""
     plain = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
-    is_step = isinstance(entry.get("type"), str)  # the vocabulary may have the token "type"
+    # in a vocabulary, "type" may be a token, whose value is an id
+    is_step = isinstance(entry.get("type"), str)
     return entry | {key: plain[key] for key in plain.keys() & entry.keys() if is_step}
 
 

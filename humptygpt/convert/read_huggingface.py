@@ -23,7 +23,7 @@ SETTINGS = {
 
 
 def tokenizer_file(path: Path) -> Path | None:
-    """Return path if it is one of these files, else the first of them in the folder `path`; None if there is none."""
+    """Return `path` if it is one of READERS' files, else the first of them in the folder `path`, or None."""
     files = [path, *(path / name for name in READERS)]
     return next((file for file in files if file.name in READERS and file.is_file()), None)
 
@@ -35,7 +35,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
         if file is None:
             raise ValueError(f"there is neither {' nor '.join(READERS)}")
         return READERS[file.name](file, read_settings(file.parent))
-    # tokenizers has no exception class of its own
+    # the tokenizers library has no exception class of its own
     except Exception as error:
         raise UserError(
             f"cannot read the tokenizer in {path}: {one_line(error)}"
@@ -43,7 +43,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def read_settings(folder: Path) -> dict:
-    """Read tokenizer_config.json, if there is one, without entries that are null."""
+    """Read tokenizer_config.json, if there is one, and drop entries that are null."""
     path = folder / "tokenizer_config.json"
     content = parse_json(path.read_bytes(), SETTINGS) if path.is_file() else {}
     settings = {key: value for key, value in content.items() if value is not None}
@@ -59,7 +59,7 @@ def read_settings(folder: Path) -> dict:
 
 def read_json(path: Path, settings: dict) -> PretrainedTokenizer:
     engine = load_engine(path.read_text(encoding="utf-8"))
-    # the file itself says which token starts a text
+    # tokenizer.json itself specifies which token starts a text
     return finish(engine, settings | {"add_bos_token": False})
 
 
@@ -72,7 +72,7 @@ def read_sentencepiece(path: Path, settings: dict) -> PretrainedTokenizer:
 
 
 def read_merges(path: Path, settings: dict) -> PretrainedTokenizer:
-    """Read GPT-2's vocab.json and merges.txt."""
+    """Read a tokenizer stored like GPT-2's, in vocab.json and merges.txt."""
     from tokenizers import ByteLevelBPETokenizer
 
     merges = path.with_name("merges.txt")
@@ -100,9 +100,9 @@ def finish(engine, settings: dict) -> PretrainedTokenizer:
         engine.add_tokens([AddedToken(**entry)])
         if i != engine.token_to_id(entry["content"]):
             raise ValueError(
-                f"added_tokens_decoder says that {entry['content']!r} has the id {i}, but it has a different one"
+                f"added_tokens_decoder gives {entry['content']!r} the id {i}, but its id in the vocabulary is different"
             )
-    # in files of GPT-2, which do not name it
+    # GPT-2's files do not name their end-of-text token
     if "tokenizer_class" not in settings and engine.token_to_id(END_OF_TEXT) is not None:
         settings = {"eos_token": END_OF_TEXT} | settings
     engine.add_special_tokens([settings[key] for key in ENDS if key in settings])

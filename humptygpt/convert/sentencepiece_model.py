@@ -20,8 +20,8 @@ def convert_sentencepiece(proto: bytes, scheme: str | None):
     scores = [model.get_score(i) for i in normal_ids(model)]
     if not plain or not any(map(model.is_byte, ids)) or scores.count(0) > 1:
         raise ValueError(
-            "only sentencepiece models like Llama's are supported, with byte_fallback and a space before the text,"
-            " without normalisation and user-defined symbols; convert this one to tokenizer.json with transformers"
+            "only sentencepiece models like Llama's are supported: with byte_fallback and a space before the text,"
+            " and without normalisation or user-defined symbols; use transformers to convert this to tokenizer.json"
         )
     engine = Tokenizer(subword_model(model, "▁"))
     if scheme:
@@ -61,7 +61,7 @@ def subword_model(model, space: str, first: int = 0):
     ids = range(first, model.vocab_size())
     pieces = [(model.id_to_piece(i).replace("▁", space), model.get_score(i)) for i in ids]
     if not all(score.is_integer() for _, score in pieces):
-        # unk_id marks text without a piece until it is spelled in bytes; any token will do
+        # unk_id marks text that matches no piece until it is spelled in bytes; any token will do
         return models.Unigram(pieces, unk_id=0, byte_fallback=True)
     by_score = sorted(normal_ids(model), key=model.get_score, reverse=True)
     merges = find_merges([pieces[i - first][0] for i in by_score])
@@ -70,7 +70,7 @@ def subword_model(model, space: str, first: int = 0):
 
 
 def find_merges(pieces: list[str]) -> Iterator[tuple[str, str]]:
-    """Find all pairs of pieces that make up another piece, in the order of the pieces that they make.
+    """Find all pairs of pieces that together form another piece, in the order of the pieces that they form.
 
     tiktoken and sentencepiece merge any neighbours whose combined text is a piece, the earliest piece first.
     """

@@ -41,7 +41,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 
 def from_folder(path: Path, source: str | Path) -> Loaded:
-    """Load a folder in Hugging Face's format, or an adapter."""
+    """Load a model or an adapter from a folder in Hugging Face's format."""
     if is_adapter(path):
         return from_adapter(path)
     return Loaded(read_pretrained(path), read_tokenizer(path), path, f"{source}")
@@ -51,7 +51,7 @@ def from_adapter(path: Path) -> Loaded:
     """Load an adapter in PEFT's format, and merge it into its base model."""
     base = load(find_base(path))
     merge_adapter(path, base.model)
-    about = f"{path}: an adapter of {base.path}"
+    about = f"{path}: an adapter for {base.path}"
     return base._replace(path=path, description=about, saved=None)
 
 
@@ -87,6 +87,6 @@ def nanogpt_tokenizer(path: Path, saved: dict) -> Tokenizer:
             return read_characters(file)
     if saved["model_args"]["vocab_size"] < GPT2_TOKENS:
         raise UserError(
-            f"{path} needs the characters of its dataset, but there is no {meta} here or in nanoGPT's folder"
+            f"{path} needs the alphabet of its dataset, but there is no {meta} here or in nanoGPT's folder"
         )
     return tokenizers.GPT2Tokenizer.train(separated=True)

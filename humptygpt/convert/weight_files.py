@@ -37,14 +37,14 @@ def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Weights:
             content = parse_json(index.read_bytes(), {"weight_map": {str: str}})
             tensors = {}
             for shard in sorted(set(content["weight_map"].values())):
-                tensors |= open_file(folder / Path(shard).name)  # never another folder
+                tensors |= open_file(folder / Path(shard).name)  # never from another folder
             return tensors
     raise ValueError(f"there is neither {' nor '.join(names)}")
 
 
 def open_file(path: Path) -> Weights:
     path.open("rb").close()  # raises OSError for a file that cannot be read
-    problem = "is truncated, damaged or holds more than tensors and plain data"
+    problem = "is truncated or damaged, or holds more than tensors and plain data"
     with refuse_damaged(path, problem):
         # load_file also checks that the file has the declared size
         safe = path.suffix == ".safetensors"
@@ -54,7 +54,7 @@ def open_file(path: Path) -> Weights:
 
 
 def check_dense(tensors: Weights) -> None:
-    """Raise ValueError unless these are dense tensors by name. Raises other exceptions if it is not a dictionary."""
+    """Raise ValueError unless `tensors` maps names to dense tensors, or another exception if it is not a dictionary."""
     for name, x in tensors.items():
         dense = isinstance(x, Tensor) and x.layout == strided and x.device.type == "cpu"
         # with a stride of 0, a tensor can claim any size with little memory behind it

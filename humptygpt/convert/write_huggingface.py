@@ -60,9 +60,9 @@ def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 @singledispatch
 def convert(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """Build a tokenizer without its special token."""
+    """Convert a tokenizer, except for its special token."""
     raise UserError(
-        f"tokenizer={tokenizer.name} cannot be exported: tokenizer.json cannot express it"
+        f"tokenizer={tokenizer.name} cannot be exported: tokenizer.json cannot represent it"
     )
 
 

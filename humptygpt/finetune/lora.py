@@ -1,6 +1,7 @@
 """LoRA: fine-tune small matrices added to large ones, which stay frozen.
 
-add() inserts them into a model, merge() adds their product to its weights. Source: Hu et al. 2021, arXiv:2106.09685.
+add() inserts the small matrices into a model; merge() adds their products to its weights.
+Source: Hu et al. 2021, arXiv:2106.09685.
 """
 
 import torch
@@ -14,13 +15,13 @@ MARK = ".lora_"  # part of the names of the trained matrices
 
 
 class LoRALinear(nn.Linear):
-    """W x + b + alpha / rank * B A x. W and b are the layer's own; A (rank, inputs) and B (outputs, rank) are trained.
+    """W x + b + alpha / rank * B A x, where only A (rank, inputs) and B (outputs, rank) are trained.
 
-    B starts at 0, so the model is unchanged at first.
+    W and b are those of the original layer. B starts at 0, so the model is unchanged at first.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
-        nn.Module.__init__(self)  # nn.Linear would draw random weights
+        nn.Module.__init__(self)  # nn.Linear.__init__ would draw random weights
         self.out_features, self.in_features = linear.weight.shape
         self.weight = linear.weight
         self.bias = linear.bias

@@ -1,6 +1,6 @@
 """Refuse models that the page's JavaScript, transformers or llama.cpp would compute differently from model.py.
 
-reference.json has the settings of a tiny model, and the logits that the JavaScript computes for each of its variants.
+reference.json has the settings of a tiny model, and the logits that the JavaScript computes for each variant of it.
 Tests check that the JavaScript, transformers and llama.cpp agree with model.py.
 """
 
@@ -16,7 +16,8 @@ from humptygpt.tasks import build
 from model import ModelConfig
 
 REFERENCE = Path(__file__).with_name("reference.json")
-TOKENIZERS = ("char", "byte", "sentencepiece", "gpt2", "bpe")  # in explain/tokenizer.js
+# implemented in explain/tokenizer.js
+TOKENIZERS = ("char", "byte", "sentencepiece", "gpt2", "bpe")
 TRAINING = {"dropout", "label_smoothing", "init"}
 
 
@@ -55,7 +56,7 @@ def check_formulas(config: ModelConfig, reader: str) -> None:
     reference = json.loads(REFERENCE.read_bytes())
     for settings, logits in reference["logits"]:
         if any(kind(getattr(config, key)) != kind(settings[key]) for key in settings):
-            continue  # the model is a different variant
+            continue  # this entry is for a different variant
         model = build(replace(config, **reference["config"] | settings))
         found = known_logits(model, torch.tensor([reference["text"]]))
         expected = torch.tensor([logits])

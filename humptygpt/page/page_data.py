@@ -1,4 +1,4 @@
-"""The plain data of a run's page: config, weights, tokenizer and metrics. The JavaScript in explain/ reads it."""
+"""The data of a run's page: config, weights, tokenizer and metrics as JSON, for the JavaScript in explain/."""
 
 import base64
 import math
@@ -18,7 +18,7 @@ from humptygpt.token_files import TokenFiles, read_meta
 from humptygpt.tokenizers import END_OF_TEXT, SentencePieceTokenizer, Tokenizer
 from model import ModelConfig
 
-START_TOKENS = 64  # length of the text that a page opens with
+START_TOKENS = 64  # length of the text that a page shows at first
 
 
 def page_data(config) -> dict:
@@ -51,7 +51,7 @@ def page_data(config) -> dict:
 
 
 def example_text(run: Loaded) -> str:
-    """Return the beginning of the run's validation split, or the source of its first pair; "" if data is missing."""
+    """Return the start of the run's validation split, or the source of its first pair; "" if the data is missing."""
     folder = Path("data", run.saved["train_config"]["dataset"])
     try:
         meta = read_meta(folder)
@@ -124,7 +124,8 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict:
 def sentencepiece_data(tokenizer: SentencePieceTokenizer) -> dict:
     """Collect the model_type, each token's score (None if no text encodes to it), and the tokens of bytes 0 to 255."""
     model = SentencePieceProcessor(model_proto=tokenizer.proto)
-    scores = dict.fromkeys(range(1, model.vocab_size()))  # our ids omit its token 0
+    # our ids omit sentencepiece's token 0
+    scores = dict.fromkeys(range(1, model.vocab_size()))
     for i in normal_ids(model):
         scores[i] = model.get_score(i)
     merged = all(score is None or score.is_integer() for score in scores.values())

@@ -19,8 +19,8 @@ FILES = {step: f"snapshots/{step}.pt" for step in STEPS}  # paths in the run's f
 def taker(run, folder) -> Callable[[int], None]:
     """Return a function that saves a train.Run's weights in its RunFolder before a step, if the step is one of STEPS.
 
-    It does nothing if config.snapshots is False, or if it is None and all snapshots together exceed SMALL. The same
-    weights give the same bytes. Raises UserError.
+    config.snapshots: False saves none; None saves them only if they total less than SMALL and the model is not sharded.
+    Equal weights give identical files. Raises UserError.
     """
     config = run.config
     keep = config.snapshots
@@ -37,7 +37,7 @@ def taker(run, folder) -> Callable[[int], None]:
 
 
 def to_8_bits(state: dict[str, Tensor]) -> Tensor:
-    """Pack each row as a scale, float32 in 4 bytes, and weights that are multiples of it, -127 to 127: (bytes,) int8.
+    """Pack each row as a float32 scale, 4 bytes, and its weights as multiples of the scale, -127 to 127: (bytes,) int8.
 
     A row is a row of a matrix, or a vector. Rows are in the order of the state dict. Tied matrices are packed once.
     """

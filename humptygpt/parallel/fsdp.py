@@ -3,7 +3,7 @@
     torchrun --standalone --nproc_per_node=4 train.py CONFIG --parallel=fsdp
 
 torch's fully_shard gathers the weights of a block just before its forward and backward passes, and sends its gradients
-to the ranks that keep them. Each rank keeps some neighbouring rows of every tensor, in a DTensor whose to_local()
+to the ranks that keep them. Each rank keeps some consecutive rows of every tensor, in a DTensor whose to_local()
 returns them. Source: Rajbhandari et al. 2019 (ZeRO), arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277.
 
 This module takes a second to load, so it is imported only with --parallel=fsdp.
@@ -55,7 +55,10 @@ class ShardedOptimizer(SharedOptimizer):
 
 
 class FullySharded(DataParallel):
-    """One of several processes that each hold a part of the model. All compute and save at the same time."""
+    """One of several processes that each hold a part of the model.
+
+    Forward passes and saving are collective: every process must take part.
+    """
 
     sharded = True
     optimizer_class = ShardedOptimizer
@@ -83,7 +86,7 @@ class FullySharded(DataParallel):
         for module in model.modules():
             if any(p.is_meta for p in module.parameters(recurse=False)):
                 module.to_empty(device=self.device, recurse=False)
-        model.to(self.device)  # position tables
+        model.to(self.device)  # moves the position tables, too
         if config.init_from == "scratch" and not run.progress.iter:
             self.draw(model, config.seed)
 
@@ -104,7 +107,7 @@ class FullySharded(DataParallel):
     def accumulate(
         self, net: nn.Module, share: Share, last: bool
     ) -> AbstractContextManager:
-        """Sum gradients over ranks in the last share. Until then, each rank accumulates its own unsharded ones."""
+        """Sum gradients over ranks in the last share. Until then, each rank keeps its own, unsharded gradients."""
         net.set_requires_gradient_sync(last)
         return super().accumulate(net, share, last=True)
 
@@ -129,7 +132,7 @@ class FullySharded(DataParallel):
 
     @raise_if_rank_died()
     def save(self, path: Path, entries: dict) -> None:
-        """Write the folder ckpt instead of ckpt.pt."""
+        """Write the checkpoint as a folder, ckpt instead of ckpt.pt."""
         sharded.save(path.with_suffix(""), {"format": checkpoint.FORMAT, **entries})
         if self.first:
             remove(path)

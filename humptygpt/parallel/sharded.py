@@ -1,11 +1,11 @@
-"""Checkpoints of a sharded model: a folder to which every rank writes its part, by torch.distributed.checkpoint (DCP).
+"""Checkpoints of a sharded model: a folder to which each rank writes its part with torch.distributed.checkpoint (DCP).
 
     ckpt/entries.pt      everything that is not a tensor, as in ckpt.pt
-    ckpt/__0_0.distcp    the rows that rank 0 keeps, and so on
+    ckpt/__0_0.distcp    the rows that rank 0 keeps; one such file for each rank
     ckpt/.metadata       where each tensor is stored: a pickle, read without running any code in it
 
-Any number of processes can read it, each its own part. A single process, such as sample.py, reads all of it without a
-process group.
+Any number of processes can read the folder, each its own part. A single process, such as sample.py, reads all of it
+without a process group.
 """
 
 import hashlib
@@ -31,14 +31,14 @@ from humptygpt.parallel.processes import raise_if_rank_died
 from humptygpt.schema import check_schema
 
 ENTRIES = "entries.pt"
-# metadata: SHA-256 of .metadata; tied: {name in the model: first name of the same tensor}, of earlier checkpoints only
+# metadata: SHA-256 of .metadata; tied: {name in the model: first name of the same tensor}, only in old checkpoints
 SCHEMA = {"metadata": str, "tied?": {str: str}}
-# The classes that .metadata is made of, some private to torch
+# The classes that .metadata is made of, some of them private to torch
 CLASSES = {
     "torch.Size",
     "torch.float32",
     "torch.int64",
-    "torch.serialization._get_layout",  # looks a name up
+    "torch.serialization._get_layout",  # a function that only looks up a name
     "torch.distributed.checkpoint.filesystem._StorageInfo",
     "torch.distributed.checkpoint.metadata.ChunkStorageMetadata",
     "torch.distributed.checkpoint.metadata.Metadata",
@@ -55,7 +55,7 @@ CLASSES = {
 
 
 def save(folder: Path, entries: dict) -> None:
-    """Write a checkpoint. All ranks must call this, and share the disk. entries: from a run's latest_state().
+    """Write a checkpoint. All ranks must call this, and write to the same disk. entries: from a run's latest_state().
 
     It is written to ckpt.tmp. Then the earlier checkpoint is moved to ckpt.old, the new one takes its place, and the
     old one is removed. At any moment, at least one of the two is complete, and checkpoint.stored() finds it. Raises
@@ -64,10 +64,10 @@ def save(folder: Path, entries: dict) -> None:
     first = dist.get_rank() == 0
     temporary = folder.with_name(f"{folder.name}.tmp")
     if first:
-        # left behind by a run that was killed; another rank may already create it again
+        # left behind by a run that was killed; another rank may already be creating it again
         shutil.rmtree(temporary, ignore_errors=True)
     try:
-        # a rank writes only when all have called this
+        # no rank starts to write before all have called this
         dcp.save(flat(entries), storage_writer=dcp.FileSystemWriter(temporary))
     except CheckpointException as error:
         raise cannot_write(folder, first_failure(error)) from error
@@ -82,7 +82,7 @@ def save(folder: Path, entries: dict) -> None:
 
 
 def put_in_place(temporary: Path, folder: Path) -> None:
-    """Replace an earlier checkpoint."""
+    """Move a complete checkpoint into place, where it replaces an earlier one."""
     old = folder.with_name(f"{folder.name}.old")
     if folder.is_dir():
         # left behind by a run that was killed after its checkpoint was in place
@@ -118,7 +118,9 @@ class Unpickler(pickle.Unpickler):
         if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath"):
             return PurePath
         if f"{module}.{name}" not in CLASSES:
-            raise pickle.UnpicklingError(f"it contains {module}.{name}")
+            raise pickle.UnpicklingError(
+                f"it contains {module}.{name}, which is not allowed"
+            )
         return super().find_class(module, name)
 
 
@@ -133,24 +135,29 @@ class Reader(dcp.FileSystemReader):
         return self.metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Verify the checksums of the tensors that this process reads, which torch ignores, then read them."""
+        """Read tensors. First verify the checksums of those that this process reads, because torch ignores them."""
         for item in plan.items:
             info = self.storage_data[item.storage_index]
             elsewhere = Path(info.relative_path).name != info.relative_path
             if elsewhere or info.transform_descriptors:
-                raise ValueError("a tensor is transformed or in another folder")
+                raise ValueError(
+                    "a tensor is in another folder or was transformed before it was stored"
+                )
             with (self.path / info.relative_path).open("rb") as stream:
                 stream.seek(info.offset)
                 with zipfile.ZipFile(io.BytesIO(stream.read(info.length))) as records:
                     if records.testzip() is not None:
-                        raise ValueError(f"{info.relative_path} has a wrong checksum")
+                        raise ValueError(
+                            f"the checksum of a tensor in {info.relative_path} does not match"
+                        )
         return super().read_data(plan, planner)
 
 
 def read(path: Path, with_tensors: bool = True) -> dict:
-    """Return the entries of checkpoint.SCHEMA, unchecked, on the CPU; if with_tensors is False, on the meta device.
+    """Return the entries of checkpoint.SCHEMA, unchecked.
 
-    Raises UserError if a file is missing, is damaged, or would run code.
+    Tensors are on the CPU or, if with_tensors is False, on the meta device. Raises UserError if a file is missing, is
+    damaged, or would run code.
     """
     entries, reader = open_folder(path)
     device = "cpu" if with_tensors else "meta"
@@ -173,7 +180,8 @@ def load(path: Path, entries: dict) -> None:
     All ranks must call this. If one of them finds a damaged file, all raise UserError.
     """
     _, reader = open_folder(path)
-    stored = reader.metadata.state_dict_metadata  # without tied weights in earlier versions
+    # checkpoints from earlier versions lack tied weights
+    stored = reader.metadata.state_dict_metadata
     tensors = {name: tensor for name, tensor in flat(entries).items() if name in stored}
     fill(path, tensors, reader)
 
@@ -184,7 +192,7 @@ def fill(
     """Read tensors in place. no_dist: True if no other process takes part. Raises UserError."""
     try:
         with warnings.catch_warnings():
-            # torch warns that there is only one process, although no_dist says so
+            # torch warns that there is only one process, although no_dist=True already says so
             warnings.simplefilter("ignore")
             dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
     except CheckpointException as error:  # not a subclass of Exception

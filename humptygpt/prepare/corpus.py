@@ -1,4 +1,4 @@
-"""Files of documents, the split of each document, and iteration over a corpus of documents or sentence pairs.
+"""Read documents from files, assign each to a split, and iterate over a corpus of documents or sentence pairs.
 
 Documents here and Pairs in translation/pairs.py share one interface: files, splits, text items (pieces of documents, or
 pairs), and an encoder for items.
@@ -19,18 +19,19 @@ from humptygpt.prepare.documents import BadFile, Piece, file_format, read_docume
 from humptygpt.tokenizers import Tokenizer
 
 UNIT = 1 << 19  # characters encoded at once
-HASHED = 4096  # leading characters of a document that determine its split; below PIECE
+# number of leading characters of a document that determine its split; must be below PIECE
+HASHED = 4096
 
 
 class Documents:
-    """Files of documents, and the split of each document."""
+    """A corpus of documents in files, each assigned to a split."""
 
     task = "language modelling"
     splits = ("train", "val")
     # entries for each split in meta.json
     counts = ("documents", "characters", "bytes", "tokens")
     text_size = None  # bytes of UTF-8; set by survey(), like cuts
-    cuts = None  # characters before the cut in each file; None: documents are not cut
+    cuts = None  # characters before the cut in each file; None: documents stay whole
 
     def __init__(self, config, files: list[Path], skipped: list[str], source: str):
         """config: a resolved prepare_data.PrepareConfig. source: what meta.json calls the files.
@@ -46,15 +47,15 @@ class Documents:
 
     @property
     def separated(self) -> bool:
-        """Whether documents end in the end-of-text token."""
+        """Whether documents end with the end-of-text token."""
         return len(self.files) > 1 or file_format(self.files[0]) != ".txt"
 
     def survey(self) -> None:
         """Read everything once, to skip the files that are not text and to decide how to split the rest.
 
-        Documents whose draw is at most val_fraction are for validation. If their share of the text is less than half or
-        more than one and a half times that fraction, every file is cut instead; a single text is always cut. Raises
-        UserError if there is no text, or if the only file cannot be read.
+        Documents whose draw() is at most val_fraction are for validation. If their share of the text is less than half
+        or more than one and a half times that fraction, the end of each file is used instead. A single text is always
+        cut in this way. Raises UserError if there is no text, or if the only file cannot be read.
         """
         measured = {}
         with progress_bar("checking the files") as bar:
@@ -80,7 +81,7 @@ class Documents:
             self.cuts = [int(length * (1 - fraction)) for length in lengths]
 
     def measure(self, number: int, bar: tqdm) -> tuple[int, int, int]:
-        """Count the characters of a file, those drawn for validation, and the bytes of UTF-8. Raises BadFile."""
+        """Count a file's characters, those of them drawn for validation, and its bytes of UTF-8. Raises BadFile."""
         length = held_out = size = 0
         for piece in self.read(number):
             length += len(piece.text)
@@ -94,7 +95,7 @@ class Documents:
         return length, held_out, size
 
     def read(self, number: int) -> Iterator[Piece]:
-        """Read the documents of a file in pieces, each with its place in the file and the draw of its document."""
+        """Read the documents of a file in pieces, each with its position in the file and its document's draw()."""
         config = self.config
         settings = (config.text_key, config.encoding_errors, config.skip_bad_lines)
         place = 0
@@ -117,14 +118,14 @@ class Documents:
         return [entry for entry in (("train", begun), ("val", rest)) if entry[1].text]
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
-        """Entries of meta.json for documents only."""
+        """Entries of meta.json that only documents have."""
         return {"skipped_lines": self.skipped_lines}
 
     def summary(self, meta: dict) -> dict[str, str]:
-        """Lines of the summary for documents only."""
+        """Lines of the summary that only documents have."""
         lines = {}
         if self.cuts and self.separated:
-            last = f"the last {self.config.val_fraction:.4g} of each file"
+            last = f"the last {100 * self.config.val_fraction:.4g}% of each file"
             lines["validation"] = (
                 f"{last}, because there are too few documents or their lengths differ too much"
             )
@@ -174,7 +175,7 @@ def read_all(corpus, what: str) -> Iterator[tuple[int, NamedTuple]]:
 def units(
     corpus, what: str, start: int = 0
 ) -> Iterator[tuple[dict[str, list[NamedTuple]], int]]:
-    """Read units of about UNIT characters: ({split: its pieces or pairs}, how many have been read by then).
+    """Group items into units of about UNIT characters. Yields ({split: pieces or pairs}, number read so far).
 
     start: how many pieces or pairs to skip.
     """

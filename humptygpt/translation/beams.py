@@ -61,7 +61,7 @@ def beam_search(
     it is among the best, and the result is the best hypothesis that ever finished. The score is the sum of
     log-probabilities / tokens^length_penalty: a penalty of 0 gives the sum; 1 gives the mean, so that long translations
     are not at a disadvantage. With one beam the search is greedy. A translation ends with eot, at max_new_tokens, or
-    when block_size is full. Ids from tokenizer_vocab_size on only pad the model's vocabulary and are never chosen.
+    when block_size is full. Ids of tokenizer_vocab_size and above are padding and are never chosen.
     Source: Sutskever et al. 2014, arXiv:1409.3215; the length penalty: Wu et al. 2016, arXiv:1609.08144, section 7.
     """
     if model.has_encoder:
@@ -120,15 +120,15 @@ def extend(
     """Extend the hypotheses of each sentence by one token, and keep the num_beams best, best first.
 
     ids: (n, k, T), k hypotheses of n sentences. log_prob: (n, k). logp: (n, k, V), log-probabilities of the next token.
-    Returns the new ids, (n, num_beams, T + 1), their log_prob and scores, and the numbers of the hypotheses that they
-    extend, from 0 to nk - 1; each (n, num_beams).
+    Returns the new ids, (n, num_beams, T + 1), and three tensors of shape (n, num_beams): their log_prob, their scores,
+    and the index of the hypothesis that each of them extends, from 0 to nk - 1.
     """
     n, k, V = logp.shape
     # a finished hypothesis is extended only by eot, at no cost
     ended = (ids == eot).any(dim=-1)
     logp = logp.masked_fill(ended[..., None], -torch.inf)
     logp[..., eot].masked_fill_(ended, 0.0)
-    # counts the new token, or the eot that ends the hypothesis
+    # includes the new token, or the eot that ends the hypothesis
     length = (ids != eot).sum(dim=-1, keepdim=True) + 1
     sums = log_prob[..., None] + logp
     scores = (sums / length**length_penalty).flatten(1)

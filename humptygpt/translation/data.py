@@ -32,7 +32,7 @@ class PairDataset(Dataset):
             )
 
     def find_pairs(self, split: str) -> np.ndarray:
-        """Find the start of each pair and the lengths of its source and target in tokens, with eot: (pairs, 3)."""
+        """Find the start of each pair and the token counts of its source and target, including eot: (pairs, 3)."""
         eots = [
             start + np.flatnonzero(ids == self.tokenizer.eot)
             for start, ids in self.chunks(split)
@@ -112,7 +112,7 @@ class PairDataset(Dataset):
         return len(batches(self, "val", batch_size))
 
     def val_bytes_per_token(self) -> float:
-        """Average number of UTF-8 bytes per target token of the validation split."""
+        """Average number of UTF-8 bytes per target token in the validation split."""
         entry = self.meta["splits"]["val"]
         return entry["target_bytes"] / entry["target_tokens"]
 
@@ -123,7 +123,7 @@ def batches(
 ) -> list[np.ndarray]:
     """Sort the pairs by length, and cut them into batches. Returns the indices of the pairs in each batch.
 
-    key: shuffles pairs of equal lengths, which changes no length in a batch; None: they keep their order.
+    key: seed for shuffling pairs of equal lengths, so each batch keeps its lengths; None: pairs keep their order.
     """
     pairs = dataset.pairs[split]
     _, source, target = pairs.T

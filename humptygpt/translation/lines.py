@@ -10,7 +10,7 @@ from humptygpt.config import note
 from humptygpt.tokenizers import Tokenizer
 from humptygpt.translation import beams
 
-AT_ONCE = 500  # lines translated together, before the first is returned
+AT_ONCE = 500  # lines translated together; the first is returned when all are done
 
 
 def translate_lines(
@@ -42,6 +42,6 @@ def translate_batch(
             continue
         translation = next(translations)
         if not translation.ended:
-            note(f"line {number:,}: the translation is cut off at the length limit")
-        # a model may write line breaks
+            note(f"line {number:,}: the translation was cut off at the length limit")
+        # a model may generate line breaks, but a translation must be one line
         yield " ".join(tokenizer.decode(translation.ids).split())

@@ -1,10 +1,10 @@
 """The original transformer: an encoder reads the source, and a decoder writes the target.
 
-It consists of two of the GPT's stacks. In the encoder each token of the source attends to all of them. The decoder's
-blocks have a third branch between attention and feed-forward, cross-attention, in which each token of the target
-attends to the encoder's output. Source: Vaswani et al. 2017, arXiv:1706.03762.
+It consists of two stacks like the GPT's. In the encoder, each source token attends to the whole source. The decoder's
+blocks have a third branch, cross-attention, between attention and feed-forward: in it, each target token attends to the
+encoder's output. Source: Vaswani et al. 2017, arXiv:1706.03762.
 
-Shapes: see model.py. Here S is the length of the source.
+Shapes: see model.py. S is the length of the source.
 """
 
 import torch
@@ -26,7 +26,10 @@ from model import (
 
 
 class CrossAttention(SelfAttention):
-    """Queries come from the target, keys and values from the source. Their positions are unrelated."""
+    """Queries come from the target, keys and values from the source.
+
+    Positions are not used, because those of target and source are unrelated.
+    """
 
     def forward(self, x: Tensor, shared: Shared, cache: LayerCache | None = None) -> Tensor:
         """x: (B, T, C). cache: from Transformer.make_cache(). Returns (B, T, C)."""
@@ -39,7 +42,7 @@ class CrossAttention(SelfAttention):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """context: (B, S, C). Returns keys and values, each (B, H, S, D), or with fewer heads."""
+        """context: (B, S, C). Returns keys and values, each (B, H, S, D), or with n_kv_head heads if that is set."""
         k = self.heads(self.k_proj(context))
         if self.qk_norm:
             k = self.qk_norm(k)
@@ -68,7 +71,7 @@ CROSS_BLOCKS = {
 
 
 class Transformer(GPT):
-    """Encoder and decoder share one vocabulary and its embedding."""
+    """An encoder and a decoder that share one vocabulary and its embedding."""
 
     tasks = ("translation",)
     has_encoder = True
@@ -84,10 +87,10 @@ class Transformer(GPT):
         cache: Cache | None = None,
         source: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """source: (B, S) token ids; shorter sources are padded with -1. Omit it with a cache, which holds the source.
+        """source: (B, S) token ids; shorter sources are padded with -1. Omit it with a cache, which already holds it.
 
-        idx: (B, T) token ids of the target so far, which follow those in the cache; the first is end-of-text. targets:
-        (B, T); targets of -1 are ignored. Returns logits and loss as GPT does.
+        idx: (B, T) token ids of the target, which starts with end-of-text; with a cache, only those after the cached
+        tokens. targets: (B, T); targets of -1 are ignored. Returns logits and loss as GPT does.
         """
         # with a cache, cross-attention finds the keys and values of the source there, and they need no mask
         context = (None, (None, False)) if cache else self.encode(source)
@@ -100,7 +103,7 @@ class Transformer(GPT):
         return logits[:, -1]
 
     def encode(self, source: Tensor) -> Context:
-        """Run the encoder on a source, as in forward(). Returns the output, (B, S, C), and the padding mask."""
+        """Run the encoder. source: as in forward(). Returns the output, (B, S, C), and the padding mask."""
         padding = source < 0
         mask = torch.where(padding[:, None, None, :], -torch.inf, 0.0)  # (B, 1, 1, S)
         x = self.encoder(self.wte(source.clamp(min=0)), padding=padding)

@@ -1,1 +1,1 @@
-"""The article's first network, without attention."""
+"""The first networks of the article linked in README.md: feed-forward, without attention."""

@@ -1,4 +1,4 @@
-"""The article's first networks: feed-forward, without attention, over a window of tokens."""
+"""The first networks of the article linked in README.md: feed-forward, without attention, over a window of tokens."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ from model import ACTIVATIONS, GPT, Dropout, ModelConfig
 
 @dataclass(frozen=True)
 class WindowConfig(ModelConfig):
-    """Uses these settings of a GPT: n_layer, n_hidden, n_embd, window, activation, bias and dropout."""
+    """A GPT's settings. The network uses n_layer, n_hidden, n_embd, window, activation, bias and dropout."""
 
     def validate(self) -> None:
-        """Raise ValueError for the first value or combination that makes no sense."""
+        """Raise ValueError for the first invalid value or combination."""
         self.check_values()
         if self.window < 1:
             raise ValueError(
@@ -27,9 +27,9 @@ class WindowConfig(ModelConfig):
 
 
 class NumberEmbedding(nn.Module):
-    """Each token is a single number, and nothing is trained: the first token is 1 / V, the second 2 / V, the last 1.
+    """Represent each token by a fixed number: the first by 1 / V, the second by 2 / V, the last by 1.
 
-    No token is 0, because 0 means that there is no token.
+    No token is represented by 0, because 0 stands for positions before the text.
     """
 
     def __init__(self, vocab_size: int, n_embd: int):
@@ -44,9 +44,9 @@ class NumberEmbedding(nn.Module):
 class WindowMLP(nn.Module):
     """A feed-forward network that reads the last `window` tokens side by side and predicts the next one.
 
-    It does so at every position of a text. Before the first token, the window is filled with zeros, in training and
-    generation, so block_size should be several times the window. There are n_layer hidden layers of n_hidden neurons,
-    by default one neuron for each input.
+    It predicts at every position of a text. Before the first token, the window is filled with zeros, both in training
+    and in generation, so block_size should be several times the window. There are n_layer hidden layers of n_hidden
+    neurons, by default one neuron for each input.
     Source: Bengio et al. 2003, "A neural probabilistic language model".
     """
 
@@ -54,7 +54,7 @@ class WindowMLP(nn.Module):
     embedding = nn.Embedding
     tasks = ("language modelling",)
     has_encoder = False
-    has_cache = False  # neighbouring windows share only their embeddings
+    has_cache = False  # it would save little: neighbouring windows share only embeddings
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -118,6 +118,6 @@ class WindowMLP(nn.Module):
 
 
 class NumberMLP(WindowMLP):
-    """A WindowMLP without a learned embedding: each token is represented by its number."""
+    """A WindowMLP without a learned embedding: each token is represented by a fixed number."""
 
     embedding = NumberEmbedding
