@@ -37,7 +37,6 @@ from humptygpt.config import (
     UserError,
     check_above_0,
     check_choices,
-    check_fraction,
     check_least,
     note,
     our_configs,
@@ -127,7 +126,7 @@ class PrepareConfig:
         check_least(self, 1, "files", "max_pair_ratio", "shard_tokens", "workers")
         check_least(self, 2, "max_pair_tokens")
         check_least(self, 257, "vocab_size")  # 256 bytes and end-of-text
-        check_fraction(self, "val_fraction", "test_fraction")
+        check_least(self, 0, "val_fraction", "test_fraction", below=1)
         check_above_0(self, "val_fraction")
         tokenizer = self.tokenizer
         elsewhere = os.path.exists(tokenizer) or repository(tokenizer)

@@ -9,6 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,11 +29,9 @@ CONFIG = {str: (int, float, bool, str, None)}
 SCALER = dict.fromkeys(("scale", "growth_factor", "backoff_factor"), float)
 SCALER |= dict.fromkeys(("growth_interval", "_growth_tracker"), range(2**31))
 COUNT = range(2**63)
-PROGRESS = dict.fromkeys(("tokens", "best_iter", "evals_since_best"), COUNT) | {
-    "iter": COUNT[1:]
-}
-PROGRESS |= dict.fromkeys(("seconds", "best_val_loss"), float) | {"losses": [float]}
-PROGRESS |= {"position?": float, "run_seconds?": float}  # older checkpoints lack them
+AMOUNTS = ("position", "seconds", "run_seconds", "best_val_loss")
+PROGRESS = {"iter": COUNT[1:], "losses": [float], **dict.fromkeys(AMOUNTS, float)}
+PROGRESS |= dict.fromkeys(("tokens", "best_iter", "evals_since_best"), COUNT)
 SCHEMA = {
     "format": str,
     "train_config": CONFIG,
@@ -104,12 +103,11 @@ def sharded_folders(path: Path) -> list[Path]:
 def stored(path: Path) -> Path:
     """Return `path`, such as ckpt.pt, or the folder of a sharded checkpoint, such as ckpt, whichever is newer."""
     folders = sharded_folders(path)
-    if path.suffix != ".pt" or not folders:
-        return path
-    sharded_at = (folders[0] / SHARDED).stat().st_mtime
-    return (
-        path if os.path.exists(path) and path.stat().st_mtime > sharded_at else folders[0]
-    )
+    if path.suffix == ".pt" and folders:
+        sharded_at = (folders[0] / SHARDED).stat().st_mtime
+        if not path.exists() or path.stat().st_mtime <= sharded_at:
+            return folders[0]
+    return path
 
 
 def check_there(path: Path) -> None:
@@ -203,9 +201,10 @@ def check(path: Path, saved: object, device: str = "cpu") -> dict:
     modernize(saved)
     with refuse_other_code(path):
         config = check_content(saved, tokens)
+    saved["model_config"] = asdict(config)  # with the defaults of newer keys
     model = build_like(path, config, saved["model"], saved["train_config"])
     with refuse_other_code(path):
-        check_weights(saved["model"], model, device)
+        check_tensors("the parameter ", saved["model"], model.state_dict(), device)
     return saved
 
 
@@ -222,7 +221,6 @@ def lacks_tensors(saved: dict) -> bool:
 def modernize(saved: dict) -> None:
     """Rename and add settings in a checkpoint from an earlier version."""
     config = saved["model_config"]
-    config.setdefault("mlp_conv", 0)
     for key in config.keys() & {"lora_rank", "lora_alpha", "lora_targets"}:
         saved["train_config"][key] = config.pop(key)
     if config.pop("embedding", "table") == "number":
@@ -246,10 +244,10 @@ def check_content(saved: dict, tokens: int) -> ModelConfig:
     if saved["task"] not in model_class(config.model).tasks:
         raise ValueError(f"model={config.model} does not support task={saved['task']}")
     progress = saved["progress"]
-    if unknown := progress.keys() - {key.rstrip("?") for key in PROGRESS}:
+    if unknown := progress.keys() - PROGRESS.keys():
         raise ValueError(f"it has progress.{min(unknown)}, which this code does not know")
-    for key in ("seconds", "run_seconds", "position", "best_val_loss"):
-        if not progress.get(key, 0) >= 0:
+    for key in AMOUNTS:
+        if not progress[key] >= 0:
             raise ValueError(f"progress has {key}={progress[key]}")
     return config
 
@@ -275,11 +273,6 @@ def build_like(
     raise UserError(
         f"cannot read {what}: n_layer={config.n_layer} and n_embd={config.n_embd} do not match its weights"
     )
-
-
-def check_weights(weights: dict[str, Tensor], model: nn.Module, device: str) -> None:
-    """Raise ValueError unless these weights fit this model."""
-    check_tensors("the parameter ", weights, model.state_dict(), device)
 
 
 def check_tensors(

@@ -15,6 +15,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import pkgutil
 import runpy
@@ -105,28 +106,21 @@ def check_choices(config: object) -> None:
             raise ValueError(f"{name}={value} is not one of: {', '.join(choices)}")
 
 
-def check_least(config: object, least: float, *names: str) -> None:
-    """Raise ValueError unless each of these numbers is finite and at least `least`. None passes."""
+def check_least(config: object, least: float, *names: str, below: float = math.inf) -> None:
+    """Raise ValueError unless each of these numbers is at least `least` and less than `below`. None passes."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and not least <= value < float("inf"):
-            raise ValueError(f"{name}={value} must be at least {least:g}")
+        if value is not None and not least <= value < below:
+            limit = f" and below {below:g}" if below < math.inf else ""
+            raise ValueError(f"{name}={value} must be at least {least:g}{limit}")
 
 
 def check_above_0(config: object, *names: str) -> None:
     """Raise ValueError unless each of these numbers is above 0 and finite. None passes."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and not 0 < value < float("inf"):
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name}={value} must be above 0")
-
-
-def check_fraction(config: object, *names: str) -> None:
-    """Raise ValueError unless each of these numbers is at least 0 and below 1. None passes."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not 0 <= value < 1:
-            raise ValueError(f"{name}={value} must be at least 0 and below 1")
 
 
 def in_vain(
@@ -176,7 +170,7 @@ def read(
             argument = f"--{positional}={argument}"
         name, value = read_option(argument, fields)
         if fields[name].type == TEXTS:
-            value = given.get(name, ()) + value
+            value = (*given.get(name, ()), value)
         elif name == positional and name in given:
             both = f"{given[name]} and {value}"
             raise UserError(f"{name} is given twice, as {both}; give only one")
@@ -185,7 +179,7 @@ def read(
 
 
 def read_option(argument: str, fields: Fields) -> tuple[str, object]:
-    """Split --key=value into the key and its value."""
+    """Split --key=value into the key and its value. For a key that can be repeated, the value is one text."""
     name, equals, text = argument[2:].partition("=")
     check_key(name, fields)
     if not equals:
@@ -217,8 +211,6 @@ def parse(name: str, text: str, hint: object) -> object:
         return None
     if text == "":
         raise UserError(f"{name}= must not be empty; write --{name}=VALUE, or leave it out")
-    if hint == TEXTS:
-        return (convert(name, text, str),)
     if str in kinds:
         return convert(name, text, hint)
     try:

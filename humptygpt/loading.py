@@ -9,13 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from humptygpt import checkpoint, tokenizers
-from humptygpt.config import (
-    UserError,
-    find,
-    nearest_path,
-    note,
-    our_configs,
-)
+from humptygpt.config import UserError, find, nearest_path, note, our_configs
 from humptygpt.tasks import make_model_config
 from humptygpt.tokenizers import Tokenizer
 
@@ -42,10 +36,10 @@ def load(source: str | Path, which: str = "best") -> Loaded:
     path = find_source(source, which)
     if is_folder(path):
         loaded = find(FOLDER)(path, source)
+    elif is_nanogpt(saved := checkpoint.read_plain(path)):
+        loaded = find(NANOGPT)(path, saved)
     else:
-        saved = checkpoint.read_plain(path)
-        nanogpt = is_nanogpt(saved)
-        loaded = find(NANOGPT)(path, saved) if nanogpt else from_run(path, saved)
+        loaded = from_run(path, saved)
     loaded.model.eval()
     tokens, rows = loaded.tokenizer.vocab_size, loaded.model.config.vocab_size
     if tokens > rows:
@@ -97,7 +91,7 @@ def chosen_source(config: object, given: dict) -> str | Path:
 
 def find_source(source: str | Path, which: str = "best", key: str = "init_from") -> Path:
     """Find the checkpoint or folder that key=source names, or fetch it from the Hugging Face Hub. Raises UserError."""
-    path = Path(os.path.expanduser(source))  # noqa: PTH111, since Path.expanduser drops the slash of "folder/"
+    path = Path(source)
     if os.path.isdir(path):
         files = ("best.pt", "ckpt.pt", "metrics.jsonl")
         is_run = any(os.path.exists(checkpoint.stored(path / name)) for name in files)

@@ -26,15 +26,14 @@ def check_schema(value: object, schema: object, name: str = "") -> None:
         {"a": schema, ...}   a dictionary with these keys and perhaps others; a key written "a?" may be missing
         (schema, ...)        one of several schemas of different types
     """
+    what = name or "the content"
     options = schema if isinstance(schema, tuple) else (schema,)
     fitting = [option for option in options if is_kind(value, option)]
     if not fitting:
-        raise ValueError(
-            f"{name or 'the content'} must be {' or '.join(map(describe, options))}"
-        )
+        raise ValueError(f"{what} must be {' or '.join(map(describe, options))}")
     form = fitting[0]
     if isinstance(form, dict) and any(type(key) is not str for key in value):
-        raise ValueError(f"{name or 'the content'} must have strings as keys")
+        raise ValueError(f"{what} must have strings as keys")
     if isinstance(form, list):
         for number, item in enumerate(value):
             check_schema(item, form[0], f"{name}[{number}]")
@@ -57,9 +56,9 @@ def is_kind(value: object, schema: object) -> bool:
     """Whether value fits the schema as far as can be seen without looking into lists and dictionaries."""
     if isinstance(schema, set | range):
         return type(value) is (str if isinstance(schema, set) else int) and value in schema
-    kind = kind_of(schema)
-    whole_number = type(value) is int and abs(value) < 2**63
-    return type(value) is kind or (kind is float and whole_number)
+    if schema is float and type(value) is int:
+        return abs(value) < 2**63
+    return type(value) is kind_of(schema)
 
 
 def describe(schema: object) -> str:

@@ -16,10 +16,10 @@ from humptygpt.config import (
     UserError,
     check_above_0,
     check_choices,
-    check_fraction,
     check_least,
     in_vain,
     note,
+    refuse_vain,
 )
 from humptygpt.device import DTYPES
 from humptygpt.loading import Loaded, load
@@ -32,11 +32,7 @@ from humptygpt.run_folder import (
     lock_out_dir,
     refuse_earlier_run,
 )
-from humptygpt.tasks import (
-    MODELS,
-    config_class,
-    make_model_config,
-)
+from humptygpt.tasks import MODELS, make_model_config
 from model import POSITIONS, ModelConfig
 
 # ModelConfig keys that affect only training, not the architecture
@@ -151,7 +147,7 @@ class TrainConfig:
             self, 1, "lr_decay_iters", "eval_interval", "eval_iters", "log_interval"
         )
         check_above_0(self, "minutes", "learning_rate", "muon_learning_rate", "lora_alpha")
-        check_fraction(self, "beta1", "beta2", "muon_momentum")
+        check_least(self, 0, "beta1", "beta2", "muon_momentum", below=1)
         chosen_loggers(vars(self))
         if self.lora_rank and self.init_from == "scratch":
             raise ValueError(
@@ -293,11 +289,9 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
             f"{path} holds a model but not the state of its training; is it a copy of best.pt?"
         )
     with refuse_other_code(path):
-        train_config = asdict(configurator.restore(TrainConfig, saved["train_config"]))
-        cls = config_class(saved["model_config"])
-        model_config = asdict(configurator.restore(cls, saved["model_config"]))
-    own = train_config | model_config
-    fixed = model_config.keys() - TRAINING_ONLY | FIXED
+        train_config = configurator.restore(TrainConfig, saved["train_config"])
+    own = asdict(train_config) | saved["model_config"]
+    fixed = saved["model_config"].keys() - TRAINING_ONLY | FIXED
     # a step keeps the same sequences, but may split them into more or fewer micro-batches
     if math.prod((own | given)[key] for key in STEP) != math.prod(own[key] for key in STEP):
         fixed |= {*STEP}
@@ -358,9 +352,8 @@ def refuse_or_note_vain(
     given: Collection[str], typed: set[str], settings: dict, processes: int
 ) -> None:
     """Raise UserError for a typed key that has no effect with these settings; for a config file's key, print a note."""
-    for key, why in in_vain(given, settings, IN_VAIN).items():
-        if key in typed:
-            raise UserError(f"{why}; leave it out")
+    refuse_vain(typed, settings, IN_VAIN)
+    for why in in_vain(given, settings, IN_VAIN).values():
         note(why)
     if processes == 1:
         for key in given.keys() & {"parallel", "backend"}:

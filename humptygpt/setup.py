@@ -253,23 +253,23 @@ def recorded_settings(run) -> dict[str, object]:
 
 def resumed_progress(config: TrainConfig, saved: dict) -> Progress:
     """Return the checkpoint's progress. Print a note if no steps are left, or if the learning rate will rise."""
-    progress = dict(saved["progress"])
-    steps = progress["iter"]
+    progress = Progress(**saved["progress"])
     before = configurator.restore(TrainConfig, saved["train_config"])
-    position = float(steps)
+    had = before.lr(progress.position)
     if config.minutes and before.minutes:
-        position = progress.get("position", 0.0) * before.minutes / config.minutes
+        progress.position *= before.minutes / config.minutes
+    else:
+        progress.position = float(progress.iter)
     if config.eval_only:
-        return Progress(**progress | {"position": position})
-    if position >= config.max_iters:
-        note(f"all {steps} steps are done; for more, use --max_iters=N")
-    had = before.lr(progress.get("position", steps))
-    lr = config.lr(position)
+        return progress
+    if progress.position >= config.max_iters:
+        note(f"all {progress.iter} steps are done; for more, use --max_iters=N")
+    lr = config.lr(progress.position)
     if lr - had > 0.01 * config.learning_rate:
         note(
             f"the learning rate rises from {had:.1e} to {lr:.1e}, because its schedule has changed"
         )
-    return Progress(**progress | {"position": position})
+    return progress
 
 
 def keep_best(run, saved: dict) -> None:

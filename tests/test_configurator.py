@@ -21,7 +21,7 @@ import sample
 import train
 from humptygpt import config as configurator
 from humptygpt import settings
-from humptygpt.config import UserError, check_choices, check_fraction, check_least
+from humptygpt.config import UserError, check_choices, check_least
 from humptygpt.loading import find_source
 from model import ModelConfig
 from prepare_data import PrepareConfig
@@ -58,7 +58,7 @@ class Example:
     def validate(self):
         check_choices(self)
         check_least(self, 1, "width", "limit")
-        check_fraction(self, "rate")
+        check_least(self, 0, "rate", below=1)
 
 
 def read(*argv: str, **keys) -> dict:
