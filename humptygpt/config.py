@@ -138,11 +138,19 @@ def in_vain(
 
 
 def refuse_vain(
-    given: Collection[str], settings: dict, table: dict[str, tuple[str, tuple]]
+    given: Collection[str],
+    settings: dict,
+    table: dict[str, tuple[str, tuple]],
+    noted: Collection[str] = (),
 ) -> None:
-    """Raise UserError for a given key that has no effect with these settings. Parameters as in in_vain()."""
-    for why in in_vain(given, settings, table).values():
-        raise UserError(f"{why}; leave it out")
+    """Raise UserError for a given key that has no effect with these settings. Parameters as in in_vain().
+
+    noted: keys for which to print a note instead.
+    """
+    for key, why in in_vain(given, settings, table).items():
+        if key not in noted:
+            raise UserError(f"{why}; leave it out")
+        note(why)
 
 
 # --------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from humptygpt.config import (
     check_above_0,
     check_choices,
     check_least,
-    in_vain,
     note,
     refuse_vain,
 )
@@ -57,6 +56,7 @@ IN_VAIN = {
     "encoding_errors": ("input", (None,)),
     "skip_bad_lines": ("input", (None,)),
 }
+FOR_SEVERAL = dict.fromkeys(("parallel", "backend"), ("processes", (1,)))
 # Defaults for a run that starts from a model: small steps, so that the model keeps what it has learned.
 GENTLE = {
     "optimizer": "adamw",
@@ -225,7 +225,9 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         note(f"torchrun has restarted this run; resuming {path}")
         init_from = "resume"
     if init_from == "resume":
-        saved, base = checkpoint.read(path, with_tensors=False), None
+        # a sharded checkpoint stays sharded, unless a key or a single process ends it
+        sharded = processes > 1 and given.get("parallel", "fsdp") == "fsdp"
+        saved, base = checkpoint.read(path, with_tensors=not sharded), None
         settings = resumed_settings(saved, settings, path)
     elif writes and not overwrite:
         refuse_earlier_run(out_dir)
@@ -235,12 +237,12 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         raise UserError("minutes is for training, but dry_run and eval_only do not train")
     if config.minutes and processes > 1:
         raise UserError("minutes is for one process; with several, use max_iters instead")
-    sharded = processes > 1 and config.parallel == "fsdp"
-    if saved and checkpoint.lacks_tensors(saved) and not sharded:
-        saved = checkpoint.read(path)
     for name in chosen_loggers(asdict(config)):  # now, not after a long preparation
         import_logger(name)
-    refuse_or_note_vain(given, typed, asdict(config) | asdict(model_config), processes)
+    values = asdict(config) | asdict(model_config) | {"processes": processes}
+    # a config file may be used with other files, and a command with other numbers of processes
+    noted = given.keys() - typed | FOR_SEVERAL.keys()
+    refuse_vain(given, values, IN_VAIN | FOR_SEVERAL, noted)
     if overwrite and (given.get("init_from") == "resume" or not writes):
         note("overwrite=True has no effect: no new run is written")
     if not saved and "warmup_iters" not in given:
@@ -346,20 +348,6 @@ def base_settings(base: Loaded, given: dict) -> dict[str, object]:
             f" {own['block_size']} positions; use at most that many"
         )
     return own | free
-
-
-def refuse_or_note_vain(
-    given: Collection[str], typed: set[str], settings: dict, processes: int
-) -> None:
-    """Raise UserError for a typed key that has no effect with these settings; for a config file's key, print a note."""
-    refuse_vain(typed, settings, IN_VAIN)
-    for why in in_vain(given, settings, IN_VAIN).values():
-        note(why)
-    if processes == 1:
-        for key in given.keys() & {"parallel", "backend"}:
-            note(
-                f"{key}={given[key]} has no effect with one process; torchrun starts several"
-            )
 
 
 def fit_warmup(config: TrainConfig) -> TrainConfig:
