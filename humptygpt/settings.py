@@ -41,21 +41,13 @@ FIXED = {"seed", "optimizer", "freeze", "lora_rank", "lora_alpha", "lora_targets
 STEP = ("batch_size", "gradient_accumulation_steps")  # their product is fixed
 # keys in which an interrupted run may differ from its checkpoint; a short run's warmup is shortened
 MAY_DIFFER = {"out_dir", "warmup_iters", "input"}
-WITHOUT_ROTARY = ("position", tuple(POSITIONS.keys() - {"rotary"}))
-CONSTANT = ("decay_lr", (False,))
 # {key: (another key, the values of that key for which the first has no effect)}
-IN_VAIN = {
-    "rope_base": WITHOUT_ROTARY,
-    "rope_factor": WITHOUT_ROTARY,
-    "schedule": CONSTANT,
-    "lr_decay_iters": CONSTANT,
-    "min_lr": CONSTANT,
-    "lora_alpha": ("lora_rank", (0,)),
-    "lora_targets": ("lora_rank", (0,)),
-    "text_key": ("input", (None,)),
-    "encoding_errors": ("input", (None,)),
-    "skip_bad_lines": ("input", (None,)),
-}
+OF_INPUT = ("text_key", "encoding_errors", "skip_bad_lines")
+IN_VAIN = dict.fromkeys(OF_INPUT, ("input", (None,)))
+IN_VAIN |= dict.fromkeys(("schedule", "lr_decay_iters", "min_lr"), ("decay_lr", (False,)))
+IN_VAIN |= dict.fromkeys(("lora_alpha", "lora_targets"), ("lora_rank", (0,)))
+NOT_ROTARY = tuple(POSITIONS.keys() - {"rotary"})
+IN_VAIN |= dict.fromkeys(("rope_base", "rope_factor"), ("position", NOT_ROTARY))
 FOR_SEVERAL = dict.fromkeys(("parallel", "backend"), ("processes", (1,)))
 # Defaults for a run that starts from a model: small steps, so that the model keeps what it has learned.
 GENTLE = {

@@ -22,7 +22,7 @@ from humptygpt.memory import memory_report
 from humptygpt.optimizers import freeze
 from humptygpt.process import launched
 from humptygpt.run_folder import Progress
-from humptygpt.settings import TrainConfig
+from humptygpt.settings import OF_INPUT, TrainConfig
 from humptygpt.tasks import LORA, build, build_on_meta, find_task, model_class
 from humptygpt.token_files import COMMAND, is_command, made_by, read_meta
 from humptygpt.tokenizers import from_state
@@ -71,7 +71,7 @@ def input_keys(config: TrainConfig, folder: Path) -> dict[str, object]:
                 f"{folder} was not made from input={config.input}, but by: {command};"
                 " choose another name: --dataset=ANOTHER_NAME"
             )
-    for key in ("text_key", "encoding_errors", "skip_bad_lines"):
+    for key in OF_INPUT:
         if (value := getattr(config, key)) is not None:
             keys[key] = value
     return keys
