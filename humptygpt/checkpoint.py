@@ -184,11 +184,10 @@ def read_plain(path: Path, with_tensors: bool = True) -> object:
 
 def check(path: Path, saved: object, device: str = "cpu") -> dict:
     """Check the content of a checkpoint and return its entries. device: the tensors' device. Raises UserError."""
-    entries = saved if isinstance(saved, dict) else {}
-    if "model_args" in entries:
+    if is_nanogpt(saved):
         source = shlex.quote(f"--init_from={path}")
         raise UserError(f"{path} is a nanoGPT checkpoint; to start from it, use {source}")
-    if entries.get("format") != FORMAT:
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise UserError(
             f"{path} is not a checkpoint from this version, whose format is {FORMAT!r}"
         )
@@ -204,6 +203,11 @@ def check(path: Path, saved: object, device: str = "cpu") -> dict:
     with refuse_other_code(path):
         check_tensors("the parameter ", saved["model"], model.state_dict(), device)
     return saved
+
+
+def is_nanogpt(saved: object) -> bool:
+    """True if this was read from a nanoGPT checkpoint."""
+    return isinstance(saved, dict) and "model_args" in saved and "format" not in saved
 
 
 def refuse_other_code(path: Path) -> AbstractContextManager:

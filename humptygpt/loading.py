@@ -36,7 +36,7 @@ def load(source: str | Path, which: str = "best") -> Loaded:
     path = find_source(source, which)
     if is_folder(path):
         loaded = find(FOLDER)(path, source)
-    elif is_nanogpt(saved := checkpoint.read_plain(path)):
+    elif checkpoint.is_nanogpt(saved := checkpoint.read_plain(path)):
         loaded = find(NANOGPT)(path, saved)
     else:
         loaded = from_run(path, saved)
@@ -69,11 +69,6 @@ def from_run(path: Path, saved: object) -> Loaded:
         description=f"{path}: iter {progress['iter']}, {best}",
         saved=saved,
     )
-
-
-def is_nanogpt(saved: object) -> bool:
-    """True if this was read from a nanoGPT checkpoint."""
-    return isinstance(saved, dict) and "model_args" in saved and "format" not in saved
 
 
 # --------------------------------------------------------------------------------------

@@ -39,14 +39,16 @@ TRAINING_ONLY = {"dropout", "label_smoothing"}
 # keys that define the weights and the order of the data
 FIXED = {"seed", "optimizer", "freeze", "lora_rank", "lora_alpha", "lora_targets"}
 STEP = ("batch_size", "gradient_accumulation_steps")  # their product is fixed
-# keys in which an interrupted run may differ from its checkpoint; a short run's warmup is shortened
-MAY_DIFFER = {"out_dir", "warmup_iters", "input"}
-# {key: (another key, the values of that key for which the first has no effect)}
+# keys in which an interrupted run may differ from its checkpoint: a short run's warmup is shortened, and the vocabulary
+# is that of the data
+MAY_DIFFER = {"out_dir", "warmup_iters", "input", "vocab_size"}
+# how the text of an input is read
 OF_INPUT = ("text_key", "encoding_errors", "skip_bad_lines")
+NOT_ROTARY = tuple(POSITIONS.keys() - {"rotary"})
+# {key: (another key, the values of that key for which the first has no effect)}
 IN_VAIN = dict.fromkeys(OF_INPUT, ("input", (None,)))
 IN_VAIN |= dict.fromkeys(("schedule", "lr_decay_iters", "min_lr"), ("decay_lr", (False,)))
 IN_VAIN |= dict.fromkeys(("lora_alpha", "lora_targets"), ("lora_rank", (0,)))
-NOT_ROTARY = tuple(POSITIONS.keys() - {"rotary"})
 IN_VAIN |= dict.fromkeys(("rope_base", "rope_factor"), ("position", NOT_ROTARY))
 FOR_SEVERAL = dict.fromkeys(("parallel", "backend"), ("processes", (1,)))
 # Defaults for a run that starts from a model: small steps, so that the model keeps what it has learned.
@@ -296,15 +298,10 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
                 " leave it out, or train a new model with --init_from=scratch and another --out_dir"
             )
     kept = {key: own[key] for key in fixed | {"init_from"}}
+    own["backend"] = TrainConfig.backend
     if "max_iters" in given:
         own["minutes"] = None
-    return (
-        own
-        | {"backend": TrainConfig.backend}
-        | given
-        | kept
-        | {"out_dir": str(path.parent), "input": None}
-    )
+    return own | given | kept | {"out_dir": str(path.parent), "input": None}
 
 
 def is_same_run(settings: dict, path: Path) -> bool:
@@ -316,8 +313,6 @@ def is_same_run(settings: dict, path: Path) -> bool:
     asked = asdict(configurator.make(TrainConfig, settings))
     asked |= asdict(make_model_config(settings))
     had = saved["train_config"] | saved["model_config"]
-    if asked["vocab_size"] is None:  # taken from the data
-        asked["vocab_size"] = had["vocab_size"]
     differ = {key for key, value in asked.items() if value != had.get(key)}
     return "optimizer" in saved and differ <= MAY_DIFFER
 

@@ -10,7 +10,7 @@ from humptygpt.convert.families import GPT2
 from humptygpt.convert.huggingface import build_model, read_pretrained
 from humptygpt.convert.read_huggingface import read_tokenizer, tokenizer_file
 from humptygpt.convert.weight_files import check_dense, reading
-from humptygpt.loading import Loaded, find_source, is_folder, is_nanogpt, load
+from humptygpt.loading import Loaded, find_source, is_folder, load
 from humptygpt.prepare.nanogpt import GPT2_TOKENS, read_characters
 from humptygpt.schema import check_schema
 from humptygpt.tokenizers import Tokenizer
@@ -35,7 +35,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if is_folder(path):
         return read_tokenizer(path)
     saved = checkpoint.read_plain(path)
-    if is_nanogpt(saved):
+    if checkpoint.is_nanogpt(saved):
         return nanogpt_tokenizer(path, saved)
     return tokenizers.from_state(checkpoint.check(path, saved)["tokenizer"])
 
