@@ -329,7 +329,11 @@ def help_text(*classes: type, positional: str | None = None) -> str:
     several = " ..." if positional is None or fields[positional].type == TEXTS else ""
     bare = f"[{(positional or 'config_file').upper()}{several}]"
     about = sys.modules["__main__"].__doc__ or ""
-    lines = [f"usage: python {script_name()} {bare} [--key=value ...]", "", about.strip()]
+    lines = [
+        f"usage: python {Path(sys.argv[0]).name} {bare} [--key=value ...]",
+        "",
+        about.strip(),
+    ]
     choices = {name: names for cls in classes for name, names in cls.choices().items()}
     group = None
     for name, (title, text) in comments_of(*classes).items():
@@ -358,7 +362,3 @@ def comments_of(*classes: type) -> dict[str, tuple[str, str]]:
             elif text and not name:
                 title = text
     return comments
-
-
-def script_name() -> str:
-    return Path(sys.argv[0]).name

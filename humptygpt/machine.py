@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from humptygpt.config import UserError, one_line, script_name
+from humptygpt.config import UserError, one_line
 
 # packages that training and sampling a GPT do not need, but that some other features do
 OPTIONAL = {
@@ -206,5 +206,5 @@ def complain(message: str) -> typing.NoReturn:
     """Print one line and exit with code 2. Rank 0 does so first, and torchrun then stops the other ranks."""
     if int(os.environ.get("RANK", 0)):
         time.sleep(PATIENCE)
-    print(f"{script_name()}: {one_line(message)}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
     sys.exit(2)

@@ -219,7 +219,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         note(f"torchrun has restarted this run; resuming {path}")
         init_from = "resume"
     if init_from == "resume":
-        # a sharded checkpoint stays sharded, unless a key or a single process ends it
+        # a sharded checkpoint comes from parallel=fsdp, which a resumed run keeps unless told otherwise
         sharded = processes > 1 and given.get("parallel", "fsdp") == "fsdp"
         saved, base = checkpoint.read(path, with_tensors=not sharded), None
         settings = resumed_settings(saved, settings, path)
@@ -234,7 +234,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     for name in chosen_loggers(asdict(config)):  # now, not after a long preparation
         import_logger(name)
     values = asdict(config) | asdict(model_config) | {"processes": processes}
-    # a config file may be used with other files, and a command with other numbers of processes
+    # no mistakes: a config file may be combined with others, and a command run with more processes
     noted = given.keys() - typed | FOR_SEVERAL.keys()
     refuse_vain(given, values, IN_VAIN | FOR_SEVERAL, noted)
     if overwrite and (given.get("init_from") == "resume" or not writes):
