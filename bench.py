@@ -1,34 +1,34 @@
 """Measure speed on this machine and compare it with other programs. The last line of the output is a JSON object.
 
-    python bench.py --what=train --nanogpt=../nanoGPT     training steps of ours and nanoGPT's, alternating
+    python bench.py --what=train --nanogpt=../nanoGPT     HumptyGPT's and nanoGPT's training steps, in turn
     python bench.py --what=loss --nanogpt=../nanoGPT      the time to reach a loss, and the losses after equal time
-    python bench.py --what=profile                        the time of each part of a step
+    python bench.py --what=profile                        the time of each part of a training step
     python bench.py --what=sample --nanogpt=../nanoGPT    generation on a CPU, with every other program installed
-    python bench.py --what=page --page=PAGE.html          keystrokes in a page of explain.py, in an installed Chromium
+    python bench.py --what=page --page=PAGE.html          keystrokes in a page made by explain.py, in Chromium
     python bench.py --what=gpu --nanogpt=../nanoGPT       five minutes on a GPU, reported as one table for RECORDS.md
 
 train: both use the same shapes, math (nanoGPT's CPU preset and AdamW, or a --config) and text. The figures are medians
-in milliseconds, and `speedup` is nanoGPT's median divided by ours. Each runs in its own process, the way its users run
-it. nanoGPT computes in float32 on a CPU and in bfloat16 on a GPU, and so does ours unless --dtype is given.
-loss: for each seed, nanoGPT's unchanged CPU preset, then --config with the number of steps that should take 0.8 of
-nanoGPT's time. One function scores both on the whole validation split, in blocks of each model's own block_size. Only
-training time counts. The time to reach --target is interpolated between the evaluations before and after it; if the
+in milliseconds, and `speedup` is nanoGPT's median divided by ours. Each runs in its own process, as its users would run
+it. nanoGPT computes in float32 on a CPU and in bfloat16 on a GPU, and so does HumptyGPT unless --dtype is given.
+loss: for each seed, run nanoGPT's unchanged CPU preset, then --config for as many steps as should take 80% of nanoGPT's
+time. One function scores both on the whole validation split, in blocks of each model's own block_size. Only training
+time counts. The time to reach --target is interpolated between the evaluations before and after it; if the
 target is not reached, the total time is used. `speedup` is nanoGPT's time divided by ours.
-profile: batch, forward, backward and so on, measured one by one, without compiling.
-sample: milliseconds to the first token, which is the time to read the prompt, and after it tokens per second, summed
-over all texts. nanoGPT, transformers, CTranslate2 and llama.cpp are measured as well. Missing programs are listed; `pip
-install transformers ctranslate2 xllamacpp gguf` installs all but nanoGPT. All have random weights and the same number
-of threads, and take turns. The figures are medians over the rounds, and `ratio` is ours divided by theirs. With
---size=gpt2 all run the same network. With --size=0.8M ours runs the demo's network, and the others nanoGPT's CPU
-preset, with biases except in nanoGPT itself. All choose the most probable token, except nanoGPT, which can only sample.
-Ours, nanoGPT and transformers stop after 20 seconds.
+profile: the parts of a step (batch, forward, backward and so on) are measured one by one, without compilation.
+sample: milliseconds to the first token, which is the time to read the prompt, and the tokens per second after that,
+summed over all texts. nanoGPT, transformers, CTranslate2 and llama.cpp are measured as well. Missing programs are
+listed; `pip install transformers ctranslate2 xllamacpp gguf` installs all but nanoGPT. All use random weights and the
+same number of threads, and take turns. The figures are medians over the rounds, and `ratio` is ours divided by theirs.
+With --size=gpt2, all run the same network. With --size=0.8M, HumptyGPT runs the demo's network and the others run
+nanoGPT's CPU preset, with biases except in nanoGPT itself. All choose the most probable token, except nanoGPT, which
+can only sample. HumptyGPT, nanoGPT and transformers stop after 20 seconds.
 page: milliseconds from a key press until the page is painted, as medians and 95th percentiles. A character is appended
-to a text of 64 tokens, typed anywhere in it, and typed when the context is full, so that all tokens shift. The run's
-tokens must be characters. `pip install playwright` installs the package that drives the browser.
-gpu: the time that the demo takes to reach its loss, including data and compiling; tokens/s, MFU and peak memory of
-training GPT-2 124M and 350M, with the memory that the formula predicts, and the same for nanoGPT if a checkout is
-given; tokens/s of decoding, with the limit set by the memory bandwidth. The device, dtype, compile and evaluation
-settings of a config are ignored.
+to a text or inserted at a random position. The text has 64 tokens, fills the context, or exceeds it by one token. The
+run must use a character tokenizer. `pip install playwright` installs the package that drives the browser.
+gpu: the time that the demo takes to reach its loss, including data preparation and compilation; tokens/s, MFU and peak
+memory of training GPT-2 124M and 350M, next to the estimated memory, and the same for nanoGPT if a checkout is given;
+tokens/s of decoding, next to the limit set by the memory bandwidth. The device, dtype, compile and evaluation settings
+of a config are ignored.
 """
 
 import importlib
@@ -63,7 +63,7 @@ class BenchConfig:
     nanogpt: str | None = None  # a nanoGPT checkout to compare with
     config: str | None = None  # config file; None: nanoGPT's CPU preset, or the demo
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
-    dtype: str | None = None  # our dtype; None: nanoGPT's in train, otherwise auto
+    dtype: str | None = None  # HumptyGPT's; None: same as nanoGPT with what=train, or auto
     # what=train, profile
     steps: int = 300  # timed steps
     # what=loss
@@ -72,9 +72,9 @@ class BenchConfig:
     # what=sample
     size: str = "gpt2"  # model size
     weights: str = "float32"  # dtype of the weights
-    compile: bool = False  # ours: compile the one-token step
+    compile: bool = False  # compile HumptyGPT's single-token step
     texts: int = 1  # texts continued together
-    prompt: int = 8  # prompt tokens of each text
+    prompt: int = 8  # prompt tokens per text
     new_tokens: int = 32  # tokens to generate after each prompt
     rounds: int = 3  # measurements of each program, alternating
     # what=page
@@ -102,7 +102,7 @@ class BenchConfig:
             raise ValueError(f"what={self.what} needs --{needed}=PATH")
         if self.nanogpt is not None and not (Path(self.nanogpt) / "model.py").exists():
             raise ValueError(
-                f"nanogpt={self.nanogpt} has no model.py; give a checkout's folder"
+                f"nanogpt={self.nanogpt} has no model.py; give the folder of a checkout"
             )
 
 

@@ -1,4 +1,4 @@
-"""Make an HTML page from a run, in which its model computes before your eyes as you type.
+"""Make an HTML page from a run. Its model runs in the page and shows every step of its computation as you type.
 
     python explain.py --out_dir=out/shakespeare_char
     python explain.py --out_dir=out/shakespeare_char --start="ROMEO: What light through yon" --to=page.html
@@ -29,7 +29,7 @@ class ExplainConfig:
     out_dir: str = "out"  # folder of the run
     checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt
     to: str | None = None  # HTML file to write; None: explain.html in out_dir
-    start: str | None = None  # text or sentence that the page shows first
+    start: str | None = None  # text that the page shows first
     snapshots: bool = True  # include the weights of earlier steps in the page
 
     @classmethod
@@ -51,12 +51,12 @@ def main(argv: list[str]) -> None:
 
 
 def to_text(data: dict) -> str:
-    """Write JSON in ASCII, with < escaped, so that an HTML parser cannot find the end of a script in it."""
+    """Encode data as ASCII JSON with < escaped, so that it cannot end the <script> element that holds it."""
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", r"\u003c")
 
 
 def fill(data: str) -> bytes:
-    """Fill in page.html: replace each placeholder, such as {{model.js}}, by the script, style or data that it names."""
+    """Fill in page.html: replace each placeholder, such as {{model.js}}, with the script, style or data it names."""
     contents = {path.name: path.read_text(encoding="utf-8") for path in SOURCES.iterdir()}
     contents["data"] = data
     contents["checksum"] = f"{zlib.crc32(data.encode()):08x}"

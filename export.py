@@ -1,4 +1,4 @@
-"""Export a model: a folder for transformers, one file for llama.cpp, or one checkpoint.
+"""Export a model as a folder for transformers, a file for llama.cpp or a single checkpoint.
 
     python export.py --out_dir=out/shakespeare_char_llama --to=exported
     python export.py --out_dir=out/shakespeare_char_llama --to=model.gguf --dtype=q8_0
@@ -7,8 +7,8 @@
 
 The folder has the model, its tokenizer and a model card, and is ready to upload to the Hugging Face Hub. The GGUF file
 is for llama.cpp and for programs that are built on it, such as Ollama and LM Studio. Both formats support only GPT-2's
-and Llama's architectures. As a .pt file, any run becomes one file that all scripts can open. The ending of --to chooses
-the format.
+and Llama's architectures. Any run can be exported to a .pt file, a single file that all scripts can open. The file
+extension of --to selects the format.
 """
 
 import shlex
@@ -37,8 +37,8 @@ class ExportConfig:
     init_from: str = "resume"  # resume: a checkpoint in out_dir; otherwise a run, a checkpoint, a model folder or gpt2
     out_dir: str = "out"  # folder of the run to export, or a checkpoint in it
     checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt
-    to: str = "exported"  # what to write: a file that ends in .gguf or .pt, or a new folder
-    dtype: str = "float32"  # type of the weights; q8_0: 8 bits, only for .gguf
+    to: str = "exported"  # file to write, ending in .gguf or .pt, or a new folder
+    dtype: str = "float32"  # dtype of the weights; q8_0: 8 bits, .gguf only
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
@@ -85,7 +85,7 @@ def write_folder(loaded, to: Path, dtype: str) -> str:
         "generation_config.json": generation_config(loaded),
     }
     with whole(to) as folder:
-        folder.mkdir()  # made here, so that an error names the folder that cannot be written
+        folder.mkdir()  # here rather than later, so that an error names the folder that cannot be written
         write_pretrained(loaded.model, folder, dtype)
         write_files(folder, files)
     return f"{to}: its README.md shows how to use it"
@@ -109,14 +109,14 @@ def write_checkpoint(loaded, to: Path, dtype: str) -> str:
 
     if loaded.saved is None:
         raise UserError(
-            f"only a run can become a checkpoint, and {loaded.path} is none; use it with --init_from"
+            f"only a run can be exported as a checkpoint, and {loaded.path} is not a run; load it with --init_from"
         )
     save(to, loaded.saved)
     return f"{to}: python sample.py {shlex.quote(f'--out_dir={to}')}"
 
 
 def generation_config(loaded) -> dict[str, object]:
-    """Make the content of generation_config.json, which makes transformers sample with sample.py's defaults."""
+    """Make the contents of generation_config.json, which gives transformers the sampling defaults of sample.py."""
     from sample import SampleConfig
 
     tokenizer, rows = loaded.tokenizer, loaded.model.config.vocab_size
@@ -128,7 +128,7 @@ def generation_config(loaded) -> dict[str, object]:
         "bos_token_id": eot if bos is None else bos,
         "eos_token_id": eot,
         "pad_token_id": eot,
-        # rows of the embedding that belong to no token
+        # embedding rows without a token
         "suppress_tokens": [*range(tokenizer.vocab_size, rows)] or None,
     }
 

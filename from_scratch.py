@@ -1,7 +1,7 @@
-"""A GPT in plain Python: additions and multiplications, with only the standard library.
+"""A GPT in plain Python, built from additions and multiplications with only the standard library.
 
-Each section is a chapter of the article that README.md begins with. Two are left out: subword tokenizers, since a token
-is one letter here, and the encoder-decoder transformer. model.py has the same GPT for fast processors; a test checks
+Each section follows a chapter of the article linked in README.md. Two chapters are left out: subword tokenizers, since
+a token is one letter here, and the encoder-decoder transformer. model.py has the same GPT in PyTorch, and a test checks
 that both compute the same numbers. `python from_scratch.py` takes half a minute.
 """
 
@@ -15,15 +15,15 @@ All the king's horses and all the king's men
 Couldn't put Humpty together again.
 """
 
-# A simple neural network: four numbers go in (a thing's red, green and blue, and its volume in litres). Two come out,
-# one for leaf and one for flower; the larger is the answer. Between them is a layer of three neurons. A neuron
-# multiplies each number that it reads by a weight of its own, and adds up the products. (There are no biases here.)
+# A simple neural network: four numbers go in (an object's red, green and blue, and its volume in litres). Two come out,
+# one for leaf and one for flower; the larger one is the answer. In between is a layer of three neurons. Each neuron
+# has a weight for each of its inputs. It multiplies them and adds up the products. (There are no biases here.)
 LEAVES = [[0.13, 0.42, 0.22, 0.01], [0.31, 0.48, 0.12, 0.02]]
 FLOWERS = [[0.87, 0.73, 0.09, 0.06], [0.92, 0.35, 0.55, 0.04]]
 
 
 class Vector:
-    """Some numbers, such as the outputs of a layer or the weights of one neuron, and the gradient of each number."""
+    """Numbers, such as the outputs of a layer or the weights of one neuron, and the gradient of each number."""
 
     def __init__(self, numbers: list[float]):
         self.numbers = numbers
@@ -42,22 +42,22 @@ def dot(a: list[float], b: list[float]) -> float:
 
 
 # How are these models trained? A loss says how wrong an answer is. The gradient of a weight says how much the loss
-# rises if the weight rises a little, so each weight moves a little the other way, again and again: gradient descent.
+# rises if the weight rises a little. Gradient descent moves each weight a little the other way, again and again.
 # Backpropagation finds all gradients at once, by the chain rule: if y = w x, the gradient of w is x times that of y,
-# and the gradient of x is w times that of y. Each operation below puts such a rule on a tape, as a function backward()
-# to be called when the loss is known. With numbers instead of vectors, the tape would be a hundred times as long.
+# and the gradient of x is w times that of y. Each operation below puts such a rule on a tape: a function backward(),
+# to be called once the loss is known. With numbers instead of vectors, the tape would be a hundred times as long.
 tape = []
 looked_at = []  # attention weights, for the table at the end
 
 
 def pass_on(x: Vector, factor: float, numbers: list[float]) -> None:
-    """Add factor times these numbers to the gradient of x, which may have been used several times."""
+    """Add factor times these numbers to the gradient of x. They add up, because x may be used several times."""
     if factor:
         x.gradient = [old + factor * number for old, number in zip(x.gradient, numbers)]
 
 
 def linear(x: Vector, weights: list[Vector]) -> Vector:
-    """A layer: for each neuron, the sum of the products of x and its weights."""
+    """A layer: the output of each neuron is the sum of x times the neuron's weights."""
     y = Vector([dot(x.numbers, neuron.numbers) for neuron in weights])
 
     def backward() -> None:
@@ -70,7 +70,7 @@ def linear(x: Vector, weights: list[Vector]) -> Vector:
 
 
 def relu(x: Vector) -> Vector:
-    """Negative numbers become 0; without this, many layers could do no more than one."""
+    """Negative numbers become 0; without this, many layers could do no more than one layer."""
     y = Vector([max(0.0, number) for number in x.numbers])
     slopes = [1.0 if number > 0 else 0.0 for number in x.numbers]
     tape.append(lambda: pass_on(x, 1, list(map(mul, y.gradient, slopes))))
@@ -78,22 +78,22 @@ def relu(x: Vector) -> Vector:
 
 
 def cross_entropy(scores: Vector, target: int) -> Vector:
-    """The loss: 0 if the right answer has probability 1 (see softmax below), and higher the lower its probability."""
+    """The loss: 0 if the right answer has probability 1 (see softmax below). It rises as that probability falls."""
     probabilities = softmax(scores.numbers)
     loss = Vector([-math.log(probabilities[target])])
-    gradients = probabilities.copy()  # the right score is raised, the others are lowered
+    gradients = probabilities.copy()  # the right score should rise, the others should fall
     gradients[target] -= 1
     tape.append(lambda: pass_on(scores, loss.gradient[0], gradients))
     return loss
 
 
-# AdamW is gradient descent in steadier steps: a weight moves by lr, the learning rate, times the mean of its recent
-# gradients divided by their usual size. decay, which is 0 here, also pulls each weight to 0. Returns the mean loss.
+# AdamW is gradient descent with steadier steps: a weight moves by lr, the learning rate, times the mean of its recent
+# gradients divided by their usual size. decay, 0 by default, also pulls each weight towards 0. Returns the mean loss.
 def adamw(weights: list[Vector], losses: list[Vector], step: int, lr: float, decay=0.0):
     for loss in losses:
         loss.gradient = [1 / len(losses)]
     while tape:
-        backward = tape.pop()  # the last one first
+        backward = tape.pop()  # the last operation first
         backward()
     for x in weights:
         for i, g in enumerate(x.gradient):
@@ -117,12 +117,12 @@ def leaf_or_flower() -> None:
             print(f"  step {step:3}: loss {loss:.3f}")
     another = relu(linear(Vector([0.22, 0.55, 0.15, 0.02]), hidden))
     leaf, flower = linear(another, output).numbers
-    print(f"  another leaf: leaf {leaf:.1f}, flower {flower:.1f}")
+    print(f"  scores of a new leaf: leaf {leaf:.1f}, flower {flower:.1f}")
 
 
-# How does all this help generate language? A number can stand for a letter. A network reads the last twelve and has an
-# output for each possible next letter. The letter with the largest is appended, and so on, as at the end of main().
-# Embeddings: but a letter is more than its place in the alphabet. So each has several numbers, trained like weights.
+# How does all this help generate language? A number can stand for a letter. A network reads the last twelve letters and
+# has an output for each possible next letter. The letter with the largest output is appended, and so on: see main().
+# Embeddings: a letter is more than its place in the alphabet, so each gets several numbers, trained like weights.
 ALPHABET = sorted(set(RHYME))
 TOKENS = [ALPHABET.index(letter) for letter in RHYME]
 
@@ -152,24 +152,24 @@ def window_network(embedding: list[Vector], trained: list[Vector]) -> float:
     return loss
 
 
-# Self Attention: which letters matter depends on more than their positions. Each letter asks for something with its
-# query; it and each letter before it have a key. The better a key fits, the more of that letter's value is passed on.
-# Softmax: the scores, which say how well keys fit, are turned into positive fractions that add up to 1.
+# Self Attention: which letters matter depends on more than their positions. Each letter has a query, a key and a
+# value. Its query is compared with the keys of all letters up to it: the better a key fits, the more its value counts.
+# Softmax: the scores, which say how well the keys fit, are turned into positive fractions that add up to 1.
 def softmax(scores: list[float]) -> list[float]:
-    highest = max(scores)  # subtracting it changes no fraction but keeps the powers small
+    highest = max(scores)  # subtracted to keep the powers small; no fraction changes
     powers = [math.exp(score - highest) for score in scores]
     return [power / sum(powers) for power in powers]
 
 
 def attend(query: Vector, keys: list[Vector], values: list[Vector]) -> Vector:
-    scale = len(query.numbers) ** -0.5  # otherwise long vectors would have large scores
+    scale = len(query.numbers) ** -0.5  # otherwise longer vectors would get larger scores
     weights = softmax([scale * dot(query.numbers, key.numbers) for key in keys])
     looked_at.append(weights)
     y = Vector([dot(weights, column) for column in zip(*[v.numbers for v in values])])
 
     def backward() -> None:
         gradients = [dot(y.gradient, value.numbers) for value in values]
-        mean = dot(weights, gradients)  # subtracted: more for one letter is less for others
+        mean = dot(weights, gradients)  # more weight for one letter is less for the others
         for key, value, weight, gradient in zip(keys, values, weights, gradients):
             pass_on(value, weight, y.gradient)
             pass_on(query, scale * weight * (gradient - mean), key.numbers)
@@ -187,7 +187,7 @@ def add(a: Vector, b: Vector) -> Vector:
     return y
 
 
-# Layer Normalization: sums of sums grow or vanish, so numbers get mean 0, standard deviation 1 and a trained scale.
+# Layer Normalization: sums of sums grow or vanish, so x gets mean 0 and standard deviation 1, then a trained scale.
 def layer_norm(x: Vector, scale: Vector) -> Vector:
     n = len(x.numbers)
     mean = sum(x.numbers) / n
@@ -207,8 +207,8 @@ def layer_norm(x: Vector, scale: Vector) -> Vector:
     return y
 
 
-# Dropout: in training, numbers chosen at random become 0, so that no neuron can rely on a single other one, and the
-# rest are scaled up to make up for it. main() does not use it, because the GPT should learn its text by heart.
+# Dropout: in training, numbers chosen at random become 0, so that no neuron can rely on any single input. The others
+# are scaled up to make up for it. main() does not use dropout, because the GPT should learn its text by heart.
 def dropout(x: Vector, p: float) -> Vector:
     kept = [0.0 if random.random() < p else 1 / (1 - p) for _ in x.numbers]
     y = Vector(list(map(mul, x.numbers, kept)))
@@ -216,7 +216,7 @@ def dropout(x: Vector, p: float) -> Vector:
     return y
 
 
-# Multi-head Attention: several heads ask at once, each with its rows of the matrices; a last matrix mixes the answers.
+# Multi-head Attention: several heads work side by side, each with its own rows of the matrices. o_proj mixes them.
 def attention(x: list[Vector], matrices: list[list[Vector]], n_head: int) -> list[Vector]:
     q_proj, k_proj, v_proj, o_proj = matrices
     size = len(o_proj) // n_head
@@ -232,7 +232,7 @@ def attention(x: list[Vector], matrices: list[list[Vector]], n_head: int) -> lis
 # Positional encoding and embedding: attention ignores order, so each position's embedding is added to the letter's.
 # The GPT architecture: blocks of attention and a network like the first, each with a norm and a residual connection.
 def new_gpt(n_embd: int, n_layer: int, block_size: int) -> dict[str, list[Vector]]:
-    """Random weights under their names in model.py. wte: embeddings of letters. wpe: embeddings of positions."""
+    """Random weights, keyed by their names in model.py. wte: letter embeddings. wpe: position embeddings."""
     weights = {"wte": matrix(len(ALPHABET), n_embd, 0.1)}
     weights["stack.position.wpe"] = matrix(block_size, n_embd, 0.1)
     weights["stack.norm"] = [Vector([1.0] * n_embd)]
@@ -247,7 +247,7 @@ def new_gpt(n_embd: int, n_layer: int, block_size: int) -> dict[str, list[Vector
 
 
 def gpt(tokens: list[int], weights: dict, n_layer: int, n_head: int, p=0.0) -> list[Vector]:
-    """For each token, a score for every letter that may come next. p: the probability of dropout."""
+    """For each token, a score for every letter that may come next. p: dropout probability."""
     x = [add(weights["wte"][a], b) for a, b in zip(tokens, weights["stack.position.wpe"])]
     for block in [f"stack.blocks.{i}" for i in range(n_layer)]:
         y = [layer_norm(a, weights[f"{block}.attn_norm"][0]) for a in x]
@@ -258,24 +258,24 @@ def gpt(tokens: list[int], weights: dict, n_layer: int, n_head: int, p=0.0) -> l
         y = [linear(a, weights[f"{block}.mlp.down_proj"]) for a in y]
         x = [add(a, dropout(b, p)) for a, b in zip(x, y)]
     x = [layer_norm(a, weights["stack.norm"][0]) for a in x]
-    return [linear(a, weights["wte"]) for a in x]  # score: how well the embedding fits
+    return [linear(a, weights["wte"]) for a in x]  # how well each letter's embedding fits
 
 
 def main() -> None:
     random.seed(1)
     print(f"A network tells leaves from flowers (loss when guessing: {math.log(2):.3f}):")
     leaf_or_flower()
-    print(f"Another predicts letters (guessing: {math.log(len(ALPHABET)):.3f}). If each is")
+    print(f"Another predicts letters (loss when guessing: {math.log(len(ALPHABET)):.3f}):")
     numbers = [Vector([i / len(ALPHABET)]) for i in range(len(ALPHABET))]
     vectors = matrix(len(ALPHABET), 4, 1.0)
-    print(f"  a number:         loss {window_network(numbers, trained=[]):.3f}")
-    print(f"  a trained vector: loss {window_network(vectors, vectors):.3f}")
+    print(f"  letters as numbers:         loss {window_network(numbers, trained=[]):.3f}")
+    print(f"  letters as trained vectors: loss {window_network(vectors, vectors):.3f}")
     print("A GPT learns the rhyme from a random piece of it at each step:")
     weights = new_gpt(n_embd=16, n_layer=1, block_size=24)
     parameters = [x for rows in weights.values() for x in rows]
     for step in range(1, 501):
         start = random.randrange(0, len(TOKENS) - 12, 12)
-        piece = TOKENS[start : start + 25]  # letters to read, and the letter after each
+        piece = TOKENS[start : start + 25]  # the letters to read, and one more to predict
         scores = gpt(piece[:-1], weights, n_layer=1, n_head=2)
         losses = [cross_entropy(x, token) for x, token in zip(scores, piece[1:])]
         loss = adamw(parameters, losses, step, lr=0.01 * (1 - step / 501))
@@ -290,7 +290,7 @@ def main() -> None:
         tokens.append(scores.index(max(scores)))
     text = "".join(ALPHABET[token] for token in tokens)
     print(f"Given the first twelve letters, it continues:\n{text}")
-    print("The attention of each early letter to the letters up to it, in percent:")
+    print("How much each of these letters attends to the letters up to it, in percent:")
     letters = text[:12].replace(" ", "_")
     print(" " * 3 + "".join(f"{letter:>4}" for letter in letters))
     for letter, row in zip(letters, looked_at):

@@ -1,4 +1,4 @@
-"""A GPT: its config, its parts, the model itself, and how it generates text. Needs nothing but PyTorch.
+"""A GPT: its config, its parts, the model itself, and how it generates text. Requires only PyTorch.
 
     idx (B, T)
      |
@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 # --------------------------------------------------------------------------------------
 # The config
 
-# {rule: (the settings that it applies to, whether a value satisfies it)}
+# {rule: (names of the settings that it applies to, function that checks a value)}
 RANGES = {
     "at least 1 and at most 1048576": (
         "n_layer n_head n_kv_head n_embd head_size n_hidden block_size vocab_size",
@@ -57,7 +57,7 @@ class ModelConfig:
     model: str = "gpt"  # transformer: encoder-decoder; window_mlp: no attention; number_mlp: no embedding either
     n_layer: int = 4  # number of blocks; transformer: per stack; window_mlp: hidden layers
     n_head: int = 2  # attention heads in a block
-    n_kv_head: int | None = None  # heads of keys and values (GQA); None: n_head; 1: MQA
+    n_kv_head: int | None = None  # key and value heads (GQA); None: n_head; 1: MQA
     n_embd: int = 128  # embedding dimension: the width of the model
     head_size: int | None = None  # features per attention head; None: n_embd / n_head
     n_hidden: int | None = None  # hidden neurons; None: 4 n_embd, or 8/3 n_embd if gated
@@ -73,9 +73,9 @@ class ModelConfig:
     position: str = "rotary"  # positional encoding
     rope_base: float = 10000.0  # rotary: base of the frequencies (rope_theta)
     rope_factor: float = 1.0  # rotary: divides low frequencies, as in Llama 3.1; 1: off
-    rope_low_freq_factor: float = 1.0  # rope_factor: frequencies with fewer turns are low
-    rope_high_freq_factor: float = 4.0  # rope_factor: frequencies with more turns are kept
-    rope_original_context: int = 8192  # rope_factor: context length before the extension
+    rope_low_freq_factor: float = 1.0  # below this many turns, rope_factor applies in full
+    rope_high_freq_factor: float = 4.0  # above this many turns, a frequency is unchanged
+    rope_original_context: int = 8192  # original context length, in which turns are counted
     norm: str = "layernorm"  # kind of norm
     norm_eps: float = 1e-5  # added to a norm's variance or mean square
     block: str = "pre_norm"  # arrangement of norms and residual connections in a block
@@ -102,11 +102,11 @@ class ModelConfig:
         }
 
     def validate(self) -> None:
-        """Raise ValueError for the first value or combination that makes no sense."""
+        """Raise ValueError for the first invalid value or combination of values."""
         self.check_values()
         if self.head_size is None and self.n_embd % self.n_head:
             raise ValueError(
-                f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, or set head_size"
+                f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head} unless head_size is set"
             )
         if self.n_head % self.kv_heads:
             raise ValueError(
@@ -121,10 +121,10 @@ class ModelConfig:
                 f"block={self.block} has no residual connections, so with init=zero it would output 0; use init=gpt2"
             )
         if self.mlp == "none" and self.block == "parallel":
-            raise ValueError("block=parallel needs a feed-forward network, not mlp=none")
+            raise ValueError("block=parallel needs a feed-forward network, but mlp=none")
 
     def check_values(self) -> None:
-        """Raise ValueError for the first value that is out of range on its own."""
+        """Raise ValueError for the first value that is invalid by itself."""
         for name, choices in self.choices().items():
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name}={value} is not one of: {', '.join(choices)}")
@@ -140,7 +140,7 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Number of heads of keys and values."""
+        """Number of key and value heads."""
         return self.n_kv_head or self.n_head
 
     @property
@@ -154,7 +154,7 @@ class ModelConfig:
 
 
 class LayerNorm(nn.LayerNorm):
-    """(x - mean) / standard deviation over the last dimension, times a trained scale and, with bias, plus a bias.
+    """(x - mean) / standard deviation over the last dimension, times a trained scale, plus a trained bias if bias=True.
 
     Source: Ba et al. 2016, arXiv:1607.06450.
     """
@@ -196,7 +196,7 @@ class Dropout(nn.Dropout):
 
 
 # --------------------------------------------------------------------------------------
-# Positions: attention by itself cannot tell the order of its tokens. A scheme can act in three places.
+# Positions: attention by itself ignores the order of tokens. A positional encoding can act in three places.
 
 # Positions of the T new tokens: a slice, or (B, T) int64 if the texts of a batch start at different positions
 At = slice | Tensor
@@ -204,7 +204,7 @@ Rotary = tuple[Tensor, Tensor]  # cos and sin for rotate(), each (1, T, D) or (B
 
 
 class Position(nn.Module):
-    """No positional encoding: three hooks that change nothing. Each scheme overrides one of them."""
+    """No positional encoding: three hooks that change nothing. Each encoding overrides one of them."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -234,7 +234,7 @@ class LearnedPosition(Position):
 
 
 class SinusoidalPosition(Position):
-    """Fixed sinusoids of geometrically spaced wavelengths, added to the embedding.
+    """Fixed sinusoids with geometrically spaced wavelengths, added to the embedding.
 
     Features 2i and 2i + 1 are sin and cos of p / 10000^(2i/C) at position p. The embedding is first multiplied by
     sqrt(C), since otherwise the sinusoids would dominate it.
@@ -254,7 +254,7 @@ class SinusoidalPosition(Position):
 
 
 class RotaryPosition(Position):
-    """Rotate pairs of features of queries and keys by angles proportional to position: q.k depends only on distance.
+    """Rotate feature pairs of queries and keys by angles proportional to position, so q.k depends only on distance.
 
     Pair i of the D / 2 pairs turns by rope_base^(-2i/D) radians per position, computed in float32.
     Source: Su et al. 2021, arXiv:2104.09864, eq. 34; pairs are (i, i + D/2), the layout of Llama's weights.
@@ -279,8 +279,8 @@ def llama_scale(frequency: Tensor, config: ModelConfig) -> Tensor:
     """Compute the factors by which Llama 3.1 multiplies frequencies to extend the context of a trained model.
 
     Frequencies with fewer than rope_low_freq_factor turns in the original context are divided by rope_factor, so that
-    no new angle occurs. Frequencies with more than rope_high_freq_factor turns tell neighbours apart and are kept. In
-    between, the factors are interpolated. With rope_factor=1, all factors are 1.
+    no angle is larger than in training. Frequencies with more than rope_high_freq_factor turns tell nearby tokens apart
+    and are unchanged. In between, the factors are interpolated. With rope_factor=1, all factors are 1.
     Source: Grattafiori et al. 2024, arXiv:2407.21783, and the code of Llama 3.1.
     """
     turns = config.rope_original_context * frequency / (2 * math.pi)
@@ -315,7 +315,7 @@ class AlibiPosition(Position):
 
 
 def alibi_slopes(n_head: int) -> list[float]:
-    """2^(-8/n), 2^(-16/n), ... 2^-8 for n heads, a power of two; further heads take every other slope of 2n heads."""
+    """Slopes 2^(-8/n), 2^(-16/n), ..., 2^-8 for n heads, n a power of two; other heads use every second slope of 2n."""
     n = 2 ** int(math.log2(n_head))
     order = [*range(2, 2 * n + 1, 2), *range(1, 2 * n, 2)]
     return [2 ** (-4 * i / n) for i in order[:n_head]]
@@ -333,9 +333,9 @@ POSITIONS = {
 # --------------------------------------------------------------------------------------
 # Attention: each token looks at the tokens before it.
 
-# (a term to add to the scores, broadcast to (B, H, T, S), or None; whether to hide later keys instead, with T = S)
+# (bias to add to the scores, broadcastable to (B, H, T, S), or None; True for a causal mask instead, with T = S)
 Mask = tuple[Tensor | None, bool]
-# For cross-attention: (the encoder's output, (B, S, C), or None if the cache has its keys and values; its mask)
+# For cross-attention: (encoder output, (B, S, C), or None once the cache holds its keys and values; its mask)
 Context = tuple[Tensor | None, Mask]
 # Without dropout, use the explicit formula for up to this many scores in a layer: 64 MB in bfloat16
 EXPLICIT_SCORES = 2**25
@@ -353,7 +353,7 @@ class Shared(NamedTuple):
 
 
 class SelfAttention(nn.Module):
-    """H heads side by side, each softmax(q k^T / sqrt(D) + mask) v. Their results are concatenated and mixed.
+    """H parallel heads, each computing softmax(q k^T / sqrt(D) + mask) v. Their outputs are concatenated and projected.
 
     With n_kv_head below n_head, groups of query heads share one head of keys and values, which makes the cache smaller.
     window: number of tokens that a query attends to, including its own; 0: all up to its own.
@@ -401,9 +401,9 @@ class SelfAttention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: Dropout) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v: the mean of the values, weighted by how well each key matches the query.
 
-    q: (B, H, T, D). k, v: (B, H, S, D), or fewer heads. dropout: acts on the weights. Returns (B, H, T, D).
-    PyTorch's fused kernel computes the same formula. For training on a CPU it is slow with dropout, and in bfloat16 its
-    backward pass takes three times as long as the explicit formula's.
+    q: (B, H, T, D). k, v: (B, H, S, D), or with fewer heads. dropout: applied to the weights. Returns (B, H, T, D).
+    PyTorch's fused kernel computes the same formula. On a CPU, training with this kernel is slow with dropout, and in
+    bfloat16 the kernel's backward pass takes three times as long as that of the explicit formula.
     """
     bias, is_causal = mask
     q, k = q.to(v.dtype), k.to(v.dtype)  # a float32 parameter may have promoted them
@@ -457,7 +457,7 @@ class LayerCache:
 
     def __init__(self, size: int):
         self.size = size
-        # (B, H, size, D); shape, dtype and device are those of the first tokens
+        # (B, H, size, D); allocated by the first append(), with the shape, dtype and device of its arguments
         self.k = self.v = None
         self.last_inputs = None  # (B, n, C), for a convolution over n earlier tokens
 
@@ -518,7 +518,7 @@ ACTIVATIONS = {
 
 
 class MLP(nn.Module):
-    """Two linear layers with an activation between them; n_hidden neurons, by default 4 C.
+    """Two linear layers with an activation between them, and n_hidden neurons (default: 4 C).
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.3.
     """
@@ -542,7 +542,7 @@ class MLP(nn.Module):
 
 
 class GatedMLP(MLP):
-    """Multiply each hidden neuron by a gate, to which the activation has been applied. With silu: SwiGLU.
+    """Multiply each hidden neuron by a gate; the activation is applied to the gate. With silu, this is SwiGLU.
 
     By default it has 8/3 C neurons, so that its three matrices have as many weights as the two of MLP. The number is
     rounded up to a multiple of 8, since GPUs multiply matrices in tiles of 8. Source: Shazeer 2020, arXiv:2002.05202.
@@ -559,7 +559,7 @@ MLPS = {"plain": MLP, "gated": GatedMLP, "none": None}
 
 
 class CausalConv(nn.Module):
-    """Add to each token the n tokens before it, each feature with its own trained weights: x_t + w_1 x_(t-1) + ...
+    """Add to each token the n tokens before it, with trained weights for each feature: x_t + w_1 x_(t-1) + ...
 
     It starts as the identity. Sources: So et al. 2021 (Primer), arXiv:2109.08668; Allen-Zhu 2025, arXiv:2512.17351
     (Canon layers, which are placed before attention and before the MLP).
@@ -590,14 +590,14 @@ class CausalConv(nn.Module):
 
 
 # --------------------------------------------------------------------------------------
-# Blocks: how attention, feed-forward network and norms are combined.
+# Blocks combine attention, a feed-forward network, norms and residual connections.
 
 
 class Block(nn.Module):
     """Two branches: attention, then a feed-forward network. Each kind of block combines them in its forward().
 
-    forward(x, *inputs): x is (B, T, C); inputs, Shared and perhaps a LayerCache, are passed on to the branches.
-    layer: number of the block in its stack, from 0.
+    forward(x, *inputs): x is (B, T, C); inputs, a Shared and perhaps a LayerCache, go to the branches.
+    layer: index of the block in its stack, from 0.
     """
 
     residual = True  # the output of each branch is added to its input
@@ -665,7 +665,7 @@ class PostNormBlock(Block):
 
 
 class PlainBlock(Block):
-    """No residual connections, to see what they are good for.
+    """No residual connections, to show what they contribute.
 
     Source of residual connections: He et al. 2015, arXiv:1512.03385.
     """
@@ -704,7 +704,7 @@ BLOCKS = {
 class Stack(nn.Module):
     """Everything between embedding and head: positions, n_layer blocks and, unless the blocks end with one, a norm.
 
-    blocks: {name: kind of block}. checkpoint_activations: in training, keep only the input of each block, and recompute
+    blocks: {name: block class}. checkpoint_activations: in training, keep only the input of each block, and recompute
     the rest in the backward pass. Source: Chen et al. 2016, arXiv:1604.06174.
     """
 
@@ -850,15 +850,15 @@ def init_weights(model: nn.Module) -> None:
     """Draw all weights from normal distributions. config.init sets the standard deviations:
 
                                    gpt2                      zero
-    embeddings                     0.02                      1; tied 1 / sqrt(n_embd)
+    embeddings                     0.02                      1, or 1 / sqrt(n_embd) if tied
     linear layers                  0.02                      1 / sqrt(inputs)
     last layer of each branch      0.02 / sqrt(branches)     0, so that a new block is the identity
     an untied head                 0.02                      0, so that all tokens are equally likely
     biases, norms                  0, 1                      0, 1
 
-    GPT-2 divides by the square root of the number of residual branches in a stack, 2 n_layer with attention and
-    feed-forward, so that the residual stream keeps the variance of its input. Without residual connections
-    (block=plain) only the blocks' linear layers carry the signal: all get 1 / sqrt(inputs), which keeps its scale.
+    GPT-2 divides by the square root of the number of residual branches in a stack (2 n_layer with attention and
+    feed-forward), so that the residual stream keeps the variance of its input. Without residual connections
+    (block=plain), only the blocks' linear layers carry the signal: all get 1 / sqrt(inputs), which keeps its scale.
     """
     config = model.config
     untied = not config.tie_weights
@@ -884,15 +884,15 @@ def init_weights(model: nn.Module) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Count the trained parameters. A matrix that is used twice counts once."""
+    """Count the trained parameters. A matrix that is used twice is counted once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def flops_per_token(model: nn.Module) -> int:
-    """Floating-point operations to train on one token: a forward pass, and twice as many in the backward pass.
+    """Floating-point operations to train on one token. The backward pass takes twice as many as the forward pass.
 
-    Each weight of a matrix takes one multiplication and one addition, and attention takes 2 H D of each for every token
-    attended to, even if heads share keys and values. Source: Chowdhery et al. 2022, arXiv:2204.02311, app. B.
+    In a forward pass, each matrix weight takes one multiplication and one addition. Attention takes 2 H D of each per
+    token attended to, even if heads share keys and values. Source: Chowdhery et al. 2022, arXiv:2204.02311, app. B.
     """
     matrices = attended = 0
     for module in model.modules():

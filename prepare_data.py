@@ -1,19 +1,19 @@
 """Write text or sentence pairs to data/<name>: token ids (train.bin, val.bin), tokenizer and checksums (meta.json).
 
-    python prepare_data.py shakespeare_char                                  a built-in text, found or downloaded
+    python prepare_data.py shakespeare_char                                  a built-in text, downloaded if missing
     python prepare_data.py --input=FILE_FOLDER_OR_PATTERN --name=mine        your own text
     zcat dump.gz | python prepare_data.py --input=- --name=mine              a text on standard input
     python prepare_data.py --input='corpus/*.jsonl.gz' --name=mine --tokenizer=gpt2 --val_fraction=0.001
-    python prepare_data.py translate_de_en                                   built-in pairs, found or downloaded
+    python prepare_data.py translate_de_en                                   built-in pairs, downloaded if missing
     python prepare_data.py --input=pairs.tsv --name=mine                     your own: SOURCE, a tab, TARGET per line
     python prepare_data.py --source=a.de --target=a.en --name=mine           or two aligned files
 
 Input is text, .jsonl, .parquet or .csv, optionally compressed as .gz or .zst. Each line of JSON, each row of Parquet or
 CSV, and each file with any other extension except .tsv is one document. Files in a folder that are not text are skipped
 and listed. Carriage returns become line breaks, and an end-of-text token separates documents. A document's split, train
-or val, depends only on its text, so adding files does not move the existing documents. A single text file is cut in two
-instead, and so is each file if there are few documents. A pair's split, train, val or test, depends only on its source;
-both sides share one vocabulary.
+or val, depends only on its text, so adding files does not move existing documents to the other split. A single text
+file is cut in two instead, and so is each file if there are few documents. A pair's split, train, val or test, depends
+only on its source; both sides share one vocabulary.
 Files are streamed and never held in memory. To resume a preparation that was stopped, run the same command again.
 """
 
@@ -64,10 +64,10 @@ from humptygpt.tokenizers import TOKENIZERS, Tokenizer
 from humptygpt.translation.pairs import PairFiles, Pairs
 
 Corpus = Documents | Pairs
-STREAM = "standard_input.txt"  # copy of stdin, since the text is read several times
+STREAM = "standard_input.txt"  # copy of stdin, made because the text is read several times
 RESUME = "run the same command again to resume"
 OWN_TEXT = "python prepare_data.py --input=FILE_OR_FOLDER --name=NAME"
-# keys that do not affect what is written; the name has a place of its own
+# keys that do not affect the output, and name, which is positional
 NOT_IN_COMMAND = ("name", "workers", "verify", "overwrite")
 TEXT_DEFAULTS = {
     "val_fraction": 0.1,
@@ -88,24 +88,24 @@ ONLY_FOR_PAIRS = ("test_fraction", "max_pair_tokens", "max_pair_ratio", "held_ou
 @dataclass(frozen=True)
 class PrepareConfig:
     # data
-    name: str | None = None  # folder to write in data/; may be given without --name=
+    name: str | None = None  # name of the folder in data/; the --name= prefix is optional
     input: str | None = None  # file, folder, pattern, or - for stdin
-    text_key: str | None = None  # field or column that holds the text; None: text
+    text_key: str | None = None  # field or column that holds the text; None: "text"
     encoding_errors: str = "strict"  # how to handle bytes that are not UTF-8
     skip_bad_lines: bool = False  # skip lines that have no text or, in a .tsv file, do not have exactly one tab
     val_fraction: float | None = None  # validation fraction; None: 0.1, or 0.02 for pairs
     files: int | None = None  # maximum number of files
     # sentence pairs; all but source and target also apply to a .tsv input
     source: str | None = None  # file with one sentence per line
-    target: str | None = None  # file with the translations, line by line
+    target: str | None = None  # file with their translations, aligned line by line
     test_fraction: float | None = None  # test fraction; None: same as val_fraction
-    max_pair_tokens: int | None = None  # drop pairs with more tokens on a side; None: 128
+    max_pair_tokens: int | None = None  # drop pairs with a side longer than this; None: 128
     max_pair_ratio: float | None = None  # drop pairs with a higher length ratio; None: 3
     held_out: str | None = None  # file of pairs or source lines to exclude from training
     # tokens
     tokenizer: str = "auto"  # auto: chosen to fit the text; or the tokenizer of a run, a model folder or owner/model
-    vocab_size: int | None = None  # most tokens; None: chosen for the text, or 4096
-    model_type: str | None = None  # method of sentencepiece; None: bpe
+    vocab_size: int | None = None  # maximum vocabulary size; None: set by the text, or 4096
+    model_type: str | None = None  # sentencepiece algorithm; None: bpe
     shard_tokens: int | None = None  # tokens per file, train_0000.bin, ...; None: one file
     # existing data
     overwrite: bool = False  # replace a different data set of this name
@@ -137,7 +137,7 @@ class PrepareConfig:
             rule = "must be the name of a folder in data/, such as shakespeare_char"
             raise ValueError(f"name={self.name!r} {rule}; for your own text: {OWN_TEXT}")
         if (self.source is None) != (self.target is None) or (self.source and self.input):
-            rule = "must be given together, without input, as in --source=a.de --target=a.en, aligned line by line"
+            rule = "must be given together, without input: two line-aligned files, as in --source=a.de --target=a.en"
             raise ValueError(f"source and target {rule}")
 
 
@@ -169,7 +169,7 @@ def prepare(config: PrepareConfig) -> dict:
 
 @contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
-    """Lock a folder. A full disk raises UserError, whose message says how to resume; Ctrl-C prints the same advice."""
+    """Lock a folder. If writing fails, the UserError says how to resume. Ctrl-C prints the same advice."""
     advice = "wait until it has finished, or choose another --name"
     try:
         with locked(folder, str(folder), advice):
@@ -264,16 +264,16 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, st
         try:
             return source.fetch(config)
         except UserError as error:
-            own = f"to use your own files, put them into {folder}, as data/README.md says"
+            own = f"to use your own files, put them into {folder}, as described in data/README.md"
             raise UserError(f"{error}; {own}") from error
     raise UserError(
-        f"no data set {config.name}: it is not one of: {', '.join(SOURCES)}, and there is no {folder}/input.txt;"
+        f"no data set {config.name}: it is not one of {', '.join(SOURCES)}, and {folder}/input.txt does not exist;"
         f" for your own text: {OWN_TEXT}"
     )
 
 
 def with_defaults(config: PrepareConfig, defaults: dict) -> PrepareConfig:
-    """Fill in the keys that the config does not set."""
+    """Fill in the keys that the config leaves unset."""
     unset = {key for key in defaults if getattr(config, key) in (None, "auto")}
     return replace(config, **{key: defaults[key] for key in unset})
 
@@ -281,7 +281,7 @@ def with_defaults(config: PrepareConfig, defaults: dict) -> PrepareConfig:
 def resolve(config: PrepareConfig, preset: PrepareConfig, task: str) -> PrepareConfig:
     """Set all defaults. preset: the config with the settings of a built-in data set.
 
-    Raises UserError for a key of the config that has no effect on this data or with this tokenizer.
+    Raises UserError if config sets a key that has no effect on this data or with this tokenizer.
     """
     resolved = with_defaults(preset, PAIR_DEFAULTS if task == Pairs.task else TEXT_DEFAULTS)
     tokenizer = "bpe" if preset.vocab_size else "auto"
@@ -302,14 +302,14 @@ def resolve(config: PrepareConfig, preset: PrepareConfig, task: str) -> PrepareC
 
 
 def summary(folder: Path, meta: dict, other: dict[str, str]) -> str:
-    """Summarize the data: a table of counts, then lines of text. other: more lines, for this kind of data."""
+    """Summarize the data: a table of counts, then lines of text. other: further lines, {label: text}."""
     columns = {"total": meta} | meta["splits"]
     table = [
         f"{folder}: {meta['source']}",
         12 * " " + "".join(f"{name:>14}" for name in columns),
     ]
     for key in ("documents", "pairs", "characters", "bytes", "tokens"):
-        if meta.get(key, 1) > 1:  # a single document is cut in two
+        if meta.get(key, 1) > 1:  # a count of 1: a single document, cut in two
             table.append(
                 f"  {key:<10}"
                 + "".join(f"{column[key]:>14,}" for column in columns.values())
@@ -332,7 +332,7 @@ def summary(folder: Path, meta: dict, other: dict[str, str]) -> str:
 
 
 def training_arguments(config: PrepareConfig, meta: dict) -> list[str]:
-    """Arguments for train.py to train on this data, with the model its tokenizer is from, a config, or the defaults."""
+    """Choose train.py's arguments for this data: the model that the tokenizer comes from, a config or the defaults."""
     arguments = [f"--dataset={config.name}", f"--out_dir=out/{config.name}"]
     if config.tokenizer not in CHOICES:
         return [f"--init_from={config.tokenizer}", *arguments]

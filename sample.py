@@ -6,7 +6,7 @@
     echo "ROMEO:" | python sample.py --out_dir=out/shakespeare_char --start=-
     python sample.py --out_dir=out/shakespeare_char --prompts=prompts.txt --stop=X     one prompt per line
     python sample.py --out_dir=out/shakespeare_char --interactive=True
-    python sample.py --out_dir=out/shakespeare_char --logprobs=5     each token's probability, and the likeliest five
+    python sample.py --out_dir=out/shakespeare_char --logprobs=5     log-probabilities of each token and the top five
     python sample.py --out_dir=out/shakespeare_char --score=text.txt     how well the model predicts a text
     python sample.py --init_from=FOLDER --start="..."     a model in Hugging Face's format, or nanoGPT's ckpt.pt
     python sample.py --out_dir=out/translate_de_en --start="Wo wohnst du?"
@@ -74,13 +74,13 @@ class SampleConfig:
     prompts: str | None = None  # file with one prompt per line, or - for stdin
     interactive: bool = False  # read prompts from the terminal, one after another
     score: str | None = None  # measure how well the model predicts this file (-: stdin)
-    stride: int | None = None  # with score: tokens by which the window moves each time
+    stride: int | None = None  # with score: window step in tokens; None: half of block_size
     num_samples: int = 3  # texts for each prompt, generated together in one batch
     max_new_tokens: int = 500  # tokens to generate after each prompt
     stop: tuple[str, ...] = ()  # end a text just before this string; several may be given
-    logprobs: int | None = None  # JSON lines: each token and the K likeliest ones
+    logprobs: int | None = None  # print JSON lines: each token and the K likeliest tokens
     # beam search, for translations
-    num_beams: int = 4  # hypotheses; 1: greedy
+    num_beams: int = 4  # hypotheses kept at each step; 1: greedy
     length_penalty: float = 1.0  # rank hypotheses by log-probability / tokens^this
     # sampling, for text
     temperature: float = 0.8  # below 1 sharper, above 1 more random; 0: greedy
@@ -91,9 +91,9 @@ class SampleConfig:
     seed: int = 1337  # the same seed gives the same text
     # system
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # auto: float32 on a CPU
-    quantize: str | None = None  # weights in 8 bits, on a CPU
-    compile: bool = False  # compile the one-token step, for a GPU; takes a minute at first
+    dtype: str = "auto"  # dtype of the linear layers; auto: float32 on a CPU
+    quantize: str | None = None  # int8: 8-bit weights, CPU only; None: off
+    compile: bool = False  # compile the single-token step, for a GPU; takes about a minute
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
@@ -175,7 +175,7 @@ def load(
 ) -> Pipeline:
     """Load a model for generation. Raises UserError.
 
-    source and which are the keys init_from and checkpoint of SampleConfig. The other keys have the same names there.
+    `source` and `which` are init_from and checkpoint in SampleConfig. The others have the same names there.
     """
     torch_device = pick_device(device)
     weight_dtype = torch.int8 if quantize else sample_dtype(dtype, torch_device)
@@ -191,7 +191,7 @@ def load(
 
 
 def complete(loaded: Pipeline, prompt: str, max_new_tokens: int = 500, **keys) -> str:
-    """Return the prompt with its continuation, or the translation of the prompt, for use in a notebook.
+    """Return the prompt with its continuation, or the translation of the prompt. For use in notebooks.
 
     keys: temperature, stop, num_beams or any other key of SampleConfig.
     """
@@ -208,7 +208,7 @@ def write(
     config: SampleConfig,
     loaded: Pipeline,
 ) -> Iterator[Piece]:
-    """Continue prompts, given as token ids, in one batch. samples: a number for each text, which seeds its sampling."""
+    """Continue prompts, given as token ids, in one batch. samples: one number per text, which seeds its sampling."""
     size = max(map(len, prompts)) + config.max_new_tokens
     context = Context(loaded.model, prompts, size, device=loaded.device)
     return stream_texts(context, loaded.tokenizer, samples, **config.select(SAMPLING))

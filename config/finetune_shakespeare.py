@@ -1,9 +1,9 @@
-# Fine-tunes GPT-2, 124 million parameters, on tiny Shakespeare with GPT-2's own tokenizer. nanoGPT's file of the same
-# name does this with gpt2-xl.
+# Fine-tunes GPT-2 (124 million parameters) on tiny Shakespeare with GPT-2's own tokenizer. nanoGPT's file of the same
+# name fine-tunes gpt2-xl instead.
 #
 #   python train.py config/finetune_shakespeare.py                    downloads 550 MB
-#   python train.py config/finetune_shakespeare.py --lora_rank=8      less memory: see docs/models.md
-#   python train.py config/finetune_shakespeare.py --init_from=out/x --dataset=mine      any model, other data
+#   python train.py config/finetune_shakespeare.py --lora_rank=8      needs less memory: see docs/models.md
+#   python train.py config/finetune_shakespeare.py --init_from=out/x --dataset=mine      any other model and data
 #
 # It needs a GPU; a step takes minutes on 2 CPU cores. It has not been measured here, because the weights could not be
 # downloaded.

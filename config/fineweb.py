@@ -1,6 +1,6 @@
-# A modern GPT as large as the smallest GPT-2, 124 million parameters, on the 10-billion-token sample of FineWeb.
+# A modern GPT of the smallest GPT-2's size (124 million parameters), on the 10-billion-token sample of FineWeb.
 #
-#   python prepare_data.py fineweb --files=15     downloads 28 GB; without --files only the first file, 2 GB
+#   python prepare_data.py fineweb --files=15     downloads 28 GB; without --files, only one file, 2 GB
 #   python train.py config/fineweb.py
 #
 # It needs a GPU with 24 GB or more, and has not been measured here.

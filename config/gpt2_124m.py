@@ -1,6 +1,6 @@
 # GPT-2's smallest size (124 million parameters) and architecture, on an open version of its training text.
 #
-#   python prepare_data.py openwebtext --files=80     downloads 24 GB; without --files only the first file, 300 MB
+#   python prepare_data.py openwebtext --files=80     downloads 24 GB; without --files, only one file, 300 MB
 #   python train.py config/gpt2_124m.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py     on 8 GPUs
 #

@@ -1,9 +1,9 @@
 # GPT-2's second-smallest size (355 million parameters) and architecture, on an open version of its training text.
 #
-#   python prepare_data.py openwebtext --files=80     downloads 24 GB; without --files only the first file, 300 MB
+#   python prepare_data.py openwebtext --files=80     downloads 24 GB; without --files, only one file, 300 MB
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_350m.py
 #
-# It has never been trained. --dry_run=True computes the memory that it needs.
+# It has never been trained. --dry_run=True estimates the memory that it needs.
 
 out_dir = "out/gpt2_350m"
 dataset = "openwebtext"

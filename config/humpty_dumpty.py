@@ -3,8 +3,8 @@
 #   python train.py config/humpty_dumpty.py
 #   python sample.py --out_dir=out/humpty_dumpty --start="Humpty Dumpt" --temperature=0 --max_new_tokens=129
 #
-# Both commands together take 10 to 20 seconds on 2 CPU cores, and the second prints the rhyme. The data is the rhyme
-# ten times: nine copies for training, and the tenth for validation. So the validation loss, near 0.002, measures how
+# Both commands together take 10 to 20 seconds on 2 CPU cores, and the second prints the rhyme. The data is ten
+# copies of the rhyme: nine for training and the tenth for validation. So the validation loss, near 0.002, measures how
 # well the model has memorised the rhyme, and says nothing about any other text.
 
 out_dir = "out/humpty_dumpty"
@@ -14,7 +14,7 @@ dataset = "humpty_dumpty"
 n_layer = 2
 n_head = 2
 n_embd = 64
-block_size = 1280  # nearly all of the data, so blocks start in the first line; the second line begins the same way
+block_size = 1280  # nearly all of the training data, so every block starts in the first line, not the similar second
 position = "rotary"
 activation = "relu_squared"
 mlp_conv = 0  # no convolution

@@ -1,10 +1,10 @@
-# The shape of Llama 3's model with 1.24 billion parameters: RMSNorm, SwiGLU, rotary positions, grouped-query attention.
+# The architecture of Llama 3.2 1B (1.24 billion parameters): RMSNorm, SwiGLU, rotary positions, grouped queries.
 #
 #   python train.py config/llama_1b.py --dry_run=True
 #   torchrun --standalone --nproc_per_node=8 train.py config/llama_1b.py
 #
-# The text is tokenized as for GPT-2; the vocabulary is padded to the size of Llama's. The model was never trained.
-# --dry_run=True computes the memory that it needs.
+# The tokenizer is GPT-2's, its vocabulary padded to the size of Llama's. The model has never been trained.
+# --dry_run=True estimates the memory that it needs.
 
 out_dir = "out/llama_1b"
 dataset = "fineweb"

@@ -3,9 +3,9 @@
 #   python train.py config/llama_8b.py --dry_run=True
 #   torchrun --standalone --nproc_per_node=8 train.py config/llama_8b.py --parallel=fsdp
 #
-# One GPU cannot hold it with gradients and optimizer state, so it needs --parallel=fsdp on 8 GPUs of 80 GB or more.
-# The text is tokenized as for GPT-2; the vocabulary is padded to the size of Llama's. The model was never trained.
-# --dry_run=True computes the memory that it needs.
+# The model, its gradients and optimizer state do not fit on one GPU: use --parallel=fsdp on 8 GPUs of 80 GB or more.
+# The tokenizer is GPT-2's, its vocabulary padded to the size of Llama's. The model has never been trained.
+# --dry_run=True estimates the memory that it needs.
 
 out_dir = "out/llama_8b"
 dataset = "fineweb"

@@ -5,8 +5,8 @@
 #   python train.py config/nanogpt.py nanoGPT/config/eval_gpt2.py
 #   python train.py config/nanogpt.py nanoGPT/config/finetune_shakespeare.py
 #
-# The last two start from GPT-2 and use its shape and its vocabulary of 50,257. Device, dtype and compile keep this
-# machine's defaults. The models need a GPU and have not been measured here.
+# The last two start from GPT-2 and use its shape and its vocabulary of 50,257 tokens. Device, dtype and compile
+# keep the defaults for this machine. The models need a GPU and have not been measured here.
 
 out_dir = "out"
 dataset = "openwebtext"

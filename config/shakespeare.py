@@ -1,6 +1,6 @@
-# A small GPT with GPT-2's vocabulary of 50,257 tokens, most of which do not occur in tiny Shakespeare. Most of its time
-# goes into the output head, which predicts a probability for each of them. On such a small text, models with characters
-# or a small vocabulary learn more in the same time.
+# A small GPT with GPT-2's vocabulary of 50,257 tokens, most of which do not occur in tiny Shakespeare. Most of the
+# training time is spent in the output head, which predicts a probability for each token. On such a small text, models
+# with characters or a small vocabulary learn more in the same time.
 #
 #   python train.py config/shakespeare.py
 #

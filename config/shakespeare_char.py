@@ -22,7 +22,7 @@ init = "zero"  # each block starts as the identity
 tie_weights = False
 
 # the training
-batch_size = 4  # small, since many steps matter more than exact gradients
+batch_size = 4  # small, because many steps matter more than precise gradients
 max_iters = 2400
 optimizer = "normuon"
 learning_rate = 6e-3

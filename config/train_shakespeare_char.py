@@ -1,4 +1,4 @@
-# nanoGPT's model for one GPU, under the name that its users know: 10.7 million parameters, dropout, AdamW.
+# nanoGPT's model for one GPU, under its name in nanoGPT: 10.7 million parameters, dropout, AdamW.
 #
 #   python train.py config/train_shakespeare_char.py
 #

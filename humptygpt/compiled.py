@@ -17,7 +17,7 @@ class StaticLayerCache(LayerCache):
         super().__init__(layer.size)
         self.k = layer.k
         self.v = layer.v
-        # after a prompt, this is a slice of the prompt's inputs
+        # after a prompt, this is a non-contiguous slice of the prompt's inputs
         if layer.last_inputs is not None:
             layer.last_inputs = layer.last_inputs.contiguous()
         self.buffer = layer.last_inputs
@@ -71,11 +71,11 @@ class CompiledGPT(nn.Module):
         )
 
     def make_cache(self, size: int | None = None) -> Cache:
-        """Return an empty cache for block_size tokens, whatever `size` is, so that all texts share one shape."""
+        """Return an empty cache for block_size tokens; `size` is ignored, so that all caches have the same shape."""
         return self.model.make_cache()
 
     def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        """Same as GPT.next_logits. If the cache is not empty, a single token uses the compiled step."""
+        """Same as GPT.next_logits, but a single token uses the compiled step if the cache is not empty."""
         if idx.shape[1] > 1 or not cache or not cache.length:
             return self.model.next_logits(idx, cache)
         static = StaticCache(cache, len(idx), idx.device)
@@ -86,7 +86,7 @@ class CompiledGPT(nn.Module):
                         torch._dynamo.mark_static_address(buffer, guard=False)
         try:
             logits = self.step(idx, static)
-        except Exception as error:  # compilers fail in as many ways as there are machines
+        except Exception as error:  # compilers fail in many ways
             note(f"torch.compile failed ({first_line(error)}); generating without it")
             self.step = self.model.next_logits
             logits = self.step(idx, static)

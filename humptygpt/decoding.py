@@ -1,7 +1,7 @@
-"""Speed up generation with a trained model: fewer bits in its linear layers, and fewer operators.
+"""Speed up generation with a trained model: lower precision in its linear layers, and fewer operators.
 
-On a CPU, a small model is limited by the overhead of Python and PyTorch for each operator, a large one by reading its
-weights from memory. Norms, sums and the residual stream stay in float32. The formulas stay in model.py: only linear
+On a CPU, a small model is limited by the overhead of Python and PyTorch per operator; a large one is limited by reading
+its weights from memory. Norms, sums and the residual stream stay in float32. The formulas stay in model.py: only linear
 layers and RMS norms are replaced with faster equivalents. compiled.py compiles the single-token step.
 
 Shapes: see model.py.
@@ -37,7 +37,7 @@ def make_generator(
     """Prepare a model for generation and move it to the device. It can no longer be trained or saved.
 
     dtype: float32, bfloat16 or float16, or int8 on a CPU. The weights are converted once, here; autocast would convert
-    them for each token. Embeddings are not converted, because a token reads only one row. compiles: compile the
+    them for each token. Embeddings are not converted, because each token reads only one row. compiles: compile the
     single-token step, if the model has a cache.
 
     Raises UserError if there is not enough memory, or for int8 on a GPU.
@@ -47,14 +47,14 @@ def make_generator(
             f"int8 weights need a CPU, but the device is {device}; use --dtype=bfloat16"
         )
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    advice = "close other programs, or on a CPU use --quantize=int8"
+    advice = "close other programs, or use --quantize=int8 on a CPU"
     check_fits("the weights take", weights * dtype.itemsize, free_memory(device), advice)
     model.eval().requires_grad_(False)
     if model.has_cache and not agrees(model, replaces=True):
         model.has_cache = agrees(model, replaces=False)
         what = "faster layers" if model.has_cache else "a cache"
         note(
-            f"model.py computes different logits with {what}; generating without, which is slower"
+            f"not using {what}, which would change this model.py's logits; generation is slower"
         )
         return model.to(device)
     replace_layers(model, dtype, device, compiles)
@@ -64,16 +64,16 @@ def make_generator(
     from humptygpt.compiled import CompiledGPT
 
     print("compiling: this takes about a minute", file=sys.stderr)
-    # reduce-overhead replays CUDA graphs, so it is not for a CPU
+    # reduce-overhead replays CUDA graphs, so use it only on CUDA
     return CompiledGPT(model, mode="reduce-overhead" if device.type == "cuda" else None)
 
 
 @torch.inference_mode()
 def agrees(model: nn.Module, replaces: bool) -> bool:
-    """Check that model.py, which the user may have edited, computes the same logits with a cache as without one.
+    """True if model.py, which the user may have edited, computes the same logits with a cache as without one.
 
-    The check takes milliseconds, because it uses a tiny model with the same classes and settings. An edit that does not
-    work in the tiny model counts as a difference. replaces: with the cache, use replace_layers(), too.
+    The check takes milliseconds, because it uses a tiny model with the same classes and settings. An edit that fails in
+    the tiny model counts as a difference. replaces: also apply replace_layers() before using the cache.
     """
     config = model.config
     sizes = {"n_embd": 4 * config.n_head, "vocab_size": 11, "window": min(config.window, 5)}
@@ -102,9 +102,10 @@ def agrees(model: nn.Module, replaces: bool) -> bool:
 def replace_layers(
     model: nn.Module, dtype: torch.dtype, device: torch.device, compiles: bool
 ) -> None:
-    """Replace linear layers and RMS norms with faster equivalents, and their module calls with function calls.
+    """Replace linear layers and RMS norms with faster equivalents, which are called as functions, not as modules.
 
-    A module call has an overhead as large as a small product. The compiler removes it, and fuses operators, by itself.
+    The overhead of a module call is as large as a small matrix product. The compiler removes it by itself, and fuses
+    operators.
     """
     for module in list(model.modules()):
         # other kinds of attention may give the three layers different inputs
@@ -122,7 +123,7 @@ def replace_layers(
                 layer = low_bit_linear(layer, dtype, result, compiles)
             elif type(child).forward is nn.RMSNorm.forward and not compiles:
                 layer = FastRMSNorm(layer)
-            # a list can only hold modules
+            # an nn.ModuleList can only hold modules
             if compiles or isinstance(module, nn.ModuleList):
                 setattr(module, name, layer)
             else:
@@ -135,7 +136,7 @@ def join(attention: SelfAttention) -> None:
     layers = [getattr(attention, name) for name in QKV]
     sizes = [layer.out_features for layer in layers]
     attention.qkv_proj = layers[0]
-    for name, p in layers[0].named_parameters():  # weight, perhaps bias
+    for name, p in layers[0].named_parameters():  # weight and, if there is one, bias
         p.data = torch.cat([layer.get_parameter(name) for layer in layers])
     last, parts = None, ()
 
@@ -166,15 +167,15 @@ class FastRMSNorm(nn.Module):
 
 
 # --------------------------------------------------------------------------------------
-# Weights in fewer bits, stored in the order in which the processor reads them
+# Lower-precision weights, packed in the order in which the processor reads them
 
-PACKED_FROM = 2**17  # weights; a smaller packed product takes longer to start than it saves
+PACKED_FROM = 2**17  # weights in a matrix; packing a smaller one costs more than it saves
 
 
 def low_bit_linear(
     linear: nn.Linear, dtype: torch.dtype, result: torch.dtype, compiles: bool
 ) -> nn.Module:
-    """Return an equivalent layer that is faster for a few tokens, or `linear` itself. result: dtype of its output."""
+    """Return an equivalent layer that is faster for a few tokens, or `linear` itself. result: dtype of the output."""
     if dtype == torch.int8:
         return ProductLinear(int8_product(linear), torch.float32, result)
     weight = linear.weight.to(dtype)
@@ -211,9 +212,9 @@ def packs(weight: Tensor) -> bool:
 
 
 def packed_product(weight: Tensor, bias: Tensor | None) -> Product:
-    """Return a linear function with its weights in the order in which oneDNN reads them.
+    """Return a linear function whose weights are prepacked in oneDNN's layout.
 
-    On two cores, this halves the time for a few tokens.
+    On two cores, it is twice as fast for an input of only a few tokens.
     """
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
     product = torch.ops.mkldnn._linear_pointwise
@@ -235,6 +236,6 @@ def quantize_rows(weight: Tensor) -> Tensor:
     scales = torch.linalg.vector_norm(weight, torch.inf, dim=1).clamp(min=1e-12) / 127
     zeros = torch.zeros(len(weight), dtype=torch.int64)
     with warnings.catch_warnings():
-        # a deprecation warning: the library that will replace this has no product as fast
+        # a deprecation warning, but the library that will replace this is slower
         warnings.simplefilter("ignore", UserWarning)
         return torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)

@@ -1,4 +1,4 @@
-"""The process that trains. Under torchrun, humptygpt/parallel replaces it with a class that has the same methods."""
+"""The process that trains. Under torchrun, a class in humptygpt/parallel with the same methods replaces it."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ BACKENDS = ("auto", "gloo", "nccl")
 
 
 class Share(NamedTuple):
-    """One process's share of a micro-batch: all of its rows, or some of them if processes split them."""
+    """One process's share of a micro-batch: all of its rows, or some of them if several processes split it."""
 
     key: tuple[int, ...]  # seeds dropout: the micro-batch's number, counted over the run
     batch: dict[str, Tensor]
@@ -33,12 +33,12 @@ class Share(NamedTuple):
 
 
 class Process(AbstractContextManager):
-    """A single process, which has the whole model and computes whole steps."""
+    """A single process, which holds the whole model and computes whole steps."""
 
     rank = 0
     size = 1
-    first = True  # whether it writes and reports
-    sharded = False  # whether it holds only a part of each weight
+    first = True  # whether this process writes files and prints
+    sharded = False  # whether this process holds only part of each weight
     optimizer_class = Optimizer
 
     def __init__(self, device: torch.device):
@@ -52,7 +52,7 @@ class Process(AbstractContextManager):
         run.model.to(self.device)
 
     def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
-        """Wrap the model for training, compiled if asked. dynamic: whether batch shapes vary."""
+        """Wrap the model for training, and compile it if compiled=True. dynamic: whether batch shapes vary."""
         return torch.compile(model, dynamic=dynamic) if compiled else model
 
     def shares(self, run, step: int) -> tuple[list[Share], int]:
@@ -81,10 +81,10 @@ class Process(AbstractContextManager):
 
 
 def start_process(config, device: torch.device, prepare: Callable[[], None]) -> Process:
-    """Return the process of a run, connected to the others if there are several. config: a TrainConfig.
+    """Start the process of a run, connected to the other processes if there are any. config: a TrainConfig.
 
-    prepare: prepares the data if it is missing. Several processes call it one after the other. Raises UserError if the
-    processes cannot connect.
+    prepare: prepares the data if it is missing. If there are several processes, they call it one after another. Raises
+    UserError if the processes cannot connect.
     """
     _, size = launched()
     if size > 1:
@@ -103,12 +103,12 @@ def launched() -> tuple[int, int]:
 
 
 def restarted() -> bool:
-    """True if torchrun started the processes again after one failed (--max_restarts)."""
+    """True if torchrun restarted the processes after one of them failed (--max_restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def silence_other_processes() -> None:
-    """Discard what processes other than the first print."""
+    """Discard the standard output of all processes but the first."""
     rank, _ = launched()
     if rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115, open to the end
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115, stays open until the process ends

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 class Prompt(NamedTuple):
-    number: int  # from 0
+    number: int  # index of the prompt, from 0
     text: str  # without a leading end-of-text
     ids: list[int]
 
@@ -36,7 +36,7 @@ class Prompt(NamedTuple):
 def read_prompts(
     start: str | None, prompts: str | None, tokenizer: Tokenizer, block_size: int
 ) -> list[Prompt]:
-    """Read the prompts that --start and --prompts name. Raises UserError."""
+    """Read the prompts given by --start or --prompts. Raises UserError."""
     if prompts is not None:
         texts = read_text(prompts).removesuffix("\n").split("\n")
     elif start is not None:
@@ -57,12 +57,12 @@ def read_prompts(
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Return the token ids of a prompt. Raises UserError if it is empty or has unknown characters."""
+    """Return the token ids of a prompt. Raises UserError if it is empty or contains unknown characters."""
     if not text:
         raise UserError(
             "the prompt is empty; give at least one character, or leave out --start"
         )
-    # nanoGPT's users write end-of-text before a prompt
+    # as in nanoGPT, a prompt may begin with end-of-text
     separated = tokenizer.eot is not None and text.startswith(END_OF_TEXT)
     if separated:
         text = text.removeprefix(END_OF_TEXT)
@@ -91,8 +91,8 @@ def read_text(path: str) -> str:
 
 
 def typed_lines() -> Iterator[str]:
-    """Yield lines from standard input, and print "> " before each if it is a terminal."""
-    print("Ctrl-D ends; an empty line continues the text", file=sys.stderr)
+    """Yield lines from standard input, with "> " as the prompt if it is a terminal."""
+    print("Ctrl-D quits; an empty line continues the text", file=sys.stderr)
     while True:
         try:
             yield input("> " if sys.stdin.isatty() else "")
@@ -117,19 +117,19 @@ def penalize_repetition(logits: Tensor, texts: list[list[int]], penalty: float) 
 
 
 def keep_top_p(probs: Tensor, p: float) -> Tensor:
-    """Keep the most probable tokens that together have probability p and set all others to 0; probs: (B, V).
+    """Keep the smallest set of most probable tokens with total probability p; set the others to 0. probs: (B, V).
 
     Tokens as probable as the last one kept are also kept. The result is not rescaled. Source: Holtzman et al. 2019,
     arXiv:1904.09751, section 3.1 (nucleus sampling).
     """
     ranked = probs.sort(dim=-1, descending=True).values
-    before = ranked.cumsum(dim=-1) - ranked  # sum of all more probable tokens
+    before = ranked.cumsum(dim=-1) - ranked  # total probability of all more probable tokens
     least = ranked.masked_fill(before >= p, torch.inf).amin(dim=-1, keepdim=True)
     return probs.masked_fill(probs < least, 0.0)
 
 
 def keep_min_p(probs: Tensor, p: float) -> Tensor:
-    """Set tokens less probable than p times the most probable one to 0; probs: (B, V). The result is not rescaled.
+    """Set probabilities below p times the highest to 0. probs: (B, V). The result is not rescaled.
 
     Source: Nguyen et al. 2024, arXiv:2407.01082.
     """
@@ -152,11 +152,11 @@ def probabilities(
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Draw tokens, (B, 1), from these probabilities, (B, V), with uniform random numbers in [0, 1), (B, 1).
+    """Draw tokens, (B, 1), from probs, (B, V), using uniform random numbers in [0, 1), (B, 1).
 
     The token is the first, in order of ids, at which the cumulative probability exceeds the number. So a text needs one
-    number per token, however large the vocabulary is, and rounding hardly ever changes a token. If a probability is
-    nan, the token is V.
+    number per token, however large the vocabulary is, and rounding hardly ever changes a token. If any probability is
+    nan, the result is V.
     """
     cumulative = probs.cumsum(dim=-1, dtype=uniform.dtype)
     total = cumulative.narrow(-1, -1, 1)
@@ -173,10 +173,10 @@ def next_tokens(
     repetition_penalty: float = 1.0,
     **filters,
 ) -> Tensor:
-    """Choose the next token of each text, (B, 1), from only the top_k most probable. temperature=0 is greedy.
+    """Choose the next token of each text, (B, 1), from the top_k most probable tokens. temperature=0 is greedy.
 
     logits: (B, V). uniform: random numbers, (B, 1). filters: keyword arguments of probabilities(). If the logits are
-    not finite, the token is V.
+    not finite, the result is V.
     """
     V = logits.shape[-1]
     if repetition_penalty != 1:
@@ -212,11 +212,11 @@ def uniform_numbers(
 
 
 class Context:
-    """A batch of texts that a model continues, and the cache of the tokens that it can still see.
+    """A batch of texts that a model continues, and a cache of the tokens that are still in its context.
 
-    The model sees block_size tokens. When a text grows longer, the newest half of a block is recomputed once, and the
-    text continues from there. A model without a cache reads the newest block_size tokens for every new token. Each text
-    in a batch restarts when its own tokens fill the context, so it continues as it would by itself.
+    The model sees at most block_size tokens. When a text grows longer, its newest block_size / 2 tokens are recomputed
+    once, and the text continues from there. A model without a cache reads the newest block_size tokens for every new
+    token. Each text in a batch restarts when its own tokens fill the context, so it continues as it would by itself.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class Context:
         self.restart(self.block_size)
 
     def append(self, new: list[list[int]]) -> None:
-        """Add the next tokens of each text, equally many."""
+        """Append new tokens to each text, the same number to every text."""
         for text, ids in zip(self.texts, new, strict=True):
             text += ids
         self.width += len(new[0])
@@ -255,9 +255,9 @@ class Context:
         return torch.cat([self.model.next_logits(idx) for idx in texts])
 
     def restart(self, kept: int) -> None:
-        """Forget all but the `kept` newest tokens of each text that has more than block_size, and empty the cache.
+        """Cut each text of more than block_size tokens down to the `kept` newest ones, and empty the cache.
 
-        In the cache, all texts end in the same column, and padding comes before the shorter ones.
+        In the cache, all texts end in the same column, and padding precedes the shorter ones.
         """
         full = self.block_size
         self.texts = [text[-kept:] if len(text) > full else text for text in self.texts]
@@ -279,16 +279,16 @@ def continue_texts(
     seed: int = 1337,
     **sampling,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Sample token by token. Yields a token of each text, and the logits, (B, V) float32, from which it was drawn.
+    """Sample token by token. Yields one token per text, and the logits, (B, V) float32, that they were drawn from.
 
-    samples: a number for each text, which determines its random numbers. vocab_size: ids from this number on pad the
-    model's vocabulary and are never sampled. sampling: keyword arguments of next_tokens(). Raises UserError if the
+    samples: one number per text, which determines its random numbers. vocab_size: ids of this value and above only pad
+    the vocabulary and are never sampled. sampling: keyword arguments of next_tokens(). Raises UserError if the
     logits are not finite.
     """
     # Apple's GPUs lack float64
     dtype = torch.float32 if context.device.type == "mps" else torch.float64
     uniforms = uniform_numbers(seed, samples, max_new_tokens, dtype).to(context.device)
-    seen = [list(text) for text in context.texts]  # the context will forget tokens
+    seen = [list(text) for text in context.texts]  # the context itself drops old tokens
     for uniform in uniforms:
         logits = context.next_logits().float()[:, :vocab_size]
         new = next_tokens(logits, uniform, seen, **sampling).tolist()
@@ -306,7 +306,7 @@ def texts_at_once(model: nn.Module, device: torch.device, size: int) -> int:
     Raises UserError if not even one fits.
     """
     config = model.config
-    # keys and values in float32, logits and their copies, tokens and random numbers
+    # bytes for keys and values in float32, for logits and their copies, for tokens and random numbers
     cached = 2 * config.n_layer * config.kv_heads * config.features
     cached *= min(size, config.block_size)
     needed = 4 * (cached + 8 * config.vocab_size) + 16 * size
@@ -321,10 +321,10 @@ def texts_at_once(model: nn.Module, device: torch.device, size: int) -> int:
 
 
 class TextStream:
-    """The text of one sample: feed() its tokens and show the characters that it returns.
+    """Turn the tokens of one sample into text. feed() takes one token and returns the characters that it completes.
 
     A character is shown once its last byte has arrived; an incomplete one is never shown. The text ends before the
-    first stop text. Text that may begin a stop text is held back until later tokens decide.
+    first stop text. Text that may be the beginning of a stop text is held back until later tokens decide.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
@@ -357,9 +357,9 @@ class TextStream:
 
 
 class Piece(NamedTuple):
-    """Text that became printable with one new token or, at the end of a text, the text that was held back."""
+    """Text that one new token made printable or, at the end of a text, the text that was held back."""
 
-    row: int  # the number of the text in the batch
+    row: int  # index of the text in the batch
     text: str
     token: int | None = None  # None at the end of a text
     logits: Tensor | None = None  # (V,), from which the token was drawn
@@ -372,7 +372,7 @@ def stream_texts(
     stop: tuple[str, ...] = (),
     **sampling,
 ) -> Iterator[Piece]:
-    """Continue the texts of the context. stop: as for TextStream. The others: arguments for continue_texts()."""
+    """Continue the texts of the context. stop: as for TextStream. sampling: arguments of continue_texts()."""
     streams = [TextStream(tokenizer, stop) for _ in samples]
     for ids, logits in continue_texts(context, samples, tokenizer.vocab_size, **sampling):
         for row, (stream, token) in enumerate(zip(streams, ids, strict=True)):

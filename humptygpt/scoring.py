@@ -19,7 +19,7 @@ from humptygpt.tokenizers import Tokenizer
 def print_json_lines(
     pieces: Iterable[Piece], texts: list[tuple[Prompt, int]], k: int, tokenizer: Tokenizer
 ) -> None:
-    """Print each token and the k likeliest tokens in its place. texts: (prompt, number of the sample)."""
+    """Print each token and the k likeliest tokens at its position. texts: (prompt, sample number)."""
     for row, _, token, logits in pieces:
         if token is None:
             continue
@@ -47,16 +47,16 @@ LOGITS = 2**26  # the most logits computed at once: 256 MB
 def describe_score(
     model: nn.Module, tokenizer: Tokenizer, text: str, stride: int | None
 ) -> str:
-    """Score a text from its first token if eot or bos can precede it, else from its second. Raises UserError.
+    """Score a text and describe the result. Raises UserError.
 
-    stride: as for log_probabilities(); None: half of block_size.
+    The first token is scored only if eot or bos can precede it. stride: see log_probabilities(); None: block_size / 2.
     """
     block_size = model.config.block_size
     ids = tokenizer.encode(text)
     if tokenizer.eot is not None or tokenizer.bos is not None:
         ids = np.concatenate([tokenizer.start(), ids])
     if len(ids) < 2:
-        raise UserError("the text to score has no token to predict; give a longer one")
+        raise UserError("the text to score has no token to predict; give a longer text")
     stride = stride or max(1, block_size // 2)
     if stride > block_size:
         raise UserError(
@@ -77,7 +77,7 @@ def log_probabilities(model: nn.Module, ids: np.ndarray, stride: int) -> np.ndar
 
     The model reads windows of block_size tokens. Each begins `stride` tokens after the previous one, and tokens already
     scored are only context. With stride = block_size, tokens are scored as in train.py's evaluation. With a smaller
-    stride, each has at least block_size - stride tokens of context, except at the beginning of the text.
+    stride, each token has at least block_size - stride tokens of context, except at the beginning of the text.
     """
     block_size = model.config.block_size
     overlap = block_size - stride

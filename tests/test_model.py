@@ -529,7 +529,10 @@ def test_with_init_zero_tokens_and_positions_weigh_the_same(tied):
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
-        ({"n_embd": 33}, "n_embd=33 must be a multiple of n_head=2, or set head_size"),
+        (
+            {"n_embd": 33},
+            "n_embd=33 must be a multiple of n_head=2 unless head_size is set",
+        ),
         (
             {"head_size": 7, "position": "rotary"},
             "position=rotary rotates pairs, so head_size=7 must be even",

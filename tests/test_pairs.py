@@ -401,9 +401,7 @@ def test_if_the_public_files_cannot_be_reached_the_message_says_where_to_put_the
 ):
     monkeypatch.setattr(known_texts, "download", unreachable)
     complaint = fails(prepare_data.main, "translate_de_en")
-    own = (
-        "to use your own files, put them into data/translate_de_en, as data/README.md says"
-    )
+    own = "to use your own files, put them into data/translate_de_en, as described in data/README.md"
     assert f"train.de.gz cannot be reached: no route; {own}" in complaint
 
 

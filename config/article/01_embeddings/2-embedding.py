@@ -1,7 +1,7 @@
 # A network that sees a character as a vector of 32 trained features. Article chapter: "Embeddings".
 #
 # A network of 256 neurons reads the last 8 characters and predicts the next one. Should it see a character as one
-# number, or as a vector of features that are trained with the rest?
+# number, or as a vector of features that are trained along with the weights?
 #
 #   python train.py config/article/01_embeddings/2-embedding.py
 #

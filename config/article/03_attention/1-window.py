@@ -2,8 +2,8 @@
 #
 # The text is 40,000 sentences like the article's own example, generated at random: "Damian had a secret child, a girl,
 # and he had written in his will that all his belongings will belong to". The next word depends on a word far back. A
-# model that reads the whole sentence has to guess only the random choices, 0.163 bits per byte. One that reads the last
-# 8 tokens has more to guess: 0.196.
+# model that reads the whole sentence has to guess only the random choices, so its lowest possible loss is 0.163 bits
+# per byte. For a model that reads only the last 8 tokens, it is 0.196.
 #
 #   python train.py config/article/03_attention/1-window.py
 #
@@ -16,7 +16,7 @@ model = "window_mlp"
 n_embd = 32
 window = 8
 n_layer = 1
-n_hidden = 96  # the same number of parameters as in 2-attention.py
+n_hidden = 96  # gives the same number of parameters as 2-attention.py
 activation = "relu"
 bias = True
 

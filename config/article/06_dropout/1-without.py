@@ -1,7 +1,7 @@
-# A GPT with nothing to keep it from memorising its text. Article chapter: "Dropout".
+# A GPT without dropout, so nothing keeps it from memorising its text. Article chapter: "Dropout".
 #
 # The text is short, a tenth of tiny Shakespeare, and is read 18 times, so a model can memorise it. Dropout is meant for
-# this case. The reported loss is the last one: without dropout, the loss is lowest halfway through and then rises.
+# this case. The reported loss is the final one: without dropout, the loss is lowest halfway through and then rises.
 #
 #   python train.py config/article/06_dropout/1-without.py
 #

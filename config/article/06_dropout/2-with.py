@@ -1,7 +1,7 @@
 # A GPT in which each activation is zeroed with probability 0.1 in training. Article chapter: "Dropout".
 #
 # The text is short, a tenth of tiny Shakespeare, and is read 18 times, so a model can memorise it. Dropout is meant for
-# this case. The reported loss is the last one: without dropout, the loss is lowest halfway through and then rises.
+# this case. The reported loss is the final one: without dropout, the loss is lowest halfway through and then rises.
 #
 #   python train.py config/article/06_dropout/2-with.py
 #

@@ -11,7 +11,7 @@ out_dir = "out/article/07_heads/1-one"
 dataset = "wills"
 
 n_layer = 1
-n_head = 1  # one
+n_head = 1  # four in 2-four.py
 n_embd = 64
 block = "pre_norm"
 norm = "layernorm"

@@ -1,7 +1,7 @@
 # A GPT without positional encoding. Article chapter: "Positional encoding and embedding".
 #
-# Attention by itself does not see the order of the earlier tokens. For characters, order is everything: without it, a
-# word is a bag of letters.
+# Attention by itself ignores the order of the earlier tokens. For characters, order is everything: without it, a word
+# is a bag of letters.
 #
 #   python train.py config/article/08_positions/1-none.py
 #
@@ -17,7 +17,7 @@ block = "pre_norm"
 norm = "layernorm"
 mlp = "plain"
 activation = "gelu"
-position = "none"  # only the causal mask differs from one position to the next
+position = "none"  # positions differ only in their causal mask
 bias = True
 mlp_conv = 0  # no convolution
 qk_norm = False

@@ -1,8 +1,8 @@
 # A GPT with a trained vector for each position, which is added to the embedding, as in GPT-2. Article chapter:
 # "Positional encoding and embedding".
 #
-# Attention by itself does not see the order of the earlier tokens. For characters, order is everything: without it, a
-# word is a bag of letters.
+# Attention by itself ignores the order of the earlier tokens. For characters, order is everything: without it, a word
+# is a bag of letters.
 #
 #   python train.py config/article/08_positions/2-learned.py
 #

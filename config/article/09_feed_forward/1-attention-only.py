@@ -3,7 +3,7 @@
 #
 # In a GPT, each attention layer is followed by a feed-forward network, which has two thirds of the block's parameters.
 # Would these parameters be more useful in more attention layers? A step then takes longer, so there are two
-# comparisons: after the same number of seconds, and after the same number of steps.
+# comparisons: after the same training time, and after the same number of steps.
 #
 #   python train.py config/article/09_feed_forward/1-attention-only.py
 #
@@ -12,7 +12,7 @@
 out_dir = "out/article/09_feed_forward/1-attention-only"
 dataset = "shakespeare_char"
 
-n_layer = 12  # the same number of parameters as in 3-with.py
+n_layer = 12  # gives the same number of parameters as 3-with.py
 n_head = 4
 n_embd = 128
 block = "pre_norm"
@@ -38,4 +38,4 @@ min_lr = 0.0
 warmup_iters = 20
 grad_clip = 1.0
 eval_interval = 180
-eval_iters = 75  # the same number of batches as in the other two
+eval_iters = 75  # as many batches per evaluation as in the other two configs

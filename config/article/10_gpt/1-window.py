@@ -1,7 +1,7 @@
 # A network with two hidden layers that reads the last 16 characters. Article chapter: "The GPT architecture".
 #
-# The network from the start of the ladder is compared with a GPT that has all the parts added since, at the same number
-# of parameters and the same amount of text. How much do these parts gain?
+# A network like that of the first experiment is compared with a GPT that has all the parts added since, with the same
+# number of parameters and the same amount of text. How much do these parts help?
 #
 #   python train.py config/article/10_gpt/1-window.py
 #
@@ -14,7 +14,7 @@ model = "window_mlp"
 n_embd = 32
 window = 16
 n_layer = 2
-n_hidden = 640  # the same number of parameters as in 2-gpt.py
+n_hidden = 640  # gives the same number of parameters as 2-gpt.py
 activation = "relu"
 bias = True
 
