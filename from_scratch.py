@@ -17,7 +17,7 @@ Couldn't put Humpty together again.
 
 # A simple neural network: four numbers go in (an object's red, green and blue, and its volume in litres). Two come out,
 # one for leaf and one for flower; the larger one is the answer. In between is a layer of three neurons. Each neuron
-# has a weight for each of its inputs. It multiplies them and adds up the products. (There are no biases here.)
+# multiplies each of its inputs by a weight and adds up the products. (There are no biases here.)
 LEAVES = [[0.13, 0.42, 0.22, 0.01], [0.31, 0.48, 0.12, 0.02]]
 FLOWERS = [[0.87, 0.73, 0.09, 0.06], [0.92, 0.35, 0.55, 0.04]]
 
@@ -153,7 +153,7 @@ def window_network(embedding: list[Vector], trained: list[Vector]) -> float:
 
 
 # Self Attention: which letters matter depends on more than their positions. Each letter has a query, a key and a
-# value. Its query is compared with the keys of all letters up to it: the better a key fits, the more its value counts.
+# value. The query is compared with the keys of all letters so far. The better a key fits, the more its letter counts.
 # Softmax: the scores, which say how well the keys fit, are turned into positive fractions that add up to 1.
 def softmax(scores: list[float]) -> list[float]:
     highest = max(scores)  # subtracted to keep the powers small; no fraction changes

@@ -114,7 +114,7 @@ class ModelConfig:
             )
         if self.position == "rotary" and self.features % 2:
             raise ValueError(
-                f"position=rotary rotates pairs, so head_size={self.features} must be even"
+                f"position=rotary rotates feature pairs, so head_size={self.features} must be even"
             )
         if self.init == "zero" and not BLOCKS[self.block].residual:
             raise ValueError(

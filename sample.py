@@ -66,7 +66,7 @@ IN_VAIN |= {"stride": ("score", (None,)), "dtype": ("quantize", ("int8",))}
 
 @dataclass(frozen=True)
 class SampleConfig:
-    # what
+    # input and output
     init_from: str = "resume"  # resume: a checkpoint in out_dir; otherwise a run, a checkpoint, a model folder or gpt2
     out_dir: str = "out"  # folder of the run to sample from, or a checkpoint in it
     checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt

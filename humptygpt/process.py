@@ -68,7 +68,7 @@ class Process(AbstractContextManager):
     def accumulate(
         self, net: nn.Module, share: Share, last: bool
     ) -> AbstractContextManager:
-        """Return the context in which net computes a share's gradients. last: whether it is the step's last share."""
+        """Return the context for computing a share's gradients with net. last: whether it is the step's last share."""
         return nullcontext()
 
     def sum(self, x: Tensor) -> Tensor:

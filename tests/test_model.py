@@ -535,7 +535,7 @@ def test_with_init_zero_tokens_and_positions_weigh_the_same(tied):
         ),
         (
             {"head_size": 7, "position": "rotary"},
-            "position=rotary rotates pairs, so head_size=7 must be even",
+            "position=rotary rotates feature pairs, so head_size=7 must be even",
         ),
         ({"n_layer": 0}, "n_layer=0 must be at least 1"),
         ({"dropout": math.nan}, "dropout=nan must be at least 0 and below 1"),
