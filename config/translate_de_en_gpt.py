@@ -27,7 +27,7 @@ tie_weights = True  # the output head reuses the embedding
 
 dropout = 0.1
 label_smoothing = 0.1
-batch_size = 26  # 26 * block_size tokens: as many pairs as in translate_de_en.py
+batch_size = 26  # 26 * block_size tokens per batch: as many pairs as in translate_de_en.py
 max_iters = 2500
 optimizer = "muon"
 learning_rate = 6e-3

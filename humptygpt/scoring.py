@@ -41,7 +41,7 @@ def print_json_lines(
 # --------------------------------------------------------------------------------------
 # A given text
 
-LOGITS = 2**26  # the most logits computed at once: 256 MB
+LOGITS = 2**26  # compute at most this many logits at once: 256 MB
 
 
 def describe_score(

@@ -1,7 +1,7 @@
 # A network with two hidden layers that reads the last 16 characters. Article chapter: "The GPT architecture".
 #
-# A network like the one in the first experiment is compared with a GPT that has all the parts added since, with the same
-# number of parameters and the same amount of text. How much do these parts help?
+# A network like the one in the first experiment is compared with a GPT that has all the parts added since, with the
+# same number of parameters and the same amount of text. How much do these parts help?
 #
 #   python train.py config/article/10_gpt/1-window.py
 #
