@@ -223,7 +223,7 @@ def test_a_row_shows_how_far_its_run_is(run, losses, settings, state):
     assert row_of(run("out/a")[0], "a").endswith(f"  {state}")
 
 
-DAMAGED = ["[1]", "[" * 100_000, "\x00\xff", '{"iter": 150}']
+DAMAGED = ["[" * 100_000, "\x00\xff", '{"iter": 150}']
 DAMAGED += ['{"iter": 150, "tokens": 9, "seconds": 9, "val_loss": "low"}']
 
 

@@ -477,12 +477,8 @@ def test_plan_py_has_the_settings_and_learning_rates_of_a_run_that_stopped_early
     written = configurator.read(["out/run/plan.py"], ModelConfig, TrainConfig)
     recorded = read_config()
     assert {"n_layer", "batch_size", "optimizer", "early_stopping"} <= written.keys()
-    for key in written.keys() - {
-        "max_iters",
-        "eval_interval",
-        "warmup_iters",
-        "lr_decay_iters",
-    }:
+    scaled = {"max_iters", "eval_interval", "warmup_iters", "lr_decay_iters"}
+    for key in written.keys() - scaled:
         assert written[key] == recorded[key]
 
 
@@ -500,7 +496,6 @@ REFUSED = {
     "--dry_run=True": "minutes is for training, but dry_run and eval_only do not train\n",
     "--eval_only=True": "minutes is for training, but dry_run and eval_only do not train\n",
     "--minutes=0": "minutes=0.0 must be above 0\n",
-    "--minutes=1e999": "minutes=inf must be above 0\n",
     "--minutes=0.001": r"minutes=0.001 is too short: 2.0 s have passed .* takes 0.1 s\n",
 }
 
