@@ -190,11 +190,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     def spelled(self, counts: np.ndarray) -> int:
         """Count the characters that had no piece. counts: (vocab_size,), how often each token occurs."""
-        first_bytes = (
-            self._model.is_byte(i) and not 0x80 <= piece[0] < 0xC0
-            for i, piece in enumerate(self.pieces, start=1)
-        )
-        return int(counts[list(first_bytes)].sum())
+        first_bytes = [
+            i
+            for i, piece in enumerate(self.pieces)
+            if self._model.is_byte(i + 1) and not 0x80 <= piece[0] < 0xC0
+        ]
+        return int(counts[first_bytes].sum())
 
     def state(self) -> dict:
         return super().state() | {"proto": base64.b64encode(self.proto).decode()}

@@ -60,7 +60,7 @@ class Clock:
     def __init__(self, started: float, minutes: float, earlier: float):
         """started: time.monotonic() when the command started. earlier: seconds that the run took before that."""
         self.started = started - earlier
-        self.end = self.started + 60 * minutes - ENDING  # of the training
+        self.end = self.started + 60 * minutes - ENDING  # when training ends
         self.step = 0.0  # seconds per step, as measured before the run
         # how long the last evaluation took, in seconds; an estimate until the first one
         self.evaluation = 0.0
