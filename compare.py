@@ -176,7 +176,9 @@ def read_runs(folders: list[str]) -> list[Run]:
     runs = []
     for folder in folders:
         try:
-            runs.append(read_run(Path(folder)))
+            settings = parse_json(Path(folder, "config.json").read_text("utf-8"), SCHEMA)
+            rows = read_metrics(Path(folder, "metrics.jsonl"))
+            runs.append(Run(Path(folder).absolute(), settings, rows))
         except (OSError, ValueError) as error:
             inside = any(Path(folder).glob("*/config.json"))
             advice = f"; for the runs in it: python compare.py {folder}/*" if inside else ""
@@ -184,12 +186,6 @@ def read_runs(folders: list[str]) -> list[Run]:
     if not runs:
         raise UserError("no runs to compare; try: python compare.py out/*")
     return runs
-
-
-def read_run(folder: Path) -> Run:
-    """Read a run's folder. Raises OSError or ValueError."""
-    settings = parse_json((folder / "config.json").read_text("utf-8"), SCHEMA)
-    return Run(folder.absolute(), settings, read_metrics(folder / "metrics.jsonl"))
 
 
 # --------------------------------------------------------------------------------------
@@ -258,6 +254,7 @@ def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
         for run in runs
     ]
     bits = [row["val_bits_per_byte"] for row in best if row]
+    spread = bits if len(bits) > 1 else []
     states = Counter(run.state for run in runs)
     seconds = mean(last, "seconds")
     return {
@@ -278,8 +275,8 @@ def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
         BITS: mean(best, "val_bits_per_byte"),
         "val_tokens": mean(best, "val_tokens"),
         "seeds": len(bits),
-        "lowest": min(bits) if len(bits) > 1 else None,
-        "highest": max(bits) if len(bits) > 1 else None,
+        "lowest": min(spread, default=None),
+        "highest": max(spread, default=None),
         "difference": None,
         "remark": "",
     }

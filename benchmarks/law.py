@@ -256,7 +256,7 @@ def outcome(out_dir: Path) -> dict[str, float]:
     return {
         "n_layer": settings["n_layer"],
         "n_embd": settings["n_embd"],
-        "parameters": plan.cost(build_on_meta(model_config))[0],
+        "parameters": plan.count_inner(build_on_meta(model_config)),
         "context": round(settings["block_size"] * bytes_per_token),
         "step": settings["block_size"] * settings["batch_size"],
         "steps": last["iter"],

@@ -78,9 +78,12 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """Number of bytes of text in each token, (vocab_size,); 0 for eot and bos."""
-        sizes = np.array([len(piece) for piece in self.pieces])
-        sizes[[i for i in (self.bos, self.eot) if i is not None]] = 0
-        return sizes
+        return np.array(
+            [
+                0 if i in (self.bos, self.eot) else len(piece)
+                for i, piece in enumerate(self.pieces)
+            ]
+        )
 
     def state(self) -> dict:
         return {"tokenizer": self.name, "separated": self.eot is not None}
@@ -224,13 +227,12 @@ class BytePairTokenizer(Tokenizer):
         import tiktoken
 
         ranks = {piece: rank for rank, piece in enumerate(self.pieces[:-1])}
-        special = {END_OF_TEXT: len(ranks)}
         return tiktoken.Encoding(
-            self.name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
+            self.name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
         )
 
     def encode(self, text: str) -> np.ndarray:
-        return self.engine.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
+        return self.engine.encode_to_numpy(text).astype(np.int64)
 
     def state(self) -> dict:
         pieces = b"\n".join(map(base64.b64encode, self.pieces[:-1]))
@@ -306,11 +308,10 @@ def unpack(packed: str) -> bytes:
 
 def printable_bytes() -> dict[str, int]:
     """GPT-2's printable signs for bytes: printable characters stand for themselves, the rest are U+0100 and up."""
-    hidden = [
-        byte for byte in range(256) if not chr(byte).isprintable() or chr(byte) == " "
-    ]
-    signs = {chr(byte): byte for byte in range(256) if byte not in hidden}
-    return signs | {chr(256 + number): byte for number, byte in enumerate(hidden)}
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != 32]
+    hidden = sorted(set(range(256)) - set(printable))
+    signs = map(chr, [*printable, *range(256, 256 + len(hidden))])
+    return dict(zip(signs, printable + hidden, strict=True))
 
 
 def sentencepiece_bytes(piece: str, byte_fallback: bool) -> bytes:

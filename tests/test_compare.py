@@ -130,7 +130,7 @@ def test_runs_with_different_tokens_are_compared_by_bits_per_byte(run):
     table, errors = run("out/char", "out/bpe")
     assert " best " in row_of(table, "bpe") and " best " not in row_of(table, "char")
     assert errors == ""
-    read, bits = curve([compare.read_run(Path("out/bpe"))])
+    read, bits = curve(compare.read_runs(["out/bpe"]))
     assert read[:2] == pytest.approx([4000, 8000])
     assert bits[:2] == pytest.approx([4 / 4 / math.log(2), 3.9 / 4 / math.log(2)])
 
@@ -223,7 +223,7 @@ def test_a_row_shows_how_far_its_run_is(run, losses, settings, state):
     assert row_of(run("out/a")[0], "a").endswith(f"  {state}")
 
 
-DAMAGED = ["[1]", "[" * 100_000, "\x00\xff", '{"iter": 150}']
+DAMAGED = ["[" * 100_000, "\x00\xff", '{"iter": 150}']
 DAMAGED += ['{"iter": 150, "tokens": 9, "seconds": 9, "val_loss": "low"}']
 
 

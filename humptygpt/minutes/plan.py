@@ -60,12 +60,13 @@ class Clock:
     def __init__(self, started: float, minutes: float, earlier: float):
         """started: time.monotonic() when the command started. earlier: seconds that the run took before that."""
         self.started = started - earlier
-        self.end = self.started + 60 * minutes
+        self.end = self.started + 60 * minutes - ENDING  # when training ends
         self.step = 0.0  # seconds per step, as measured before the run
         # how long the last evaluation took, in seconds; an estimate until the first one
         self.evaluation = 0.0
-        # cost of the end of a run, in units of one evaluation: a sample, and in a long run the whole validation split
-        self.at_the_end = 1.0
+        # cost of the end of a run, in units of one evaluation: the last one, a sample, and in a long run the whole
+        # validation split
+        self.at_the_end = 2.0
         self.last_step = time.monotonic()
 
     def start(self, run) -> None:
@@ -83,7 +84,7 @@ class Clock:
         self.last_step = time.monotonic()
 
     def time_left(self, progress: Progress, config: TrainConfig) -> float:
-        """Seconds until the run ends."""
+        """Seconds until the training ends."""
         return self.end - time.monotonic()
 
     def leave_out(self, evaluation: float) -> None:
@@ -97,15 +98,14 @@ class Clock:
 
     def seconds_left(self, position: float, config: TrainConfig) -> float:
         """Seconds left for training, after subtracting the remaining evaluations and the end of the run."""
-        last = (1 + self.at_the_end) * self.evaluation
-        left = self.end - time.monotonic() - ENDING - last
+        left = self.end - time.monotonic() - self.at_the_end * self.evaluation
         before = math.ceil((config.max_iters - position) / config.eval_interval) - 1
         # at least half of the time is for training; evaluations that no longer fit are skipped
         return max(left - before * self.evaluation, left / 2)
 
     def planned(self) -> float:
         """Seconds of training to plan for, if the plan is made now."""
-        return TIME_TO_TRAIN * (self.end - time.monotonic() - ENDING)
+        return TIME_TO_TRAIN * (self.end - time.monotonic())
 
     def advance(self, position: float, config: TrainConfig) -> float:
         """Position after a step, between 0 and config.max_iters. position: the position before the step."""
@@ -334,9 +334,9 @@ def candidates(
     found = []
     for shape in shapes:
         model = model_on_meta(config, shape)
-        parameters, per_token, per_step = cost(model)
-        if config.optimizer == "adamw":
-            per_step = 0
+        parameters = count_inner(model)
+        # Muon multiplies matrices three times in each of five iterations; the smaller side of nearly all is n_embd
+        muon = 0 if config.optimizer == "adamw" else 5 * 6 * parameters * shape.n_embd
         # tokens per step for each sequence of a batch
         of_each = shape.block_size * config.gradient_accumulation_steps
         batches = {max(1, tokens // of_each) for tokens in STEPS}
@@ -345,20 +345,17 @@ def candidates(
         for batch_size in batches:
             batch = replace(config, batch_size=batch_size)
             tokens = batch_size * of_each
-            operations = tokens * per_token + per_step
+            operations = tokens * models.flops_per_token(model) + muon
             least = training_memory(batch, model, device, dtype).least
             found.append(Candidate(batch, shape, parameters, tokens, operations, least))
     return found
 
 
-def cost(model: nn.Module) -> tuple[int, int, int]:
-    """Count parameters without the embeddings, the model's operations per token, and Muon's operations per step."""
+def count_inner(model: nn.Module) -> int:
+    """Count the parameters without the embeddings."""
     config = model.config
     embeddings = config.vocab_size * config.n_embd * (1 if config.tie_weights else 2)
-    parameters = models.count_parameters(model) - embeddings
-    # Muon multiplies matrices three times in each of five iterations; the smaller side of nearly all matrices is n_embd
-    per_step = 5 * 6 * parameters * config.n_embd
-    return parameters, models.flops_per_token(model), per_step
+    return models.count_parameters(model) - embeddings
 
 
 def seconds_per_step(
@@ -408,12 +405,11 @@ def closing(run, out_dir: Path) -> str:
     path = out_dir / "plan.py"
     write_plan(path, run)
     bytes_per_token = run.dataset.val_bytes_per_token()
-    parameters, *_ = cost(run.model)
     text = len(run.dataset.train) * bytes_per_token
     read = run.progress.tokens * bytes_per_token
     return (
         f"{path} is a config file that repeats this run step by step\n"
-        f"{advice(parameters, read, text)}"
+        f"{advice(count_inner(run.model), read, text)}"
     )
 
 

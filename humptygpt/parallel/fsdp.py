@@ -53,6 +53,29 @@ class ShardedOptimizer(SharedOptimizer):
             value, p.device_mesh, placements, src_data_rank=None
         ).clone()
 
+    @raise_if_rank_died()
+    def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
+        """Return this rank's rows of function(whole). whole: (n, rows, columns), n independent matrices.
+
+        x: (n, rows of this rank, columns). Each rank gathers some of the matrices, applies the function to them, and
+        sends the rows of the result to the ranks that keep them.
+        """
+        like = torch.empty(len(x), rows, x.shape[2], device="meta")
+
+        def redistribute(part: Tensor, before: int, after: int) -> Tensor:
+            part = part.contiguous()
+            whole = DTensor.from_local(
+                part,
+                self.process.mesh,
+                [Shard(before)],
+                shape=like.shape,
+                stride=like.stride(),
+            )
+            return whole.redistribute(placements=[Shard(after)]).to_local()
+
+        matrices = redistribute(x, before=1, after=0)
+        return redistribute(function(matrices), before=0, after=1)
+
 
 class FullySharded(DataParallel):
     """One of several processes that each hold a part of the model.
@@ -110,25 +133,6 @@ class FullySharded(DataParallel):
         """Sum gradients over ranks in the last share. Until then, each rank keeps its own, unsharded gradients."""
         net.set_requires_gradient_sync(last)
         return super().accumulate(net, share, last=True)
-
-    @raise_if_rank_died()
-    def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-        """Return this rank's rows of function(whole). whole: (n, rows, columns), n independent matrices.
-
-        x: (n, rows of this rank, columns). Each rank gathers some of the matrices, applies the function to them, and
-        sends the rows of the result to the ranks that keep them.
-        """
-        like = torch.empty(len(x), rows, x.shape[2], device="meta")
-
-        def redistribute(part: Tensor, before: int, after: int) -> Tensor:
-            part = part.contiguous()
-            whole = DTensor.from_local(
-                part, self.mesh, [Shard(before)], shape=like.shape, stride=like.stride()
-            )
-            return whole.redistribute(placements=[Shard(after)]).to_local()
-
-        matrices = redistribute(x, before=1, after=0)
-        return redistribute(function(matrices), before=0, after=1)
 
     @raise_if_rank_died()
     def save(self, path: Path, entries: dict) -> None:

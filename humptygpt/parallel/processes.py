@@ -71,14 +71,17 @@ def share_dropout(model: nn.Module) -> None:
 
 
 class SharedOptimizer(Optimizer):
-    """An optimizer that splits Muon's orthogonalisation among the ranks."""
+    """An optimizer that splits Muon's orthogonalisation among the ranks. Each computes some of the matrices."""
 
     def __init__(self, groups: list[dict], process: "DataParallel"):
         super().__init__(groups)
         self.process = process
 
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-        return self.process.spread(function, x, rows)
+        computed = torch.zeros_like(x)
+        own = slice(self.process.rank, None, self.process.size)
+        computed[own] = function(x[own])
+        return self.process.sum(computed)
 
 
 class DataParallel(Process):
@@ -204,13 +207,6 @@ class DataParallel(Process):
         """Write a checkpoint in rank 0."""
         if self.first:
             super().save(path, entries)
-
-    def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-        """Compute function(x). x: (n, rows, columns), n independent matrices, of which each rank computes some."""
-        own = slice(self.rank, None, self.size)
-        computed = torch.zeros_like(x)
-        computed[own] = function(x[own])
-        return self.sum(computed)
 
 
 # --------------------------------------------------------------------------------------

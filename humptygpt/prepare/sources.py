@@ -56,8 +56,11 @@ class Source(NamedTuple):
     settings: dict  # default values for keys of prepare_data.PrepareConfig
 
 
-def write_text(path: Path, text: str) -> None:
+def keep(name: str, text: str) -> Path:
+    """Write a text to data/downloads. Returns its path."""
+    path = DOWNLOADS / name
     write_if_changed(path, lambda file: file.write(text.encode()))
+    return path
 
 
 def shakespeare(config) -> tuple[str, str]:
@@ -107,8 +110,7 @@ def humpty_dumpty(config) -> tuple[str, str]:
         "All the king's horses and all the king's men\n"
         "Couldn't put Humpty together again.\n"
     )
-    path = DOWNLOADS / "humpty_dumpty.txt"
-    write_text(path, 10 * rhyme)
+    path = keep("humpty_dumpty.txt", 10 * rhyme)
     return str(path), "Humpty Dumpty, ten times over"
 
 
@@ -117,8 +119,7 @@ def shakespeare_tenth(config) -> tuple[str, str]:
     source, description = shakespeare(config)
     text = Path(source).read_text(encoding="utf-8")
     tenth = len(text) - int(0.9 * len(text))
-    path = DOWNLOADS / f"{config.name}.txt"
-    write_text(path, text[:tenth] + text[-tenth:])
+    path = keep(f"{config.name}.txt", text[:tenth] + text[-tenth:])
     return str(path), f"the first and the last tenth of {description}"
 
 
@@ -147,16 +148,16 @@ def wills(config) -> tuple[str, str]:
         city = draw.choice(cities)
         he, his = ("he", "his") if person in men else ("she", "her")
         child, her = draw.choice([("girl", "her"), ("boy", "him")])
-        things = []
-        for _ in range(draw.randint(1, 4)):
-            things.append(f"the {draw.choice(adjectives)} {draw.choice(nouns)}")
+        things = [
+            f"the {draw.choice(adjectives)} {draw.choice(nouns)}"
+            for _ in range(draw.randint(1, 4))
+        ]
         listed = " and ".join(filter(None, [", ".join(things[:-1]), things[-1]]))
         lines.append(
             f"{person} had a secret child, a {child} in {city}, and {he} had written in {his} will that {listed}"
             f" should belong to {her} and be sent to {city}.\n"
         )
-    path = DOWNLOADS / f"{config.name}.txt"
-    write_text(path, "".join(lines))
+    path = keep(f"{config.name}.txt", "".join(lines))
     return str(path), f"{len(lines):,} generated wills"
 
 
@@ -229,9 +230,8 @@ def everyday_de_en(config) -> tuple[PairFiles, str]:
     }
     files = captions[:2]  # without their test split
     for split, pairs in splits.items():
-        path = DOWNLOADS / config.name / f"{split}.tsv"
-        write_text(path, "".join(f"{source}\t{target}\n" for source, target in pairs))
-        files.append((split, (path,)))
+        lines = "".join(f"{german}\t{english}\n" for german, english in pairs)
+        files.append((split, (keep(f"{config.name}/{split}.tsv", lines),)))
     credit = "Tatoeba sentences (tatoeba.org, manythings.org/anki, CC-BY 2.0 FR)"
     return files, f"{credit} and {source}"
 

@@ -64,9 +64,7 @@ class Pairs:
         with_test = config.test_fraction or self.given
         self.splits = ("train", "val", "test") if with_test else ("train", "val")
         cleaned = ("train",) if self.given else self.splits
-        self.encoder = partial(
-            encode_pairs, cleaned, config.max_pair_tokens, config.max_pair_ratio
-        )
+        self.encoder = partial(encode_pairs, config, cleaned)
         self.held_out = set()
 
     def survey(self) -> None:
@@ -114,14 +112,12 @@ class Pairs:
 
     def assign(self, pair: Pair, number: int) -> list[tuple[str, Pair]]:
         """Return [(split, pair)] for a pair from self.files[number]."""
-        if given := self.files[number][0]:
-            return [(given, pair)]
-        drawn = draw(pair.source)
-        val_fraction = self.config.val_fraction
-        if drawn < val_fraction:
-            return [("val", pair)]
-        in_test = drawn < val_fraction + self.config.test_fraction
-        return [("test" if in_test else "train", pair)]
+        split, _ = self.files[number]
+        if not split:
+            val, test = self.config.val_fraction, self.config.test_fraction
+            drawn = draw(pair.source)
+            split = "val" if drawn < val else "test" if drawn < val + test else "train"
+        return [(split, pair)]
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
         """Entries of meta.json for pairs only. first_text: the start of the training split."""
@@ -185,17 +181,12 @@ def read_pairs(
 
 
 def encode_pairs(
-    cleaned: tuple[str, ...],
-    max_tokens: int,
-    max_ratio: float,
-    tokenizer: Tokenizer,
-    split: str,
-    pairs: list[Pair],
+    config, cleaned: tuple[str, ...], tokenizer: Tokenizer, split: str, pairs: list[Pair]
 ) -> tuple[list[np.ndarray], Counter]:
     """Encode pairs of one split. Returns their token ids and counts.
 
-    In the splits in `cleaned`, a pair is dropped if one side, including end-of-text, is longer than max_tokens, or
-    longer than max_ratio times the other side plus SLACK.
+    In the splits in `cleaned`, a pair is dropped if one side, including end-of-text, is longer than
+    config.max_pair_tokens, or longer than config.max_pair_ratio times the other side plus SLACK.
     """
     ids = []
     counted = Counter()
@@ -205,9 +196,9 @@ def encode_pairs(
         shorter, longer = sorted((len(source), len(target)))
         if pair.dropped:
             counted[pair.dropped] += 1
-        elif split in cleaned and longer > max_tokens:
+        elif split in cleaned and longer > config.max_pair_tokens:
             counted["too_long"] += 1
-        elif split in cleaned and longer > max_ratio * shorter + SLACK:
+        elif split in cleaned and longer > config.max_pair_ratio * shorter + SLACK:
             counted["lopsided"] += 1
         else:
             ids += [source, target]
