@@ -65,6 +65,15 @@ def cannot_write(path: Path | str, error: Exception, advice: str = "") -> UserEr
     return UserError(f"cannot write {path}: {reason}{advice}")
 
 
+@contextmanager
+def refuse_unwritable(folder: Path) -> Iterator[None]:
+    """Raise UserError if the block cannot write to a folder."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(folder, error, "; choose another folder") from error
+
+
 def remove_unfinished(folder: Path, names: list[str]) -> None:
     """Remove the temporary files of whole() that a killed process left behind. No other process may write there."""
     for name in names:
@@ -95,18 +104,19 @@ def locked(folder: Path, what: str, advice: str) -> Iterator[None]:
 
     The folder is made if necessary and, in that case, removed at the end if it is empty.
     what, advice: for the message, what is locked and what to do instead. Raises UserError if another process holds the
-    lock, and OSError if the folder cannot be made.
+    lock, or the folder cannot be written to.
     """
     from filelock import FileLock, Timeout  # late import: most scripts take no lock
 
     path = folder / ".lock"
     created = [parent for parent in path.parents if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"{what} is in use by another process; {advice}") from error
+    with refuse_unwritable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(f"{what} is in use by another process; {advice}") from error
     try:
         yield
     finally:
