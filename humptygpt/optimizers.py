@@ -97,13 +97,9 @@ class Optimizer:
         if device == "meta":
             self.make_state()
             return
-        for group in self.param_groups:
-            for name, p in group["named_params"].items():
-                if name in like:
-                    parts = {
-                        k: self.own_part(saved["state"][name][k], p) for k in like[name]
-                    }
-                    self.state[name] = parts
+        for name, tensors in like.items():
+            state = saved["state"].get(name)
+            self.state[name] = {k: self.own_part(state[k], x) for k, x in tensors.items()}
 
     # ----------------------------------------------------------------------------------
     # humptygpt/parallel overrides these for several processes
@@ -116,9 +112,9 @@ class Optimizer:
         """Return this process's part of a tensor."""
         return x
 
-    def own_part(self, value: Tensor, p: Tensor) -> Tensor:
-        """Return this process's part of the state of a whole parameter, on the parameter's device."""
-        return value.to(p.device)
+    def own_part(self, value: Tensor, like: Tensor) -> Tensor:
+        """Return this process's part of a whole state tensor. like: from state_like(), on the right device."""
+        return value.to(like.device)
 
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
         """Return function(x). x: (n, rows, columns), n independent matrices, which processes may share out."""
