@@ -20,18 +20,17 @@ def whole(path: Path) -> Iterator[Path]:
     random, so if two processes write the same file at once, one of them wins. Raises UserError if writing fails.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    kept = "; the previous file is unchanged" if path.is_file() else ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if temporary.is_file():
-            with temporary.open("r+b") as file:
-                os.fsync(file.fileno())
-        if path.is_dir():  # an empty folder, which Windows would not replace
-            path.rmdir()
-        temporary.replace(path)
-    except OSError as error:
-        kept = "; the previous file is unchanged" if path.is_file() else ""
-        raise cannot_write(path, error, kept) from error
+        with refuse_unwritable(path, kept):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if temporary.is_file():
+                with temporary.open("r+b") as file:
+                    os.fsync(file.fileno())
+            if path.is_dir():  # an empty folder, which Windows would not replace
+                path.rmdir()
+            temporary.replace(path)
     finally:
         with suppress(OSError):
             remove(temporary)
@@ -66,12 +65,12 @@ def cannot_write(path: Path | str, error: Exception, advice: str = "") -> UserEr
 
 
 @contextmanager
-def refuse_unwritable(folder: Path) -> Iterator[None]:
-    """Raise UserError if the block cannot write to a folder."""
+def refuse_unwritable(path: Path, advice: str = "") -> Iterator[None]:
+    """Raise UserError if the block cannot write to a file or folder. advice: end of the message."""
     try:
         yield
     except OSError as error:
-        raise cannot_write(folder, error, "; choose another folder") from error
+        raise cannot_write(path, error, advice) from error
 
 
 def remove_unfinished(folder: Path, names: list[str]) -> None:
@@ -91,11 +90,11 @@ def remove(path: Path) -> None:
 
 def append(path: Path, line: str) -> None:
     """Add a line to a file. Raises UserError if it cannot be written."""
-    try:
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    with (
+        refuse_unwritable(path),
+        path.open("a", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        file.write(line + "\n")
 
 
 @contextmanager
@@ -111,7 +110,7 @@ def locked(folder: Path, what: str, advice: str) -> Iterator[None]:
     path = folder / ".lock"
     created = [parent for parent in path.parents if not parent.exists()]
     lock = FileLock(path, timeout=0)
-    with refuse_unwritable(folder):
+    with refuse_unwritable(folder, "; choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
