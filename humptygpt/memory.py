@@ -13,7 +13,7 @@ from torch import nn
 import model as models
 from humptygpt.device import free_memory
 from humptygpt.machine import check_fits
-from humptygpt.optimizers import flat, freeze, make_optimizer, trained_parameters
+from humptygpt.optimizers import freeze, make_optimizer, trained_parameters
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 
@@ -59,8 +59,8 @@ def training_memory(
     """Estimate the memory that each process needs. config: a TrainConfig. model: from model_on_meta()."""
     weights = FLOAT * models.count_parameters(model)
     gradients = FLOAT * sum(p.numel() for p in trained_parameters(model).values())
-    states = flat(make_optimizer(config, model).state_like())
-    optimizer = sum(x.nbytes for x in states.values())
+    states = make_optimizer(config, model).state_like().values()
+    optimizer = sum(x.nbytes for state in states for x in state.values())
     activations = activation_bytes(config, model, device, dtype, processes)
     if processes == 1 or config.parallel == "ddp":
         return Memory(weights, gradients, optimizer, activations)

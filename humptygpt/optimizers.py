@@ -194,17 +194,17 @@ def normalize_neurons(
     second_moment: the running mean squares, updated in place; see per_neuron(). rows: the number of rows of a whole
     matrix. total: sums over processes if each has only some of the rows. Source: Li et al. 2025, arXiv:2510.05491.
     """
-
-    def norm(x: Tensor) -> Tensor:
-        return total(x.norm(dim=(1, 2), keepdim=True).square()).sqrt()
-
     if rows >= updates.shape[2]:
         mean_square = updates.square().mean(dim=2, keepdim=True)
     else:
         mean_square = total(updates.square().sum(dim=1, keepdim=True)) / rows
     torch._foreach_lerp_(second_moment, list(mean_square), 1 - beta)
     normalized = updates * (torch.stack(second_moment) + 1e-10).rsqrt()
-    return normalized * (norm(updates) / (norm(normalized) + 1e-10))
+    before, after = (
+        total(x.norm(dim=(1, 2), keepdim=True).square()).sqrt()
+        for x in (updates, normalized)
+    )
+    return normalized * (before / (after + 1e-10))
 
 
 def orthogonalize(x: Tensor) -> Tensor:
