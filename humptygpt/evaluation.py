@@ -49,12 +49,18 @@ def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
             losses.append(loss)
             weights.append(tokens)
     net.train(was_training)
-    losses, weights = torch.tensor([losses, weights], dtype=torch.float64)
+    losses = torch.stack(losses).cpu().double() if losses else torch.zeros(0).double()
+    weights = torch.tensor(weights, dtype=torch.float64)
     differences = losses.diff().square() / 2
-    sums = [losses @ weights, weights.sum(), weights.square().sum()]
-    sums += [differences.sum(), len(differences)]
-    sums = process.sum(torch.tensor(sums, dtype=torch.float64))
-    loss, total, squares, variance, pairs = sums.tolist()
+    pairs = torch.tensor(len(differences), dtype=torch.float64)
+    sums = (
+        losses @ weights,
+        weights.sum(),
+        weights.square().sum(),
+        differences.sum(),
+        pairs,
+    )
+    loss, total, squares, variance, pairs = process.sum(torch.stack(sums)).tolist()
     return Loss(loss / total, math.sqrt(variance / max(1, pairs) * squares) / total)
 
 
