@@ -140,21 +140,16 @@ class Run:
 
     def restore(self, saved: dict) -> None:
         """Restore the optimizer, the scaler and sharded weights from a checkpoint. Raises UserError."""
+        eval_only = self.config.eval_only
         sharded = checkpoint.lacks_tensors(saved)
-        if self.config.eval_only:  # the optimizer state is not needed and takes memory
-            if sharded:
-                find(LOAD_SHARDED)(self.path, self.state())
-            return
-        with refuse_other_code(self.path):
-            self.optimizer.check_state(saved["optimizer"], "meta" if sharded else "cpu")
-        if saved.get("scaler"):
-            self.scaler.load_state_dict(saved["scaler"])
+        if not eval_only:  # an evaluation does not need this state, which takes memory
+            with refuse_other_code(self.path):
+                self.optimizer.load(saved["optimizer"], "meta" if sharded else "cpu")
+            if saved.get("scaler"):
+                self.scaler.load_state_dict(saved["scaler"])
         if sharded:
-            self.optimizer.steps = saved["optimizer"]["steps"]
-            self.optimizer.make_state()
-            find(LOAD_SHARDED)(self.path, self.latest_state())
-        else:
-            self.optimizer.load_state_dict(saved["optimizer"])
+            entries = self.state() if eval_only else self.latest_state()
+            find(LOAD_SHARDED)(self.path, entries)
 
 
 def main(argv: list[str]) -> int:

@@ -20,18 +20,17 @@ def whole(path: Path) -> Iterator[Path]:
     random, so if two processes write the same file at once, one of them wins. Raises UserError if writing fails.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    kept = "; the previous file is unchanged" if path.is_file() else ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if temporary.is_file():
-            with temporary.open("r+b") as file:
-                os.fsync(file.fileno())
-        if path.is_dir():  # an empty folder, which Windows would not replace
-            path.rmdir()
-        temporary.replace(path)
-    except OSError as error:
-        kept = "; the previous file is unchanged" if path.is_file() else ""
-        raise cannot_write(path, error, kept) from error
+        with refuse_unwritable(path, kept):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if temporary.is_file():
+                with temporary.open("r+b") as file:
+                    os.fsync(file.fileno())
+            if path.is_dir():  # an empty folder, which Windows would not replace
+                path.rmdir()
+            temporary.replace(path)
     finally:
         with suppress(OSError):
             remove(temporary)
@@ -65,6 +64,15 @@ def cannot_write(path: Path | str, error: Exception, advice: str = "") -> UserEr
     return UserError(f"cannot write {path}: {reason}{advice}")
 
 
+@contextmanager
+def refuse_unwritable(path: Path, advice: str = "") -> Iterator[None]:
+    """Raise UserError if the block cannot write to a file or folder. advice: end of the message."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error, advice) from error
+
+
 def remove_unfinished(folder: Path, names: list[str]) -> None:
     """Remove the temporary files of whole() that a killed process left behind. No other process may write there."""
     for name in names:
@@ -82,11 +90,11 @@ def remove(path: Path) -> None:
 
 def append(path: Path, line: str) -> None:
     """Add a line to a file. Raises UserError if it cannot be written."""
-    try:
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    with (
+        refuse_unwritable(path),
+        path.open("a", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        file.write(line + "\n")
 
 
 @contextmanager
@@ -95,18 +103,19 @@ def locked(folder: Path, what: str, advice: str) -> Iterator[None]:
 
     The folder is made if necessary and, in that case, removed at the end if it is empty.
     what, advice: for the message, what is locked and what to do instead. Raises UserError if another process holds the
-    lock, and OSError if the folder cannot be made.
+    lock, or the folder cannot be written to.
     """
     from filelock import FileLock, Timeout  # late import: most scripts take no lock
 
     path = folder / ".lock"
     created = [parent for parent in path.parents if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"{what} is in use by another process; {advice}") from error
+    with refuse_unwritable(folder, "; choose another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(f"{what} is in use by another process; {advice}") from error
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from humptygpt.config import UserError, one_line
 # packages that training and sampling a GPT do not need, but that some other features do
 OPTIONAL = {
     *("gguf", "huggingface_hub", "matplotlib", "pyarrow", "sacrebleu"),
-    *("safetensors", "sentencepiece", "tiktoken", "tokenizers", "wandb"),
+    *("safetensors", "sentencepiece", "tensorboard", "tiktoken", "tokenizers", "wandb"),
 }
 STARTED = time.monotonic()  # when the command started, not counting Python's own startup
 # Linux's control groups (cgroups), version 2, which containers use

@@ -86,41 +86,44 @@ class Optimizer:
         """Return plain data and tensors: {"steps": int, "state": {parameter: {name: tensor}}}."""
         return {"steps": self.steps, "state": self.state}
 
-    def check_state(self, saved: dict, device: str = "cpu") -> None:
-        """Raise ValueError unless a saved state_dict fits this model and rule. device: the tensors' device."""
-        like = self.state_like() if saved["steps"] else {}
-        if differ := saved["state"].keys() ^ like.keys():
-            name = min(differ)
-            raise ValueError(
-                f"optimizer.{name} is {'missing' if name in like else 'unknown'}"
-            )
-        for name, state in saved["state"].items():
-            check_tensors(f"optimizer.{name}.", state, like[name], device)
+    def load(self, saved: dict, device: str = "cpu") -> None:
+        """Load a saved state_dict. The groups keep their settings. Raises ValueError unless it fits model and rules.
 
-    def load_state_dict(self, saved: dict) -> None:
-        """Load a state that has been checked. The groups keep their settings."""
+        device: where its tensors are. From the meta device they are loaded as zeros, to be filled later.
+        """
+        like = self.state_like() if saved["steps"] else {}
+        check_tensors("optimizer.", flat(saved["state"]), flat(like), device)
         self.steps = saved["steps"]
-        for group in self.param_groups:
-            for name, p in group["named_params"].items():
-                if (state := saved["state"].get(name)) is not None:
-                    self.state[name] = {k: self.own_part(x, p) for k, x in state.items()}
+        if device == "meta":
+            self.make_state()
+            return
+        for name, tensors in like.items():
+            state = saved["state"].get(name)
+            self.state[name] = {k: self.own_part(state[k], x) for k, x in tensors.items()}
 
     # ----------------------------------------------------------------------------------
     # humptygpt/parallel overrides these for several processes
 
-    total = None  # function that sums a tensor over processes, if each has only some rows of a matrix
+    def total(self, x: Tensor) -> Tensor:
+        """Return the sum of x over all processes, if each has only some rows of a matrix."""
+        return x
 
     def local(self, x: Tensor) -> Tensor:
         """Return this process's part of a tensor."""
         return x
 
-    def own_part(self, value: Tensor, p: Tensor) -> Tensor:
-        """Return this process's part of the state of a whole parameter, on the parameter's device."""
-        return value.to(p.device)
+    def own_part(self, value: Tensor, like: Tensor) -> Tensor:
+        """Return this process's part of a whole state tensor. like: from state_like(), on the right device."""
+        return value.to(like.device)
 
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
         """Return function(x). x: (n, rows, columns), n independent matrices, which processes may share out."""
         return function(x)
+
+
+def flat(state: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return {parameter.name of a state tensor: the tensor}."""
+    return {f"{name}.{key}": x for name in state for key, x in state[name].items()}
 
 
 def adamw(optimizer: Optimizer, group: dict, slots: list[Slot]) -> None:
@@ -170,8 +173,7 @@ def muon(
         if normalize:
             moment = [slot.state["second_moment_buffer"] for slot in alike]
             beta = group["betas"][1]
-            shape = (rows, columns)
-            updates = normalize_neurons(updates, moment, beta, shape, optimizer.total)
+            updates = normalize_neurons(updates, moment, beta, rows, optimizer.total)
         weights = [slot.weight for slot in alike]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         lr = group["lr"] * math.sqrt(max(1, rows / columns))
@@ -182,33 +184,30 @@ def normalize_neurons(
     updates: Tensor,
     second_moment: list[Tensor],
     beta: float,
-    shape: tuple[int, int],
-    total: Callable[[Tensor], Tensor] | None = None,
+    rows: int,
+    total: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Divide each neuron's part of the updates, (n, rows, columns), by its root mean square over recent steps.
 
     In an orthogonal update, some neurons move much less than others. Here all move at about the same speed, and the
     whole matrix as fast as before. A neuron is a row, or a column if there are more columns than rows.
-    second_moment: the running mean squares, updated in place; see per_neuron(). shape: (rows, columns) of a whole
+    second_moment: the running mean squares, updated in place; see per_neuron(). rows: the number of rows of a whole
     matrix. total: sums over processes if each has only some of the rows. Source: Li et al. 2025, arXiv:2510.05491.
     """
-
-    def norm(x: Tensor) -> Tensor:
-        norms = x.norm(dim=(1, 2), keepdim=True)
-        return total(norms.square()).sqrt() if total else norms
-
-    rows, columns = shape
-    if rows >= columns:
+    if rows >= updates.shape[2]:
         mean_square = updates.square().mean(dim=2, keepdim=True)
     else:
-        square = updates.square().sum(dim=1, keepdim=True)
-        mean_square = (total(square) if total else square) / rows
+        mean_square = total(updates.square().sum(dim=1, keepdim=True)) / rows
     torch._foreach_lerp_(second_moment, list(mean_square), 1 - beta)
     normalized = updates * (torch.stack(second_moment) + 1e-10).rsqrt()
-    return normalized * (norm(updates) / (norm(normalized) + 1e-10))
+    before, after = (
+        total(x.norm(dim=(1, 2), keepdim=True).square()).sqrt()
+        for x in (updates, normalized)
+    )
+    return normalized * (before / (after + 1e-10))
 
 
-def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(x: Tensor) -> Tensor:
     """Turn each matrix U S V^T of x, (n, rows, columns), into about U V^T: singular values end up in 0.7 to 1.2.
 
     Newton-Schulz iteration with Jordan's coefficients: a polynomial that moves singular values towards 1.
@@ -221,7 +220,7 @@ def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
         x = x.mT
     # now the largest singular value is at most 1
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         a = x @ x.mT
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, b, x, beta=3.4445)

@@ -1,6 +1,5 @@
 """The progress of a run, the signals that stop it, and its folder: metrics, plot, settings and logs."""
 
-import importlib
 import importlib.util
 import json
 import math
@@ -10,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +43,6 @@ FILES = [
 ]
 NEW = ".new"  # folder of a run that overwrites another, until it has a checkpoint
 COMPLETE = ".complete"  # the same folder while its files are moved to out_dir
-ANOTHER = "choose another --out_dir"
 LOGGERS = {"tensorboard": "TensorBoard", "wandb": "start_wandb"}  # in loggers.py
 
 
@@ -206,23 +204,10 @@ def catch_signals() -> Iterator[list[int]]:
 
 
 @contextmanager
-def refuse_unwritable(out_dir: Path) -> Iterator[None]:
-    """Raise UserError if the block cannot write to the folder."""
-    try:
-        yield
-    except OSError as error:
-        raise files.cannot_write(out_dir, error, f"; {ANOTHER}") from error
-
-
-@contextmanager
 def lock_out_dir(out_dir: Path) -> Iterator[None]:
     """Lock the folder, from before its checkpoint is read until the run has ended. Raises UserError."""
-    lock = files.locked(
-        out_dir, f"out_dir={out_dir}", f"{ANOTHER}, or wait until that run has ended"
-    )
-    with ExitStack() as held:
-        with refuse_unwritable(out_dir):
-            held.enter_context(lock)
+    advice = "choose another --out_dir, or wait until that run has ended"
+    with files.locked(out_dir, f"out_dir={out_dir}", advice):
         put_in_place(out_dir)
         yield
 
@@ -247,7 +232,7 @@ def put_in_place(out_dir: Path) -> None:
     A plan.py is kept, because it may be the config file of the new run. Raises UserError.
     """
     new, complete = out_dir / NEW, out_dir / COMPLETE
-    with refuse_unwritable(out_dir):
+    with files.refuse_unwritable(out_dir):
         if checkpoint.stored(new / "ckpt.pt").exists():
             for path in (out_dir / name for name in FILES):
                 if not (path / "metrics.jsonl").exists():  # else it is a run with this name
@@ -285,7 +270,7 @@ class RunFolder:
             note("there will be no loss.png, because matplotlib is not installed")
         if replaces:
             note(f"the earlier run in {path} is kept until this one has a checkpoint")
-        with refuse_unwritable(path):
+        with files.refuse_unwritable(path):
             files.remove(path / NEW)  # from a run that ended before its first checkpoint
             self.path.mkdir(parents=True, exist_ok=True)
             if resumed_at:
@@ -349,7 +334,7 @@ def rows_until(metrics: Path, step: int) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------
-# Loggers: services and programs that show metrics
+# Loggers: services and programs that show metrics, named after the package that they need
 
 
 def chosen_loggers(settings: dict) -> list[str]:
@@ -363,13 +348,3 @@ def chosen_loggers(settings: dict) -> list[str]:
     if settings["wandb_log"]:
         names.append("wandb")
     return list(dict.fromkeys(names))
-
-
-def import_logger(name: str) -> None:
-    """Import a logger's package before training starts. Raises UserError if the package is missing."""
-    try:
-        importlib.import_module("wandb" if name == "wandb" else "torch.utils.tensorboard")
-    except ImportError as error:
-        raise UserError(
-            f"log={name} needs the package {name}: pip install {name}"
-        ) from error

@@ -1,6 +1,7 @@
 """Training settings: their defaults, and how a command and the model or run that it starts from change them."""
 
 import dataclasses
+import importlib
 import math
 import re
 from collections.abc import Collection
@@ -27,7 +28,6 @@ from humptygpt.process import BACKENDS, PARALLEL, launched, restarted
 from humptygpt.run_folder import (
     NEW,
     chosen_loggers,
-    import_logger,
     lock_out_dir,
     refuse_earlier_run,
 )
@@ -232,7 +232,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     if config.minutes and processes > 1:
         raise UserError("minutes is for one process; with several, use max_iters instead")
     for name in chosen_loggers(asdict(config)):  # now, not after a long preparation
-        import_logger(name)
+        importlib.import_module(name)
     values = asdict(config) | asdict(model_config) | {"processes": processes}
     # no mistakes: a config file may be combined with others, and a command run with more processes
     noted = given.keys() - typed | FOR_SEVERAL.keys()

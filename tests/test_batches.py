@@ -24,11 +24,6 @@ def test_a_permutation_visits_every_index_once(n):
         assert sorted(permute(np.arange(n), n, key)) == list(range(n))
 
 
-def test_permutations_differ_by_key_and_from_the_identity():
-    orders = {tuple(permute(np.arange(50), 50, random_key(key))) for key in range(20)}
-    assert len(orders) == 20 and tuple(range(50)) not in orders
-
-
 def test_neighbours_in_a_permutation_are_unrelated():
     order = permute(np.arange(100_000), 100_000, random_key(7)).astype(float)
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.02
@@ -69,24 +64,23 @@ def write_meta(data: Path, tokenizer: dict) -> None:
     """A meta.json for the uint16 token files that lie in a folder."""
     splits = {}
     for split in ("train", "val"):
-        paths = sorted(data.glob(f"{split}*.bin"))
-        files = [{"name": path.name, "tokens": path.stat().st_size // 2} for path in paths]
+        path = data / f"{split}.bin"
+        tokens = path.stat().st_size // 2
         splits[split] = {
-            "files": files,
-            "sha256": {path.name: sha256(path) for path in paths},
+            "files": [{"name": path.name, "tokens": tokens}],
+            "sha256": {path.name: sha256(path)},
+            "tokens": tokens,
+            "bytes": tokens,
         }
-        splits[split]["tokens"] = splits[split]["bytes"] = sum(
-            file["tokens"] for file in files
-        )
     meta = {
         "format": META_FORMAT,
         "task": "language modelling",
         "source": "counting",
         "dtype": "uint16",
+        "splits": splits,
+        "tokenizer": tokenizer,
     }
-    (data / "meta.json").write_text(
-        json.dumps(meta | {"splits": splits, "tokenizer": tokenizer})
-    )
+    (data / "meta.json").write_text(json.dumps(meta))
 
 
 def opened(seed: int = 1) -> TokenDataset:
@@ -112,10 +106,8 @@ def test_an_epoch_visits_every_block_once_in_an_order_and_from_an_offset_of_its_
 
 def test_every_position_of_the_text_is_trained_on_in_time(counted):
     dataset = opened()
-    seen = set()
-    for index in range(400):
-        seen.update(dataset.batch(index, 8)["targets"].flatten().tolist())
-    assert seen == set(range(1, 1003))
+    targets = [dataset.batch(index, 8)["targets"] for index in range(400)]
+    assert torch.equal(torch.cat(targets).unique(), torch.arange(1, 1003))
 
 
 def test_the_order_depends_on_seed_and_index_only(counted):
@@ -149,7 +141,7 @@ def test_targets_are_the_tokens_that_follow_also_in_a_text_hardly_longer_than_a_
     counted, n
 ):
     np.arange(n, dtype=np.uint16).tofile(counted / "train.bin")
-    write_meta(counted, json.loads((counted / "meta.json").read_text())["tokenizer"])
+    write_meta(counted, read_meta(counted)["tokenizer"])
     batch = opened().batch(2, 9)
     assert batch["idx"].shape == (9, 16) and batch["idx"].dtype == torch.int64
     assert torch.equal(batch["targets"], batch["idx"] + 1) and batch["targets"].max() < n
@@ -189,9 +181,8 @@ def test_the_whole_split_is_the_same_text_for_any_tokenizer_and_a_part_or_other_
 
     whole = evaluated("a", "--tokenizer=char")
     assert whole["val_tokens"] == len(TokenDataset(Path("data/a"), 16, 1).val) - 1
-    for tokenizer in ("byte", "sentencepiece"):
-        keys = [f"--tokenizer={tokenizer}", "--vocab_size=300"]
-        other = evaluated("a", *keys[: 1 + (tokenizer != "byte")], block_size=7)
+    for keys in (["--tokenizer=byte"], ["--tokenizer=sentencepiece", "--vocab_size=300"]):
+        other = evaluated("a", *keys, block_size=7)
         assert other["val_text"] == whole["val_text"]
         assert other["val_tokens"] != whole["val_tokens"]
     assert evaluated("b", "--tokenizer=char")["val_text"] != whole["val_text"]
@@ -205,19 +196,14 @@ def test_a_nanogpt_folder_opens_as_it_is(folder):
     data = folder / "data" / "old"
     data.mkdir(parents=True)
     stoi = {char: i for i, char in enumerate(alphabet)}
-    with (data / "meta.pkl").open("wb") as file:
-        pickle.dump(
-            {"vocab_size": len(alphabet), "itos": dict(enumerate(alphabet)), "stoi": stoi},
-            file,
-        )
-    for split, part in (("train", text[:1800]), ("val", text[1800:])):
-        np.array([stoi[char] for char in part], dtype=np.uint16).tofile(
-            data / f"{split}.bin"
-        )
+    meta = {"vocab_size": len(stoi), "itos": dict(enumerate(alphabet)), "stoi": stoi}
+    (data / "meta.pkl").write_bytes(pickle.dumps(meta))
+    ids = np.array([stoi[char] for char in text], np.uint16)
+    ids[:1800].tofile(data / "train.bin")
+    ids[1800:].tofile(data / "val.bin")
     dataset = TokenDataset(data, 16, seed=1)
-    assert (
-        dataset.tokenizer.decode(dataset.train.read(np.array([0]), 1800)[0]) == text[:1800]
-    )
+    read = dataset.train.read(np.array([0]), 1800)[0]
+    assert dataset.tokenizer.decode(read) == text[:1800]
     assert dataset.val_bytes_per_token() == 1.0
     assert train.main([*TINY_RUN, "--dataset=old"]) == 0
 
@@ -268,10 +254,7 @@ def test_damaged_token_files_are_refused(tiny, fails, complaint):
 
 def test_a_text_shorter_than_a_block_is_refused(tiny, fails):
     line = fails(train.main, *TINY_RUN, "--block_size=4000")
-    assert (
-        "train.bin has 3,600 tokens but needs at least 4,001" in line
-        and "smaller --block_size" in line
-    )
+    assert "train.bin has 3,600 tokens but needs at least 4,001" in line
 
 
 @pytest.mark.parametrize("separated", [False, True])

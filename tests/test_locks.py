@@ -139,7 +139,7 @@ def test_a_run_that_does_not_start_leaves_no_folder(tiny, fails):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a read-only folder")
 def test_if_no_folder_can_be_made_nobody_is_named_as_its_user(tiny, fails):
-    line = "cannot write /proc/x: No such file or directory; choose another --out_dir\n"
+    line = "cannot write /proc/x: No such file or directory; choose another folder\n"
     assert fails(train.main, *TINY_RUN, "--out_dir=/proc/x") == line
 
 

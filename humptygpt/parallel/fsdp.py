@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from humptygpt import checkpoint
 from humptygpt.config import UserError
@@ -45,13 +45,11 @@ class ShardedOptimizer(SharedOptimizer):
     def total(self, x: Tensor) -> Tensor:
         return self.process.sum(x)
 
-    def own_part(self, value: Tensor, p: Tensor) -> Tensor:
-        """Return this rank's rows of a whole parameter's state. A state of a single row is returned whole."""
-        placements = p.placements if len(value) == len(p) else [Replicate()]
-        value = value.to(p.device)
-        return distribute_tensor(
-            value, p.device_mesh, placements, src_data_rank=None
-        ).clone()
+    def own_part(self, value: Tensor, like: Tensor) -> Tensor:
+        """Return this rank's rows of a whole state tensor. A state of a single row is returned whole."""
+        value = value.to(like.device)
+        mesh, placements = like.device_mesh, like.placements
+        return distribute_tensor(value, mesh, placements, src_data_rank=None).clone()
 
     @raise_if_rank_died()
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
