@@ -1,23 +1,23 @@
 """Compare runs: one table and one picture.
 
-    python compare.py out/a out/b                      a row per run, in the order given; the picture goes to out/
-    python compare.py $(ls -dtr out/*)                 the same, oldest first: the shell sorts them
-    python compare.py out/* --json=- > runs.json       the table as data, in full precision
-    python compare.py out/article/*/* --group=True     a group for each folder in out/article
+    python compare.py out/a out/b                      one row per run, in the order given; also writes out/compare.png
+    python compare.py $(ls -dtr out/*)                 the same, sorted by the shell, oldest first
+    python compare.py out/* --json=- > runs.json       the table as JSON, in full precision
+    python compare.py out/article/*/* --group=True     one group per folder in out/article
 
 A run is a folder written by train.py. Its row shows its lowest validation loss and the settings that differ between the
 runs; _model.py is a checksum of model.py. If the tokenizers differ, compare bits per byte. Unfinished runs are shown
 with their progress so far.
 
-Losses are comparable only on the same text. If all runs were evaluated on a part of the validation split and, at the
-end, on all of it, the latter counts. If no text was used to evaluate all of them, a note says so, and no run is marked
-as the best.
+Losses are comparable only on the same text. If all runs were evaluated on part of the validation split during
+training and on all of it at the end, the evaluation at the end counts. If the runs have no evaluation text in common, a
+note says so, and no run is marked as the best.
 
 With --group=True, runs in the same folder that differ only in the seed, such as idea/with-1 and idea/with-2, share one
 row with the mean of their lowest losses. The same goes for idea/with/1 and idea/with/2. Runs with --minutes may also
-differ in steps, dropout and weight decay, which the clock chooses. Each row is compared in bits per byte with the first
-row of its group, or with --baseline=NAME. The ranges over the seeds show whether the difference is meaningful. Rows
-keep the order given. The shell sorts by name, so 1-without comes before 2-with and is the baseline.
+differ in the settings that --minutes chooses: steps, dropout and weight decay. Each row is compared in bits per byte with the first
+row of its group, or with --baseline=NAME. The range over the seeds shows whether a difference is meaningful. Rows keep
+the order given. The shell sorts by name, so 1-without comes before 2-with and is the baseline.
 """
 
 import json
@@ -39,7 +39,7 @@ from humptygpt.files import write_whole
 from humptygpt.metrics import draw_comparison, read_metrics
 from humptygpt.schema import parse_json
 
-# Settings that do not affect the trained model. _parameters has a column of its own.
+# Settings to ignore, because they do not affect the trained model; _parameters already has its own column.
 IGNORED = {
     "out_dir",
     "init_from",
@@ -56,9 +56,10 @@ IGNORED = {
 }
 # Settings that --minutes chooses to fit the time, apart from the model size and the batch size
 BY_CLOCK = {"max_iters", "eval_interval", "warmup_iters", "dropout", "weight_decay"}
-SCHEMA = {"max_iters": range(1, 2**53), "_parameters?": range(2**53)}  # of config.json
-EVALUATION = {"val_loss", "val_bits_per_byte"}  # entries of a row of metrics
-SEED = re.compile(r"[/_-](seed[-_=]?)?\d+$")  # the end of a path: -1, _seed=1, /1
+# the entries of config.json that are checked
+SCHEMA = {"max_iters": range(1, 2**53), "_parameters?": range(2**53)}
+EVALUATION = {"val_loss", "val_bits_per_byte"}  # a row of metrics with these keys is an evaluation
+SEED = re.compile(r"[/_-](seed[-_=]?)?\d+$")  # seed at the end of a path, such as -1, _seed=1 or /1
 BITS = "best_bits_per_byte"
 # The rows of a table: (name, the runs it covers, which differ only in the seed)
 Rows = list[tuple[str, list["Run"]]]
@@ -83,11 +84,11 @@ COLUMNS = {  # key of a row: (heading, number format); numbers are right-aligned
 @dataclass(frozen=True)
 class CompareConfig:
     # compare
-    runs: tuple[str, ...] = ()  # run folders; may be given without --runs=
-    group: bool = False  # compare within each folder of runs, and merge seeds
-    baseline: str | None = None  # the row to compare with in each group; None: the first
-    picture: str | None = "out/compare.png"  # PNG file of the losses; None: no picture
-    json: str | None = None  # JSON file of the table, a list of objects; -: stdout
+    runs: tuple[str, ...] = ()  # run folders; the --runs= prefix is optional
+    group: bool = False  # compare the runs in each folder, averaging over seeds
+    baseline: str | None = None  # row that each group is compared with; None: the first
+    picture: str | None = "out/compare.png"  # PNG file for a plot; None: no plot
+    json: str | None = None  # JSON file for the table, a list of objects; -: stdout
 
     @classmethod
     def choices(cls) -> dict:
@@ -101,7 +102,7 @@ class CompareConfig:
 def main(argv: list[str]) -> None:
     given = configurator.read(argv, CompareConfig, positional="runs")
     config = configurator.make(CompareConfig, given)
-    # out/* also matches files that an earlier call wrote there
+    # out/* also matches files such as compare.png, written by an earlier call
     runs = read_runs([path for path in config.runs if not os.path.isfile(path)])
     if config.group or config.baseline:
         groups = group_seeds(runs, config.baseline)
@@ -181,8 +182,8 @@ def read_runs(folders: list[str]) -> list[Run]:
             runs.append(Run(Path(folder).absolute(), settings, rows))
         except (OSError, ValueError) as error:
             inside = any(Path(folder).glob("*/config.json"))
-            advice = f"; for the runs in it: python compare.py {folder}/*" if inside else ""
-            note(f"{folder} is not a run: {one_line(error)}{advice}; skipped")
+            advice = f"; to compare the runs in it: python compare.py {folder}/*" if inside else ""
+            note(f"skipped {folder}, which is not a run: {one_line(error)}{advice}")
     if not runs:
         raise UserError("no runs to compare; try: python compare.py out/*")
     return runs
@@ -212,14 +213,14 @@ def group_seeds(runs: list[Run], baseline: str | None) -> dict[str, Rows]:
         rows.sort(key=lambda row: row[0] != baseline)
         if baseline and rows[0][0] != baseline:
             names = ", ".join(name for name, _ in rows)
-            raise UserError(f"baseline={baseline} is not a row of {title}; rows: {names}")
+            raise UserError(f"baseline={baseline} is not a row of {title}, whose rows are: {names}")
     return groups
 
 
 def make_table(title: str, rows: Rows) -> list[dict]:
     """Measure the rows, all on the same text, and compare them.
 
-    title: the name of a group, whose rows are compared with the first one; "": no groups, each run in its own row.
+    title: the name of a group, whose rows are compared with its first row; "": no groups, one row per run.
     """
     evaluated = [run.evaluations for _, runs in rows for run in runs if run.evaluations]
     texts = evaluated[0] if evaluated else {}
@@ -233,7 +234,7 @@ def make_table(title: str, rows: Rows) -> list[dict]:
                 row["difference"] = row[BITS] - table[0][BITS]
     elif evaluated:
         problem = "were evaluated on different texts, so none is marked as the best"
-        note(f"{title or 'the runs'} {problem}")
+        note(f"the runs {f'in {title} ' if title else ''}{problem}")
     settings = [runs[0].settings for _, runs in rows]
     keys = sorted(set().union(*settings) - IGNORED)
     keys = [key for key in keys if len({str(each.get(key)) for each in settings}) > 1]
@@ -244,7 +245,7 @@ def make_table(title: str, rows: Rows) -> list[dict]:
 
 
 def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
-    """Make one row from runs that differ only in the seed: the means, and the range of bits per byte.
+    """Make one row from runs that differ only in the seed: their means, and their range of bits per byte.
 
     text: checksum of the text whose evaluations count; None: the newest text of each run.
     """
@@ -289,7 +290,7 @@ def mean(rows: list[dict], key: str) -> float | None:
 
 
 def format_table(title: str, table: list[dict]) -> str:
-    """Format a line for each row; columns without a value are left out."""
+    """Format the table as text, with a line for each row. Columns that have no value in any row are left out."""
     columns = []
     for key, (heading, form) in COLUMNS.items():
         values = [row[key] for row in table]

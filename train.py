@@ -3,13 +3,14 @@
     python train.py config/shakespeare_char.py
     python train.py config/shakespeare_char.py --n_layer=6 --out_dir=out/deeper
     python train.py --init_from=resume --out_dir=out/deeper --max_iters=4000
-    python train.py --input=FILE_OR_FOLDER --minutes=10                          your own text, in ten minutes
+    python train.py --input=FILE_OR_FOLDER --minutes=10                          train on your own text for ten minutes
     python train.py --init_from=out/deeper --dataset=mine --out_dir=out/mine     a new run that starts from that model
     torchrun --standalone --nproc_per_node=2 train.py config/shakespeare_char.py
 
 It writes to out_dir: ckpt.pt (everything needed to resume), best.pt (the model with the lowest validation loss),
-metrics.jsonl, loss.png, config.json (which also works as a config file), command.txt, snapshots/ for explain.py if the
-model is small, and with --minutes plan.py, a config file that repeats the run. Ctrl-C saves a checkpoint and stops.
+metrics.jsonl, loss.png, config.json (which also works as a config file) and command.txt. A small model also gets
+snapshots/ for explain.py. With --minutes there is also plan.py, a config file that repeats the run.
+Ctrl-C saves a checkpoint and stops.
 Keys that are not set have the defaults below, which are the demo's settings.
 """
 
@@ -92,7 +93,7 @@ class Run:
     @property
     def task(self) -> tasks.Task:
         task = tasks.find_task(self.dataset.task)
-        if self.process.sharded:  # no process has the whole model to generate examples
+        if self.process.sharded:  # no process has the whole model, so none can generate examples
             return dataclasses.replace(task, evaluation_examples=None, final_examples=None)
         return task
 
@@ -107,7 +108,7 @@ class Run:
         return checkpoint.stored(Path(self.config.out_dir) / "ckpt.pt")
 
     def state(self) -> dict:
-        """Return the entries that ckpt.pt and best.pt have in common: see checkpoint.SCHEMA."""
+        """Return the entries that ckpt.pt and best.pt have in common; checkpoint.SCHEMA describes them."""
         meta = self.dataset.meta
         data = {key: meta[key] for key in ("source", "command") if key in meta}
         return {
@@ -126,7 +127,7 @@ class Run:
         return self.state() | {"optimizer": self.optimizer.state_dict(), "scaler": scaler}
 
     def best_state(self) -> dict:
-        """Return the entries of best.pt. LoRA weights are merged, so that it loads like any other model."""
+        """Return the entries of best.pt. LoRA weights are merged, so the file loads like any other model."""
         no_lora = asdict(dataclasses.replace(self.config, lora_rank=0))
         return self.state() | {"train_config": no_lora, "model": self.weights()}
 
@@ -142,7 +143,7 @@ class Run:
         """Restore the optimizer, the scaler and sharded weights from a checkpoint. Raises UserError."""
         eval_only = self.config.eval_only
         sharded = checkpoint.lacks_tensors(saved)
-        if not eval_only:  # an evaluation does not need this state, which takes memory
+        if not eval_only:  # evaluation does not need the optimizer state, which takes memory
             with refuse_other_code(self.path):
                 self.optimizer.load(saved["optimizer"], "meta" if sharded else "cpu")
             if saved.get("scaler"):
@@ -186,8 +187,8 @@ def setup(
 ) -> Run:
     """Assemble a run.
 
-    saved: the checkpoint to resume from. base: the model to start from. given: keys that a plan for --minutes must not
-    change.
+    saved: the checkpoint to resume from. base: the model to start from. given: settings that
+    --minutes must not change.
     """
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
@@ -231,7 +232,7 @@ def setup(
     if saved:
         run.restore(saved)
         keep_best(run, saved)
-    if not config.eval_only:  # a network that trains takes memory
+    if not config.eval_only:  # an evaluation uses the plain model, to save memory
         run.net = make_net(run)
     return run
 
@@ -241,7 +242,7 @@ def setup(
 
 
 def fit(run: Run) -> int:
-    """Train, show what the model can do, and return the exit code."""
+    """Train, then show what the best model can do. Returns the exit code."""
     config = run.config
     settings = recorded_settings(run)
     folder = RunFolder(Path(config.out_dir), settings, run.progress.iter, run.process.first)
@@ -313,10 +314,10 @@ def train(run: Run, folder: RunFolder) -> int | None:
 
 
 def train_step(run: Run, step: int) -> tuple[Tensor, Tensor, int]:
-    """Take one optimizer step with the gradients of several micro-batches. step: number of the step, from 0.
+    """Take one optimizer step, with gradients accumulated over micro-batches. step: index of the step, from 0.
 
-    With several processes, the micro-batches are split among them, gradients are summed once, and all take the same
-    step. Returns the mean loss before the step, the gradient norm before clipping and the number of tokens. The first
+    With several processes, the micro-batches are split among them, gradients are summed once, and every process
+    takes the same step. Returns the mean loss before the step, the gradient norm before clipping and the number of tokens. The first
     two stay on the device, because reading them would make the CPU wait for the GPU.
     """
     config = run.config
@@ -329,10 +330,11 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor, int]:
         with process.accumulate(run.net, share, last=share is shares[-1]):
             loss = share_of_loss(run, share, tokens)
             try:
-                run.scaler.scale(loss * process.size).backward()  # gradients are averaged
+                # DDP and FSDP average gradients over processes; this factor turns the average into a sum
+                run.scaler.scale(loss * process.size).backward()
             except RuntimeError as error:
                 if process.size == 1 and not machine.is_out_of_memory(error):
-                    # run it again, so that torch shows which line of the forward pass failed
+                    # repeat the computation, so that torch shows which line of the forward pass is to blame
                     with torch.autograd.detect_anomaly(check_nan=False):
                         share_of_loss(run, share, tokens).backward()
                 raise
@@ -357,7 +359,7 @@ def share_of_loss(run: Run, share: Share, tokens: int) -> Tensor:
 
 
 def evaluate(run: Run, folder: RunFolder, bar: tqdm) -> bool:
-    """Evaluate, save best.pt if the loss is the lowest so far, and return True if so. Raises Diverged."""
+    """Evaluate, and save best.pt if the loss is the lowest so far. Returns True if it is. Raises Diverged."""
     row = evaluation.measures(run, run.net, run.config.evaluated_batches())
     improved = run.progress.record(row["val_loss"])
     folder.record(run.progress.stamp() | row)

@@ -53,7 +53,7 @@ class Dataset:
         raise NotImplementedError
 
     def read(self, split: str, starts: np.ndarray, length: int) -> np.ndarray:
-        """Read tokens of a split from each start, and check their range. Returns int64 (len(starts), length)."""
+        """Read `length` tokens of a split from each start. Raises UserError for ids outside the vocabulary. Returns int64 (len(starts), length)."""
         ids = self.splits[split].read(starts, length)
         if (largest := int(ids.max())) >= self.tokenizer.vocab_size:
             raise UserError(
@@ -70,7 +70,7 @@ class Dataset:
 
     @cached_property
     def identity(self) -> dict:
-        """Fingerprint that tells the data from other data with the same tokenizer. It does not depend on the path."""
+        """Fingerprint of the data: other data with the same tokenizer has a different one. It does not depend on the path."""
         _, first_million = next(self.chunks("train"))
         identity = {
             "train_tokens": len(self.train),
@@ -78,7 +78,7 @@ class Dataset:
             "first_million_sha256": hashlib.sha256(first_million.tobytes()).hexdigest(),
         }
         sums = [split.get("sha256") for split in self.meta["splits"].values()]
-        if all(sums):  # nanoGPT and earlier versions wrote none
+        if all(sums):  # nanoGPT and our earlier versions saved no checksums
             identity["files_sha256"] = hashlib.sha256(repr(sums).encode()).hexdigest()
         return identity
 
@@ -121,7 +121,7 @@ class TokenDataset(Dataset):
         T = self.block_size
         last = len(self.train) - 1 - T  # the last position at which a block can start
         blocks = max(1, last // T)
-        # number of offsets that leave room for all the blocks, between T and 2T
+        # number of possible offsets, between T and 2T, with which all blocks still fit into the text
         offsets = last - (blocks - 1) * T + 1
         epochs, numbers = np.divmod(index * batch_size + np.arange(batch_size), blocks)
         starts = np.empty(batch_size, dtype=np.int64)
@@ -136,8 +136,8 @@ class TokenDataset(Dataset):
     ) -> Iterator[dict[str, Tensor]]:
         """Yield the evaluation set, which is always the same: eval_iters batches of blocks spread over the split.
 
-        With eval_iters=None, or enough batches to cover the split, every token but the first is predicted once. A batch
-        has the same shape as one from batch(); the last one is padded, with targets of -1.
+        With eval_iters=None, or enough batches to cover the split, every token but the first is predicted once. Batches
+        have the same shape as those from batch(). The last is padded with rows whose targets are -1.
         """
         starts = self.val_starts(batch_size, eval_iters)
         for first in range(0, len(starts), batch_size):
@@ -173,7 +173,7 @@ class TokenDataset(Dataset):
 class Prefetcher:
     """Reads the next batch of a dataset in a thread while the current one trains.
 
-    This helps if the CPU is idle during a step, as in training on a GPU, and reading waits for a disk.
+    This helps if reading has to wait for a disk, and the CPU is idle during a step, as when training on a GPU.
     """
 
     def __init__(self, dataset: Dataset, stride: int = 1):
@@ -218,7 +218,7 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
 
     Four rounds of a Feistel network permute the range up to the next power of four. Indices that land outside range(n)
     go through it again. There is no table, so an epoch of 10^11 tokens takes no more memory than one of ten.
-    Source: Black and Rogaway 2002, "Ciphers with arbitrary finite domains", cycle walking.
+    Source: Black and Rogaway 2002, "Ciphers with arbitrary finite domains": the cycle-walking cipher.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)

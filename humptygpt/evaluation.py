@@ -23,8 +23,8 @@ class Loss(NamedTuple):
     """Mean loss in nats per token, over a whole split or a sample of it."""
 
     mean: float
-    # Standard error of the mean, from the differences between neighbouring batches, because batches of sentence pairs
-    # are ordered by length; 0 for a single batch.
+    # Standard error of the mean; 0 for a single batch. It is estimated from differences between neighbouring batches,
+    # because batches of sentence pairs are ordered by length.
     standard_error: float
 
 
@@ -65,7 +65,7 @@ def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
 
 
 def own_batches(batches: Iterable[dict], rank: int, size: int) -> Iterator[dict]:
-    """Yield every size-th batch, starting at `rank`. All ranks get the same number; the last may have no targets."""
+    """Yield every size-th batch, starting at `rank`. All ranks get equally many; the last batch may have no targets."""
     for number, batch in enumerate(batches):
         if number % size == rank:
             yield batch
@@ -76,8 +76,9 @@ def own_batches(batches: Iterable[dict], rank: int, size: int) -> Iterator[dict]
 def cost_of_whole_split(run) -> float:
     """Return the cost of evaluating the whole validation split at the end, in units of a regular evaluation.
 
-    It is 0 if the run does not end with that evaluation, because regular evaluations already cover the split, it would
-    take more than a twentieth of the training time, eval_iters is set, or there are several processes.
+    A cost of 0 means that the run does not end with this evaluation. It is skipped if regular evaluations already cover
+    the split, if it would take more than a twentieth of the training time, if eval_iters is set, or if there are
+    several processes.
     """
     config = run.config
     if config.eval_iters or run.process.size > 1:
@@ -92,11 +93,11 @@ def cost_of_whole_split(run) -> float:
 def evaluated(dataset: Dataset, batch_size: int, eval_iters: int | None) -> dict:
     """Return the number of tokens that an evaluation predicts, and a checksum of their text.
 
-    The checksum is of the character counts, so it depends on neither the tokenizer nor the order of sentence pairs.
+    The checksum is computed from the character counts, so it depends on neither the tokenizer nor the order of sentence pairs.
     """
     batches = dataset.val_batches(batch_size, eval_iters)
     targets = torch.cat([batch["targets"].flatten() for batch in batches])
-    # The first token of the split is included. It is not predicted, but its length depends on the tokenizer.
+    # Include the first token of the split. It is not predicted, but how much text it covers depends on the tokenizer.
     ids = np.append(dataset.read("val", np.array([0]), 1), targets[targets >= 0])
     counts = sorted(Counter(dataset.tokenizer.decode(ids)).items())
     checksum = zlib.crc32(repr(counts).encode())
@@ -117,7 +118,7 @@ def measures(run, net: nn.Module, eval_iters: int | None) -> dict[str, float | s
 
 
 def evaluation_line(row: dict[str, float]) -> str:
-    """Format an evaluation's row of metrics: val loss 2.0123 ± 0.0060 (2.903 bits per byte, perplexity 7.48)"""
+    """Format an evaluation's metrics, for example: val loss 2.0123 ± 0.0060 (2.903 bits per byte, perplexity 7.48)"""
     bits, perplexity = row["val_bits_per_byte"], row["val_perplexity"]
     return (
         f"val loss {row['val_loss']:.4f} ± {row['val_standard_error']:.4f}"
@@ -130,7 +131,7 @@ def evaluation_line(row: dict[str, float]) -> str:
 
 
 def sample(model: nn.Module, dataset: TokenDataset, max_new_tokens: int) -> str:
-    """Generate a text without a prompt."""
+    """Generate text without a prompt."""
     tokenizer = dataset.tokenizer
     idx = torch.from_numpy(tokenizer.start()).to(next(model.parameters()).device)[None]
     tokens = model.generate(idx, max_new_tokens, temperature=0.8)[0, idx.shape[1] :]

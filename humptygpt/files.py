@@ -40,12 +40,12 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call write(file) to fill a new file, and move it to `path` as whole() does. Raises UserError if that fails."""
     # a device or a pipe, such as /dev/null or /dev/stdout, must not be replaced
     if path.exists() and (not path.is_file() or path.absolute().parent == Path("/dev")):
-        raise UserError(f"cannot write {path}: it is not a regular file; choose another")
+        raise UserError(f"cannot write {path}: it is not a regular file; choose another path")
     with whole(path) as temporary:
         try:
             with temporary.open("xb") as file:
                 write(file)
-        except RuntimeError as error:  # torch.save hides the system's error behind it
+        except RuntimeError as error:  # torch.save raises it in place of an OSError
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
             raise
@@ -53,7 +53,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 def cannot_write(path: Path | str, error: Exception, advice: str = "") -> UserError:
     """Describe a failed write in one line. If the disk is full, name its mount point and its free space."""
-    # numpy and torch report no reason
+    # errors from numpy and torch do not give the reason
     reason = getattr(error, "strerror", None) or "the disk may be full"
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         folders = Path(path).resolve().parents  # a link may lead to another disk
@@ -74,7 +74,7 @@ def refuse_unwritable(path: Path, advice: str = "") -> Iterator[None]:
 
 
 def remove_unfinished(folder: Path, names: list[str]) -> None:
-    """Remove the temporary files of whole() that a killed process left behind. No other process may write there."""
+    """Remove temporary files that a process killed within whole() left behind. No other process may be writing there."""
     for name in names:
         for path in folder.glob(f"{name}.????????.tmp"):
             path.unlink()
@@ -101,8 +101,8 @@ def append(path: Path, line: str) -> None:
 def locked(folder: Path, what: str, advice: str) -> Iterator[None]:
     """Let no other process write to a folder until the block ends or the process dies.
 
-    The folder is made if necessary and, in that case, removed at the end if it is empty.
-    what, advice: for the message, what is locked and what to do instead. Raises UserError if another process holds the
+    If the folder does not exist, it is created, and removed again at the end if it is empty.
+    what, advice: parts of the error message: what is locked, and what to do instead. Raises UserError if another process holds the
     lock, or the folder cannot be written to.
     """
     from filelock import FileLock, Timeout  # late import: most scripts take no lock

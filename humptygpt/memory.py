@@ -21,7 +21,7 @@ ADVICE = (
     "use a smaller --batch_size with more --gradient_accumulation_steps, --checkpoint_activations=True, or a smaller"
     " model (--n_embd, --n_layer)"
 )
-FLOAT = 4  # bytes in a float32, the type of weights, gradients and optimizer state whatever --dtype is
+FLOAT = 4  # bytes in a float32, the type of weights, gradients and optimizer state for any --dtype
 
 
 class Memory(NamedTuple):
@@ -64,10 +64,10 @@ def training_memory(
     activations = activation_bytes(config, model, device, dtype, processes)
     if processes == 1 or config.parallel == "ddp":
         return Memory(weights, gradients, optimizer, activations)
-    # a process that accumulates several micro-batches holds whole gradients
+    # a process that accumulates several micro-batches holds unsharded gradients
     if config.gradient_accumulation_steps <= processes:
         gradients /= processes
-    # the parameters outside the blocks, such as the embedding, and two blocks with their gradients
+    # gathered at once: the parameters outside the blocks, such as the embedding, and two blocks with their gradients
     modules = [module for module in model.modules() if isinstance(module, models.Block)]
     blocks = [FLOAT * models.count_parameters(block) for block in modules]
     buffers = weights - sum(blocks) + 4 * max(blocks, default=0)
@@ -83,7 +83,7 @@ def activation_bytes(
     shape = model.config
     tokens = config.rows(processes) * shape.block_size
     layers = (module for module in model.modules() if not list(module.children()))
-    # frozen layers before the first trained one keep nothing
+    # frozen layers before the first trained one need no activations for the backward pass
     layers = dropwhile(lambda layer: not trained_parameters(layer), layers)
     kept = sum(kept_of(layer, dtype) for layer in layers if layer is not model.lm_head)
     scores = tokens * shape.n_head * shape.block_size  # attention scores per layer
@@ -101,7 +101,7 @@ def activation_bytes(
 def kept_of(layer: nn.Module, dtype: torch.dtype) -> int:
     """Bytes per token that a layer keeps for the backward pass."""
     if isinstance(layer, nn.Linear):
-        # its output for the operation that follows, its input for the gradient of its weight
+        # its output, needed by the next operation, and its input, needed for the gradient of its weight
         inputs = layer.in_features if layer.weight.requires_grad else 0
         return dtype.itemsize * (inputs + layer.out_features)
     if isinstance(layer, nn.LayerNorm | nn.RMSNorm):

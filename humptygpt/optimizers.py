@@ -37,12 +37,12 @@ class Rule(NamedTuple):
 class Optimizer:
     """Groups of parameters, each with a rule and its settings, and the state of each parameter by name.
 
-    It has the interface that a training loop and a GradScaler need. It is not a torch.optim.Optimizer, because the
-    first step of one spends two to three seconds loading torch's compiler, longer than the rest of the startup.
+    It has the interface that a training loop and a GradScaler need. It is not a torch.optim.Optimizer,
+    whose first step spends two to three seconds loading torch's compiler, longer than the rest of the startup.
     """
 
     def __init__(self, groups: list[dict]):
-        """groups: dicts of rule, params, named_params, lr and anything else that the rule needs; see make_optimizer."""
+        """groups: dicts with rule, params, named_params, lr and anything else the rule needs; see make_optimizer."""
         self.param_groups = groups
         self.state: dict[str, dict[str, Tensor]] = {}
         self.steps = 0
@@ -87,9 +87,10 @@ class Optimizer:
         return {"steps": self.steps, "state": self.state}
 
     def load(self, saved: dict, device: str = "cpu") -> None:
-        """Load a saved state_dict. The groups keep their settings. Raises ValueError unless it fits model and rules.
+        """Load a saved state_dict. The groups keep their settings. Raises ValueError if it does not fit.
 
-        device: where its tensors are. From the meta device they are loaded as zeros, to be filled later.
+        It must match the parameters and the rules that update them. device: where the saved tensors are. If they are on
+        the meta device, the state is set to zeros, to be filled later.
         """
         like = self.state_like() if saved["steps"] else {}
         check_tensors("optimizer.", flat(saved["state"]), flat(like), device)
@@ -105,7 +106,7 @@ class Optimizer:
     # humptygpt/parallel overrides these for several processes
 
     def total(self, x: Tensor) -> Tensor:
-        """Return the sum of x over all processes, if each has only some rows of a matrix."""
+        """Return the sum of x over all processes if each has only some rows of a matrix, otherwise x itself."""
         return x
 
     def local(self, x: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ class Optimizer:
         return value.to(like.device)
 
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-        """Return function(x). x: (n, rows, columns), n independent matrices, which processes may share out."""
+        """Return function(x). x: (n, rows, columns), n independent matrices, which processes may divide among them."""
         return function(x)
 
 
@@ -127,7 +128,7 @@ def flat(state: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def adamw(optimizer: Optimizer, group: dict, slots: list[Slot]) -> None:
-    """Update each element by about lr: lr times its mean gradient, divided by its root mean square gradient.
+    """Update each element by lr times its mean gradient, divided by its root mean square gradient: at most about lr.
 
     This calls the kernel behind torch.optim.AdamW(fused=True) directly, once for all parameters.
     Source: Loshchilov and Hutter 2017, arXiv:1711.05101.
@@ -156,7 +157,7 @@ def muon(
 ) -> None:
     """Update by the momentum matrix with all singular values set to about 1, so that no direction is neglected.
 
-    Matrices of one shape are stacked and orthogonalised together. normalize: NorMuon, see normalize_neurons.
+    Matrices of the same shape are stacked and orthogonalised together. normalize: NorMuon, see normalize_neurons.
     Source: Jordan et al. 2024, "Muon: an optimizer for the hidden layers of neural networks".
     """
     by_shape: dict[torch.Size, list[Slot]] = {}
@@ -189,8 +190,8 @@ def normalize_neurons(
 ) -> Tensor:
     """Divide each neuron's part of the updates, (n, rows, columns), by its root mean square over recent steps.
 
-    In an orthogonal update, some neurons move much less than others. Here all move at about the same speed, and the
-    whole matrix as fast as before. A neuron is a row, or a column if there are more columns than rows.
+    In an orthogonal update, some neurons move much less than others. This rule makes all of them move at about the
+    same speed, without changing the norm of the whole update. A neuron is a row, or a column if there are more columns than rows.
     second_moment: the running mean squares, updated in place; see per_neuron(). rows: the number of rows of a whole
     matrix. total: sums over processes if each has only some of the rows. Source: Li et al. 2025, arXiv:2510.05491.
     """
@@ -208,9 +209,10 @@ def normalize_neurons(
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """Turn each matrix U S V^T of x, (n, rows, columns), into about U V^T: singular values end up in 0.7 to 1.2.
+    """Replace each matrix U S V^T in x with approximately U V^T. x: (n, rows, columns).
 
-    Newton-Schulz iteration with Jordan's coefficients: a polynomial that moves singular values towards 1.
+    Singular values of the result are between about 0.7 and 1.2. This is a Newton-Schulz iteration with Jordan's
+    coefficients: each step applies a polynomial that moves singular values towards 1.
     """
     dtype = x.dtype
     tall = x.shape[1] > x.shape[2]
@@ -218,7 +220,7 @@ def orthogonalize(x: Tensor) -> Tensor:
         x = x.bfloat16()  # faster, and accurate enough
     if tall:
         x = x.mT
-    # now the largest singular value is at most 1
+    # scale each matrix so that its largest singular value is at most 1
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         a = x @ x.mT
@@ -236,7 +238,7 @@ def per_neuron(p: Tensor) -> Tensor:
 
 
 ADAMW = Rule(adamw, {"exp_avg": whole, "exp_avg_sq": whole})
-# rules for the matrices of the blocks; AdamW trains the rest
+# rules for the matrices in the blocks; AdamW updates all other parameters
 OPTIMIZERS = {
     "adamw": ADAMW,
     "muon": Rule(muon, {"momentum_buffer": whole}, "muon_learning_rate"),
@@ -257,7 +259,7 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def freeze(model: nn.Module, names: str | None) -> None:
-    """Exclude parameters from training. names: parts of their names, separated by commas. Raises UserError."""
+    """Exclude parameters from training. names: comma-separated parts of their names. Raises UserError."""
     for name in names.split(",") if names else ():
         part = f".{name.strip()}."
         frozen = [p for full, p in model.named_parameters() if part in f".{full}."]
@@ -272,9 +274,9 @@ def freeze(model: nn.Module, names: str | None) -> None:
 
 
 def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Return {group: {name: parameter}} with every parameter that trains in exactly one group.
+    """Return {group: {name: parameter}} with every trained parameter in exactly one group.
 
-    The group "hidden" has the matrices of linear layers, except for the output head. A module may choose another group
+    The group "hidden" holds the matrices of linear layers, except for the output head. A module may choose another group
     for its parameters with an optimizer_group attribute.
     """
     groups = {"hidden": {}, "matrices": {}, "vectors": {}}
@@ -325,7 +327,7 @@ def cosine(progress: float) -> float:
 
 
 def linear(progress: float) -> float:
-    """The best of the schedules compared in Defazio et al. 2023, arXiv:2310.07831."""
+    """Straight line, the best of the schedules compared in Defazio et al. 2023, arXiv:2310.07831."""
     return 1 - progress
 
 

@@ -47,7 +47,7 @@ def trained_part(run) -> str:
     """Say how many parameters are trained, and what share of the model that is."""
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     part = trained / count_parameters(run.model)
-    return f"training: {trained:,} parameters, {part:.1%}"
+    return f"training: {trained:,} parameters, {part:.1%} of the model"
 
 
 # --------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def progress_bar(run) -> tqdm:
 
 
 def step(bar: tqdm, run, row: dict) -> None:
-    """Show a row of metrics in the bar on a terminal, and as a line elsewhere."""
+    """Show a row of metrics: in the progress bar on a terminal, otherwise as a line."""
     norm = "inf" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
     text = (
         f"loss {row['train_loss']:.4f}, lr {row['lr']:.2e}, gradient norm {norm},"
@@ -121,12 +121,12 @@ def stopped(run, number: int) -> None:
     command = f"python train.py --init_from=resume {out_dir_key(run)}"
     saved = f"saved {run.path} at iter {run.progress.iter}"
     text = f"{signal.Signals(number).name}: {saved}; resume: {command}"
-    with suppress(OSError):  # the reader of stderr may have received the signal, too
+    with suppress(OSError):  # stderr may be closed if its reader received the signal, too
         print(text, file=sys.stderr)
 
 
 def diverged(folder: RunFolder, error: Diverged) -> None:
-    kept = "nothing was saved yet"
+    kept = "nothing has been saved yet"
     path = stored(folder.path / "ckpt.pt")
     if path.exists():
         kept = f"{path} is the last good checkpoint"

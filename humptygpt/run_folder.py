@@ -22,7 +22,7 @@ from humptygpt.metrics import draw_losses, read_metrics
 from model import flops_per_token
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-# seconds; `timeout` and some shells send a signal to a process and again to its group
+# seconds within which repeated signals count as one: `timeout` and some shells signal a process and then its group
 SAME_REQUEST = 1.0
 # the files and folders that a run writes, apart from plan.py
 FILES = [
@@ -41,9 +41,10 @@ FILES = [
     "ckpt.old",
     "ckpt.pt",
 ]
-NEW = ".new"  # folder of a run that overwrites another, until it has a checkpoint
+NEW = ".new"  # subfolder for a run that replaces another, until the new run has a checkpoint
 COMPLETE = ".complete"  # the same folder while its files are moved to out_dir
-LOGGERS = {"tensorboard": "TensorBoard", "wandb": "start_wandb"}  # in loggers.py
+# {name of a logger: the class or function in loggers.py that starts it}
+LOGGERS = {"tensorboard": "TensorBoard", "wandb": "start_wandb"}
 
 
 class Diverged(Exception):
@@ -56,13 +57,13 @@ class Progress:
 
     iter: int = 0  # steps done
     tokens: int = 0  # tokens trained on
-    seconds: float = 0.0  # time spent training, without evaluations and saving
+    seconds: float = 0.0  # training time, excluding evaluation and saving
     best_val_loss: float = math.inf
     best_iter: int = 0
     evals_since_best: int = 0
-    # how far the run has come, in steps out of max_iters: iter or, with --minutes, an estimate by the clock
+    # how far the run has come, from 0 to max_iters: equal to iter or, with --minutes, estimated from the time
     position: float = 0.0
-    run_seconds: float = 0.0  # with --minutes: total duration of its commands
+    run_seconds: float = 0.0  # with --minutes: seconds that the run's commands have taken
     # losses of the steps since the last row of metrics
     losses: list[float] = field(default_factory=list)
 
@@ -95,23 +96,23 @@ class StepClock:
         """Start the clock. run: a train.Run."""
 
     def advance(self, position: float, config) -> float:
-        """Compute the position after a step from the one before it, both in steps of config.max_iters."""
+        """Return the position after a step, given the position before it. Both are between 0 and config.max_iters."""
         return position + 1
 
     def leave_out(self, evaluation: float) -> None:
-        """Exclude the time since advance(), which went into an evaluation of this many seconds."""
+        """Exclude the time since advance(), which was spent on an evaluation. evaluation: how long it took, in seconds."""
 
     def seconds(self) -> float:
         """Time that counts towards --minutes, including that of earlier commands."""
         return 0.0
 
     def time_left(self, progress: Progress, config) -> float:
-        """Estimate the seconds of training that are left."""
+        """Estimate the remaining training time in seconds."""
         return (config.max_iters - progress.iter) * progress.seconds / progress.iter
 
 
 class Meter:
-    """Measures losses, gradient norms and time. Numbers stay on the device until they are read."""
+    """Measures losses, gradient norms and time. Numbers stay on the device until read() is called."""
 
     def __init__(self, run):
         """run: a train.Run."""
@@ -126,7 +127,7 @@ class Meter:
         self.started = time.perf_counter() - self.progress.seconds
 
     def leave_out_evaluation(self) -> float:
-        """Exclude the time since read(), which went into an evaluation. Returns it in seconds."""
+        """Exclude the time since read(), which was spent on an evaluation. Returns that time in seconds."""
         evaluation = time.perf_counter() - self.started - self.progress.seconds
         self.started += evaluation
         return evaluation
@@ -144,7 +145,7 @@ class Meter:
             if not math.isfinite(loss):
                 raise Diverged(f"loss is {loss} {at}")
             if not math.isfinite(self.grad_norm) and not self.skips_bad_steps:
-                raise Diverged(f"gradient is not finite {at}")  # the weights are lost
+                raise Diverged(f"gradient is not finite {at}")  # the weights are ruined
             self.progress.losses.append(loss)
         self.unread = []
         self.progress.seconds = time.perf_counter() - self.started
@@ -174,7 +175,7 @@ class Meter:
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Yield a list that collects SIGINT and SIGTERM. A second signal ends the program at once, unsaved."""
+    """Yield a list that collects SIGINT and SIGTERM. A second signal ends the program at once, without saving."""
     caught = []
     first_at = 0.0
 
@@ -184,7 +185,7 @@ def catch_signals() -> Iterator[list[int]]:
         if len(caught) == 1:
             first_at = time.monotonic()
             name = signal.Signals(number).name
-            line = f"\n{name}: finishing this step, then saving; a second signal ends the run at once, unsaved\n"
+            line = f"\n{name}: finishing this step, then saving; a second signal ends the run at once without saving\n"
             # stderr may be closed: the process that reads it received the same signal
             with suppress(OSError):
                 os.write(2, line.encode())
@@ -205,7 +206,7 @@ def catch_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def lock_out_dir(out_dir: Path) -> Iterator[None]:
-    """Lock the folder, from before its checkpoint is read until the run has ended. Raises UserError."""
+    """Lock the folder of a run. Hold the lock from before the checkpoint is read until the run ends. Raises UserError."""
     advice = "choose another --out_dir, or wait until that run has ended"
     with files.locked(out_dir, f"out_dir={out_dir}", advice):
         put_in_place(out_dir)
@@ -228,14 +229,14 @@ def has_checkpoint(out_dir: Path) -> bool:
 def put_in_place(out_dir: Path) -> None:
     """Replace the earlier run with the one in the folder NEW, if that has a checkpoint.
 
-    If the process is killed at any moment, one of the two runs is complete, and the next call finishes the replacement.
+    Even if the process is killed midway, one of the two runs is complete, and the next call finishes the replacement.
     A plan.py is kept, because it may be the config file of the new run. Raises UserError.
     """
     new, complete = out_dir / NEW, out_dir / COMPLETE
     with files.refuse_unwritable(out_dir):
         if checkpoint.stored(new / "ckpt.pt").exists():
             for path in (out_dir / name for name in FILES):
-                if not (path / "metrics.jsonl").exists():  # else it is a run with this name
+                if not (path / "metrics.jsonl").exists():  # not a run of that name
                     files.remove(path)
             new.rename(complete)  # from here on, the earlier run is gone
         if complete.exists():
@@ -247,12 +248,12 @@ def put_in_place(out_dir: Path) -> None:
 class RunFolder:
     """Writes metrics.jsonl, loss.png, config.json and command.txt of a run, and logs to TensorBoard or wandb.
 
-    A new run that overwrites another writes to the folder NEW until it has a checkpoint. A resumed run drops the
-    metrics and snapshots after its checkpoint. Both hold the lock from lock_out_dir().
+    A new run that overwrites another writes to the folder NEW until it has a checkpoint. A resumed run drops
+    metrics and snapshots that are newer than its checkpoint. Either holds the lock from lock_out_dir().
     """
 
     def __init__(self, path: Path, settings: dict, resumed_at: int, writes: bool = True):
-        """settings: the run's, as in config.json. resumed_at: steps already done; 0 for a new run. Raises UserError.
+        """settings: the contents of config.json. resumed_at: steps already done; 0 for a new run. Raises UserError.
 
         writes: False if another process of the run writes the files.
         """
@@ -271,7 +272,7 @@ class RunFolder:
         if replaces:
             note(f"the earlier run in {path} is kept until this one has a checkpoint")
         with files.refuse_unwritable(path):
-            files.remove(path / NEW)  # from a run that ended before its first checkpoint
+            files.remove(path / NEW)  # left behind by a run that ended before its first checkpoint
             self.path.mkdir(parents=True, exist_ok=True)
             if resumed_at:
                 self.rows = rows_until(path / "metrics.jsonl", resumed_at)
@@ -293,7 +294,7 @@ class RunFolder:
                 self.log([row])
 
     def log(self, rows: list[dict]) -> None:
-        """Send rows to the chosen loggers, which are started with the first rows."""
+        """Send rows to the chosen loggers. The first call starts the loggers."""
         if not self.loggers:
             for name in chosen_loggers(self.settings):
                 start = find(f"humptygpt.loggers:{LOGGERS[name]}")
@@ -334,7 +335,7 @@ def rows_until(metrics: Path, step: int) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------
-# Loggers: services and programs that show metrics, named after the package that they need
+# Loggers: services and programs that show metrics, each named after the package it needs
 
 
 def chosen_loggers(settings: dict) -> list[str]:

@@ -1,8 +1,8 @@
 """Text -> token ids -> text: characters, bytes, sentencepiece subwords, byte pairs, or another project's tokens.
 
 A token stands for some bytes of UTF-8 (its piece), and a text is the concatenation of its tokens' pieces. If a dataset
-has several documents, each ends with the token `eot`, to which no ordinary text encodes. A new tokenizer is a class and
-an entry in TOKENIZERS, both in this file. prepare/vocabulary.py learns subwords from a text.
+has several documents, each ends with the token `eot`, which ordinary text never contains. To add a tokenizer, write a
+class and list it in TOKENIZERS, both in this file. prepare/vocabulary.py learns subwords from a text.
 """
 
 import base64
@@ -19,13 +19,13 @@ from humptygpt.config import UserError, find
 from humptygpt.schema import check_schema
 
 END_OF_TEXT = "<|endoftext|>"
-# limit for an unpacked description; Llama 3's tokenizer.json takes 9 MB, Gemma's 33 MB
+# size limit for an unpacked tokenizer description; Llama 3's tokenizer.json takes 9 MB, Gemma's 33 MB
 MAX_UNPACKED_BYTES = 1 << 26
 # How GPT-2 splits text before byte pairs are merged: contractions, words and numbers with the space before them,
 # punctuation, spaces. Source: Radford et al. 2019.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how sentencepiece writes a byte
-# loaded only when this vocabulary is fetched, or a description names another program's tokenizer
+# loaded only if GPT-2's vocabulary is fetched, or if a description names another program's tokenizer
 GPT2_PIECES = "humptygpt.prepare.vocabulary:gpt2_pieces"
 PRETRAINED = "humptygpt.convert.pretrained:PRETRAINED"
 
@@ -52,7 +52,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], separated: bool = False, **options) -> Self:
-        """Learn a vocabulary. Raises UserError if the texts do not allow one with these options."""
+        """Learn a vocabulary. Raises UserError if these texts and options do not allow it."""
         return cls(find(cls.learn)(texts, **options), separated)
 
     def encode(self, text: str) -> np.ndarray:
@@ -90,7 +90,7 @@ class Tokenizer:
 
     @classmethod
     def from_state(cls, **entries) -> Self:
-        """entries: state() without the name, checked against the schema. Raises ValueError if they are damaged."""
+        """Recreate a tokenizer. entries: state() without the name, checked by the schema. Raises ValueError if damaged."""
         return cls(**entries)
 
 
@@ -131,7 +131,7 @@ class CharTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """The bytes of UTF-8: 256 tokens for every language, nothing to train and nothing unknown."""
+    """The 256 bytes, as UTF-8 uses them. They cover every language, and there is no vocabulary to learn."""
 
     name = "byte"
 
@@ -189,7 +189,7 @@ class SentencePieceTokenizer(Tokenizer):
         return [np.fromiter(chain(*lists), dtype=np.int64) - 1 for lists in ids]
 
     def spelled(self, counts: np.ndarray) -> int:
-        """Count the characters that had no piece. counts: (vocab_size,), how often each token occurs."""
+        """Count the characters that were spelled in bytes. counts: (vocab_size,), how often each token occurs."""
         first_bytes = [
             i
             for i, piece in enumerate(self.pieces)
@@ -301,13 +301,13 @@ def unpack(packed: str) -> bytes:
     )
     if not unpacker.eof:
         raise ValueError(
-            f"it is truncated or would take more than {MAX_UNPACKED_BYTES:,} bytes"
+            f"it is truncated or unpacks to more than {MAX_UNPACKED_BYTES:,} bytes"
         )
     return content
 
 
 def printable_bytes() -> dict[str, int]:
-    """GPT-2's printable signs for bytes: printable characters stand for themselves, the rest are U+0100 and up."""
+    """Return {GPT-2's printable sign: byte}. Printable bytes stand for themselves; the others get U+0100 and up."""
     printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != 32]
     hidden = sorted(set(range(256)) - set(printable))
     signs = map(chr, [*printable, *range(256, 256 + len(hidden))])

@@ -1,6 +1,6 @@
 """--minutes: choose a model and training settings for a text, a machine and a time limit, and end training on time.
 
-benchmarks/law.py fitted the constants of the scaling law to runs of one to ten minutes; longer runs are extrapolated.
+benchmarks/law.py fitted the constants of the scaling law to runs of one to ten minutes; for longer runs, it extrapolates.
 """
 
 import math
@@ -48,9 +48,9 @@ CONTEXTS = (128, 256, 512)  # tokens
 STEPS = (1024, 2048, 4096)  # tokens per step
 HEAD_SIZE = 64
 EVALUATIONS = 4
-TIME_TO_TRAIN = 0.85  # fraction of the remaining time; evaluations get the rest
+TIME_TO_TRAIN = 0.85  # fraction of the remaining time to plan for; evaluations get the rest
 PROBE_STEPS = 5
-# seconds reserved for the end of a run: to load the best model, sample from it, draw the plot and exit
+# seconds reserved at the end of a run to load the best model, sample from it, draw the plot and exit
 ENDING = 1.5
 
 
@@ -64,8 +64,8 @@ class Clock:
         self.step = 0.0  # seconds per step, as measured before the run
         # how long the last evaluation took, in seconds; an estimate until the first one
         self.evaluation = 0.0
-        # cost of the end of a run, in units of one evaluation: the last one, a sample, and in a long run the whole
-        # validation split
+        # cost of the end of a run, in units of one evaluation: the last evaluation, a sample and, in a long run, an
+        # evaluation on the whole validation split
         self.at_the_end = 2.0
         self.last_step = time.monotonic()
 
@@ -88,7 +88,7 @@ class Clock:
         return self.end - time.monotonic()
 
     def leave_out(self, evaluation: float) -> None:
-        """Exclude an evaluation, the time since the last advance(), from step times. evaluation: seconds it took."""
+        """Do not count the time since the last advance() as a step. evaluation: seconds that an evaluation just took."""
         self.evaluation = evaluation
         self.last_step = time.monotonic()
 
@@ -100,7 +100,7 @@ class Clock:
         """Seconds left for training, after subtracting the remaining evaluations and the end of the run."""
         left = self.end - time.monotonic() - self.at_the_end * self.evaluation
         before = math.ceil((config.max_iters - position) / config.eval_interval) - 1
-        # at least half of the time is for training; evaluations that no longer fit are skipped
+        # at least half of the time is kept for training; evaluations that no longer fit are skipped
         return max(left - before * self.evaluation, left / 2)
 
     def planned(self) -> float:
@@ -128,7 +128,7 @@ BETA = 0.26
 C = 1.0
 GAMMA = 0.5
 SMALL_STEPS = 0.1  # 0: only the amount of text read counts, 1: only the number of steps
-PARAMETERS_PER_BYTE = 1.0  # parameters that one byte of text can train
+PARAMETERS_PER_BYTE = 1.0  # parameters that each byte of text can train
 MOST_PER_BYTE = 8.0  # with more parameters per byte, a model only memorises the text
 REPEATS = 1.0  # repetition or surplus parameters add at most this multiple of the amount
 # The default weight decay was tuned for these numbers of tokens in a step and in the text.
@@ -182,9 +182,9 @@ def dropout(epochs: float, parameters: float) -> float:
 
 
 def decay(weight_decay: float, tokens: int, text: int) -> float:
-    """Scale the default weight decay to this number of tokens in a step and in the text.
+    """Scale the default weight decay to these numbers of tokens in a step and in the text.
 
-    This way, the weights average over the same number of epochs for every text. Source: Wang & Aitchison 2024,
+    With this scaling, the weights average over the same number of epochs for every text. Source: Wang & Aitchison 2024,
     arXiv:2405.13698.
     """
     return float(f"{weight_decay * min(10, tokens / RECIPE_STEP * RECIPE_TEXT / text):.2g}")
@@ -216,8 +216,8 @@ def begin(
 ) -> tuple[TrainConfig, ModelConfig, Clock]:
     """Start the clock, and choose the settings for which the scaling law predicts the lowest loss in the time left.
 
-    given: keys that keep their values. A model loaded with init_from keeps its size, and a run resumed from `saved` all
-    of its settings. Sets the block_size of the dataset. Raises UserError if not even one step fits into the time or
+    given: keys that keep their values. A model loaded with init_from keeps its size, and a run resumed from `saved`
+    keeps all of its settings. Sets the block_size of the dataset. Raises UserError if not even one step fits into the time or
     memory.
     """
     if dataset.task != "language modelling":
@@ -269,7 +269,7 @@ def find_best(
     clock: Clock,
     time_step: Callable[[Candidate], float],
 ) -> Candidate:
-    """Find the candidate with the lowest predicted loss. The smallest, a middle one and the best are timed.
+    """Find the candidate with the lowest predicted loss. Only the smallest, a middle one and the best are timed.
 
     tried: sorted by operations.
     """
@@ -299,7 +299,7 @@ def find_best(
     times[large] = time_step(large)
     more = large.operations - small.operations
     slope = max(0.0, times[large] - times[small]) / max(1, more)
-    # once this one has been timed, another candidate may be the best
+    # once the best candidate has been timed, another one may turn out to be better
     while (best := min(tried, key=promise)) not in times:
         times[best] = time_step(best)
     return best
@@ -335,7 +335,7 @@ def candidates(
     for shape in shapes:
         model = model_on_meta(config, shape)
         parameters = count_inner(model)
-        # Muon multiplies matrices three times in each of five iterations; the smaller side of nearly all is n_embd
+        # Muon does three matrix products in each of five iterations; n_embd is the smaller side of nearly all matrices
         muon = 0 if config.optimizer == "adamw" else 5 * 6 * parameters * shape.n_embd
         # tokens per step for each sequence of a batch
         of_each = shape.block_size * config.gradient_accumulation_steps
@@ -365,7 +365,7 @@ def seconds_per_step(
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
-    """Train a model of this size for a few steps and return their median time."""
+    """Train a model of this size for a few steps and return the median time per step."""
     model = make_model(config, model_config).to(device)
     optimizer = make_optimizer(config, model)
     times = []
@@ -395,7 +395,7 @@ def choice(run) -> str:
         export = f"not possible; {error}"
     return (
         f"minutes: {run.config.minutes:g}; chosen: {config.n_layer} layers of {config.n_embd} features,"
-        f" a context of {config.block_size} tokens, dropout {config.dropout:g}; given keys keep their values\n"
+        f" a context of {config.block_size} tokens, dropout {config.dropout:g}; keys that you set keep their values\n"
         f"export: {export}"
     )
 
@@ -429,6 +429,6 @@ def write_plan(path: Path, run) -> None:
         f"#   python train.py {path} --out_dir=out/again",
         "",
     ]
-    # defaults are included, because a run that starts from a model has different ones
+    # write default values too, because the defaults differ if a run starts from a model
     lines += [f"{key} = {settings[key]!r}" for key in settings if key not in left_out]
     write_text(path, "\n".join(lines) + "\n")

@@ -41,19 +41,19 @@ def raise_if_rank_died() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # gloo's errors have no class of their own, but they name its source files
+        # gloo's errors have no class of their own, but their messages name its source files
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
         raise UserError(
             f"another process has ended or does not respond ({first_line(error)}), so the run ends;"
-            " its last checkpoint is intact: continue from it with --init_from=resume"
+            " the last checkpoint is intact: continue from it with --init_from=resume"
         ) from error
 
 
 class SharedDropout(Dropout):
     """Dropout for some rows of a batch. On the CPU, its mask is the one a single process would draw for these rows."""
 
-    rows: tuple[int, slice] | None = None  # as in Share
+    rows: tuple[int, slice] | None = None  # see process.Share
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rows is None or not self.training or x.device.type != "cpu":
@@ -71,7 +71,7 @@ def share_dropout(model: nn.Module) -> None:
 
 
 class SharedOptimizer(Optimizer):
-    """An optimizer that splits Muon's orthogonalisation among the ranks. Each computes some of the matrices."""
+    """An optimizer that splits Muon's orthogonalisation among the ranks. Each rank computes some of the matrices."""
 
     def __init__(self, groups: list[dict], process: "DataParallel"):
         super().__init__(groups)
@@ -85,7 +85,7 @@ class SharedOptimizer(Optimizer):
 
 
 class DataParallel(Process):
-    """One of several processes that each have the whole model (DDP)."""
+    """One of several processes that each hold the whole model (DDP)."""
 
     optimizer_class = SharedOptimizer
 
@@ -105,7 +105,7 @@ class DataParallel(Process):
         if device.type == "cuda":
             device = pick_gpu()
         process = cls(rank, size, device, meet(config.backend, device, rank, size))
-        # in turn, so that data is prepared once per disk, whether or not the machines share one
+        # ranks prepare in turn, so that data is prepared once per disk, whether or not machines share a disk
         for turn in range(size):
             if turn == rank:
                 prepare()
@@ -123,7 +123,7 @@ class DataParallel(Process):
         dist.barrier(group=self.patient)
 
     # ----------------------------------------------------------------------------------
-    # Methods that a single process has as well
+    # Methods that a single process also has
 
     def place(self, run) -> None:
         """Check that the ranks can train this run together, then move its model to the device."""
@@ -162,14 +162,14 @@ class DataParallel(Process):
     def shares(self, run, step: int) -> tuple[list[Share], int]:
         """Return this rank's shares of a step, and the number of tokens in the whole step.
 
-        Shares are whole micro-batches or, if there are fewer of them than ranks, neighbouring rows of one.
+        Shares are whole micro-batches or, if there are fewer of them than ranks, consecutive rows of one micro-batch.
         """
         shares, _ = super().shares(run, step)
         parts = max(1, self.size // run.config.gradient_accumulation_steps)
         if parts > 1:
             shares = [self.part(share, parts) for share in shares]
         tokens = sum(share.tokens for share in shares)
-        # Ranks with equally many rows of text have equally many tokens, so they need not wait for each other. Sharded
+        # Ranks with the same number of rows of text have the same number of tokens, so they need not wait for each other. Sharded
         # ranks wait anyway: if another rank has died, they report it in one line, before the forward pass fails.
         if run.config.batch_size % parts or run.task.batches_vary or self.sharded:
             return shares, int(self.sum(torch.tensor(tokens)))
@@ -214,7 +214,7 @@ class DataParallel(Process):
 
 
 def pick_gpu() -> torch.device:
-    """Return the GPU of this rank. Raises UserError."""
+    """Return the GPU of this rank. Raises UserError if the machine has too few."""
     local_rank = int(os.environ["LOCAL_RANK"])
     cards = torch.cuda.device_count()
     if local_rank >= cards:
@@ -226,15 +226,15 @@ def pick_gpu() -> torch.device:
 
 
 def meet(backend: str, device: torch.device, rank: int, size: int) -> dist.ProcessGroup:
-    """Form the process group of all ranks. Returns a second, patient one. Raises UserError if they cannot connect.
+    """Form the process group of all ranks. Returns a second group, whose timeout is LONG. Raises UserError on failure.
 
-    Ranks exchange tensors on a GPU by nccl, and tensors on the CPU by gloo, which does not wait for a GPU.
+    Ranks exchange GPU tensors through NCCL, and CPU tensors through gloo, which does not wait for a GPU.
     """
     if backend == "auto" and device.type == "cpu":
         backend = "gloo"
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        # when torchrun restarts ranks, it keeps the store, with the addresses of ranks that have ended
+        # when torchrun restarts ranks, it keeps the store, including the addresses of ranks that have ended
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             "gloo" if backend == "gloo" else "cpu:gloo,cuda:nccl",

