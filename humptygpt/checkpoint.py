@@ -57,9 +57,9 @@ def save(path: Path, entries: dict) -> None:
 
 
 def read(path: Path, with_tensors: bool = True) -> dict:
-    """Load a checkpoint onto the CPU and check its entries. A caller that resumes must check the optimizer state.
+    """Load a checkpoint onto the CPU and check its entries. A caller that resumes checks the optimizer state itself.
 
-    with_tensors=False does not read the tensors of a sharded checkpoint; they stay on the meta device.
+    with_tensors=False: do not read the tensors of a sharded checkpoint; leave them on the meta device.
     Raises UserError if the file is missing or damaged, is not a checkpoint, or would run code.
     """
     path = stored(path)
@@ -94,12 +94,12 @@ def is_sharded(path: Path) -> bool:
 
 def sharded_folders(path: Path) -> list[Path]:
     """Return the folders of sharded checkpoints that were saved instead of `path`, such as ckpt for ckpt.pt."""
-    # the .old folder exists only if replacing it was interrupted
+    # the .old folder exists only if a save was interrupted while replacing the previous checkpoint
     return [*filter(is_sharded, (path.with_suffix(""), path.with_suffix(".old")))]
 
 
 def stored(path: Path) -> Path:
-    """Return `path`, such as ckpt.pt, or the folder of a sharded checkpoint, such as ckpt, whichever is newer."""
+    """Return `path`, such as ckpt.pt, or the sharded checkpoint saved instead, such as ckpt/, if that is newer."""
     folders = sharded_folders(path)
     if path.suffix == ".pt" and folders:
         sharded_at = (folders[0] / SHARDED).stat().st_mtime
@@ -119,7 +119,7 @@ def check_there(path: Path) -> None:
 
 
 def suggest_run(out_dir: Path) -> str:
-    """If a folder has no run, suggest the one that was probably meant, or how to train one. Returns "; ..."."""
+    """For a folder without a run, suggest a similar run, or the command that trains one. Returns "; ..."."""
     runs = [*out_dir.glob("*/ckpt.pt"), *Path("out", out_dir.name).glob("ckpt.pt")]
     if runs:
         newest = max(runs, key=lambda path: path.stat().st_mtime).parent
@@ -134,20 +134,20 @@ def suggest_run(out_dir: Path) -> str:
 
 
 def load_plain(path: Path, legacy: bool = False) -> object:
-    """Load a torch.save file onto the CPU. Raises some Exception if it is corrupt or would run code.
+    """Load a torch.save file onto the CPU. Raises an exception of any type if it is corrupt or would run code.
 
     legacy: also read files from PyTorch before 1.6, which are not zip files and have no checksums.
     """
     if not legacy or zipfile.is_zipfile(path):
         check_records(path)
     with warnings.catch_warnings():
-        # torch prints several lines about a pickle that it did not write
+        # torch warns at length about a pickle that it did not write
         warnings.simplefilter("ignore")
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def check_records(path: Path) -> None:
-    """Verify all checksums. Raises ValueError."""
+    """Verify the checksum of each record in a torch.save file. Raises ValueError."""
     with zipfile.ZipFile(path) as file:
         damaged = file.testzip() is not None
         # torch.load treats a record that is marked as a directory as empty, and leaves its tensor uninitialized
@@ -183,7 +183,7 @@ def read_plain(path: Path, with_tensors: bool = True) -> object:
 
 
 def check(path: Path, saved: object, device: str = "cpu") -> dict:
-    """Check the content of a checkpoint and return its entries. device: the tensors' device. Raises UserError."""
+    """Check the content of a checkpoint and return its entries. device: where its tensors must be. Raises UserError."""
     if is_nanogpt(saved):
         source = shlex.quote(f"--init_from={path}")
         raise UserError(f"{path} is a nanoGPT checkpoint; to start from it, use {source}")
@@ -198,7 +198,7 @@ def check(path: Path, saved: object, device: str = "cpu") -> dict:
     modernize(saved)
     with refuse_other_code(path):
         config = check_content(saved, tokens)
-    saved["model_config"] = asdict(config)  # with the defaults of newer keys
+    saved["model_config"] = asdict(config)  # adds the defaults of newer keys
     model = build_like(path, config, saved["model"], saved["train_config"])
     with refuse_other_code(path):
         check_tensors("the parameter ", saved["model"], model.state_dict(), device)
@@ -221,7 +221,7 @@ def lacks_tensors(saved: dict) -> bool:
 
 
 def modernize(saved: dict) -> None:
-    """Rename and add settings in a checkpoint from an earlier version."""
+    """Convert the settings in a checkpoint from an earlier version to the current keys."""
     config = saved["model_config"]
     for key in config.keys() & {"lora_rank", "lora_alpha", "lora_targets"}:
         saved["train_config"][key] = config.pop(key)
@@ -232,7 +232,7 @@ def modernize(saved: dict) -> None:
 def check_content(saved: dict, tokens: int) -> ModelConfig:
     """Check settings, task and progress, and return the model's config. tokens: size of the tokenizer's vocabulary.
 
-    Raises ValueError or UserError if they do not fit this code.
+    Raises ValueError or UserError if they are invalid or unknown to this code.
     """
     for key, value in saved["train_config"].items():
         if type(value) is str and not value.isprintable():
@@ -241,7 +241,7 @@ def check_content(saved: dict, tokens: int) -> ModelConfig:
     config = configurator.restore(cls, saved["model_config"])
     if config.vocab_size is None or tokens > config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokens} tokens, but the model has {config.vocab_size}"
+            f"the tokenizer has {tokens} tokens, but the model has vocab_size={config.vocab_size}"
         )
     if saved["task"] not in model_class(config.model).tasks:
         raise ValueError(f"model={config.model} does not support task={saved['task']}")
@@ -250,7 +250,7 @@ def check_content(saved: dict, tokens: int) -> ModelConfig:
         raise ValueError(f"it has progress.{min(unknown)}, which this code does not know")
     for key in AMOUNTS:
         if not progress[key] >= 0:
-            raise ValueError(f"progress has {key}={progress[key]}")
+            raise ValueError(f"progress.{key}={progress[key]} must be at least 0")
     return config
 
 
@@ -260,9 +260,11 @@ def build_like(
     weights: dict[str, Tensor],
     training: dict | None = None,
 ) -> nn.Module:
-    """Build the model that a file describes, on the meta device. what: the file. training: as in build_on_meta().
+    """Build the model that a file describes, on the meta device.
 
-    Raises UserError for absurd sizes, before anything huge is built. An error in a model's own code is not caught.
+    what: the file, for messages. training: as in build_on_meta().
+    Raises UserError if the sizes cannot match the weights, before anything huge is built. An error in a model's own
+    code is not caught.
     """
     shapes = [x.shape for x in weights.values() if not x.is_nested]
     sizes = {1}.union(*shapes)  # number_mlp has n_embd=1 and no embedding weights
@@ -280,7 +282,7 @@ def build_like(
 def check_tensors(
     entry: str, tensors: dict[str, Tensor], like: dict[str, Tensor], device: str
 ) -> None:
-    """Raise ValueError if names, shapes, dtypes, layouts or devices differ. entry: prefix for names."""
+    """Raise ValueError unless tensors match `like` and are dense, on `device`. entry: prefix of names in messages."""
     if unknown := tensors.keys() - like.keys():
         raise ValueError(f"it has {entry}{min(unknown)}, which this code does not know")
     if missing := like.keys() - tensors.keys():

@@ -1,14 +1,15 @@
-"""Config files and command lines -> dataclasses.
+"""Turn config files and command lines into dataclasses.
 
     python train.py config/a.py config/b.py --learning_rate=1e-3
 
-A config file is plain Python, `key = value  # why`. Files and keys apply from left to right, so the last one wins. The
-keys of a script are the fields of its dataclasses, and the comment after a field is its help text:
+A config file is plain Python, with lines such as `key = value  # why`. Files and keys apply from left to right; if a
+key is set more than once, the last value wins. The keys of a script are the fields of its dataclasses, and the comment
+after a field is its help text:
 
     n_head: int = 4  # attention heads in a block
 
-A comment on a line of its own begins a group of keys. A config class has two methods: choices() returns the variants
-that each key can name, and validate() raises ValueError.
+A comment on a line of its own is the title of a group of keys. A config class has two methods: choices() returns
+{key: the variants that it can name}, and validate() raises ValueError if a value is invalid.
 """
 
 import ast
@@ -31,16 +32,16 @@ from pathlib import Path
 from humptygpt.schema import parse_json
 
 CONFIGS = Path(__file__).parent.parent / "config"
-Fields = dict[str, dataclasses.Field]  # {key: its field} of one or more config classes
+Fields = dict[str, dataclasses.Field]  # {key: its field}, for one or more config classes
 # type of a key that can be repeated: --key=ONE --key=ANOTHER
 TEXTS = tuple[str, ...]
-find = pkgutil.resolve_name  # imports an object by its name in a table, such as "model:GPT"
+find = pkgutil.resolve_name  # imports an object by its name, such as "model:GPT"
 
 
 class UserError(Exception):
-    """A mistake that the user can fix. It is shown as one line: the value, the rule, the fix.
+    """A mistake that the user can fix. Its message is one line with the value, the rule and the fix.
 
-    It is not a ValueError, so `except ValueError` does not wrap a message that is already complete.
+    It is not a ValueError, so code that catches a ValueError to add to its message does not touch a complete one.
     """
 
 
@@ -48,7 +49,7 @@ class UserError(Exception):
 def refuse(start: str = "") -> Iterator[None]:
     """Turn a ValueError or UserError in the block into a UserError whose message begins with `start`.
 
-    The block must not call user-written code other than the validation of settings, so that a bug keeps its traceback.
+    Apart from the validation of settings, the block must not call user-written code, so that a bug keeps its traceback.
     """
     try:
         yield
@@ -57,17 +58,17 @@ def refuse(start: str = "") -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return an error's message without torch's stack trace, which follows on later lines."""
+    """Return the first line of an error's message. In torch's errors, a stack trace follows on later lines."""
     return str(error).strip().partition("\n")[0]
 
 
 def one_line(error: BaseException | str) -> str:
-    """Make a message one line of printable characters, because it may quote an untrusted file."""
+    """Cut a message to one line of printable characters, because it may quote an untrusted file."""
     return "".join(char if char.isprintable() else " " for char in str(error)[:1000])
 
 
 def note(text: str) -> None:
-    """Print a note about something unexpected that needs no fix to stderr. With several processes, only rank 0 does."""
+    """Print a note to stderr about something unexpected that does not stop the run. Only rank 0 prints it."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {text}", file=sys.stderr)
 
@@ -77,7 +78,7 @@ def note(text: str) -> None:
 
 
 def make(cls: type, values: dict[str, object]):
-    """Make a validated config. Values that are not its fields are ignored. Raises UserError."""
+    """Make a validated config from {key: value}, ignoring keys that it does not have. Raises UserError."""
     config = cls(**{name: values[name] for name in fields_of(cls) if name in values})
     with refuse():
         config.validate()
@@ -85,7 +86,7 @@ def make(cls: type, values: dict[str, object]):
 
 
 def restore(cls: type, values: dict[str, object]):
-    """Make a config from the values in a file: every key must be known and have the right type. Raises UserError."""
+    """Make a config from a file's {key: value}. Raises UserError if a key is unknown or a value has the wrong type."""
     fields = fields_of(cls)
     for name, value in values.items():
         if name not in fields:
@@ -107,7 +108,7 @@ def check_choices(config: object) -> None:
 
 
 def check_least(config: object, least: float, *names: str, below: float = math.inf) -> None:
-    """Raise ValueError unless each of these numbers is at least `least` and less than `below`. None passes."""
+    """Raise ValueError unless each of these values is None, or at least `least` and less than `below`."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not least <= value < below:
@@ -116,7 +117,7 @@ def check_least(config: object, least: float, *names: str, below: float = math.i
 
 
 def check_above_0(config: object, *names: str) -> None:
-    """Raise ValueError unless each of these numbers is above 0 and finite. None passes."""
+    """Raise ValueError unless each of these values is None, or above 0 and finite."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
@@ -128,7 +129,7 @@ def in_vain(
 ) -> dict[str, str]:
     """Find the given keys that have no effect with these settings. Returns {key: why}.
 
-    table: {key: (another key, the values of the other key for which the first has no effect)}.
+    table: {key: (other, the values of the key `other` with which `key` has no effect)}.
     """
     return {
         key: f"{key}={settings[key]} has no effect with {other}={settings[other]}"
@@ -145,7 +146,7 @@ def refuse_vain(
 ) -> None:
     """Raise UserError for a given key that has no effect with these settings. Parameters as in in_vain().
 
-    noted: keys for which to print a note instead.
+    noted: keys for which it prints a note instead.
     """
     for key, why in in_vain(given, settings, table).items():
         if key not in noted:
@@ -160,7 +161,7 @@ def refuse_vain(
 def read(
     argv: list[str], *classes: type, positional: str | None = None
 ) -> dict[str, object]:
-    """Read config files and --key=value. Returns {key: value} for the keys that the user set. Raises UserError.
+    """Read config files and --key=value arguments. Returns {key: value} for the keys that are set. Raises UserError.
 
     positional: the key that a bare argument sets, or adds to if the key can be repeated. None: a bare argument is a
     config file. If --help is among the arguments, prints the help and exits.
@@ -187,7 +188,7 @@ def read(
 
 
 def read_option(argument: str, fields: Fields) -> tuple[str, object]:
-    """Split --key=value into the key and its value. For a key that can be repeated, the value is one text."""
+    """Split --key=value into the key and its value. For a key that can be repeated, this is a single string."""
     name, equals, text = argument[2:].partition("=")
     check_key(name, fields)
     if not equals:
@@ -203,7 +204,7 @@ def check_key(name: str, fields: Fields, where: str = "") -> None:
     near = nearest(name, fields)
     advice = f"did you mean {near}?" if near else "--help lists all keys"
     if name == "config":
-        advice = "a config file is named without a key: config/mine.py"
+        advice = "to use a config file, write its path without a key: config/mine.py"
     raise UserError(f"{where}unknown key {name}; {advice}")
 
 
@@ -213,7 +214,7 @@ def kinds_of(hint: object) -> tuple[type, ...]:
 
 
 def parse(name: str, text: str, hint: object) -> object:
-    """Convert the text after --key= to a value: the text itself if the key takes text, else a Python literal."""
+    """Convert the text after --key= to a value. It is parsed as a Python literal unless the key takes strings."""
     kinds = kinds_of(hint)
     if text == "None" and types.NoneType in kinds:
         return None
@@ -229,10 +230,10 @@ def parse(name: str, text: str, hint: object) -> object:
 
 
 def convert(name: str, value: object, hint: object) -> object:
-    """Convert a value to a type that its key accepts. Raises UserError if it has a different type.
+    """Check that a value has a type that its key accepts, and return the value. Raises UserError.
 
-    For a float key, an int becomes a float. A bool is not a number. A ~ that the shell did not expand becomes the home
-    folder.
+    If the key takes a float, an int becomes one. A bool does not count as a number. A ~ that the shell did not expand
+    is replaced by the home folder.
     """
     kinds = kinds_of(hint)
     if float in kinds and type(value) is int:
@@ -240,7 +241,7 @@ def convert(name: str, value: object, hint: object) -> object:
     if type(value) not in kinds:
         raise UserError(f"{name}={value!r} must be {inspect.formatannotation(hint)}")
     if isinstance(value, str) and value.startswith("~/"):
-        return os.path.expanduser(value)  # noqa: PTH111, since pathlib.Path drops the slash of "folder/"
+        return os.path.expanduser(value)  # noqa: PTH111, since pathlib.Path drops the trailing slash of "folder/"
     return value
 
 
@@ -284,13 +285,13 @@ def run_config(path: str) -> dict[str, object]:
 
 
 def other_argument(path: str, fields: Fields) -> str:
-    """Suggest what to write instead of an argument that is not a config file: "; ... write ...", or ""."""
+    """Suggest what to write instead of an argument that is not a config file. Returns "; ..." or ""."""
     if "=" in path:
         return f"; to set a key, write {shlex.quote('--' + path.lstrip('-'))}"
     if os.path.exists(path) and "out_dir" in fields:
         resume = "--init_from=resume " if "max_iters" in fields else ""
         folder = Path(path).parent if os.path.isfile(path) else path
-        return f"; for the run in it, write {resume}{shlex.quote(f'--out_dir={folder}')}"
+        return f"; to use the run in it, write {resume}{shlex.quote(f'--out_dir={folder}')}"
     if near := nearest_path(path):
         return near
     ours = our_configs()
@@ -299,7 +300,7 @@ def other_argument(path: str, fields: Fields) -> str:
 
 
 def our_configs() -> dict[str, str]:
-    """Find the config files of this project: {name: path}."""
+    """Find this project's own config files. Returns {name: path}."""
     return {file.stem: os.path.relpath(file) for file in sorted(CONFIGS.rglob("*.py"))}
 
 
@@ -309,7 +310,7 @@ def nearest(name: str, known: Collection[str]) -> str | None:
 
 
 def nearest_path(path: str) -> str:
-    """If a path does not exist, suggest a similar name in its folder: "; did you mean ...?", or ""."""
+    """Suggest an existing path similar to a missing one. Returns "; did you mean ...?", or "" if there is none."""
     folder, name = os.path.split(path.rstrip("/"))
     try:
         names = os.listdir(folder or ".")  # noqa: PTH208, since the suggestion spells the folder as the user did
@@ -324,7 +325,7 @@ def nearest_path(path: str) -> str:
 
 
 def help_text(*classes: type, positional: str | None = None) -> str:
-    """Format the help: the docstring of the script, then every key with its type, default and comment, by group."""
+    """Format the help: the script's docstring, then all keys by group, each with its default, type and comment."""
     fields = fields_of(*classes)
     several = " ..." if positional is None or fields[positional].type == TEXTS else ""
     bare = f"[{(positional or 'config_file').upper()}{several}]"
@@ -349,7 +350,7 @@ def help_text(*classes: type, positional: str | None = None) -> str:
 
 
 def comments_of(*classes: type) -> dict[str, tuple[str, str]]:
-    """Read the comments in the source of dataclasses: {field: (title of its group, comment after it)}."""
+    """Read comments from the source of dataclasses. Returns {field: (title of its group, the comment after it)}."""
     comments = {}
     for cls in classes:
         names = fields_of(cls)

@@ -29,9 +29,9 @@ class Loaded(NamedTuple):
 
 
 def load(source: str | Path, which: str = "best") -> Loaded:
-    """Load the model that init_from=source names. which: for a run, best or latest. Raises UserError.
+    """Load the model that init_from=source names. which: best or latest, if source is a run. Raises UserError.
 
-    Nothing is in memory twice.
+    No weight is in memory twice.
     """
     path = find_source(source, which)
     if is_folder(path):
@@ -93,10 +93,10 @@ def find_source(source: str | Path, which: str = "best", key: str = "init_from")
         return checkpoint.find_checkpoint(path, which) if is_run else path
     if path.suffix in FILES_OF_A_FOLDER:
         raise UserError(
-            f"{key}={source} is not a complete model; name its folder, which also has config.json"
+            f"{key}={source} is not a complete model; name its folder, which also contains config.json"
         )
     if os.path.isfile(path) or path.suffix == ".pt":
-        return path  # if it is missing, reading it will say so
+        return path  # a missing file is reported when it is read
     if repo := find(f"{HUB}:repository")(str(source)):
         fetch = "fetch_tokenizer" if key == "tokenizer" else "fetch_model"
         return find(f"{HUB}:{fetch}")(repo)
@@ -109,5 +109,5 @@ def find_source(source: str | Path, which: str = "best", key: str = "init_from")
 
 
 def is_folder(path: Path) -> bool:
-    """True for a folder in Hugging Face's format."""
+    """True if path is a folder other than a sharded checkpoint; it should be in Hugging Face's format."""
     return os.path.isdir(path) and not checkpoint.is_sharded(path)

@@ -1,4 +1,4 @@
-"""The expected content of a file, declared as data. A file may be damaged, foreign or hostile."""
+"""Check a file against a schema of its expected content. A file may be damaged, foreign or malicious."""
 
 import json
 
@@ -14,17 +14,17 @@ def parse_json(text: str | bytes, schema: object) -> dict:
 
 
 def check_schema(value: object, schema: object, name: str = "") -> None:
-    """Raise a ValueError that names the entry unless value fits schema.
+    """Raise ValueError, naming the offending entry, unless value fits the schema. name: value's path, for messages.
 
     A schema is
-        a type               a value of this very type; 64-bit integers also pass as floats, but not booleans as ints
+        a type               a value of exactly this type (a bool is not an int); a 64-bit int also counts as a float
         None                 None
         {"a", "b"}           one of these strings
         range(1, 10)         an integer in the range
         [schema]             a list of any length
-        {str: schema}        a dictionary with any strings as keys
-        {"a": schema, ...}   a dictionary with these keys and perhaps others; a key written "a?" may be missing
-        (schema, ...)        one of several schemas of different types
+        {str: schema}        a dictionary whose keys are any strings
+        {"a": schema, ...}   a dictionary with at least these keys; one written "a?" may be missing
+        (schema, ...)        any one of these schemas, which must be of different types
     """
     what = name or "the content"
     options = schema if isinstance(schema, tuple) else (schema,)
@@ -53,7 +53,7 @@ def check_schema(value: object, schema: object, name: str = "") -> None:
 
 
 def is_kind(value: object, schema: object) -> bool:
-    """Whether value fits the schema as far as can be seen without looking into lists and dictionaries."""
+    """True if value fits the schema at its outermost level; the items of lists and dictionaries are not checked."""
     if isinstance(schema, set | range):
         return type(value) is (str if isinstance(schema, set) else int) and value in schema
     if schema is float and type(value) is int:

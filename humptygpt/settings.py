@@ -1,4 +1,4 @@
-"""Training settings: their defaults, and how a command and the model or run that it starts from change them."""
+"""Training settings: defaults, the command line, and what a resumed run or a base model determines."""
 
 import dataclasses
 import importlib
@@ -36,16 +36,17 @@ from model import POSITIONS, ModelConfig
 
 # ModelConfig keys that affect only training, not the architecture
 TRAINING_ONLY = {"dropout", "label_smoothing"}
-# keys that define the weights and the order of the data
+# keys that cannot change on resume, because they determine the weights or the order of the data
 FIXED = {"seed", "optimizer", "freeze", "lora_rank", "lora_alpha", "lora_targets"}
-STEP = ("batch_size", "gradient_accumulation_steps")  # their product is fixed
-# keys in which an interrupted run may differ from its checkpoint: a short run's warmup is shortened, and the vocabulary
-# is that of the data
+# keys that may change on resume if their product does not
+STEP = ("batch_size", "gradient_accumulation_steps")
+# keys whose values in a checkpoint may differ from those in the command that wrote it: a short run's warmup is
+# shortened, and the vocabulary size comes from the data
 MAY_DIFFER = {"out_dir", "warmup_iters", "input", "vocab_size"}
-# how the text of an input is read
+# keys that control how the text of `input` is read
 OF_INPUT = ("text_key", "encoding_errors", "skip_bad_lines")
 NOT_ROTARY = tuple(POSITIONS.keys() - {"rotary"})
-# {key: (another key, the values of that key for which the first has no effect)}
+# {key: (other, the values of the key `other` with which `key` has no effect)}
 IN_VAIN = dict.fromkeys(OF_INPUT, ("input", (None,)))
 IN_VAIN |= dict.fromkeys(("schedule", "lr_decay_iters", "min_lr"), ("decay_lr", (False,)))
 IN_VAIN |= dict.fromkeys(("lora_alpha", "lora_targets"), ("lora_rank", (0,)))
@@ -65,20 +66,20 @@ GENTLE = {
 class TrainConfig:
     # run
     out_dir: str | None = None  # folder of the run; None: out/<dataset>
-    init_from: str = "scratch"  # scratch; resume: continue out_dir/ckpt.pt; or a run, a checkpoint, a folder, gpt2
+    init_from: str = "scratch"  # scratch; resume: continue out_dir/ckpt.pt; or a model: a run, checkpoint, folder, gpt2
     overwrite: bool = False  # replace an earlier run in out_dir
     eval_only: bool = False  # evaluate once, with BLEU for translation, and stop
     seed: int = 1337  # seed for initial weights, data order and dropout
     # data
     dataset: str = "shakespeare_char"  # folder in data/ that prepare_data.py wrote
-    input: str | None = None  # your own text, prepared as a dataset named after it
+    input: str | None = None  # your own text: a file or folder, prepared as a dataset
     text_key: str | None = None  # the field or column of the input that holds the text
-    encoding_errors: str | None = None  # if input is not UTF-8: strict, replace or ignore
+    encoding_errors: str | None = None  # on invalid UTF-8: strict (fail), replace or ignore
     skip_bad_lines: bool | None = None  # skip lines of the input that have no text
-    batch_size: int = 4  # sequences per micro-batch; sentence pairs fill the same space
+    batch_size: int = 4  # sequences per micro-batch (pairs: batch_size x block_size tokens)
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
     # optimizer
-    minutes: float | None = None  # length of the run; anything not set is chosen to fit
+    minutes: float | None = None  # run for this many minutes; unset keys are chosen to fit
     max_iters: int = 2400  # training steps
     optimizer: str = "normuon"  # for the matrices of the blocks; AdamW trains the rest
     learning_rate: float = 6e-3  # peak learning rate, after warmup
@@ -90,38 +91,38 @@ class TrainConfig:
     weight_decay: float = 0.1  # weight decay for matrices and embeddings
     beta1: float = 0.9  # AdamW: decay rate of the first moment
     beta2: float = 0.95  # AdamW, NorMuon: decay rate of the second moment
-    muon_learning_rate: float = 0.03  # Muon: the peak learning rate
+    muon_learning_rate: float = 0.03  # Muon: peak learning rate
     muon_momentum: float = 0.85  # Muon: decay rate of the momentum
     grad_clip: float = 0.0  # maximum gradient norm; 0: no clipping
-    freeze: str | None = None  # parameters to freeze, by parts of their names: wte,blocks.0
+    freeze: str | None = None  # parameters to freeze, by parts of names, e.g. wte,blocks.0
     lora_rank: int = 0  # LoRA: rank of the added matrices; 0: no LoRA
     lora_alpha: float = 16.0  # LoRA: added matrices are scaled by lora_alpha / lora_rank
-    lora_targets: str = "q_proj,v_proj"  # LoRA: names of the layers to add it to
+    lora_targets: str = "q_proj,v_proj"  # LoRA: names of the layers that it adapts
     # evaluation
-    eval_interval: int = 600  # steps between evaluations; the last step is evaluated, too
-    eval_iters: int | None = None  # batches in an evaluation; None: a tenth of the time
+    eval_interval: int = 600  # steps between evaluations; one always follows the last step
+    eval_iters: int | None = None  # batches per evaluation; None: enough for 10% of the run
     early_stopping: int = 0  # stop after this many evaluations without a new best; 0: never
     always_save_checkpoint: bool = True  # False: save only on a new best loss
-    snapshots: bool | None = None  # keep some steps' weights for explain.py; None: if small
+    snapshots: bool | None = None  # save weight snapshots for explain.py; None: if < 10 MB
     log_interval: int = 10  # steps between training loss reports
     # memory
-    checkpoint_activations: bool = False  # less memory, but a third more compute
-    dry_run: bool = False  # report sizes and memory, and stop before anything is written
+    checkpoint_activations: bool = False  # save memory by recomputing; a third more compute
+    dry_run: bool = False  # report sizes and memory, then exit without writing anything
     # logging
     log: str = ""  # also log to tensorboard, wandb or both: tensorboard,wandb
     wandb_log: bool = False  # the same as log=wandb; WANDB_MODE=offline logs locally
     wandb_project: str = "humptygpt"  # project on Weights & Biases
-    wandb_run_name: str | None = None  # run name on Weights & Biases; None: that of out_dir
+    wandb_run_name: str | None = None  # run name on Weights & Biases; None: name of out_dir
     # system
     device: str = "auto"  # auto: the GPU if there is one; cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto: the best for the hardware
-    compile: bool | None = None  # use torch.compile; None: only on CUDA without minutes
+    compile: bool | None = None  # use torch.compile; None: only on CUDA, not with --minutes
     parallel: str = "ddp"  # for several processes: ddp, or fsdp to shard the model
     backend: str = "auto"  # for several processes: auto is nccl on CUDA, gloo on a CPU
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
-        """Return {key: its variants}, including the model's."""
+        """Return {key: its variants}, including those of `model`, a key of ModelConfig."""
         return {
             "model": MODELS,
             "optimizer": OPTIMIZERS,
@@ -132,7 +133,7 @@ class TrainConfig:
         }
 
     def validate(self) -> None:
-        """Raise ValueError for the first value or combination that makes no sense."""
+        """Raise ValueError for the first value or combination that is invalid."""
         check_choices(self)
         check_least(self, 0, "seed", "warmup_iters", "min_lr", "weight_decay", "grad_clip")
         check_least(self, 0, "early_stopping", "lora_rank")
@@ -170,16 +171,17 @@ class TrainConfig:
         return min_lr + decay * (self.learning_rate - min_lr)
 
     def evaluated_batches(self) -> int:
-        """Return the number of batches in an evaluation; by default it takes a tenth of the training time before it.
+        """Return the number of batches per evaluation.
 
-        Evaluating a batch takes a third of the time of training on one.
+        By default, an evaluation takes about a tenth of the training time since the last one, but at least 20 batches.
+        Evaluating a batch takes about a third as long as training on it.
         """
         steps = min(self.eval_interval, self.max_iters)
         between = steps * self.gradient_accumulation_steps
         return self.eval_iters or max(20, 3 * between // 10)
 
     def rows(self, processes: int) -> int:
-        """Return the most sequences that a process has at once; several processes may split a micro-batch."""
+        """Return the largest number of sequences that a process handles at once. Processes may split a micro-batch."""
         return math.ceil(
             self.batch_size / max(1, processes // self.gradient_accumulation_steps)
         )
@@ -191,14 +193,14 @@ class Start(NamedTuple):
     config: TrainConfig
     model_config: ModelConfig
     saved: dict | None = None  # the checkpoint to resume
-    base: Loaded | None = None  # the model to start from
+    base: Loaded | None = None  # the model that the run starts from
     given: Collection[str] = ()  # keys that the command line and its config files set
 
 
 def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
-    """Read a command, and the checkpoint that it resumes or the model that it starts from.
+    """Read a command line, and the checkpoint that it resumes or the model that it starts from.
 
-    locks: receives the lock on out_dir, before its checkpoint is read, unless the run writes nothing.
+    locks: receives the lock on out_dir, taken before the checkpoint is read. A run that writes nothing takes no lock.
     """
     rank, processes = launched()
     given, typed = read_command(argv)
@@ -228,13 +230,13 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     config = configurator.make(TrainConfig, settings)
     model_config = make_model_config(settings)
     if given.get("minutes") and (config.dry_run or config.eval_only):
-        raise UserError("minutes is for training, but dry_run and eval_only do not train")
+        raise UserError("minutes has no effect with dry_run or eval_only; leave it out")
     if config.minutes and processes > 1:
         raise UserError("minutes is for one process; with several, use max_iters instead")
-    for name in chosen_loggers(asdict(config)):  # now, not after a long preparation
+    for name in chosen_loggers(asdict(config)):  # fail now, not after preparing data
         importlib.import_module(name)
     values = asdict(config) | asdict(model_config) | {"processes": processes}
-    # no mistakes: a config file may be combined with others, and a command run with more processes
+    # not refused: a config file may be combined with others, and a command may run in several processes
     noted = given.keys() - typed | FOR_SEVERAL.keys()
     refuse_vain(given, values, IN_VAIN | FOR_SEVERAL, noted)
     if overwrite and (given.get("init_from") == "resume" or not writes):
@@ -245,7 +247,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
 
 
 def read_command(argv: list[str]) -> tuple[dict[str, object], set[str]]:
-    """Return the settings of a command and its config files, including out_dir, and the keys typed in the command."""
+    """Return the settings in a command and its config files, with out_dir set, and the keys typed in the command."""
     given = configurator.read(argv, ModelConfig, TrainConfig)
     typed = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
     if given.get("minutes"):
@@ -260,7 +262,7 @@ def read_command(argv: list[str]) -> tuple[dict[str, object], set[str]]:
             raise UserError(
                 f"input={given['input']} is for a new run; a resumed run already has its data: leave it out"
             )
-        # whichever sets the input, the command or a config file, may also name the dataset
+        # a dataset name from a config file does not apply to an input that was typed in the command
         if "dataset" not in (typed if "input" in typed else given):
             given["dataset"] = data_name(given["input"])
     if given.get("out_dir") is None:
@@ -269,7 +271,7 @@ def read_command(argv: list[str]) -> tuple[dict[str, object], set[str]]:
 
 
 def data_name(where: str) -> str:
-    """Name a dataset after its input: a folder, a file without its extensions, or the folder of a pattern."""
+    """Name a dataset after its input: a folder, a file without its extensions, or the folder of a glob pattern."""
     parts = reversed(Path(where).resolve().parts)
     stems = (re.sub(r"[^\w-]+", "_", part.partition(".")[0]).strip("_") for part in parts)
     return next(filter(None, stems), "text")
@@ -278,17 +280,18 @@ def data_name(where: str) -> str:
 def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
     """Return the settings of a resumed run. Raises UserError for a key that cannot change.
 
-    Length, rates, evaluation and the like may change. Keys that define the weights and the order of the data may not.
+    Length, learning rates, evaluation and so on may change. Keys that determine the weights or the order of the data
+    may not.
     """
     if "optimizer" not in saved:
         raise UserError(
-            f"{path} holds a model but not the state of its training; is it a copy of best.pt?"
+            f"{path} holds a model but no optimizer state, so it cannot be resumed; is it a copy of best.pt?"
         )
     with refuse_other_code(path):
         train_config = configurator.restore(TrainConfig, saved["train_config"])
     own = asdict(train_config) | saved["model_config"]
     fixed = saved["model_config"].keys() - TRAINING_ONLY | FIXED
-    # a step keeps the same sequences, but may split them into more or fewer micro-batches
+    # the sequences of a step stay the same, but they may be split into more or fewer micro-batches
     if math.prod((own | given)[key] for key in STEP) != math.prod(own[key] for key in STEP):
         fixed |= {*STEP}
     for key in given.keys() & fixed:
@@ -318,7 +321,7 @@ def is_same_run(settings: dict, path: Path) -> bool:
 
 
 def base_settings(base: Loaded, given: dict) -> dict[str, object]:
-    """Return the settings for starting from a model: its own, except for those that a run may choose."""
+    """Return the settings of a run that starts from a model: the model's, except for those that the run may choose."""
     own = asdict(base.model.config)
     free = {key: getattr(ModelConfig, key) for key in TRAINING_ONLY}
     free["block_size"] = own["block_size"]

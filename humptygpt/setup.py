@@ -1,4 +1,4 @@
-"""Set up a run: its data, its model, and its state if it resumes a checkpoint or starts from another model."""
+"""Set up a run: its data, its model, and its progress if it resumes a checkpoint."""
 
 import dataclasses
 import importlib.util
@@ -33,7 +33,7 @@ from model import ModelConfig, Stack, count_parameters
 
 
 def prepare_missing(config: TrainConfig) -> None:
-    """Prepare data/<dataset> if it is missing or its preparation was interrupted. Check an --input for changes."""
+    """Prepare data/<dataset> if it is missing or incomplete. With --input, check that the input has not changed."""
     folder = Path("data") / config.dataset
     names = {path.name for path in folder.glob("*")}
     prepared = names & {"meta.json", "meta.pkl"}
@@ -46,7 +46,8 @@ def prepare_missing(config: TrainConfig) -> None:
         keys = input_keys(config, folder)
     else:
         stopped = "preparing" in names and config.dataset in prepare_data.SOURCES
-        # A train.bin by itself is assumed to be nanoGPT's. A command.txt is the remains of a folder that we prepared.
+        # Do not prepare over existing data: a train.bin without meta.json is assumed to be nanoGPT's, and a command.txt
+        # is left over from a folder that was prepared here.
         if not stopped and names & {"preparing", "train.bin", COMMAND}:
             return
     keys["name"] = config.dataset
@@ -54,7 +55,7 @@ def prepare_missing(config: TrainConfig) -> None:
 
 
 def input_keys(config: TrainConfig, folder: Path) -> dict[str, object]:
-    """Return the settings for preparing config.input: those that made the folder, else the base model's tokenizer.
+    """Return the settings to prepare config.input with: the folder's own, or for a new one the base model's tokenizer.
 
     Raises UserError if the folder was made from a different input.
     """
@@ -68,7 +69,7 @@ def input_keys(config: TrainConfig, folder: Path) -> dict[str, object]:
         keys = configurator.read(words, prepare_data.PrepareConfig, positional="name")
         if Path(keys.get("input", "")).resolve() != Path(config.input).resolve():
             raise UserError(
-                f"{folder} was not made from input={config.input}, but by: {command};"
+                f"{folder} was not made from input={config.input} but by this command: {command};"
                 " choose another name: --dataset=ANOTHER_NAME"
             )
     for key in OF_INPUT:
@@ -78,7 +79,7 @@ def input_keys(config: TrainConfig, folder: Path) -> dict[str, object]:
 
 
 def open_prepared(folder: Path, config: ModelConfig, seed: int) -> Dataset:
-    """Open a prepared folder. Raises UserError if its task is not the model's, or a package is missing."""
+    """Open a prepared folder. Raises UserError if the model is for another task, or a package is missing."""
     meta = read_meta(folder)
     task = find_task(meta["task"])
     model = model_class(config.model)
@@ -86,10 +87,10 @@ def open_prepared(folder: Path, config: ModelConfig, seed: int) -> Dataset:
         raise UserError(
             f"dataset={folder.name} is for {meta['task']}, but model={config.model} is for {' and '.join(model.tasks)}"
         )
-    # now, not at the end of training
+    # fail now, not at the end of training
     if task.package and not importlib.util.find_spec(task.package):
         raise UserError(
-            f"{meta['task']} is scored with a package that is missing: pip install {task.package}"
+            f"{meta['task']} is scored with a package that is not installed: pip install {task.package}"
         )
     return task.dataset(folder, config.block_size, seed, model.has_encoder, meta)
 
@@ -103,7 +104,7 @@ def fit_to_data(
 ) -> ModelConfig:
     """Return the model's config for this data. A new model gets the data's vocabulary.
 
-    Raises UserError if the resumed run, or the model to start from, does not match the data.
+    Raises UserError if the resumed run or the base model does not match the data.
     """
     if saved:
         check_same_data(saved, dataset, config.out_dir)
@@ -118,7 +119,7 @@ def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
     """Raise UserError unless a checkpoint was trained on this data. The message says how to get the right data."""
     pieces = from_state(saved["tokenizer"]).pieces
     identity = dataset.identity
-    # a checkpoint from an earlier version may have other keys
+    # a checkpoint from an earlier version may have different keys
     known = saved["data"]["identity"].items()
     same = all(identity.get(key, value) == value for key, value in known)
     if pieces == dataset.tokenizer.pieces and same:
@@ -132,7 +133,7 @@ def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
 
 
 def check_same_tokens(base: Loaded, dataset: Dataset) -> None:
-    """Raise UserError unless the data uses the tokens of the model to start from. The message says how to fix it."""
+    """Raise UserError unless the data uses the base model's tokens. The message says how to prepare it with them."""
     tokenizer = base.tokenizer
     if dataset.tokenizer.pieces == tokenizer.pieces:
         return
@@ -140,7 +141,7 @@ def check_same_tokens(base: Loaded, dataset: Dataset) -> None:
     keys = shlex.join([f"--tokenizer={source}", "--overwrite=True"])
     raise UserError(
         f"the tokens of {dataset.folder} ({dataset.tokenizer.name}) differ from those of the model {base.path}"
-        f" ({tokenizer.name}); prepare it again with {keys}"
+        f" ({tokenizer.name}); prepare the data again with {keys}"
     )
 
 
@@ -154,7 +155,7 @@ def for_vocabulary(model_config: ModelConfig, dataset: Dataset) -> ModelConfig:
     vocab_size = model_config.vocab_size or tokens
     if vocab_size < tokens:
         raise UserError(
-            f"vocab_size={vocab_size} is below the {tokens} tokens of {dataset.folder.name}"
+            f"vocab_size={vocab_size} must be at least {tokens}, the vocabulary size of {dataset.folder.name}"
         )
     return dataclasses.replace(model_config, vocab_size=vocab_size)
 
@@ -182,7 +183,7 @@ def make_model(
 
 
 def adapt_model(base: Loaded, config: TrainConfig, model_config: ModelConfig) -> nn.Module:
-    """Adapt the model to start from to this config: fewer positions, a different dropout, LoRA."""
+    """Return the base model, adapted to this config: fewer positions, different dropout, LoRA."""
     weights = dict(base.model.state_dict())
     for name, x in weights.items():
         if name.endswith("position.wpe.weight"):
@@ -194,7 +195,7 @@ def adapt_model(base: Loaded, config: TrainConfig, model_config: ModelConfig) ->
 
 
 def make_net(run) -> nn.Module:
-    """Return the network that trains the model of a train.Run, compiled if the settings and the machine allow it."""
+    """Wrap the model of a train.Run for training, compiled if the settings and the machine allow it."""
     config = run.config
     dynamic = run.task.batches_vary
     if config.compile or (config.compile is None and run.device.type == "cuda"):
@@ -203,12 +204,12 @@ def make_net(run) -> nn.Module:
             net = run.process.wrap(run.model, compiled=True, dynamic=dynamic)
             compile_now(run, net)
             return net
-        except Exception as error:  # compilers fail in as many ways as there are machines
+        except Exception as error:  # a compiler can raise almost anything
             if machine.is_out_of_memory(error):
                 raise
             note(f"torch.compile failed ({first_line(error)}); training without it")
         for module in run.model.modules():
-            vars(module).pop("forward", None)  # the compiled one
+            vars(module).pop("forward", None)  # remove the compiled forward
     return run.process.wrap(run.model, compiled=False, dynamic=dynamic)
 
 
@@ -221,13 +222,13 @@ def compile_now(run, net: nn.Module) -> None:
             autocast(run.device, run.dtype),
         ):
             net(**to_device(shares[0].batch, run.device))[1].backward()
-        # must precede evaluation, which puts whole weights in place of a sharded model's parts
+        # before evaluation, which temporarily replaces the shards of a sharded model by whole weights
         run.model.zero_grad()
         evaluation.evaluate(run, net, 1)
 
 
 def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:
-    """Report what training would take, without reading the data or allocating a model."""
+    """Report the size of a run and the memory it needs, without reading the data or allocating a model."""
     if model_config.vocab_size is None:
         meta = read_meta(Path("data") / config.dataset)
         vocab_size = from_state(meta["tokenizer"]).vocab_size
@@ -241,7 +242,7 @@ def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:
 def recorded_settings(run) -> dict[str, object]:
     """Return the settings that config.json records for a train.Run."""
     settings = asdict(run.config) | asdict(run.model.config)
-    # Names that start with _ are not settings when config.json is used as a config file.
+    # Keys that start with _ are ignored if config.json is used as a config file.
     settings["_parameters"] = count_parameters(run.model)
     settings["_model.py"] = f"{zlib.crc32(Path(models.__file__).read_bytes()):08x}"
     return settings

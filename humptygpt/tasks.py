@@ -15,7 +15,7 @@ from humptygpt import config as configurator
 from humptygpt.config import UserError, find
 from model import ModelConfig
 
-# {name: module:entry}
+# {name: "module:object"}
 MODELS = {
     "gpt": "model:GPT",
     "transformer": "humptygpt.translation.model:Transformer",
@@ -51,7 +51,7 @@ def make_model_config(settings: dict[str, object]) -> ModelConfig:
 
 
 def build(config: ModelConfig, training: dict | None = None) -> nn.Module:
-    """Return a new model with random weights, on the CPU. training: a run's settings, whose lora_rank may add LoRA."""
+    """Return a new model with random weights, on the CPU. training: a run's settings; with lora_rank, LoRA is added."""
     model = model_class(config.model)(config)
     if training and training.get("lora_rank"):
         find(LORA)(model, training)
@@ -65,9 +65,9 @@ def build_on_meta(config: ModelConfig, training: dict | None = None) -> nn.Modul
 
 
 class WithoutValues(TorchFunctionMode):
-    """Skips the initialization of weights, and keeps tables of positions on the CPU.
+    """Skips weight initialization and creates position tables on the CPU.
 
-    Doing either on the meta device would make torch load its compiler, which takes more than a second.
+    Doing these on the meta device would make torch load its compiler, which takes more than a second.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -92,16 +92,16 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """The parts that tasks differ in. Functions get the model on its device, in evaluation mode, under autocast."""
+    """The differences between tasks. Functions get the model on its device, in evaluation mode, under autocast."""
 
     dataset: type  # a subclass of humptygpt.data.Dataset
     package: str | None = None  # the package that computes the score
-    batches_vary: bool = False  # whether batches have different shapes
+    batches_vary: bool = False  # batches differ in shape
     evaluation_examples: Show | None = None  # shown after each evaluation
     final_examples: Show | None = None  # shown at the end of a run
     # computed at the end of a run and with --eval_only
     score: Callable[..., Score] | None = None
-    sample_label: str = "more of this"  # label of the command below
+    sample_label: str = "more of this"  # label printed before sample_command
     sample_command: str = "python sample.py {}"  # {} is the argument that names the run
     card_prompt: str = ""  # prompt for the example in the model card
     card_note: str = ""  # extra paragraph in the model card

@@ -116,7 +116,7 @@ def test_other_tokens_are_refused_and_the_key_in_the_message_mends_it(
     assert line.startswith(
         "the tokens of data/other (byte) differ from those of the model out/run/best.pt (char); prep"
     )
-    keys = shlex.split(line.partition("; prepare it again with ")[2])
+    keys = shlex.split(line.partition("; prepare the data again with ")[2])
     prepare_data.main(["--input=other.txt", "--name=other", *keys])
     assert train.main(FROM_RUN) == 0
     assert "from out/run" in capsys.readouterr().out
@@ -345,7 +345,7 @@ def test_a_start_that_holds_no_model_is_refused(theirs, fails, folder):
     assert refused("their").endswith("; did you mean theirs?\n")
     assert "config.json: [Errno 2] No such file or directory" in refused("data", train.main)
     assert refused("theirs/model.safetensors") == (
-        "init_from=theirs/model.safetensors is not a complete model; name its folder, which also has config.json\n"
+        "init_from=theirs/model.safetensors is not a complete model; name its folder, which also contains config.json\n"
     )
     Path("out/stopped").mkdir(parents=True)
     Path("out/stopped/metrics.jsonl").write_text("{}")

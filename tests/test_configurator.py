@@ -157,7 +157,7 @@ def test_wrong_types_are_refused_with_the_right_one(argument):
         ("--learning_rte=3", "unknown key learning_rte; did you mean learning_rate?"),
         (
             "--config=config/mine.py",
-            "unknown key config; a config file is named without a key: config/mine.py",
+            "unknown key config; to use a config file, write its path without a key: config/mine.py",
         ),
         ("--zzz=3", "unknown key zzz; --help lists all keys"),
         ("a.py", "a.py: unknown key learning_rte; did you mean learning_rate?"),
@@ -217,7 +217,7 @@ def test_a_run_in_place_of_a_config_file_is_answered_with_its_key_and_never_exec
         file.writestr("__main__.py", "raise SystemExit('code of a checkpoint')")
     key = "'--out_dir=out/my run'"
     for path in (str(run), str(run / "best.pt")):
-        start = f"{path} is not a config file; for the run in it, write"
+        start = f"{path} is not a config file; to use the run in it, write"
         for cls in (SampleConfig, explain.ExplainConfig):
             assert complaint(path, cls=cls) == f"{start} {key}"
         assert complaint(path, cls=TrainConfig) == f"{start} --init_from=resume {key}"

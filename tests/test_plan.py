@@ -493,8 +493,8 @@ def test_a_model_to_start_from_keeps_its_size(tiny, machine, small_sizes):
 
 REFUSED = {
     "--max_iters=5": "minutes and max_iters both set the length of the run; give only one\n",
-    "--dry_run=True": "minutes is for training, but dry_run and eval_only do not train\n",
-    "--eval_only=True": "minutes is for training, but dry_run and eval_only do not train\n",
+    "--dry_run=True": "minutes has no effect with dry_run or eval_only; leave it out\n",
+    "--eval_only=True": "minutes has no effect with dry_run or eval_only; leave it out\n",
     "--minutes=0": "minutes=0.0 must be above 0\n",
     "--minutes=0.001": r"minutes=0.001 is too short: 2.0 s have passed .* takes 0.1 s\n",
 }

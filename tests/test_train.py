@@ -627,7 +627,7 @@ def test_two_signals_within_a_second_are_one_request(tiny, signal_in_step):
 def test_a_model_without_its_training_state_cannot_be_resumed(run_train, fails):
     run_train()
     (OUT / "best.pt").replace(OUT / "ckpt.pt")
-    complaint = "out/run/ckpt.pt holds a model but not the state of its training"
+    complaint = "out/run/ckpt.pt holds a model but no optimizer state"
     assert complaint in fails(train.main, *RESUME)
 
 
@@ -701,7 +701,7 @@ BAD = {
     "n_embd=32 must be a multiple of n_head=3": ["--n_head=3"],
     "min_lr=1.0 must be at most learning_rate": ["--min_lr=1.0"],
     "init_from=nothing: there is no such file or folder": ["--init_from=nothing"],
-    "vocab_size=3 is below the": ["--vocab_size=3"],
+    "vocab_size=3 must be at least": ["--vocab_size=3"],
     "cannot write blocked/run: Not a directory; choose another": ["--out_dir=blocked/run"],
     "name='data/tiny' must be the name of a folder in data/": ["--dataset=data/tiny"],
     "cannot write blocked: File exists; choose another": ["--out_dir=blocked"],
