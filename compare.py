@@ -6,8 +6,8 @@
     python compare.py out/article/*/* --group=True     one group per folder in out/article
 
 A run is a folder written by train.py. Its row shows its lowest validation loss and the settings that differ between the
-runs; _model.py is a checksum of model.py. If the tokenizers differ, compare bits per byte. Unfinished runs are shown
-with their progress so far.
+runs. Among them, _model.py is a checksum of model.py. If the tokenizers differ, compare bits per byte. Unfinished runs
+are shown with their progress so far.
 
 Losses are comparable only on the same text. If all runs were evaluated on part of the validation split during
 training and on all of it at the end, the evaluation at the end counts. If the runs have no evaluation text in common, a
@@ -15,9 +15,9 @@ note says so, and no run is marked as the best.
 
 With --group=True, runs in the same folder that differ only in the seed, such as idea/with-1 and idea/with-2, share one
 row with the mean of their lowest losses. The same goes for idea/with/1 and idea/with/2. Runs with --minutes may also
-differ in the settings that --minutes chooses: steps, dropout and weight decay. Each row is compared in bits per byte with the first
-row of its group, or with --baseline=NAME. The range over the seeds shows whether a difference is meaningful. Rows keep
-the order given. The shell sorts by name, so 1-without comes before 2-with and is the baseline.
+differ in the settings that --minutes chooses: steps, dropout and weight decay. Each row is compared in bits per byte
+with the first row of its group, or with --baseline=NAME. The range over the seeds shows whether a difference is
+meaningful. Rows keep the order given. The shell sorts by name, so 1-without comes before 2-with and is the baseline.
 """
 
 import json
@@ -58,10 +58,10 @@ IGNORED = {
 BY_CLOCK = {"max_iters", "eval_interval", "warmup_iters", "dropout", "weight_decay"}
 # the entries of config.json that are checked
 SCHEMA = {"max_iters": range(1, 2**53), "_parameters?": range(2**53)}
-EVALUATION = {"val_loss", "val_bits_per_byte"}  # a row of metrics with these keys is an evaluation
-SEED = re.compile(r"[/_-](seed[-_=]?)?\d+$")  # seed at the end of a path, such as -1, _seed=1 or /1
+EVALUATION = {"val_loss", "val_bits_per_byte"}  # keys of every evaluation's row
+SEED = re.compile(r"[/_-](seed[-_=]?)?\d+$")  # the seed in a path: -1, _seed=1, /1
 BITS = "best_bits_per_byte"
-# The rows of a table: (name, the runs it covers, which differ only in the seed)
+# The rows of a table: (name, the runs that share the row because they differ only in the seed)
 Rows = list[tuple[str, list["Run"]]]
 COLUMNS = {  # key of a row: (heading, number format); numbers are right-aligned
     "run": ("run", ""),
@@ -182,7 +182,9 @@ def read_runs(folders: list[str]) -> list[Run]:
             runs.append(Run(Path(folder).absolute(), settings, rows))
         except (OSError, ValueError) as error:
             inside = any(Path(folder).glob("*/config.json"))
-            advice = f"; to compare the runs in it: python compare.py {folder}/*" if inside else ""
+            advice = (
+                f"; to compare its runs: python compare.py {folder}/*" if inside else ""
+            )
             note(f"skipped {folder}, which is not a run: {one_line(error)}{advice}")
     if not runs:
         raise UserError("no runs to compare; try: python compare.py out/*")
@@ -213,7 +215,9 @@ def group_seeds(runs: list[Run], baseline: str | None) -> dict[str, Rows]:
         rows.sort(key=lambda row: row[0] != baseline)
         if baseline and rows[0][0] != baseline:
             names = ", ".join(name for name, _ in rows)
-            raise UserError(f"baseline={baseline} is not a row of {title}, whose rows are: {names}")
+            raise UserError(
+                f"baseline={baseline} is not a row of {title}; its rows: {names}"
+            )
     return groups
 
 

@@ -9,8 +9,8 @@
 
 It writes to out_dir: ckpt.pt (everything needed to resume), best.pt (the model with the lowest validation loss),
 metrics.jsonl, loss.png, config.json (which also works as a config file) and command.txt. A small model also gets
-snapshots/ for explain.py. With --minutes there is also plan.py, a config file that repeats the run.
-Ctrl-C saves a checkpoint and stops.
+snapshots/ for explain.py, and a run with --minutes gets plan.py, a config file that repeats it. Ctrl-C saves a
+checkpoint and stops.
 Keys that are not set have the defaults below, which are the demo's settings.
 """
 
@@ -93,7 +93,8 @@ class Run:
     @property
     def task(self) -> tasks.Task:
         task = tasks.find_task(self.dataset.task)
-        if self.process.sharded:  # no process has the whole model, so none can generate examples
+        # no process of a sharded run has the whole model, so none can generate examples
+        if self.process.sharded:
             return dataclasses.replace(task, evaluation_examples=None, final_examples=None)
         return task
 
@@ -143,7 +144,8 @@ class Run:
         """Restore the optimizer, the scaler and sharded weights from a checkpoint. Raises UserError."""
         eval_only = self.config.eval_only
         sharded = checkpoint.lacks_tensors(saved)
-        if not eval_only:  # evaluation does not need the optimizer state, which takes memory
+        # an evaluation does not need the optimizer and the scaler, and the optimizer's state takes memory
+        if not eval_only:
             with refuse_other_code(self.path):
                 self.optimizer.load(saved["optimizer"], "meta" if sharded else "cpu")
             if saved.get("scaler"):
@@ -317,8 +319,8 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor, int]:
     """Take one optimizer step, with gradients accumulated over micro-batches. step: index of the step, from 0.
 
     With several processes, the micro-batches are split among them, gradients are summed once, and every process
-    takes the same step. Returns the mean loss before the step, the gradient norm before clipping and the number of tokens. The first
-    two stay on the device, because reading them would make the CPU wait for the GPU.
+    takes the same step. Returns the mean loss before the step, the gradient norm before clipping and the number
+    of tokens. The first two stay on the device, because reading them would make the CPU wait for the GPU.
     """
     config = run.config
     process = run.process

@@ -53,7 +53,10 @@ class Dataset:
         raise NotImplementedError
 
     def read(self, split: str, starts: np.ndarray, length: int) -> np.ndarray:
-        """Read `length` tokens of a split from each start. Raises UserError for ids outside the vocabulary. Returns int64 (len(starts), length)."""
+        """Read `length` tokens of a split from each start. Returns int64 (len(starts), length).
+
+        Raises UserError if a token is not in the tokenizer's vocabulary.
+        """
         ids = self.splits[split].read(starts, length)
         if (largest := int(ids.max())) >= self.tokenizer.vocab_size:
             raise UserError(
@@ -70,7 +73,7 @@ class Dataset:
 
     @cached_property
     def identity(self) -> dict:
-        """Fingerprint of the data: other data with the same tokenizer has a different one. It does not depend on the path."""
+        """Fingerprint that distinguishes datasets with the same tokenizer. It does not depend on the path."""
         _, first_million = next(self.chunks("train"))
         identity = {
             "train_tokens": len(self.train),

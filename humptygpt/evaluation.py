@@ -76,8 +76,8 @@ def own_batches(batches: Iterable[dict], rank: int, size: int) -> Iterator[dict]
 def cost_of_whole_split(run) -> float:
     """Return the cost of evaluating the whole validation split at the end, in units of a regular evaluation.
 
-    A cost of 0 means that the run does not end with this evaluation. It is skipped if regular evaluations already cover
-    the split, if it would take more than a twentieth of the training time, if eval_iters is set, or if there are
+    A cost of 0 means that the run does not end with this evaluation. The run skips it if regular evaluations already
+    cover the split, if it would take more than a twentieth of the training time, if eval_iters is set, or if there are
     several processes.
     """
     config = run.config
@@ -93,11 +93,12 @@ def cost_of_whole_split(run) -> float:
 def evaluated(dataset: Dataset, batch_size: int, eval_iters: int | None) -> dict:
     """Return the number of tokens that an evaluation predicts, and a checksum of their text.
 
-    The checksum is computed from the character counts, so it depends on neither the tokenizer nor the order of sentence pairs.
+    The checksum covers only how often each character occurs, so it depends on neither the tokenizer nor the order of
+    sentence pairs.
     """
     batches = dataset.val_batches(batch_size, eval_iters)
     targets = torch.cat([batch["targets"].flatten() for batch in batches])
-    # Include the first token of the split. It is not predicted, but how much text it covers depends on the tokenizer.
+    # Include the first token of the split. It is not predicted, but the tokenizer decides how much text it covers.
     ids = np.append(dataset.read("val", np.array([0]), 1), targets[targets >= 0])
     counts = sorted(Counter(dataset.tokenizer.decode(ids)).items())
     checksum = zlib.crc32(repr(counts).encode())

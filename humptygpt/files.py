@@ -40,7 +40,9 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call write(file) to fill a new file, and move it to `path` as whole() does. Raises UserError if that fails."""
     # a device or a pipe, such as /dev/null or /dev/stdout, must not be replaced
     if path.exists() and (not path.is_file() or path.absolute().parent == Path("/dev")):
-        raise UserError(f"cannot write {path}: it is not a regular file; choose another path")
+        raise UserError(
+            f"cannot write {path}: it is not a regular file; choose another path"
+        )
     with whole(path) as temporary:
         try:
             with temporary.open("xb") as file:
@@ -74,7 +76,7 @@ def refuse_unwritable(path: Path, advice: str = "") -> Iterator[None]:
 
 
 def remove_unfinished(folder: Path, names: list[str]) -> None:
-    """Remove temporary files that a process killed within whole() left behind. No other process may be writing there."""
+    """Remove temporary files left behind by a process killed in whole(). No other process may be writing there."""
     for name in names:
         for path in folder.glob(f"{name}.????????.tmp"):
             path.unlink()
@@ -102,8 +104,8 @@ def locked(folder: Path, what: str, advice: str) -> Iterator[None]:
     """Let no other process write to a folder until the block ends or the process dies.
 
     If the folder does not exist, it is created, and removed again at the end if it is empty.
-    what, advice: parts of the error message: what is locked, and what to do instead. Raises UserError if another process holds the
-    lock, or the folder cannot be written to.
+    what, advice: parts of the error message: what is locked, and what to do instead. Raises UserError if another
+    process holds the lock, or the folder cannot be written to.
     """
     from filelock import FileLock, Timeout  # late import: most scripts take no lock
 

@@ -87,10 +87,10 @@ class Optimizer:
         return {"steps": self.steps, "state": self.state}
 
     def load(self, saved: dict, device: str = "cpu") -> None:
-        """Load a saved state_dict. The groups keep their settings. Raises ValueError if it does not fit.
+        """Load a saved state_dict. The groups keep their settings. Raises ValueError if the tensors do not fit.
 
-        It must match the parameters and the rules that update them. device: where the saved tensors are. If they are on
-        the meta device, the state is set to zeros, to be filled later.
+        Their names and shapes must be those of state_like(). device: where the saved tensors are. If they are on the
+        meta device, the state is set to zeros, to be filled later.
         """
         like = self.state_like() if saved["steps"] else {}
         check_tensors("optimizer.", flat(saved["state"]), flat(like), device)
@@ -114,7 +114,7 @@ class Optimizer:
         return x
 
     def own_part(self, value: Tensor, like: Tensor) -> Tensor:
-        """Return this process's part of a whole state tensor. like: from state_like(), on the right device."""
+        """Return this process's part of a whole state tensor. like: its counterpart in state_like()."""
         return value.to(like.device)
 
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
@@ -128,7 +128,7 @@ def flat(state: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def adamw(optimizer: Optimizer, group: dict, slots: list[Slot]) -> None:
-    """Update each element by lr times its mean gradient, divided by its root mean square gradient: at most about lr.
+    """Update each element by lr times its mean gradient, divided by its root mean square gradient: about lr at most.
 
     This calls the kernel behind torch.optim.AdamW(fused=True) directly, once for all parameters.
     Source: Loshchilov and Hutter 2017, arXiv:1711.05101.
@@ -191,7 +191,8 @@ def normalize_neurons(
     """Divide each neuron's part of the updates, (n, rows, columns), by its root mean square over recent steps.
 
     In an orthogonal update, some neurons move much less than others. This rule makes all of them move at about the
-    same speed, without changing the norm of the whole update. A neuron is a row, or a column if there are more columns than rows.
+    same speed, without changing the norm of the whole update. A neuron is a row, or a column if there are more columns
+    than rows.
     second_moment: the running mean squares, updated in place; see per_neuron(). rows: the number of rows of a whole
     matrix. total: sums over processes if each has only some of the rows. Source: Li et al. 2025, arXiv:2510.05491.
     """
@@ -276,8 +277,8 @@ def freeze(model: nn.Module, names: str | None) -> None:
 def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Return {group: {name: parameter}} with every trained parameter in exactly one group.
 
-    The group "hidden" holds the matrices of linear layers, except for the output head. A module may choose another group
-    for its parameters with an optimizer_group attribute.
+    The group "hidden" holds the matrices of linear layers, except for the output head. A module may choose another
+    group for its parameters with an optimizer_group attribute.
     """
     groups = {"hidden": {}, "matrices": {}, "vectors": {}}
     for name, p in trained_parameters(model).items():

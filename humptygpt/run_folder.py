@@ -41,7 +41,8 @@ FILES = [
     "ckpt.old",
     "ckpt.pt",
 ]
-NEW = ".new"  # subfolder for a run that replaces another, until the new run has a checkpoint
+# subfolder for a run that replaces another, until the new run has a checkpoint
+NEW = ".new"
 COMPLETE = ".complete"  # the same folder while its files are moved to out_dir
 # {name of a logger: the class or function in loggers.py that starts it}
 LOGGERS = {"tensorboard": "TensorBoard", "wandb": "start_wandb"}
@@ -61,7 +62,7 @@ class Progress:
     best_val_loss: float = math.inf
     best_iter: int = 0
     evals_since_best: int = 0
-    # how far the run has come, from 0 to max_iters: equal to iter or, with --minutes, estimated from the time
+    # how far the run has come, from 0 to max_iters: equal to iter or, with --minutes, estimated from the clock
     position: float = 0.0
     run_seconds: float = 0.0  # with --minutes: seconds that the run's commands have taken
     # losses of the steps since the last row of metrics
@@ -100,10 +101,10 @@ class StepClock:
         return position + 1
 
     def leave_out(self, evaluation: float) -> None:
-        """Exclude the time since advance(), which was spent on an evaluation. evaluation: how long it took, in seconds."""
+        """Exclude the time since advance(), which was spent on an evaluation. evaluation: its duration in seconds."""
 
     def seconds(self) -> float:
-        """Time that counts towards --minutes, including that of earlier commands."""
+        """Seconds that count towards --minutes, including those of earlier commands."""
         return 0.0
 
     def time_left(self, progress: Progress, config) -> float:
@@ -206,7 +207,7 @@ def catch_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def lock_out_dir(out_dir: Path) -> Iterator[None]:
-    """Lock the folder of a run. Hold the lock from before the checkpoint is read until the run ends. Raises UserError."""
+    """Lock out_dir. A run holds the lock from before it reads its checkpoint until it has ended. Raises UserError."""
     advice = "choose another --out_dir, or wait until that run has ended"
     with files.locked(out_dir, f"out_dir={out_dir}", advice):
         put_in_place(out_dir)
@@ -236,7 +237,7 @@ def put_in_place(out_dir: Path) -> None:
     with files.refuse_unwritable(out_dir):
         if checkpoint.stored(new / "ckpt.pt").exists():
             for path in (out_dir / name for name in FILES):
-                if not (path / "metrics.jsonl").exists():  # not a run of that name
+                if not (path / "metrics.jsonl").exists():  # unless it is a run itself
                     files.remove(path)
             new.rename(complete)  # from here on, the earlier run is gone
         if complete.exists():
@@ -249,7 +250,7 @@ class RunFolder:
     """Writes metrics.jsonl, loss.png, config.json and command.txt of a run, and logs to TensorBoard or wandb.
 
     A new run that overwrites another writes to the folder NEW until it has a checkpoint. A resumed run drops
-    metrics and snapshots that are newer than its checkpoint. Either holds the lock from lock_out_dir().
+    metrics and snapshots that are newer than its checkpoint. In both cases the run holds the lock from lock_out_dir().
     """
 
     def __init__(self, path: Path, settings: dict, resumed_at: int, writes: bool = True):
@@ -272,7 +273,7 @@ class RunFolder:
         if replaces:
             note(f"the earlier run in {path} is kept until this one has a checkpoint")
         with files.refuse_unwritable(path):
-            files.remove(path / NEW)  # left behind by a run that ended before its first checkpoint
+            files.remove(path / NEW)  # left by a run that ended before its first checkpoint
             self.path.mkdir(parents=True, exist_ok=True)
             if resumed_at:
                 self.rows = rows_until(path / "metrics.jsonl", resumed_at)

@@ -90,7 +90,7 @@ class Tokenizer:
 
     @classmethod
     def from_state(cls, **entries) -> Self:
-        """Recreate a tokenizer. entries: state() without the name, checked by the schema. Raises ValueError if damaged."""
+        """Undo state(). entries: state() without the name, checked against the schema. Raises ValueError if damaged."""
         return cls(**entries)
 
 
@@ -131,7 +131,7 @@ class CharTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes, as UTF-8 uses them. They cover every language, and there is no vocabulary to learn."""
+    """One token for each byte of UTF-8. The 256 tokens cover every language, and there is no vocabulary to learn."""
 
     name = "byte"
 

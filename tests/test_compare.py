@@ -266,8 +266,8 @@ def test_a_folder_that_is_no_run_is_one_note_and_the_rest_is_compared(run, confi
     Path(make_run("out/bad", 2.0), "config.json").write_text(config)
     table, errors = run("out/good", "out/bad", "out")
     bad, missing = errors.splitlines()
-    assert bad == f"note: out/bad is not a run: {BROKEN[config]}; skipped"
-    assert missing.endswith("for the runs in it: python compare.py out/*; skipped")
+    assert bad == f"note: skipped out/bad, which is not a run: {BROKEN[config]}"
+    assert missing.endswith("; to compare its runs: python compare.py out/*")
     assert row_of(table, "good") and "bad" not in table
 
 
@@ -284,8 +284,8 @@ def test_bad_arguments_are_one_line(fails):
         "": "no runs to compare; try: python compare.py out/*",
         "out/a --pictur=x.png": "unknown key pictur",
         "out/a --picture=x.svg": "picture=x.svg must end in .png",
-        "out/a --json=/": "cannot write /: it is not a regular file; choose another",
-        "out/a --baseline=b": "baseline=b is not a row of out; rows: a",
+        "out/a --json=/": "cannot write /: it is not a regular file; choose another path",
+        "out/a --baseline=b": "baseline=b is not a row of out; its rows: a",
     }.items():
         assert complaint in fails(compare.main, *argv.split())
 

@@ -1093,7 +1093,7 @@ def test_a_model_that_the_page_would_compute_otherwise_is_refused(
 BAD = {
     "--out_dir=out/none": "no checkpoint out/none/best.pt; train first",
     "--to=out/run/ckpt.pt/page.html": "cannot write out/run/ckpt.pt/page.html: ",
-    "--to=out": "cannot write out: it is not a regular file; choose another",
+    "--to=out": "cannot write out: it is not a regular file; choose another path",
     "--checkpoint=newest": "checkpoint=newest is not one of: best, latest",
 }
 

@@ -392,7 +392,10 @@ def test_todays_file_is_taken_with_a_note_if_the_one_of_2018_cannot_be_reached(
 
     monkeypatch.setattr(known_texts, "download", only_today)
     prepare("everyday_de_en --tokenizer=byte")
-    assert "no route; trying https://www.manythings.org/anki" in capsys.readouterr().err
+    assert (
+        "trying the current version, https://www.manythings.org/anki"
+        in capsys.readouterr().err
+    )
     assert len(pairs_of("everyday_de_en")["test"]) == 6
 
 
@@ -414,7 +417,7 @@ BAD = {
     "empty.tsv has no pairs; each line must be SOURCE": "--input=empty.tsv",
     "latin1.tsv is not valid utf-8; ": "--input=latin1.tsv",
     "damaged.tsv.gz is damaged: ": "--input=damaged.tsv.gz",
-    "a.de and short.en differ in their number of lines; each line must": (
+    "a.de and short.en have different numbers of lines; each line must": (
         "--source=a.de --target=short.en"
     ),
     "cannot read none.en: No such file": "--source=a.de --target=none.en",

@@ -101,7 +101,7 @@ def test_a_run_that_overwrites_another_changes_nothing_of_it_before_its_first_ch
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "evaluate", lambda *args: Loss(math.nan, 0.1))
         assert train.main([*TINY_RUN, "--seed=2"]) == 1
-    assert "nothing was saved yet" in capsys.readouterr().err
+    assert "nothing has been saved yet" in capsys.readouterr().err
     with monkeypatch.context() as patch:  # torchrun starts the new run again
         patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
         assert read_settings([*TINY_RUN, "--seed=1"]).saved is None

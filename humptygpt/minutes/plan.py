@@ -1,6 +1,7 @@
 """--minutes: choose a model and training settings for a text, a machine and a time limit, and end training on time.
 
-benchmarks/law.py fitted the constants of the scaling law to runs of one to ten minutes; for longer runs, it extrapolates.
+benchmarks/law.py fitted the constants of the scaling law to runs of one to ten minutes; for longer runs, the law is
+an extrapolation.
 """
 
 import math
@@ -88,7 +89,7 @@ class Clock:
         return self.end - time.monotonic()
 
     def leave_out(self, evaluation: float) -> None:
-        """Do not count the time since the last advance() as a step. evaluation: seconds that an evaluation just took."""
+        """Do not count the time since the last advance() as a step. evaluation: seconds that this evaluation took."""
         self.evaluation = evaluation
         self.last_step = time.monotonic()
 
@@ -217,8 +218,8 @@ def begin(
     """Start the clock, and choose the settings for which the scaling law predicts the lowest loss in the time left.
 
     given: keys that keep their values. A model loaded with init_from keeps its size, and a run resumed from `saved`
-    keeps all of its settings. Sets the block_size of the dataset. Raises UserError if not even one step fits into the time or
-    memory.
+    keeps all of its settings. Sets the block_size of the dataset. Raises UserError if not even one step fits into
+    the time or memory.
     """
     if dataset.task != "language modelling":
         raise UserError(

@@ -169,8 +169,9 @@ class DataParallel(Process):
         if parts > 1:
             shares = [self.part(share, parts) for share in shares]
         tokens = sum(share.tokens for share in shares)
-        # Ranks with the same number of rows of text have the same number of tokens, so they need not wait for each other. Sharded
-        # ranks wait anyway: if another rank has died, they report it in one line, before the forward pass fails.
+        # Ranks with the same number of rows of text have the same number of tokens, so they need not wait for each
+        # other. Sharded ranks wait anyway: if another rank has died, they report it in one line, before the forward
+        # pass fails.
         if run.config.batch_size % parts or run.task.batches_vary or self.sharded:
             return shares, int(self.sum(torch.tensor(tokens)))
         return shares, tokens * self.size
@@ -204,7 +205,7 @@ class DataParallel(Process):
         return x
 
     def save(self, path: Path, entries: dict) -> None:
-        """Write a checkpoint in rank 0."""
+        """Write a checkpoint, from rank 0 only."""
         if self.first:
             super().save(path, entries)
 

