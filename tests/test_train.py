@@ -534,6 +534,13 @@ def test_a_run_can_be_run_again_by_its_config_json(run_train, fails):
     assert fails(train.main, "mine.json").startswith(complaint)
 
 
+def test_without_a_terminal_each_logged_step_and_evaluation_is_a_line(run_train, capsys):
+    run_train("--log_interval=2")
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.split(" ")[1] for line in lines if line.startswith("iter ")]
+    assert shown == ["2/6:", "3:", "4/6:", "6/6:", "6:"]
+
+
 def test_a_run_records_its_commands_and_whether_it_stopped_or_is_done(
     tiny, monkeypatch, signal_in_step
 ):
