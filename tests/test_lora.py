@@ -264,7 +264,7 @@ BAD = {
         **{B: torch.ones(48, 4)}
     ),
     "neither adapter_model.safetensors nor adapter_model.bin": lambda: WEIGHTS.unlink(),
-    "is truncated, damaged or holds more": lambda: WEIGHTS.write_bytes(b"abc"),
+    "is truncated or damaged, or holds more": lambda: WEIGHTS.write_bytes(b"abc"),
 }
 
 

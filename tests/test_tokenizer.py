@@ -208,7 +208,7 @@ def test_a_small_description_of_a_huge_vocabulary_takes_little_memory():
     content = base64.b64encode(bomb).decode()
     state = {"tokenizer": "bpe", "separated": True, "pieces": content}
     tracemalloc.start()
-    with pytest.raises(UserError, match="take more than 67,108,864 bytes"):
+    with pytest.raises(UserError, match="unpacks to more than 67,108,864 bytes"):
         tokenizer.from_state(state)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
