@@ -57,7 +57,7 @@ def save(path: Path, entries: dict) -> None:
 
 
 def read(path: Path, with_tensors: bool = True) -> dict:
-    """Load a checkpoint onto the CPU and check its entries. A caller that resumes checks the optimizer state itself.
+    """Load a checkpoint onto the CPU and check its entries. Optimizer.load() checks the optimizer state later.
 
     with_tensors=False: do not read the tensors of a sharded checkpoint; leave them on the meta device.
     Raises UserError if the file is missing or damaged, is not a checkpoint, or would run code.
@@ -119,7 +119,10 @@ def check_there(path: Path) -> None:
 
 
 def suggest_run(out_dir: Path) -> str:
-    """For a folder without a run, suggest a similar run, or the command that trains one. Returns "; ..."."""
+    """For a folder without a run, suggest a similar run, or the command that trains one.
+
+    Returns "; ...", the end of a message.
+    """
     runs = [*out_dir.glob("*/ckpt.pt"), *Path("out", out_dir.name).glob("ckpt.pt")]
     if runs:
         newest = max(runs, key=lambda path: path.stat().st_mtime).parent
@@ -136,7 +139,7 @@ def suggest_run(out_dir: Path) -> str:
 def load_plain(path: Path, legacy: bool = False) -> object:
     """Load a torch.save file onto the CPU. Raises an exception of any type if it is corrupt or would run code.
 
-    legacy: also read files from PyTorch before 1.6, which are not zip files and have no checksums.
+    legacy: also read files written by PyTorch before version 1.6, which are not zip files and have no checksums.
     """
     if not legacy or zipfile.is_zipfile(path):
         check_records(path)
@@ -147,7 +150,7 @@ def load_plain(path: Path, legacy: bool = False) -> object:
 
 
 def check_records(path: Path) -> None:
-    """Verify the checksum of each record in a torch.save file. Raises ValueError."""
+    """Verify the checksum of each record in a torch.save file. Raises ValueError if one is damaged."""
     with zipfile.ZipFile(path) as file:
         damaged = file.testzip() is not None
         # torch.load treats a record that is marked as a directory as empty, and leaves its tensor uninitialized
@@ -157,7 +160,10 @@ def check_records(path: Path) -> None:
 
 @contextmanager
 def refuse_damaged(path: Path, problem: str = "") -> Iterator[None]:
-    """Turn any error in the block into a UserError, because zip, pickle and torch raise many kinds of errors."""
+    """Turn any error in the block into a UserError, because zip, pickle and torch raise many kinds of errors.
+
+    An out-of-memory error is raised unchanged. problem: what the message says about the file; "": that it is damaged.
+    """
     try:
         yield
     except Exception as error:
@@ -183,7 +189,10 @@ def read_plain(path: Path, with_tensors: bool = True) -> object:
 
 
 def check(path: Path, saved: object, device: str = "cpu") -> dict:
-    """Check the content of a checkpoint and return its entries. device: where its tensors must be. Raises UserError."""
+    """Check the content of a checkpoint and return its entries. Raises UserError if it is not valid.
+
+    device: the type of device that its tensors must be on.
+    """
     if is_nanogpt(saved):
         source = shlex.quote(f"--init_from={path}")
         raise UserError(f"{path} is a nanoGPT checkpoint; to start from it, use {source}")
@@ -262,9 +271,9 @@ def build_like(
 ) -> nn.Module:
     """Build the model that a file describes, on the meta device.
 
-    what: the file, for messages. training: as in build_on_meta().
-    Raises UserError if the sizes cannot match the weights, before anything huge is built. An error in a model's own
+    Raises UserError, before anything huge is built, if the sizes cannot match the weights. An error in a model's own
     code is not caught.
+    what: the file, as named in messages. training: as in build_on_meta().
     """
     shapes = [x.shape for x in weights.values() if not x.is_nested]
     sizes = {1}.union(*shapes)  # number_mlp has n_embd=1 and no embedding weights
@@ -282,7 +291,7 @@ def build_like(
 def check_tensors(
     entry: str, tensors: dict[str, Tensor], like: dict[str, Tensor], device: str
 ) -> None:
-    """Raise ValueError unless tensors match `like` and are dense, on `device`. entry: prefix of names in messages."""
+    """Raise ValueError unless tensors match `like` and are dense, on `device`. entry: prefix of their names."""
     if unknown := tensors.keys() - like.keys():
         raise ValueError(f"it has {entry}{min(unknown)}, which this code does not know")
     if missing := like.keys() - tensors.keys():
@@ -304,7 +313,7 @@ def check_tensors(
 def restore_model(
     weights: dict[str, Tensor], config: ModelConfig, training: dict | None = None
 ) -> nn.Module:
-    """Return a model on the CPU that uses these very tensors as parameters, so that nothing is in memory twice.
+    """Return a model on the CPU whose parameters are these tensors themselves, so no weight is in memory twice.
 
     training: as in build_on_meta().
     """

@@ -17,13 +17,13 @@ class StaticLayerCache(LayerCache):
         super().__init__(layer.size)
         self.k = layer.k
         self.v = layer.v
-        # after a prompt, this is a non-contiguous slice of the prompt's inputs
+        # after a prompt, last_inputs is a non-contiguous slice of the prompt's inputs
         if layer.last_inputs is not None:
             layer.last_inputs = layer.last_inputs.contiguous()
         self.buffer = layer.last_inputs
 
     def append(self, k: Tensor, v: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v: (B, H, 1, D); end: (1,). Returns the whole buffers, (B, H, size, D)."""
+        """Write k and v, (B, H, 1, D), at position end - 1. Returns the whole buffers, (B, H, size, D). end: (1,)."""
         self.k.index_copy_(2, end - 1, k.to(self.k.dtype))
         self.v.index_copy_(2, end - 1, v.to(self.v.dtype))
         return self.k, self.v

@@ -9,7 +9,7 @@ after a field is its help text:
     n_head: int = 4  # attention heads in a block
 
 A comment on a line of its own is the title of a group of keys. A config class has two methods: choices() returns
-{key: the variants that it can name}, and validate() raises ValueError if a value is invalid.
+{key: its allowed values}, and validate() raises ValueError if a value is invalid.
 """
 
 import ast
@@ -39,9 +39,9 @@ find = pkgutil.resolve_name  # imports an object by its name, such as "model:GPT
 
 
 class UserError(Exception):
-    """A mistake that the user can fix. Its message is one line with the value, the rule and the fix.
+    """A mistake that the user can fix. Its message is one line that gives the value, the rule and the fix.
 
-    It is not a ValueError, so code that catches a ValueError to add to its message does not touch a complete one.
+    It is not a ValueError, so code that catches a ValueError and extends its message leaves this message alone.
     """
 
 
@@ -49,7 +49,7 @@ class UserError(Exception):
 def refuse(start: str = "") -> Iterator[None]:
     """Turn a ValueError or UserError in the block into a UserError whose message begins with `start`.
 
-    Apart from the validation of settings, the block must not call user-written code, so that a bug keeps its traceback.
+    The block must not call user-written code, except to validate settings: a bug in that code would lose its traceback.
     """
     try:
         yield
@@ -78,7 +78,7 @@ def note(text: str) -> None:
 
 
 def make(cls: type, values: dict[str, object]):
-    """Make a validated config from {key: value}, ignoring keys that it does not have. Raises UserError."""
+    """Make a config from {key: value}, ignoring keys that cls does not have. Raises UserError if a value is invalid."""
     config = cls(**{name: values[name] for name in fields_of(cls) if name in values})
     with refuse():
         config.validate()
@@ -100,7 +100,7 @@ def fields_of(*classes: type) -> Fields:
 
 
 def check_choices(config: object) -> None:
-    """Raise ValueError if a key names a variant that does not exist."""
+    """Raise ValueError if the value of a key is not among its choices."""
     for name, choices in config.choices().items():
         value = getattr(config, name, None)
         if value is not None and value not in choices:
@@ -129,7 +129,7 @@ def in_vain(
 ) -> dict[str, str]:
     """Find the given keys that have no effect with these settings. Returns {key: why}.
 
-    table: {key: (other, the values of the key `other` with which `key` has no effect)}.
+    table: {key: (another key, the values of that other key that make `key` ineffective)}.
     """
     return {
         key: f"{key}={settings[key]} has no effect with {other}={settings[other]}"
@@ -161,10 +161,11 @@ def refuse_vain(
 def read(
     argv: list[str], *classes: type, positional: str | None = None
 ) -> dict[str, object]:
-    """Read config files and --key=value arguments. Returns {key: value} for the keys that are set. Raises UserError.
+    """Read config files and --key=value arguments. Returns {key: value} for the keys that are set.
 
+    If --help is among the arguments, prints the help and exits. Raises UserError if an argument is not valid.
     positional: the key that a bare argument sets, or adds to if the key can be repeated. None: a bare argument is a
-    config file. If --help is among the arguments, prints the help and exits.
+    config file.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text(*classes, positional=positional))
@@ -188,7 +189,7 @@ def read(
 
 
 def read_option(argument: str, fields: Fields) -> tuple[str, object]:
-    """Split --key=value into the key and its value. For a key that can be repeated, this is a single string."""
+    """Split --key=value into the key and its value. If the key can be repeated, the value is one string."""
     name, equals, text = argument[2:].partition("=")
     check_key(name, fields)
     if not equals:
@@ -230,7 +231,7 @@ def parse(name: str, text: str, hint: object) -> object:
 
 
 def convert(name: str, value: object, hint: object) -> object:
-    """Check that a value has a type that its key accepts, and return the value. Raises UserError.
+    """Return a value, or raise UserError if its key does not accept values of this type.
 
     If the key takes a float, an int becomes one. A bool does not count as a number. A ~ that the shell did not expand
     is replaced by the home folder.
@@ -285,7 +286,10 @@ def run_config(path: str) -> dict[str, object]:
 
 
 def other_argument(path: str, fields: Fields) -> str:
-    """Suggest what to write instead of an argument that is not a config file. Returns "; ..." or ""."""
+    """Suggest what to write instead of an argument that is not a config file.
+
+    Returns "; ...", the end of a message, or "" if there is no suggestion.
+    """
     if "=" in path:
         return f"; to set a key, write {shlex.quote('--' + path.lstrip('-'))}"
     if os.path.exists(path) and "out_dir" in fields:

@@ -81,13 +81,13 @@ class Dataset:
             "first_million_sha256": hashlib.sha256(first_million.tobytes()).hexdigest(),
         }
         sums = [split.get("sha256") for split in self.meta["splits"].values()]
-        if all(sums):  # nanoGPT and our earlier versions saved no checksums
+        if all(sums):  # nanoGPT and earlier versions of HumptyGPT saved no checksums
             identity["files_sha256"] = hashlib.sha256(repr(sums).encode()).hexdigest()
         return identity
 
 
 class TokenDataset(Dataset):
-    """Text as one stream of tokens, cut into blocks of block_size. Raises UserError if there is not even one block."""
+    """Text as one stream of tokens, cut into blocks of block_size. Raises UserError if a split is too short."""
 
     task = "language modelling"
 
@@ -124,7 +124,7 @@ class TokenDataset(Dataset):
         T = self.block_size
         last = len(self.train) - 1 - T  # the last position at which a block can start
         blocks = max(1, last // T)
-        # number of possible offsets, between T and 2T, with which all blocks still fit into the text
+        # number of offsets at which all blocks still fit into the text; it is between T and 2T
         offsets = last - (blocks - 1) * T + 1
         epochs, numbers = np.divmod(index * batch_size + np.arange(batch_size), blocks)
         starts = np.empty(batch_size, dtype=np.int64)
@@ -150,7 +150,7 @@ class TokenDataset(Dataset):
             yield batch
 
     def val_starts(self, batch_size: int, eval_iters: int | None) -> np.ndarray:
-        """Start positions of the blocks in the evaluation set. The last block of the whole split may be shorter."""
+        """Start positions of the blocks in the evaluation set. With the whole split, the last block may be shorter."""
         starts = np.arange(0, len(self.val) - 1, self.block_size)
         if eval_iters is None or eval_iters * batch_size >= len(starts):
             return starts
@@ -174,9 +174,9 @@ class TokenDataset(Dataset):
 
 
 class Prefetcher:
-    """Reads the next batch of a dataset in a thread while the current one trains.
+    """Reads the next batch of a dataset in a thread while the model trains on the current one.
 
-    This helps if reading has to wait for a disk, and the CPU is idle during a step, as when training on a GPU.
+    This helps if reads wait for a disk while the CPU would otherwise be idle, as when training on a GPU.
     """
 
     def __init__(self, dataset: Dataset, stride: int = 1):
@@ -200,7 +200,10 @@ def count_targets(batch: dict[str, Tensor]) -> int:
 
 
 def next_tokens(ids: np.ndarray, ignored: np.ndarray) -> dict[str, Tensor]:
-    """Make idx and targets. Targets are one token ahead, and -1 if ignored. ids: (B, T + 1), ignored: (B, T)."""
+    """Make a batch: idx and targets, both (B, T). Targets are one token ahead of idx, and -1 if ignored.
+
+    ids: (B, T + 1). ignored: (B, T), True for targets to ignore.
+    """
     targets = ids[:, 1:].copy()
     targets[ignored] = -1
     return {"idx": torch.from_numpy(ids[:, :-1]), "targets": torch.from_numpy(targets)}
@@ -220,7 +223,7 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     """Apply a pseudorandom permutation of range(n), chosen by key, to each index. Returns int64, each in [0, n).
 
     Four rounds of a Feistel network permute the range up to the next power of four. Indices that land outside range(n)
-    go through it again. There is no table, so an epoch of 10^11 tokens takes no more memory than one of ten.
+    go through the rounds again. There is no table, so an epoch of 10^11 tokens takes no more memory than one of ten.
     Source: Black and Rogaway 2002, "Ciphers with arbitrary finite domains": the cycle-walking cipher.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))

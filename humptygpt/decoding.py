@@ -1,6 +1,6 @@
 """Speed up generation with a trained model: lower precision in its linear layers, and fewer operators.
 
-On a CPU, a small model is limited by the overhead of Python and PyTorch per operator; a large one is limited by reading
+On a CPU, a small model is limited by the overhead of Python and PyTorch for each operator, a large one by reading
 its weights from memory. Norms, sums and the residual stream stay in float32. The formulas stay in model.py: only linear
 layers and RMS norms are replaced with faster equivalents. compiled.py compiles the single-token step.
 
@@ -36,10 +36,11 @@ def make_generator(
 ) -> nn.Module:
     """Prepare a model for generation and move it to the device. It can no longer be trained or saved.
 
-    dtype: float32, bfloat16 or float16, or int8 on a CPU. The weights are converted once, here; autocast would convert
-    them for each token. Embeddings are not converted, because each token reads only one row. compiles: compile the
-    single-token step, if the model has a cache.
+    The weights of linear layers are converted to dtype once, here; autocast would convert them for each token.
+    Embeddings are not converted, because each token reads only one row.
 
+    dtype: float32, bfloat16 or float16 or, on a CPU, int8.
+    compiles: compile the single-token step, if the model has a cache.
     Raises UserError if there is not enough memory, or for int8 on a GPU.
     """
     if dtype == torch.int8 and device.type != "cpu":
@@ -54,7 +55,7 @@ def make_generator(
         model.has_cache = agrees(model, replaces=False)
         what = "faster layers" if model.has_cache else "a cache"
         note(
-            f"not using {what}, which would change this model.py's logits; generation is slower"
+            f"not using {what}, because this model.py's logits would change; generation is slower"
         )
         return model.to(device)
     replace_layers(model, dtype, device, compiles)
@@ -102,13 +103,13 @@ def agrees(model: nn.Module, replaces: bool) -> bool:
 def replace_layers(
     model: nn.Module, dtype: torch.dtype, device: torch.device, compiles: bool
 ) -> None:
-    """Replace linear layers and RMS norms with faster equivalents, which are called as functions, not as modules.
+    """Replace linear layers and RMS norms with faster equivalents, called as plain functions rather than as modules.
 
-    The overhead of a module call is as large as a small matrix product. The compiler removes it by itself, and fuses
-    operators.
+    A module call costs as much as a small matrix product. With compiles=True, layers stay modules and norms are left
+    alone: the compiler removes the overhead and fuses the operators itself.
     """
     for module in list(model.modules()):
-        # other kinds of attention may give the three layers different inputs
+        # only if the three layers have the same input; other kinds of attention may differ
         if type(module).forward is SelfAttention.forward and not compiles:
             join(module)
         for name, child in list(module.named_children()):
@@ -117,7 +118,7 @@ def replace_layers(
             layer = child.to(device)
             # a user's subclass may compute something different
             if type(child).forward is nn.Linear.forward:
-                # on a GPU, attention and the cached keys and values use this dtype, too
+                # on a GPU, attention and the cached keys and values also use this dtype
                 keeps = device.type != "cpu" and name in ("qkv_proj", *QKV)
                 result = dtype if keeps else torch.float32
                 layer = low_bit_linear(layer, dtype, result, compiles)
@@ -169,13 +170,16 @@ class FastRMSNorm(nn.Module):
 # --------------------------------------------------------------------------------------
 # Lower-precision weights, packed in the order in which the processor reads them
 
-PACKED_FROM = 2**17  # weights in a matrix; packing a smaller one costs more than it saves
+PACKED_FROM = 2**17  # weights; packing a matrix with fewer costs more than it saves
 
 
 def low_bit_linear(
     linear: nn.Linear, dtype: torch.dtype, result: torch.dtype, compiles: bool
 ) -> nn.Module:
-    """Return an equivalent layer that is faster for a few tokens, or `linear` itself. result: dtype of the output."""
+    """Return a version of `linear` that is faster for a few tokens, or `linear` itself if there is none.
+
+    dtype: type of its weights. result: dtype of its output.
+    """
     if dtype == torch.int8:
         return ProductLinear(int8_product(linear), torch.float32, result)
     weight = linear.weight.to(dtype)
@@ -199,7 +203,7 @@ class ProductLinear(nn.Module):
         self.result = result
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., inputs). Returns (..., outputs), of dtype result."""
+        """x: (..., inputs). Returns (..., outputs), of dtype self.result."""
         return self.product(x.to(self.dtype)).to(self.result)
 
 
@@ -236,6 +240,6 @@ def quantize_rows(weight: Tensor) -> Tensor:
     scales = torch.linalg.vector_norm(weight, torch.inf, dim=1).clamp(min=1e-12) / 127
     zeros = torch.zeros(len(weight), dtype=torch.int64)
     with warnings.catch_warnings():
-        # a deprecation warning, but the library that will replace this is slower
+        # this function is deprecated, but the library that replaces it is slower
         warnings.simplefilter("ignore", UserWarning)
         return torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)

@@ -1,4 +1,4 @@
-"""Devices and dtypes: the ones that the user names, or the best that the machine has."""
+"""Choose devices and dtypes: those that the user names, or the best that the machine has."""
 
 import ctypes
 import os
@@ -34,7 +34,7 @@ PEAK_FLOPS = {
 
 
 def pick_device(name: str) -> torch.device:
-    """Find a device by name; auto: CUDA, else Apple's GPU, else the CPU. Raises UserError if it is not available."""
+    """Find a device by name. "auto" is CUDA, else Apple's GPU, else the CPU. Raises UserError if it is unavailable."""
     cards = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     available = ["cuda", *cards] if cards else []
     if torch.backends.mps.is_available():
@@ -44,13 +44,16 @@ def pick_device(name: str) -> torch.device:
         return torch.device(available[0])
     if name not in available:
         raise UserError(
-            f"device={name} is not available; this machine and torch have: {', '.join(available)}; auto picks one"
+            f"device={name} is not available; use one of these, or auto: {', '.join(available)}"
         )
     return torch.device(name)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Find a dtype by name; auto: bfloat16 if the hardware multiplies it, float16 on other CUDA GPUs, else float32."""
+    """Find a dtype by name. Raises UserError for float16 on a device other than CUDA.
+
+    "auto" is bfloat16 if the hardware can multiply it, else float16 on CUDA and float32 on other devices.
+    """
     if name == "auto":
         if multiplies_bfloat16(device):
             return torch.bfloat16
@@ -63,7 +66,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def sample_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Find a dtype for generation. On a CPU, auto means float32, because memory is the bottleneck, not arithmetic."""
+    """Find a dtype for generation. On a CPU, "auto" is float32, because memory is the bottleneck, not arithmetic."""
     if name == "auto" and device.type == "cpu":
         return torch.float32
     return pick_dtype(name, device)

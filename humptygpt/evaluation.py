@@ -30,10 +30,10 @@ class Loss(NamedTuple):
 
 @torch.no_grad()
 def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
-    """Compute the loss of net over an evaluation set, which is split among the processes. run: a train.Run.
+    """Compute the loss of net over an evaluation set, which is split among the processes.
 
-    eval_iters: batches in the set; None: the whole validation split. Evaluation draws no random numbers, so it cannot
-    affect training. It restores the mode of net, training or evaluation.
+    Evaluation draws no random numbers, so it cannot affect training. Afterwards, net is in its previous mode again,
+    training or evaluation. run: a train.Run. eval_iters: batches in the set; None: the whole validation split.
     """
     process = run.process
     was_training = net.training
@@ -65,7 +65,10 @@ def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
 
 
 def own_batches(batches: Iterable[dict], rank: int, size: int) -> Iterator[dict]:
-    """Yield every size-th batch, starting at `rank`. All ranks get equally many; the last batch may have no targets."""
+    """Yield every size-th batch, starting at `rank`.
+
+    All ranks get the same number of batches: if one is missing, a batch without targets takes its place.
+    """
     for number, batch in enumerate(batches):
         if number % size == rank:
             yield batch
@@ -98,7 +101,7 @@ def evaluated(dataset: Dataset, batch_size: int, eval_iters: int | None) -> dict
     """
     batches = dataset.val_batches(batch_size, eval_iters)
     targets = torch.cat([batch["targets"].flatten() for batch in batches])
-    # Include the first token of the split. It is not predicted, but the tokenizer decides how much text it covers.
+    # Include the first token of the split. It is not predicted, but how much text it covers depends on the tokenizer.
     ids = np.append(dataset.read("val", np.array([0]), 1), targets[targets >= 0])
     counts = sorted(Counter(dataset.tokenizer.decode(ids)).items())
     checksum = zlib.crc32(repr(counts).encode())

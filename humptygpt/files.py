@@ -121,7 +121,7 @@ def locked(folder: Path, what: str, advice: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # the folder may not be empty, and Windows cannot remove an open file
+        # this fails if a folder is not empty, and on Windows, which cannot remove an open file
         with suppress(OSError):
             path.unlink()
             for folder in created:

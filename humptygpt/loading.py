@@ -29,9 +29,9 @@ class Loaded(NamedTuple):
 
 
 def load(source: str | Path, which: str = "best") -> Loaded:
-    """Load the model that init_from=source names. which: best or latest, if source is a run. Raises UserError.
+    """Load the model that init_from=source names. No weight is in memory twice.
 
-    No weight is in memory twice.
+    which: best or latest, the checkpoint to load if source is a run. Raises UserError if loading fails.
     """
     path = find_source(source, which)
     if is_folder(path):
@@ -51,7 +51,7 @@ def load(source: str | Path, which: str = "best") -> Loaded:
 
 
 def from_run(path: Path, saved: object) -> Loaded:
-    """Make a model from the checkpoint of a run. Raises UserError."""
+    """Make a model from the checkpoint of a run. Raises UserError if the checkpoint is not valid."""
     saved = checkpoint.check(path, saved)
     config = make_model_config(saved["model_config"])
     training = saved["train_config"]
@@ -85,7 +85,10 @@ def chosen_source(config: object, given: dict) -> str | Path:
 
 
 def find_source(source: str | Path, which: str = "best", key: str = "init_from") -> Path:
-    """Find the checkpoint or folder that key=source names, or fetch it from the Hugging Face Hub. Raises UserError."""
+    """Find the checkpoint or folder that key=source names, or fetch it from the Hugging Face Hub.
+
+    Raises UserError if it cannot be found or fetched.
+    """
     path = Path(source)
     if os.path.isdir(path):
         files = ("best.pt", "ckpt.pt", "metrics.jsonl")
@@ -93,7 +96,7 @@ def find_source(source: str | Path, which: str = "best", key: str = "init_from")
         return checkpoint.find_checkpoint(path, which) if is_run else path
     if path.suffix in FILES_OF_A_FOLDER:
         raise UserError(
-            f"{key}={source} is not a complete model; name its folder, which also contains config.json"
+            f"{key}={source} is not a complete model; name the folder that contains it and config.json"
         )
     if os.path.isfile(path) or path.suffix == ".pt":
         return path  # a missing file is reported when it is read

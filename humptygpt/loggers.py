@@ -11,7 +11,7 @@ class TensorBoard:
     """Writes files to out_dir/tensorboard, which `tensorboard --logdir=out` shows."""
 
     def __init__(self, out_dir: Path, settings: dict, resumed_at: int):
-        """Hide points that an earlier process logged after step resumed_at, which will be logged again."""
+        """Hide points that an earlier process logged after step resumed_at: the resumed run will log them again."""
         from torch.utils.tensorboard import SummaryWriter
 
         path = str(out_dir / "tensorboard")

@@ -1,7 +1,7 @@
-"""Find the cores and memory that this process may use, by its affinity and cgroups, and report errors in one line.
+"""Find how many cores and how much memory this process may use, and report errors in one line.
 
-A script calls start() before it imports numpy and torch, because these read their thread count and wait policy only
-once, on import.
+CPU affinity and cgroups may limit it to part of the machine. A script calls start() before it imports numpy and torch,
+because these read their thread count and wait policy only once, on import.
 """
 
 import math
@@ -27,7 +27,7 @@ STARTED = time.monotonic()  # when the command started, not counting Python's ow
 CGROUPS = Path("/sys/fs/cgroup")
 OUR_GROUPS = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
-PATIENCE = 2  # seconds that the other ranks give rank 0 to report an error first
+PATIENCE = 2  # seconds that other ranks wait for rank 0 to report an error first
 # spins before a waiting thread yields: less than a tenth of a millisecond; libgomp's default is 300,000
 SPINS = 1300
 
@@ -36,7 +36,8 @@ def start() -> None:
     """Prepare for a script's imports: limit the threads to the usable cores, and let them yield while they wait.
 
     A thread that spins while it waits for another thread of its process blocks a core that a different process could
-    use: two training runs on two cores were ten times slower. Settings in the user's environment take precedence.
+    use: with spinning threads, two training runs on two cores were ten times slower. Settings in the user's environment
+    take precedence.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Ctrl-C during the imports ends the script without a traceback
@@ -60,7 +61,7 @@ def affinity() -> set[int]:
 
 
 def usable_cores() -> int:
-    """Number of threads that can run at once, limited by affinity and by the cgroups' quotas, rounded up."""
+    """Number of threads that can run at once, limited by CPU affinity and by cgroup quotas, which are rounded up."""
     cores = len(affinity())
     for folder in cgroup_folders():
         if quota := read_numbers(folder / "cpu.max"):
@@ -148,7 +149,7 @@ def cgroup_folders() -> list[Path]:
 
 
 def read(path: Path) -> str:
-    """Read a system file; "" if it cannot be read."""
+    """Read a system file. Returns "" if it cannot be read."""
     try:
         return path.read_text()
     except OSError:
@@ -156,7 +157,7 @@ def read(path: Path) -> str:
 
 
 def read_numbers(path: Path) -> list[int]:
-    """Read the numbers in a file; [] if there is no such file or it says "max"."""
+    """Read the numbers in a cgroup file. Returns [] if the file does not exist or says "max", for no limit."""
     words = read(path).split()
     return [] if "max" in words else list(map(int, words))
 
@@ -172,9 +173,9 @@ def file_cache(group: Path) -> int:
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """Call main(argv) and exit with its code; a UserError becomes one line on stderr and exit code 2.
+    """Call main(argv) and exit with its code.
 
-    A failed allocation is reported in the same way.
+    A UserError or a failed allocation becomes one line on stderr and exit code 2.
     """
     if main.__module__ == "__main__":  # main() is in the script that was started
         start()

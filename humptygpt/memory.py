@@ -21,7 +21,7 @@ ADVICE = (
     "use a smaller --batch_size with more --gradient_accumulation_steps, --checkpoint_activations=True, or a smaller"
     " model (--n_embd, --n_layer)"
 )
-FLOAT = 4  # bytes in a float32, the type of weights, gradients and optimizer state for any --dtype
+FLOAT = 4  # bytes in a float32, the dtype of weights, gradients and optimizer state for any --dtype
 
 
 class Memory(NamedTuple):
@@ -31,7 +31,7 @@ class Memory(NamedTuple):
     gradients: float
     optimizer: float
     activations: float
-    buffers: float = 0  # FSDP: parameters that are gathered at the same time
+    buffers: float = 0  # FSDP: unsharded parameters and gradients held at once
 
     @property
     def total(self) -> float:
@@ -88,7 +88,8 @@ def activation_bytes(
     kept = sum(kept_of(layer, dtype) for layer in layers if layer is not model.lm_head)
     scores = tokens * shape.n_head * shape.block_size  # attention scores per layer
     explicit = scores <= models.EXPLICIT_SCORES and dtype != torch.float32
-    if device.type == "cpu" and (shape.dropout or explicit):  # see model.attend()
+    # in these cases, attend() in model.py keeps the attention scores
+    if device.type == "cpu" and (shape.dropout or explicit):
         copies = 3 if shape.dropout else 1
         attentions = sum(isinstance(m, models.SelfAttention) for m in model.modules())
         kept += attentions * copies * dtype.itemsize * scores / tokens
@@ -132,7 +133,7 @@ def memory_report(
     )
     each = ""
     if processes > 1:
-        each = f" of each of {processes} processes, {config.parallel.upper()}"
+        each = f" per process ({processes} processes, {config.parallel.upper()})"
     return (
         f"model: {model_config.model}, {models.count_parameters(model):,} parameters, {flops:,} FLOPs per token\n"
         f"step: {tokens:,} tokens, {micro_batches} x {config.batch_size} x {model_config.block_size},"

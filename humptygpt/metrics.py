@@ -1,4 +1,4 @@
-"""Metrics of runs: metrics.jsonl, one JSON object per line, and pictures of its losses.
+"""Metrics of runs: metrics.jsonl, with one JSON object per line, and plots of its losses.
 
 matplotlib takes a second to import, so only the functions that draw import it.
 """
@@ -40,7 +40,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------
-# Pictures
+# Plots
 
 
 def draw_losses(rows: list[dict], path: Path) -> None:
@@ -112,7 +112,7 @@ def label(row: dict) -> str:
 
 
 def curve(runs: list) -> tuple[list[float], list[float]]:
-    """Bytes of text read and bits per byte at each evaluation. Unlike tokens, both are comparable across tokenizers."""
+    """Return the bytes of text read and the bits per byte at each evaluation. Both are comparable across tokenizers."""
     read, bits = [], []
     for run in runs:
         for row in run.rows:

@@ -87,10 +87,10 @@ class Optimizer:
         return {"steps": self.steps, "state": self.state}
 
     def load(self, saved: dict, device: str = "cpu") -> None:
-        """Load a saved state_dict. The groups keep their settings. Raises ValueError if the tensors do not fit.
+        """Load a saved state_dict. The groups keep their settings.
 
-        Their names and shapes must be those of state_like(). device: where the saved tensors are. If they are on the
-        meta device, the state is set to zeros, to be filled later.
+        Raises ValueError if the names, shapes or dtypes of its tensors differ from those in state_like().
+        device: where the saved tensors are. With "meta", the state is set to zeros, to be filled later.
         """
         like = self.state_like() if saved["steps"] else {}
         check_tensors("optimizer.", flat(saved["state"]), flat(like), device)
@@ -118,17 +118,20 @@ class Optimizer:
         return value.to(like.device)
 
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-        """Return function(x). x: (n, rows, columns), n independent matrices, which processes may divide among them."""
+        """Return function(x). Processes may split the matrices among themselves.
+
+        x: (n, rows, columns), n independent matrices. rows: the number of rows of a whole matrix.
+        """
         return function(x)
 
 
 def flat(state: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return {parameter.name of a state tensor: the tensor}."""
+    """Return {"PARAMETER.NAME": state tensor}, where NAME is the name of the state tensor."""
     return {f"{name}.{key}": x for name in state for key, x in state[name].items()}
 
 
 def adamw(optimizer: Optimizer, group: dict, slots: list[Slot]) -> None:
-    """Update each element by lr times its mean gradient, divided by its root mean square gradient: about lr at most.
+    """Move each element by lr times its mean gradient divided by its root mean square gradient: by at most about lr.
 
     This calls the kernel behind torch.optim.AdamW(fused=True) directly, once for all parameters.
     Source: Loshchilov and Hutter 2017, arXiv:1711.05101.
@@ -155,9 +158,10 @@ def adamw(optimizer: Optimizer, group: dict, slots: list[Slot]) -> None:
 def muon(
     optimizer: Optimizer, group: dict, slots: list[Slot], normalize: bool = False
 ) -> None:
-    """Update by the momentum matrix with all singular values set to about 1, so that no direction is neglected.
+    """Update each matrix by its momentum, with all singular values set to about 1 so that no direction is neglected.
 
-    Matrices of the same shape are stacked and orthogonalised together. normalize: NorMuon, see normalize_neurons.
+    Matrices of the same shape are stacked and orthogonalised together.
+    normalize: use NorMuon instead; see normalize_neurons().
     Source: Jordan et al. 2024, "Muon: an optimizer for the hidden layers of neural networks".
     """
     by_shape: dict[torch.Size, list[Slot]] = {}
@@ -194,7 +198,8 @@ def normalize_neurons(
     same speed, without changing the norm of the whole update. A neuron is a row, or a column if there are more columns
     than rows.
     second_moment: the running mean squares, updated in place; see per_neuron(). rows: the number of rows of a whole
-    matrix. total: sums over processes if each has only some of the rows. Source: Li et al. 2025, arXiv:2510.05491.
+    matrix. total: function that sums over processes if each has only some of the rows.
+    Source: Li et al. 2025, arXiv:2510.05491.
     """
     if rows >= updates.shape[2]:
         mean_square = updates.square().mean(dim=2, keepdim=True)
@@ -260,7 +265,10 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def freeze(model: nn.Module, names: str | None) -> None:
-    """Exclude parameters from training. names: comma-separated parts of their names. Raises UserError."""
+    """Exclude parameters from training. names: comma-separated parts of their names.
+
+    Raises UserError if a part matches no parameter, or if nothing is left to train.
+    """
     for name in names.split(",") if names else ():
         part = f".{name.strip()}."
         frozen = [p for full, p in model.named_parameters() if part in f".{full}."]
@@ -277,8 +285,8 @@ def freeze(model: nn.Module, names: str | None) -> None:
 def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Return {group: {name: parameter}} with every trained parameter in exactly one group.
 
-    The group "hidden" holds the matrices of linear layers, except for the output head. A module may choose another
-    group for its parameters with an optimizer_group attribute.
+    The group "hidden" holds the matrices of linear layers, except for the output head. A module may choose a
+    different group for its parameters with an optimizer_group attribute.
     """
     groups = {"hidden": {}, "matrices": {}, "vectors": {}}
     for name, p in trained_parameters(model).items():
@@ -323,7 +331,7 @@ def make_optimizer(
 
 
 def cosine(progress: float) -> float:
-    """Half a cosine: slow at both ends. Source: Loshchilov and Hutter 2016, arXiv:1608.03983."""
+    """Half a cosine, which falls slowly at both ends. Source: Loshchilov and Hutter 2016, arXiv:1608.03983."""
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -1,4 +1,4 @@
-"""The process that trains. Under torchrun, a class in humptygpt/parallel with the same methods replaces it."""
+"""The process that trains a run. For several processes, humptygpt/parallel has classes with the same methods."""
 
 import os
 import sys
@@ -28,7 +28,7 @@ class Share(NamedTuple):
     key: tuple[int, ...]  # seeds dropout: the micro-batch's number, counted over the run
     batch: dict[str, Tensor]
     tokens: int  # targets that are not ignored
-    # (number of rows in the micro-batch, the share's rows); None: all
+    # (number of rows in the micro-batch, slice of them in this share); None: all rows
     rows: tuple[int, slice] | None = None
 
 
@@ -83,8 +83,8 @@ class Process(AbstractContextManager):
 def start_process(config, device: torch.device, prepare: Callable[[], None]) -> Process:
     """Start the process of a run, connected to the other processes if there are any. config: a TrainConfig.
 
-    prepare: prepares the data if it is missing. If there are several processes, they call it one after another. Raises
-    UserError if the processes cannot connect.
+    prepare: function that prepares the data if it is missing. Several processes call it one after another.
+    Raises UserError if the processes cannot connect.
     """
     _, size = launched()
     if size > 1:

@@ -51,7 +51,7 @@ def trained_part(run) -> str:
 
 
 # --------------------------------------------------------------------------------------
-# During the training
+# During training
 
 
 def progress_bar(run) -> tqdm:
@@ -96,7 +96,7 @@ def line(bar: tqdm, text: str) -> None:
 
 
 # --------------------------------------------------------------------------------------
-# The end
+# End of training
 
 
 def closing(run, rows: list[dict]) -> str:

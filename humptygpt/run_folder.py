@@ -43,7 +43,7 @@ FILES = [
 ]
 # subfolder for a run that replaces another, until the new run has a checkpoint
 NEW = ".new"
-COMPLETE = ".complete"  # the same folder while its files are moved to out_dir
+COMPLETE = ".complete"  # name of that subfolder while its files are moved to out_dir
 # {name of a logger: the class or function in loggers.py that starts it}
 LOGGERS = {"tensorboard": "TensorBoard", "wandb": "start_wandb"}
 
@@ -69,7 +69,7 @@ class Progress:
     losses: list[float] = field(default_factory=list)
 
     def record(self, val_loss: float) -> bool:
-        """Record a validation loss. Returns True if it is the lowest so far. Raises Diverged."""
+        """Record a validation loss. Returns True if it is the lowest so far. Raises Diverged if it is nan or huge."""
         if not val_loss < 700:  # beyond that, e^loss overflows
             raise Diverged(f"validation loss is {val_loss} at iter {self.iter}")
         self.evals_since_best += 1
@@ -137,7 +137,7 @@ class Meter:
         self.unread.append((loss, grad_norm))
 
     def read(self) -> None:
-        """Wait for the device and update progress. Raises Diverged."""
+        """Wait for the device and update progress. Raises Diverged if a loss or gradient is not finite."""
         first = self.progress.iter - len(self.unread) + 1
         for it, (loss, norm) in enumerate(self.unread, start=first):
             loss = float(loss)
@@ -207,7 +207,10 @@ def catch_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def lock_out_dir(out_dir: Path) -> Iterator[None]:
-    """Lock out_dir. A run holds the lock from before it reads its checkpoint until it has ended. Raises UserError."""
+    """Lock out_dir. A run holds the lock from before it reads its checkpoint until it has ended.
+
+    Raises UserError if another process holds the lock, or the folder cannot be written to.
+    """
     advice = "choose another --out_dir, or wait until that run has ended"
     with files.locked(out_dir, f"out_dir={out_dir}", advice):
         put_in_place(out_dir)
@@ -231,13 +234,14 @@ def put_in_place(out_dir: Path) -> None:
     """Replace the earlier run with the one in the folder NEW, if that has a checkpoint.
 
     Even if the process is killed midway, one of the two runs is complete, and the next call finishes the replacement.
-    A plan.py is kept, because it may be the config file of the new run. Raises UserError.
+    A plan.py is kept, because it may be the config file of the new run. Raises UserError if files cannot be replaced.
     """
     new, complete = out_dir / NEW, out_dir / COMPLETE
     with files.refuse_unwritable(out_dir):
         if checkpoint.stored(new / "ckpt.pt").exists():
             for path in (out_dir / name for name in FILES):
-                if not (path / "metrics.jsonl").exists():  # unless it is a run itself
+                # a folder with the name of one of our files may be a run of its own
+                if not (path / "metrics.jsonl").exists():
                     files.remove(path)
             new.rename(complete)  # from here on, the earlier run is gone
         if complete.exists():
@@ -254,9 +258,9 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, settings: dict, resumed_at: int, writes: bool = True):
-        """settings: the contents of config.json. resumed_at: steps already done; 0 for a new run. Raises UserError.
+        """settings: the contents of config.json. resumed_at: steps already done; 0 for a new run.
 
-        writes: False if another process of the run writes the files.
+        writes: False if another process of the run writes the files. Raises UserError if a file cannot be written.
         """
         self.out_dir = path
         replaces = not resumed_at and has_checkpoint(path)
@@ -273,7 +277,7 @@ class RunFolder:
         if replaces:
             note(f"the earlier run in {path} is kept until this one has a checkpoint")
         with files.refuse_unwritable(path):
-            files.remove(path / NEW)  # left by a run that ended before its first checkpoint
+            files.remove(path / NEW)  # from a run that ended before its first checkpoint
             self.path.mkdir(parents=True, exist_ok=True)
             if resumed_at:
                 self.rows = rows_until(path / "metrics.jsonl", resumed_at)
@@ -302,7 +306,8 @@ class RunFolder:
                 self.loggers.append(start(self.path, self.settings, self.resumed_at))
         for logger in self.loggers:
             for row in rows:
-                if "end" not in row:  # a resumed run drops that row
+                # skip the row written at the end of a run, because a resumed run drops it
+                if "end" not in row:
                     logger.log(row, step=row["iter"])
 
     def draw(self) -> None:
@@ -311,7 +316,7 @@ class RunFolder:
             draw_losses(self.rows, self.path / "loss.png")
 
     def checkpointed(self) -> None:
-        """Replace the earlier run with this one once its first checkpoint is complete. Raises UserError."""
+        """Replace the earlier run with this one once its first checkpoint is complete. Raises UserError on failure."""
         if self.path == self.out_dir:
             return
         self.path = self.out_dir

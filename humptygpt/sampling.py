@@ -20,7 +20,7 @@ from humptygpt.device import free_memory
 from humptygpt.machine import check_fits
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
-AT_ONCE = 128  # texts to continue in one batch
+AT_ONCE = 128  # texts to continue in one batch, if memory allows
 CPU = torch.device("cpu")
 
 # --------------------------------------------------------------------------------------
@@ -29,14 +29,14 @@ CPU = torch.device("cpu")
 
 class Prompt(NamedTuple):
     number: int  # index of the prompt, from 0
-    text: str  # without a leading end-of-text
+    text: str  # without a leading end-of-text token
     ids: list[int]
 
 
 def read_prompts(
     start: str | None, prompts: str | None, tokenizer: Tokenizer, block_size: int
 ) -> list[Prompt]:
-    """Read the prompts given by --start or --prompts. Raises UserError."""
+    """Read the prompts given by --start or --prompts. Raises UserError if they cannot be read or encoded."""
     if prompts is not None:
         texts = read_text(prompts).removesuffix("\n").split("\n")
     elif start is not None:
@@ -142,8 +142,8 @@ def probabilities(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Tensor:
-    """Return the probabilities (B, V) of the next token; logits: (B, V)."""
-    probs = (logits / max(temperature, 1e-30)).softmax(dim=-1)  # 1e-30 does not overflow
+    """Return the probabilities of the next token, (B, V), after temperature and filters. logits: (B, V)."""
+    probs = (logits / max(temperature, 1e-30)).softmax(dim=-1)  # avoid overflow
     if top_p and top_p < 1:
         probs = keep_top_p(probs, top_p)
     if min_p is not None:
@@ -194,7 +194,7 @@ def next_tokens(
 def uniform_numbers(
     seed: int, samples: Collection[int], n: int, dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """Return random numbers in [0, 1), (n, B, 1).
+    """Return n random numbers in [0, 1) for each of B samples, (n, B, 1).
 
     The i-th number of a sample depends only on seed, the sample's number and i, so a text does not depend on the others
     in its batch. The generator is numpy's Philox, which encrypts a counter with the key (seed, sample).
@@ -212,11 +212,11 @@ def uniform_numbers(
 
 
 class Context:
-    """A batch of texts that a model continues, and a cache of the tokens that are still in its context.
+    """A batch of texts that a model continues, and a cache of the tokens that are still in the context.
 
     The model sees at most block_size tokens. When a text grows longer, its newest block_size / 2 tokens are recomputed
     once, and the text continues from there. A model without a cache reads the newest block_size tokens for every new
-    token. Each text in a batch restarts when its own tokens fill the context, so it continues as it would by itself.
+    token. Each text in a batch restarts when its own tokens fill the context, so it continues as it would on its own.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class Context:
         *,
         device: torch.device = CPU,
     ):
-        """texts: token ids, at least one each. size: maximum length of a text; None: unlimited."""
+        """texts: the token ids of each text, at least one. size: maximum length of a text; None: unlimited."""
         self.model = model
         self.device = device
         self.block_size = model.config.block_size
@@ -324,7 +324,7 @@ class TextStream:
     """Turn the tokens of one sample into text. feed() takes one token and returns the characters that it completes.
 
     A character is shown once its last byte has arrived; an incomplete one is never shown. The text ends before the
-    first stop text. Text that may be the beginning of a stop text is held back until later tokens decide.
+    first stop text. Text that may be the beginning of a stop text is held back until later tokens show whether it is.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):

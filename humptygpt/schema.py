@@ -1,4 +1,4 @@
-"""Check a file against a schema of its expected content. A file may be damaged, foreign or malicious."""
+"""Check a file against a schema of its expected content. A file may be damaged, malicious or from another program."""
 
 import json
 

@@ -47,7 +47,7 @@ LOGITS = 2**26  # compute at most this many logits at once: 256 MB
 def describe_score(
     model: nn.Module, tokenizer: Tokenizer, text: str, stride: int | None
 ) -> str:
-    """Score a text and describe the result. Raises UserError.
+    """Score a text and describe the result. Raises UserError if the text is too short or the stride too large.
 
     The first token is scored only if eot or bos can precede it. stride: see log_probabilities(); None: block_size / 2.
     """
@@ -73,11 +73,12 @@ def describe_score(
 
 @torch.inference_mode()
 def log_probabilities(model: nn.Module, ids: np.ndarray, stride: int) -> np.ndarray:
-    """Compute the log-probability of every token after the first, (T - 1,) float32; ids: (T,), at least two.
+    """Compute the log-probability of every token after the first. Returns (T - 1,) float32.
 
     The model reads windows of block_size tokens. Each begins `stride` tokens after the previous one, and tokens already
     scored are only context. With stride = block_size, tokens are scored as in train.py's evaluation. With a smaller
     stride, each token has at least block_size - stride tokens of context, except at the beginning of the text.
+    ids: (T,), with T at least 2.
     """
     block_size = model.config.block_size
     overlap = block_size - stride
@@ -96,7 +97,10 @@ def log_probabilities(model: nn.Module, ids: np.ndarray, stride: int) -> np.ndar
 
 
 def score(model: nn.Module, batch: Tensor, at_once: int) -> Tensor:
-    """Log-probabilities, (B, T - 1), of windows, (B, T). A model with a cache reads at_once tokens at a time."""
+    """Compute the log-probability of every token after the first in each window. Returns (B, T - 1).
+
+    batch: windows, (B, T). A model with a cache reads at_once tokens of each window at a time.
+    """
     cache = {"cache": model.make_cache()} if model.has_cache else {}
     size = at_once if cache else batch.shape[1]
     pieces = zip(batch[:, :-1].split(size, 1), batch[:, 1:].split(size, 1), strict=True)

@@ -46,8 +46,8 @@ def prepare_missing(config: TrainConfig) -> None:
         keys = input_keys(config, folder)
     else:
         stopped = "preparing" in names and config.dataset in prepare_data.SOURCES
-        # Do not prepare over existing data: a train.bin without meta.json is assumed to be nanoGPT's, and a command.txt
-        # is left over from a folder that was prepared here.
+        # Do not overwrite existing data: a train.bin without a meta.json is probably nanoGPT's, and a command.txt
+        # means that this folder was prepared here before.
         if not stopped and names & {"preparing", "train.bin", COMMAND}:
             return
     keys["name"] = config.dataset
@@ -55,8 +55,9 @@ def prepare_missing(config: TrainConfig) -> None:
 
 
 def input_keys(config: TrainConfig, folder: Path) -> dict[str, object]:
-    """Return the settings to prepare config.input with: the folder's own, or for a new one the base model's tokenizer.
+    """Return the settings for preparing config.input: those that the folder was made with, updated by config.
 
+    For a new folder, fine-tuning uses the base model's tokenizer by default.
     Raises UserError if the folder was made from a different input.
     """
     import prepare_data
@@ -150,7 +151,7 @@ def check_same_tokens(base: Loaded, dataset: Dataset) -> None:
 
 
 def for_vocabulary(model_config: ModelConfig, dataset: Dataset) -> ModelConfig:
-    """Return the config of a new model with the vocabulary of this data. Raises UserError."""
+    """Return the config of a new model with this data's vocabulary. Raises UserError if vocab_size is too small."""
     tokens = dataset.tokenizer.vocab_size
     vocab_size = model_config.vocab_size or tokens
     if vocab_size < tokens:
@@ -222,7 +223,7 @@ def compile_now(run, net: nn.Module) -> None:
             autocast(run.device, run.dtype),
         ):
             net(**to_device(shares[0].batch, run.device))[1].backward()
-        # before evaluation, which temporarily replaces the shards of a sharded model by whole weights
+        # before evaluation, which temporarily replaces the shards of a sharded model with whole weights
         run.model.zero_grad()
         evaluation.evaluate(run, net, 1)
 

@@ -1,4 +1,4 @@
-"""The models that a run can train and the tasks that they learn. An entry is imported only when a setting names it.
+"""The models that a run can train and the tasks that they learn. Each is imported only when a setting names it.
 
 Datasets and checkpoints name their task, and each class in MODELS names the tasks that it can learn.
 """
@@ -34,7 +34,7 @@ LORA = "humptygpt.finetune.lora:add"
 
 
 def model_class(name: str) -> type[nn.Module]:
-    """Return the class that model=name stands for. Raises UserError."""
+    """Return the class that model=name stands for. Raises UserError if there is none."""
     if name not in MODELS:
         raise UserError(f"model={name} is not one of: {', '.join(MODELS)}")
     return find(MODELS[name])
@@ -46,7 +46,7 @@ def config_class(settings: dict[str, object]) -> type[ModelConfig]:
 
 
 def make_model_config(settings: dict[str, object]) -> ModelConfig:
-    """Return a model's config, given settings that include its keys. Raises UserError."""
+    """Return a model's config, given settings that include its keys. Raises UserError if a value is invalid."""
     return configurator.make(config_class(settings), settings)
 
 
@@ -67,7 +67,7 @@ def build_on_meta(config: ModelConfig, training: dict | None = None) -> nn.Modul
 class WithoutValues(TorchFunctionMode):
     """Skips weight initialization and creates position tables on the CPU.
 
-    Doing these on the meta device would make torch load its compiler, which takes more than a second.
+    Doing either on the meta device would make torch load its compiler, which takes more than a second.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -92,7 +92,7 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """The differences between tasks. Functions get the model on its device, in evaluation mode, under autocast."""
+    """What differs between tasks. Its functions get the model on its device, in evaluation mode, under autocast."""
 
     dataset: type  # a subclass of humptygpt.data.Dataset
     package: str | None = None  # the package that computes the score

@@ -69,7 +69,7 @@ class TokenFiles:
         except (OSError, ValueError) as error:  # ValueError: the file is truncated
             raise self.error(f"cannot read {folder / split}.bin: {error}") from error
         self.starts = list(accumulate(map(len, self.arrays), initial=0))
-        tokens = entry.get("tokens", len(self))  # nanoGPT's folders lack it
+        tokens = entry.get("tokens", len(self))  # nanoGPT's folders do not record it
         if len(self) != tokens:
             raise self.error(
                 f"{folder / split}.bin has {len(self):,} tokens, but meta.json says {tokens:,}"
@@ -97,7 +97,7 @@ class TokenFiles:
         return rows
 
     def verify(self) -> int:
-        """Compare the files with their checksums. Returns the number of files that have one. Raises UserError."""
+        """Compare the files with their checksums. Returns how many have one. Raises UserError if one differs."""
         checked = [path for path in self.paths if path.name in self.sums]
         for path in checked:
             if sha256(path) != self.sums[path.name]:
@@ -111,7 +111,10 @@ class TokenFiles:
 
 
 def read_meta(folder: Path) -> dict:
-    """Read and check the folder's meta.json, or build one for a folder that nanoGPT prepared. Raises UserError."""
+    """Read and check the folder's meta.json, or build one for a folder that nanoGPT prepared.
+
+    Raises UserError if meta.json is missing or damaged.
+    """
     if os.path.exists(folder / "meta.json"):
         try:
             meta = parse_json((folder / "meta.json").read_bytes(), META)
@@ -162,7 +165,7 @@ def made_by(folder: Path) -> str | None:
 
 
 def is_command(text: str) -> bool:
-    """True if the text of a file is one command of prepare_data.py, which can safely be shown for pasting."""
+    """True if a file's text is a single prepare_data.py command that is safe to paste into a shell."""
     try:
         words = shlex.split(text)
     except ValueError:

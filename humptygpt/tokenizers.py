@@ -33,8 +33,8 @@ PRETRAINED = "humptygpt.convert.pretrained:PRETRAINED"
 class Tokenizer:
     """The interface of all tokenizers.
 
-    train() makes one; it need not read all texts. state() returns plain data from which from_state() recreates the
-    tokenizer. separated: whether the data's documents end in eot.
+    train() makes a tokenizer; it may stop before it has read all texts. state() returns plain data from which
+    from_state() recreates the tokenizer. separated: whether the data's documents end in eot.
     """
 
     name: str
@@ -294,7 +294,7 @@ def pack(content: bytes) -> str:
 
 
 def unpack(packed: str) -> bytes:
-    """Undo pack(), up to a limit, since a short text may unpack to gigabytes. Raises ValueError or zlib.error."""
+    """Undo pack(), up to a size limit, since a short text may unpack to gigabytes. Raises ValueError or zlib.error."""
     unpacker = zlib.decompressobj()
     content = unpacker.decompress(
         base64.b64decode(packed, validate=True), MAX_UNPACKED_BYTES
@@ -307,7 +307,7 @@ def unpack(packed: str) -> bytes:
 
 
 def printable_bytes() -> dict[str, int]:
-    """Return {GPT-2's printable sign: byte}. Printable bytes stand for themselves; the others get U+0100 and up."""
+    """Return GPT-2's table {printable character: byte}. Printable bytes map to themselves, others to U+0100 and up."""
     printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != 32]
     hidden = sorted(set(range(256)) - set(printable))
     signs = map(chr, [*printable, *range(256, 256 + len(hidden))])

@@ -345,7 +345,7 @@ def test_a_start_that_holds_no_model_is_refused(theirs, fails, folder):
     assert refused("their").endswith("; did you mean theirs?\n")
     assert "config.json: [Errno 2] No such file or directory" in refused("data", train.main)
     assert refused("theirs/model.safetensors") == (
-        "init_from=theirs/model.safetensors is not a complete model; name its folder, which also contains config.json\n"
+        "init_from=theirs/model.safetensors is not a complete model; name the folder that contains it and config.json\n"
     )
     Path("out/stopped").mkdir(parents=True)
     Path("out/stopped/metrics.jsonl").write_text("{}")

@@ -26,7 +26,7 @@ def test_auto_picks_the_gpu_if_there_is_one(monkeypatch):
 
 @pytest.mark.parametrize("name", ["cuda:7", "tpu", "meta"])
 def test_a_device_that_is_not_available_is_refused(name):
-    complaint = f"^device={name} is not available; this machine and torch have: .*cpu"
+    complaint = f"^device={name} is not available; use one of these, or auto: .*cpu"
     with pytest.raises(UserError, match=complaint):
         pick_device(name)
 

@@ -157,7 +157,7 @@ def test_a_model_generates_without_what_its_edit_does_not_survive(
     context.next_logits()
     context.append(idx[:, 7:].tolist())
     torch.testing.assert_close(context.next_logits(), expected)
-    note = f"note: not using {lost_by}, which would change this model.py's logits"
+    note = f"note: not using {lost_by}, because this model.py's logits would change"
     assert note in capsys.readouterr().err
     if lost_by == "a cache":
         with pytest.raises(UserError, match="cannot translate: its logits with the cache"):

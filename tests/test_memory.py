@@ -163,7 +163,9 @@ def test_a_dry_run_reports_memory_and_touches_nothing(capsys, monkeypatch):
         out = capsys.readouterr().out
         assert " parameters, " in out and ": it fits\n" in out
         each, size = re.search(r"memory(.*), in GB: weights ([0-9.e-]+)", out).groups()
-        assert each == (f" of each of 4 processes, {parallel.upper()}" if parallel else "")
+        assert each == (
+            f" per process (4 processes, {parallel.upper()})" if parallel else ""
+        )
         weights[parallel] = float(size)
     assert weights["ddp"] == weights[""]
     assert weights["fsdp"] == pytest.approx(weights[""] / 4, rel=0.01)
