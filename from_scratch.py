@@ -216,7 +216,7 @@ def dropout(x: Vector, p: float) -> Vector:
     return y
 
 
-# Multi-head Attention: several heads work side by side, each with its own rows of the matrices. o_proj combines them.
+# Multi-head Attention: heads work side by side, each with its own rows of the matrices. o_proj mixes their outputs.
 def attention(x: list[Vector], matrices: list[list[Vector]], n_head: int) -> list[Vector]:
     q_proj, k_proj, v_proj, o_proj = matrices
     size = len(o_proj) // n_head

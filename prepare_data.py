@@ -5,7 +5,7 @@
     zcat dump.gz | python prepare_data.py --input=- --name=mine              a text on standard input
     python prepare_data.py --input='corpus/*.jsonl.gz' --name=mine --tokenizer=gpt2 --val_fraction=0.001
     python prepare_data.py translate_de_en                                   built-in pairs, downloaded if missing
-    python prepare_data.py --input=pairs.tsv --name=mine                     SOURCE, a tab and TARGET on each line
+    python prepare_data.py --input=pairs.tsv --name=mine                     your own: SOURCE, a tab and TARGET per line
     python prepare_data.py --source=a.de --target=a.en --name=mine           or two aligned files
 
 Input is text, .jsonl, .parquet or .csv, optionally compressed as .gz or .zst. Each line of JSON, each row of Parquet or
@@ -279,7 +279,7 @@ def with_defaults(config: PrepareConfig, defaults: dict) -> PrepareConfig:
 
 
 def resolve(config: PrepareConfig, preset: PrepareConfig, task: str) -> PrepareConfig:
-    """Fill in all defaults. preset: the config with the settings of a built-in data set.
+    """Fill in all defaults. preset: the config with the settings of a built-in dataset.
 
     Raises UserError if config sets a key that has no effect on this data or with this tokenizer.
     """

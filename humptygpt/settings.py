@@ -173,7 +173,7 @@ class TrainConfig:
     def evaluated_batches(self) -> int:
         """Return the number of batches per evaluation.
 
-        By default, as many as take about a tenth of the training time since the last evaluation, but at least 20.
+        By default, enough to take about a tenth of the training time since the last evaluation, but at least 20.
         Evaluating a batch takes about a third as long as training on it.
         """
         steps = min(self.eval_interval, self.max_iters)
