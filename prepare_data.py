@@ -131,7 +131,7 @@ class PrepareConfig:
         tokenizer = self.tokenizer
         elsewhere = os.path.exists(tokenizer) or repository(tokenizer)
         if tokenizer not in CHOICES and not elsewhere:
-            kinds = f"{', '.join(CHOICES)}, a folder or file with a tokenizer, or owner/model on the hub"
+            kinds = f"{', '.join(CHOICES)}, a folder or file with a tokenizer, or owner/model on the Hugging Face Hub"
             raise ValueError(f"tokenizer={tokenizer} is not one of: {kinds}")
         if self.name in (None, "..") or Path(self.name).name != self.name:
             rule = "must be the name of a folder in data/, such as shakespeare_char"

@@ -66,7 +66,7 @@ GENTLE = {
 class TrainConfig:
     # run
     out_dir: str | None = None  # folder of the run; None: out/<dataset>
-    init_from: str = "scratch"  # scratch; resume: continue out_dir/ckpt.pt; or a model: a run, checkpoint, folder, gpt2
+    init_from: str = "scratch"  # scratch, resume (from out_dir/ckpt.pt), or a model: a run, checkpoint, folder or gpt2
     overwrite: bool = False  # replace an earlier run in out_dir
     eval_only: bool = False  # evaluate once, with BLEU for translation, and stop
     seed: int = 1337  # seed for initial weights, data order and dropout
@@ -97,7 +97,7 @@ class TrainConfig:
     freeze: str | None = None  # freeze parameters whose names contain these: wte,blocks.0
     lora_rank: int = 0  # LoRA: rank of the added matrices; 0: no LoRA
     lora_alpha: float = 16.0  # LoRA: added matrices are scaled by lora_alpha / lora_rank
-    lora_targets: str = "q_proj,v_proj"  # LoRA: names of the layers that it adapts
+    lora_targets: str = "q_proj,v_proj"  # LoRA: names of the layers to adapt
     # evaluation
     eval_interval: int = 600  # steps between evaluations; one always follows the last step
     eval_iters: int | None = None  # batches per evaluation; None: about 10% of the run time
