@@ -7,8 +7,8 @@
     python bench.py --what=page --page=PAGE.html          keystrokes in a page made by explain.py, in Chromium
     python bench.py --what=gpu --nanogpt=../nanoGPT       five minutes on a GPU, reported as one table for RECORDS.md
 
-train: both use the same shapes, math (nanoGPT's CPU preset and AdamW, or a --config) and text. The figures are medians
-in milliseconds, and `speedup` is nanoGPT's median divided by ours. Each runs in its own process, as its users would run
+train: both programs use the same shapes, math (nanoGPT's CPU preset and AdamW, or a --config) and text. The figures are
+medians in milliseconds; `speedup` is nanoGPT's median divided by ours. Each runs in its own process, as users would run
 it. nanoGPT computes in float32 on a CPU and in bfloat16 on a GPU, and so does HumptyGPT unless --dtype is given.
 loss: for each seed, run nanoGPT's unchanged CPU preset, then --config for as many steps as should take 80% of nanoGPT's
 time. One function scores both on the whole validation split, in blocks of each model's own block_size. Only training
@@ -63,7 +63,7 @@ class BenchConfig:
     nanogpt: str | None = None  # a nanoGPT checkout to compare with
     config: str | None = None  # config file; None: nanoGPT's CPU preset, or the demo
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
-    dtype: str | None = None  # HumptyGPT's; None: same as nanoGPT with what=train, or auto
+    dtype: str | None = None  # HumptyGPT's dtype; None: nanoGPT's if what=train, else auto
     # what=train, profile
     steps: int = 300  # timed steps
     # what=loss
@@ -73,7 +73,7 @@ class BenchConfig:
     size: str = "gpt2"  # model size
     weights: str = "float32"  # dtype of the weights
     compile: bool = False  # compile HumptyGPT's single-token step
-    texts: int = 1  # texts continued together
+    texts: int = 1  # batch size: prompts continued in one batch
     prompt: int = 8  # prompt tokens per text
     new_tokens: int = 32  # tokens to generate after each prompt
     rounds: int = 3  # measurements of each program, alternating

@@ -61,7 +61,7 @@ SCHEMA = {"max_iters": range(1, 2**53), "_parameters?": range(2**53)}
 EVALUATION = {"val_loss", "val_bits_per_byte"}  # keys of every evaluation's row
 SEED = re.compile(r"[/_-](seed[-_=]?)?\d+$")  # the seed in a path: -1, _seed=1, /1
 BITS = "best_bits_per_byte"
-# The rows of a table: (name, the runs that share the row because they differ only in the seed)
+# The rows of a table. Each is (name, runs that share the row because they differ only in the seed).
 Rows = list[tuple[str, list["Run"]]]
 COLUMNS = {  # key of a row: (heading, number format); numbers are right-aligned
     "run": ("run", ""),
@@ -288,7 +288,7 @@ def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
 
 
 def mean(rows: list[dict], key: str) -> float | None:
-    """Average the values of a key over the rows that have it; None if no row has it."""
+    """Average the values of a key over the rows that have it. Returns None if no row has it."""
     values = [row[key] for row in rows if key in row]
     return statistics.mean(values) if values else None
 

@@ -3,7 +3,7 @@
     python explain.py --out_dir=out/shakespeare_char
     python explain.py --out_dir=out/shakespeare_char --start="ROMEO: What light through yon" --to=page.html
 
-The page is one file: it opens from disk in any browser, without a network, and can be sent by mail. It holds the
+The page is one file: it opens from disk in any browser, without a network, and can be sent by email. It holds the
 model's weights, rounded to 16 bits, the weights of the run's snapshots in 8 bits, the tokenizer and the losses.
 """
 

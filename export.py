@@ -109,7 +109,7 @@ def write_checkpoint(loaded, to: Path, dtype: str) -> str:
 
     if loaded.saved is None:
         raise UserError(
-            f"only a run can be exported as a checkpoint, and {loaded.path} is not a run; load it with --init_from"
+            f"only a run can be exported as a checkpoint, which {loaded.path} is not; load it directly with --init_from"
         )
     save(to, loaded.saved)
     return f"{to}: python sample.py {shlex.quote(f'--out_dir={to}')}"

@@ -51,13 +51,13 @@ looked_at = []  # attention weights, for the table at the end
 
 
 def pass_on(x: Vector, factor: float, numbers: list[float]) -> None:
-    """Add factor times these numbers to the gradient of x. They add up, because x may be used several times."""
+    """Add factor times these numbers to the gradient of x. Gradients add up, because x may be used several times."""
     if factor:
         x.gradient = [old + factor * number for old, number in zip(x.gradient, numbers)]
 
 
 def linear(x: Vector, weights: list[Vector]) -> Vector:
-    """A layer: the output of each neuron is the sum of x times the neuron's weights."""
+    """A layer: each neuron multiplies the numbers in x by its weights and outputs the sum."""
     y = Vector([dot(x.numbers, neuron.numbers) for neuron in weights])
 
     def backward() -> None:
@@ -162,7 +162,7 @@ def softmax(scores: list[float]) -> list[float]:
 
 
 def attend(query: Vector, keys: list[Vector], values: list[Vector]) -> Vector:
-    scale = len(query.numbers) ** -0.5  # otherwise longer vectors would get larger scores
+    scale = len(query.numbers) ** -0.5  # otherwise longer vectors would give larger scores
     weights = softmax([scale * dot(query.numbers, key.numbers) for key in keys])
     looked_at.append(weights)
     y = Vector([dot(weights, column) for column in zip(*[v.numbers for v in values])])
@@ -198,7 +198,7 @@ def layer_norm(x: Vector, scale: Vector) -> Vector:
     def backward() -> None:
         pass_on(scale, 1, list(map(mul, y.gradient, normed)))
         gradient = list(map(mul, y.gradient, scale.numbers))
-        shift = sum(gradient) / n  # shifting or stretching all numbers has no effect
+        shift = sum(gradient) / n  # shifting or stretching x does not change y
         stretch = dot(gradient, normed) / n
         rest = [g - shift - stretch * z for g, z in zip(gradient, normed)]
         pass_on(x, 1 / deviation, rest)
@@ -216,7 +216,7 @@ def dropout(x: Vector, p: float) -> Vector:
     return y
 
 
-# Multi-head Attention: several heads work side by side, each with its own rows of the matrices. o_proj mixes them.
+# Multi-head Attention: heads work side by side, each with its own rows of the matrices. o_proj mixes their outputs.
 def attention(x: list[Vector], matrices: list[list[Vector]], n_head: int) -> list[Vector]:
     q_proj, k_proj, v_proj, o_proj = matrices
     size = len(o_proj) // n_head

@@ -54,14 +54,14 @@ class ModelConfig:
     """Everything needed to build a GPT. A checkpoint stores it with the weights."""
 
     # model
-    model: str = "gpt"  # transformer: encoder-decoder; window_mlp: no attention; number_mlp: no embedding either
+    model: str = "gpt"  # transformer: encoder-decoder; window_mlp: no attention; number_mlp: no attention or embedding
     n_layer: int = 4  # number of blocks; transformer: per stack; window_mlp: hidden layers
     n_head: int = 2  # attention heads in a block
     n_kv_head: int | None = None  # key and value heads (GQA); None: n_head; 1: MQA
     n_embd: int = 128  # embedding dimension: the width of the model
     head_size: int | None = None  # features per attention head; None: n_embd / n_head
     n_hidden: int | None = None  # hidden neurons; None: 4 n_embd, or 8/3 n_embd if gated
-    block_size: int = 256  # context length in tokens; transformer: for source and target
+    block_size: int = 256  # context length in tokens; transformer: source and target each
     window: int = 0  # sliding attention window in tokens; 0: the whole context; window_mlp: tokens read
     vocab_size: int | None = None  # embedding rows; None: the tokenizer's size
     dropout: float = 0.0  # probability that an activation is zeroed in training
@@ -72,10 +72,10 @@ class ModelConfig:
     tie_weights: bool = False  # the embedding and the output head share one matrix
     position: str = "rotary"  # positional encoding
     rope_base: float = 10000.0  # rotary: base of the frequencies (rope_theta)
-    rope_factor: float = 1.0  # rotary: divides low frequencies, as in Llama 3.1; 1: off
-    rope_low_freq_factor: float = 1.0  # below this many turns, rope_factor applies in full
-    rope_high_freq_factor: float = 4.0  # above this many turns, a frequency is unchanged
-    rope_original_context: int = 8192  # original context length, in which turns are counted
+    rope_factor: float = 1.0  # rotary: divisor of low frequencies, as in Llama 3.1; 1: off
+    rope_low_freq_factor: float = 1.0  # below this many rotations, divide by rope_factor
+    rope_high_freq_factor: float = 4.0  # above this many rotations, do not divide
+    rope_original_context: int = 8192  # original context, in which rotations are counted
     norm: str = "layernorm"  # kind of norm
     norm_eps: float = 1e-5  # added to a norm's variance or mean square
     block: str = "pre_norm"  # arrangement of norms and residual connections in a block
@@ -124,7 +124,7 @@ class ModelConfig:
             raise ValueError("block=parallel needs a feed-forward network, but mlp=none")
 
     def check_values(self) -> None:
-        """Raise ValueError for the first value that is invalid by itself."""
+        """Raise ValueError for the first value that is invalid on its own."""
         for name, choices in self.choices().items():
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name}={value} is not one of: {', '.join(choices)}")
@@ -196,7 +196,7 @@ class Dropout(nn.Dropout):
 
 
 # --------------------------------------------------------------------------------------
-# Positions: attention by itself ignores the order of tokens. A positional encoding can act in three places.
+# Positions: attention on its own ignores the order of tokens. A positional encoding can act in three places.
 
 # Positions of the T new tokens: a slice, or (B, T) int64 if the texts of a batch start at different positions
 At = slice | Tensor
@@ -204,21 +204,21 @@ Rotary = tuple[Tensor, Tensor]  # cos and sin for rotate(), each (1, T, D) or (B
 
 
 class Position(nn.Module):
-    """No positional encoding: three hooks that change nothing. Each encoding overrides one of them."""
+    """No positional encoding: its three hooks do nothing. Each encoding overrides one of them."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
 
     def embed(self, x: Tensor, at: At) -> Tensor:
-        """Change the token embeddings x, (B, T, C)."""
+        """Encode positions in the token embeddings x, (B, T, C). Returns the same shape."""
         return x
 
     def rotary(self, at: At) -> Rotary | None:
-        """Look up the angles by which queries and keys are rotated."""
+        """Look up the cos and sin of the angles by which queries and keys are rotated; None: no rotation."""
         return None
 
     def score_bias(self, distance: Tensor) -> Tensor | None:
-        """Compute a term to add to the scores, (1, H, T, S). distance: (T, S), from each key to each query."""
+        """Compute a term to add to the scores, (1, H, T, S). distance: (T, S), query position minus key position."""
         return None
 
 
@@ -256,7 +256,7 @@ class SinusoidalPosition(Position):
 class RotaryPosition(Position):
     """Rotate feature pairs of queries and keys by angles proportional to position, so q.k depends only on distance.
 
-    Pair i of the D / 2 pairs turns by rope_base^(-2i/D) radians per position, computed in float32.
+    Pair i of the D / 2 pairs is rotated by rope_base^(-2i/D) radians per position, computed in float32.
     Source: Su et al. 2021, arXiv:2104.09864, eq. 34; pairs are (i, i + D/2), the layout of Llama's weights.
     """
 
@@ -278,19 +278,19 @@ class RotaryPosition(Position):
 def llama_scale(frequency: Tensor, config: ModelConfig) -> Tensor:
     """Compute the factors by which Llama 3.1 multiplies frequencies to extend the context of a trained model.
 
-    Frequencies with fewer than rope_low_freq_factor turns in the original context are divided by rope_factor, so that
-    no angle is larger than in training. Frequencies with more than rope_high_freq_factor turns tell nearby tokens apart
-    and are unchanged. In between, the factors are interpolated. With rope_factor=1, all factors are 1.
+    Frequencies with fewer than rope_low_freq_factor rotations in the original context are divided by rope_factor, so
+    that no angle exceeds those seen in training. Frequencies with more than rope_high_freq_factor rotations tell nearby
+    tokens apart and are unchanged. In between, the factors are interpolated. With rope_factor=1, all factors are 1.
     Source: Grattafiori et al. 2024, arXiv:2407.21783, and the code of Llama 3.1.
     """
     turns = config.rope_original_context * frequency / (2 * math.pi)
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)  # the fraction that is not divided
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # weight of the unscaled frequency
     return kept + (1 - kept) / config.rope_factor
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn all pairs at once: (a, b) -> (a cos - b sin, b cos + a sin).
+    """Rotate all pairs at once: each (a, b) becomes (a cos - b sin, b cos + a sin).
 
     x: (B, H, T, D). Returns the same shape and dtype.
     """
@@ -315,7 +315,7 @@ class AlibiPosition(Position):
 
 
 def alibi_slopes(n_head: int) -> list[float]:
-    """Slopes 2^(-8/n), 2^(-16/n), ..., 2^-8 for n heads, n a power of two; other heads use every second slope of 2n."""
+    """Slopes 2^(-8/n), ..., 2^-8 for the first n heads, a power of two; the rest use every second slope of 2n heads."""
     n = 2 ** int(math.log2(n_head))
     order = [*range(2, 2 * n + 1, 2), *range(1, 2 * n, 2)]
     return [2 ** (-4 * i / n) for i in order[:n_head]]
@@ -333,11 +333,11 @@ POSITIONS = {
 # --------------------------------------------------------------------------------------
 # Attention: each token looks at the tokens before it.
 
-# (bias to add to the scores, broadcastable to (B, H, T, S), or None; True for a causal mask instead, with T = S)
+# (bias, is_causal). bias: added to scores, broadcastable to (B, H, T, S), or None. is_causal: hide later keys (T = S)
 Mask = tuple[Tensor | None, bool]
-# For cross-attention: (encoder output, (B, S, C), or None once the cache holds its keys and values; its mask)
+# For cross-attention: (encoder output, mask). The output is (B, S, C), or None once the cache holds its keys and values
 Context = tuple[Tensor | None, Mask]
-# Without dropout, use the explicit formula for up to this many scores in a layer: 64 MB in bfloat16
+# Without dropout, a layer uses attend()'s explicit formula for up to this many scores: 64 MB in bfloat16
 EXPLICIT_SCORES = 2**25
 
 
@@ -355,10 +355,10 @@ class Shared(NamedTuple):
 class SelfAttention(nn.Module):
     """H parallel heads, each computing softmax(q k^T / sqrt(D) + mask) v. Their outputs are concatenated and projected.
 
-    With n_kv_head below n_head, groups of query heads share one head of keys and values, which makes the cache smaller.
-    window: number of tokens that a query attends to, including its own; 0: all up to its own.
-    Sources: Vaswani et al. 2017, arXiv:1706.03762, section 3.2; Ainslie et al. 2023, arXiv:2305.13245 (groups); Henry
-    et al. 2020, arXiv:2010.04245 (norm of queries and keys).
+    With n_kv_head below n_head, each group of query heads shares one key and value head, which makes the cache smaller.
+    window: number of tokens that a query attends to, including its own; 0: all tokens up to its own.
+    Sources: Vaswani et al. 2017, arXiv:1706.03762, section 3.2; Ainslie et al. 2023, arXiv:2305.13245 (grouped-query
+    attention); Henry et al. 2020, arXiv:2010.04245 (norm of queries and keys).
     """
 
     def __init__(self, config: ModelConfig, window: int = 0):
@@ -394,16 +394,16 @@ class SelfAttention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def heads(self, x: Tensor) -> Tensor:
-        """(B, T, H D) -> (B, H, T, D)."""
+        """Split the features into heads: (B, T, H D) -> (B, H, T, D)."""
         return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: Dropout) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v: the mean of the values, weighted by how well each key matches the query.
 
-    q: (B, H, T, D). k, v: (B, H, S, D), or with fewer heads. dropout: applied to the weights. Returns (B, H, T, D).
-    PyTorch's fused kernel computes the same formula. On a CPU, training with this kernel is slow with dropout, and in
-    bfloat16 the kernel's backward pass takes three times as long as that of the explicit formula.
+    q: (B, H, T, D). k, v: (B, H, S, D), or fewer heads. dropout: applied to the weights. Returns (B, H, T, D).
+    PyTorch's fused kernel computes the same formula. In training on a CPU, it is slow with dropout, and in bfloat16 its
+    backward pass takes three times as long as that of the explicit formula, which is used instead.
     """
     bias, is_causal = mask
     q, k = q.to(v.dtype), k.to(v.dtype)  # a float32 parameter may have promoted them
@@ -434,15 +434,15 @@ def attention_mask(
     bias: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> Mask:
-    """Hide keys with -inf: later ones if causal, those `window` or more tokens away, and padding.
+    """Make a mask that hides keys with -inf: later keys if causal, keys `window` or more tokens away, and padding.
 
-    distance: (T, S) int64, from each key to each query, negative if the key is later. bias: (1, H, T, S), as from
+    distance: (T, S) int64, query position minus key position. bias: (1, H, T, S), as returned by
     Position.score_bias. padding: (B, S) bool, True if a key is padding.
     """
     T, S = distance.shape
     unlimited = not 0 < window < S
     if causal and unlimited and bias is None and padding is None and T in (1, S):
-        return None, T == S  # a single query is the last token and sees everything
+        return None, T == S  # a single query belongs to the last token and sees every key
     hidden = distance < (0 if causal else -S)
     if window:
         hidden = hidden | (distance.abs() >= window)
@@ -485,7 +485,7 @@ class Cache:
         self.layers = [LayerCache(size) for _ in range(n_layer)]
 
     def span(self, T: int) -> int:
-        """Count the tokens that the next T can attend to, including themselves."""
+        """Count the tokens that the next T tokens can attend to, including themselves."""
         return self.length + T
 
     def clear(self) -> None:
@@ -559,13 +559,13 @@ MLPS = {"plain": MLP, "gated": GatedMLP, "none": None}
 
 
 class CausalConv(nn.Module):
-    """Add to each token the n tokens before it, with trained weights for each feature: x_t + w_1 x_(t-1) + ...
+    """To each token, add the n tokens before it, each with a trained weight per feature: x_t + w_1 x_(t-1) + ...
 
     It starts as the identity. Sources: So et al. 2021 (Primer), arXiv:2109.08668; Allen-Zhu 2025, arXiv:2512.17351
     (Canon layers, which are placed before attention and before the MLP).
     """
 
-    GAIN = 4.0  # w is GAIN times a parameter: AdamW moves all parameters equally fast, and w should move faster
+    GAIN = 4.0  # w is GAIN times a parameter, because AdamW moves all parameters equally fast and w should move faster
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -596,7 +596,7 @@ class CausalConv(nn.Module):
 class Block(nn.Module):
     """Two branches: attention, then a feed-forward network. Each kind of block combines them in its forward().
 
-    forward(x, *inputs): x is (B, T, C); inputs, a Shared and perhaps a LayerCache, go to the branches.
+    forward(x, *inputs): x is (B, T, C). inputs: a Shared and perhaps a LayerCache, passed on to the branches.
     layer: index of the block in its stack, from 0.
     """
 
@@ -615,7 +615,7 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def make_attention(self, config: ModelConfig, layer: int) -> None:
-        """Make the first branch. To vary the window from layer to layer, choose it here."""
+        """Make the attention branch. To vary the window from layer to layer, choose it here."""
         self.attn_norm = NORMS[config.norm](config)
         self.attn = ATTENTIONS[config.attention](config, config.window)
 
@@ -702,7 +702,7 @@ BLOCKS = {
 
 
 class Stack(nn.Module):
-    """Everything between embedding and head: positions, n_layer blocks and, unless the blocks end with one, a norm.
+    """Everything between embedding and head: positions, n_layer blocks and a norm, unless the blocks end with one.
 
     blocks: {name: block class}. checkpoint_activations: in training, keep only the input of each block, and recompute
     the rest in the backward pass. Source: Chen et al. 2016, arXiv:1604.06174.
@@ -722,7 +722,7 @@ class Stack(nn.Module):
         self.norm = NORMS["none" if block.ends_with_norm else config.norm](config)
 
     def forward(self, x: Tensor, cache: Cache | None = None, **more) -> Tensor:
-        """x: (B, T, C), embedded tokens, which follow those in the cache. more: see share(). Returns (B, T, C)."""
+        """x: (B, T, C), embeddings of tokens that follow those in the cache. more: see share(). Returns (B, T, C)."""
         shared = self.share(x.shape[1], cache, **more)
         x = self.dropout(self.embed_norm(self.position.embed(x, shared.at)))
         layers = cache.layers if cache else [None] * len(self.blocks)
@@ -789,7 +789,7 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """idx: (B, T) token ids, which follow those in the cache. targets: (B, T); a target of -1 is ignored.
+        """idx: (B, T), ids of the tokens that follow those in the cache. targets: (B, T); a target of -1 is ignored.
 
         Returns logits (B, T, V) and the mean cross-entropy in nats, or None without targets.
         """
@@ -820,7 +820,7 @@ class GPT(nn.Module):
         )
 
     def make_cache(self, size: int | None = None) -> Cache:
-        """Make an empty cache for up to `size` tokens; None: block_size."""
+        """Make an empty cache for up to `size` tokens, by default block_size."""
         block_size = self.config.block_size
         return Cache(self.config.n_layer, min(size or block_size, block_size))
 
@@ -828,7 +828,7 @@ class GPT(nn.Module):
     def generate(
         self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0
     ) -> Tensor:
-        """Continue idx, (B, T) with T >= 1, with sampled tokens. Returns (B, T + max_new_tokens).
+        """Append sampled tokens to idx, (B, T) with T >= 1. Returns (B, T + max_new_tokens).
 
         top_k: sample from the k most probable tokens only; 0: from all.
         """
@@ -889,10 +889,10 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def flops_per_token(model: nn.Module) -> int:
-    """Floating-point operations to train on one token. The backward pass takes twice as many as the forward pass.
+    """Floating-point operations to train on one token. The backward pass costs twice as much as the forward pass.
 
-    In a forward pass, each matrix weight takes one multiplication and one addition. Attention takes 2 H D of each per
-    token attended to, even if heads share keys and values. Source: Chowdhery et al. 2022, arXiv:2204.02311, app. B.
+    In the forward pass, each matrix weight costs one multiply-add. Attention costs 2 H D multiply-adds per token
+    attended to, even if heads share keys and values. Source: Chowdhery et al. 2022, arXiv:2204.02311, app. B.
     """
     matrices = attended = 0
     for module in model.modules():

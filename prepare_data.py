@@ -5,7 +5,7 @@
     zcat dump.gz | python prepare_data.py --input=- --name=mine              a text on standard input
     python prepare_data.py --input='corpus/*.jsonl.gz' --name=mine --tokenizer=gpt2 --val_fraction=0.001
     python prepare_data.py translate_de_en                                   built-in pairs, downloaded if missing
-    python prepare_data.py --input=pairs.tsv --name=mine                     your own: SOURCE, a tab, TARGET per line
+    python prepare_data.py --input=pairs.tsv --name=mine                     your own: SOURCE, a tab and TARGET per line
     python prepare_data.py --source=a.de --target=a.en --name=mine           or two aligned files
 
 Input is text, .jsonl, .parquet or .csv, optionally compressed as .gz or .zst. Each line of JSON, each row of Parquet or
@@ -108,7 +108,7 @@ class PrepareConfig:
     model_type: str | None = None  # sentencepiece algorithm; None: bpe
     shard_tokens: int | None = None  # tokens per file, train_0000.bin, ...; None: one file
     # existing data
-    overwrite: bool = False  # replace a different data set of this name
+    overwrite: bool = False  # replace a different dataset of the same name
     verify: bool = False  # only check the token files against their checksums
     # system
     workers: int | None = None  # encoding threads; None: one per usable core
@@ -131,7 +131,7 @@ class PrepareConfig:
         tokenizer = self.tokenizer
         elsewhere = os.path.exists(tokenizer) or repository(tokenizer)
         if tokenizer not in CHOICES and not elsewhere:
-            kinds = f"{', '.join(CHOICES)}, a folder or file with a tokenizer, or owner/model on the hub"
+            kinds = f"{', '.join(CHOICES)}, a folder or file with a tokenizer, or owner/model on the Hugging Face Hub"
             raise ValueError(f"tokenizer={tokenizer} is not one of: {kinds}")
         if self.name in (None, "..") or Path(self.name).name != self.name:
             rule = "must be the name of a folder in data/, such as shakespeare_char"
@@ -279,7 +279,7 @@ def with_defaults(config: PrepareConfig, defaults: dict) -> PrepareConfig:
 
 
 def resolve(config: PrepareConfig, preset: PrepareConfig, task: str) -> PrepareConfig:
-    """Set all defaults. preset: the config with the settings of a built-in data set.
+    """Fill in all defaults. preset: the config with the settings of a built-in dataset.
 
     Raises UserError if config sets a key that has no effect on this data or with this tokenizer.
     """
@@ -309,7 +309,7 @@ def summary(folder: Path, meta: dict, other: dict[str, str]) -> str:
         12 * " " + "".join(f"{name:>14}" for name in columns),
     ]
     for key in ("documents", "pairs", "characters", "bytes", "tokens"):
-        if meta.get(key, 1) > 1:  # a count of 1: a single document, cut in two
+        if meta.get(key, 1) > 1:  # leave out a count of 1: a single document, cut in two
             table.append(
                 f"  {key:<10}"
                 + "".join(f"{column[key]:>14,}" for column in columns.values())

@@ -12,7 +12,7 @@
     python sample.py --out_dir=out/translate_de_en --start="Wo wohnst du?"
     python sample.py --out_dir=out/translate_de_en --start=FILE:german.txt > english.txt     line by line
 
-Only the text, or with --logprobs JSON lines, goes to stdout; everything else goes to stderr.
+Only the text goes to stdout, or with --logprobs only JSON lines; everything else goes to stderr.
 """
 
 import sys
@@ -78,12 +78,12 @@ class SampleConfig:
     num_samples: int = 3  # texts for each prompt, generated together in one batch
     max_new_tokens: int = 500  # tokens to generate after each prompt
     stop: tuple[str, ...] = ()  # end a text just before this string; several may be given
-    logprobs: int | None = None  # print JSON lines: each token and the K likeliest tokens
+    logprobs: int | None = None  # print JSON lines: each token and this many top tokens
     # beam search, for translations
     num_beams: int = 4  # hypotheses kept at each step; 1: greedy
-    length_penalty: float = 1.0  # rank hypotheses by log-probability / tokens^this
+    length_penalty: float = 1.0  # rank by log-probability / length^length_penalty
     # sampling, for text
-    temperature: float = 0.8  # below 1 sharper, above 1 more random; 0: greedy
+    temperature: float = 0.8  # below 1: sharper; above 1: more random; 0: greedy
     top_k: int | None = 200  # sample only from the k most probable tokens
     top_p: float | None = None  # nucleus sampling: total probability of the tokens kept
     min_p: float | None = None  # drop tokens below this fraction of the top probability
@@ -173,9 +173,9 @@ def load(
     quantize: str | None = None,
     compile: bool = False,
 ) -> Pipeline:
-    """Load a model for generation. Raises UserError.
+    """Load a model for generation. Raises UserError if it is missing, damaged or not supported.
 
-    `source` and `which` are init_from and checkpoint in SampleConfig. The others have the same names there.
+    source, which: init_from and checkpoint in SampleConfig. The other parameters have the same names there.
     """
     torch_device = pick_device(device)
     weight_dtype = torch.int8 if quantize else sample_dtype(dtype, torch_device)

@@ -1,4 +1,4 @@
-"""Train a model. Config files and --key=value arguments apply from left to right.
+"""Train a model. Config files and --key=value arguments are applied from left to right.
 
     python train.py config/shakespeare_char.py
     python train.py config/shakespeare_char.py --n_layer=6 --out_dir=out/deeper
@@ -7,7 +7,7 @@
     python train.py --init_from=out/deeper --dataset=mine --out_dir=out/mine     a new run that starts from that model
     torchrun --standalone --nproc_per_node=2 train.py config/shakespeare_char.py
 
-It writes to out_dir: ckpt.pt (everything needed to resume), best.pt (the model with the lowest validation loss),
+Files written to out_dir: ckpt.pt (everything needed to resume), best.pt (the model with the lowest validation loss),
 metrics.jsonl, loss.png, config.json (which also works as a config file) and command.txt. A small model also gets
 snapshots/ for explain.py, and a run with --minutes gets plan.py, a config file that repeats it. Ctrl-C saves a
 checkpoint and stops.
@@ -141,10 +141,10 @@ class Run:
         return merged_state(self.model)
 
     def restore(self, saved: dict) -> None:
-        """Restore the optimizer, the scaler and sharded weights from a checkpoint. Raises UserError."""
+        """Restore the optimizer, scaler and sharded weights from a checkpoint. Raises UserError if it does not fit."""
         eval_only = self.config.eval_only
         sharded = checkpoint.lacks_tensors(saved)
-        # an evaluation does not need the optimizer and the scaler, and the optimizer's state takes memory
+        # an evaluation needs neither the optimizer nor the scaler, and the optimizer's state takes memory
         if not eval_only:
             with refuse_other_code(self.path):
                 self.optimizer.load(saved["optimizer"], "meta" if sharded else "cpu")
@@ -240,7 +240,7 @@ def setup(
 
 
 # --------------------------------------------------------------------------------------
-# The training
+# Training
 
 
 def fit(run: Run) -> int:
@@ -378,7 +378,7 @@ def evaluate(run: Run, folder: RunFolder, bar: tqdm) -> bool:
 
 
 # --------------------------------------------------------------------------------------
-# The end
+# End of training
 
 
 def finish(run: Run, folder: RunFolder) -> None:

@@ -19,7 +19,7 @@ mlp_conv = 0  # no convolution
 qk_norm = True
 init = "gpt2"
 tie_weights = True  # the output head reuses the embedding
-vocab_size = 50304  # GPT-2's 50,257, padded to a multiple of 128, for faster matrix products on a GPU
+vocab_size = 50304  # GPT-2's 50,257 tokens, padded to a multiple of 128, for faster matrix products on a GPU
 
 batch_size = 16
 gradient_accumulation_steps = 32  # 524,288 tokens per step

@@ -1,4 +1,4 @@
-# The architecture of Llama 3.2 1B (1.24 billion parameters): RMSNorm, SwiGLU, rotary positions, grouped queries.
+# Llama 3.2 1B's architecture (1.24 billion parameters): RMSNorm, SwiGLU, rotary positions, grouped-query attention.
 #
 #   python train.py config/llama_1b.py --dry_run=True
 #   torchrun --standalone --nproc_per_node=8 train.py config/llama_1b.py

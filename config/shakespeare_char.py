@@ -32,6 +32,6 @@ beta2 = 0.95
 schedule = "linear"
 min_lr = 0.0
 warmup_iters = 10
-weight_decay = 0.1  # against overfitting over 2.4 epochs
+weight_decay = 0.1  # limits overfitting over 2.4 epochs
 grad_clip = 0.0
 eval_interval = 600

@@ -6,8 +6,8 @@
 # For your own text, run python prepare_data.py --input=FILE_OR_FOLDER --name=mine --tokenizer=bpe, and add
 # --dataset=mine --out_dir=out/mine to the first command.
 #
-# The model has 1.00 million parameters. Training takes minutes on 2 CPU cores (the exact time was not measured) and
-# reaches a validation loss of 3.2096 nats per token, 2.091 bits per byte.
+# The model has 1.00 million parameters. Training takes a few minutes on 2 CPU cores (the exact time was not measured)
+# and reaches a validation loss of 3.2096 nats per token, 2.091 bits per byte.
 
 out_dir = "out/shakespeare_sp_llama"
 dataset = "shakespeare_sp"  # 1,024 subwords of tiny Shakespeare, learned by sentencepiece

@@ -1,4 +1,4 @@
-# nanoGPT's model for one GPU, under its name in nanoGPT: 10.7 million parameters, dropout, AdamW.
+# nanoGPT's character model for one GPU, under the same file name as there: 10.7 million parameters, dropout, AdamW.
 #
 #   python train.py config/train_shakespeare_char.py
 #

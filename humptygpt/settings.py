@@ -46,7 +46,7 @@ MAY_DIFFER = {"out_dir", "warmup_iters", "input", "vocab_size"}
 # keys that control how the text of `input` is read
 OF_INPUT = ("text_key", "encoding_errors", "skip_bad_lines")
 NOT_ROTARY = tuple(POSITIONS.keys() - {"rotary"})
-# {key: (other, the values of the key `other` with which `key` has no effect)}
+# {key: (another key, the values of that other key for which the key has no effect)}
 IN_VAIN = dict.fromkeys(OF_INPUT, ("input", (None,)))
 IN_VAIN |= dict.fromkeys(("schedule", "lr_decay_iters", "min_lr"), ("decay_lr", (False,)))
 IN_VAIN |= dict.fromkeys(("lora_alpha", "lora_targets"), ("lora_rank", (0,)))
@@ -66,22 +66,22 @@ GENTLE = {
 class TrainConfig:
     # run
     out_dir: str | None = None  # folder of the run; None: out/<dataset>
-    init_from: str = "scratch"  # scratch; resume: continue out_dir/ckpt.pt; or a model: a run, checkpoint, folder, gpt2
+    init_from: str = "scratch"  # scratch, resume (from out_dir/ckpt.pt), or a model: a run, checkpoint, folder or gpt2
     overwrite: bool = False  # replace an earlier run in out_dir
     eval_only: bool = False  # evaluate once, with BLEU for translation, and stop
     seed: int = 1337  # seed for initial weights, data order and dropout
     # data
     dataset: str = "shakespeare_char"  # folder in data/ that prepare_data.py wrote
-    input: str | None = None  # your own text: a file or folder, prepared as a dataset
-    text_key: str | None = None  # the field or column of the input that holds the text
+    input: str | None = None  # your own text: a file or folder to prepare as a dataset
+    text_key: str | None = None  # field or column of the input that holds the text
     encoding_errors: str | None = None  # on invalid UTF-8: strict (fail), replace or ignore
     skip_bad_lines: bool | None = None  # skip lines of the input that have no text
-    batch_size: int = 4  # sequences per micro-batch (pairs: batch_size x block_size tokens)
+    batch_size: int = 4  # sequences per micro-batch (pairs: batch_size * block_size tokens)
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
     # optimizer
     minutes: float | None = None  # run for this many minutes; unset keys are chosen to fit
     max_iters: int = 2400  # training steps
-    optimizer: str = "normuon"  # for the matrices of the blocks; AdamW trains the rest
+    optimizer: str = "normuon"  # optimizer of the blocks' matrices; AdamW trains the rest
     learning_rate: float = 6e-3  # peak learning rate, after warmup
     decay_lr: bool = True  # warm up, then decay; False: constant learning rate
     schedule: str = "linear"  # shape of the learning rate decay
@@ -94,13 +94,13 @@ class TrainConfig:
     muon_learning_rate: float = 0.03  # Muon: peak learning rate
     muon_momentum: float = 0.85  # Muon: decay rate of the momentum
     grad_clip: float = 0.0  # maximum gradient norm; 0: no clipping
-    freeze: str | None = None  # parameters to freeze, by parts of names, e.g. wte,blocks.0
+    freeze: str | None = None  # freeze parameters whose names contain these: wte,blocks.0
     lora_rank: int = 0  # LoRA: rank of the added matrices; 0: no LoRA
     lora_alpha: float = 16.0  # LoRA: added matrices are scaled by lora_alpha / lora_rank
-    lora_targets: str = "q_proj,v_proj"  # LoRA: names of the layers that it adapts
+    lora_targets: str = "q_proj,v_proj"  # LoRA: names of the layers to adapt
     # evaluation
     eval_interval: int = 600  # steps between evaluations; one always follows the last step
-    eval_iters: int | None = None  # batches per evaluation; None: enough for 10% of the run
+    eval_iters: int | None = None  # batches per evaluation; None: about 10% of the run time
     early_stopping: int = 0  # stop after this many evaluations without a new best; 0: never
     always_save_checkpoint: bool = True  # False: save only on a new best loss
     snapshots: bool | None = None  # save weight snapshots for explain.py; None: if < 10 MB
@@ -122,7 +122,7 @@ class TrainConfig:
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
-        """Return {key: its variants}, including those of `model`, a key of ModelConfig."""
+        """Map each key that names a variant to its variants; `model` is a key of ModelConfig."""
         return {
             "model": MODELS,
             "optimizer": OPTIMIZERS,
@@ -173,7 +173,7 @@ class TrainConfig:
     def evaluated_batches(self) -> int:
         """Return the number of batches per evaluation.
 
-        By default, an evaluation takes about a tenth of the training time since the last one, but at least 20 batches.
+        By default, enough to take about a tenth of the training time since the last evaluation, but at least 20.
         Evaluating a batch takes about a third as long as training on it.
         """
         steps = min(self.eval_interval, self.max_iters)
@@ -215,7 +215,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     if init_from not in ("scratch", "resume"):
         base = load(init_from)
         settings = GENTLE | given | base_settings(base, given)
-    # a run that overwrites another has no checkpoint of its own while NEW exists
+    # while the subfolder NEW exists, ckpt.pt belongs to the run that is being replaced
     begins = (out_dir / NEW).exists()
     if restarted() and not begins and is_same_run(settings, path):
         note(f"torchrun has restarted this run; resuming {path}")
@@ -232,11 +232,11 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     if given.get("minutes") and (config.dry_run or config.eval_only):
         raise UserError("minutes has no effect with dry_run or eval_only; leave it out")
     if config.minutes and processes > 1:
-        raise UserError("minutes is for one process; with several, use max_iters instead")
+        raise UserError("minutes works with one process only; with several, use max_iters")
     for name in chosen_loggers(asdict(config)):  # fail now, not after preparing data
         importlib.import_module(name)
     values = asdict(config) | asdict(model_config) | {"processes": processes}
-    # not refused: a config file may be combined with others, and a command may run in several processes
+    # only noted: a config file may be combined with others, and the same command may run in several processes
     noted = given.keys() - typed | FOR_SEVERAL.keys()
     refuse_vain(given, values, IN_VAIN | FOR_SEVERAL, noted)
     if overwrite and (given.get("init_from") == "resume" or not writes):
@@ -260,7 +260,7 @@ def read_command(argv: list[str]) -> tuple[dict[str, object], set[str]]:
     if given.get("input"):
         if given.get("init_from") == "resume":
             raise UserError(
-                f"input={given['input']} is for a new run; a resumed run already has its data: leave it out"
+                f"input={given['input']} is only for a new run; leave it out: a resumed run already has its data"
             )
         # a dataset name from a config file does not apply to an input that was typed in the command
         if "dataset" not in (typed if "input" in typed else given):

@@ -225,7 +225,7 @@ def test_train_hands_on_the_keys_that_a_complaint_about_its_input_names(folder, 
 
 def test_a_run_that_resumes_takes_no_input(fails):
     argv = ["--input=tiny.txt", "--init_from=resume", "--out_dir=out/run"]
-    assert "input=tiny.txt is for a new run" in fails(train.main, *argv)
+    assert "input=tiny.txt is only for a new run" in fails(train.main, *argv)
 
 
 def test_a_run_with_an_input_resumes_when_torchrun_starts_it_again_and_again(

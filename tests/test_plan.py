@@ -514,7 +514,7 @@ def test_minutes_are_for_text_and_one_process(tiny, pairs, fails, monkeypatch):
     assert line == f"{complaint} instead\n"
     monkeypatch.setenv("WORLD_SIZE", "2")
     line = fails(train.main, *TIMED, "--minutes=1")
-    assert line == "minutes is for one process; with several, use max_iters instead\n"
+    assert line == "minutes works with one process only; with several, use max_iters\n"
 
 
 @pytest.mark.whole_ending

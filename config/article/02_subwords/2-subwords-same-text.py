@@ -1,8 +1,8 @@
 # A network that reads subwords, trained on as much text as 1-characters.py. Article chapter: "Subword Tokenizers".
 #
 # The same network reads 8 tokens, either characters or subwords. Eight subwords span 19 characters on average, and
-# each prediction covers 2.4. But there are 1,024 subwords to learn, and the output head is larger. So there are two
-# comparisons: after training on the same number of characters, and after the same number of seconds.
+# each prediction covers 2.4 characters. But there are 1,024 subwords to learn, and the output head is larger. So there
+# are two comparisons: after training on the same number of characters, and after the same number of seconds.
 #
 #   python train.py config/article/02_subwords/2-subwords-same-text.py
 #

@@ -1,6 +1,6 @@
 # A GPT without positional encoding. Article chapter: "Positional encoding and embedding".
 #
-# Attention by itself ignores the order of the earlier tokens. For characters, order is everything: without it, a word
+# Attention on its own ignores the order of the earlier tokens. For characters, order is everything: without it, a word
 # is a bag of letters.
 #
 #   python train.py config/article/08_positions/1-none.py

@@ -1,7 +1,7 @@
 # A GPT with a trained vector for each position, which is added to the embedding, as in GPT-2. Article chapter:
 # "Positional encoding and embedding".
 #
-# Attention by itself ignores the order of the earlier tokens. For characters, order is everything: without it, a word
+# Attention on its own ignores the order of the earlier tokens. For characters, order is everything: without it, a word
 # is a bag of letters.
 #
 #   python train.py config/article/08_positions/2-learned.py

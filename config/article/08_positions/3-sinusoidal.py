@@ -1,7 +1,7 @@
 # A GPT with a fixed vector of sinusoids for each position, as in the 2017 paper. Article chapter: "Positional encoding
 # and embedding".
 #
-# Attention by itself ignores the order of the earlier tokens. For characters, order is everything: without it, a word
+# Attention on its own ignores the order of the earlier tokens. For characters, order is everything: without it, a word
 # is a bag of letters.
 #
 #   python train.py config/article/08_positions/3-sinusoidal.py

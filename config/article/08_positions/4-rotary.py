@@ -1,7 +1,7 @@
 # A GPT that rotates queries and keys by their position, so that scores depend on distance, as in Llama. Article
 # chapter: "Positional encoding and embedding".
 #
-# Attention by itself ignores the order of the earlier tokens. For characters, order is everything: without it, a word
+# Attention on its own ignores the order of the earlier tokens. For characters, order is everything: without it, a word
 # is a bag of letters.
 #
 #   python train.py config/article/08_positions/4-rotary.py

@@ -2,7 +2,7 @@
 # architecture".
 #
 # In a GPT, each attention layer is followed by a feed-forward network, which has two thirds of the block's parameters.
-# Would these parameters be more useful in more attention layers? A step then takes longer, so there are two
+# Would these parameters be more useful in more attention layers? Each step then takes longer, so there are two
 # comparisons: after the same training time, and after the same number of steps.
 #
 #   python train.py config/article/09_feed_forward/1-attention-only.py

@@ -1,5 +1,5 @@
-# Llama's architecture: rotary positions, RMSNorm, gated feed-forward networks (SwiGLU), grouped queries, no bias terms,
-# a separate output head. Article chapter: "What makes large language models work so well?".
+# Llama's architecture: rotary positions, RMSNorm, gated feed-forward networks (SwiGLU), grouped-query attention, no
+# bias terms, a separate output head. Article chapter: "What makes large language models work so well?".
 #
 # GPT-2's blocks are compared with those of Llama 3.1, which is five years newer. Most of the difference comes from the
 # positions: see 08_positions.
