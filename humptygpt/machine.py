@@ -207,5 +207,6 @@ def complain(message: str) -> typing.NoReturn:
     """Print one line and exit with code 2. Rank 0 does so first, and torchrun then stops the other ranks."""
     if int(os.environ.get("RANK", 0)):
         time.sleep(PATIENCE)
-    print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
+    script = os.path.basename(sys.argv[0])  # noqa: PTH119, since a Path takes memory, of which there may be none
+    print(f"{script}: {one_line(message)}", file=sys.stderr)
     sys.exit(2)

@@ -271,7 +271,7 @@ def with_other_data(argv: list[str]) -> int:
     "argv, settings, complaint",
     [
         ([f"{ACCUMULATE}3"], {}, f"over 2 processes; use {ACCUMULATE[2:]}4"),
-        (["--backend=nccl"], {}, "the processes cannot connect (Distributed package"),
+        (["--backend=nccl"], {}, "the processes cannot connect ("),
         (
             [],
             {"differ": {1: ["--seed=5"]}},
