@@ -1,6 +1,7 @@
-"""Read files of named tensors in Hugging Face's formats: safetensors and torch.save's pickles, single or sharded.
+"""Read weights in Hugging Face's formats: safetensors or torch.save's pickles, in one file or in several shards.
 
-Tensors in safetensors files stay memory-mapped until they are used, so all can be checked first. No code is run.
+Tensors in safetensors files stay memory-mapped until they are used, so their names and shapes can be checked first.
+Reading a file never runs code from it.
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ Weights = dict[str, Tensor]  # tensors by name
 
 @contextmanager
 def reading(what: object) -> Iterator[None]:
-    """Turn errors raised in the block, which reads an untrusted file, into a one-line UserError."""
+    """Turn errors in the block into a one-line UserError. what: what the block reads, for the message."""
     try:
         yield
     except (ValueError, UserError, OSError) as error:
@@ -28,7 +29,7 @@ def reading(what: object) -> Iterator[None]:
 
 
 def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Weights:
-    """Read all tensors from the first of these files found in a folder. Raises ValueError, UserError or OSError."""
+    """Read all tensors from the first of these files that the folder has. Raises ValueError, UserError or OSError."""
     for name in names:
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
@@ -43,7 +44,7 @@ def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Weights:
 
 
 def open_file(path: Path) -> Weights:
-    path.open("rb").close()  # raises OSError for a file that cannot be read
+    path.open("rb").close()  # raises OSError if the file cannot be read
     problem = "is truncated or damaged, or holds more than tensors and plain data"
     with refuse_damaged(path, problem):
         # load_file also checks that the file has the declared size
@@ -54,7 +55,7 @@ def open_file(path: Path) -> Weights:
 
 
 def check_dense(tensors: Weights) -> None:
-    """Raise ValueError unless `tensors` maps names to dense tensors, or another exception if it is not a dictionary."""
+    """Raise ValueError unless `tensors` maps names to dense CPU tensors, or any error if it is not a dictionary."""
     for name, x in tensors.items():
         dense = isinstance(x, Tensor) and x.layout == strided and x.device.type == "cpu"
         # with a stride of 0, a tensor can claim any size with little memory behind it

@@ -1,4 +1,4 @@
-"""A corpus -> token files: in order, on all cores, and resumable after an interruption."""
+"""Encode a corpus as token files: in order, on all cores, and resumable after an interruption."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SAVE_UNITS = 32  # units that are encoded in parallel before progress is saved
 class Progress:
     """Progress of the encoding, saved regularly so that an interrupted preparation can be resumed."""
 
-    made_from: str  # hash that identifies the files and settings
+    made_from: str  # hash of the files and settings, from folder.data_id()
     tokenizer: dict  # state of the tokenizer
     splits: dict[str, Counter]  # {split: counts of documents or pairs, tokens and so on}
     counts: list[int]  # occurrences of each token
@@ -37,7 +37,7 @@ class Progress:
 def encode(corpus, folder: Path, made_from: str, command: str) -> Progress:
     """Write token files to a folder. If an earlier call with the same files and settings was interrupted, resume it.
 
-    made_from: a hash that identifies the files and settings.
+    made_from: hash of the files and settings, from folder.data_id(). command: kept in the folder's command.txt.
     """
     saved = read_json(folder / "progress.json")
     if saved.get("made_from") == made_from:
@@ -48,7 +48,7 @@ def encode(corpus, folder: Path, made_from: str, command: str) -> Progress:
         if saved:
             changed = "the files or settings have changed since the interrupted preparation"
             note(f"{changed}; starting over")
-        # made before the folder is created, because the tokenizer may reject the text
+        # before the folder is created, because training the tokenizer may fail
         tokenizer = make_tokenizer(corpus)
         remove(folder)
         folder.mkdir(parents=True)
@@ -97,7 +97,7 @@ def add_counts(total: Counter, counted: Counter) -> None:
 def append_tokens(
     folder: Path, split: str, ids: np.ndarray, shard_tokens: int | None, tokens: int
 ) -> None:
-    """Write token ids after the first `tokens` tokens of a split. Overwrites what an interrupted call left there."""
+    """Append token ids to the first `tokens` tokens of a split. Anything that an interrupted call wrote is replaced."""
     limit = shard_tokens or sys.maxsize
     while len(ids):
         number, start = divmod(tokens, limit)
@@ -117,7 +117,7 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file written by us; {} if it is missing or damaged."""
+    """Read a JSON file that we have written. Returns {} if it is missing or damaged."""
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""Lines of text -> their translations, for sample.py."""
+"""Translate lines of text, for sample.py."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from humptygpt.config import note
 from humptygpt.tokenizers import Tokenizer
 from humptygpt.translation import beams
 
-AT_ONCE = 500  # lines translated together; the first is returned when all are done
+AT_ONCE = 500  # lines translated together; none is returned before all are done
 
 
 def translate_lines(

@@ -1,4 +1,4 @@
-"""The translation task: the examples and the score that a run shows."""
+"""The translation task: the examples that a run prints, and how translations are scored."""
 
 from torch import nn
 
