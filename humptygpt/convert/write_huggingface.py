@@ -26,7 +26,7 @@ from humptygpt.tokenizers import (
 
 
 def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str | dict]:
-    """Convert a tokenizer to files. Returns {file name: content}. Raises UserError if the tokenizer cannot be exported."""
+    """Convert a tokenizer to files. Returns {file name: content}. Raises UserError if it cannot be exported."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,

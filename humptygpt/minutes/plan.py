@@ -48,7 +48,7 @@ SIZES = (
 CONTEXTS = (128, 256, 512)  # context lengths to try, in tokens
 STEPS = (1024, 2048, 4096)  # batch sizes to try, in tokens per step
 HEAD_SIZE = 64
-EVALUATIONS = 4  # in a run
+EVALUATIONS = 4  # number of evaluations in a run
 TIME_TO_TRAIN = 0.85  # fraction of the remaining time to plan for training steps; the rest is for evaluations
 PROBE_STEPS = 5  # steps run to measure the time per step
 # seconds reserved at the end of a run to load the best model, sample from it, draw the plot and exit
@@ -132,7 +132,7 @@ SMALL_STEPS = 0.1  # with 0, only the amount of text read would count; with 1, o
 PARAMETERS_PER_BYTE = 1.0  # parameters that each byte of text supports; any more are surplus and count for less
 MOST_PER_BYTE = 8.0  # a model with more parameters per byte would only memorise the text, so it is not tried
 REPEATS = 1.0  # repetition and surplus parameters can add at most this multiple of the original amount
-# The default weight decay was tuned with this number of tokens per step, on a text of this number of tokens.
+# The default weight decay was tuned for steps of RECIPE_STEP tokens and a text of RECIPE_TEXT tokens.
 RECIPE_STEP = 1024
 RECIPE_TEXT = 700_000
 
@@ -206,7 +206,7 @@ class Candidate(NamedTuple):
     parameters: int  # excluding embeddings
     tokens: int  # tokens per step
     operations: int  # operations per step, including Muon's
-    memory: float  # bytes needed at least
+    memory: float  # lower bound on the memory needed, in bytes
 
 
 def begin(
@@ -262,7 +262,7 @@ def begin(
         "eval_interval": max(1, math.ceil(steps / EVALUATIONS)),
         "warmup_iters": min(config.warmup_iters, steps // 10),
     }
-    if config.init_from == "scratch":  # more decay would make a pretrained model forget
+    if config.init_from == "scratch":  # weight decay would make a trained model forget
         chosen["weight_decay"] = decay(config.weight_decay, tokens, len(dataset.train))
     config = replace(config, **{k: v for k, v in chosen.items() if k not in given})
     return config, model_config, clock
@@ -322,7 +322,7 @@ def candidates(
 
     Each size has as many heads of HEAD_SIZE as fit, or fewer and larger heads if the given keys require it.
     """
-    fixed = vars(model_config)  # a model loaded with init_from keeps its whole shape
+    fixed = vars(model_config)  # a model loaded with init_from keeps all of its settings
     if config.init_from == "scratch":
         fixed = {key: value for key, value in fixed.items() if key in given}
     contexts = [context for context in CONTEXTS if context < len(dataset.train)]
@@ -342,7 +342,7 @@ def candidates(
         parameters = count_inner(model)
         # Muon does three matrix products in each of five iterations; n_embd is the smaller side of nearly all matrices
         muon = 0 if config.optimizer == "adamw" else 5 * 6 * parameters * shape.n_embd
-        # tokens per step if a batch holds one sequence
+        # tokens per step with batch_size=1
         of_each = shape.block_size * config.gradient_accumulation_steps
         batches = {max(1, tokens // of_each) for tokens in STEPS}
         if "batch_size" in given:
