@@ -32,7 +32,7 @@ class Family(NamedTuple):
     settings: dict[str, str]  # {key of config.json: key of ModelConfig}
     # keys that config.json may omit, with their defaults in transformers; other keys default to None
     defaults: dict[str, object]
-    fixed: dict[str, object]  # our settings that have the same value in the whole family
+    fixed: dict[str, object]  # settings of ours that are the same in the whole family
     # {layer in transformers: our layers, separated by spaces and concatenated}; "#" stands for the index of a block
     weights: dict[str, str]
     transposed: bool  # True: matrices in blocks are (inputs, outputs), unlike ours
@@ -131,4 +131,4 @@ LLAMA = Family(
     no_weights=r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
     preset="config/shakespeare_char_llama.py",
 )
-FAMILIES = {"gpt2": GPT2, "llama": LLAMA}  # keyed by the model_type in config.json
+FAMILIES = {"gpt2": GPT2, "llama": LLAMA}  # {model_type in config.json: family}

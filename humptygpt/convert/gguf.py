@@ -26,7 +26,7 @@ from humptygpt.tokenizers import (
 )
 from model import ModelConfig, llama_scale
 
-DTYPES = {  # the values of --dtype
+DTYPES = {  # {value of --dtype: type in GGUF}
     "float32": GGMLQuantizationType.F32,
     "bfloat16": GGMLQuantizationType.BF16,
     "q8_0": GGMLQuantizationType.Q8_0,
@@ -153,7 +153,7 @@ def known_split(tokenizer: Tokenizer, content: dict) -> str | None:
     """Return llama.cpp's name for the way this tokenizer splits text, or None if llama.cpp's tokens would differ."""
     step = content["pre_tokenizer"] or {}
     split = SPLITS.get(tuple(map(split_key, step.get("pretokenizers") or [step])))
-    text = " A  ﬁ e\u0301 "  # chosen so that a normalizer would change it
+    text = " A  ﬁ e\u0301 "  # any normalizer would change this text
     pieces = [tokenizer.pieces[i] for i in tokenizer.encode_rest(text)]
     same = b"".join(pieces) == text.encode()
     fits = (split == "default") == content["model"]["byte_fallback"]

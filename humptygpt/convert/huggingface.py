@@ -38,11 +38,11 @@ SUPPORTED = {  # {key of config.json that changes the model's formulas: the only
     "partial_rotary_factor": 1,
 }
 ROPE_TYPES = {"default", "llama3"}
-ROPE = {"rope_type?": ROPE_TYPES, "type?": ROPE_TYPES}  # older files use the second key
+ROPE = {"rope_type?": ROPE_TYPES, "type?": ROPE_TYPES}  # older files have the second key
 SCHEMA = {
     "model_type": set(FAMILIES),
     "vocab_size": int,
-    # transformers before version 5 writes the first key, later versions the second
+    # transformers writes the first of these keys before version 5, and the second since then
     "rope_scaling?": (ROPE, None),
     "rope_parameters?": (ROPE, None),
 }

@@ -15,7 +15,7 @@ from humptygpt.checkpoint import load_plain, refuse_damaged
 from humptygpt.config import UserError, one_line
 from humptygpt.schema import parse_json
 
-MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is used
+MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
 Weights = dict[str, Tensor]  # tensors by name
 
 
@@ -47,7 +47,7 @@ def open_file(path: Path) -> Weights:
     path.open("rb").close()  # raises OSError if the file cannot be read
     problem = "is truncated or damaged, or holds more than tensors and plain data"
     with refuse_damaged(path, problem):
-        # load_file also checks that the file has the declared size
+        # load_file also checks that the file has the size that its header declares
         safe = path.suffix == ".safetensors"
         tensors = load_file(path) if safe else load_plain(path, legacy=True)
         check_dense(tensors)
@@ -58,7 +58,7 @@ def check_dense(tensors: Weights) -> None:
     """Raise ValueError unless `tensors` maps names to dense CPU tensors, or any error if it is not a dictionary."""
     for name, x in tensors.items():
         dense = isinstance(x, Tensor) and x.layout == strided and x.device.type == "cpu"
-        # with a stride of 0, a tensor can claim any size with little memory behind it
+        # a tensor with a stride of 0 can claim to be of any size, although little memory is behind it
         small = dense and not x.is_nested and x.nbytes <= x.untyped_storage().nbytes()
         if type(name) is not str or not small or x.is_quantized:
             raise ValueError(f"{name} must be a dense tensor")

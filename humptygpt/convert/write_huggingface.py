@@ -99,7 +99,7 @@ def _(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
     processor = SentencePieceProcessor(model_proto=tokenizer.proto)
     theirs = tokenizers.Tokenizer(subword_model(processor, " ", first=1))
     if isinstance(theirs.model, models.Unigram):
-        # otherwise the text "<0x41>" would be encoded as that byte
+        # split such texts: otherwise "<0x41>" would be encoded as the byte 0x41
         byte_like = Regex("<(?=0x[0-9A-F]{2}>)")
         theirs.pre_tokenizer = pre_tokenizers.Split(byte_like, "merged_with_previous")
     theirs.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])

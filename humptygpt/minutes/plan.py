@@ -62,7 +62,7 @@ class Clock:
         """started: time.monotonic() when the command started. earlier: seconds that earlier commands took."""
         self.started = started - earlier
         self.end = self.started + 60 * minutes - ENDING  # when training ends
-        self.step = 0.0  # seconds per step, as measured before the run
+        self.step = 0.0  # seconds per step, measured before training
         # seconds that the last evaluation took; before the first one, an estimate
         self.evaluation = 0.0
         # time that the end of a run takes, as a multiple of an evaluation: for the last evaluation, a sample and, in a
@@ -340,7 +340,7 @@ def candidates(
     for shape in shapes:
         model = model_on_meta(config, shape)
         parameters = count_inner(model)
-        # Muon does three matrix products in each of five iterations; n_embd is the smaller side of nearly all matrices
+        # Muon computes three matrix products in each of five iterations; in nearly all matrices, n_embd is the smaller side
         muon = 0 if config.optimizer == "adamw" else 5 * 6 * parameters * shape.n_embd
         # tokens per step with batch_size=1
         of_each = shape.block_size * config.gradient_accumulation_steps

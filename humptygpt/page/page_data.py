@@ -124,7 +124,7 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict:
 def sentencepiece_data(tokenizer: SentencePieceTokenizer) -> dict:
     """Return the model_type, the score of each token (None if no text encodes to it), and the ids of bytes 0 to 255."""
     model = SentencePieceProcessor(model_proto=tokenizer.proto)
-    # our ids omit sentencepiece's token 0
+    # our ids start at sentencepiece's token 1
     scores = dict.fromkeys(range(1, model.vocab_size()))
     for i in normal_ids(model):
         scores[i] = model.get_score(i)

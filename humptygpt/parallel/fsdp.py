@@ -108,7 +108,7 @@ class FullySharded(DataParallel):
         for module in model.modules():
             if any(p.is_meta for p in module.parameters(recurse=False)):
                 module.to_empty(device=self.device, recurse=False)
-        model.to(self.device)  # moves the position tables, too
+        model.to(self.device)  # also moves the position tables
         if config.init_from == "scratch" and not run.progress.iter:
             self.draw(model, config.seed)
 

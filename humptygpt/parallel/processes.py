@@ -114,7 +114,7 @@ class DataParallel(Process):
 
     def __exit__(self, error: type | None, *_: object) -> None:
         if not error:
-            # wait, because a rank that exits with a nonzero code makes torchrun stop the others
+            # let all ranks finish first: if one exits with a nonzero code, torchrun stops the others
             self.wait_for_all()
             dist.destroy_process_group()
 
@@ -236,7 +236,7 @@ def meet(backend: str, device: torch.device, rank: int, size: int) -> dist.Proce
         backend = "gloo"
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        # when torchrun restarts ranks, it keeps the store, including the addresses of ranks that have ended
+        # when torchrun restarts ranks, it keeps the store, which still has the addresses of the ranks that ended
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             "gloo" if backend == "gloo" else "cpu:gloo,cuda:nccl",

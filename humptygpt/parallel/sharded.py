@@ -68,7 +68,7 @@ def save(folder: Path, entries: dict) -> None:
         # left behind by a run that was killed; ignore errors, since another rank may already be creating it anew
         shutil.rmtree(temporary, ignore_errors=True)
     try:
-        # no rank starts to write before all have called this
+        # no rank starts to write before all ranks have called this
         dcp.save(flat(entries), storage_writer=dcp.FileSystemWriter(temporary))
     except CheckpointException as error:
         raise cannot_write(folder, first_failure(error)) from error
@@ -115,7 +115,7 @@ class Unpickler(pickle.Unpickler):
     """Reads .metadata, and refuses every class that does not belong in it."""
 
     def find_class(self, module: str, name: str) -> type:
-        # path of the folder to which the checkpoint was written
+        # .metadata contains the path of the folder to which the checkpoint was written
         if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath"):
             return PurePath
         if f"{module}.{name}" not in CLASSES:
@@ -181,7 +181,7 @@ def load(path: Path, entries: dict) -> None:
     If one of them finds a damaged file, all raise UserError.
     """
     _, reader = open_folder(path)
-    # checkpoints from earlier versions lack tied weights
+    # old checkpoints store tied weights under only one of their names
     stored = reader.metadata.state_dict_metadata
     tensors = {name: tensor for name, tensor in flat(entries).items() if name in stored}
     fill(path, tensors, reader)

@@ -19,7 +19,7 @@ from humptygpt.prepare.documents import BadFile, Piece, file_format, read_docume
 from humptygpt.tokenizers import Tokenizer
 
 UNIT = 1 << 19  # characters that a thread encodes at once
-# number of leading characters of a document that determine its split; must be below PIECE
+# the first HASHED characters of a document determine its split; must be less than PIECE
 HASHED = 4096
 
 

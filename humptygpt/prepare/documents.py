@@ -53,11 +53,11 @@ class Piece(NamedTuple):
     """A document, or a part of a long one."""
 
     text: str
-    start: int  # characters of the document that precede it
+    start: int  # number of characters of the document before this piece
     last: bool  # True: the document ends with this piece
     skipped: bool = False  # True: not a piece, but a line or row without text
     draw: float = 0.0  # the document's pseudorandom number from corpus.draw()
-    place: int = 0  # characters of the file that precede it
+    place: int = 0  # number of characters of the file before this piece
 
     @property
     def texts(self) -> tuple[str]:

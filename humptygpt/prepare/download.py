@@ -15,7 +15,7 @@ from humptygpt.config import UserError
 from humptygpt.files import write_whole
 
 ATTEMPTS = 3
-TIMEOUT = 5  # seconds to wait for an answer
+TIMEOUT = 5  # seconds to wait for a response
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> None:

@@ -20,7 +20,7 @@ from humptygpt.prepare.vocabulary import make_tokenizer
 from humptygpt.token_files import COMMAND
 from humptygpt.tokenizers import Tokenizer, from_state
 
-SAVE_UNITS = 32  # units that are encoded in parallel before progress is saved
+SAVE_UNITS = 32  # units that are encoded between progress saves
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Progress:
     """Progress of the encoding, saved regularly so that an interrupted preparation can be resumed."""
 
     made_from: str  # hash of the files and settings, from folder.data_id()
-    tokenizer: dict  # state of the tokenizer
+    tokenizer: dict  # from Tokenizer.state()
     splits: dict[str, Counter]  # {split: counts of documents or pairs, tokens and so on}
     counts: list[int]  # occurrences of each token
     position: int = 0  # number of pieces or pairs encoded so far

@@ -122,7 +122,7 @@ def refuse_to_replace(folder: Path, command: str) -> None:
 
 def install(preparing: Path, folder: Path, meta: dict) -> None:
     """Move the prepared files into the data folder. If this is interrupted, repeating the command moves the rest."""
-    (preparing / "progress.json").unlink(missing_ok=True)  # meta.json takes its place
+    (preparing / "progress.json").unlink(missing_ok=True)  # replaced by meta.json
     # without meta.json the folder counts as incomplete; the new one is moved last
     (folder / "meta.json").unlink(missing_ok=True)
     files = [file["name"] for split in meta["splits"].values() for file in split["files"]]

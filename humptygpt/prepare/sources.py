@@ -202,7 +202,7 @@ def translate_de_en(config) -> tuple[PairFiles, str]:
         own_or_download(config.name, folder / file, MULTI30K_URL + file, sha256)
         for file, sha256 in MULTI30K_SHA256.items()
     ]
-    pairs = zip(paths[::2], paths[1::2], strict=True)  # German, English
+    pairs = zip(paths[::2], paths[1::2], strict=True)  # (German, English)
     return list(zip(("train", "val", "test"), pairs, strict=True)), "Multi30k"
 
 

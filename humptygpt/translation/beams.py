@@ -83,7 +83,7 @@ def beam_search(
             ids, log_prob, logp, eot, num_beams, length_penalty
         )
         going = []
-        # these copies make the CPU wait for the GPU
+        # tolist() makes the CPU wait for the GPU
         for row, found in enumerate(zip(ids.tolist(), scores.tolist(), strict=True)):
             hypotheses = [
                 Translation([i for i in tokens if i != eot], score, eot in tokens)

@@ -29,7 +29,7 @@ DROPPED = {  # {reason to drop a pair: how the summary describes it}
     "held_out": "held out",
 }
 LINE_RULE = "each line must be SOURCE, one tab, TARGET"
-# (split, (TSV file,) or (source file, target file)); if split is None, each pair's split is drawn
+# [(split, files)], where files is (TSV file,) or (source file, target file). split: None: assign each pair at random
 PairFiles = list[tuple[str | None, tuple[Path, ...]]]
 
 
@@ -59,7 +59,7 @@ class Pairs:
         self.paths = [path for _, paths in files for path in paths]
         if config.held_out is not None:
             self.paths.append(Path(config.held_out))
-        # indices of the files that were given as validation or test split
+        # indices of files that are given as a validation or test split
         self.given = [n for n, (split, _) in enumerate(files) if split in ("val", "test")]
         with_test = config.test_fraction or self.given
         self.splits = ("train", "val", "test") if with_test else ("train", "val")
