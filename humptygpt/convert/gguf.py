@@ -66,7 +66,7 @@ Vocabulary = dict[str, object]  # {X: argument of GGUFWriter.add_X}
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    """Describe a tokenizer for GGUF. Raises UserError if no tokenizer in llama.cpp produces the same tokens."""
+    """Describe a tokenizer for GGUF. Raises UserError if llama.cpp cannot produce the same tokens."""
     with refuse(
         f"tokenizer={tokenizer.name} cannot be exported as GGUF, only to a folder: "
     ):

@@ -1,6 +1,6 @@
 """Convert GPT-2 and Llama models from Hugging Face's format to our config and weights, and back.
 
-A model is a folder with config.json and weights. No code in the folder is run, and transformers is not needed.
+A model is a folder with config.json and weights. No code from the folder is run, and transformers is not needed.
 Weights are read as float32, which represents bfloat16 and float16 exactly.
 """
 

@@ -1,4 +1,4 @@
-"""Load models and tokenizers from other programs: Hugging Face folders, PEFT adapters, nanoGPT checkpoints."""
+"""Load models and tokenizers of other programs, from Hugging Face folders, PEFT adapters or nanoGPT checkpoints."""
 
 from collections import OrderedDict
 from pathlib import Path

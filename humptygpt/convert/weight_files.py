@@ -65,7 +65,7 @@ def check_dense(tensors: Weights) -> None:
 
 
 def check_shapes(tensors: Weights, expected: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError unless the tensors have exactly these names and shapes."""
+    """Raise ValueError unless the tensors have exactly the expected names and shapes."""
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if different := found.items() ^ expected.items():
         name, _ = min(different)

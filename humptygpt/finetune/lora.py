@@ -15,9 +15,10 @@ MARK = ".lora_"  # part of the names of the trained matrices
 
 
 class LoRALinear(nn.Linear):
-    """W x + b + alpha / rank * B A x, where only A (rank, inputs) and B (outputs, rank) are trained.
+    """A linear layer with LoRA: W x + b + alpha / rank * B A x, where only A and B are trained.
 
-    W and b are those of the original layer. B starts at 0, so the model is unchanged at first.
+    W and b come from the original layer. A is (rank, inputs), and B is (outputs, rank). B starts at 0, so the model is
+    unchanged at first.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):

@@ -56,7 +56,7 @@ ENDING = 1.5
 
 
 class Clock:
-    """Measures progress by wall-clock time, so that a run ends on schedule whatever else the machine is doing."""
+    """Measures progress by wall-clock time, so that a run ends on time even if other programs slow it down."""
 
     def __init__(self, started: float, minutes: float, earlier: float):
         """started: time.monotonic() when the command started. earlier: seconds that earlier commands took."""
@@ -340,7 +340,7 @@ def candidates(
     for shape in shapes:
         model = model_on_meta(config, shape)
         parameters = count_inner(model)
-        # Muon computes three matrix products in each of five iterations; in nearly all matrices, n_embd is the smaller side
+        # Muon computes three matrix products in each of five iterations; n_embd is the smaller side of most matrices
         muon = 0 if config.optimizer == "adamw" else 5 * 6 * parameters * shape.n_embd
         # tokens per step with batch_size=1
         of_each = shape.block_size * config.gradient_accumulation_steps

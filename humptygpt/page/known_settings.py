@@ -23,7 +23,7 @@ TRAINING = {"dropout", "label_smoothing", "init"}
 
 
 def check_settings(config: ModelConfig, tokenizer: str) -> None:
-    """Raise UserError for the first setting that the page would ignore or misread. tokenizer: the tokenizer's name."""
+    """Raise UserError for the first setting that the page does not support. tokenizer: the tokenizer's name."""
     reference = json.loads(REFERENCE.read_bytes())
     known = [reference["config"], *(settings for settings, _ in reference["logits"])]
     known += [{"tokenizer": name} for name in TOKENIZERS]

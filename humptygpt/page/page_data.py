@@ -1,4 +1,4 @@
-"""The data of a run's page: config, weights, tokenizer and metrics as JSON, for the JavaScript in explain/."""
+"""The data of a run's page, for the JavaScript in explain/: config, weights, tokenizer and metrics, as JSON."""
 
 import base64
 import math

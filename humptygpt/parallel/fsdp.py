@@ -76,7 +76,7 @@ class ShardedOptimizer(SharedOptimizer):
 
 
 class FullySharded(DataParallel):
-    """One of several processes that each hold a part of the model.
+    """One of several processes that each hold a part of the model (FSDP).
 
     Forward passes and saving are collective: every process must take part.
     """
@@ -97,7 +97,7 @@ class FullySharded(DataParallel):
         config = run.config
         if config.lora_rank or config.snapshots or run.dtype == torch.float16:
             raise UserError(
-                "parallel=fsdp supports neither LoRA, snapshots nor float16; use --parallel=ddp"
+                "parallel=fsdp does not support LoRA, snapshots or float16; use --parallel=ddp"
             )
         self.check(run)
         model = run.model

@@ -90,7 +90,7 @@ class DataParallel(Process):
     optimizer_class = SharedOptimizer
 
     def __init__(self, rank: int, size: int, device: torch.device, patient=None):
-        """patient: a process group whose collectives wait up to LONG."""
+        """patient: a process group whose collectives have the timeout LONG."""
         super().__init__(device)
         self.rank = rank
         self.size = size
@@ -126,7 +126,7 @@ class DataParallel(Process):
     # Methods that a single process also has
 
     def place(self, run) -> None:
-        """Check that the ranks can train this run together, then move its model to the device."""
+        """Check that the ranks can train this run together, and move its model to the device."""
         self.check(run)
         share_dropout(run.model)
         run.model.to(self.device)
@@ -152,7 +152,7 @@ class DataParallel(Process):
                 )
 
     def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
-        """Wrap the model for training: DDP averages gradients over ranks, which all start from rank 0's weights."""
+        """Wrap the model in DDP, which copies rank 0's weights to all ranks and averages gradients over them."""
         net = super().wrap(model, compiled, dynamic)
         # buffers are constant tables, so they need no broadcast
         return DistributedDataParallel(

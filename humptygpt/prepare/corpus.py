@@ -24,7 +24,7 @@ HASHED = 4096
 
 
 class Documents:
-    """A corpus of documents in files, each assigned to a split."""
+    """A corpus of documents, which are read from files. Each document is assigned to a split."""
 
     task = "language modelling"
     splits = ("train", "val")
@@ -47,7 +47,7 @@ class Documents:
 
     @property
     def separated(self) -> bool:
-        """Whether documents end with the end-of-text token."""
+        """True if each document ends with the end-of-text token. False if a single text is the whole corpus."""
         return len(self.files) > 1 or file_format(self.files[0]) != ".txt"
 
     def survey(self) -> None:
@@ -95,7 +95,7 @@ class Documents:
         return length, held_out, size
 
     def read(self, number: int) -> Iterator[Piece]:
-        """Read the documents of a file in pieces, each with its position in the file and its document's draw()."""
+        """Read the documents of a file in pieces, each with its position in the file and the draw() of its document."""
         config = self.config
         settings = (config.text_key, config.encoding_errors, config.skip_bad_lines)
         place = 0

@@ -25,7 +25,7 @@ SAVE_UNITS = 32  # units that are encoded between progress saves
 
 @dataclass
 class Progress:
-    """Progress of the encoding, saved regularly so that an interrupted preparation can be resumed."""
+    """How far the encoding is. It is saved regularly, so that an interrupted preparation can be resumed."""
 
     made_from: str  # hash of the files and settings, from folder.data_id()
     tokenizer: dict  # from Tokenizer.state()
@@ -62,7 +62,7 @@ def encode(corpus, folder: Path, made_from: str, command: str) -> Progress:
 
 
 def write_tokens(corpus, folder: Path, progress: Progress) -> None:
-    """Append the remaining units to the token files. Progress is saved every SAVE_UNITS units."""
+    """Encode the remaining units, and append them to the token files. Progress is saved every SAVE_UNITS units."""
     tokenizer = from_state(progress.tokenizer)
     counts = np.array(progress.counts)
     todo = units(corpus, "encoding", progress.position)

@@ -59,7 +59,7 @@ def check_splits(progress: Progress) -> None:
 
 
 def make_meta(corpus, progress: Progress, preparing: Path) -> dict:
-    """Build the content of meta.json, which describes the token files. Long entries come last."""
+    """Build the content of meta.json, which describes the token files in `preparing`. Long entries come last."""
     tokenizer = from_state(progress.tokenizer)
     dtype = token_dtype(tokenizer)
     splits = {}

@@ -91,7 +91,7 @@ def fetch_plays(path: Path) -> None:
 
 
 def sotu(config) -> tuple[str, str]:
-    """The presidents' State of the Union messages since 1790, one file each."""
+    """The presidents' State of the Union messages since 1790, with one file per message."""
     folder = DOWNLOADS / "sotu"
     if not folder.exists():
         with (
@@ -104,7 +104,7 @@ def sotu(config) -> tuple[str, str]:
 
 
 def humpty_dumpty(config) -> tuple[str, str]:
-    """The nursery rhyme ten times, so that the validation split, the last tenth, is the complete rhyme."""
+    """The nursery rhyme, ten times over, so that the last tenth, the validation split, is the complete rhyme."""
     rhyme = (
         "\nHumpty Dumpty sat on a wall,\n"
         "Humpty Dumpty had a great fall;\n"

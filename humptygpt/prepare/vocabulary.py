@@ -100,7 +100,10 @@ def load_tokenizer(corpus) -> Tokenizer:
 
 
 def vocabulary_texts(corpus, everything: bool) -> Iterator[str]:
-    """Read the texts to train a tokenizer on: everything, or a random sample of the training split."""
+    """Read the texts to train a tokenizer on.
+
+    everything: True: read all splits; False: read a random sample of the training split.
+    """
     fraction = SAMPLE_BYTES / corpus.text_size
     for entries, _ in units(corpus, "training the tokenizer"):
         items = chain(*entries.values()) if everything else entries["train"]
@@ -172,7 +175,7 @@ def learn_byte_pairs(texts: Iterable[str], vocab_size: int) -> list[bytes]:
 
 
 def bounded(texts: Iterable[str]) -> Iterator[str]:
-    """Drop texts with few spaces once there are FEW_SPACES bytes of them, because every distinct word takes memory."""
+    """Drop texts with few spaces after the first FEW_SPACES bytes of them, because every distinct word takes memory."""
     size = 0
     for text in texts:
         length = len(text.encode())

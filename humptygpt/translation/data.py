@@ -34,7 +34,7 @@ class PairDataset(Dataset):
             )
 
     def find_pairs(self, split: str) -> np.ndarray:
-        """Find the start of each pair and the token counts of its source and target, including eot: (pairs, 3)."""
+        """Find the start of each pair, and the lengths of its source and target including eot. Returns (pairs, 3)."""
         eots = [
             start + np.flatnonzero(ids == self.tokenizer.eot)
             for start, ids in self.chunks(split)
@@ -66,7 +66,7 @@ class PairDataset(Dataset):
         return self.pairs_batch("train", batches(self, "train", batch_size, key)[number])
 
     def pairs_batch(self, split: str, numbers: np.ndarray) -> dict[str, Tensor]:
-        """Read the pairs with these indices as a batch."""
+        """Read the pairs with these indices as a batch. Returns the same as batch()."""
         start, source, target = self.pairs[split][numbers].T
         # with an encoder, the decoder's text starts with the eot that ends the source; without one, it starts with the
         # whole source, whose other tokens are context and are not predicted
@@ -85,14 +85,14 @@ class PairDataset(Dataset):
     def val_batches(
         self, batch_size: int, eval_iters: int | None
     ) -> Iterator[dict[str, Tensor]]:
-        """Yield the fixed evaluation set: eval_iters batches that cover all lengths; None: the whole split."""
+        """Yield the fixed evaluation set: batches that cover all lengths. eval_iters: number of batches; None: all."""
         found = batches(self, "val", batch_size)
         count = min(eval_iters or len(found), len(found))
         for i in range(count):
             yield self.pairs_batch("val", found[int((i + 0.5) * len(found) / count)])
 
     def texts(self, split: str, step: int = 1) -> Iterator[tuple[np.ndarray, str]]:
-        """Read every step-th pair. Yields the source as tokens with its eot, int64 (S,), and the target as text."""
+        """Read every step-th pair. Yields its source as tokens with eot, int64 (S,), and its target as text."""
         for start, source, target in self.pairs[split][::step].tolist():
             (ids,) = self.read(split, np.array([start]), source + target)
             yield ids[:source], self.tokenizer.decode(ids[source:-1])

@@ -26,7 +26,7 @@ def translate_lines(
 def translate_batch(
     model: nn.Module, tokenizer: Tokenizer, lines: list[str], first: int, **search
 ) -> Iterator[str]:
-    """Translate lines together. first: number of the first line, for notes."""
+    """Translate lines together. first: number of the first line, used in messages."""
     room = model.config.block_size - 1  # the last token of a source is end-of-text
     sources = tokenizer.encode_batch(" ".join(line.split()) for line in lines)
     for number, ids in enumerate(sources, start=first):

@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 
 
 class Pairs:
-    """Files of sentence pairs, and the split of each pair. It has the same interface as corpus.Documents."""
+    """A corpus of sentence pairs, which are read from files. It has the same interface as corpus.Documents."""
 
     task = "translation"
     separated = True
@@ -79,8 +79,8 @@ class Pairs:
     def read_held_out(self) -> set[str]:
         """Collect the normalised sentences to exclude from training.
 
-        They are the sentences in the file held_out, the sources of given validation and test splits, and everything
-        connected to them by pairs: their translations, other translations of those, and so on.
+        They are the sentences in the file held_out, the sources in a given validation or test split, and every sentence
+        connected to one of them by pairs: its translations, their other translations, and so on.
         """
         lines = read_lines(Path(self.config.held_out), self.config.encoding_errors)
         held_out = {normalised(line.partition("\t")[0]) for line in lines}
@@ -158,7 +158,8 @@ def read_pairs(
 ) -> Iterator[Pair]:
     """Read one pair per line from a TSV file, or from two aligned files. Whitespace is trimmed and collapsed.
 
-    A blank line of a TSV file is an empty pair; with skip_bad_lines, so is a line that does not have exactly one tab.
+    A blank line of a TSV file is read as an empty pair. skip_bad_lines: read lines that do not have exactly one tab as
+    empty pairs too, instead of raising UserError. errors: as in read_documents().
     """
     files = (read_lines(path, errors) for path in paths)
     for number, lines in enumerate(zip_longest(*files), start=1):

@@ -10,7 +10,7 @@ NUM_BEAMS = 4  # beams for translations that are scored
 
 
 def translate_examples(model: nn.Module, dataset: PairDataset) -> str:
-    """Translate up to three sentences of the validation split greedily, and show each with its reference."""
+    """Translate up to three sentences of the validation split greedily. Returns each with its reference, as text."""
     tokenizer = dataset.tokenizer
     third = len(dataset.pairs["val"]) // 3 + 1
     sources, references = zip(*dataset.texts("val", third), strict=True)

@@ -11,7 +11,7 @@ from model import ACTIVATIONS, GPT, Dropout, ModelConfig
 
 @dataclass(frozen=True)
 class WindowConfig(ModelConfig):
-    """A GPT's settings. The network uses n_layer, n_hidden, n_embd, window, activation, bias and dropout."""
+    """A GPT's settings, of which the network uses n_layer, n_hidden, n_embd, window, activation, bias and dropout."""
 
     def validate(self) -> None:
         """Raise ValueError for the first invalid value or combination."""
