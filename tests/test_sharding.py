@@ -237,7 +237,7 @@ def test_a_disk_that_is_full_for_one_process_is_one_line(tiny, monkeypatch):
 def test_what_cannot_be_sharded_is_refused(settings, dtype):
     config = TrainConfig(init_from="out/other", **settings)
     run = SimpleNamespace(config=config, dtype=getattr(torch, dtype))
-    with pytest.raises(UserError, match="LoRA, snapshots nor float16; use --parallel=ddp"):
+    with pytest.raises(UserError, match="LoRA, snapshots or float16; use --parallel=ddp"):
         sharding.FullySharded(0, 2, CPU).place(run)
 
 

@@ -1,1 +1,1 @@
-"""Convert models from and to other formats: Hugging Face folders, LoRA adapters, the hub, nanoGPT, GGUF."""
+"""Import and export models: Hugging Face folders and downloads, LoRA adapters, nanoGPT checkpoints, GGUF files."""

@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format: write the trained matrices to files, and merge such files into a base model."""
+"""LoRA adapters in PEFT's format: export the trained matrices, and merge an adapter into its base model."""
 
 import math
 import re
@@ -24,13 +24,13 @@ SCHEMA = {
     "use_rslora?": (bool, None),
     "alpha_pattern?": ({str: float}, None),
     "alora_invocation_tokens?": None,
-    # other values, such as "pissa", are refused because they change the base model
+    # other initializations, such as "pissa", are refused because they change the base model's weights
     "init_lora_weights?": (None, bool, {"gaussian", "eva", "orthogonal"}),
 }
 
 
 def adapter_names(model: nn.Module) -> list[tuple[str, list[str]]]:
-    """Pair each layer name that an adapter may use with the names of our matching layers.
+    """List the layers that an adapter may change: the adapter's name for each, and the names of our matching layers.
 
     Adapters use transformers' names if transformers supports the architecture, and our names otherwise.
     """
@@ -47,11 +47,12 @@ def adapter_names(model: nn.Module) -> list[tuple[str, list[str]]]:
 
 
 def write_adapter(model: nn.Module, training, folder: Path) -> None:
-    """Write A and B to adapter_model.safetensors and the settings to adapter_config.json. Raises UserError.
+    """Write the LoRA matrices A and B to adapter_model.safetensors, and the settings to adapter_config.json.
 
-    training: a TrainConfig. An adapter for GPT-2 or Llama uses the layer names of transformers, so that PEFT can load
-    it with the base model. GPT-2's c_attn combines our q_proj, k_proj and v_proj in one matrix, so its LoRA
-    rank is the sum of theirs.
+    An adapter for GPT-2 or Llama uses transformers' layer names, so that PEFT can load it with the base model. GPT-2's
+    c_attn combines our q_proj, k_proj and v_proj in one matrix, so its LoRA rank is the sum of their ranks.
+
+    training: a TrainConfig. Raises UserError if the files cannot be written.
     """
     layers = adapted(model)
     weights = {}
@@ -101,9 +102,10 @@ def read_config(folder: Path) -> dict:
 
 @torch.no_grad()
 def merge_adapter(folder: Path, model: nn.Module) -> None:
-    """Replace each weight W that the adapter covers with W + scale * B A, in place. Raises UserError.
+    """Replace each weight W that the adapter covers with W + scale * B A, in place.
 
-    PEFT's variants of LoRA store additional weights. These are unknown here, so such adapters are refused.
+    Raises UserError if the adapter is damaged, does not fit the model, or has other weights than A and B, as PEFT's
+    variants of LoRA do.
     """
     adapter = read_config(folder)
     with reading(f"the adapter in {folder}"):
@@ -130,9 +132,9 @@ def merge_adapter(folder: Path, model: nn.Module) -> None:
 
 
 def scale(layer: str, adapter: dict, rank: int) -> float:
-    """Compute the scale of a layer: alpha / rank or, with use_rslora, alpha / sqrt(rank).
+    """Compute the factor by which a layer's B A is multiplied: alpha / rank or, with use_rslora, alpha / sqrt(rank).
 
-    PEFT allows any regular expression in alpha_pattern; here, only layer names and their suffixes are supported.
+    PEFT allows any regular expression in alpha_pattern. Here, only layer names and their suffixes are supported.
     """
     alpha = adapter["lora_alpha"]
     for pattern, value in (adapter.get("alpha_pattern") or {}).items():

@@ -1,19 +1,19 @@
-"""GPT-2 and Llama in Hugging Face's transformers: its names for settings and weights, and our matching names.
+"""Tables that map transformers' names for the settings and weights of GPT-2 and Llama to ours.
 
 Each table is used for both import and export. To support another family, add an entry to FAMILIES.
 """
 
 from typing import NamedTuple
 
-ROPE_SCALING = {  # settings of rope_type=llama3, in a separate entry of config.json
+ROPE_SCALING = {  # settings of rope_type=llama3, which config.json keeps in an entry of their own
     "factor": "rope_factor",
     "low_freq_factor": "rope_low_freq_factor",
     "high_freq_factor": "rope_high_freq_factor",
     "original_max_position_embeddings": "rope_original_context",
 }
-# our settings that neither family has; at these values they have no effect
+# settings of ours that neither family has, with the values at which they have no effect
 WITHOUT = {"mlp_conv": 0, "qk_norm": False, "init": "gpt2"}
-ACTIVATION_NAMES = {  # transformers' name: our name; if several match, export writes the last
+ACTIVATION_NAMES = {  # {transformers' name: our name}; if two map to the same name, export writes the later one
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu": "gelu",
@@ -24,19 +24,19 @@ ACTIVATION_NAMES = {  # transformers' name: our name; if several match, export w
 
 
 class Family(NamedTuple):
-    """A group of models that differ only in the values of `settings`."""
+    """An architecture in transformers. Models of a family differ only in the values of `settings`."""
 
     architecture: str  # name of the class in transformers
-    # prefix of all weight names except the head's; files of models without a head may omit the prefix
+    # prefix of all weight names except the head's; files saved without a head may omit it
     prefix: str
-    settings: dict[str, str]  # key of config.json: key of ModelConfig
-    # default values, other than None, of keys that config.json may omit
+    settings: dict[str, str]  # {key of config.json: key of ModelConfig}
+    # keys that config.json may omit, with their defaults in transformers; other keys default to None
     defaults: dict[str, object]
-    fixed: dict[str, object]  # our settings that have the same value in the whole family
-    # layer in transformers: our layers, concatenated if there are several; "#" stands for the index of the block
+    fixed: dict[str, object]  # settings of ours that are the same in the whole family
+    # {layer in transformers: our layers, separated by spaces and concatenated}; "#" stands for the index of a block
     weights: dict[str, str]
-    transposed: bool  # whether the matrices in blocks are (inputs, outputs), unlike ours
-    # regular expression for the names of buffers in older files, which are ignored
+    transposed: bool  # True: matrices in blocks are (inputs, outputs), unlike ours
+    # regular expression for the names of buffers that older files contain; they are ignored
     no_weights: str
     preset: str  # one of our config files that describes a model of this family
 
@@ -131,4 +131,4 @@ LLAMA = Family(
     no_weights=r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
     preset="config/shakespeare_char_llama.py",
 )
-FAMILIES = {"gpt2": GPT2, "llama": LLAMA}  # keyed by the model_type in config.json
+FAMILIES = {"gpt2": GPT2, "llama": LLAMA}  # {model_type in config.json: family}

@@ -1,7 +1,7 @@
-"""Convert a model in Hugging Face's format and its vocabulary to a single GGUF file, which llama.cpp can run.
+"""Write a model in Hugging Face's format and its vocabulary to a single GGUF file, which llama.cpp can run.
 
-The file resembles one from llama.cpp's own convert_hf_to_gguf.py. llama.cpp can run fewer of our models than
-transformers can: GPT-2 only with gelu_tanh, Llama only with silu, and each only with some kinds of tokenizer.
+The file is laid out like those written by llama.cpp's own convert_hf_to_gguf.py. llama.cpp can run fewer of our models
+than transformers can: GPT-2 only with gelu_tanh, Llama only with silu, and both only with some kinds of tokenizer.
 """
 
 import json
@@ -26,13 +26,13 @@ from humptygpt.tokenizers import (
 )
 from model import ModelConfig, llama_scale
 
-DTYPES = {  # the values of --dtype
+DTYPES = {  # {value of --dtype: type in GGUF}
     "float32": GGMLQuantizationType.F32,
     "bfloat16": GGMLQuantizationType.BF16,
     "q8_0": GGMLQuantizationType.Q8_0,
 }
-ACTIVATIONS = {"gpt2": "gelu_tanh", "llama": "silu"}  # fixed in llama.cpp
-# X in GGUFWriter.add_X: key of ModelConfig. Keys that the family lacks are left out.
+ACTIVATIONS = {"gpt2": "gelu_tanh", "llama": "silu"}  # fixed by llama.cpp
+# {X: key of ModelConfig whose value is passed to GGUFWriter.add_X}; keys that the family lacks are skipped
 HYPERPARAMETERS = {
     "block_count": "n_layer",
     "context_length": "block_size",
@@ -43,30 +43,30 @@ HYPERPARAMETERS = {
     "key_length": "head_size",
     "value_length": "head_size",
     "rope_freq_base": "rope_base",
-    # each architecture reads one of these two
+    # GPT-2 reads the first of these two, Llama the second
     "layer_norm_eps": "norm_eps",
     "layer_norm_rms_eps": "norm_eps",
 }
 EMBEDDINGS = ("transformer.wte.weight", "model.embed_tokens.weight", "lm_head.weight")
-# how Llama 3 splits text before byte pairs are merged
+# regular expression with which Llama 3 splits text before merging byte pairs
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITS = {  # split_key() of each step of a pre_tokenizer: llama.cpp's name for these steps
+SPLITS = {  # {split_key() of each step of a pre_tokenizer: llama.cpp's name for these steps}
     (("ByteLevel", False, True),): "gpt-2",
     ((LLAMA3_PATTERN, None, None), ("ByteLevel", False, False)): "llama-bpe",
     ((None, None, None),): "default",  # the text is not split
     (("Metaspace", None, False),): "default",
 }
-Vocabulary = dict[str, object]  # X in GGUFWriter.add_X: its argument
+Vocabulary = dict[str, object]  # {X: argument of GGUFWriter.add_X}
 
 # --------------------------------------------------------------------------------------
 # The vocabulary
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    """Describe a tokenizer for GGUF. Raises UserError if no tokenizer in llama.cpp produces the same tokens."""
+    """Describe a tokenizer for GGUF. Raises UserError if llama.cpp cannot produce the same tokens."""
     with refuse(
         f"tokenizer={tokenizer.name} cannot be exported as GGUF, only to a folder: "
     ):
@@ -85,14 +85,13 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
 def without_merges(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
     """Describe a tokenizer whose tokens are characters or bytes. Raises ValueError if llama.cpp has no equivalent.
 
-    llama.cpp's tokenizer type rwkv matches the longest token first, and is the only type that needs no end-of-text
-    token. But it hangs if a text contains the first byte of a token without the rest, which can happen with
+    llama.cpp's tokenizer type rwkv matches the longest token first, and it is the only type that needs no end-of-text
+    token. But it hangs on a text that contains the first byte of a token without the rest, which can happen with
     characters from another language. Alphabets with non-ASCII characters therefore use the type llama, which writes a
     space as "▁".
     """
-    texts = tokenizer.pieces[
-        : tokenizer.eot
-    ]  # if there is an end-of-text token, it is the last
+    # all pieces but the end-of-text token, which is the last one if there is one
+    texts = tokenizer.pieces[: tokenizer.eot]
     end = [END_OF_TEXT] * (tokenizer.vocab_size - len(texts))
     as_bytes = isinstance(tokenizer, ByteTokenizer) or tokenizer.alphabet.isascii()
     if as_bytes:
@@ -114,10 +113,10 @@ def without_merges(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
 def with_merges(tokenizer: Tokenizer, content: dict) -> Vocabulary:
     """Describe a byte-pair tokenizer like that of GPT-2, Llama 2 or Llama 3. Raises ValueError for any other.
 
-    content: its tokenizer.json.
+    Known difference: at the start of a prompt or after a special token, transformers' LlamaTokenizer may add one space
+    fewer than llama.cpp does.
 
-    At the start of a prompt or after a special token, transformers' LlamaTokenizer may add one space fewer than
-    llama.cpp does.
+    content: the tokenizer's tokenizer.json, parsed.
     """
     model = content["model"]
     if model["type"] != "BPE" or not (split := known_split(tokenizer, content)):
@@ -151,10 +150,10 @@ def with_merges(tokenizer: Tokenizer, content: dict) -> Vocabulary:
 
 
 def known_split(tokenizer: Tokenizer, content: dict) -> str | None:
-    """Find llama.cpp's name for how this tokenizer splits text; None if llama.cpp would produce different tokens."""
+    """Return llama.cpp's name for the way this tokenizer splits text, or None if llama.cpp's tokens would differ."""
     step = content["pre_tokenizer"] or {}
     split = SPLITS.get(tuple(map(split_key, step.get("pretokenizers") or [step])))
-    text = " A  ﬁ e\u0301 "  # chosen so that a normalizer would change it
+    text = " A  ﬁ e\u0301 "  # any normalizer would change this text
     pieces = [tokenizer.pieces[i] for i in tokenizer.encode_rest(text)]
     same = b"".join(pieces) == text.encode()
     fits = (split == "default") == content["model"]["byte_fallback"]
@@ -181,10 +180,11 @@ def write_gguf(
 ) -> None:
     """Write a GGUF file.
 
-    title: the name of the model. content, weights: as returned by to_pretrained(). dtype: a key of DTYPES.
     Vectors and learned positions stay in float32. With q8_0, which packs weights in blocks of 32, so do matrices whose
     row length is not a multiple of 32. Padding rows of the embedding are left out, because llama.cpp would sample them.
-    Raises UserError if llama.cpp does not support a part of the model, OSError if writing fails.
+
+    title: the name of the model. content, weights: as returned by to_pretrained(). dtype: a key of DTYPES.
+    Raises UserError if llama.cpp does not support the activation, and OSError if writing fails.
     """
     architecture = content["model_type"]
     table = FAMILIES[architecture].settings
@@ -225,7 +225,7 @@ def write_gguf(
 
 
 def check_activation(name: str, supported: str) -> None:
-    """Raise UserError if llama.cpp would use a different activation. name: transformers' name for the model's."""
+    """Raise UserError unless llama.cpp supports an activation. name: its name in transformers."""
     activation = ACTIVATION_NAMES[name]
     if activation != supported:
         raise UserError(
@@ -234,9 +234,9 @@ def check_activation(name: str, supported: str) -> None:
 
 
 def arranged(name: str, tensor: Tensor, head_size: int | None) -> Tensor:
-    """Rearrange a tensor into llama.cpp's layout: (outputs, inputs), with the features of a rotary pair side by side.
+    """Rearrange a tensor into llama.cpp's layout: (outputs, inputs), with the two features of a rotary pair adjacent.
 
-    In transformers, the two are D / 2 apart, so the rows of q_proj and k_proj have to be reordered.
+    In transformers they are D / 2 apart, so the rows of q_proj and k_proj are reordered.
     """
     if ".h." in name:  # a block of GPT-2
         return tensor.t()
@@ -247,7 +247,7 @@ def arranged(name: str, tensor: Tensor, head_size: int | None) -> Tensor:
 
 
 def rope_factors(config: ModelConfig) -> np.ndarray:
-    """Compute the divisor of each rotary frequency: (D / 2,) float32."""
+    """Compute the numbers by which llama.cpp divides the rotary frequencies: (D / 2,) float32."""
     D = config.head_size
     frequency = config.rope_base ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
     return (1 / llama_scale(frequency, config)).numpy()

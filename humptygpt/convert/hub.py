@@ -1,8 +1,8 @@
-"""Fetch models by name from the Hugging Face hub, into the cache shared with the user's other programs.
+"""Download models from the Hugging Face Hub by name, to the cache that other programs use as well.
 
 huggingface_hub's environment variables apply: HF_ENDPOINT selects a mirror, HF_TOKEN gives access to gated models,
-HF_HOME is the folder that models are stored in, HF_HUB_OFFLINE=1 prevents network access. Only text files and weights
-are fetched, and pickles only if a model has no safetensors.
+HF_HOME is the folder that contains the cache, and HF_HUB_OFFLINE=1 prevents network access. Only text files and weights
+are downloaded, and pickles only if a model has no safetensors files.
 """
 
 import os
@@ -24,14 +24,14 @@ TEXT_FILES = [
     "merges.txt",
     "tokenizer_config.json",
 ]
-WEIGHTS = [  # only the first of these groups that a model has is fetched
+WEIGHTS = [  # groups of file patterns; only the first group that the model has is downloaded
     ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],
     ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"],
 ]
 
 
 def repository(name: str) -> str | None:
-    """Expand a name to owner/model; None if it cannot be a name on the hub, for example because it is a local path."""
+    """Expand a name to owner/model. Returns None if it cannot be a name on the Hub, such as a local path."""
     if name in GPT2:
         return GPT2[name]
     owner = name.partition("/")[0]
@@ -40,12 +40,12 @@ def repository(name: str) -> str | None:
 
 
 def fetch_tokenizer(repo: str) -> Path:
-    """Fetch a model without its weights and return its folder. Raises UserError."""
+    """Download a model's files except for its weights. Returns their folder. Raises UserError if this fails."""
     return fetch(repo, TEXT_FILES)
 
 
 def fetch_model(repo: str) -> Path:
-    """Fetch a model and return its folder. Raises UserError, if possible before the weights are downloaded."""
+    """Download a model. Returns its folder. Raises UserError, if possible before weights are downloaded."""
     # imported here, because it loads torch
     from humptygpt.convert.huggingface import read_config
 

@@ -1,6 +1,6 @@
 """Convert GPT-2 and Llama models from Hugging Face's format to our config and weights, and back.
 
-A model is a folder with config.json and weights. No code in the folder is run, and transformers is not needed.
+A model is a folder with config.json and weights. No code from the folder is run, and transformers is not needed.
 Weights are read as float32, which represents bfloat16 and float16 exactly.
 """
 
@@ -28,28 +28,28 @@ from humptygpt.schema import parse_json
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 
-# not checked on export: settings for training only, biases (visible in the weights) and rope_base (unused by GPT-2)
+# not checked on export: settings that only affect training, biases (the weights show them), rope_base (GPT-2 has none)
 NOT_EXPORTED = {"dropout", "label_smoothing", "init", "bias", "attn_bias", "mlp_bias"}
 NOT_EXPORTED |= {"rope_base"}
-SUPPORTED = {  # keys of config.json that change the model's formulas, and the only value supported for each
+SUPPORTED = {  # {key of config.json that changes the model's formulas: the only value that we support}
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
     "partial_rotary_factor": 1,
 }
 ROPE_TYPES = {"default", "llama3"}
-ROPE = {"rope_type?": ROPE_TYPES, "type?": ROPE_TYPES}  # older files use the second key
+ROPE = {"rope_type?": ROPE_TYPES, "type?": ROPE_TYPES}  # older files have the second key
 SCHEMA = {
     "model_type": set(FAMILIES),
     "vocab_size": int,
-    # transformers before version 5 writes the first key, later versions the second
+    # transformers writes the first of these keys before version 5, and the second since then
     "rope_scaling?": (ROPE, None),
     "rope_parameters?": (ROPE, None),
 }
 
 
 def layer_names(family: Family, config: ModelConfig) -> list[tuple[str, list[str]]]:
-    """Pair transformers' name for each layer with the names of our layers that it combines."""
+    """List the layers of a model: transformers' name for each, and the names of our layers that it combines."""
     return [
         (theirs.replace("#", str(i)), ours.replace("#", str(i)).split())
         for theirs, ours in family.weights.items()
@@ -60,7 +60,7 @@ def layer_names(family: Family, config: ModelConfig) -> list[tuple[str, list[str
 def weight_names(
     family: Family, config: ModelConfig, ours: dict
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yield transformers' name and our names for each weight of a model. ours: the model's state dict."""
+    """Yield, for each weight of a model, its name in transformers and our names. ours: our state dict of the model."""
     for theirs, names in layer_names(family, config):
         for kind in ("weight", "bias"):
             own = [f"{name}.{kind}" for name in names]
@@ -69,7 +69,7 @@ def weight_names(
 
 
 def transposed(family: Family, name: str, tensor: Tensor) -> Tensor:
-    """Transpose a matrix of a block if the family stores it as (inputs, outputs). t() leaves vectors unchanged."""
+    """Transpose a block's matrix if the family stores it as (inputs, outputs). Vectors stay as they are."""
     return tensor.t() if family.transposed and ".h." in name else tensor
 
 
@@ -87,9 +87,9 @@ def to_theirs(family: Family, config: ModelConfig, ours: Weights) -> Weights:
 
 
 def read_pretrained(folder: Path) -> nn.Module:
-    """Read a model from a folder, in float32 on the CPU. Raises UserError.
+    """Load a model from a Hugging Face folder, in float32 on the CPU. Dropout is 0, whatever config.json says.
 
-    Dropout is not read, since it only matters in training.
+    Raises UserError if the model is damaged or not supported.
     """
     what = f"the model in {folder}"
     family, config = read_config(folder)
@@ -99,7 +99,7 @@ def read_pretrained(folder: Path) -> nn.Module:
 
 
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:
-    """Read config.json. Raises UserError if it describes a model that is not supported."""
+    """Read config.json. Raises UserError if it is damaged or describes a model that is not supported."""
     with reading(f"the model in {folder}: config.json"):
         content = parse_json((folder / "config.json").read_bytes(), SCHEMA)
         family = FAMILIES[content["model_type"]]
@@ -107,7 +107,7 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
 
 
 def model_settings(family: Family, content: dict) -> dict[str, object]:
-    """Translate the content of config.json into our settings. Their types are not checked yet. Raises ValueError."""
+    """Translate config.json into our settings, without checking their types. Raises ValueError if it is unsupported."""
     rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
     content = family.defaults | content | rope
     table = family.settings
@@ -122,16 +122,17 @@ def model_settings(family: Family, content: dict) -> dict[str, object]:
     if any(type(value) is int and abs(value) >= 2**63 for value in settings.values()):
         raise ValueError("a number does not fit in 64 bits")
     activation = str(settings["activation"])
-    # ModelConfig refuses unknown names
+    # a name that is not in the table is kept, and ModelConfig then refuses it
     return settings | {"activation": ACTIVATION_NAMES.get(activation, activation)}
 
 
 def build_model(
     what: object, family: Family, config: ModelConfig, tensors: Weights
 ) -> nn.Module:
-    """Build a model from the tensors of a file, emptying `tensors` along the way. Raises UserError.
+    """Build a model from the tensors of a file. Removes them from `tensors` along the way, to save memory.
 
-    what: the name of the file in error messages. Nothing is allocated until all names and shapes have been checked.
+    All names and shapes are checked before any memory is allocated. Raises UserError if they do not match the config.
+    what: the name of the file in error messages.
     """
     like = build_like(what, config, tensors).state_dict()
     stored = {}
@@ -167,9 +168,10 @@ def build_model(
 def to_pretrained(
     model: nn.Module, dtype: str = "float32"
 ) -> tuple[dict[str, object], Weights]:
-    """Convert a model to the content of config.json and to weights with transformers' names, in this dtype on the CPU.
+    """Convert a model for export. Returns the content of config.json, and weights under transformers' names.
 
-    GPT-2 always has bias terms; they are 0 if our model has none. Raises UserError if a setting cannot be exported.
+    transformers' GPT-2 always has biases, so they are 0 if our model has none. dtype: data type of the weights, which
+    are on the CPU. Raises UserError if a setting cannot be exported.
     """
     config = model.config
     name = find_family(config)
@@ -188,7 +190,7 @@ def to_pretrained(
         "model_type": name,
         "architectures": [family.architecture],
         "torch_dtype": dtype,
-        # set in generation_config.json instead; transformers' defaults are ids of other tokenizers
+        # None, because transformers' defaults are ids of other tokenizers; generation_config.json has ours
         "bos_token_id": None,
         "eos_token_id": None,
     }
@@ -206,7 +208,7 @@ def to_pretrained(
 
 
 def find_family(config: ModelConfig) -> str:
-    """Find the model_type of a model with this config. Raises UserError if no family supports all its settings."""
+    """Return the model_type that a model with this config is exported as. Raises UserError if a setting prevents it."""
     name = "gpt2" if config.position == "learned" else "llama"
     family = FAMILIES[name]
     free = {*family.settings.values(), *ROPE_SCALING.values(), *NOT_EXPORTED}
@@ -225,15 +227,15 @@ def find_family(config: ModelConfig) -> str:
 
 
 def write_pretrained(model: nn.Module, folder: Path, dtype: str = "float32") -> None:
-    """Write the output of to_pretrained() to config.json and model.safetensors. Raises UserError."""
+    """Export a model to config.json and model.safetensors. Raises UserError if a setting or the disk prevents it."""
     content, weights = to_pretrained(model, dtype)
     write_files(folder, {"config.json": content, "model.safetensors": weights})
 
 
 def write_files(folder: Path, contents: dict[str, str | dict]) -> None:
-    """Write texts, JSON and safetensors files, each atomically, and config files after weights. Raises UserError.
+    """Write several files to a folder, each atomically. Weights are written before config files.
 
-    contents: {file name: a text, named tensors, or the content of a JSON file}.
+    contents: {file name: a text, named tensors, or the content of a JSON file}. Raises UserError if writing fails.
     """
     for name, content in sorted(contents.items(), reverse=True):
         if name.endswith(".safetensors"):

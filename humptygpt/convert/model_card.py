@@ -1,4 +1,4 @@
-"""The README.md of an exported model: its origin and training, its validation loss, and how to use it."""
+"""The README.md of an exported model. It describes the model's origin, training, validation loss and use."""
 
 import json
 
@@ -84,7 +84,7 @@ def model_card(loaded: Loaded, name: str) -> str:
 
 
 def changed_settings(saved: dict) -> list[str]:
-    """List the settings of a run that differ from the defaults, as the lines of a config file."""
+    """List the settings of a run that differ from the defaults, written as lines of a config file."""
     defaults = vars(ModelConfig()) | vars(TrainConfig())
     settings = saved["model_config"] | saved["train_config"]
     return [

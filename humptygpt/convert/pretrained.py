@@ -19,10 +19,12 @@ SENTENCEPIECE_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace
 
 
 class PretrainedTokenizer(Tokenizer):
-    """A tokenizer read from a tokenizer.json. Hugging Face's tokenizers library runs it, so ids and text are the same.
+    """A tokenizer read from a tokenizer.json and run by Hugging Face's tokenizers library, so its results are the same.
 
-    content: the JSON. Its special tokens are recognised in a text, unlike the special tokens of our own tokenizers.
-    Only byte-level and sentencepiece decoders are supported, because they decode each token on its own.
+    Unlike those of our own tokenizers, its special tokens are recognised in a text. Only byte-level and sentencepiece
+    decoders are supported, because they decode each token on its own.
+
+    content: the JSON. eot, bos: ids of the end-of-text and start-of-text tokens; None if there is none.
     """
 
     name = "tokenizer.json"
@@ -46,7 +48,7 @@ class PretrainedTokenizer(Tokenizer):
 
     @cached_property
     def _rest(self):
-        """An engine for text that continues an earlier text: it adds no space in front."""
+        """An engine for text that continues an earlier text. It adds no space at the start."""
         return load_engine(json.dumps(json.loads(self.content, object_hook=without_prefix)))
 
     def encode(self, text: str) -> np.ndarray:
@@ -75,7 +77,7 @@ class PretrainedTokenizer(Tokenizer):
 
 
 def load_engine(content: str):
-    """Create a tokenizers.Tokenizer from a tokenizer.json, without truncation or padding. Raises ValueError."""
+    """Create a tokenizers.Tokenizer that neither truncates nor pads. Raises ValueError if its tokenizer.json is bad."""
     import tokenizers
 
     try:
@@ -114,9 +116,9 @@ def piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
 
 
 def without_prefix(entry: dict) -> dict:
-    """Keep a step of a tokenizer.json from adding a space before a text; other entries are returned unchanged."""
+    """Change an entry of a tokenizer.json so that it adds no space before a text. Most entries stay unchanged."""
     plain = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
-    # in a vocabulary, "type" may be a token, whose value is an id
+    # a step has a "type", which is a string; in a vocabulary, "type" may be a token, whose value is an id
     is_step = isinstance(entry.get("type"), str)
     return entry | {key: plain[key] for key in plain.keys() & entry.keys() if is_step}
 

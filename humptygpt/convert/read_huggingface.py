@@ -1,7 +1,8 @@
 """Read the tokenizer of a model in Hugging Face's format. Ids and text are the same as in transformers.
 
-The path is a folder or one of these files: tokenizer.json, tokenizer.model (sentencepiece), vocab.json with merges.txt.
-Other files in the folder name the special tokens. No code is run, and transformers is not needed.
+The path is a folder or one of these files: tokenizer.json, tokenizer.model (sentencepiece), or vocab.json, which has a
+merges.txt beside it. tokenizer_config.json in the same folder names the special tokens. No code from the folder is run,
+and transformers is not needed.
 """
 
 from pathlib import Path
@@ -23,7 +24,7 @@ SETTINGS = {
 
 
 def tokenizer_file(path: Path) -> Path | None:
-    """Return `path` if it is one of READERS' files, else the first of them in the folder `path`, or None."""
+    """Return `path` itself if it is a file named in READERS. Otherwise return the first such file in it, or None."""
     files = [path, *(path / name for name in READERS)]
     return next((file for file in files if file.name in READERS and file.is_file()), None)
 
@@ -43,7 +44,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def read_settings(folder: Path) -> dict:
-    """Read tokenizer_config.json, if there is one, and drop entries that are null."""
+    """Read tokenizer_config.json, if there is one, without entries that are null."""
     path = folder / "tokenizer_config.json"
     content = parse_json(path.read_bytes(), SETTINGS) if path.is_file() else {}
     settings = {key: value for key, value in content.items() if value is not None}
@@ -59,7 +60,7 @@ def read_settings(folder: Path) -> dict:
 
 def read_json(path: Path, settings: dict) -> PretrainedTokenizer:
     engine = load_engine(path.read_text(encoding="utf-8"))
-    # tokenizer.json itself specifies which token starts a text
+    # add_bos_token does not apply: tokenizer.json itself specifies whether a token is put before a text
     return finish(engine, settings | {"add_bos_token": False})
 
 
@@ -72,7 +73,7 @@ def read_sentencepiece(path: Path, settings: dict) -> PretrainedTokenizer:
 
 
 def read_merges(path: Path, settings: dict) -> PretrainedTokenizer:
-    """Read a tokenizer stored like GPT-2's, in vocab.json and merges.txt."""
+    """Read a tokenizer stored as vocab.json and merges.txt, as GPT-2's is."""
     from tokenizers import ByteLevelBPETokenizer
 
     merges = path.with_name("merges.txt")
@@ -83,7 +84,7 @@ def read_merges(path: Path, settings: dict) -> PretrainedTokenizer:
     return finish(engine, settings)
 
 
-# the first file that exists is used, as in transformers
+# {file name: function that reads it}; the first file that exists is used, as in transformers
 READERS = {
     "tokenizer.json": read_json,
     "tokenizer.model": read_sentencepiece,
@@ -92,7 +93,7 @@ READERS = {
 
 
 def finish(engine, settings: dict) -> PretrainedTokenizer:
-    """Add the special tokens that the settings name, and find the tokens that texts start and end with."""
+    """Add the special tokens named in the settings, and determine the start-of-text and end-of-text tokens."""
     from tokenizers import AddedToken, processors
 
     added = {int(i): x for i, x in settings.get("added_tokens_decoder", {}).items()}

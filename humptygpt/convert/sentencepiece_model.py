@@ -1,4 +1,4 @@
-"""Convert sentencepiece models to Hugging Face's tokenizers library. Ids and text stay the same."""
+"""Convert sentencepiece models for Hugging Face's tokenizers library. Ids and text stay the same."""
 
 from collections.abc import Iterator
 
@@ -6,10 +6,11 @@ from collections.abc import Iterator
 def convert_sentencepiece(proto: bytes, scheme: str | None):
     """Convert another project's tokenizer.model to a tokenizers.Tokenizer. Raises ValueError if no equivalent exists.
 
-    scheme: which texts get a leading space. None: each text, as in sentencepiece; "always": each text that does not
-    start with a space; "first": only the first text, unless it starts with a space. The last two match transformers'
-    LlamaTokenizer with legacy=True and legacy=False. Special tokens split a text into several.
     Returns the tokenizer, and the tokens that begin and end a text, under their names in tokenizer_config.json.
+
+    scheme: which parts of a text get a leading space, if special tokens split it into parts. None: every part, as in
+    sentencepiece. "always": every part that does not start with a space, as in transformers' LlamaTokenizer with
+    legacy=True. "first": only the first part, unless it starts with a space, as with legacy=False.
     """
     from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
@@ -45,23 +46,25 @@ def convert_sentencepiece(proto: bytes, scheme: str | None):
 
 
 def normal_ids(model) -> list[int]:
-    """Ids of the pieces that sentencepiece learned. model: a SentencePieceProcessor."""
+    """Return the ids of the pieces that sentencepiece learned. model: a SentencePieceProcessor."""
     others = (model.is_byte, model.is_control, model.is_unknown)
     return [i for i in range(model.vocab_size()) if not any(kind(i) for kind in others)]
 
 
 def subword_model(model, space: str, first: int = 0):
-    """Build a model for the tokenizers library from the tokens of a SentencePieceProcessor, starting at id `first`.
+    """Build a model for the tokenizers library from the pieces of a SentencePieceProcessor.
 
-    space: the character that stands for a space in the text of a token. The scores of byte pairs are 0, -1, -2, ...;
-    the pair with the highest score is merged first. The scores of unigram models are log-probabilities.
+    The two model types are told apart by their scores. In a BPE model these are 0, -1, -2, and so on, and the pair with
+    the highest score is merged first. In a unigram model they are log-probabilities.
+
+    space: the character that stands for a space in pieces. first: the first id to use; the new ids start at 0.
     """
     from tokenizers import models
 
     ids = range(first, model.vocab_size())
     pieces = [(model.id_to_piece(i).replace("▁", space), model.get_score(i)) for i in ids]
     if not all(score.is_integer() for _, score in pieces):
-        # unk_id marks text that matches no piece until it is spelled in bytes; any token will do
+        # unk_id is required, but any id will do, because text that matches no piece is spelled in bytes
         return models.Unigram(pieces, unk_id=0, byte_fallback=True)
     by_score = sorted(normal_ids(model), key=model.get_score, reverse=True)
     merges = find_merges([pieces[i - first][0] for i in by_score])
@@ -70,9 +73,10 @@ def subword_model(model, space: str, first: int = 0):
 
 
 def find_merges(pieces: list[str]) -> Iterator[tuple[str, str]]:
-    """Find all pairs of pieces that together form another piece, in the order of the pieces that they form.
+    """Find all pairs of pieces that together form another piece. They are in the order of the pieces that they form.
 
-    tiktoken and sentencepiece merge any neighbours whose combined text is a piece, the earliest piece first.
+    tiktoken and sentencepiece store no such list: they merge any two neighbours whose combined text is a piece, and the
+    piece that comes first in the vocabulary is formed first.
     """
     known = set(pieces)
     for piece in pieces:

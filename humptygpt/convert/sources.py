@@ -1,4 +1,4 @@
-"""Load models and tokenizers from other programs: Hugging Face folders, PEFT adapters, nanoGPT checkpoints."""
+"""Load models and tokenizers of other programs, from Hugging Face folders, PEFT adapters or nanoGPT checkpoints."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -26,7 +26,7 @@ NANOGPT_FAMILY = GPT2._replace(transposed=False)
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """Load the tokenizer given by tokenizer=source, without loading the model's weights. Raises UserError."""
+    """Load the tokenizer that --tokenizer names, without the model's weights. Raises UserError if this fails."""
     if tokenizer_file(Path(source)):
         return read_tokenizer(Path(source))
     path = find_source(source, key="tokenizer")
@@ -48,7 +48,7 @@ def from_folder(path: Path, source: str | Path) -> Loaded:
 
 
 def from_adapter(path: Path) -> Loaded:
-    """Load an adapter in PEFT's format, and merge it into its base model."""
+    """Load an adapter in PEFT's format and its base model, and merge them."""
     base = load(find_base(path))
     merge_adapter(path, base.model)
     about = f"{path}: an adapter for {base.path}"
@@ -56,7 +56,7 @@ def from_adapter(path: Path) -> Loaded:
 
 
 def find_base(adapter: Path) -> Path:
-    """Find the base model of an adapter. Raises UserError."""
+    """Return the path of an adapter's base model. Raises UserError if there is none."""
     key = "base_model_name_or_path"
     return find_source(read_config(adapter)[key], key=f"{adapter / CONFIG}: {key}")
 
@@ -72,14 +72,14 @@ def from_nanogpt(path: Path, saved: dict) -> Loaded:
         always = {"activation": "gelu", "tie_weights": True, "bias": True}
         settings = GPT2.fixed | always | saved["model_args"] | {"dropout": 0.0}
         config = restore(ModelConfig, settings)
-    # names in a compiled model have a prefix
+    # torch.compile puts this prefix before all names
     weights = {name.removeprefix("_orig_mod."): x for name, x in saved["model"].items()}
     model = build_model(path, NANOGPT_FAMILY, config, weights)
     return Loaded(model, nanogpt_tokenizer(path, saved), path, f"nanoGPT's {path}")
 
 
 def nanogpt_tokenizer(path: Path, saved: dict) -> Tokenizer:
-    """Read the dataset's meta.pkl from data/ here or in nanoGPT's checkout; if there is none, use GPT-2's tokenizer."""
+    """Read the dataset's meta.pkl, from our data/ or from nanoGPT's. If there is none, return GPT-2's tokenizer."""
     dataset = Path(saved.get("config", {}).get("dataset", "")).name
     meta = Path("data", dataset, "meta.pkl")
     for file in (meta, path.absolute().parent.parent / meta):

@@ -1,6 +1,7 @@
-"""Read files of named tensors in Hugging Face's formats: safetensors and torch.save's pickles, single or sharded.
+"""Read weights in Hugging Face's formats: safetensors or torch.save's pickles, in one file or in several shards.
 
-Tensors in safetensors files stay memory-mapped until they are used, so all can be checked first. No code is run.
+Tensors in safetensors files stay memory-mapped until they are used, so their names and shapes can be checked first.
+Reading a file never runs code from it.
 """
 
 from collections.abc import Iterator
@@ -14,13 +15,13 @@ from humptygpt.checkpoint import load_plain, refuse_damaged
 from humptygpt.config import UserError, one_line
 from humptygpt.schema import parse_json
 
-MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is used
+MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
 Weights = dict[str, Tensor]  # tensors by name
 
 
 @contextmanager
 def reading(what: object) -> Iterator[None]:
-    """Turn errors raised in the block, which reads an untrusted file, into a one-line UserError."""
+    """Turn errors in the block into a one-line UserError. what: what the block reads, for the message."""
     try:
         yield
     except (ValueError, UserError, OSError) as error:
@@ -28,7 +29,7 @@ def reading(what: object) -> Iterator[None]:
 
 
 def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Weights:
-    """Read all tensors from the first of these files found in a folder. Raises ValueError, UserError or OSError."""
+    """Read all tensors from the first of these files that the folder has. Raises ValueError, UserError or OSError."""
     for name in names:
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
@@ -43,10 +44,10 @@ def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Weights:
 
 
 def open_file(path: Path) -> Weights:
-    path.open("rb").close()  # raises OSError for a file that cannot be read
+    path.open("rb").close()  # raises OSError if the file cannot be read
     problem = "is truncated or damaged, or holds more than tensors and plain data"
     with refuse_damaged(path, problem):
-        # load_file also checks that the file has the declared size
+        # load_file also checks that the file has the size that its header declares
         safe = path.suffix == ".safetensors"
         tensors = load_file(path) if safe else load_plain(path, legacy=True)
         check_dense(tensors)
@@ -54,17 +55,17 @@ def open_file(path: Path) -> Weights:
 
 
 def check_dense(tensors: Weights) -> None:
-    """Raise ValueError unless `tensors` maps names to dense tensors, or another exception if it is not a dictionary."""
+    """Raise ValueError unless `tensors` maps names to dense CPU tensors, or any error if it is not a dictionary."""
     for name, x in tensors.items():
         dense = isinstance(x, Tensor) and x.layout == strided and x.device.type == "cpu"
-        # with a stride of 0, a tensor can claim any size with little memory behind it
+        # a tensor with a stride of 0 can claim to be of any size, although little memory is behind it
         small = dense and not x.is_nested and x.nbytes <= x.untyped_storage().nbytes()
         if type(name) is not str or not small or x.is_quantized:
             raise ValueError(f"{name} must be a dense tensor")
 
 
 def check_shapes(tensors: Weights, expected: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError unless the tensors have exactly these names and shapes."""
+    """Raise ValueError unless the tensors have exactly the expected names and shapes."""
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if different := found.items() ^ expected.items():
         name, _ = min(different)

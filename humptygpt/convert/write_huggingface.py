@@ -1,8 +1,8 @@
-"""Convert one of our tokenizers to tokenizer.json, for Hugging Face's tokenizers library, and tokenizer_config.json.
+"""Export our tokenizers as tokenizer.json and tokenizer_config.json, for Hugging Face's tokenizers and transformers.
 
-Ids and text are the same as ours, with two exceptions. The text <|endoftext|> is encoded as the token of that name, as
-everywhere in transformers. And if a model generates bytes that are not valid UTF-8, each of them becomes a U+FFFD,
-whereas we write one U+FFFD for all of them.
+They produce the same ids and text as ours, with two exceptions. The text <|endoftext|> is encoded as the token of that
+name, as always in transformers. And if a model generates several bytes that are not valid UTF-8, each becomes a
+U+FFFD, whereas ours writes one U+FFFD for all of them.
 """
 
 from functools import singledispatch
@@ -26,7 +26,7 @@ from humptygpt.tokenizers import (
 
 
 def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str | dict]:
-    """Return the content of each file by name. Raises UserError if the tokenizer cannot be exported."""
+    """Convert a tokenizer to files. Returns {file name: content}. Raises UserError if it cannot be exported."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
@@ -51,7 +51,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
 
 
 def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """Build the same tokenizer for Hugging Face's tokenizers library."""
+    """Build the equivalent tokenizer of Hugging Face's tokenizers library."""
     theirs = convert(tokenizer)
     if END_OF_TEXT.encode() in tokenizer.pieces:
         theirs.add_special_tokens([END_OF_TEXT])
@@ -60,7 +60,7 @@ def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 @singledispatch
 def convert(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """Convert a tokenizer, except for its special token."""
+    """Convert a tokenizer without its end-of-text token."""
     raise UserError(
         f"tokenizer={tokenizer.name} cannot be exported: tokenizer.json cannot represent it"
     )
@@ -68,7 +68,7 @@ def convert(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 @convert.register
 def _(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
-    # "unknown" is not in the vocabulary, so an unknown character is an error; models.BPE would drop it
+    # since "unknown" is not in the vocabulary, an unknown character raises an error; models.BPE would drop it
     theirs = tokenizers.Tokenizer(
         models.WordLevel({char: i for i, char in enumerate(tokenizer.alphabet)}, "unknown")
     )
@@ -83,7 +83,7 @@ def _(tokenizer: ByteTokenizer | BytePairTokenizer) -> tokenizers.Tokenizer:
     pieces = [piece for piece in tokenizer.pieces if piece != END_OF_TEXT.encode()]
     texts = ["".join(map(sign_of.get, piece)) for piece in pieces]
     ids = {text: i for i, text in enumerate(texts)}
-    # ignore_merges: a word that is a piece itself becomes one token, as in tiktoken
+    # ignore_merges: a word that is itself a piece becomes a single token, as in tiktoken
     model = models.BPE(ids, list(find_merges(texts)), ignore_merges=True)
     theirs = tokenizers.Tokenizer(model)
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(
@@ -95,11 +95,11 @@ def _(tokenizer: ByteTokenizer | BytePairTokenizer) -> tokenizers.Tokenizer:
 
 @convert.register
 def _(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
-    """Pieces contain spaces instead of sentencepiece's ▁, so that a ▁ in the text itself is encoded as bytes."""
+    """Write spaces in pieces as spaces, not as sentencepiece's ▁, so that a ▁ in a text is encoded as bytes."""
     processor = SentencePieceProcessor(model_proto=tokenizer.proto)
     theirs = tokenizers.Tokenizer(subword_model(processor, " ", first=1))
     if isinstance(theirs.model, models.Unigram):
-        # otherwise the text "<0x41>" would be encoded as that byte
+        # split such texts: otherwise "<0x41>" would be encoded as the byte 0x41
         byte_like = Regex("<(?=0x[0-9A-F]{2}>)")
         theirs.pre_tokenizer = pre_tokenizers.Split(byte_like, "merged_with_previous")
     theirs.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])

@@ -1,6 +1,6 @@
-"""LoRA: fine-tune small matrices added to large ones, which stay frozen.
+"""LoRA: fine-tune small matrices that are added to a model's large ones, which stay frozen.
 
-add() inserts the small matrices into a model; merge() adds their products to its weights.
+add() inserts the small matrices into a model. merge() adds their products to the large ones.
 Source: Hu et al. 2021, arXiv:2106.09685.
 """
 
@@ -15,9 +15,10 @@ MARK = ".lora_"  # part of the names of the trained matrices
 
 
 class LoRALinear(nn.Linear):
-    """W x + b + alpha / rank * B A x, where only A (rank, inputs) and B (outputs, rank) are trained.
+    """A linear layer with LoRA: W x + b + alpha / rank * B A x, where only A and B are trained.
 
-    W and b are those of the original layer. B starts at 0, so the model is unchanged at first.
+    W and b come from the original layer. A is (rank, inputs), and B is (outputs, rank). B starts at 0, so the model is
+    unchanged at first.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
@@ -39,14 +40,15 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """W + alpha / rank * B A, (outputs, inputs)."""
+        """Return W + alpha / rank * B A, (outputs, inputs)."""
         return self.weight + self.scale * (self.lora_B.weight @ self.lora_A.weight)
 
 
 def add(model: nn.Module, training: dict) -> nn.Module:
-    """Add LoRA to the layers named in lora_targets, and freeze the rest of the model. Raises UserError.
+    """Add LoRA to the layers named in lora_targets, and freeze the rest of the model.
 
-    training: the training settings; only lora_rank, lora_alpha and lora_targets are used.
+    training: the training settings, of which lora_rank, lora_alpha and lora_targets are used.
+    Raises UserError if the model has no layer of one of these names.
     """
     targets = {name.strip() for name in training["lora_targets"].split(",")}
     layers = {
@@ -77,12 +79,12 @@ def adapted(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict of the equivalent model without LoRA. Only layers changed by LoRA have new tensors."""
+    """Return the state dict of the equivalent model without LoRA. Weights that LoRA did not change are not copied."""
     changed = {f"{name}.weight": layer.merged() for name, layer in adapted(model).items()}
     state = {name: x for name, x in model.state_dict().items() if MARK not in name}
     return state | changed
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Return the equivalent model without LoRA. model: on the CPU."""
+    """Return the equivalent model without LoRA. The model must be on the CPU."""
     return restore_model(merged_state(model), model.config)

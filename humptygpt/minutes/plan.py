@@ -1,7 +1,7 @@
 """--minutes: choose a model and training settings for a text, a machine and a time limit, and end training on time.
 
-benchmarks/law.py fitted the constants of the scaling law to runs of one to ten minutes; for longer runs, the law is
-an extrapolation.
+The constants of the scaling law were fitted by benchmarks/law.py to runs of one to ten minutes, so for longer runs its
+predictions are extrapolations.
 """
 
 import math
@@ -45,33 +45,33 @@ SIZES = (
     (10, 576),
     (12, 768),
 )
-CONTEXTS = (128, 256, 512)  # tokens
-STEPS = (1024, 2048, 4096)  # tokens per step
+CONTEXTS = (128, 256, 512)  # context lengths to try, in tokens
+STEPS = (1024, 2048, 4096)  # batch sizes to try, in tokens per step
 HEAD_SIZE = 64
-EVALUATIONS = 4
-TIME_TO_TRAIN = 0.85  # fraction of the remaining time to plan for; evaluations get the rest
-PROBE_STEPS = 5
+EVALUATIONS = 4  # number of evaluations in a run
+TIME_TO_TRAIN = 0.85  # fraction of the remaining time to plan for training steps; the rest is for evaluations
+PROBE_STEPS = 5  # steps run to measure the time per step
 # seconds reserved at the end of a run to load the best model, sample from it, draw the plot and exit
 ENDING = 1.5
 
 
 class Clock:
-    """Measures progress by wall-clock time, so that a run ends on schedule whatever else the machine is doing."""
+    """Measures progress by wall-clock time, so that a run ends on time even if other programs slow it down."""
 
     def __init__(self, started: float, minutes: float, earlier: float):
-        """started: time.monotonic() when the command started. earlier: seconds that the run took before that."""
+        """started: time.monotonic() when the command started. earlier: seconds that earlier commands took."""
         self.started = started - earlier
         self.end = self.started + 60 * minutes - ENDING  # when training ends
-        self.step = 0.0  # seconds per step, as measured before the run
-        # how long the last evaluation took, in seconds; an estimate until the first one
+        self.step = 0.0  # seconds per step, measured before training
+        # seconds that the last evaluation took; before the first one, an estimate
         self.evaluation = 0.0
-        # cost of the end of a run, in units of one evaluation: the last evaluation, a sample and, in a long run, an
-        # evaluation on the whole validation split
+        # time that the end of a run takes, as a multiple of an evaluation: for the last evaluation, a sample and, in a
+        # long run, an evaluation on the whole validation split
         self.at_the_end = 2.0
         self.last_step = time.monotonic()
 
     def start(self, run) -> None:
-        """Start the clock for training. run: a train.Run.
+        """Start timing the training steps. run: a train.Run.
 
         Until the first evaluation has been timed, an evaluation batch is assumed to take a third as long as a training
         batch.
@@ -85,31 +85,31 @@ class Clock:
         self.last_step = time.monotonic()
 
     def time_left(self, progress: Progress, config: TrainConfig) -> float:
-        """Seconds until the training ends."""
+        """Seconds until training ends."""
         return self.end - time.monotonic()
 
     def leave_out(self, evaluation: float) -> None:
-        """Do not count the time since the last advance() as a step. evaluation: seconds that this evaluation took."""
+        """Exclude the time since the last advance() from the next step. evaluation: seconds that an evaluation took."""
         self.evaluation = evaluation
         self.last_step = time.monotonic()
 
     def seconds(self) -> float:
-        """Seconds that the run has taken, including earlier commands."""
+        """Seconds that the run has taken so far, including earlier commands."""
         return time.monotonic() - self.started
 
     def seconds_left(self, position: float, config: TrainConfig) -> float:
-        """Seconds left for training, after subtracting the remaining evaluations and the end of the run."""
+        """Seconds left for training steps, excluding the remaining evaluations and the end of the run."""
         left = self.end - time.monotonic() - self.at_the_end * self.evaluation
         before = math.ceil((config.max_iters - position) / config.eval_interval) - 1
-        # at least half of the time is kept for training; evaluations that no longer fit are skipped
+        # at least half of the time is kept for steps; evaluations that no longer fit are skipped
         return max(left - before * self.evaluation, left / 2)
 
     def planned(self) -> float:
-        """Seconds of training to plan for, if the plan is made now."""
+        """Seconds available for training steps, if the run is planned now."""
         return TIME_TO_TRAIN * (self.end - time.monotonic())
 
     def advance(self, position: float, config: TrainConfig) -> float:
-        """Position after a step, between 0 and config.max_iters. position: the position before the step."""
+        """Return the schedule's position after a step, from 0 to config.max_iters. position: that before the step."""
         now = time.monotonic()
         step = now - self.last_step
         self.last_step = now
@@ -128,11 +128,11 @@ B = 30.0
 BETA = 0.26
 C = 1.0
 GAMMA = 0.5
-SMALL_STEPS = 0.1  # 0: only the amount of text read counts, 1: only the number of steps
-PARAMETERS_PER_BYTE = 1.0  # parameters that each byte of text can train
-MOST_PER_BYTE = 8.0  # with more parameters per byte, a model only memorises the text
-REPEATS = 1.0  # repetition or surplus parameters add at most this multiple of the amount
-# The default weight decay was tuned for these numbers of tokens in a step and in the text.
+SMALL_STEPS = 0.1  # with 0, only the amount of text read would count; with 1, only the number of steps
+PARAMETERS_PER_BYTE = 1.0  # parameters that each byte of text supports; any more are surplus and count for less
+MOST_PER_BYTE = 8.0  # a model with more parameters per byte would only memorise the text, so it is not tried
+REPEATS = 1.0  # repetition and surplus parameters can add at most this multiple of the original amount
+# The default weight decay was tuned for steps of RECIPE_STEP tokens and a text of RECIPE_TEXT tokens.
 RECIPE_STEP = 1024
 RECIPE_TEXT = 700_000
 
@@ -144,13 +144,14 @@ def loss(
     context: float = 256,
     step: float = 1024,
 ) -> float:
-    """Predict bits per byte above the entropy of the text itself.
-
-    read: bytes read in training. text: bytes of the text. context: bytes that a prediction can see. step: tokens per
-    step; many small steps learn more from the same amount of text than a few large ones.
+    """Predict a model's loss in bits per byte, minus the entropy of the text, which no model can avoid.
 
     The form follows Hoffmann et al. 2022, arXiv:2203.15556. Repeated text and surplus parameters are discounted as in
-    Muennighoff et al. 2023, arXiv:2305.16264, eq. 5 and 6.
+    Muennighoff et al. 2023, arXiv:2305.16264, eq. 5 and 6. Many small steps learn more from the same amount of text
+    than a few large ones.
+
+    parameters: excluding embeddings. read: bytes read in training, including repetitions. text: bytes of the text.
+    context: bytes of context for a prediction. step: tokens per step.
     """
     taught = worth(parameters, PARAMETERS_PER_BYTE * text)
     learned = worth(read, text) * (1024 / step) ** SMALL_STEPS
@@ -158,13 +159,13 @@ def loss(
 
 
 def worth(amount: float, once: float) -> float:
-    """Effective amount after discounting repetition. once: the amount available without repetition."""
+    """Effective amount after discounting what exceeds `once`, the amount available without repetition."""
     more = max(0.0, amount / once - 1)
     return min(amount, once) * (1 + REPEATS * (1 - math.exp(-more / REPEATS)))
 
 
 def advice(parameters: int, read: float, text: float) -> str:
-    """Say which would lower the loss most: more minutes, more text or a larger model."""
+    """Say what would lower the loss most: more minutes, more text or a larger model. Parameters: as for loss()."""
     now = loss(parameters, read, text)
     losses = {
         "twice the minutes": loss(parameters, 2 * read, text),
@@ -177,16 +178,18 @@ def advice(parameters: int, read: float, text: float) -> str:
 
 
 def dropout(epochs: float, parameters: float) -> float:
-    """Dropout rate for this number of epochs. A large model memorises more, so it gets a higher rate."""
+    """Choose a dropout rate for this number of epochs. Large models memorise more, so they get a higher rate."""
     rate = 0.05 * (parameters / 1e6) ** 0.4 * math.log2(max(epochs, 1) / 2.4)
     return round(min(0.3, max(0.0, rate)), 2)
 
 
 def decay(weight_decay: float, tokens: int, text: int) -> float:
-    """Scale the default weight decay to these numbers of tokens in a step and in the text.
+    """Scale the default weight decay to the size of the step and of the text.
 
-    With this scaling, the weights average over the same number of epochs for every text. Source: Wang & Aitchison 2024,
-    arXiv:2405.13698.
+    Weight decay makes the weights an average over recent updates. With this scaling, the average covers the same number
+    of epochs for every text. Source: Wang & Aitchison 2024, arXiv:2405.13698.
+
+    tokens: tokens per step. text: tokens in the text.
     """
     return float(f"{weight_decay * min(10, tokens / RECIPE_STEP * RECIPE_TEXT / text):.2g}")
 
@@ -196,14 +199,14 @@ def decay(weight_decay: float, tokens: int, text: int) -> float:
 
 
 class Candidate(NamedTuple):
-    """One possible choice of settings, and its costs."""
+    """A possible choice of settings, and what a step costs with it."""
 
     config: TrainConfig
     model_config: ModelConfig
-    parameters: int  # without the embeddings
+    parameters: int  # excluding embeddings
     tokens: int  # tokens per step
     operations: int  # operations per step, including Muon's
-    memory: float  # lower bound in bytes
+    memory: float  # lower bound on the memory needed, in bytes
 
 
 def begin(
@@ -215,11 +218,12 @@ def begin(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[TrainConfig, ModelConfig, Clock]:
-    """Start the clock, and choose the settings for which the scaling law predicts the lowest loss in the time left.
+    """Create the clock, and choose the settings for which the scaling law predicts the lowest loss in the time left.
 
-    given: keys that keep their values. A model loaded with init_from keeps its size, and a run resumed from `saved`
-    keeps all of its settings. Sets the block_size of the dataset. Raises UserError if not even one step fits into
-    the time or memory.
+    A model loaded with init_from keeps its size, and a resumed run keeps all of its settings. Also sets the dataset's
+    block_size. Raises UserError if there is not enough time or memory for even one step.
+
+    given: keys set by the user, which keep their values. saved: the checkpoint of a resumed run; None for a new run.
     """
     if dataset.task != "language modelling":
         raise UserError(
@@ -245,7 +249,7 @@ def begin(
     fitting = [candidate for candidate in tried if candidate.memory <= free]
     best = find_best(fitting, dataset, clock, time_step)
     config, model_config, parameters, tokens, *_ = best
-    if "dropout" not in given:  # dropout takes time, so the step is timed again
+    if "dropout" not in given:  # dropout makes steps slower, so they are timed again
         epochs = clock.planned() / time_step(best) * tokens / len(dataset.train)
         model_config = replace(model_config, dropout=dropout(epochs, parameters))
         best = best._replace(model_config=model_config)
@@ -258,7 +262,7 @@ def begin(
         "eval_interval": max(1, math.ceil(steps / EVALUATIONS)),
         "warmup_iters": min(config.warmup_iters, steps // 10),
     }
-    if config.init_from == "scratch":  # decay would make a trained model forget
+    if config.init_from == "scratch":  # weight decay would make a trained model forget
         chosen["weight_decay"] = decay(config.weight_decay, tokens, len(dataset.train))
     config = replace(config, **{k: v for k, v in chosen.items() if k not in given})
     return config, model_config, clock
@@ -272,7 +276,7 @@ def find_best(
 ) -> Candidate:
     """Find the candidate with the lowest predicted loss. Only the smallest, a middle one and the best are timed.
 
-    tried: sorted by operations.
+    tried: candidates, sorted by operations. time_step: measures the seconds per step of a candidate.
     """
     bytes_per_token = dataset.val_bytes_per_token()
     text = len(dataset.train) * bytes_per_token
@@ -280,7 +284,7 @@ def find_best(
     tried = [candidate for candidate in tried if candidate.parameters <= most]
 
     def seconds(candidate: Candidate) -> float:
-        """Time of a step: measured, or else estimated as a linear function of its operations."""
+        """Time of a step, measured if possible. Otherwise it is estimated as a linear function of operations."""
         more = candidate.operations - small.operations
         return times.get(candidate) or times[small] + slope * more
 
@@ -300,7 +304,7 @@ def find_best(
     times[large] = time_step(large)
     more = large.operations - small.operations
     slope = max(0.0, times[large] - times[small]) / max(1, more)
-    # once the best candidate has been timed, another one may turn out to be better
+    # once the best candidate has been timed, a different one may turn out to be better
     while (best := min(tried, key=promise)) not in times:
         times[best] = time_step(best)
     return best
@@ -316,13 +320,13 @@ def candidates(
 ) -> list[Candidate]:
     """List the model as configured, and every other size, context and batch size that the given keys allow.
 
-    Each size has as many heads of HEAD_SIZE as fit, or fewer and larger heads if the given keys require that.
+    Each size has as many heads of HEAD_SIZE as fit, or fewer and larger heads if the given keys require it.
     """
-    fixed = vars(model_config)  # a model loaded with init_from keeps its shape
+    fixed = vars(model_config)  # a model loaded with init_from keeps all of its settings
     if config.init_from == "scratch":
         fixed = {key: value for key, value in fixed.items() if key in given}
     contexts = [context for context in CONTEXTS if context < len(dataset.train)]
-    shapes = {model_config: None}  # an ordered set
+    shapes = {model_config: None}  # a dict, used as an ordered set
     for (n_layer, n_embd), context in product(SIZES, contexts):
         size = {"n_layer": n_layer, "n_embd": n_embd, "block_size": context} | fixed
         most = size["n_embd"] // (model_config.head_size or HEAD_SIZE)
@@ -336,9 +340,9 @@ def candidates(
     for shape in shapes:
         model = model_on_meta(config, shape)
         parameters = count_inner(model)
-        # Muon does three matrix products in each of five iterations; n_embd is the smaller side of nearly all matrices
+        # Muon computes three matrix products in each of five iterations; n_embd is the smaller side of most matrices
         muon = 0 if config.optimizer == "adamw" else 5 * 6 * parameters * shape.n_embd
-        # tokens per step for each sequence of a batch
+        # tokens per step with batch_size=1
         of_each = shape.block_size * config.gradient_accumulation_steps
         batches = {max(1, tokens // of_each) for tokens in STEPS}
         if "batch_size" in given:
@@ -353,7 +357,7 @@ def candidates(
 
 
 def count_inner(model: nn.Module) -> int:
-    """Count the parameters without the embeddings."""
+    """Count the parameters, excluding embeddings."""
     config = model.config
     embeddings = config.vocab_size * config.n_embd * (1 if config.tie_weights else 2)
     return models.count_parameters(model) - embeddings
@@ -366,7 +370,7 @@ def seconds_per_step(
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
-    """Train a model of this size for a few steps and return the median time per step."""
+    """Train a model of this size for a few steps. Returns the median time per step, in seconds."""
     model = make_model(config, model_config).to(device)
     optimizer = make_optimizer(config, model)
     times = []
@@ -388,7 +392,7 @@ def seconds_per_step(
 
 
 def choice(run) -> str:
-    """Describe what was chosen for a train.Run, and whether the model can be exported."""
+    """Describe the settings chosen for a train.Run, and say whether its model can be exported."""
     config = run.model.config
     try:
         export = f"as {find_family(config)}"
@@ -402,7 +406,7 @@ def choice(run) -> str:
 
 
 def closing(run, out_dir: Path) -> str:
-    """Write plan.py. Returns a message that names it and says what would lower the loss most."""
+    """Write plan.py. Returns the last lines of a run: what plan.py is, and what would lower the loss most."""
     path = out_dir / "plan.py"
     write_plan(path, run)
     bytes_per_token = run.dataset.val_bytes_per_token()
@@ -430,6 +434,6 @@ def write_plan(path: Path, run) -> None:
         f"#   python train.py {path} --out_dir=out/again",
         "",
     ]
-    # write default values too, because the defaults differ if a run starts from a model
+    # write default values too, because a run that starts from a model has different defaults
     lines += [f"{key} = {settings[key]!r}" for key in settings if key not in left_out]
     write_text(path, "\n".join(lines) + "\n")

@@ -1,1 +1,1 @@
-"""Collect the data of a run that explain.py puts into a page: settings, weights, tokenizer, metrics."""
+"""Collect the data of a run for explain.py's page: settings, weights, tokenizer and metrics."""

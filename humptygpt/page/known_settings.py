@@ -1,7 +1,8 @@
-"""Refuse models that the page's JavaScript, transformers or llama.cpp would compute differently from model.py.
+"""Refuse models whose results in the page's JavaScript, transformers or llama.cpp would differ from model.py's.
 
-reference.json has the settings of a tiny model, and the logits that the JavaScript computes for each variant of it.
-Tests check that the JavaScript, transformers and llama.cpp agree with model.py.
+reference.json contains the settings of a tiny model, and the logits that the JavaScript computes for each variant of
+it. Tests check that the JavaScript, transformers and llama.cpp agree with our model.py, and check_formulas() checks
+that an edited model.py still gives the same logits.
 """
 
 import json
@@ -22,7 +23,7 @@ TRAINING = {"dropout", "label_smoothing", "init"}
 
 
 def check_settings(config: ModelConfig, tokenizer: str) -> None:
-    """Raise UserError for the first setting that the page would ignore or misread. tokenizer: the tokenizer's name."""
+    """Raise UserError for the first setting that the page does not support. tokenizer: the tokenizer's name."""
     reference = json.loads(REFERENCE.read_bytes())
     known = [reference["config"], *(settings for settings, _ in reference["logits"])]
     known += [{"tokenizer": name} for name in TOKENIZERS]
@@ -37,9 +38,9 @@ def check_settings(config: ModelConfig, tokenizer: str) -> None:
 
 
 def known_logits(model: nn.Module, idx: Tensor) -> Tensor:
-    """Give a new model weights that are the same on every machine, and compute the logits of the token after idx.
+    """Set a model's weights to fixed values, the same on every machine, and compute the logits of the token after idx.
 
-    idx: (1, T). Returns (1, V). Every weight has an effect, and float16 represents it exactly.
+    Every weight affects the logits and is exact in float16. idx: (1, T). Returns (1, V).
     """
     model.eval().requires_grad_(False)
     for n, p in enumerate(model.parameters()):
@@ -52,7 +53,7 @@ def known_logits(model: nn.Module, idx: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def check_formulas(config: ModelConfig, reader: str) -> None:
-    """Raise UserError if model.py was edited so that `reader`, such as the page, computes this model differently."""
+    """Raise UserError if model.py was edited so that its logits differ from those of `reader`, such as "a page"."""
     reference = json.loads(REFERENCE.read_bytes())
     for settings, logits in reference["logits"]:
         if any(kind(getattr(config, key)) != kind(settings[key]) for key in settings):
@@ -67,5 +68,5 @@ def check_formulas(config: ModelConfig, reader: str) -> None:
 
 
 def kind(value: object) -> object:
-    """Return the variant that a setting selects: its name or, for a number or a switch, whether it is nonzero."""
+    """Return the variant that a value selects: a name itself, or whether a number or switch is nonzero."""
     return bool(value) if isinstance(value, int | float | None) else value

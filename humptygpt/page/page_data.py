@@ -1,4 +1,4 @@
-"""The data of a run's page: config, weights, tokenizer and metrics as JSON, for the JavaScript in explain/."""
+"""The data of a run's page, for the JavaScript in explain/: config, weights, tokenizer and metrics, as JSON."""
 
 import base64
 import math
@@ -18,7 +18,7 @@ from humptygpt.token_files import TokenFiles, read_meta
 from humptygpt.tokenizers import END_OF_TEXT, SentencePieceTokenizer, Tokenizer
 from model import ModelConfig
 
-START_TOKENS = 64  # length of the text that a page shows at first
+START_TOKENS = 64  # length of the text that a page starts with
 
 
 def page_data(config) -> dict:
@@ -51,7 +51,7 @@ def page_data(config) -> dict:
 
 
 def example_text(run: Loaded) -> str:
-    """Return the start of the run's validation split, or the source of its first pair; "" if the data is missing."""
+    """Return the start of the validation split; for pairs, the first source. Returns "" if the data is missing."""
     folder = Path("data", run.saved["train_config"]["dataset"])
     try:
         meta = read_meta(folder)
@@ -77,7 +77,7 @@ def model_data(model: nn.Module) -> dict:
 
 
 def page_config(config: ModelConfig) -> dict:
-    """Translate a model's settings for explain/model.js, which has one window network with two kinds of embedding."""
+    """Convert settings for explain/model.js, where both window networks are one model with two kinds of embedding."""
     settings = vars(config) | {"embedding": "table"}
     if config.model == "number_mlp":
         settings |= {"model": "window_mlp", "embedding": "number"}
@@ -85,9 +85,9 @@ def page_config(config: ModelConfig) -> dict:
 
 
 def pack_weights(model: nn.Module) -> dict:
-    """Pack all tensors, rounded to float16: their names, shapes and offsets, and their bytes in base64.
+    """Pack all tensors, rounded to float16. Returns their names, shapes and offsets, and their bytes in base64.
 
-    Tied matrices are stored once, under both names.
+    The bytes of tied matrices are stored once, and both names refer to them.
     """
     packed = bytearray()
     tensors = []
@@ -122,9 +122,9 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict:
 
 
 def sentencepiece_data(tokenizer: SentencePieceTokenizer) -> dict:
-    """Collect the model_type, each token's score (None if no text encodes to it), and the tokens of bytes 0 to 255."""
+    """Return the model_type, the score of each token (None if no text encodes to it), and the ids of bytes 0 to 255."""
     model = SentencePieceProcessor(model_proto=tokenizer.proto)
-    # our ids omit sentencepiece's token 0
+    # our ids start at sentencepiece's token 1
     scores = dict.fromkeys(range(1, model.vocab_size()))
     for i in normal_ids(model):
         scores[i] = model.get_score(i)

@@ -1,4 +1,4 @@
-"""Snapshots of a run: its weights after steps 0, 10, 30, 100, 300 and so on, with 8 bits per weight."""
+"""Snapshots of a run: its weights after 0, 10, 30, 100, 300 steps and so on, quantized to 8 bits per weight."""
 
 import base64
 from collections.abc import Callable
@@ -12,15 +12,17 @@ from humptygpt.files import write_whole
 from model import count_parameters
 
 STEPS = (0, *(first * 10**zeros for zeros in range(1, 12) for first in (1, 3)))
-SMALL = 10e6  # a run keeps snapshots by default if they total fewer bytes than this
+SMALL = 10e6  # by default, a run saves snapshots if they total fewer bytes than this
 FILES = {step: f"snapshots/{step}.pt" for step in STEPS}  # paths in the run's folder
 
 
 def taker(run, folder) -> Callable[[int], None]:
-    """Return a function that saves a train.Run's weights in its RunFolder before a step, if the step is one of STEPS.
+    """Return a function that is called before each step, and saves a snapshot if the step is one of STEPS.
 
-    config.snapshots: False saves none; None saves them only if they total less than SMALL and the model is not sharded.
-    Equal weights give identical files. Raises UserError.
+    With config.snapshots=False it saves none, and with None only if they total less than SMALL and the model is not
+    sharded. Equal weights give identical files. The function raises UserError if it cannot write.
+
+    run: a train.Run. folder: its RunFolder.
     """
     config = run.config
     keep = config.snapshots
@@ -37,9 +39,10 @@ def taker(run, folder) -> Callable[[int], None]:
 
 
 def to_8_bits(state: dict[str, Tensor]) -> Tensor:
-    """Pack each row as a float32 scale, 4 bytes, and its weights as multiples of the scale, -127 to 127: (bytes,) int8.
+    """Quantize each row to 8 bits: a float32 scale (4 bytes), then its weights as integer multiples of the scale.
 
-    A row is a row of a matrix, or a vector. Rows are in the order of the state dict. Tied matrices are packed once.
+    The multiples are from -127 to 127. A row is a row of a matrix, or a vector. Rows are in the order of the state
+    dict. Tied matrices are packed once. Returns (bytes,) int8.
     """
     packed = []
     for p in {p.data_ptr(): p for p in state.values()}.values():

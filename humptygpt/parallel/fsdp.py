@@ -2,9 +2,9 @@
 
     torchrun --standalone --nproc_per_node=4 train.py CONFIG --parallel=fsdp
 
-torch's fully_shard gathers the weights of a block just before its forward and backward passes, and sends its gradients
-to the ranks that keep them. Each rank keeps some consecutive rows of every tensor, in a DTensor whose to_local()
-returns them. Source: Rajbhandari et al. 2019 (ZeRO), arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277.
+Each rank keeps some consecutive rows of every tensor, in a DTensor whose to_local() returns them. torch's fully_shard
+gathers the weights of a block just before its forward and backward passes, and then sends each rank the gradients of
+its rows. Sources: Rajbhandari et al. 2019 (ZeRO), arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277.
 
 This module takes a second to load, so it is imported only with --parallel=fsdp.
 """
@@ -53,10 +53,10 @@ class ShardedOptimizer(SharedOptimizer):
 
     @raise_if_rank_died()
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-        """Return this rank's rows of function(whole). whole: (n, rows, columns), n independent matrices.
+        """Apply a function to n independent matrices whose rows are spread over the ranks. Returns this rank's rows.
 
-        x: (n, rows of this rank, columns). Each rank gathers some of the matrices, applies the function to them, and
-        sends the rows of the result to the ranks that keep them.
+        Each rank gathers some of the matrices, applies the function to them, and sends the rows of the results to the
+        ranks that keep them. x: (n, rows of this rank, columns). rows: number of rows of a whole matrix.
         """
         like = torch.empty(len(x), rows, x.shape[2], device="meta")
 
@@ -76,7 +76,7 @@ class ShardedOptimizer(SharedOptimizer):
 
 
 class FullySharded(DataParallel):
-    """One of several processes that each hold a part of the model.
+    """One of several processes that each hold a part of the model (FSDP).
 
     Forward passes and saving are collective: every process must take part.
     """
@@ -89,14 +89,15 @@ class FullySharded(DataParallel):
         return init_device_mesh(self.device.type, (self.size,))
 
     def place(self, run) -> None:
-        """Keep only this rank's part of each parameter, on the device. Each block is gathered separately.
+        """Move this rank's part of each parameter to the device, and drop the rest. Blocks are gathered one by one.
 
-        Weights are gathered in float32; autocast converts them, as it does for a single process. Raises UserError.
+        Weights are gathered in float32, and autocast converts them as it does for a single process. Raises UserError if
+        the settings are not supported, or the ranks cannot train together.
         """
         config = run.config
         if config.lora_rank or config.snapshots or run.dtype == torch.float16:
             raise UserError(
-                "parallel=fsdp supports neither LoRA, snapshots nor float16; use --parallel=ddp"
+                "parallel=fsdp does not support LoRA, snapshots or float16; use --parallel=ddp"
             )
         self.check(run)
         model = run.model
@@ -107,7 +108,7 @@ class FullySharded(DataParallel):
         for module in model.modules():
             if any(p.is_meta for p in module.parameters(recurse=False)):
                 module.to_empty(device=self.device, recurse=False)
-        model.to(self.device)  # moves the position tables, too
+        model.to(self.device)  # also moves the position tables
         if config.init_from == "scratch" and not run.progress.iter:
             self.draw(model, config.seed)
 
@@ -119,7 +120,7 @@ class FullySharded(DataParallel):
         set_model_state_dict(model, whole, options=options)
 
     def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
-        """Return the model itself, with each block compiled, except for the code that gathers the block's weights."""
+        """Return the model itself. If `compiled`, compile each block, but not the code that gathers its weights."""
         if compiled:
             for block in blocks(model):
                 block.forward = torch.compile(block.forward, dynamic=dynamic)
@@ -128,13 +129,13 @@ class FullySharded(DataParallel):
     def accumulate(
         self, net: nn.Module, share: Share, last: bool
     ) -> AbstractContextManager:
-        """Sum gradients over ranks in the last share. Until then, each rank keeps its own, unsharded gradients."""
+        """Sum gradients over ranks in the last share. Until then, each rank keeps unsharded gradients of its own."""
         net.set_requires_gradient_sync(last)
         return super().accumulate(net, share, last=True)
 
     @raise_if_rank_died()
     def save(self, path: Path, entries: dict) -> None:
-        """Write the checkpoint as a folder, ckpt instead of ckpt.pt."""
+        """Write the checkpoint as a folder, named ckpt instead of ckpt.pt."""
         sharded.save(path.with_suffix(""), {"format": checkpoint.FORMAT, **entries})
         if self.first:
             remove(path)

@@ -2,14 +2,14 @@
 
     torchrun --standalone --nproc_per_node=2 train.py CONFIG
 
-Every process, or rank, computes a share of each step. Gradients are summed over ranks, so that a step has as many
+Each process, called a rank, computes a share of every step. Gradients are summed over ranks, so that a step has as many
 tokens as with one process, and all ranks take the same step. With DDP every rank holds the whole model; with FSDP, only
-a part of it (see fsdp.py). Rank 0 writes and reports.
+a part of it (see fsdp.py). Only rank 0 writes files and prints messages.
 
-If a rank dies, its connections close, and the next collective of the others fails. If a rank hangs, the others notice
-when a collective has waited for TIMEOUT. In either case the run ends, and torchrun may restart it. This also holds on
-GPUs, because the numbers that ranks exchange in each step go through gloo. The rest of the step is covered by NCCL's
-watchdog, a thread that ends a process if one of its collectives fails or waits too long.
+If a rank dies, its connections close, so the next collective operation of the other ranks fails. If a rank hangs, the
+others notice when a collective has waited for TIMEOUT. In either case the run ends, and torchrun may restart it. This
+also holds on GPUs, because ranks exchange some numbers through gloo in each step. Collectives that go through NCCL are
+covered by its watchdog, a thread that ends the process if one of them fails or waits too long.
 """
 
 import datetime
@@ -37,11 +37,11 @@ LONG = datetime.timedelta(days=7)  # while one rank prepares data or scores tran
 
 @contextmanager
 def raise_if_rank_died() -> Iterator[None]:
-    """Raise UserError if the block fails because of another rank. Other errors come from the model and pass through."""
+    """Raise UserError if the block fails because of another rank. Other errors pass through unchanged."""
     try:
         yield
     except RuntimeError as error:
-        # gloo's errors have no class of their own, but their messages name its source files
+        # gloo's errors have no class of their own, but their messages contain the names of its source files
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
         raise UserError(
@@ -51,9 +51,9 @@ def raise_if_rank_died() -> Iterator[None]:
 
 
 class SharedDropout(Dropout):
-    """Dropout for some rows of a batch. On the CPU, its mask is the one a single process would draw for these rows."""
+    """Dropout for some rows of a batch. On the CPU, it draws the same mask for them as a single process would."""
 
-    rows: tuple[int, slice] | None = None  # see process.Share
+    rows: tuple[int, slice] | None = None  # as in process.Share
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rows is None or not self.training or x.device.type != "cpu":
@@ -71,7 +71,7 @@ def share_dropout(model: nn.Module) -> None:
 
 
 class SharedOptimizer(Optimizer):
-    """An optimizer that splits Muon's orthogonalisation among the ranks. Each rank computes some of the matrices."""
+    """An optimizer that divides Muon's orthogonalisation among the ranks: each orthogonalises some of the matrices."""
 
     def __init__(self, groups: list[dict], process: "DataParallel"):
         super().__init__(groups)
@@ -90,7 +90,7 @@ class DataParallel(Process):
     optimizer_class = SharedOptimizer
 
     def __init__(self, rank: int, size: int, device: torch.device, patient=None):
-        """patient: a process group whose collectives wait up to LONG."""
+        """patient: a process group whose collectives have the timeout LONG."""
         super().__init__(device)
         self.rank = rank
         self.size = size
@@ -100,12 +100,12 @@ class DataParallel(Process):
 
     @classmethod
     def start(cls, config, device, prepare) -> "DataParallel":
-        """Connect to the other ranks. Parameters: as for process.start_process()."""
+        """Connect to the other ranks, and prepare the data. Parameters: as for process.start_process()."""
         rank, size = launched()
         if device.type == "cuda":
             device = pick_gpu()
         process = cls(rank, size, device, meet(config.backend, device, rank, size))
-        # ranks prepare in turn, so that data is prepared once per disk, whether or not machines share a disk
+        # ranks take turns, so that data is prepared only once on each disk, even if several machines share a disk
         for turn in range(size):
             if turn == rank:
                 prepare()
@@ -114,7 +114,7 @@ class DataParallel(Process):
 
     def __exit__(self, error: type | None, *_: object) -> None:
         if not error:
-            # wait, because a rank that exits with a nonzero code makes torchrun stop the others
+            # let all ranks finish first: if one exits with a nonzero code, torchrun stops the others
             self.wait_for_all()
             dist.destroy_process_group()
 
@@ -126,14 +126,14 @@ class DataParallel(Process):
     # Methods that a single process also has
 
     def place(self, run) -> None:
-        """Check that the ranks can train this run together, then move its model to the device."""
+        """Check that the ranks can train this run together, and move its model to the device."""
         self.check(run)
         share_dropout(run.model)
         run.model.to(self.device)
 
     @raise_if_rank_died()
     def check(self, run) -> None:
-        """Raise UserError if a step of this run cannot be split evenly, or the ranks differ in settings or data."""
+        """Raise UserError if a step cannot be split evenly over ranks, or if ranks differ in settings or data."""
         config = run.config
         count = config.gradient_accumulation_steps
         if count % self.size and self.size % count:
@@ -152,7 +152,7 @@ class DataParallel(Process):
                 )
 
     def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
-        """Wrap the model for training: DDP averages gradients over ranks, which all start from rank 0's weights."""
+        """Wrap the model in DDP, which copies rank 0's weights to all ranks and averages gradients over them."""
         net = super().wrap(model, compiled, dynamic)
         # buffers are constant tables, so they need no broadcast
         return DistributedDataParallel(
@@ -169,9 +169,9 @@ class DataParallel(Process):
         if parts > 1:
             shares = [self.part(share, parts) for share in shares]
         tokens = sum(share.tokens for share in shares)
-        # Ranks with the same number of rows of text have the same number of tokens, so they need not wait for each
-        # other. Sharded ranks wait anyway: if another rank has died, they report it in one line, before the forward
-        # pass fails.
+        # If all ranks have equally many rows of text, they also have equally many tokens, so the sum needs no
+        # communication. Sharded ranks communicate anyway, so that the death of a rank is reported in one line here,
+        # before it makes the forward pass fail.
         if run.config.batch_size % parts or run.task.batches_vary or self.sharded:
             return shares, int(self.sum(torch.tensor(tokens)))
         return shares, tokens * self.size
@@ -181,17 +181,17 @@ class DataParallel(Process):
         total = len(share.batch["targets"])
         number = self.rank * parts // self.size
         start, end = total * number // parts, total * (number + 1) // parts
-        # With fewer rows than parts, some ranks compute a row that does not count, because every rank needs gradients.
+        # With fewer rows than parts, some ranks get none. Every rank needs gradients, so they use row 0 with weight 0.
         counts = start < end
         own = slice(start, end) if counts else slice(1)
         batch = {name: value[own] for name, value in share.batch.items()}
-        # A GPU cannot draw just some rows of a dropout mask, so there each share draws a mask of its own.
+        # A GPU cannot draw only some rows of a dropout mask, so on GPUs each part of a micro-batch draws its own mask.
         key = share.key if self.device.type == "cpu" else (*share.key, number)
         return Share(key, batch, counts * count_targets(batch), (total, own))
 
     @contextmanager
     def accumulate(self, net: nn.Module, share: Share, last: bool) -> Iterator[None]:
-        """Context for computing the gradients of a share. In the last share, they are averaged over ranks."""
+        """Compute the gradients of a share in this context. In the last share, gradients are averaged over ranks."""
         for module in net.modules():
             if isinstance(module, SharedDropout):
                 module.rows = share.rows
@@ -215,7 +215,7 @@ class DataParallel(Process):
 
 
 def pick_gpu() -> torch.device:
-    """Return the GPU of this rank. Raises UserError if the machine has too few."""
+    """Return the GPU of this rank. Raises UserError if the machine has too few GPUs."""
     local_rank = int(os.environ["LOCAL_RANK"])
     cards = torch.cuda.device_count()
     if local_rank >= cards:
@@ -227,15 +227,16 @@ def pick_gpu() -> torch.device:
 
 
 def meet(backend: str, device: torch.device, rank: int, size: int) -> dist.ProcessGroup:
-    """Form the process group of all ranks. Returns a second group, whose timeout is LONG. Raises UserError on failure.
+    """Connect all ranks to the default process group. Returns a second group of them, whose timeout is LONG.
 
-    Ranks exchange GPU tensors through NCCL, and CPU tensors through gloo, which does not wait for a GPU.
+    Ranks exchange GPU tensors through NCCL, and CPU tensors through gloo, which does not wait for the GPU. Raises
+    UserError if they cannot connect.
     """
     if backend == "auto" and device.type == "cpu":
         backend = "gloo"
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        # when torchrun restarts ranks, it keeps the store, including the addresses of ranks that have ended
+        # when torchrun restarts ranks, it keeps the store, which still has the addresses of the ranks that ended
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             "gloo" if backend == "gloo" else "cpu:gloo,cuda:nccl",
@@ -245,7 +246,7 @@ def meet(backend: str, device: torch.device, rank: int, size: int) -> dist.Proce
             timeout=TIMEOUT,
         )
         return dist.new_group(backend="gloo", timeout=LONG)
-    except (RuntimeError, ValueError) as error:  # a port in use, an unreachable host
+    except (RuntimeError, ValueError) as error:  # e.g. a port in use, an unreachable host
         raise UserError(
             f"the processes cannot connect ({first_line(error)}); start them with torchrun or use another --master_port"
         ) from error

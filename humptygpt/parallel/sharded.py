@@ -1,11 +1,11 @@
-"""Checkpoints of a sharded model: a folder to which each rank writes its part with torch.distributed.checkpoint (DCP).
+"""Checkpoints of sharded models: folders, to which each rank writes its part with torch.distributed.checkpoint (DCP).
 
     ckpt/entries.pt      everything that is not a tensor, as in ckpt.pt
     ckpt/__0_0.distcp    the rows that rank 0 keeps; one such file for each rank
-    ckpt/.metadata       where each tensor is stored: a pickle, read without running any code in it
+    ckpt/.metadata       where each tensor is stored; a pickle, but no code in it is run
 
-Any number of processes can read the folder, each its own part. A single process, such as sample.py, reads all of it
-without a process group.
+Any number of processes can load the folder, and each reads only its own part. A single process, such as sample.py,
+reads everything, and needs no process group.
 """
 
 import hashlib
@@ -31,9 +31,9 @@ from humptygpt.parallel.processes import raise_if_rank_died
 from humptygpt.schema import check_schema
 
 ENTRIES = "entries.pt"
-# metadata: SHA-256 of .metadata; tied: {name in the model: first name of the same tensor}, only in old checkpoints
+# metadata: SHA-256 of .metadata. tied, only in old checkpoints: {name of a tied tensor: name under which it is stored}.
 SCHEMA = {"metadata": str, "tied?": {str: str}}
-# The classes that .metadata is made of, some of them private to torch
+# the classes of the objects in .metadata, some of them private to torch
 CLASSES = {
     "torch.Size",
     "torch.float32",
@@ -55,19 +55,20 @@ CLASSES = {
 
 
 def save(folder: Path, entries: dict) -> None:
-    """Write a checkpoint. All ranks must call this, and write to the same disk. entries: from a run's latest_state().
+    """Write a checkpoint. All ranks must call this, and their folders must be on the same disk.
 
-    It is written to ckpt.tmp. Then the earlier checkpoint is moved to ckpt.old, the new one takes its place, and the
-    old one is removed. At any moment, at least one of the two is complete, and checkpoint.stored() finds it. Raises
-    UserError.
+    The new checkpoint is written to ckpt.tmp. Then the old one is moved to ckpt.old, the new one takes its place, and
+    the old one is removed. At any moment, at least one of them is complete, and checkpoint.stored() finds it.
+
+    entries: a run's latest_state(). Raises UserError if writing fails.
     """
     first = dist.get_rank() == 0
     temporary = folder.with_name(f"{folder.name}.tmp")
     if first:
-        # left behind by a run that was killed; another rank may already be creating it again
+        # left behind by a run that was killed; ignore errors, since another rank may already be creating it anew
         shutil.rmtree(temporary, ignore_errors=True)
     try:
-        # no rank starts to write before all have called this
+        # no rank starts to write before all ranks have called this
         dcp.save(flat(entries), storage_writer=dcp.FileSystemWriter(temporary))
     except CheckpointException as error:
         raise cannot_write(folder, first_failure(error)) from error
@@ -82,7 +83,7 @@ def save(folder: Path, entries: dict) -> None:
 
 
 def put_in_place(temporary: Path, folder: Path) -> None:
-    """Move a complete checkpoint into place, where it replaces an earlier one."""
+    """Move a complete checkpoint from `temporary` to `folder`, replacing the one there."""
     old = folder.with_name(f"{folder.name}.old")
     if folder.is_dir():
         # left behind by a run that was killed after its checkpoint was in place
@@ -93,7 +94,7 @@ def put_in_place(temporary: Path, folder: Path) -> None:
 
 
 def flat(entries: dict) -> dict[str, Tensor]:
-    """Return {name: tensor}, with names such as optimizer/wte.weight/exp_avg."""
+    """Return all tensors of a checkpoint by name. A name is, for example, optimizer/wte.weight/exp_avg."""
     tensors = {f"model/{name}": tensor for name, tensor in entries["model"].items()}
     for name, state in entries.get("optimizer", {"state": {}})["state"].items():
         tensors |= {f"optimizer/{name}/{key}": tensor for key, tensor in state.items()}
@@ -114,7 +115,7 @@ class Unpickler(pickle.Unpickler):
     """Reads .metadata, and refuses every class that does not belong in it."""
 
     def find_class(self, module: str, name: str) -> type:
-        # path of the folder to which the checkpoint was written
+        # .metadata contains the path of the folder to which the checkpoint was written
         if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath"):
             return PurePath
         if f"{module}.{name}" not in CLASSES:
@@ -125,7 +126,7 @@ class Unpickler(pickle.Unpickler):
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads tensors with metadata that is already loaded; torch's own reader would unpickle it, which may run code."""
+    """Reads tensors, given metadata that is already loaded. torch's own reader unpickles it, which may run code."""
 
     def __init__(self, path: Path, metadata: Metadata):
         super().__init__(path)
@@ -135,7 +136,7 @@ class Reader(dcp.FileSystemReader):
         return self.metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read tensors. First verify the checksums of those that this process reads, because torch ignores them."""
+        """Read this process's tensors. Their checksums are verified first, because torch ignores them."""
         for item in plan.items:
             info = self.storage_data[item.storage_index]
             elsewhere = Path(info.relative_path).name != info.relative_path
@@ -154,15 +155,15 @@ class Reader(dcp.FileSystemReader):
 
 
 def read(path: Path, with_tensors: bool = True) -> dict:
-    """Return the entries of checkpoint.SCHEMA, unchecked.
+    """Read a checkpoint as a single process. Returns the entries of checkpoint.SCHEMA, not yet checked against it.
 
-    Tensors are on the CPU or, if with_tensors is False, on the meta device. Raises UserError if a file is missing, is
-    damaged, or would run code.
+    with_tensors: True: read tensors to the CPU; False: create them on the meta device instead. Raises UserError if a
+    file is missing, is damaged, or would run code.
     """
     entries, reader = open_folder(path)
     device = "cpu" if with_tensors else "meta"
     with refuse_damaged(path):
-        # zeros, because rows that no file contains keep their initial values
+        # zeros rather than empty, because rows that are in no file keep their initial values
         tensors = {
             name: torch.zeros(entry.size, dtype=entry.properties.dtype, device=device)
             for name, entry in reader.metadata.state_dict_metadata.items()
@@ -175,12 +176,12 @@ def read(path: Path, with_tensors: bool = True) -> dict:
 
 @raise_if_rank_died()
 def load(path: Path, entries: dict) -> None:
-    """Fill the DTensors of a run's latest_state(). Each rank fills its own part.
+    """Read a checkpoint into the DTensors of a run's latest_state(). All ranks must call this; each reads its own part.
 
-    All ranks must call this. If one of them finds a damaged file, all raise UserError.
+    If one of them finds a damaged file, all raise UserError.
     """
     _, reader = open_folder(path)
-    # checkpoints from earlier versions lack tied weights
+    # old checkpoints store tied weights under only one of their names
     stored = reader.metadata.state_dict_metadata
     tensors = {name: tensor for name, tensor in flat(entries).items() if name in stored}
     fill(path, tensors, reader)
@@ -189,7 +190,7 @@ def load(path: Path, entries: dict) -> None:
 def fill(
     path: Path, tensors: dict[str, Tensor], reader: Reader, no_dist: bool = False
 ) -> None:
-    """Read tensors in place. no_dist: True if no other process takes part. Raises UserError."""
+    """Read tensors in place. no_dist: no other process takes part. Raises UserError if a file is damaged."""
     try:
         with warnings.catch_warnings():
             # torch warns that there is only one process, although no_dist=True already says so
@@ -201,7 +202,7 @@ def fill(
 
 
 def add_tensors(entries: dict, tensors: dict[str, Tensor]) -> None:
-    """Add tensors, whose names come from flat(), to the entries of a checkpoint."""
+    """Add tensors to the entries of a checkpoint: the inverse of flat()."""
     tied = entries.pop("tied", {})
     for name, tensor in tensors.items():
         *path, last = name.replace("optimizer/", "optimizer/state/").split("/")
@@ -214,7 +215,7 @@ def add_tensors(entries: dict, tensors: dict[str, Tensor]) -> None:
 
 
 def open_folder(path: Path) -> tuple[dict, Reader]:
-    """Return a checkpoint's entries without its tensors, and a reader for the tensors. Raises UserError."""
+    """Return a checkpoint's entries without its tensors, and a reader for those. Raises UserError if it is damaged."""
     with refuse_damaged(path):
         entries = load_plain(path / ENTRIES)
         check_schema(entries, SCHEMA)

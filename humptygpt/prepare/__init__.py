@@ -1,1 +1,1 @@
-"""Documents -> token files, and the built-in data sets."""
+"""Convert documents to token files, and fetch the built-in data sets."""

@@ -1,7 +1,7 @@
 """Read documents from files, assign each to a split, and iterate over a corpus of documents or sentence pairs.
 
-Documents here and Pairs in translation/pairs.py share one interface: files, splits, text items (pieces of documents, or
-pairs), and an encoder for items.
+Documents, below, and Pairs, in translation/pairs.py, share one interface: a corpus has files, splits, items (pieces of
+documents, or pairs), and an encoder for items.
 """
 
 import hashlib
@@ -18,25 +18,25 @@ from humptygpt.config import UserError, note
 from humptygpt.prepare.documents import BadFile, Piece, file_format, read_documents
 from humptygpt.tokenizers import Tokenizer
 
-UNIT = 1 << 19  # characters encoded at once
-# number of leading characters of a document that determine its split; must be below PIECE
+UNIT = 1 << 19  # characters that a thread encodes at once
+# the first HASHED characters of a document determine its split; must be less than PIECE
 HASHED = 4096
 
 
 class Documents:
-    """A corpus of documents in files, each assigned to a split."""
+    """A corpus of documents, which are read from files. Each document is assigned to a split."""
 
     task = "language modelling"
     splits = ("train", "val")
-    # entries for each split in meta.json
+    # what meta.json counts in each split
     counts = ("documents", "characters", "bytes", "tokens")
     text_size = None  # bytes of UTF-8; set by survey(), like cuts
-    cuts = None  # characters before the cut in each file; None: documents stay whole
+    cuts = None  # per file: characters in the training part; None: documents stay whole
 
     def __init__(self, config, files: list[Path], skipped: list[str], source: str):
-        """config: a resolved prepare_data.PrepareConfig. source: what meta.json calls the files.
+        """config: a resolved prepare_data.PrepareConfig. files, skipped: from find_files.
 
-        files, skipped: from find_files.
+        source: description of the files for meta.json.
         """
         self.config = config
         self.skipped = skipped
@@ -47,15 +47,15 @@ class Documents:
 
     @property
     def separated(self) -> bool:
-        """Whether documents end with the end-of-text token."""
+        """True if each document ends with the end-of-text token. False if a single text is the whole corpus."""
         return len(self.files) > 1 or file_format(self.files[0]) != ".txt"
 
     def survey(self) -> None:
         """Read everything once, to skip the files that are not text and to decide how to split the rest.
 
-        Documents whose draw() is at most val_fraction are for validation. If their share of the text is less than half
-        or more than one and a half times that fraction, the end of each file is used instead. A single text is always
-        cut in this way. Raises UserError if there is no text, or if the only file cannot be read.
+        Documents whose draw() is at most val_fraction are for validation. But if their share of the text is below 0.5
+        or above 1.5 times val_fraction, the end of each file is used for validation instead. This also applies to a
+        single text file. Raises UserError if there is no text, or if the only file cannot be read.
         """
         measured = {}
         with progress_bar("checking the files") as bar:
@@ -81,7 +81,7 @@ class Documents:
             self.cuts = [int(length * (1 - fraction)) for length in lengths]
 
     def measure(self, number: int, bar: tqdm) -> tuple[int, int, int]:
-        """Count a file's characters, those of them drawn for validation, and its bytes of UTF-8. Raises BadFile."""
+        """Count a file's characters, those drawn for validation, and its bytes of UTF-8. Raises BadFile if empty."""
         length = held_out = size = 0
         for piece in self.read(number):
             length += len(piece.text)
@@ -95,7 +95,7 @@ class Documents:
         return length, held_out, size
 
     def read(self, number: int) -> Iterator[Piece]:
-        """Read the documents of a file in pieces, each with its position in the file and its document's draw()."""
+        """Read the documents of a file in pieces, each with its position in the file and the draw() of its document."""
         config = self.config
         settings = (config.text_key, config.encoding_errors, config.skip_bad_lines)
         place = 0
@@ -106,7 +106,7 @@ class Documents:
             place += len(piece.text)
 
     def assign(self, piece: Piece, number: int) -> list[tuple[str, Piece]]:
-        """Return [(split, piece)] for a piece of a file, with two entries if the file is cut within the piece."""
+        """Return [(split, piece)] for a piece of a file. If the file is cut within the piece, there are two entries."""
         if piece.skipped:
             return []
         if self.cuts is None:
@@ -118,11 +118,11 @@ class Documents:
         return [entry for entry in (("train", begun), ("val", rest)) if entry[1].text]
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
-        """Entries of meta.json that only documents have."""
+        """Return the entries of meta.json that are specific to documents."""
         return {"skipped_lines": self.skipped_lines}
 
     def summary(self, meta: dict) -> dict[str, str]:
-        """Lines of the summary that only documents have."""
+        """Return the summary lines that are specific to documents, as {title: text}."""
         lines = {}
         if self.cuts and self.separated:
             last = f"the last {100 * self.config.val_fraction:.4g}% of each file"
@@ -137,7 +137,7 @@ class Documents:
 def encode_documents(
     tokenizer: Tokenizer, split: str, pieces: list[Piece]
 ) -> tuple[list[np.ndarray], Counter]:
-    """Encode pieces of one split. Returns their token ids and counts."""
+    """Encode pieces of one split. Returns arrays of token ids, and the counts for meta.json."""
     ids = []
     counted = Counter()
     for piece in pieces:
@@ -175,9 +175,9 @@ def read_all(corpus, what: str) -> Iterator[tuple[int, NamedTuple]]:
 def units(
     corpus, what: str, start: int = 0
 ) -> Iterator[tuple[dict[str, list[NamedTuple]], int]]:
-    """Group items into units of about UNIT characters. Yields ({split: pieces or pairs}, number read so far).
+    """Group pieces or pairs into units of about UNIT characters. Yields ({split: items}, number of items read so far).
 
-    start: how many pieces or pairs to skip.
+    start: number of items to skip.
     """
     entries = defaultdict(list)
     length = 0
@@ -195,6 +195,6 @@ def units(
 
 
 def draw(text: str, salt: str = "split") -> float:
-    """Pseudorandom number in [0, 1) from a hash of the first HASHED characters."""
+    """Derive a pseudorandom number in [0, 1) from a text: a hash of salt and of its first HASHED characters."""
     start = f"{salt}\n{text[:HASHED]}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(start, digest_size=6).digest(), "little") / 2**48

@@ -1,6 +1,7 @@
-"""Files -> documents: text, JSON lines, Parquet and CSV, optionally compressed, streamed in pieces of bounded size.
+"""Read documents from files of text, JSON lines, Parquet or CSV, which may be compressed, in pieces of bounded size.
 
-The extension, in upper or lower case, determines the format of a file; any other extension, or none, means text.
+The extension of a file, in upper or lower case, determines its format. A file with any other extension, or none, is
+text.
 """
 
 import csv
@@ -27,22 +28,22 @@ try:
 except ImportError:  # before Python 3.14
     from backports import zstd
 
-PIECE = 1 << 18  # characters of a document held in memory at once
+PIECE = 1 << 18  # maximum number of characters in a piece of a document
 FORMATS = (".jsonl", ".parquet", ".csv", ".tsv")
 HEAD = 8000  # bytes read from the start of a file to determine whether it is text
-BYTE_ORDER_MARKS = {  # UTF-32 comes first, because its mark begins with that of UTF-16
+BYTE_ORDER_MARKS = {  # UTF-32 comes first, because its mark may begin with that of UTF-16
     b"\xff\xfe\0\0": "utf-32",
     b"\0\0\xfe\xff": "utf-32",
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
-# every data folder contains the first, every run's folder the second
+# files that mark a folder as ours: the first is in every data folder, the second in every run's folder
 MARKS = ("command.txt", "metrics.jsonl")
-# Do not start tqdm's monitor thread: if there is no memory to start it, tqdm waits for it forever.
+# Do not start tqdm's monitor thread: if memory is too short to start it, tqdm waits for it forever.
 tqdm.monitor_interval = 0
 UNPACK = {".gz": gzip.open, ".zst": zstd.open}
 DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, zstd.ZstdError, csv.Error)
-# cutting a text before a single space and a word does not change its tokens
+# position before a single space and a word, where cutting a text does not change its tokens
 BEFORE_WORD = re.compile(r"(?<=\S) (?=[^\W_])")
 ENCODING_HINT = "set --encoding_errors=replace or ignore"
 SKIP_HINT = "skip such lines with --skip_bad_lines=True"
@@ -52,11 +53,11 @@ class Piece(NamedTuple):
     """A document, or a part of a long one."""
 
     text: str
-    start: int  # characters of the document that precede it
-    last: bool  # True: the document ends here
-    skipped: bool = False  # True: stands for a line or row without text
+    start: int  # number of characters of the document before this piece
+    last: bool  # True: the document ends with this piece
+    skipped: bool = False  # True: not a piece, but a line or row without text
     draw: float = 0.0  # the document's pseudorandom number from corpus.draw()
-    place: int = 0  # characters of the file that precede it
+    place: int = 0  # number of characters of the file before this piece
 
     @property
     def texts(self) -> tuple[str]:
@@ -64,7 +65,7 @@ class Piece(NamedTuple):
 
 
 class BadFile(UserError):
-    """A file cannot be read as text. If there are other files, it is skipped, and the message is reported."""
+    """A file that cannot be read as text. If there are other files, it is skipped with a note of the reason."""
 
 
 # --------------------------------------------------------------------------------------
@@ -72,9 +73,10 @@ class BadFile(UserError):
 
 
 def find_files(where: str) -> tuple[list[Path], list[str]]:
-    """Find the files at a path: a file, a folder, or a glob pattern. Returns the sorted files, and why any are skipped.
+    """Find the files to read. Returns them, sorted, and a reason for each file that is skipped.
 
     Hidden files and files written by our scripts are skipped. Raises UserError if no file is left.
+    where: path of a file or a folder, or a glob pattern.
     """
     path = Path(where)
     with read_errors(path):
@@ -100,13 +102,13 @@ def find_files(where: str) -> tuple[list[Path], list[str]]:
 
 
 def encoding_of(start: bytes) -> str:
-    """Encoding of a text that starts with these bytes, from its byte order mark; UTF-8 if it has none."""
+    """Determine the encoding of a text from its first bytes: from its byte order mark or, if it has none, UTF-8."""
     found = (name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark))
     return next(found, "utf-8-sig")
 
 
 def file_format(path: Path) -> str:
-    """Format of a file, by its name: .jsonl, .parquet, .csv or .tsv; .txt for any other name."""
+    """Determine the format of a file from its name: .jsonl, .parquet, .csv or .tsv; .txt for any other name."""
     packed = path.suffix.lower() in UNPACK
     suffix = Path(path.stem if packed else path.name).suffix.lower()
     return suffix if suffix in FORMATS else ".txt"
@@ -114,7 +116,7 @@ def file_format(path: Path) -> str:
 
 @contextmanager
 def read_errors(path: Path) -> Iterator[None]:
-    """Turn errors in reading a file into UserErrors."""
+    """Turn errors in reading a file into UserErrors. path: the file, for the message."""
     try:
         yield
     except DAMAGE as error:
@@ -125,9 +127,9 @@ def read_errors(path: Path) -> Iterator[None]:
 
 
 def write_if_changed(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file with write(file).
+    """Write a file with write(file), but keep its modification time if the content is the same as before.
 
-    If the content is unchanged, so is the modification time, so that an interrupted preparation can be resumed.
+    An interrupted preparation is resumed only if the modification times of its files are unchanged.
     """
     with whole(path) as new:
         with new.open("xb") as file:
@@ -145,9 +147,11 @@ def read_documents(
 ) -> Iterator[Piece]:
     """Read all documents of a file in pieces of at most PIECE characters, cut at the same positions every time.
 
-    A text file is one document. So is the text under text_key in a line of JSON or a row of Parquet or CSV. errors:
-    strict, replace or ignore, as in bytes.decode. A carriage return, with or without a line break after it, becomes a
-    line break. skip_bad_lines: skip lines and rows without text. Otherwise a UserError names the first of them.
+    A text file is one document, and so is the text under text_key in each line of JSON or row of Parquet or CSV.
+    \\r\\n and \\r become \\n.
+
+    errors: strict, replace or ignore, as in bytes.decode. skip_bad_lines: skip lines and rows without text, instead of
+    raising UserError at the first.
     """
     form = file_format(path)
     with read_errors(path):
@@ -170,12 +174,12 @@ def read_documents(
 
 @contextmanager
 def open_text(path: Path, errors: str, newline: str | None = None) -> Iterator[TextIO]:
-    """Open a text file, decompressed. Raises BadFile if its content is binary or in another encoding."""
+    """Open a text file, and decompress it if necessary. Raises BadFile if it is binary or not in a known encoding."""
     unpack = UNPACK.get(path.suffix.lower(), open)
     with unpack(path, "rb") as file:
         start = file.read(HEAD)
     encoding = encoding_of(start)
-    # as in git, null bytes mean binary; a PDF may have none at its start
+    # as in git, a file with null bytes is binary; a PDF may have none at its start, so it is recognised by its mark
     if start.startswith(b"%PDF-") or (encoding == "utf-8-sig" and b"\0" in start):
         raise BadFile(f"{path} is not a text file; convert or unpack it")
     try:
@@ -201,21 +205,21 @@ def read_lines(path: Path, errors: str) -> Iterator[str]:
 def read_json_lines(
     path: Path, text_key: str, errors: str
 ) -> Iterator[tuple[str | None, str]]:
-    """Read each line as (text under text_key, the line). The text is None if there is none, "" if the line is empty."""
+    """Yield (text under text_key, line) for each line. The text is "" for a blank line, and None if there is none."""
     with open_text(path, "surrogateescape") as lines:
         for line in lines:
             text = None if line.strip() else ""
             with suppress(
                 ValueError, LookupError, TypeError, AttributeError, RecursionError
             ):
-                # surrogates are not text: they stand for bad bytes, or are escaped in the JSON
+                # lone surrogates are not text: they stand for invalid bytes, or the JSON contains them as escapes
                 codes = json.loads(line)[text_key].encode("utf-16", "surrogatepass")
                 text = codes.decode("utf-16", errors)
             yield text, line
 
 
 def read_parquet(path: Path, text_key: str, errors: str) -> Iterator[tuple[object, object]]:
-    """Read each row as (value under text_key, the same value)."""
+    """Yield (value, value) for each row, where value is the one in column text_key."""
     import pyarrow.parquet  # slow to import and rarely needed
 
     try:
@@ -229,9 +233,9 @@ def read_parquet(path: Path, text_key: str, errors: str) -> Iterator[tuple[objec
 
 
 def read_table(path: Path, text_key: str, errors: str) -> Iterator[tuple[object, dict]]:
-    """Read each row of a CSV file as (value under text_key, the row).
+    """Yield (value in column text_key, row) for each row of a CSV file.
 
-    The first line names the columns. The separator is a comma, semicolon or tab, whichever that line has most often.
+    The first line names the columns. The separator is whichever of comma, semicolon and tab is most frequent there.
     """
     csv.field_size_limit(2**31 - 1)
     with open_text(path, errors, newline="") as text:
@@ -240,7 +244,7 @@ def read_table(path: Path, text_key: str, errors: str) -> Iterator[tuple[object,
         table = csv.DictReader(chain([header], text), delimiter=separator)
         check_column(path, text_key, table.fieldnames or [])
         for row in table:
-            # csv stores surplus cells under None; the text of such a row probably contains the separator
+            # the csv module stores surplus cells under None; in such a row, the text probably contains the separator
             yield None if None in row else row[text_key], row
 
 
@@ -253,7 +257,7 @@ def check_column(path: Path, text_key: str, columns: list[str]) -> None:
 
 
 def pieces(parts: Iterable[str]) -> Iterator[Piece]:
-    """Cut one document, given in parts, into pieces; an empty document yields none."""
+    """Cut one document into pieces. parts: its text, in parts of any length. An empty document yields no piece."""
     text = ""
     start = 0
     for part in parts:
@@ -268,10 +272,10 @@ def pieces(parts: Iterable[str]) -> Iterator[Piece]:
 
 
 def cut_position(text: str) -> int:
-    """Last position in the first PIECE characters, before a space and a word, at which a cut changes no tokens.
+    """Find the last position in the first PIECE characters where a cut changes no tokens: before a space and a word.
 
-    All tokenizers start a token there. If there is no such position in the second half, the cut is at PIECE, which may
-    change a token, but not the text.
+    All tokenizers start a token there. If the second half of these characters has no such position, the cut is at
+    PIECE, which may change a token, but not the text.
     """
     ends = [match.start() for match in BEFORE_WORD.finditer(text, PIECE // 2, PIECE + 1)]
     return ends[-1] if ends else PIECE

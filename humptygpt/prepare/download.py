@@ -1,4 +1,4 @@
-"""Download public files: small ones, which are verified, and archives of Python packages, which are not installed."""
+"""Download small public files and Python packages, and verify their hashes. Packages are not installed."""
 
 import hashlib
 import http.client
@@ -15,13 +15,13 @@ from humptygpt.config import UserError
 from humptygpt.files import write_whole
 
 ATTEMPTS = 3
-TIMEOUT = 5  # seconds to wait for an answer
+TIMEOUT = 5  # seconds to wait for a response
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> None:
-    """Download a file of at most a few MB to path, completely or not at all. sha256: the expected hash; None: any.
+    """Download a file of at most a few MB to path, completely or not at all.
 
-    Raises UserError if the last attempt fails, or the content does not have the expected hash.
+    sha256: the expected hash; None: do not check it. Raises UserError if the last attempt fails, or the hash differs.
     """
     # some servers reject urllib's default User-Agent
     request = urllib.request.Request(url, headers={"User-Agent": "HumptyGPT"})
@@ -42,7 +42,7 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
 
 @contextmanager
 def package(requirement: str, sha256: str, *options: str) -> Iterator[Path]:
-    """Download a Python package with pip, which verifies its hash. Yields the archive's path. Raises UserError."""
+    """Download a Python package with pip, which verifies its hash. Yields the path of the archive."""
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder, "requirements.txt")
         requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")

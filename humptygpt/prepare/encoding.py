@@ -1,4 +1,4 @@
-"""A corpus -> token files: in order, on all cores, and resumable after an interruption."""
+"""Encode a corpus as token files: in order, on all cores, and resumable after an interruption."""
 
 import json
 import os
@@ -20,15 +20,15 @@ from humptygpt.prepare.vocabulary import make_tokenizer
 from humptygpt.token_files import COMMAND
 from humptygpt.tokenizers import Tokenizer, from_state
 
-SAVE_UNITS = 32  # units that are encoded in parallel before progress is saved
+SAVE_UNITS = 32  # units that are encoded between progress saves
 
 
 @dataclass
 class Progress:
-    """Progress of the encoding, saved regularly so that an interrupted preparation can be resumed."""
+    """How far the encoding is. It is saved regularly, so that an interrupted preparation can be resumed."""
 
-    made_from: str  # hash that identifies the files and settings
-    tokenizer: dict  # state of the tokenizer
+    made_from: str  # hash of the files and settings, from folder.data_id()
+    tokenizer: dict  # from Tokenizer.state()
     splits: dict[str, Counter]  # {split: counts of documents or pairs, tokens and so on}
     counts: list[int]  # occurrences of each token
     position: int = 0  # number of pieces or pairs encoded so far
@@ -37,7 +37,7 @@ class Progress:
 def encode(corpus, folder: Path, made_from: str, command: str) -> Progress:
     """Write token files to a folder. If an earlier call with the same files and settings was interrupted, resume it.
 
-    made_from: a hash that identifies the files and settings.
+    made_from: hash of the files and settings, from folder.data_id(). command: kept in the folder's command.txt.
     """
     saved = read_json(folder / "progress.json")
     if saved.get("made_from") == made_from:
@@ -48,7 +48,7 @@ def encode(corpus, folder: Path, made_from: str, command: str) -> Progress:
         if saved:
             changed = "the files or settings have changed since the interrupted preparation"
             note(f"{changed}; starting over")
-        # made before the folder is created, because the tokenizer may reject the text
+        # before the folder is created, because training the tokenizer may fail
         tokenizer = make_tokenizer(corpus)
         remove(folder)
         folder.mkdir(parents=True)
@@ -62,7 +62,7 @@ def encode(corpus, folder: Path, made_from: str, command: str) -> Progress:
 
 
 def write_tokens(corpus, folder: Path, progress: Progress) -> None:
-    """Append the remaining units to the token files. Progress is saved every SAVE_UNITS units."""
+    """Encode the remaining units, and append them to the token files. Progress is saved every SAVE_UNITS units."""
     tokenizer = from_state(progress.tokenizer)
     counts = np.array(progress.counts)
     todo = units(corpus, "encoding", progress.position)
@@ -97,7 +97,7 @@ def add_counts(total: Counter, counted: Counter) -> None:
 def append_tokens(
     folder: Path, split: str, ids: np.ndarray, shard_tokens: int | None, tokens: int
 ) -> None:
-    """Write token ids after the first `tokens` tokens of a split. Overwrites what an interrupted call left there."""
+    """Append token ids to the first `tokens` tokens of a split. Anything that an interrupted call wrote is replaced."""
     limit = shard_tokens or sys.maxsize
     while len(ids):
         number, start = divmod(tokens, limit)
@@ -117,7 +117,7 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file written by us; {} if it is missing or damaged."""
+    """Read a JSON file that we have written. Returns {} if it is missing or damaged."""
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""A data folder: its meta.json, the checksums of its token files, and how new data replaces old data."""
+"""Data folders: write meta.json, verify the checksums of token files, and replace old data with new data."""
 
 import hashlib
 import json
@@ -23,12 +23,12 @@ OURS = re.compile(r"meta\.pkl|(train|val|test)(_\d+)?\.bin")
 
 
 def verify(folder: Path, meta: dict) -> int:
-    """Check the token files of a folder. Returns how many have a checksum in meta. Raises UserError if one differs."""
+    """Verify the checksums in meta. Returns how many there are. Raises UserError if a token file does not match."""
     return sum(TokenFiles(folder, split, meta).verify() for split in meta["splits"])
 
 
 def is_whole(folder: Path, meta: dict) -> bool:
-    """True if the token files of a folder are those that meta describes."""
+    """Return True if the token files in a folder are complete and match the checksums in meta."""
     try:
         verify(folder, meta)
     except UserError:
@@ -37,7 +37,7 @@ def is_whole(folder: Path, meta: dict) -> bool:
 
 
 def data_id(corpus, command: str) -> str:
-    """Hash the command, each file's path, size and modification time, and the tokenizer if it comes from elsewhere."""
+    """Hash what data is made from: command, path, size and modification time of each file, and a loaded tokenizer."""
     made_from = [command]
     for path in corpus.paths:
         with read_errors(path):
@@ -59,7 +59,7 @@ def check_splits(progress: Progress) -> None:
 
 
 def make_meta(corpus, progress: Progress, preparing: Path) -> dict:
-    """Build the content of meta.json, which describes the token files. Long entries come last."""
+    """Build the content of meta.json, which describes the token files in `preparing`. Long entries come last."""
     tokenizer = from_state(progress.tokenizer)
     dtype = token_dtype(tokenizer)
     splits = {}
@@ -106,7 +106,7 @@ def make_meta(corpus, progress: Progress, preparing: Path) -> dict:
 
 
 def holds_other_data(folder: Path, new: dict) -> bool:
-    """True if the folder holds data that was made from something else and differs from the data `new` describes."""
+    """Return True if a folder holds data that differs from the data that `new` describes. new: a meta.json."""
     old = read_json(folder / "meta.json")
     if not old or old.get("made_from") == new["made_from"]:
         return False
@@ -121,9 +121,9 @@ def refuse_to_replace(folder: Path, command: str) -> None:
 
 
 def install(preparing: Path, folder: Path, meta: dict) -> None:
-    """Move the complete files into the folder. If this is interrupted, the same command moves the rest."""
-    (preparing / "progress.json").unlink(missing_ok=True)  # meta.json takes its place
-    # from now on the folder does not look complete; its new meta.json comes last
+    """Move the prepared files into the data folder. If this is interrupted, repeating the command moves the rest."""
+    (preparing / "progress.json").unlink(missing_ok=True)  # replaced by meta.json
+    # without meta.json the folder counts as incomplete; the new one is moved last
     (folder / "meta.json").unlink(missing_ok=True)
     files = [file["name"] for split in meta["splits"].values() for file in split["files"]]
     for path in list(folder.iterdir()):

@@ -1,4 +1,4 @@
-"""Data folders prepared by nanoGPT: uint16 tokens, either the characters in meta.pkl or GPT-2's tokens."""
+"""Data folders prepared by nanoGPT. They hold uint16 tokens: the characters listed in meta.pkl, or GPT-2's tokens."""
 
 import io
 import pickle
@@ -14,7 +14,7 @@ GPT2_TOKENS = 50_257  # size of GPT-2's vocabulary
 
 
 def describe(folder: Path) -> dict:
-    """Build the metadata of a folder without a meta.json. Raises UserError if its meta.pkl cannot be read."""
+    """Make a meta.json's content for a folder prepared by nanoGPT. Raises UserError if its meta.pkl cannot be read."""
     if (folder / "meta.pkl").exists():
         tokenizer = read_characters(folder / "meta.pkl")
     else:
@@ -37,9 +37,9 @@ def describe(folder: Path) -> dict:
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """Reads dicts, lists, tuples, sets, strings and numbers, which need no class, and refuses everything else.
+    """Reads dicts, lists, tuples, sets, strings and numbers, and refuses everything else, since it could run code.
 
-    It extends the Python unpickler, since a damaged pickle can make the C version allocate any amount of memory.
+    It extends the Python unpickler, because a damaged pickle can make the C version allocate any amount of memory.
     """
 
     def find_class(self, module: str, name: str):
@@ -47,7 +47,7 @@ class PlainUnpickler(pickle._Unpickler):
 
 
 def read_characters(path: Path) -> Tokenizer:
-    """Read the tokenizer in a meta.pkl, {vocab_size, itos, stoi}: each character is a token. Raises UserError."""
+    """Read a character tokenizer from meta.pkl, a dictionary {vocab_size, itos, stoi}. Raises UserError if invalid."""
     try:
         meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
         characters = [meta["itos"][i] for i in range(meta["vocab_size"])]

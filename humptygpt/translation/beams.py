@@ -1,4 +1,4 @@
-"""A model and sentences -> translations, by beam search or greedy search."""
+"""Translate sentences with a model, by beam search or greedy search."""
 
 from typing import NamedTuple
 
@@ -15,16 +15,16 @@ BATCH = 64  # sentences translated at once
 
 class Translation(NamedTuple):
     ids: list[int]  # without the end-of-text token
-    score: float  # log-probability / tokens^length_penalty
+    score: float  # log-probability / length^length_penalty, see beam_search()
     ended: bool  # False: cut off at the length limit
 
 
 def translate(
     model: nn.Module, tokenizer: Tokenizer, sources: list[np.ndarray], **settings
 ) -> list[Translation]:
-    """Translate sources, each an array of token ids that ends in end-of-text. settings: passed to beam_search().
+    """Translate sentences. Those of a batch have the same length, so no padding is needed.
 
-    The sentences of a batch have the same length, so no padding is needed.
+    sources: arrays of token ids, each ending in end-of-text. settings: passed to beam_search().
     """
     if not model.has_cache:
         raise UserError(
@@ -55,13 +55,16 @@ def beam_search(
     length_penalty: float = 1.0,
     max_new_tokens: int | None = None,
 ) -> list[Translation]:
-    """Find a translation of each source. source: (B, S), token ids that end in eot.
+    """Find a translation of each source sentence.
 
     At each step the num_beams best hypotheses of each sentence are extended. A finished hypothesis is kept as long as
-    it is among the best, and the result is the best hypothesis that ever finished. The score is the sum of
-    log-probabilities / tokens^length_penalty: a penalty of 0 gives the sum; 1 gives the mean, so that long translations
-    are not at a disadvantage. With one beam the search is greedy. A translation ends with eot, at max_new_tokens, or
-    when block_size is full. Ids of tokenizer_vocab_size and above are padding and are never chosen.
+    it is among the best, and the result is the best hypothesis that ever finished. The score of a hypothesis is the sum
+    of its tokens' log-probabilities, divided by its number of tokens to the power of length_penalty. With 0 this is the
+    sum; with 1 it is the mean, so that long translations are not at a disadvantage. With one beam the search is greedy.
+    A translation ends with eot, after max_new_tokens, or when block_size is reached.
+
+    source: (B, S), token ids that end in eot. tokenizer_vocab_size: ids of this and above are padding and are never
+    chosen; None: there is no padding.
     Source: Sutskever et al. 2014, arXiv:1409.3215; the length penalty: Wu et al. 2016, arXiv:1609.08144, section 7.
     """
     if model.has_encoder:
@@ -71,7 +74,7 @@ def beam_search(
     room = model.config.block_size + 1 - idx.shape[1]
     best = [Translation([], 0.0, ended=False)] * len(source)
     open_sentences = list(range(len(source)))
-    ids = source.new_empty(len(source), 1, 0)  # (n, k, T): k hypotheses of n sentences
+    ids = source.new_empty(len(source), 1, 0)  # (n, k, T): k hypotheses per sentence
     log_prob = torch.zeros(ids.shape[:2], device=ids.device)
     for _ in range(min(room, max_new_tokens or room)):
         logits = model.next_logits(idx, cache)[:, :tokenizer_vocab_size]
@@ -80,7 +83,7 @@ def beam_search(
             ids, log_prob, logp, eot, num_beams, length_penalty
         )
         going = []
-        # these copies make the CPU wait for the GPU
+        # tolist() makes the CPU wait for the GPU
         for row, found in enumerate(zip(ids.tolist(), scores.tolist(), strict=True)):
             hypotheses = [
                 Translation([i for i in tokens if i != eot], score, eot in tokens)
@@ -102,7 +105,7 @@ def beam_search(
 
 
 def select(cache: Cache, rows: Tensor) -> None:
-    """Select rows of the batch in every tensor. rows: int64 indices, in the new order; they may repeat."""
+    """Select rows of the batch in every tensor of a cache. rows: int64 indices in the new order, which may repeat."""
     for holder in (cache, *cache.layers):
         for name, value in vars(holder).items():
             if isinstance(value, Tensor):
@@ -119,16 +122,17 @@ def extend(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Extend the hypotheses of each sentence by one token, and keep the num_beams best, best first.
 
-    ids: (n, k, T), k hypotheses of n sentences. log_prob: (n, k). logp: (n, k, V), log-probabilities of the next token.
+    ids: (n, k, T), k hypotheses for each of n sentences. log_prob: (n, k), their log-probabilities.
+    logp: (n, k, V), log-probabilities of the next token.
     Returns the new ids, (n, num_beams, T + 1), and three tensors of shape (n, num_beams): their log_prob, their scores,
-    and the index of the hypothesis that each of them extends, from 0 to nk - 1.
+    and the indices of the hypotheses that they extend, from 0 to nk - 1.
     """
     n, k, V = logp.shape
-    # a finished hypothesis is extended only by eot, at no cost
+    # a finished hypothesis is extended only by eot, with log-probability 0
     ended = (ids == eot).any(dim=-1)
     logp = logp.masked_fill(ended[..., None], -torch.inf)
     logp[..., eot].masked_fill_(ended, 0.0)
-    # includes the new token, or the eot that ends the hypothesis
+    # + 1 for the new token or, in a finished hypothesis, for the eot that ends it
     length = (ids != eot).sum(dim=-1, keepdim=True) + 1
     sums = log_prob[..., None] + logp
     scores = (sums / length**length_penalty).flatten(1)

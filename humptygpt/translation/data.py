@@ -1,4 +1,4 @@
-"""Token files of sentence pairs -> batches of pairs of similar length."""
+"""Read token files of sentence pairs, and batch pairs of similar lengths."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -15,9 +15,11 @@ from humptygpt.token_files import how_to
 class PairDataset(Dataset):
     """Sentence pairs, stored as `source eot target eot ...`. Each batch holds as many pairs of similar length as fit.
 
-    with_encoder: an encoder reads the source, and a decoder the target. Otherwise each pair is one text for a decoder,
-    and only the tokens of the target are predicted. A batch has at most batch_size * block_size tokens, including
-    padding; with an encoder, this limit applies to each side. Raises UserError if a pair is longer than block_size.
+    A batch has at most batch_size * block_size tokens, including padding; with an encoder, this limit applies to the
+    sources and to the targets separately. Raises UserError if a pair is longer than block_size.
+
+    with_encoder: True: an encoder reads the source, and a decoder the target. False: each pair is one text for a
+    decoder, and only the tokens of the target are predicted.
     """
 
     task = "translation"
@@ -32,7 +34,7 @@ class PairDataset(Dataset):
             )
 
     def find_pairs(self, split: str) -> np.ndarray:
-        """Find the start of each pair and the token counts of its source and target, including eot: (pairs, 3)."""
+        """Find the start of each pair, and the lengths of its source and target including eot. Returns (pairs, 3)."""
         eots = [
             start + np.flatnonzero(ids == self.tokenizer.eot)
             for start, ids in self.chunks(split)
@@ -46,15 +48,16 @@ class PairDataset(Dataset):
         return np.stack([ends[:-1:2] + 1, lengths[::2], lengths[1::2]], axis=1)
 
     def lengths(self, pairs: np.ndarray) -> np.ndarray:
-        """Number of tokens of each pair that count towards block_size."""
+        """Return the length of each pair, which must not exceed block_size: (pairs,)."""
         _, source, target = pairs.T
         return np.maximum(source, target) if self.with_encoder else source + target - 1
 
     def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
-        """Read training batch `index`: source (B, S), padded with -1; idx and targets, (B, T); all int64.
+        """Read training batch `index`. An epoch contains each pair once.
 
-        Without an encoder, idx starts with the source instead. An epoch contains each pair once: pairs of equal lengths
-        are shuffled, then the pairs are cut into batches, and the batches are shuffled.
+        In each epoch, pairs of equal lengths are shuffled, all are cut into batches, and the batches are shuffled.
+        Returns idx and targets, (B, T). With an encoder there is also source, (B, S), padded with -1; without one, idx
+        starts with the source. All are int64.
         """
         count = self.batches_per_epoch(batch_size)
         epoch, position = divmod(index, count)
@@ -63,7 +66,7 @@ class PairDataset(Dataset):
         return self.pairs_batch("train", batches(self, "train", batch_size, key)[number])
 
     def pairs_batch(self, split: str, numbers: np.ndarray) -> dict[str, Tensor]:
-        """Read the pairs with these indices as a batch."""
+        """Read the pairs with these indices as a batch. Returns the same as batch()."""
         start, source, target = self.pairs[split][numbers].T
         # with an encoder, the decoder's text starts with the eot that ends the source; without one, it starts with the
         # whole source, whose other tokens are context and are not predicted
@@ -82,20 +85,20 @@ class PairDataset(Dataset):
     def val_batches(
         self, batch_size: int, eval_iters: int | None
     ) -> Iterator[dict[str, Tensor]]:
-        """Yield the fixed evaluation set: eval_iters batches that cover all lengths; None: the whole split."""
+        """Yield the fixed evaluation set: batches that cover all lengths. eval_iters: number of batches; None: all."""
         found = batches(self, "val", batch_size)
         count = min(eval_iters or len(found), len(found))
         for i in range(count):
             yield self.pairs_batch("val", found[int((i + 0.5) * len(found) / count)])
 
     def texts(self, split: str, step: int = 1) -> Iterator[tuple[np.ndarray, str]]:
-        """Read every step-th pair. Yields the source as tokens with its eot, int64 (S,), and the target as text."""
+        """Read every step-th pair. Yields its source as tokens with eot, int64 (S,), and its target as text."""
         for start, source, target in self.pairs[split][::step].tolist():
             (ids,) = self.read(split, np.array([start]), source + target)
             yield ids[:source], self.tokenizer.decode(ids[source:-1])
 
     def summary(self, batch_size: int, eval_iters: int | None) -> tuple[str, str]:
-        """Describe a batch and the evaluation set."""
+        """Describe a batch and the evaluation set, for the start of a run."""
         train = self.pairs["train"]
         count = self.batches_per_epoch(batch_size)
         tokens, pairs = train[:, 2].sum() / count, len(train) / count
@@ -117,13 +120,13 @@ class PairDataset(Dataset):
         return entry["target_bytes"] / entry["target_tokens"]
 
 
-@lru_cache(3)  # the training split, its current epoch, and the validation split
+@lru_cache(3)  # for the training split, unshuffled and shuffled, and the validation split
 def batches(
     dataset: PairDataset, split: str, batch_size: int, key: int | None = None
 ) -> list[np.ndarray]:
     """Sort the pairs by length, and cut them into batches. Returns the indices of the pairs in each batch.
 
-    key: seed for shuffling pairs of equal lengths, so each batch keeps its lengths; None: pairs keep their order.
+    key: seed for shuffling pairs of equal lengths, which does not change the lengths in a batch; None: do not shuffle.
     """
     pairs = dataset.pairs[split]
     _, source, target = pairs.T
@@ -131,8 +134,8 @@ def batches(
     if key is not None:
         rank = permute(rank, len(pairs), key)
     if dataset.with_encoder:
-        # from one target length to the next, sources are sorted by increasing and decreasing length in turn, so that
-        # neighbours always have similar lengths
+        # alternate ascending and descending source length from one target length to the next, so that neighbours
+        # always have similar lengths
         source = np.where(target % 2, source, -source)
         order = np.lexsort((rank, source, target))
     else:

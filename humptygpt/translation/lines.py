@@ -1,4 +1,4 @@
-"""Lines of text -> their translations, for sample.py."""
+"""Translate lines of text, for sample.py."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from humptygpt.config import note
 from humptygpt.tokenizers import Tokenizer
 from humptygpt.translation import beams
 
-AT_ONCE = 500  # lines translated together; the first is returned when all are done
+AT_ONCE = 500  # lines translated together; none is returned before all are done
 
 
 def translate_lines(
@@ -26,7 +26,7 @@ def translate_lines(
 def translate_batch(
     model: nn.Module, tokenizer: Tokenizer, lines: list[str], first: int, **search
 ) -> Iterator[str]:
-    """Translate lines together. first: number of the first line, for notes."""
+    """Translate lines together. first: number of the first line, used in messages."""
     room = model.config.block_size - 1  # the last token of a source is end-of-text
     sources = tokenizer.encode_batch(" ".join(line.split()) for line in lines)
     for number, ids in enumerate(sources, start=first):

@@ -1,10 +1,10 @@
 """The original transformer: an encoder reads the source, and a decoder writes the target.
 
-It consists of two stacks like the GPT's. In the encoder, each source token attends to the whole source. The decoder's
-blocks have a third branch, cross-attention, between attention and feed-forward: in it, each target token attends to the
-encoder's output. Source: Vaswani et al. 2017, arXiv:1706.03762.
+Each is a stack of blocks, like a GPT's. In the encoder, each source token attends to the whole source. The decoder's
+blocks have a third branch, cross-attention, between self-attention and the feed-forward network: each target token
+attends to the encoder's output. Source: Vaswani et al. 2017, arXiv:1706.03762.
 
-Shapes: see model.py. S is the length of the source.
+Letters in shapes are explained in model.py. Here, S is the length of the source.
 """
 
 import torch
@@ -26,9 +26,9 @@ from model import (
 
 
 class CrossAttention(SelfAttention):
-    """Queries come from the target, keys and values from the source.
+    """Attention from the target to the source: queries come from the target, keys and values from the source.
 
-    Positions are not used, because those of target and source are unrelated.
+    It uses no positions, because positions in the target and in the source are unrelated.
     """
 
     def forward(self, x: Tensor, shared: Shared, cache: LayerCache | None = None) -> Tensor:
@@ -42,7 +42,7 @@ class CrossAttention(SelfAttention):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """context: (B, S, C). Returns keys and values, each (B, H, S, D), or with n_kv_head heads if that is set."""
+        """context: (B, S, C). Returns keys and values, each (B, H, S, D); if n_kv_head is set, H is n_kv_head."""
         k = self.heads(self.k_proj(context))
         if self.qk_norm:
             k = self.qk_norm(k)
@@ -50,7 +50,7 @@ class CrossAttention(SelfAttention):
 
 
 class Cross:
-    """Mixin that adds cross-attention to a kind of block, as a branch between the other two."""
+    """Mixin that adds a branch for cross-attention to a block class, between its two other branches."""
 
     def make_attention(self, config: ModelConfig, layer: int) -> None:
         super().make_attention(config, layer)
@@ -87,12 +87,13 @@ class Transformer(GPT):
         cache: Cache | None = None,
         source: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """source: (B, S) token ids; shorter sources are padded with -1. Omit it with a cache, which already holds it.
+        """Compute logits and loss. They are returned in the same form as by GPT.
 
-        idx: (B, T) token ids of the target, which starts with end-of-text; with a cache, only those after the cached
-        tokens. targets: (B, T); targets of -1 are ignored. Returns logits and loss as GPT does.
+        idx: (B, T) token ids of the target, which starts with end-of-text. With a cache, only the ids after the cached
+        tokens. targets: (B, T); targets of -1 are ignored. source: (B, S) token ids; shorter sources are padded with
+        -1. With a cache, omit the source, because the cache already holds it.
         """
-        # with a cache, cross-attention finds the keys and values of the source there, and they need no mask
+        # a cache holds the source's keys and values, and they need no mask, because its sources are not padded
         context = (None, (None, False)) if cache else self.encode(source)
         logits = self.head(self.decoder(self.wte(idx), cache, context=context))
         return logits, None if targets is None else self.loss(logits, targets)
@@ -103,14 +104,14 @@ class Transformer(GPT):
         return logits[:, -1]
 
     def encode(self, source: Tensor) -> Context:
-        """Run the encoder. source: as in forward(). Returns the output, (B, S, C), and the padding mask."""
+        """Run the encoder. source: as in forward(). Returns its output, (B, S, C), and the mask for attention to it."""
         padding = source < 0
         mask = torch.where(padding[:, None, None, :], -torch.inf, 0.0)  # (B, 1, 1, S)
         x = self.encoder(self.wte(source.clamp(min=0)), padding=padding)
         return x, (mask, False)
 
     def make_cache(self, source: Tensor) -> Cache:
-        """Make a cache for up to block_size target tokens. source: (B, S), without padding.
+        """Make a cache for up to block_size target tokens. source: (B, S) token ids, without padding.
 
         The cache of each block also holds the keys and values of the source, each (B, H, S, D).
         """

@@ -1,8 +1,8 @@
-"""Sentence pairs for translation: read from TSV or from two aligned files, cleaned, split and encoded.
+"""Read sentence pairs for translation from TSV files or pairs of aligned files; clean, split and encode them.
 
-A pair is a source text and its translation, the target. On disk each side ends in the end-of-text token: source,
-target, source, target. Pairs unsuitable for training are dropped and reported. A given validation or test split keeps
-every pair that has both sides, so that scores on it stay comparable.
+A pair is a source text and its translation, the target. Token files alternate between sources and targets, each ending
+in the end-of-text token. Pairs that are unsuitable for training are dropped, and the summary counts them. If a
+validation or test split is given, it keeps every pair that has both sides, so that scores on it stay comparable.
 """
 
 import re
@@ -21,7 +21,7 @@ from humptygpt.prepare.corpus import draw, read_all
 from humptygpt.prepare.documents import SKIP_HINT, read_lines
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
-SLACK = 8  # tokens by which one side may always be longer, as in "Stop!" and "Halt, stehen bleiben!"
+SLACK = 8  # one side may always be this many tokens longer, as in "Stop!" and "Halt, stehen bleiben!"
 DROPPED = {  # {reason to drop a pair: how the summary describes it}
     "too_long": "longer than {max_pair_tokens} tokens",
     "empty": "empty on one side",
@@ -29,7 +29,7 @@ DROPPED = {  # {reason to drop a pair: how the summary describes it}
     "held_out": "held out",
 }
 LINE_RULE = "each line must be SOURCE, one tab, TARGET"
-# (split, (TSV file,) or (source file, target file)); if split is None, each pair's split is drawn
+# [(split, files)], where files is (TSV file,) or (source file, target file). split: None: assign each pair at random
 PairFiles = list[tuple[str | None, tuple[Path, ...]]]
 
 
@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 
 
 class Pairs:
-    """Files of sentence pairs, and the split of each pair. It has the same interface as corpus.Documents."""
+    """A corpus of sentence pairs, which are read from files. It has the same interface as corpus.Documents."""
 
     task = "translation"
     separated = True
@@ -52,14 +52,14 @@ class Pairs:
     counts = ("pairs", "characters", "bytes", "tokens", "target_bytes", "target_tokens")
 
     def __init__(self, config, files: PairFiles, source: str):
-        """config: a resolved prepare_data.PrepareConfig. source: what to call the files in meta.json."""
+        """config: a resolved prepare_data.PrepareConfig. source: description of the files for meta.json."""
         self.config = config
         self.files = files
         self.source = source
         self.paths = [path for _, paths in files for path in paths]
         if config.held_out is not None:
             self.paths.append(Path(config.held_out))
-        # indices of the files that were given as validation or test split
+        # indices of files that are given as a validation or test split
         self.given = [n for n, (split, _) in enumerate(files) if split in ("val", "test")]
         with_test = config.test_fraction or self.given
         self.splits = ("train", "val", "test") if with_test else ("train", "val")
@@ -79,8 +79,8 @@ class Pairs:
     def read_held_out(self) -> set[str]:
         """Collect the normalised sentences to exclude from training.
 
-        They are the sentences in the file held_out, the sources of given validation and test splits, and everything
-        connected to them by pairs: their translations, other translations of those, and so on.
+        They are the sentences in the file held_out, the sources in a given validation or test split, and every sentence
+        connected to one of them by pairs: its translations, their other translations, and so on.
         """
         lines = read_lines(Path(self.config.held_out), self.config.encoding_errors)
         held_out = {normalised(line.partition("\t")[0]) for line in lines}
@@ -98,7 +98,7 @@ class Pairs:
         return held_out
 
     def read(self, number: int) -> Iterator[Pair]:
-        """Read one pair per line from self.files[number]. A pair that is left out has no text, only a reason."""
+        """Read one pair per line from self.files[number]. A dropped pair is yielded empty, with a reason."""
         config = self.config
         held_out = set() if number in self.given else self.held_out
         _, paths = self.files[number]
@@ -120,7 +120,7 @@ class Pairs:
         return [(split, pair)]
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
-        """Entries of meta.json that only pairs have. first_text: the start of the training split."""
+        """Return the entries of meta.json that are specific to pairs. first_text: the start of the training split."""
         sides = first_text.split(END_OF_TEXT)[:-1]
         dropped = sum(splits.values(), Counter())
         return {
@@ -130,7 +130,7 @@ class Pairs:
         }
 
     def summary(self, meta: dict) -> dict[str, str]:
-        """Lines of the summary that only pairs have."""
+        """Return the summary lines that are specific to pairs, as {title: text}."""
         dropped = [
             f"{count:,} {DROPPED[why].format(**vars(self.config))}"
             for why, count in meta["dropped"].items()
@@ -149,7 +149,7 @@ class Pairs:
 
 
 def normalised(text: str) -> str:
-    """Reduce a text to its words: texts that differ only in case, punctuation or whitespace become identical."""
+    """Reduce a text to its words, so that texts that differ only in case, punctuation or spaces become identical."""
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text.casefold())))
 
 
@@ -158,7 +158,8 @@ def read_pairs(
 ) -> Iterator[Pair]:
     """Read one pair per line from a TSV file, or from two aligned files. Whitespace is trimmed and collapsed.
 
-    A blank line of a TSV file is an empty pair; with skip_bad_lines, so is a line that does not have exactly one tab.
+    A blank line of a TSV file is read as an empty pair. skip_bad_lines: read lines that do not have exactly one tab as
+    empty pairs too, instead of raising UserError. errors: as in read_documents().
     """
     files = (read_lines(path, errors) for path in paths)
     for number, lines in enumerate(zip_longest(*files), start=1):
@@ -183,7 +184,7 @@ def read_pairs(
 def encode_pairs(
     config, cleaned: tuple[str, ...], tokenizer: Tokenizer, split: str, pairs: list[Pair]
 ) -> tuple[list[np.ndarray], Counter]:
-    """Encode pairs of one split. Returns their token ids and counts.
+    """Encode pairs of one split. Returns arrays of token ids, and the counts for meta.json.
 
     In the splits in `cleaned`, a pair is dropped if one side, including end-of-text, is longer than
     config.max_pair_tokens, or longer than config.max_pair_ratio times the other side plus SLACK.

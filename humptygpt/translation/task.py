@@ -1,4 +1,4 @@
-"""The translation task: the examples and the score that a run shows."""
+"""The translation task: the examples that a run prints, and how translations are scored."""
 
 from torch import nn
 
@@ -6,11 +6,11 @@ from humptygpt.tasks import Score, Task
 from humptygpt.translation.beams import translate
 from humptygpt.translation.data import PairDataset
 
-NUM_BEAMS = 4  # for the translations that are scored
+NUM_BEAMS = 4  # beams for translations that are scored
 
 
 def translate_examples(model: nn.Module, dataset: PairDataset) -> str:
-    """Translate up to three sentences of the validation split greedily, and show each with its reference."""
+    """Translate up to three sentences of the validation split greedily. Returns each with its reference, as text."""
     tokenizer = dataset.tokenizer
     third = len(dataset.pairs["val"]) // 3 + 1
     sources, references = zip(*dataset.texts("val", third), strict=True)

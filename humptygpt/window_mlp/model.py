@@ -11,7 +11,7 @@ from model import ACTIVATIONS, GPT, Dropout, ModelConfig
 
 @dataclass(frozen=True)
 class WindowConfig(ModelConfig):
-    """A GPT's settings. The network uses n_layer, n_hidden, n_embd, window, activation, bias and dropout."""
+    """A GPT's settings, of which the network uses n_layer, n_hidden, n_embd, window, activation, bias and dropout."""
 
     def validate(self) -> None:
         """Raise ValueError for the first invalid value or combination."""
@@ -27,7 +27,7 @@ class WindowConfig(ModelConfig):
 
 
 class NumberEmbedding(nn.Module):
-    """Represent each token by a fixed number: the first by 1 / V, the second by 2 / V, the last by 1.
+    """Represent each token by a fixed number: the first by 1 / V, the second by 2 / V, and so on; the last by 1.
 
     No token is represented by 0, because 0 stands for positions before the text.
     """
@@ -44,9 +44,9 @@ class NumberEmbedding(nn.Module):
 class WindowMLP(nn.Module):
     """A feed-forward network that reads the last `window` tokens side by side and predicts the next one.
 
-    It predicts at every position of a text. Before the first token, the window is filled with zeros, both in training
-    and in generation, so block_size should be several times the window. There are n_layer hidden layers of n_hidden
-    neurons, by default one neuron for each input.
+    It predicts at every position of a text. Where the window extends beyond the start of the text, it is filled with
+    zeros, both in training and in generation, so block_size should be several times the window. There are n_layer
+    hidden layers of n_hidden neurons; the default for n_hidden is the number of inputs.
     Source: Bengio et al. 2003, "A neural probabilistic language model".
     """
 
@@ -73,7 +73,7 @@ class WindowMLP(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draw matrices with standard deviation 1 / sqrt(inputs), which preserves the variance of activations.
+        """Draw weights with standard deviation 1 / sqrt(inputs), which preserves the variance of activations.
 
         The head starts at 0, so that all tokens are equally likely.
         """
@@ -110,7 +110,7 @@ class WindowMLP(nn.Module):
     def generate(
         self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0
     ) -> Tensor:
-        """Continue idx, (B, T) with T >= 1, with sampled tokens. Returns (B, T + max_new_tokens)."""
+        """Append sampled tokens to idx, (B, T) with T >= 1. Returns (B, T + max_new_tokens)."""
         for _ in range(max_new_tokens):
             probabilities = (self.next_logits(idx).float() / temperature).softmax(dim=-1)
             idx = torch.cat([idx, torch.multinomial(probabilities, 1)], dim=1)
