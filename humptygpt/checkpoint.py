@@ -27,6 +27,7 @@ SHARDED = ".metadata"  # a folder with this file is a sharded checkpoint
 FORMAT = "gpt checkpoint 3"  # the number increases whenever the schema changes
 CONFIG = {str: (int, float, bool, str, None)}
 COUNT = range(2**63)
+LORA = {"lora_rank?": COUNT, "lora_alpha?": float, "lora_targets?": str}
 AMOUNTS = ("position", "seconds", "run_seconds", "best_val_loss")
 PROGRESS = {"iter": COUNT[1:], "losses": [float], **dict.fromkeys(AMOUNTS, float)}
 PROGRESS |= dict.fromkeys(("tokens", "best_iter", "evals_since_best"), COUNT)
@@ -246,6 +247,7 @@ def check_content(saved: dict, tokens: int) -> ModelConfig:
     for key, value in saved["train_config"].items():
         if type(value) is str and not value.isprintable():
             raise ValueError(f"{key} must not contain control characters")
+    check_schema(saved["train_config"], LORA, "train_config")
     cls = config_class(saved["model_config"])
     config = configurator.restore(cls, saved["model_config"])
     if config.vocab_size is None or tokens > config.vocab_size:

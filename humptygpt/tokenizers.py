@@ -102,6 +102,8 @@ class CharTokenizer(Tokenizer):
     schema: ClassVar = {"alphabet": str, "separated?": bool}
 
     def __init__(self, alphabet: str, separated: bool = False):
+        if not alphabet or len(set(alphabet)) < len(alphabet):
+            raise ValueError("the alphabet is empty or contains a duplicate character")
         self.alphabet = alphabet
         self.pieces = [char.encode("utf-8", "surrogatepass") for char in alphabet]
         self.pieces += [END_OF_TEXT.encode()] * separated
@@ -173,6 +175,9 @@ class SentencePieceTokenizer(Tokenizer):
         # "▁" is sentencepiece's sign for a space, so a real "▁" has to be spelled in bytes
         underscore = [model.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
         self._separators = {"\n": [model.piece_to_id("\n")], "▁": underscore}
+        needed = chain(*self._separators.values())
+        if (model.unk_id(), model.eos_id()) != (0, 1) or 0 in needed:
+            raise ValueError("the model lacks a token that any text may need")
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -218,6 +223,9 @@ class BytePairTokenizer(Tokenizer):
     schema: ClassVar = {"separated": bool, "pieces": str}
 
     def __init__(self, pieces: list[bytes], separated: bool = False):
+        single = {bytes([byte]) for byte in range(256)}
+        if len(set(pieces)) < len(pieces) or not single <= set(pieces):
+            raise ValueError("a piece occurs twice, or one of the 256 bytes is missing")
         self.pieces = [*pieces, END_OF_TEXT.encode()]
         self.eot = len(pieces) if separated else None
 

@@ -135,6 +135,7 @@ EDITS = [
     (f"{OTHER_CODE}it has the key batch_sice, which", "train_config/batch_sice", 4),
     ("batch_size=0 must be at least 1", "train_config/batch_size", 0),
     ("device must not contain control characters", "train_config/device", "c\npu"),
+    ("train_config.lora_alpha must be float", "train_config/lora_alpha", "16"),
     ("n_layer=1000000 and n_embd=8 do not match", "model_config/n_layer", 10**6),
     ("n_embd=1099511627776 must be at least", "model_config/n_embd", 2**40),
     ("description of the tokenizer char is damaged", "tokenizer/alphabet", None),
