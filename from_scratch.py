@@ -187,7 +187,8 @@ def add(a: Vector, b: Vector) -> Vector:
     return y
 
 
-# Layer Normalization: sums of sums grow or vanish, so x gets mean 0 and standard deviation 1, then a trained scale.
+# Layer Normalization: numbers grow or shrink from layer to layer, so x is brought to mean 0 and standard deviation 1,
+# and then multiplied by a trained scale.
 def layer_norm(x: Vector, scale: Vector) -> Vector:
     n = len(x.numbers)
     mean = sum(x.numbers) / n

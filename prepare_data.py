@@ -104,7 +104,9 @@ class PrepareConfig:
     held_out: str | None = None  # file of pairs or source lines to exclude from training
     # tokens
     tokenizer: str = "auto"  # auto: chosen to fit the text; or the tokenizer of a run, a model folder or owner/model
-    vocab_size: int | None = None  # maximum vocabulary size; None: set by the text, or 4096
+    vocab_size: int | None = (
+        None  # maximum vocabulary size; None: chosen with the tokenizer, or 4096
+    )
     model_type: str | None = None  # sentencepiece algorithm; None: bpe
     shard_tokens: int | None = None  # tokens per file, train_0000.bin, ...; None: one file
     # existing data
@@ -279,7 +281,7 @@ def with_defaults(config: PrepareConfig, defaults: dict) -> PrepareConfig:
 
 
 def resolve(config: PrepareConfig, preset: PrepareConfig, task: str) -> PrepareConfig:
-    """Fill in all defaults. preset: the config with the settings of a built-in dataset.
+    """Fill in all remaining defaults. config: as the user gave it. preset: with the settings of a built-in dataset.
 
     Raises UserError if config sets a key that has no effect on this data or with this tokenizer.
     """

@@ -1,4 +1,4 @@
-# GPT-2's smallest size (124 million parameters) and architecture, on an open version of its training text.
+# The smallest GPT-2 (124 million parameters), trained on an open reproduction of its training text.
 #
 #   python prepare_data.py openwebtext --files=80     downloads 24 GB; without --files, only one file, 300 MB
 #   python train.py config/gpt2_124m.py

@@ -1,4 +1,4 @@
-# GPT-2's second-smallest size (355 million parameters) and architecture, on an open version of its training text.
+# The second-smallest GPT-2 (355 million parameters), for an open reproduction of its training text.
 #
 #   python prepare_data.py openwebtext --files=80     downloads 24 GB; without --files, only one file, 300 MB
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_350m.py

@@ -150,7 +150,7 @@ class TokenDataset(Dataset):
             yield batch
 
     def val_starts(self, batch_size: int, eval_iters: int | None) -> np.ndarray:
-        """Start positions of the blocks in the evaluation set. With the whole split, the last block may be shorter."""
+        """Start positions of the blocks in the evaluation set. If it is the whole split, the last may be shorter."""
         starts = np.arange(0, len(self.val) - 1, self.block_size)
         if eval_iters is None or eval_iters * batch_size >= len(starts):
             return starts

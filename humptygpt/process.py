@@ -25,7 +25,7 @@ BACKENDS = ("auto", "gloo", "nccl")
 class Share(NamedTuple):
     """One process's share of a micro-batch: all of its rows, or some of them if several processes split it."""
 
-    key: tuple[int, ...]  # seeds dropout: the micro-batch's number, counted over the run
+    key: tuple[int, ...]  # seeds dropout: the index of the micro-batch in the run
     batch: dict[str, Tensor]
     tokens: int  # targets that are not ignored
     # (number of rows in the micro-batch, slice of them in this share); None: all rows
@@ -45,7 +45,7 @@ class Process(AbstractContextManager):
         self.device = device
 
     def __exit__(self, error: type | None, *_: object) -> None:
-        """End the run. Several processes wait for each other unless there is an error."""
+        """End the run. With several processes, wait until all have finished, unless there was an error."""
 
     def place(self, run) -> None:
         """Move the model of a run to the device. run: a train.Run that has no optimizer yet."""

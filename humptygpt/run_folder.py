@@ -64,7 +64,7 @@ class Progress:
     evals_since_best: int = 0
     # how far the run has come, from 0 to max_iters: equal to iter or, with --minutes, estimated from the clock
     position: float = 0.0
-    run_seconds: float = 0.0  # with --minutes: seconds that the run's commands have taken
+    run_seconds: float = 0.0  # with --minutes: wall-clock time of the run, with all resumes
     # losses of the steps since the last row of metrics
     losses: list[float] = field(default_factory=list)
 

@@ -84,10 +84,10 @@ def read_text(path: str) -> str:
             return sys.stdin.read()
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"cannot read the text {path}: it is not UTF-8") from error
+        raise UserError(f"cannot read {path}: it is not valid UTF-8") from error
     except OSError as error:
         near = nearest_path(path) if isinstance(error, FileNotFoundError) else ""
-        raise UserError(f"cannot read the text {path}: {error.strerror}{near}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}{near}") from error
 
 
 def typed_lines() -> Iterator[str]:

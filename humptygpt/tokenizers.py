@@ -183,7 +183,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
-        """Encode all texts in one call of sentencepiece; for sentences, one call each would take ten times as long."""
+        """Encode all texts in a single call to sentencepiece. A call for each sentence would take ten times as long."""
         split = [re.split("([\n▁])", text) for text in texts]
         plain = [part for part in chain(*split) if part not in self._separators]
         encoded = iter(self._model.encode(plain, num_threads=1))

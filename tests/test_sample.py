@@ -107,11 +107,11 @@ def test_the_best_checkpoint_is_sampled_unless_the_latest_is_asked_for(run_dir, 
 
 BAD = {
     "character 'é' (U+00E9) is not among the": ["--start=é"],
-    "cannot read the text latin1.txt: it is not UTF-8": ["--start=FILE:latin1.txt"],
-    "cannot read the text promts.txt: No such file or directory; did you mean prompts.txt?": [
+    "cannot read latin1.txt: it is not valid UTF-8": ["--start=FILE:latin1.txt"],
+    "cannot read promts.txt: No such file or directory; did you mean prompts.txt?": [
         "--prompts=promts.txt"
     ],
-    "cannot read the text : Is a directory": ["--start=FILE:"],
+    "cannot read : Is a directory": ["--start=FILE:"],
     "prompt 2: character 'é' (U+00E9) is not among the": ["--prompts=prompts.txt"],
     "prompt 1: the prompt is empty; give at": ["--prompts=empty.txt"],
     "start and prompts cannot be combined": ["--start=A", "--prompts=prompts.txt"],

@@ -31,7 +31,7 @@ WEIGHTS = [  # groups of file patterns; only the first group that the model has 
 
 
 def repository(name: str) -> str | None:
-    """Expand a name to owner/model. Returns None if it cannot be a name on the Hub, such as a local path."""
+    """Expand a name to owner/model. Returns None if it cannot be a name on the Hub, as a path cannot."""
     if name in GPT2:
         return GPT2[name]
     owner = name.partition("/")[0]

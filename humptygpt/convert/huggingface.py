@@ -28,7 +28,8 @@ from humptygpt.schema import parse_json
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 
-# not checked on export: settings that only affect training, biases (the weights show them), rope_base (GPT-2 has none)
+# Export does not check settings that only affect training, biases, which the weights imply, or rope_base, which GPT-2
+# does not use.
 NOT_EXPORTED = {"dropout", "label_smoothing", "init", "bias", "attn_bias", "mlp_bias"}
 NOT_EXPORTED |= {"rope_base"}
 SUPPORTED = {  # {key of config.json that changes the model's formulas: the only value that we support}
@@ -42,7 +43,7 @@ ROPE = {"rope_type?": ROPE_TYPES, "type?": ROPE_TYPES}  # older files have the s
 SCHEMA = {
     "model_type": set(FAMILIES),
     "vocab_size": int,
-    # transformers writes the first of these keys before version 5, and the second since then
+    # transformers before version 5 writes the first of these keys, later versions the second
     "rope_scaling?": (ROPE, None),
     "rope_parameters?": (ROPE, None),
 }
@@ -60,7 +61,7 @@ def layer_names(family: Family, config: ModelConfig) -> list[tuple[str, list[str
 def weight_names(
     family: Family, config: ModelConfig, ours: dict
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yield, for each weight of a model, its name in transformers and our names. ours: our state dict of the model."""
+    """Yield the name of each weight in transformers, with our names for its parts. ours: our state dict."""
     for theirs, names in layer_names(family, config):
         for kind in ("weight", "bias"):
             own = [f"{name}.{kind}" for name in names]

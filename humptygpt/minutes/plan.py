@@ -109,7 +109,7 @@ class Clock:
         return TIME_TO_TRAIN * (self.end - time.monotonic())
 
     def advance(self, position: float, config: TrainConfig) -> float:
-        """Return the schedule's position after a step, from 0 to config.max_iters. position: that before the step."""
+        """Return the position in the schedule after a step, from 0 to config.max_iters. position: the one before it."""
         now = time.monotonic()
         step = now - self.last_step
         self.last_step = now

@@ -68,5 +68,5 @@ def check_formulas(config: ModelConfig, reader: str) -> None:
 
 
 def kind(value: object) -> object:
-    """Return the variant that a value selects: a name itself, or whether a number or switch is nonzero."""
+    """Reduce a value to the variant that it selects: a name stays as it is, a number, bool or None becomes a bool."""
     return bool(value) if isinstance(value, int | float | None) else value

@@ -94,7 +94,7 @@ def put_in_place(temporary: Path, folder: Path) -> None:
 
 
 def flat(entries: dict) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint by name. A name is, for example, optimizer/wte.weight/exp_avg."""
+    """Flatten a checkpoint into {name: tensor}, with names such as optimizer/wte.weight/exp_avg."""
     tensors = {f"model/{name}": tensor for name, tensor in entries["model"].items()}
     for name, state in entries.get("optimizer", {"state": {}})["state"].items():
         tensors |= {f"optimizer/{name}/{key}": tensor for key, tensor in state.items()}

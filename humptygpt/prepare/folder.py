@@ -37,7 +37,7 @@ def is_whole(folder: Path, meta: dict) -> bool:
 
 
 def data_id(corpus, command: str) -> str:
-    """Hash what data is made from: command, path, size and modification time of each file, and a loaded tokenizer."""
+    """Hash all that the data is made from: the command, the files (path, size and time), and a tokenizer if loaded."""
     made_from = [command]
     for path in corpus.paths:
         with read_errors(path):

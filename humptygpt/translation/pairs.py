@@ -29,7 +29,8 @@ DROPPED = {  # {reason to drop a pair: how the summary describes it}
     "held_out": "held out",
 }
 LINE_RULE = "each line must be SOURCE, one tab, TARGET"
-# [(split, files)], where files is (TSV file,) or (source file, target file). split: None: assign each pair at random
+# [(split, files)], where files is (TSV file,) or (source file, target file). If split is None, its pairs are split at
+# random
 PairFiles = list[tuple[str | None, tuple[Path, ...]]]
 
 
