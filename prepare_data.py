@@ -104,9 +104,7 @@ class PrepareConfig:
     held_out: str | None = None  # file of pairs or source lines to exclude from training
     # tokens
     tokenizer: str = "auto"  # auto: chosen to fit the text; or the tokenizer of a run, a model folder or owner/model
-    vocab_size: int | None = (
-        None  # maximum vocabulary size; None: chosen with the tokenizer, or 4096
-    )
+    vocab_size: int | None = None  # at most this many tokens; None: fits the text, or 4096
     model_type: str | None = None  # sentencepiece algorithm; None: bpe
     shard_tokens: int | None = None  # tokens per file, train_0000.bin, ...; None: one file
     # existing data
