@@ -143,7 +143,9 @@ def probabilities(
     min_p: float | None = None,
 ) -> Tensor:
     """Return the probabilities of the next token, (B, V), after temperature and filters. logits: (B, V)."""
-    probs = (logits / max(temperature, 1e-30)).softmax(dim=-1)  # avoid overflow
+    probs = (logits / max(temperature, 1e-30)).softmax(
+        dim=-1
+    )  # a division by 0 would overflow
     if top_p and top_p < 1:
         probs = keep_top_p(probs, top_p)
     if min_p is not None:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import shlex
+from bisect import bisect_right
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
@@ -87,13 +88,15 @@ class TokenFiles:
         """Return `length` tokens from each start, int64 (len(starts), length), with zeros after the last token."""
         rows = np.zeros((len(starts), length), dtype=np.int64)
         for row, start in zip(rows, starts.tolist(), strict=True):
+            number = bisect_right(self.starts, start) - 1
+            offset = start - self.starts[number]
             # a row may continue in the next file
-            parts = [
-                ids[max(0, start - first) : max(0, start - first + length)]
-                for first, ids in zip(self.starts, self.arrays, strict=False)
-            ]
-            tokens = np.concatenate(parts)
-            row[: len(tokens)] = tokens
+            while len(row) and number < len(self.arrays):
+                ids = self.arrays[number][offset : offset + len(row)]
+                row[: len(ids)] = ids
+                row = row[len(ids) :]
+                number += 1
+                offset = 0
         return rows
 
     def verify(self) -> int:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from humptygpt.config import UserError
 from humptygpt.evaluation import Loss
 from humptygpt.optimizers import Optimizer
 from humptygpt.settings import read_settings
+from humptygpt.tokenizers import ByteTokenizer
 from humptygpt.translation import beams as beam_search
-from humptygpt.translation import task
+from humptygpt.translation import lines, task
 from humptygpt.translation.beams import Translation
 from humptygpt.translation.data import PairDataset, batches
 
@@ -327,6 +329,7 @@ def test_lines_keep_their_order_and_numbers_and_long_ones_are_cut_and_reported(
         return [Translation(ids[:-1].tolist(), -1.0, ended=ids[0] < 53) for ids in sources]
 
     monkeypatch.setattr(beam_search, "translate", echo)
+    monkeypatch.setattr(lines, "AT_ONCE", 2)
     text = "\ufeff1\u2028 is\n2\n\n  \n5\n" + 50 * "6"
     Path("german.txt").write_text(text, encoding="utf-8")
     capsys.readouterr()
@@ -393,3 +396,18 @@ def test_keys_of_the_other_task_are_refused(pairs, tiny):
     assert train.main([*TINY_RUN, "--out_dir=out/text"]) == 0
     with pytest.raises(UserError, match="num_beams=4 has no effect with task=language"):
         sample.main(["--out_dir=out/text", "--num_beams=4"])
+
+
+def test_without_an_encoder_half_of_the_context_is_left_for_the_translation(monkeypatch):
+    read = []
+
+    def note_lengths(model, tokenizer, sources, **search):
+        read.extend(map(len, sources))
+        return [Translation([], 0.0, ended=True)] * len(sources)
+
+    monkeypatch.setattr(beam_search, "translate", note_lengths)
+    for has_encoder in (True, False):
+        config = SimpleNamespace(block_size=16)
+        model = SimpleNamespace(config=config, has_encoder=has_encoder)
+        list(lines.translate_lines(model, ByteTokenizer(separated=True), ["x" * 20]))
+    assert read == [16, 8]

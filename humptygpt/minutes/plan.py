@@ -230,7 +230,7 @@ def begin(
             f"minutes={config.minutes:g} works only for text, but {config.dataset} has sentence pairs;"
             " use max_iters instead"
         )
-    earlier = saved["progress"].get("run_seconds", 0.0) if saved else 0.0
+    earlier = saved["progress"]["run_seconds"] if saved else 0.0
     clock = Clock(machine.STARTED, config.minutes, earlier)
     # compiling takes about a minute, so a timed run compiles only if the user asks for it
     config = replace(config, compile=bool(config.compile))

@@ -27,7 +27,9 @@ def translate_batch(
     model: nn.Module, tokenizer: Tokenizer, lines: list[str], first: int, **search
 ) -> Iterator[str]:
     """Translate lines together. first: number of the first line, used in messages."""
-    room = model.config.block_size - 1  # the last token of a source is end-of-text
+    block_size = model.config.block_size
+    # without an encoder, source and translation share the context; the last token of a source is end-of-text
+    room = (block_size if model.has_encoder else block_size // 2) - 1
     sources = tokenizer.encode_batch(" ".join(line.split()) for line in lines)
     for number, ids in enumerate(sources, start=first):
         if len(ids) > room:

@@ -44,7 +44,7 @@ class NumberEmbedding(nn.Module):
 class WindowMLP(nn.Module):
     """A feed-forward network that reads the last `window` tokens side by side and predicts the next one.
 
-    It predicts at every position of a text. Where the window extends beyond the start of the text, it is filled with
+    It predicts at every position of a text. If the window extends beyond the start of the text, it is filled with
     zeros, both in training and in generation, so block_size should be several times the window. There are n_layer
     hidden layers of n_hidden neurons; the default for n_hidden is the number of inputs.
     Source: Bengio et al. 2003, "A neural probabilistic language model".
