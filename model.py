@@ -580,12 +580,12 @@ class CausalConv(nn.Module):
                 before = x.new_zeros(len(x), n, x.shape[2])
             text = torch.cat([before, x], dim=1)  # (B, n + T, C)
             cache.last_inputs = text[:, T:]
-            earlier = text[:, :-1].unfold(1, n, 1)  # (B, T, C, n), the oldest first
-            return x + self.GAIN * (earlier * self.weight.flip(0).T).sum(dim=-1)
+            earlier = (text.narrow(1, n - back, T) for back in range(1, n + 1))
+        else:
+            earlier = (F.pad(x, (0, 0, back, -back)) for back in range(1, min(n + 1, T)))
         y = x
-        for back, weight in enumerate(self.weight[: T - 1], start=1):
-            earlier = F.pad(x, (0, 0, back, -back))
-            y = torch.addcmul(y, earlier, weight.to(x.dtype), value=self.GAIN)
+        for tokens, weight in zip(earlier, self.weight, strict=False):
+            y = torch.addcmul(y, tokens, weight.to(x.dtype), value=self.GAIN)
         return y
 
 

@@ -60,6 +60,10 @@ def make_generator(
         return model.to(device)
     replace_layers(model, dtype, device, compiles)
     model.to(device)
+    if not compiles:
+        # as plain attributes they are found without nn.Module.__getattr__, which is slow
+        for module in model.modules():
+            vars(module).update(module._parameters | module._buffers | module._modules)
     if not compiles or not model.has_cache:
         return model
     from humptygpt.compiled import CompiledGPT
@@ -144,7 +148,7 @@ def join(attention: SelfAttention) -> None:
     def part(number: int, x: Tensor) -> Tensor:
         nonlocal last, parts
         if x is not last:
-            last, parts = x, attention.qkv_proj(x).split(sizes, dim=-1)
+            last, parts = x, attention.qkv_proj(x).split_with_sizes(sizes, -1)
         return parts[number]
 
     for number, name in enumerate(QKV):
