@@ -380,18 +380,20 @@ class SelfAttention(nn.Module):
         self, x: Tensor, shared: Shared, cache: "LayerCache | None" = None
     ) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        qk = self.heads(torch.cat([q, k], dim=-1))  # q's heads, then k's: (B, 2 H, T, D)
+        qk, v = map(self.heads, self.project(x))  # qk: q's heads, then k's, (B, 2 H, T, D)
         if self.qk_norm:
             qk = self.qk_norm(qk)
         if shared.rotary:
             qk = rotate(qk, shared.rotary)
         q, k = qk.split([self.n_head, self.n_kv_head], dim=1)
-        v = self.heads(v)
         if cache:
             k, v = cache.append(k, v, shared.end)  # (B, H, S, D)
         y = attend(q, k, v, shared.masks[self.window], self.dropout)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute queries and keys, (B, T, 2 H D), and values, (B, T, H D)."""
+        return torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1), self.v_proj(x)
 
     def heads(self, x: Tensor) -> Tensor:
         """Split the features into heads: (B, T, H D) -> (B, H, T, D)."""

@@ -114,7 +114,8 @@ def replace_layers(
     """
     for module in list(model.modules()):
         # only if the three layers have the same input; other kinds of attention may differ
-        if type(module).forward is SelfAttention.forward and not compiles:
+        joins = type(module).forward is SelfAttention.forward and not compiles
+        if joins and type(module).project is SelfAttention.project:
             join(module)
         for name, child in list(module.named_children()):
             if not isinstance(child, nn.Linear | nn.LayerNorm | nn.RMSNorm):
@@ -137,23 +138,15 @@ def replace_layers(
 
 
 def join(attention: SelfAttention) -> None:
-    """Compute queries, keys and values with a single matrix product, qkv_proj, when the first of them is needed."""
+    """Compute queries, keys and values with a single matrix product, qkv_proj."""
     layers = [getattr(attention, name) for name in QKV]
-    sizes = [layer.out_features for layer in layers]
+    q, k, v = (layer.out_features for layer in layers)
     attention.qkv_proj = layers[0]
     for name, p in layers[0].named_parameters():  # weight and, if there is one, bias
         p.data = torch.cat([layer.get_parameter(name) for layer in layers])
-    last, parts = None, ()
-
-    def part(number: int, x: Tensor) -> Tensor:
-        nonlocal last, parts
-        if x is not last:
-            last, parts = x, attention.qkv_proj(x).split_with_sizes(sizes, -1)
-        return parts[number]
-
-    for number, name in enumerate(QKV):
+    for name in QKV:
         delattr(attention, name)
-        setattr(attention, name, partial(part, number))
+    attention.project = lambda x: attention.qkv_proj(x).split_with_sizes([q + k, v], -1)
 
 
 class FastRMSNorm(nn.Module):
