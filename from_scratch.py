@@ -231,7 +231,8 @@ def attention(x: list[Vector], matrices: list[list[Vector]], n_head: int) -> lis
 
 
 # Positional encoding and embedding: attention ignores order, so each position's embedding is added to the letter's.
-# The GPT architecture: blocks of attention and a network like the first, each with a norm and a residual connection.
+# The GPT architecture: a stack of blocks. Each is attention followed by a network like the one at the top of this
+# file, and both have a norm and a residual connection.
 def new_gpt(n_embd: int, n_layer: int, block_size: int) -> dict[str, list[Vector]]:
     """Random weights, keyed by their names in model.py. wte: letter embeddings. wpe: position embeddings."""
     weights = {"wte": matrix(len(ALPHABET), n_embd, 0.1)}

@@ -6,7 +6,7 @@
 #   python train.py config/nanogpt.py nanoGPT/config/finetune_shakespeare.py
 #
 # The last two start from GPT-2 and use its shape and its vocabulary of 50,257 tokens. Device, dtype and compile
-# keep the defaults for this machine. The models need a GPU and have not been measured here.
+# keep the defaults for this machine. The models need a GPU and have not been trained yet.
 
 out_dir = "out"
 dataset = "openwebtext"

@@ -208,7 +208,8 @@ def check(path: Path, saved: object, device: str = "cpu") -> dict:
     modernize(saved)
     with refuse_other_code(path):
         config = check_content(saved, tokens)
-    saved["model_config"] = asdict(config)  # adds the defaults of newer keys
+    # fills in defaults for keys that the checkpoint predates
+    saved["model_config"] = asdict(config)
     model = build_like(path, config, saved["model"], saved["train_config"])
     with refuse_other_code(path):
         check_tensors("the parameter ", saved["model"], model.state_dict(), device)

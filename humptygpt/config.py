@@ -47,7 +47,7 @@ class UserError(Exception):
 
 @contextmanager
 def refuse(start: str = "") -> Iterator[None]:
-    """Turn a ValueError or UserError in the block into a UserError whose message begins with `start`.
+    """Turn a ValueError or UserError raised in the block into a UserError whose message begins with `start`.
 
     The block must not call user-written code, except to validate settings: a bug in that code would lose its traceback.
     """

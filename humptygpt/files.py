@@ -28,7 +28,7 @@ def whole(path: Path) -> Iterator[Path]:
             if temporary.is_file():
                 with temporary.open("r+b") as file:
                     os.fsync(file.fileno())
-            if path.is_dir():  # an empty folder, which Windows would not replace
+            if path.is_dir():  # it must be empty; Windows cannot replace a folder
                 path.rmdir()
             temporary.replace(path)
     finally:

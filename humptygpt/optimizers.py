@@ -29,7 +29,7 @@ class Rule(NamedTuple):
     """An update rule, and the state that it keeps for each parameter."""
 
     update: Callable  # called with (optimizer, group, slots); works in place
-    # {name of a state tensor: function from a parameter to a view with the shape of that tensor}
+    # {name of a state tensor: function that returns a view of a parameter with the state tensor's shape}
     state: dict[str, Callable[[Tensor], Tensor]]
     learning_rate: str = "learning_rate"  # TrainConfig key of the peak learning rate
 

@@ -64,7 +64,8 @@ class Progress:
     evals_since_best: int = 0
     # how far the run has come, from 0 to max_iters: equal to iter or, with --minutes, estimated from the clock
     position: float = 0.0
-    run_seconds: float = 0.0  # with --minutes: wall-clock time of the run, with all resumes
+    # with --minutes: wall-clock time of the run, summed over all resumes
+    run_seconds: float = 0.0
     # losses of the steps since the last row of metrics
     losses: list[float] = field(default_factory=list)
 
@@ -104,7 +105,7 @@ class StepClock:
         """Exclude the time since advance(), which was spent on an evaluation. evaluation: its duration in seconds."""
 
     def seconds(self) -> float:
-        """Seconds that count towards --minutes, including those of earlier commands."""
+        """Seconds that count towards --minutes, including the time before the run was resumed."""
         return 0.0
 
     def time_left(self, progress: Progress, config) -> float:
@@ -221,7 +222,7 @@ def refuse_earlier_run(out_dir: Path) -> None:
     """Raise UserError if a new run would replace an earlier one."""
     if has_checkpoint(out_dir):
         raise UserError(
-            f"{out_dir} already has a run; continue it with --init_from=resume, or replace it with --overwrite=True"
+            f"{out_dir} already holds a run; continue it with --init_from=resume, or replace it with --overwrite=True"
         )
 
 

@@ -215,7 +215,7 @@ def make_net(run) -> nn.Module:
 
 
 def compile_now(run, net: nn.Module) -> None:
-    """Compile for the shapes of training and evaluation: this process's share of a batch, and a whole batch."""
+    """Trigger compilation for the shapes of training, a process's share of a batch, and evaluation, a whole batch."""
     for step in range(2):
         shares, _ = run.process.shares(run, step)
         with (
@@ -223,7 +223,7 @@ def compile_now(run, net: nn.Module) -> None:
             autocast(run.device, run.dtype),
         ):
             net(**to_device(shares[0].batch, run.device))[1].backward()
-        # before evaluation, which temporarily replaces the shards of a sharded model with whole weights
+        # evaluation temporarily replaces the shards of a sharded model with whole weights, which these would not fit
         run.model.zero_grad()
         evaluation.evaluate(run, net, 1)
 

@@ -36,7 +36,7 @@ def test_a_new_run_in_the_folder_of_another_is_refused_and_one_that_writes_nothi
     run_train()
     before = files_of(OUT)
     line = (
-        "out/run already has a run; continue it with --init_from=resume, or replace it with"
+        "out/run already holds a run; continue it with --init_from=resume, or replace it with"
         " --overwrite=True\n"
     )
     assert fails(train.main, *NEW_RUN) == line
@@ -105,7 +105,7 @@ def test_a_run_that_overwrites_another_changes_nothing_of_it_before_its_first_ch
     with monkeypatch.context() as patch:  # torchrun starts the new run again
         patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
         assert read_settings([*TINY_RUN, "--seed=1"]).saved is None
-    assert "already has a run" in fails(train.main, *NEW_RUN)
+    assert "already holds a run" in fails(train.main, *NEW_RUN)
     assert train.main([*RESUME, "--overwrite=True"]) == 0
     assert "note: overwrite=True has no effect" in capsys.readouterr().err
     assert files_of(OUT) == before | {"command.txt": (OUT / "command.txt").read_bytes()}

@@ -118,7 +118,7 @@ def piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
 def without_prefix(entry: dict) -> dict:
     """Change an entry of a tokenizer.json so that it adds no space before a text. Most entries stay unchanged."""
     plain = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
-    # a step has a "type", which is a string; in a vocabulary, "type" may be a token, whose value is an id
+    # in a step of the tokenizer, "type" is a string; in its vocabulary, "type" may itself be a token, mapped to an id
     is_step = isinstance(entry.get("type"), str)
     return entry | {key: plain[key] for key in plain.keys() & entry.keys() if is_step}
 

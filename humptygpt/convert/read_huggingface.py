@@ -60,7 +60,7 @@ def read_settings(folder: Path) -> dict:
 
 def read_json(path: Path, settings: dict) -> PretrainedTokenizer:
     engine = load_engine(path.read_text(encoding="utf-8"))
-    # add_bos_token does not apply: tokenizer.json itself specifies whether a token is put before a text
+    # ignore add_bos_token: tokenizer.json itself specifies whether to put a start token before a text
     return finish(engine, settings | {"add_bos_token": False})
 
 

@@ -59,7 +59,7 @@ class Clock:
     """Measures progress by wall-clock time, so that a run ends on time even if other programs slow it down."""
 
     def __init__(self, started: float, minutes: float, earlier: float):
-        """started: time.monotonic() when the command started. earlier: seconds that earlier commands took."""
+        """started: time.monotonic() when the command started. earlier: seconds of the run before it was resumed."""
         self.started = started - earlier
         self.end = self.started + 60 * minutes - ENDING  # when training ends
         self.step = 0.0  # seconds per step, measured before training
@@ -94,7 +94,7 @@ class Clock:
         self.last_step = time.monotonic()
 
     def seconds(self) -> float:
-        """Seconds that the run has taken so far, including earlier commands."""
+        """Seconds that the run has taken so far, including the time before it was resumed."""
         return time.monotonic() - self.started
 
     def seconds_left(self, position: float, config: TrainConfig) -> float:
@@ -284,7 +284,7 @@ def find_best(
     tried = [candidate for candidate in tried if candidate.parameters <= most]
 
     def seconds(candidate: Candidate) -> float:
-        """Time of a step, measured if possible. Otherwise it is estimated as a linear function of operations."""
+        """Seconds per step: as measured if this candidate was timed, else estimated from its number of operations."""
         more = candidate.operations - small.operations
         return times.get(candidate) or times[small] + slope * more
 

@@ -53,7 +53,10 @@ def known_logits(model: nn.Module, idx: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def check_formulas(config: ModelConfig, reader: str) -> None:
-    """Raise UserError if model.py was edited so that its logits differ from those of `reader`, such as "a page"."""
+    """Raise UserError if model.py has been edited in a way that changes its logits.
+
+    reader: what would then compute different results, for the message, such as "a page".
+    """
     reference = json.loads(REFERENCE.read_bytes())
     for settings, logits in reference["logits"]:
         if any(kind(getattr(config, key)) != kind(settings[key]) for key in settings):

@@ -41,8 +41,8 @@ def taker(run, folder) -> Callable[[int], None]:
 def to_8_bits(state: dict[str, Tensor]) -> Tensor:
     """Quantize each row to 8 bits: a float32 scale (4 bytes), then its weights as integer multiples of the scale.
 
-    The multiples are from -127 to 127. A row is a row of a matrix, or a vector. Rows are in the order of the state
-    dict. Tied matrices are packed once. Returns (bytes,) int8.
+    The multiples are from -127 to 127. A row is one row of a matrix, or a whole vector. Rows are in the order of the
+    state dict. Tied matrices are packed once. Returns (bytes,) int8.
     """
     packed = []
     for p in {p.data_ptr(): p for p in state.values()}.values():

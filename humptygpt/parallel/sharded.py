@@ -33,7 +33,7 @@ from humptygpt.schema import check_schema
 ENTRIES = "entries.pt"
 # metadata: SHA-256 of .metadata. tied, only in old checkpoints: {name of a tied tensor: name under which it is stored}.
 SCHEMA = {"metadata": str, "tied?": {str: str}}
-# the classes of the objects in .metadata, some of them private to torch
+# what .metadata may contain; some of these names are private to torch
 CLASSES = {
     "torch.Size",
     "torch.float32",

@@ -53,9 +53,9 @@ class Documents:
     def survey(self) -> None:
         """Read everything once, to skip the files that are not text and to decide how to split the rest.
 
-        Documents whose draw() is at most val_fraction are for validation. But if their share of the text is below 0.5
-        or above 1.5 times val_fraction, the end of each file is used for validation instead. This also applies to a
-        single text file. Raises UserError if there is no text, or if the only file cannot be read.
+        Documents whose draw() is at most val_fraction are for validation. If their share of the text is not between
+        0.5 * val_fraction and 1.5 * val_fraction, the end of each file is used for validation instead. A single text
+        file is always split this way. Raises UserError if there is no text, or if the only file cannot be read.
         """
         measured = {}
         with progress_bar("checking the files") as bar:
@@ -106,7 +106,7 @@ class Documents:
             place += len(piece.text)
 
     def assign(self, piece: Piece, number: int) -> list[tuple[str, Piece]]:
-        """Return [(split, piece)] for a piece of a file. If the file is cut within the piece, there are two entries."""
+        """Return [(split, piece)] for a piece of a file. If the boundary of the splits is within it, there are two."""
         if piece.skipped:
             return []
         if self.cuts is None:

@@ -37,7 +37,8 @@ class Progress:
 def encode(corpus, folder: Path, made_from: str, command: str) -> Progress:
     """Write token files to a folder. If an earlier call with the same files and settings was interrupted, resume it.
 
-    made_from: hash of the files and settings, from folder.data_id(). command: kept in the folder's command.txt.
+    made_from: hash of the files and settings, from data_id() in folder.py. command: the command line that prepares the
+    data, which is saved in command.txt.
     """
     saved = read_json(folder / "progress.json")
     if saved.get("made_from") == made_from:

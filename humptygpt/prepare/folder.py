@@ -37,7 +37,9 @@ def is_whole(folder: Path, meta: dict) -> bool:
 
 
 def data_id(corpus, command: str) -> str:
-    """Hash all that the data is made from: the command, the files (path, size and time), and a tokenizer if loaded."""
+    """Hash everything that determines the data: the command, the files (path, size, modification time), and a tokenizer
+    that already existed.
+    """
     made_from = [command]
     for path in corpus.paths:
         with read_errors(path):

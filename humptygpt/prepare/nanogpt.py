@@ -14,7 +14,7 @@ GPT2_TOKENS = 50_257  # size of GPT-2's vocabulary
 
 
 def describe(folder: Path) -> dict:
-    """Make a meta.json's content for a folder prepared by nanoGPT. Raises UserError if its meta.pkl cannot be read."""
+    """Return the content of meta.json for a folder prepared by nanoGPT. Raises UserError if meta.pkl cannot be read."""
     if (folder / "meta.pkl").exists():
         tokenizer = read_characters(folder / "meta.pkl")
     else:

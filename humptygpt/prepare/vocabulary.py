@@ -175,7 +175,10 @@ def learn_byte_pairs(texts: Iterable[str], vocab_size: int) -> list[bytes]:
 
 
 def bounded(texts: Iterable[str]) -> Iterator[str]:
-    """Drop texts with few spaces after the first FEW_SPACES bytes of them, because every distinct word takes memory."""
+    """Yield the texts, but of those with few spaces only the first FEW_SPACES bytes in total.
+
+    Between spaces they have long "words", of which nearly all are distinct, and each distinct word takes memory.
+    """
     size = 0
     for text in texts:
         length = len(text.encode())

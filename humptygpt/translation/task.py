@@ -6,7 +6,7 @@ from humptygpt.tasks import Score, Task
 from humptygpt.translation.beams import translate
 from humptygpt.translation.data import PairDataset
 
-NUM_BEAMS = 4  # beams for translations that are scored
+NUM_BEAMS = 4  # beam size for the translations that are scored
 
 
 def translate_examples(model: nn.Module, dataset: PairDataset) -> str:

@@ -1,8 +1,8 @@
 # GPT-2's architecture: learned positions, LayerNorm, GELU, bias terms, an output head tied to the embedding. Article
 # chapter: "What makes large language models work so well?".
 #
-# GPT-2's blocks are compared with those of Llama 3.1, which is five years newer. Most of the difference comes from the
-# positions: see 08_positions.
+# This compares GPT-2's blocks with those of Llama 3.1, which is five years newer. Most of the gap in loss comes from
+# the positional encoding: see 08_positions.
 #
 #   python train.py config/article/11_llama/1-gpt-2.py
 #

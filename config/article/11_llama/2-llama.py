@@ -1,8 +1,8 @@
 # Llama's architecture: rotary positions, RMSNorm, gated feed-forward networks (SwiGLU), grouped-query attention, no
 # bias terms, a separate output head. Article chapter: "What makes large language models work so well?".
 #
-# GPT-2's blocks are compared with those of Llama 3.1, which is five years newer. Most of the difference comes from the
-# positions: see 08_positions.
+# This compares GPT-2's blocks with those of Llama 3.1, which is five years newer. Most of the gap in loss comes from
+# the positional encoding: see 08_positions.
 #
 #   python train.py config/article/11_llama/2-llama.py
 #
