@@ -380,7 +380,9 @@ class SelfAttention(nn.Module):
         self, x: Tensor, shared: Shared, cache: "LayerCache | None" = None
     ) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
-        qk, v = map(self.heads, self.project(x))  # qk: q's heads, then k's, (B, 2 H, T, D)
+        qk, v = self.project(x)
+        qk = self.heads(qk)  # q's heads, then k's: (B, 2 H, T, D)
+        v = self.heads(v)
         if self.qk_norm:
             qk = self.qk_norm(qk)
         if shared.rotary:
