@@ -51,14 +51,15 @@ def make_generator(
     advice = "close other programs, or use --quantize=int8 on a CPU"
     check_fits("the weights take", weights * dtype.itemsize, free_memory(device), advice)
     model.eval().requires_grad_(False)
-    if model.has_cache and not agrees(model, replaces=True):
+    joins = model.has_cache and not compiles and agrees(model, joins=True)
+    if model.has_cache and not joins and not agrees(model):
         model.has_cache = agrees(model, replaces=False)
         what = "faster layers" if model.has_cache else "a cache"
         note(
             f"not using {what}, because this model.py's logits would change; generation is slower"
         )
         return model.to(device)
-    replace_layers(model, dtype, device, compiles)
+    replace_layers(model, dtype, device, compiles, joins)
     model.to(device)
     if not compiles:
         # as plain attributes they are found without nn.Module.__getattr__, which is slow
@@ -74,11 +75,11 @@ def make_generator(
 
 
 @torch.inference_mode()
-def agrees(model: nn.Module, replaces: bool) -> bool:
+def agrees(model: nn.Module, replaces: bool = True, joins: bool = False) -> bool:
     """True if model.py, which the user may have edited, computes the same logits with a cache as without one.
 
     The check takes milliseconds, because it uses a tiny model with the same classes and settings. An edit that fails in
-    the tiny model counts as a difference. replaces: also apply replace_layers() before using the cache.
+    the tiny model counts as a difference. replaces, joins: also apply replace_layers() before using the cache.
     """
     config = model.config
     sizes = {"n_embd": 4 * config.n_head, "vocab_size": 11, "window": min(config.window, 5)}
@@ -91,7 +92,7 @@ def agrees(model: nn.Module, replaces: bool) -> bool:
             p.normal_(std=0.5, generator=random)
         expected = small(idx, **texts)[0][:, -1]
         if replaces:
-            replace_layers(small, torch.float32, CPU, compiles=False)
+            replace_layers(small, torch.float32, CPU, compiles=False, joins=joins)
         cache = small.make_cache(**texts)
         for token in idx.split(1, dim=1):
             found = small.next_logits(token, cache)
@@ -105,17 +106,20 @@ def agrees(model: nn.Module, replaces: bool) -> bool:
 
 
 def replace_layers(
-    model: nn.Module, dtype: torch.dtype, device: torch.device, compiles: bool
+    model: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device,
+    compiles: bool,
+    joins: bool,
 ) -> None:
     """Replace linear layers and RMS norms with faster equivalents, called as plain functions rather than as modules.
 
     A module call costs as much as a small matrix product. With compiles=True, layers stay modules and norms are left
-    alone: the compiler removes the overhead and fuses the operators itself.
+    alone: the compiler removes the overhead and fuses the operators itself. joins: also join() all attention layers.
     """
     for module in list(model.modules()):
-        # only if the three layers have the same input; other kinds of attention may differ
-        joins = type(module).forward is SelfAttention.forward and not compiles
-        if joins and type(module).project is SelfAttention.project:
+        # other kinds of attention may compute queries, keys and values from different inputs
+        if joins and type(module).forward is SelfAttention.forward:
             join(module)
         for name, child in list(module.named_children()):
             if not isinstance(child, nn.Linear | nn.LayerNorm | nn.RMSNorm):

@@ -164,6 +164,37 @@ def test_a_model_generates_without_what_its_edit_does_not_survive(
             translate(model, None, [])
 
 
+def scaled_project(self, x):
+    return torch.cat([3 * self.q_proj(x), self.k_proj(x)], dim=-1), self.v_proj(x)
+
+
+def forward_without_project(self, x, shared, cache=None):
+    q, k, v = (self.heads(layer(x)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+    if cache:
+        k, v = cache.append(k, v, shared.end)
+    y = models.attend(3 * q, k, v, shared.masks[self.window], self.dropout)
+    return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "edited"),
+    [("project", scaled_project), ("forward", forward_without_project)],
+)
+def test_edited_projections_keep_the_cache_the_faster_layers_and_int8(
+    monkeypatch, capsys, name, edited
+):
+    monkeypatch.setattr(models.SelfAttention, name, edited)
+    model, idx = random_model().eval(), tokens(2, 8)
+    expected = model(idx)[0][:, -1].detach()
+    for dtype, atol in ((torch.float32, 1e-5), (torch.int8, 0.1)):
+        ready = make_generator(copy.deepcopy(model), dtype)
+        context = Context(ready, idx.tolist())
+        found = context.next_logits()
+        torch.testing.assert_close(found, expected, atol=atol, rtol=1e-4)
+    assert isinstance(ready.lm_head.__self__, decoding.ProductLinear)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_linear_layer_of_ones_own_is_not_swapped_for_a_product(monkeypatch):
     class DoubledLinear(torch.nn.Linear):
         def forward(self, x):
