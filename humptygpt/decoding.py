@@ -222,7 +222,8 @@ def packed_product(weight: Tensor, bias: Tensor | None) -> Product:
     On two cores, it is twice as fast for an input of only a few tokens.
     """
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-    product = torch.ops.mkldnn._linear_pointwise
+    # naming the overload saves looking for it
+    product = torch.ops.mkldnn._linear_pointwise.default
     return lambda x: product(x, packed, bias, "none", [], "")
 
 
@@ -233,7 +234,8 @@ def int8_product(linear: nn.Linear) -> Product:
     """
     rows = quantize_rows(linear.weight)
     packed = torch.ops.quantized.linear_prepack(rows, linear.bias)
-    return lambda x: torch.ops.quantized.linear_dynamic(x, packed)
+    product = torch.ops.quantized.linear_dynamic.default
+    return lambda x: product(x, packed)
 
 
 def quantize_rows(weight: Tensor) -> Tensor:
