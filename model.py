@@ -584,12 +584,12 @@ class CausalConv(nn.Module):
                 before = x.new_zeros(len(x), n, x.shape[2])
             text = torch.cat([before, x], dim=1)  # (B, n + T, C)
             cache.last_inputs = text[:, T:]
-            earlier = (text.narrow(1, n - back, T) for back in range(1, n + 1))
+            shifted = (text.narrow(1, n - back, T) for back in range(1, n + 1))
         else:
-            earlier = (F.pad(x, (0, 0, back, -back)) for back in range(1, min(n + 1, T)))
+            shifted = (F.pad(x, (0, 0, back, -back)) for back in range(1, min(n + 1, T)))
         y = x
-        for tokens, weight in zip(earlier, self.weight, strict=False):
-            y = torch.addcmul(y, tokens, weight.to(x.dtype), value=self.GAIN)
+        for earlier, weight in zip(shifted, self.weight, strict=False):
+            y = torch.addcmul(y, earlier, weight.to(x.dtype), value=self.GAIN)
         return y
 
 

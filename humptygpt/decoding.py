@@ -142,7 +142,7 @@ def replace_layers(
 
 
 def join(attention: SelfAttention) -> None:
-    """Compute queries, keys and values with a single matrix product, qkv_proj."""
+    """Let project() compute queries, keys and values with a single matrix product, qkv_proj."""
     layers = [getattr(attention, name) for name in QKV]
     q, k, v = (layer.out_features for layer in layers)
     attention.qkv_proj = layers[0]
@@ -222,7 +222,7 @@ def packed_product(weight: Tensor, bias: Tensor | None) -> Product:
     On two cores, it is twice as fast for an input of only a few tokens.
     """
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-    # naming the overload saves looking for it
+    # PyTorch need not look for the overload in every call
     product = torch.ops.mkldnn._linear_pointwise.default
     return lambda x: product(x, packed, bias, "none", [], "")
 

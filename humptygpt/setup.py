@@ -223,7 +223,7 @@ def compile_now(run, net: nn.Module) -> None:
             autocast(run.device, run.dtype),
         ):
             net(**to_device(shares[0].batch, run.device))[1].backward()
-        # evaluation temporarily replaces the shards of a sharded model with whole weights, which these would not fit
+        # evaluation temporarily puts whole weights in place of shards, whose gradients would not fit them
         run.model.zero_grad()
         evaluation.evaluate(run, net, 1)
 

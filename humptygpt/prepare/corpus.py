@@ -106,7 +106,7 @@ class Documents:
             place += len(piece.text)
 
     def assign(self, piece: Piece, number: int) -> list[tuple[str, Piece]]:
-        """Return [(split, piece)] for a piece of a file. If the boundary of the splits is within it, there are two."""
+        """Return [(split, piece)] for a piece of a file, or two pairs if it contains the boundary of the splits."""
         if piece.skipped:
             return []
         if self.cuts is None:
