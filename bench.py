@@ -6,6 +6,7 @@
     python bench.py --what=sample --nanogpt=../nanoGPT    generation on a CPU, with every other program installed
     python bench.py --what=page --page=PAGE.html          keystrokes in a page made by explain.py, in Chromium
     python bench.py --what=gpu --nanogpt=../nanoGPT       five minutes on a GPU, reported as one table for RECORDS.md
+    python bench.py --what=machine                        the demo with each dtype, number of threads and way of waiting
 
 train: both programs use the same shapes, math (nanoGPT's CPU preset and AdamW, or a --config) and text. The figures are
 medians in milliseconds; `speedup` is nanoGPT's median divided by ours. Each runs in its own process, as users would run
@@ -29,6 +30,9 @@ gpu: the time that the demo takes to reach its loss, including data preparation 
 memory of training GPT-2 124M and 350M, next to the estimated memory, and the same for nanoGPT if a checkout is given;
 tokens/s of decoding, next to the limit set by the memory bandwidth. The device, dtype, compile and evaluation settings
 of a config are ignored.
+machine: the demo's tokens/s on a CPU, in training and of one text, alone and while a second process does the same. The
+threads spin for different times before they sleep. The line of the choices that train.py makes is marked. `ratio` is
+its speed divided by that of the fastest line.
 """
 
 import importlib
@@ -52,6 +56,7 @@ MODES = {  # {mode: the module in benchmarks/ whose bench() measures it}
     "sample": "generation",
     "page": "keystrokes",
     "gpu": "gpu",
+    "machine": "choices",
 }
 NEEDED = {"loss": "nanogpt", "page": "page"}
 

@@ -47,6 +47,7 @@ IGNORED = {
     "always_save_checkpoint",
     "log_interval",
     "parallel",
+    "threads",
     "backend",
     "log",
     "wandb_log",

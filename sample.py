@@ -38,7 +38,7 @@ from humptygpt.config import (
     note,
     refuse_vain,
 )
-from humptygpt.decoding import make_generator
+from humptygpt.decoding import choose_threads, make_generator
 from humptygpt.device import DTYPES, pick_device, sample_dtype
 from humptygpt.sampling import (
     Context,
@@ -151,6 +151,9 @@ def main(argv: list[str]) -> None:
     refuse_vain(given, vars(config) | {"task": loaded.task}, IN_VAIN)
     smaller = "try a smaller --num_samples, --max_new_tokens or --num_beams"
     with machine.memory_advice(smaller):
+        by_token = loaded.task != "translation" and not config.score
+        if by_token and loaded.device.type == "cpu" and loaded.model.has_cache:
+            choose_threads(loaded.model)
         if loaded.task == "translation":
             print_translations(config, loaded)
         elif config.interactive:

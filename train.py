@@ -36,10 +36,9 @@ from humptygpt.checkpoint import refuse_other_code
 from humptygpt.config import find
 from humptygpt.data import Dataset, Prefetcher, random_key
 from humptygpt.device import (
+    DTYPES,
     autocast,
     pick_device,
-    pick_dtype,
-    sample_dtype,
     to_device,
     tune_malloc,
 )
@@ -67,6 +66,7 @@ from humptygpt.setup import (
     recorded_settings,
     resumed_progress,
 )
+from humptygpt.tuning import tune
 from model import ModelConfig
 
 LOAD_SHARDED = "humptygpt.parallel.sharded:load"
@@ -193,9 +193,10 @@ def setup(
     --minutes must not change.
     """
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
     process = start_process(config, device, lambda: prepare_missing(config))
     device = process.device
+    config = tune(config, model_config, process)
+    dtype = DTYPES[config.dtype]
     tune_malloc(process.sharded)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
@@ -428,7 +429,9 @@ def show(run: Run, function: Callable, model: nn.Module):
     """Call one of the task's functions with the model in evaluation mode, and return the result."""
     device = next(model.parameters()).device
     model.eval()
-    with autocast(device, sample_dtype(run.config.dtype, device)):
+    # on a CPU, memory is the bottleneck of generation, not arithmetic
+    dtype = torch.float32 if device.type == "cpu" else run.dtype
+    with autocast(device, dtype):
         result = function(model, run.dataset)
     model.train()
     return result

@@ -2,8 +2,9 @@
 
 import math
 import multiprocessing
+import os
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -11,10 +12,12 @@ import torch
 
 from bench import BenchConfig
 from humptygpt.evaluation import evaluate
+from humptygpt.machine import GIVEN
 from humptygpt.process import Process
 from model import ModelConfig
 
 WARMUP = 20  # steps before the counted ones
+CHOSEN = {"GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS"}  # what machine.start() sets
 PATIENCE = 20  # seconds of generation after which a measurement ends; without a KV cache it would take minutes
 
 
@@ -24,6 +27,8 @@ class Trainer:
     A subclass has config, model, dataset and device. Its step(it) takes step number it, counted from 0, and reads the
     loss, so that a GPU has finished its work.
     """
+
+    ours = False
 
     def take_steps(self, first: int, count: int) -> list[float]:
         """Take `count` steps, beginning with number `first`. Returns the seconds of each."""
@@ -52,6 +57,7 @@ class Generator:
     A subclass has load(model_config, config), and steps(n), which generates n tokens of each text, one at a time.
     """
 
+    ours = False
     dtypes = ("float32",)  # dtypes of weights that the program supports
     packages = ("torch",)  # packages that it imports
     max_texts = math.inf  # the most texts that it can continue together
@@ -76,14 +82,28 @@ class Generator:
 
 
 class Isolated:
-    """A contender in a process of its own, which waits while another one works."""
+    """A contender in a process of its own, which waits while another one works.
+
+    The settings of threads that our scripts choose for themselves are not in the environment of another program.
+    """
 
     def __init__(self, cls: type, *arguments: object):
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self.pool.submit(start, cls, *arguments).result()
+        chosen = (
+            {}
+            if cls.ours
+            else {key: os.environ.pop(key) for key in CHOSEN & os.environ.keys() - GIVEN}
+        )
+        ready = self.pool.submit(start, cls, *arguments)  # starts the process
+        os.environ.update(chosen)
+        ready.result()
 
     def call(self, method: str, *arguments: object) -> object:
-        return self.pool.submit(call, method, *arguments).result()
+        return self.begin(method, *arguments).result()
+
+    def begin(self, method: str, *arguments: object) -> Future:
+        """Start a call without waiting for its result."""
+        return self.pool.submit(call, method, *arguments)
 
     def end(self) -> None:
         """End the process, which frees its memory."""

@@ -19,6 +19,8 @@ from model import ModelConfig
 class OurTrainer(Trainer):
     """Training steps of train.py."""
 
+    ours = True
+
     def __init__(self, config: TrainConfig, model_config: ModelConfig):
         self.run = train.setup(config, model_config)
         self.config = config
@@ -35,6 +37,7 @@ class OurTrainer(Trainer):
 class OurGenerator(Generator):
     """Generation by the code of sample.py."""
 
+    ours = True
     dtypes = ("float32", "bfloat16", "int8")
 
     def load(self, model_config: ModelConfig, config: BenchConfig) -> None:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from humptygpt.config import UserError, note
-from humptygpt.device import free_memory
-from humptygpt.machine import check_fits
+from humptygpt.device import free_memory, thread_counts
+from humptygpt.machine import check_fits, fastest
 from model import SelfAttention
 
 Product = Callable[[Tensor], Tensor]  # (..., inputs) -> (..., outputs)
@@ -72,6 +72,20 @@ def make_generator(
     print("compiling: this takes about a minute", file=sys.stderr)
     # reduce-overhead replays CUDA graphs, so use it only on CUDA
     return CompiledGPT(model, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
+@torch.inference_mode()
+def choose_threads(model: nn.Module) -> None:
+    """Set the number of CPU threads to that with which the model generates fastest. It must have a cache."""
+    cache = model.make_cache(1)
+    idx = torch.zeros(1, 1, dtype=torch.int64)
+
+    def step(threads: int) -> None:
+        torch.set_num_threads(threads)
+        cache.clear()
+        model.next_logits(idx, cache)
+
+    torch.set_num_threads(fastest(thread_counts(), step))
 
 
 @torch.inference_mode()

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from humptygpt.config import UserError
-from humptygpt.machine import available_memory
+from humptygpt.machine import GIVEN, available_memory
 
+THREADS = torch.get_num_threads()  # as many as there are cores
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # dense bfloat16 or float16 peak in FLOP/s, from data sheets; the first entry found in the card's name is used
@@ -63,6 +64,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
             f"dtype=float16 needs a CUDA device, but this one is {device.type}; use float32 or bfloat16"
         )
     return DTYPES[name]
+
+
+def thread_counts() -> list[int]:
+    """List the numbers of threads to try: a quarter, half and all of the cores, or what OMP_NUM_THREADS says."""
+    if "OMP_NUM_THREADS" in GIVEN:
+        return [torch.get_num_threads()]
+    return sorted({max(1, THREADS // part) for part in (1, 2, 4)})
 
 
 def sample_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -4,6 +4,8 @@ CPU affinity and cgroups may limit it to part of the machine. A script calls sta
 because these read their thread count and wait policy only once, on import.
 """
 
+import ctypes
+import importlib.util
 import math
 import os
 import re
@@ -11,7 +13,7 @@ import signal
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,31 +24,101 @@ OPTIONAL = {
     *("gguf", "huggingface_hub", "matplotlib", "pyarrow", "sacrebleu"),
     *("safetensors", "sentencepiece", "tensorboard", "tiktoken", "tokenizers", "wandb"),
 }
+GIVEN = {*os.environ}  # names of the variables that the user has set
 STARTED = time.monotonic()  # when the command started, not counting Python's own startup
 # Linux's control groups (cgroups), version 2, which containers use
 CGROUPS = Path("/sys/fs/cgroup")
 OUR_GROUPS = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
 PATIENCE = 2  # seconds that other ranks wait for rank 0 to report an error first
-# spins before a waiting thread yields: less than a tenth of a millisecond; libgomp's default is 300,000
-SPINS = 1300
+SPINS = 1300  # default for GOMP_SPINCOUNT if it cannot be measured
+# A waiting thread spins for this many times the duration of a wake-up before it sleeps: long enough for most waits
+# between two operators, and short enough that another process gets its turn.
+WAKE_UPS = 5
+WORTH = 1.1  # a choice replaces the default only if it is at least this many times as fast
 
 
 def start() -> None:
-    """Prepare for a script's imports: limit the threads to the usable cores, and let them yield while they wait.
+    """Prepare for a script's imports: limit the threads to the usable cores, and choose how long they spin.
 
     A thread that spins while it waits for another thread of its process blocks a core that a different process could
-    use: with spinning threads, two training runs on two cores were ten times slower. Settings in the user's environment
-    take precedence.
+    use: with spinning threads, two training runs on two cores were ten times slower. A thread that sleeps has to be
+    woken, which a virtual machine makes slow. Settings in the user's environment take precedence.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Ctrl-C during the imports ends the script without a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = str(SPINS)  # GCC's OpenMP, which torch uses on Linux
-        os.environ["KMP_BLOCKTIME"] = "1"  # milliseconds; Intel's and LLVM's OpenMP
+        # the first is for GCC's OpenMP, which torch uses on Linux, the second, in milliseconds, for LLVM's and Intel's
+        os.environ["GOMP_SPINCOUNT"] = str(measure_spins())
+        os.environ["KMP_BLOCKTIME"] = "1"
     if usable_cores() < len(affinity()):
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+
+
+def measure_spins() -> int:
+    """Measure after how many spins a thread should sleep, in a process of its own, in about 20 ms.
+
+    libgomp reads GOMP_SPINCOUNT when it is loaded, so the measurement precedes torch, whose libgomp it uses.
+    """
+    spec = importlib.util.find_spec("torch")
+    libraries = [*Path(spec.origin).parent.glob("lib/libgomp*.so*")] if spec else []
+    if not libraries or usable_cores() < 2 or "torch" in sys.modules:
+        return SPINS
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.write(writer, str(time_wake_ups(libraries[0])).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader) as answer:  # noqa: PTH123, a pipe
+        spins = answer.read() or SPINS
+    os.waitpid(child, 0)
+    return int(spins)
+
+
+def time_wake_ups(libgomp: Path) -> int:
+    """Time spins and wake-ups of two threads on two cores. Returns WAKE_UPS wake-ups in spins."""
+    count = 5000
+    cores = map(str, sorted(affinity())[:2])
+    os.environ |= {"GOMP_SPINCOUNT": str(count), "GOMP_CPU_AFFINITY": " ".join(cores)}
+    openmp = ctypes.CDLL(str(libgomp))
+    nothing = ctypes.CDLL(None).getpid
+
+    def fork_and_join() -> float:
+        began = time.perf_counter()
+        openmp.GOMP_parallel(nothing, None, 2, 0)
+        return time.perf_counter() - began
+
+    spinning, waking = [], []
+    for _ in range(5):
+        fork_and_join()
+        before = time.process_time()
+        time.sleep(0.002)  # meanwhile, the other thread spins and then sleeps
+        spinning.append((time.process_time() - before) / count)
+    spin = sorted(spinning)[len(spinning) // 2]
+    for _ in range(25):
+        end = time.perf_counter() + 2 * count * spin
+        while time.perf_counter() < end:
+            pass
+        waking.append(fork_and_join())
+    return round(WAKE_UPS * sorted(waking)[len(waking) // 2] / spin)
+
+
+def fastest(choices: Sequence[Hashable], run: Callable[[Hashable], object]) -> Hashable:
+    """Time run(choice) for each choice in turn. Returns the first choice unless another is WORTH times as fast."""
+    seconds = {choice: [] for choice in choices}
+    for _ in range(4 if len(choices) > 1 else 0):
+        for choice in choices:
+            began = time.perf_counter()
+            run(choice)
+            seconds[choice].append(time.perf_counter() - began)
+    # the first call of each is a warmup
+    best = {choice: min(times[1:], default=0) for choice, times in seconds.items()}
+    winner = min(choices, key=best.get)
+    return winner if best[choices[0]] >= WORTH * best[winner] else choices[0]
 
 
 # --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from humptygpt.checkpoint import check_tensors
 from humptygpt.config import UserError
-from humptygpt.device import multiplies_bfloat16
+from humptygpt.device import DTYPES
 
 
 class Slot(NamedTuple):
@@ -174,7 +174,8 @@ def muon(
         torch._foreach_lerp_(momentum, list(gradients), 1 - group["momentum"])
         # Nesterov momentum
         gradients.lerp_(torch.stack(momentum), group["momentum"])
-        updates = optimizer.spread(orthogonalize, gradients, rows)
+        function = partial(orthogonalize, dtype=group["dtype"])
+        updates = optimizer.spread(function, gradients, rows)
         if normalize:
             moment = [slot.state["second_moment_buffer"] for slot in alike]
             beta = group["betas"][1]
@@ -214,16 +215,15 @@ def normalize_neurons(
     return normalized * (before / (after + 1e-10))
 
 
-def orthogonalize(x: Tensor) -> Tensor:
-    """Replace each matrix U S V^T in x with approximately U V^T. x: (n, rows, columns).
+def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Replace each matrix U S V^T in x with approximately U V^T. x: (n, rows, columns). dtype: of the products.
 
     Singular values of the result are between about 0.7 and 1.2. This is a Newton-Schulz iteration with Jordan's
     coefficients: each step applies a polynomial that moves singular values towards 1.
     """
-    dtype = x.dtype
+    result = x.dtype
     tall = x.shape[1] > x.shape[2]
-    if multiplies_bfloat16(x.device):
-        x = x.bfloat16()  # faster, and accurate enough
+    x = x.to(dtype)  # bfloat16 is accurate enough
     if tall:
         x = x.mT
     # scale each matrix so that its largest singular value is at most 1
@@ -232,7 +232,7 @@ def orthogonalize(x: Tensor) -> Tensor:
         a = x @ x.mT
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, b, x, beta=3.4445)
-    return (x.mT if tall else x).to(dtype)
+    return (x.mT if tall else x).to(result)
 
 
 def whole(p: Tensor) -> Tensor:
@@ -319,6 +319,7 @@ def make_optimizer(
                 "lr": peak_lr,
                 "peak_lr": peak_lr,
                 "momentum": config.muon_momentum,
+                "dtype": DTYPES.get(config.muon_dtype, torch.float32),
                 "betas": (config.beta1, config.beta2),
                 "weight_decay": 0.0 if group == "vectors" else config.weight_decay,
             }

@@ -7,6 +7,7 @@ import signal
 import sys
 from contextlib import suppress
 
+import torch
 from tqdm import tqdm
 
 from humptygpt.checkpoint import stored
@@ -33,13 +34,16 @@ def summary(run) -> str:
     about = f"about {config.max_iters:,}" if config.minutes else f"{config.max_iters:,}"
     done = f"; {run.progress.iter:,} are done" if run.progress.iter else ""
     processes = f", {run.process.size} processes" if run.process.size > 1 else ""
+    if run.device.type == "cpu":
+        threads = torch.get_num_threads()
+        processes = f", {threads} thread{'s' * (threads > 1)}{processes}"
     return (
         f"data: {dataset.meta['source']}, {len(dataset.train):,} tokens to train on,"
         f" vocabulary of {run.model.config.vocab_size:,}\n"
         f"model: {run.model.config.model}, {count_parameters(run.model):,} parameters{start}\n"
         f"steps: {about} of {batch}, {epochs:.1f} epochs{done}\n"
         f"evaluation: every {config.eval_interval:,} steps, on {evaluated}\n"
-        f"device: {run.device}, {str(run.dtype).removeprefix('torch.')}{processes}"
+        f"device: {run.device}, {config.dtype}{processes}"
     )
 
 

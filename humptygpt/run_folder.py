@@ -119,6 +119,7 @@ class Meter:
     def __init__(self, run):
         """run: a train.Run."""
         self.progress = run.progress
+        self.choices = {"dtype": run.config.dtype, "threads": run.config.threads}
         self.skips_bad_steps = run.scaler.is_enabled()
         self.peak_flops = peak_flops(run.device)
         self.flops_per_token = flops_per_token(run.model) / run.process.size
@@ -162,6 +163,7 @@ class Meter:
             "lr": lr,
             "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None,
             "tokens_per_second": round(speed),
+            **self.choices,
         }
         if self.peak_flops:
             row["mfu"] = speed * self.flops_per_token / self.peak_flops

@@ -23,6 +23,7 @@ from humptygpt.config import (
 )
 from humptygpt.device import DTYPES
 from humptygpt.loading import Loaded, load
+from humptygpt.machine import GIVEN
 from humptygpt.optimizers import OPTIMIZERS, SCHEDULES
 from humptygpt.process import BACKENDS, PARALLEL, launched, restarted
 from humptygpt.run_folder import (
@@ -41,8 +42,9 @@ FIXED = {"seed", "optimizer", "freeze", "lora_rank", "lora_alpha", "lora_targets
 # keys that may change on resume if their product does not
 STEP = ("batch_size", "gradient_accumulation_steps")
 # keys whose values in a checkpoint may differ from those in the command that wrote it: a short run's warmup is
-# shortened, and the vocabulary size comes from the data
+# shortened, the vocabulary size comes from the data, and dtypes and threads are measured
 MAY_DIFFER = {"out_dir", "warmup_iters", "input", "vocab_size"}
+MAY_DIFFER |= {"dtype", "muon_dtype", "threads"}
 # keys that control how the text of `input` is read
 OF_INPUT = ("text_key", "encoding_errors", "skip_bad_lines")
 NOT_ROTARY = tuple(POSITIONS.keys() - {"rotary"})
@@ -93,6 +95,7 @@ class TrainConfig:
     beta2: float = 0.95  # AdamW, NorMuon: decay rate of the second moment
     muon_learning_rate: float = 0.03  # Muon: peak learning rate
     muon_momentum: float = 0.85  # Muon: decay rate of the momentum
+    muon_dtype: str = "auto"  # Muon: dtype of its matrix products; auto: as for dtype
     grad_clip: float = 0.0  # maximum gradient norm; 0: no clipping
     freeze: str | None = None  # freeze parameters whose names contain these: wte,blocks.0
     lora_rank: int = 0  # LoRA: rank of the added matrices; 0: no LoRA
@@ -115,7 +118,8 @@ class TrainConfig:
     wandb_run_name: str | None = None  # run name on Weights & Biases; None: name of out_dir
     # system
     device: str = "auto"  # auto: the GPU if there is one; cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # auto: the best for the hardware
+    dtype: str = "auto"  # auto: the fastest; on a CPU, measured at the start
+    threads: int | None = None  # CPU threads; None: the fastest, measured at the start
     compile: bool | None = None  # use torch.compile; None: only on CUDA, not with --minutes
     parallel: str = "ddp"  # for several processes: ddp, or fsdp to shard the model
     backend: str = "auto"  # for several processes: auto is nccl on CUDA, gloo on a CPU
@@ -128,6 +132,7 @@ class TrainConfig:
             "optimizer": OPTIMIZERS,
             "schedule": SCHEDULES,
             "dtype": ("auto", *DTYPES),
+            "muon_dtype": ("auto", "float32", "bfloat16"),
             "parallel": PARALLEL,
             "backend": BACKENDS,
         }
@@ -137,7 +142,9 @@ class TrainConfig:
         check_choices(self)
         check_least(self, 0, "seed", "warmup_iters", "min_lr", "weight_decay", "grad_clip")
         check_least(self, 0, "early_stopping", "lora_rank")
-        check_least(self, 1, "batch_size", "gradient_accumulation_steps", "max_iters")
+        check_least(
+            self, 1, "batch_size", "gradient_accumulation_steps", "max_iters", "threads"
+        )
         check_least(
             self, 1, "lr_decay_iters", "eval_interval", "eval_iters", "log_interval"
         )
@@ -302,6 +309,8 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
             )
     kept = {key: own[key] for key in fixed | {"init_from"}}
     own["backend"] = TrainConfig.backend
+    if "OMP_NUM_THREADS" in GIVEN:
+        own["threads"] = None
     if "max_iters" in given:
         own["minutes"] = None
     return own | given | kept | {"out_dir": str(path.parent), "input": None}

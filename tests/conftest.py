@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 import prepare_data
 import train
-from humptygpt import evaluation, machine, run_folder
+from humptygpt import decoding, device, evaluation, machine, run_folder, tuning
 from humptygpt.optimizers import make_optimizer
 from humptygpt.settings import TrainConfig
 
 WITHOUT_SAMPLE = replace(evaluation.TEXT, evaluation_examples=None, final_examples=None)
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(1)  # models this small only wait for each other's threads
+# models this small only wait for each other's threads, and a process that has had threads cannot be forked
+torch.set_num_threads(1)
+device.THREADS = 1
 # GPT-2's blocks, with which most tests of single parts build a model, and the AdamW that goes with them
 GPT2 = {
     "position": "learned",
@@ -48,6 +50,7 @@ TINY_RUN += [
     "--warmup_iters=2",
     "--eval_iters=2",
     "--dtype=float32",
+    "--muon_dtype=float32",
 ]
 
 
@@ -72,6 +75,13 @@ def folder(tmp_path, monkeypatch):
     """Run each test in a folder of its own, in which data/ and out/ appear."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def first_choices(request, monkeypatch):
+    """Take float32 and one thread, because a measurement could choose differently in two runs that are compared."""
+    for module in (tuning, decoding):
+        monkeypatch.setattr(module, "fastest", lambda choices, run: choices[0])
 
 
 @pytest.fixture(autouse=True)
@@ -127,12 +137,6 @@ def run_train(tiny):
         return read_rows(tiny.parent.parent / "out" / "run")
 
     return run
-
-
-@pytest.fixture
-def exact_muon(monkeypatch):
-    """Muon orthogonalizes in float32, since bfloat16 makes the smallest difference grow."""
-    monkeypatch.setattr("humptygpt.optimizers.multiplies_bfloat16", lambda device: False)
 
 
 @pytest.fixture

@@ -17,7 +17,11 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from texts import make_pairs, make_text
+
+sys.path.append(str(Path(__file__).parent.parent))
+from humptygpt.device import multiplies_bfloat16
 
 STEPS = 20
 COMMON = f"--n_layer=2 --n_head=4 --n_embd=32 --block_size=32 --batch_size=4 --lr_decay_iters={STEPS}"
@@ -25,6 +29,7 @@ COMMON += " --eval_interval=10 --log_interval=1 --warmup_iters=4 --device=cpu --
 COMMON += " --activation=gelu --mlp_conv=0 --qk_norm=False --init=gpt2 --tie_weights=True --optimizer=adamw"
 COMMON += " --learning_rate=1e-3 --muon_learning_rate=0.02 --muon_momentum=0.95 --beta2=0.99 --schedule=cosine"
 COMMON += " --min_lr=None --grad_clip=1.0"
+MUON = "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"
 KEYS = ["iter", "tokens", "lr", "train_loss", "grad_norm", "val_loss", "val_bits_per_byte"]
 BASE = "--dataset=text --position=rotary"  # the model that LoRA starts from
 RUNS = {
@@ -52,6 +57,10 @@ RUNS = {
 def run(script: Path, folder: Path, argv: str, processes: int = 1) -> None:
     launch = f"-m torch.distributed.run --standalone --nproc_per_node={processes}".split()
     command = [sys.executable, *(launch if processes > 1 else []), script, *argv.split()]
+    if script.name == "train.py" and (script.parent / "humptygpt/tuning.py").exists():
+        command.append(
+            f"--muon_dtype={MUON}"
+        )  # earlier versions inferred what is measured now
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{argv}\n{done.stderr[-2000:]}"

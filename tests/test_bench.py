@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from conftest import ADAMW, GPT2, make_text
 import bench
 import prepare_data
 from benchmarks import (
+    choices,
     contenders,
     generation,
     step_profile,
@@ -83,10 +85,15 @@ class Here:
     def call(self, method, *arguments):
         return getattr(self.contender, method)(*arguments)
 
+    def begin(self, method, *arguments):
+        future = Future()
+        future.set_result(self.call(method, *arguments))
+        return future
+
 
 @pytest.fixture
 def here(monkeypatch):
-    for module in (step_time, time_to_loss, generation):
+    for module in (step_time, time_to_loss, generation, choices):
         monkeypatch.setattr(module, "Isolated", Here)
     for module in (step_time, time_to_loss, step_profile):
         monkeypatch.setattr(module, "WARMUP", 2)
@@ -234,3 +241,41 @@ def test_the_loop_around_hugging_faces_model_is_greedy_and_keeps_what_it_has_rea
         expected = torch.cat([expected, logits.argmax(dim=-1)], dim=1)
         assert torch.equal(tokens, expected[:, -1:])
     assert expected.shape == (3, 11)
+
+
+# --------------------------------------------------------------------------------------
+# The machine
+
+
+def test_autos_choice_is_marked_among_all_and_compared_with_the_best(
+    text, here, monkeypatch, capsys
+):
+    """first_choices makes auto choose float32 and one thread."""
+    speeds = {"float32": 100, "bfloat16": 300}
+    train = lambda self, choice: choice.threads * speeds[choice.dtype]  # noqa: E731
+    monkeypatch.setattr(choices.Contender, "train", train)
+    monkeypatch.setattr(choices, "SECONDS", 0)
+    monkeypatch.setattr(choices, "SPINS", (7, 9))
+    monkeypatch.setattr(choices, "thread_counts", lambda: [1, 2])
+    monkeypatch.setenv("GOMP_SPINCOUNT", "8")
+    bench.main(["--what=machine"])
+    *lines, result = capsys.readouterr().out.splitlines()
+    expected = {"auto": 100, "best": 600, "ratio": 0.167, "beside_another": [1.0, 1.0]}
+    assert json.loads(result) == expected
+    rows = [line.split() for line in lines if " spins " in line]
+    assert len({tuple(row[:4]) for row in rows}) == 2 * 2 * 3
+    (auto,) = (row for row in rows if row[-1] == "auto")
+    assert auto[:7] == ["float32", "1", "threads", "8", "spins", "100", "100"]
+
+
+def test_the_speed_is_that_of_the_calls_after_the_first(monkeypatch):
+    now = 0.0
+    durations = iter([9.0, 0.25, 0.25, 0.25])
+
+    def call() -> None:
+        nonlocal now
+        now += next(durations)
+
+    monkeypatch.setattr(choices.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(choices, "SECONDS", 0.6)
+    assert choices.calls_per_second(call, 1) == 4

@@ -249,7 +249,7 @@ def test_tensorboard_has_the_numbers_of_the_metrics_and_a_resumed_run_continues_
         return logged == {
             (key, row["iter"]): pytest.approx(row[key])
             for row in rows
-            for key in row.keys() - {"iter", "val_text"}
+            for key in row.keys() - {"iter", "val_text", "dtype"}
         }
 
     run_train("--log=tensorboard")

@@ -67,9 +67,7 @@ def test_compiled_sharded_processes_have_the_losses_of_one(run_train):
 # Checkpoints
 
 
-def test_a_checkpoint_of_any_number_of_processes_is_resumed_by_any_other(
-    run_train, exact_muon
-):
+def test_a_checkpoint_of_any_number_of_processes_is_resumed_by_any_other(run_train):
     def train_losses() -> list[float]:
         return [row["train_loss"] for row in read_rows(OUT) if "train_loss" in row]
 

@@ -102,7 +102,7 @@ def test_a_run_leaves_checkpoints_metrics_picture_and_settings(run_train, capsys
     assert [row["tokens"] for row in rows] == [64 * row["iter"] for row in rows]
     *raw, end = map(json.loads, (OUT / "metrics.jsonl").read_text().splitlines())
     always = {"iter", "tokens", "seconds", "position"}
-    logged = {"train_loss", "lr", "grad_norm", "tokens_per_second"}
+    logged = {"train_loss", "lr", "grad_norm", "tokens_per_second", "dtype", "threads"}
     evaluated = {"val_loss", "val_standard_error", "val_bits_per_byte", "val_perplexity"}
     evaluated |= {"val_tokens", "val_text"}
     for row, measured in zip(raw, [*[logged] * 3, evaluated] * 2, strict=True):

@@ -427,7 +427,7 @@ def write_plan(path: Path, run) -> None:
             steps = settings[key] * run.progress.iter / run.progress.position
             settings[key] = max(1, round(steps))
     unused = in_vain(settings, settings, IN_VAIN)
-    left_out = {"minutes", "input", "overwrite", "parallel", "backend", *unused}
+    left_out = {"minutes", "input", "overwrite", "parallel", "backend", "threads", *unused}
     lines = [
         f"# The run that --minutes chose for {run.config.dataset}, step by step.",
         "#",

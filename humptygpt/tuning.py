@@ -1,0 +1,79 @@
+"""Choose by measurement what depends on the machine: the dtypes and the number of threads with which a CPU trains."""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+
+import torch
+
+from humptygpt.device import (
+    DTYPES,
+    autocast,
+    multiplies_bfloat16,
+    pick_dtype,
+    thread_counts,
+)
+from humptygpt.machine import fastest, usable_cores
+from humptygpt.optimizers import orthogonalize
+from humptygpt.process import Process
+from humptygpt.settings import TrainConfig
+from model import ModelConfig, Stack
+
+# A measurement takes as many tokens as multiply this many weights of a block, in about 10 ms, but at most TOKENS.
+WEIGHTS = 2**27
+TOKENS = 512
+NEURONS = 256  # most rows of the matrix that is orthogonalized
+LARGE = 2048  # n_embd above which nothing is measured, because a block and its gradients take too much memory
+
+
+def tune(config: TrainConfig, model_config: ModelConfig, process: Process) -> TrainConfig:
+    """Return the config with the fastest dtypes and number of CPU threads, and set the number of threads.
+
+    On a GPU or with a large model, they follow from the hardware's instructions. On a CPU, the first process measures
+    the forward and backward pass of one block of the model, and an orthogonalization, in a tenth of a second. What the
+    user has set stays, and so do float32 and few threads unless another choice is clearly faster: see fastest().
+    """
+    device = process.device
+    has_bfloat16 = multiplies_bfloat16(device)
+    threads = thread_counts()
+    if config.threads:
+        threads = [min(config.threads, usable_cores())]
+
+    def candidates(dtype: str) -> list[str]:
+        return ["float32", "bfloat16"][: 1 + has_bfloat16] if dtype == "auto" else [dtype]
+
+    def choose(choices: Sequence[Hashable], run: Callable) -> Hashable:
+        index = choices.index(fastest(choices, run)) if process.first else 0
+        return choices[int(process.sum(torch.tensor(index)))]
+
+    def train(dtype: str, number: int) -> None:
+        torch.set_num_threads(number)
+        with autocast(device, DTYPES[dtype]):
+            y = stack(x)
+        y.sum().backward()
+
+    dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
+    inferred = replace(config, dtype=dtype, muon_dtype=candidates(config.muon_dtype)[-1])
+    torch.set_num_threads(threads[-1])
+    if device.type != "cpu" or model_config.n_embd > LARGE:
+        return inferred
+    try:
+        stack = Stack(replace(model_config, n_layer=1))
+        weights = sum(p.numel() for p in stack.parameters())
+        tokens = min(TOKENS, WEIGHTS // weights + 1)
+        T = min(model_config.block_size, tokens)
+        x = torch.randn(tokens // T, T, model_config.n_embd)
+        train(dtype, threads[-1])
+    except (
+        Exception
+    ):  # model.py was edited, and the first step will show the line that fails
+        return inferred
+    dtype = choose(candidates(config.dtype), lambda dtype: train(dtype, threads[0]))
+    number = choose(threads, lambda number: train(dtype, number))
+    torch.set_num_threads(number)
+    matrix = torch.randn(1, 4 * NEURONS, NEURONS)[..., : model_config.n_embd]
+    muon_dtype = choose(
+        candidates(config.muon_dtype), lambda dtype: orthogonalize(matrix, DTYPES[dtype])
+    )
+    # another number of processes may have more threads each
+    number = number if process.size == 1 else None
+    return replace(config, dtype=dtype, muon_dtype=muon_dtype, threads=number)

@@ -1,0 +1,165 @@
+"""What depends on the machine is measured, recorded, and kept by a resumed run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_RUN
+
+import sample
+import train
+from humptygpt import decoding, machine, tuning
+from humptygpt.process import Process
+from humptygpt.settings import TrainConfig
+from model import ModelConfig
+
+SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=11)
+CPU = torch.device("cpu")
+AUTO = [arg for arg in TINY_RUN if "dtype" not in arg]
+
+
+@pytest.fixture
+def last_choices(monkeypatch):
+    """Measurements that find the last choice fastest, on a CPU with bfloat16 products and two cores.
+
+    No threads are started, because tests that fork would wait for them.
+    """
+    numbers = [1]
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: numbers[-1])
+    for module in (tuning, decoding):
+        monkeypatch.setattr(module, "fastest", lambda choices, run: choices[-1])
+        monkeypatch.setattr(module, "thread_counts", lambda: [1, 2])
+    monkeypatch.setattr(tuning, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(tuning, "usable_cores", lambda: 2)
+
+
+@pytest.mark.parametrize(
+    "seconds, expected", [([10, 9.5, 20], 0), ([10, 9, 8], 2), ([10, 8, 9.0], 1)]
+)
+def test_the_first_choice_stays_unless_another_is_a_tenth_faster(
+    seconds, expected, monkeypatch
+):
+    now = 0.0
+    calls = [0] * 3
+
+    def run(choice: int) -> None:
+        nonlocal now
+        calls[choice] += 1
+        # the first call, which compiles or allocates, is slow; some calls are disturbed
+        now += seconds[choice] + (100 if calls[choice] in (1, 3) else 0)
+
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now)
+    assert machine.fastest([0, 1, 2], run) == expected
+
+
+def test_a_single_choice_is_not_timed():
+    assert machine.fastest(["only"], pytest.fail) == "only"
+
+
+def test_what_was_measured_is_in_all_files_of_the_run_and_a_resumed_run_keeps_it(
+    tiny, last_choices, monkeypatch, capsys
+):
+    train.main(AUTO)
+    assert "device: cpu, bfloat16, 2 threads\n" in capsys.readouterr().out
+    chosen = {"dtype": "bfloat16", "muon_dtype": "bfloat16", "threads": 2}
+    settings = json.loads(Path("out/run/config.json").read_text())
+    saved = torch.load("out/run/ckpt.pt", weights_only=True)["train_config"]
+    assert chosen.items() <= settings.items() and chosen.items() <= saved.items()
+    rows = list(map(json.loads, Path("out/run/metrics.jsonl").read_text().splitlines()))
+    measured = [row for row in rows if "train_loss" in row]
+    assert {(row["dtype"], row["threads"]) for row in measured} == {("bfloat16", 2)}
+
+    monkeypatch.setattr(tuning, "fastest", lambda choices, run: choices[0])
+    resume = ["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]
+    train.main(resume)
+    assert "device: cpu, bfloat16, 2 threads\n" in capsys.readouterr().out
+    train.main([*resume, "--max_iters=9", "--dtype=float32", "--threads=1"])
+    assert "device: cpu, float32, 1 thread\n" in capsys.readouterr().out
+
+
+def test_what_the_user_sets_is_not_measured(last_choices):
+    config = TrainConfig(dtype="float32", muon_dtype="float32", threads=1)
+    assert tuning.tune(config, SMALL, Process(CPU)) == config
+    assert torch.get_num_threads() == 1
+
+
+def test_a_cpu_without_bfloat16_products_does_not_try_them(last_choices, monkeypatch):
+    monkeypatch.setattr(tuning, "multiplies_bfloat16", lambda device: False)
+    config = tuning.tune(TrainConfig(), SMALL, Process(CPU))
+    assert (config.dtype, config.muon_dtype) == ("float32", "float32")
+
+
+def test_more_threads_than_cores_are_not_used(last_choices):
+    assert tuning.tune(TrainConfig(threads=64), SMALL, Process(CPU)).threads == 2
+
+
+def test_each_process_takes_what_the_first_one_measured(last_choices):
+    class Second(Process):
+        rank, size, first = 1, 2, False
+
+        def sum(self, x: torch.Tensor) -> torch.Tensor:
+            assert x == 0  # only the first process contributes
+            return x + 1  # it found the second choice fastest
+
+    config = tuning.tune(TrainConfig(), SMALL, Second(CPU))
+    assert (config.dtype, config.muon_dtype) == ("bfloat16", "bfloat16")
+    assert torch.get_num_threads() == 2
+    assert (
+        config.threads is None
+    )  # a resumed run may have fewer processes, with more threads each
+
+
+def test_both_passes_of_a_block_are_measured_with_each_choice(last_choices, monkeypatch):
+    seen = []
+
+    def fastest(choices: list, run) -> object:
+        for choice in choices:
+            run(choice)
+            seen.append((choice, torch.get_num_threads()))
+        return choices[-1]
+
+    monkeypatch.setattr(tuning, "fastest", fastest)
+    tuning.tune(TrainConfig(), SMALL, Process(CPU))
+    dtypes = ("float32", "bfloat16")
+    assert seen == [
+        *((dtype, 1) for dtype in dtypes),
+        (1, 1),
+        (2, 2),
+        *((dtype, 2) for dtype in dtypes),
+    ]
+
+
+def test_sample_py_generates_with_the_number_of_threads_that_is_fastest_and_load_keeps_the_callers(
+    run_train, last_choices
+):
+    run_train()
+    torch.set_num_threads(1)
+    sample.load("out/run", device="cpu")
+    assert torch.get_num_threads() == 1
+    sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=3"])
+    assert torch.get_num_threads() == 2
+
+
+def test_omp_num_threads_is_obeyed():
+    code = "import torch, humptygpt.device as d; print(d.thread_counts(), torch.get_num_threads())"
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout == "[1] 1\n", done.stderr
+
+
+@pytest.mark.skipif(machine.usable_cores() < 2, reason="needs two cores")
+def test_wake_ups_are_measured_before_torch_is_loaded():
+    code = (
+        "import sys; from humptygpt import machine; machine.SPINS = 0;"
+        " print(machine.measure_spins(), 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    spins, loaded = done.stdout.split()
+    assert int(spins) > 50 and loaded == "False", done.stderr
