@@ -88,6 +88,9 @@ class DataParallel(Process):
     """One of several processes that each hold the whole model (DDP)."""
 
     optimizer_class = SharedOptimizer
+    # the default group, kept until Python ends: if DDP were the last to hold it, then freeing it could wait forever for a
+    # thread that waits for Python's lock (PyTorch issue 56297)
+    world: dist.ProcessGroup | None = None
 
     def __init__(self, rank: int, size: int, device: torch.device, patient=None):
         """patient: a process group whose collectives have the timeout LONG."""
@@ -105,6 +108,7 @@ class DataParallel(Process):
         if device.type == "cuda":
             device = pick_gpu()
         process = cls(rank, size, device, meet(config.backend, device, rank, size))
+        DataParallel.world = dist.group.WORLD
         # ranks take turns, so that data is prepared only once on each disk, even if several machines share a disk
         for turn in range(size):
             if turn == rank:
