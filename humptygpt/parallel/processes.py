@@ -88,7 +88,7 @@ class DataParallel(Process):
     """One of several processes that each hold the whole model (DDP)."""
 
     optimizer_class = SharedOptimizer
-    # the default group, kept until Python ends: if DDP were the last to hold it, then freeing it could wait forever for a
+    # the default group, kept until Python ends: if DDP were the last to hold it, freeing it could wait forever for a
     # thread that waits for Python's lock (PyTorch issue 56297)
     world: dist.ProcessGroup | None = None
 
