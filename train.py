@@ -15,7 +15,6 @@ Keys that are not set have the defaults below, which are the demo's settings.
 """
 
 import dataclasses
-import math
 import signal
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, closing
@@ -344,14 +343,22 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor, int]:
         mean_loss += loss.detach()
     process.sum(mean_loss)
     run.scaler.unscale_(run.optimizer)
-    largest = config.grad_clip or math.inf
-    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), largest)
+    grad_norm = clip(run.model, config.grad_clip)
     if process.sharded:
         grad_norm = grad_norm.full_tensor()
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.model.zero_grad()
     return mean_loss, grad_norm, tokens
+
+
+def clip(model: nn.Module, largest: float) -> Tensor:
+    """Scale the gradients down so that their norm is at most `largest`, unless that is 0. Returns their norm before."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if largest:
+        nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm)
+    return norm
 
 
 def share_of_loss(run: Run, share: Share, tokens: int) -> Tensor:

@@ -1,12 +1,10 @@
 """bench.py --what=profile: the phases of a training step, and the operators that take longest."""
 
-import math
 import statistics
 import time
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 import train
 from bench import BenchConfig
@@ -48,7 +46,7 @@ def time_phases(run: train.Run, it: int) -> dict[str, float]:
     end_phase("forward")
     loss.backward()
     end_phase("backward")
-    nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_clip or math.inf)
+    train.clip(run.model, run.config.grad_clip)
     end_phase("clip")
     run.optimizer.step()
     run.model.zero_grad()

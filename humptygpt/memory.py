@@ -108,8 +108,7 @@ def kept_of(layer: nn.Module, dtype: torch.dtype) -> int:
     if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
         return FLOAT * layer.normalized_shape[0]
     if isinstance(layer, models.CausalConv):
-        # one shifted copy of its input for each token that it looks back at
-        return FLOAT * layer.weight.numel()
+        return FLOAT * layer.weight.shape[1]  # its input
     return 0
 
 
