@@ -34,7 +34,7 @@ PATIENCE = 2  # seconds that other ranks wait for rank 0 to report an error firs
 SPINS = 1300  # default for GOMP_SPINCOUNT if it cannot be measured
 # A waiting thread spins for this many times the duration of a wake-up before it sleeps: long enough for most waits
 # between two operators, and short enough that another process gets its turn.
-WAKE_UPS = 5
+WAKE_UPS = 8
 WORTH = 1.1  # a choice replaces the default only if it is at least this many times as fast
 
 
