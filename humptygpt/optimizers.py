@@ -215,35 +215,23 @@ def normalize_neurons(
     return normalized * (before / (after + 1e-10))
 
 
-# Coefficients of x, x x^T x and (x x^T)^2 x in each step of orthogonalize(). In turn, these polynomials move singular
-# values between 0.01 and 1 into the interval from 0.62 to 1.08, in the fewest steps: each is the best for the interval
-# that the one before leaves. Source: Amsel et al. 2025 (Polar Express), arXiv:2505.16932.
-POLYNOMIALS = (
-    (8.0934, -23.6204, 17.4462),
-    (3.6366, -2.7219, 0.5365),
-    (2.2621, -1.6806, 0.3847),
-)
-
-
 def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Replace each matrix U S V^T in x with approximately U V^T. x: (n, rows, columns). dtype: of the products.
 
-    Singular values of the result are between about 0.6 and 1.1, except those of the smallest. This is a Newton-Schulz
-    iteration: each step applies a polynomial that moves singular values towards 1.
+    Singular values of the result are between about 0.7 and 1.2. This is a Newton-Schulz iteration with Jordan's
+    coefficients: each step applies a polynomial that moves singular values towards 1.
     """
     result = x.dtype
     tall = x.shape[1] > x.shape[2]
     x = x.to(dtype)  # bfloat16 is accurate enough
     if tall:
         x = x.mT
-    for number, (linear, cubic, quintic) in enumerate(POLYNOMIALS):
+    # scale each matrix so that its largest singular value is at most 1
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
         a = x @ x.mT
-        if number == 0:
-            # scale each matrix so that its largest singular value is below 1, even after rounding
-            size = 1.02 * a.norm(dim=(1, 2), keepdim=True).sqrt() + 1e-7
-            x, a = x / size, a / size.square()
-        b = torch.baddbmm(a, a, a, beta=cubic, alpha=quintic)
-        x = torch.baddbmm(x, b, x, beta=linear)
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
     return (x.mT if tall else x).to(result)
 
 

@@ -108,7 +108,7 @@ def test_orthogonalize_moves_all_singular_values_near_1_and_keeps_the_singular_v
     s = torch.rand_like(s) * 0.9 + 0.1
     x = orthogonalize(a * s[:, None] @ bh, dtype)
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    assert s.min() > 0.6 and s.max() < 1.15
+    assert s.min() > 0.65 and s.max() < 1.25
     torch.testing.assert_close(u @ vh, a @ bh, atol=tolerance, rtol=1e-3)
 
 
@@ -138,7 +138,7 @@ def test_normuon_moves_all_neurons_at_one_speed_and_each_matrix_as_fast_as_muon(
         model = tiny()
         p = model.get_parameter(f"stack.blocks.0.mlp.{name}.weight")
         torch.manual_seed(1)
-        p.grad = torch.randn(p.shape) * torch.logspace(-1, 1, 128).unsqueeze(1 - axis)
+        p.grad = torch.randn(p.shape) * torch.logspace(-2, 1, 128).unsqueeze(1 - axis)
         before = p.detach().clone()
         make_optimizer(model, rule, muon_learning_rate=0.1).step()
         moved[rule] = p.detach() - before
