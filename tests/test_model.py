@@ -18,6 +18,7 @@ from model import (
     NORMS,
     POSITIONS,
     Dropout,
+    ShiftedSum,
     alibi_slopes,
     attend,
     attention_mask,
@@ -618,3 +619,11 @@ def test_queries_that_a_parameter_made_float32_attend_to_keys_in_bfloat16():
         found = attend(q, k.bfloat16(), v.bfloat16(), mask, Dropout(0.0))
         expected = attend(q, k, v, mask, Dropout(0.0))
     torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("T", [1, 2, 6])
+def test_the_convolutions_own_gradients_are_those_of_its_sum(T):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, T, 4), torch.randn(3, 4)
+    arguments = [each.double().requires_grad_() for each in (x, weight)]
+    assert torch.autograd.gradcheck(ShiftedSum.apply, arguments)
