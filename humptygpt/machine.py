@@ -10,6 +10,7 @@ import math
 import os
 import re
 import signal
+import statistics
 import sys
 import time
 import typing
@@ -66,8 +67,7 @@ def measure_spins() -> int:
     if not libraries or usable_cores() < 2 or "torch" in sys.modules:
         return SPINS
     reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
+    if not os.fork():
         try:
             os.write(writer, str(time_wake_ups(libraries[0])).encode())
         finally:
@@ -75,7 +75,7 @@ def measure_spins() -> int:
     os.close(writer)
     with open(reader) as answer:  # noqa: PTH123, a pipe
         spins = answer.read() or SPINS
-    os.waitpid(child, 0)
+    os.wait()
     return int(spins)
 
 
@@ -84,27 +84,17 @@ def time_wake_ups(libgomp: Path) -> int:
     count = 5000
     cores = map(str, sorted(affinity())[:2])
     os.environ |= {"GOMP_SPINCOUNT": str(count), "GOMP_CPU_AFFINITY": " ".join(cores)}
-    openmp = ctypes.CDLL(str(libgomp))
-    nothing = ctypes.CDLL(None).getpid
-
-    def fork_and_join() -> float:
-        began = time.perf_counter()
-        openmp.GOMP_parallel(nothing, None, 2, 0)
-        return time.perf_counter() - began
-
+    fork_and_join = ctypes.CDLL(str(libgomp)).GOMP_parallel
+    work = (ctypes.CDLL(None).getpid, None, 2, 0)  # for two threads
     spinning, waking = [], []
-    for _ in range(5):
-        fork_and_join()
-        before = time.process_time()
-        time.sleep(0.002)  # meanwhile, the other thread spins and then sleeps
-        spinning.append((time.process_time() - before) / count)
-    spin = sorted(spinning)[len(spinning) // 2]
-    for _ in range(25):
-        end = time.perf_counter() + 2 * count * spin
-        while time.perf_counter() < end:
-            pass
-        waking.append(fork_and_join())
-    return round(WAKE_UPS * sorted(waking)[len(waking) // 2] / spin)
+    for _ in range(15):
+        began = time.perf_counter()
+        fork_and_join(*work)
+        waking.append(time.perf_counter() - began)
+        used = time.process_time()
+        time.sleep(0.001)  # meanwhile, the other thread spins and then sleeps
+        spinning.append((time.process_time() - used) / count)
+    return round(WAKE_UPS * statistics.median(waking) / statistics.median(spinning))
 
 
 def fastest(choices: Sequence[Hashable], run: Callable[[Hashable], object]) -> Hashable:

@@ -33,13 +33,16 @@ def tune(config: TrainConfig, model_config: ModelConfig, process: Process) -> Tr
     user has set stays, and so do float32 and few threads unless another choice is clearly faster: see fastest().
     """
     device = process.device
-    has_bfloat16 = multiplies_bfloat16(device)
-    threads = thread_counts()
-    if config.threads:
-        threads = [min(config.threads, usable_cores())]
-
-    def candidates(dtype: str) -> list[str]:
-        return ["float32", "bfloat16"][: 1 + has_bfloat16] if dtype == "auto" else [dtype]
+    threads = [min(config.threads, usable_cores())] if config.threads else thread_counts()
+    torch.set_num_threads(threads[-1])
+    faster = ["float32", "bfloat16"] if multiplies_bfloat16(device) else ["float32"]
+    dtypes, muon_dtypes = (
+        faster if key == "auto" else [key] for key in (config.dtype, config.muon_dtype)
+    )
+    dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
+    inferred = replace(config, dtype=dtype, muon_dtype=muon_dtypes[-1])
+    if device.type != "cpu" or model_config.n_embd > LARGE:
+        return inferred
 
     def choose(choices: Sequence[Hashable], run: Callable) -> Hashable:
         index = choices.index(fastest(choices, run)) if process.first else 0
@@ -51,11 +54,6 @@ def tune(config: TrainConfig, model_config: ModelConfig, process: Process) -> Tr
             y = stack(x)
         y.sum().backward()
 
-    dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
-    inferred = replace(config, dtype=dtype, muon_dtype=candidates(config.muon_dtype)[-1])
-    torch.set_num_threads(threads[-1])
-    if device.type != "cpu" or model_config.n_embd > LARGE:
-        return inferred
     try:
         stack = Stack(replace(model_config, n_layer=1))
         weights = sum(p.numel() for p in stack.parameters())
@@ -63,17 +61,13 @@ def tune(config: TrainConfig, model_config: ModelConfig, process: Process) -> Tr
         T = min(model_config.block_size, tokens)
         x = torch.randn(tokens // T, T, model_config.n_embd)
         train(dtype, threads[-1])
-    except (
-        Exception
-    ):  # model.py was edited, and the first step will show the line that fails
+    except Exception:  # model.py was edited, and its Stack needs something else
         return inferred
-    dtype = choose(candidates(config.dtype), lambda dtype: train(dtype, threads[0]))
+    dtype = choose(dtypes, lambda dtype: train(dtype, threads[0]))
     number = choose(threads, lambda number: train(dtype, number))
     torch.set_num_threads(number)
     matrix = torch.randn(1, 4 * NEURONS, NEURONS)[..., : model_config.n_embd]
-    muon_dtype = choose(
-        candidates(config.muon_dtype), lambda dtype: orthogonalize(matrix, DTYPES[dtype])
-    )
+    muon_dtype = choose(muon_dtypes, lambda dtype: orthogonalize(matrix, DTYPES[dtype]))
     # another number of processes may have more threads each
     number = number if process.size == 1 else None
     return replace(config, dtype=dtype, muon_dtype=muon_dtype, threads=number)
