@@ -353,7 +353,7 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor, int]:
 
 
 def clip(model: nn.Module, largest: float) -> Tensor:
-    """Scale the gradients down so that their norm is at most `largest`, unless that is 0. Returns their norm before."""
+    """Scale the gradients down so that their norm is at most `largest`, unless that is 0. Returns the norm before."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     if largest:

@@ -58,7 +58,7 @@ def start() -> None:
 
 
 def measure_spins() -> int:
-    """Measure after how many spins a thread should sleep, in a process of its own, in about 20 ms.
+    """Measure after how many spins a thread should sleep, in a child process and about 20 ms.
 
     libgomp reads GOMP_SPINCOUNT when it is loaded, so the measurement precedes torch, whose libgomp it uses.
     """

@@ -78,7 +78,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def first_choices(request, monkeypatch):
+def first_choices(monkeypatch):
     """Take float32 and one thread, because a measurement could choose differently in two runs that are compared."""
     for module in (tuning, decoding):
         monkeypatch.setattr(module, "fastest", lambda choices, run: choices[0])

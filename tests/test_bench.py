@@ -94,7 +94,7 @@ class Here:
 @pytest.fixture
 def here(monkeypatch):
     for module in (step_time, time_to_loss, generation, choices):
-        monkeypatch.setattr(module, "Isolated", InThisProcess)
+        monkeypatch.setattr(module, "Isolated", Here)
     for module in (step_time, time_to_loss, step_profile):
         monkeypatch.setattr(module, "WARMUP", 2)
 
@@ -247,18 +247,6 @@ def test_the_loop_around_hugging_faces_model_is_greedy_and_keeps_what_it_has_rea
 # The machine
 
 
-class InThisProcess(choices.Isolated):
-    """A contender in this process."""
-
-    def __init__(self, cls: type, *arguments: object):
-        self.contender = cls(*arguments)
-
-    def begin(self, method: str, *arguments: object) -> Future:
-        result = Future()
-        result.set_result(getattr(self.contender, method)(*arguments))
-        return result
-
-
 def test_autos_choice_is_marked_among_all_and_compared_with_the_best(
     text, here, monkeypatch, capsys
 ):
@@ -267,7 +255,6 @@ def test_autos_choice_is_marked_among_all_and_compared_with_the_best(
     train = lambda self, choice: choice.threads * speeds[choice.dtype]  # noqa: E731
     monkeypatch.setattr(choices.Contender, "train", train)
     monkeypatch.setattr(choices.Contender, "generate", train)
-    monkeypatch.setattr(choices, "Isolated", InThisProcess)
     monkeypatch.setattr(choices, "SPINS", (7, 9))
     monkeypatch.setattr(choices, "thread_counts", lambda: [1, 2])
     monkeypatch.setenv("GOMP_SPINCOUNT", "8")

@@ -109,9 +109,8 @@ def test_each_process_takes_what_the_first_one_measured(last_choices):
     config = tuning.tune(TrainConfig(), SMALL, Second(CPU))
     assert (config.dtype, config.muon_dtype) == ("bfloat16", "bfloat16")
     assert torch.get_num_threads() == 2
-    assert (
-        config.threads is None
-    )  # a resumed run may have fewer processes, with more threads each
+    # a resumed run may have fewer processes, with more threads each
+    assert config.threads is None
 
 
 def test_both_passes_of_a_block_are_measured_with_each_choice(last_choices, monkeypatch):
