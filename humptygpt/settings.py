@@ -95,7 +95,7 @@ class TrainConfig:
     beta2: float = 0.95  # AdamW, NorMuon: decay rate of the second moment
     muon_learning_rate: float = 0.03  # Muon: peak learning rate
     muon_momentum: float = 0.85  # Muon: decay rate of the momentum
-    muon_dtype: str = "auto"  # Muon: dtype of its matrix products; auto: as for dtype
+    muon_dtype: str = "auto"  # Muon: dtype of its matrix products; auto: the faster
     grad_clip: float = 0.0  # maximum gradient norm; 0: no clipping
     freeze: str | None = None  # freeze parameters whose names contain these: wte,blocks.0
     lora_rank: int = 0  # LoRA: rank of the added matrices; 0: no LoRA

@@ -1,6 +1,7 @@
 """Choose by measurement what depends on the machine: the dtypes and the number of threads with which a CPU trains."""
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,6 @@ from humptygpt.device import (
     thread_counts,
 )
 from humptygpt.machine import fastest, usable_cores
-from humptygpt.optimizers import orthogonalize
 from humptygpt.process import Process
 from humptygpt.settings import TrainConfig
 from model import ModelConfig, Stack
@@ -21,7 +21,6 @@ from model import ModelConfig, Stack
 # A measurement takes as many tokens as multiply this many weights of a block, in about 10 ms, but at most TOKENS.
 WEIGHTS = 2**27
 TOKENS = 512
-NEURONS = 256  # most rows of the matrix that is orthogonalized
 LARGE = 2048  # n_embd above which nothing is measured, because a block and its gradients take too much memory
 
 
@@ -29,20 +28,14 @@ def tune(config: TrainConfig, model_config: ModelConfig, process: Process) -> Tr
     """Return the config with the fastest dtypes and number of CPU threads, and set the number of threads.
 
     On a GPU or with a large model, they follow from the hardware's instructions. On a CPU, the first process measures
-    the forward and backward pass of one block of the model, and an orthogonalization, in a tenth of a second. What the
-    user has set stays, and so do float32 and few threads unless another choice is clearly faster: see fastest().
+    the forward and backward pass of one block of the model, in a tenth of a second. What the user has set stays, and so
+    do float32 and few threads unless another choice is clearly faster: see fastest().
     """
     device = process.device
     threads = [min(config.threads, usable_cores())] if config.threads else thread_counts()
-    torch.set_num_threads(threads[-1])
-    faster = ["float32", "bfloat16"] if multiplies_bfloat16(device) else ["float32"]
-    dtypes, muon_dtypes = (
-        faster if key == "auto" else [key] for key in (config.dtype, config.muon_dtype)
-    )
+    number = threads[-1]
     dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
-    inferred = replace(config, dtype=dtype, muon_dtype=muon_dtypes[-1])
-    if device.type != "cpu" or model_config.n_embd > LARGE:
-        return inferred
+    faster = "bfloat16" if multiplies_bfloat16(device) else "float32"
 
     def choose(choices: Sequence[Hashable], run: Callable) -> Hashable:
         index = choices.index(fastest(choices, run)) if process.first else 0
@@ -54,20 +47,22 @@ def tune(config: TrainConfig, model_config: ModelConfig, process: Process) -> Tr
             y = stack(x)
         y.sum().backward()
 
-    try:
-        stack = Stack(replace(model_config, n_layer=1))
-        weights = sum(p.numel() for p in stack.parameters())
-        tokens = min(TOKENS, WEIGHTS // weights + 1)
-        T = min(model_config.block_size, tokens)
-        x = torch.randn(tokens // T, T, model_config.n_embd)
-        train(dtype, threads[-1])
-    except Exception:  # model.py was edited, and its Stack needs something else
-        return inferred
-    dtype = choose(dtypes, lambda dtype: train(dtype, threads[0]))
-    number = choose(threads, lambda number: train(dtype, number))
+    # an edited model.py may have a Stack that needs something else
+    with suppress(Exception):
+        if device.type == "cpu" and model_config.n_embd <= LARGE:
+            stack = Stack(replace(model_config, n_layer=1))
+            weights = sum(p.numel() for p in stack.parameters())
+            tokens = min(TOKENS, WEIGHTS // weights + 1)
+            T = min(model_config.block_size, tokens)
+            x = torch.randn(tokens // T, T, model_config.n_embd)
+            if "auto" in (config.dtype, config.muon_dtype):
+                dtypes = sorted({"float32", faster}, reverse=True)
+                faster = choose(dtypes, lambda dtype: train(dtype, threads[0]))
+            if config.dtype == "auto":
+                dtype = faster
+            number = choose(threads, lambda number: train(dtype, number))
     torch.set_num_threads(number)
-    matrix = torch.randn(1, 4 * NEURONS, NEURONS)[..., : model_config.n_embd]
-    muon_dtype = choose(muon_dtypes, lambda dtype: orthogonalize(matrix, DTYPES[dtype]))
+    muon_dtype = faster if config.muon_dtype == "auto" else config.muon_dtype
     # another number of processes may have more threads each
     number = number if process.size == 1 else None
     return replace(config, dtype=dtype, muon_dtype=muon_dtype, threads=number)

@@ -18,10 +18,12 @@ from model import (
     NORMS,
     POSITIONS,
     Dropout,
+    SelfAttention,
     ShiftedSum,
     alibi_slopes,
     attend,
     attention_mask,
+    relu_squared,
     rotate,
 )
 
@@ -627,3 +629,22 @@ def test_the_convolutions_own_gradients_are_those_of_its_sum(T):
     x, weight = torch.randn(2, T, 4), torch.randn(3, 4)
     arguments = [each.double().requires_grad_() for each in (x, weight)]
     assert torch.autograd.gradcheck(ShiftedSum.apply, arguments)
+
+
+def test_the_squared_relus_own_gradient_is_that_of_its_formula():
+    x = torch.linspace(-2, 3, 12).double().requires_grad_()
+    assert torch.autograd.gradcheck(relu_squared, [x])
+    with torch.no_grad():
+        assert relu_squared(x).tolist() == pytest.approx([max(each, 0) ** 2 for each in x])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_queries_keys_and_values_come_from_their_own_layers(bias):
+    config = ModelConfig(n_head=4, n_kv_head=2, n_embd=16, vocab_size=5, bias=bias)
+    attention = SelfAttention(config)
+    x = torch.randn(2, 3, 16)
+    expected = [
+        layer(x) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
+    ]
+    found = torch.cat(attention.project(x), dim=-1)
+    torch.testing.assert_close(found, torch.cat(expected, dim=-1))

@@ -124,13 +124,7 @@ def test_both_passes_of_a_block_are_measured_with_each_choice(last_choices, monk
 
     monkeypatch.setattr(tuning, "fastest", fastest)
     tuning.tune(TrainConfig(), SMALL, Process(CPU))
-    dtypes = ("float32", "bfloat16")
-    assert seen == [
-        *((dtype, 1) for dtype in dtypes),
-        (1, 1),
-        (2, 2),
-        *((dtype, 2) for dtype in dtypes),
-    ]
+    assert seen == [("float32", 1), ("bfloat16", 1), (1, 1), (2, 2)]
 
 
 def test_sample_py_generates_with_the_number_of_threads_that_is_fastest_and_load_keeps_the_callers(
