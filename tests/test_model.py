@@ -640,7 +640,7 @@ def test_the_squared_relus_own_gradient_is_that_of_its_formula():
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_queries_keys_and_values_come_from_their_own_layers(bias):
-    config = ModelConfig(n_head=4, n_kv_head=2, n_embd=16, vocab_size=5, bias=bias)
+    config = models.ModelConfig(n_head=4, n_kv_head=2, n_embd=16, vocab_size=5, bias=bias)
     attention = SelfAttention(config)
     x = torch.randn(2, 3, 16)
     expected = [
