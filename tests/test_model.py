@@ -635,7 +635,8 @@ def test_the_squared_relus_own_gradient_is_that_of_its_formula():
     x = torch.linspace(-2, 3, 12).double().requires_grad_()
     assert torch.autograd.gradcheck(relu_squared, [x])
     with torch.no_grad():
-        assert relu_squared(x).tolist() == pytest.approx([max(each, 0) ** 2 for each in x])
+        expected = [max(each, 0) ** 2 for each in x.tolist()]
+        assert relu_squared(x).tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("bias", [False, True])
