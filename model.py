@@ -384,10 +384,10 @@ class SelfAttention(nn.Module):
         qk = self.heads(qk)  # q's heads, then k's: (B, 2 H, T, D)
         v = self.heads(v)
         if self.qk_norm:
-            qk = self.qk_norm(qk.float())
+            qk = self.qk_norm(qk)
         if shared.rotary:
             qk = rotate(qk, shared.rotary)
-        q, k = qk.to(v.dtype).split([self.n_head, self.n_kv_head], dim=1)
+        q, k = qk.split([self.n_head, self.n_kv_head], dim=1)
         if cache:
             k, v = cache.append(k, v, shared.end)  # (B, H, S, D)
         y = attend(q, k, v, shared.masks[self.window], self.dropout)  # (B, H, T, D)
@@ -395,16 +395,7 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Compute queries and keys, (B, T, 2 H D), and values, (B, T, H D)."""
-        layers = self.q_proj, self.k_proj, self.v_proj
-        if all(type(layer) is nn.Linear for layer in layers):
-            # one product is faster than three
-            weight = torch.cat([layer.weight for layer in layers])
-            bias = [layer.bias for layer in layers]
-            y = F.linear(x, weight, None if bias[0] is None else torch.cat(bias))
-        else:
-            y = torch.cat([layer(x) for layer in layers], dim=-1)
-        n = self.n_kv_head * self.head_size
-        return y.split([y.shape[-1] - n, n], dim=-1)
+        return torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1), self.v_proj(x)
 
     def heads(self, x: Tensor) -> Tensor:
         """Split the features into heads: (B, T, H D) -> (B, H, T, D)."""

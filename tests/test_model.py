@@ -18,7 +18,6 @@ from model import (
     NORMS,
     POSITIONS,
     Dropout,
-    SelfAttention,
     ShiftedSum,
     alibi_slopes,
     attend,
@@ -637,15 +636,3 @@ def test_the_squared_relus_own_gradient_is_that_of_its_formula():
     with torch.no_grad():
         expected = [max(each, 0) ** 2 for each in x.tolist()]
         assert relu_squared(x).tolist() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_queries_keys_and_values_come_from_their_own_layers(bias):
-    config = models.ModelConfig(n_head=4, n_kv_head=2, n_embd=16, vocab_size=5, bias=bias)
-    attention = SelfAttention(config)
-    x = torch.randn(2, 3, 16)
-    expected = [
-        layer(x) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
-    ]
-    found = torch.cat(attention.project(x), dim=-1)
-    torch.testing.assert_close(found, torch.cat(expected, dim=-1))
