@@ -7,7 +7,6 @@
     python sample.py --out_dir=out/shakespeare_char --prompts=prompts.txt --stop=X     one prompt per line
     python sample.py --out_dir=out/shakespeare_char --interactive=True
     python sample.py --out_dir=out/shakespeare_char --logprobs=5     log-probabilities of each token and the top five
-    python sample.py --out_dir=out/shakespeare_char --score=text.txt     how well the model predicts a text
     python sample.py --init_from=FOLDER --start="..."     a model in Hugging Face's format, or nanoGPT's ckpt.pt
     python sample.py --out_dir=out/translate_de_en --start="Wo wohnst du?"
     python sample.py --out_dir=out/translate_de_en --start=FILE:german.txt > english.txt     line by line
@@ -47,7 +46,6 @@ from humptygpt.sampling import (
     encode_prompt,
     read_prompts,
     read_start,
-    read_text,
     stream_texts,
     texts_at_once,
     typed_lines,
@@ -56,12 +54,12 @@ from humptygpt.tokenizers import Tokenizer
 
 SEPARATOR = "---------------"
 SAMPLING = "temperature top_k top_p min_p repetition_penalty seed max_new_tokens stop"
-OF_TEXT = "prompts score num_samples stop logprobs temperature top_k repetition_penalty"
+OF_TEXT = "prompts num_samples stop logprobs temperature top_k repetition_penalty"
 OF_TEXT += " seed compile top_p min_p"
 # {key: (another setting, the values of that setting for which the key has no effect)}
 IN_VAIN = dict.fromkeys(OF_TEXT.split(), ("task", ("translation",)))
 IN_VAIN |= dict.fromkeys(("num_beams", "length_penalty"), ("task", ("language modelling",)))
-IN_VAIN |= {"stride": ("score", (None,)), "dtype": ("quantize", ("int8",))}
+IN_VAIN["dtype"] = ("quantize", ("int8",))
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,6 @@ class SampleConfig:
     start: str | None = None  # prompt, FILE:path to read it from a file, or - for stdin
     prompts: str | None = None  # file with one prompt per line, or - for stdin
     interactive: bool = False  # read prompts from the terminal, one after another
-    score: str | None = None  # measure how well the model predicts this file (-: stdin)
-    stride: int | None = None  # with score: window step in tokens; None: half of block_size
     num_samples: int = 3  # texts for each prompt, generated together in one batch
     max_new_tokens: int = 500  # tokens to generate after each prompt
     stop: tuple[str, ...] = ()  # end a text just before this string; several may be given
@@ -105,9 +101,7 @@ class SampleConfig:
 
     def validate(self) -> None:
         check_choices(self)
-        check_least(
-            self, 1, "stride", "num_samples", "max_new_tokens", "num_beams", "top_k"
-        )
+        check_least(self, 1, "num_samples", "max_new_tokens", "num_beams", "top_k")
         check_least(self, 0, "logprobs", "temperature", "seed", "min_p")
         check_least(self, -10, "length_penalty")
         check_above_0(self, "top_p", "repetition_penalty")
@@ -115,12 +109,7 @@ class SampleConfig:
             value = getattr(self, name)
             if value is not None and value > 1:
                 raise ValueError(f"{name}={value} must be at most 1")
-        for keys in (
-            "start prompts score",
-            "interactive prompts score",
-            "compile score",
-            "compile quantize",
-        ):
+        for keys in ("start prompts", "interactive prompts", "compile quantize"):
             given = [key for key in keys.split() if getattr(self, key)]
             if len(given) > 1:
                 raise ValueError(
@@ -142,6 +131,8 @@ class Pipeline:
 
 
 def main(argv: list[str]) -> None:
+    if any(argument.startswith(("--score", "--stride")) for argument in argv):
+        raise UserError("a text is scored by another script: python score.py --text=FILE")
     given = configurator.read(argv, SampleConfig)
     config = configurator.make(SampleConfig, given)
     source = loading.chosen_source(config, given)
@@ -151,18 +142,13 @@ def main(argv: list[str]) -> None:
     refuse_vain(given, vars(config) | {"task": loaded.task}, IN_VAIN)
     smaller = "try a smaller --num_samples, --max_new_tokens or --num_beams"
     with machine.memory_advice(smaller):
-        by_token = loaded.task != "translation" and not config.score
-        if by_token and loaded.device.type == "cpu" and loaded.model.has_cache:
-            choose_threads(loaded.model)
         if loaded.task == "translation":
             print_translations(config, loaded)
-        elif config.interactive:
+            return
+        if loaded.device.type == "cpu" and loaded.model.has_cache:
+            choose_threads(loaded.model)
+        if config.interactive:
             converse(config, loaded)
-        elif config.score:
-            from humptygpt.scoring import describe_score
-
-            text = read_text(config.score)
-            print(describe_score(loaded.model, loaded.tokenizer, text, config.stride))
         else:
             print_texts(config, loaded)
 
@@ -251,7 +237,7 @@ def print_batch(
     prompts, samples = zip(*texts, strict=True)
     pieces = write([prompt.ids for prompt in prompts], samples, config, loaded)
     if config.logprobs is not None:
-        from humptygpt.scoring import print_json_lines
+        from humptygpt.logprobs import print_json_lines
 
         print_json_lines(pieces, texts, config.logprobs, loaded.tokenizer)
         return

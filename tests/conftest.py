@@ -128,6 +128,13 @@ def fails(capsys, monkeypatch):
 
 
 @pytest.fixture
+def run_dir(tiny):
+    """A trained run's folder."""
+    train.main(TINY_RUN)
+    return Path("out/run")
+
+
+@pytest.fixture
 def run_train(tiny):
     """Train a tiny model. Returns its rows of metrics, as from read_rows."""
 

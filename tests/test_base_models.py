@@ -16,6 +16,7 @@ from torch import nn
 
 import prepare_data
 import sample
+import score
 import train
 from humptygpt import checkpoint, settings
 from humptygpt.config import UserError
@@ -325,11 +326,11 @@ def test_a_folder_of_hugging_face_writes_scores_and_trains(theirs, capsys):
     assert capsys.readouterr().out == tokenizer.decode(found[0]) + "\n"
 
     Path("short.txt").write_text("Hello the dog")
-    sample.main(["--init_from=theirs", "--score=short.txt"])
+    score.main(["--init_from=theirs", "--text=short.txt"])
     ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer("Hello the dog").input_ids]])
     with torch.no_grad():
         expected = model(ids, labels=ids).loss.item()
-    assert capsys.readouterr().out.startswith(f"{expected:.4f} nats per token")
+    assert capsys.readouterr().out.startswith(f"{expected:.4f} ± ")
 
     run = [*TINY_RUN, "--dataset=text", "--init_from=theirs", "--learning_rate=0.01"]
     assert train.main(run) == 0

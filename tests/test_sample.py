@@ -6,23 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, read_rows
 from test_model import random_model
 
 import sample
-import train
+import score
 from humptygpt import checkpoint, sampling
-from humptygpt.config import UserError
-from humptygpt.data import TokenDataset
 from humptygpt.sampling import read_prompts
 from humptygpt.tokenizers import ByteTokenizer
-
-
-@pytest.fixture
-def run_dir(tiny):
-    """A trained run's folder."""
-    train.main(TINY_RUN)
-    return Path("out/run")
 
 
 def printed(capsys, *argv: str) -> tuple[str, str]:
@@ -60,7 +50,6 @@ def test_texts_may_come_from_a_file_in_the_home_folder_or_standard_input(
     assert text_from("start", "FILE:text.txt") == expected
     assert text_from("start", "FILE:~/text.txt") == text_from("start", "-") == expected
     assert text_from("prompts", "text.txt") == text_from("prompts", "-") == expected
-    assert text_from("score", "text.txt") == text_from("score", "-")
 
 
 def test_a_checkpoint_may_be_named_itself(run_dir, capsys):
@@ -116,7 +105,6 @@ BAD = {
     "prompt 1: the prompt is empty; give at": ["--prompts=empty.txt"],
     "start and prompts cannot be combined": ["--start=A", "--prompts=prompts.txt"],
     "compile and quantize cannot be combined": ["--compile=True", "--quantize=int8"],
-    "the text to score has no token to predict": ["--score=empty.txt"],
     "top_p=1.5 must be at most 1": ["--top_p=1.5"],
 }
 
@@ -195,23 +183,10 @@ def test_log_probabilities_add_up_to_the_score_of_the_text(run_dir, capsys):
         assert len(top) == 3 and top == sorted(top, reverse=True)
         assert row["logprob"] <= top[0] + 1e-9
     Path("text.txt").write_text("A" + "".join(row["text"] for row in rows))
-    score = text_of(capsys, "--score=text.txt")
-    found = re.search(r"perplexity [\d.]+, ([\d.]+) nats in all; 15 tokens", score)
+    score.main(["--out_dir=out/run", "--text=text.txt"])
+    scored = capsys.readouterr().out
+    found = re.search(r"perplexity [\d.]+, ([\d.]+) nats in all; 15 tokens", scored)
     assert float(found[1]) == pytest.approx(-sum(row["logprob"] for row in rows), abs=0.01)
-
-
-def test_the_score_of_the_validation_text_is_the_trainers_evaluation(tiny, capsys):
-    train.main([*TINY_RUN, "--eval_iters=None"])
-    dataset = TokenDataset(Path("data/tiny"), block_size=16, seed=0)
-    ids = dataset.splits["val"].read(np.array([0]), len(dataset.splits["val"]))[0]
-    Path("val.txt").write_text(dataset.tokenizer.decode(ids.tolist()))
-    words = text_of(capsys, "--score=val.txt", "--stride=16").split()
-    best = min(read_rows(Path("out/run")), key=lambda row: row.get("val_loss", 99))
-    assert float(words[0]) == pytest.approx(best["val_loss"], abs=1e-4)
-    assert float(words[4]) == pytest.approx(best["val_bits_per_byte"], abs=1e-2)
-    assert text_of(capsys, "--score=val.txt").split()[0] != words[0]  # more context
-    with pytest.raises(UserError, match="stride=17 would skip tokens; it must be at most"):
-        text_of(capsys, "--score=val.txt", "--stride=17")
 
 
 def test_each_line_typed_continues_the_text_so_far(run_dir, capsys, monkeypatch):
@@ -257,7 +232,8 @@ def test_weights_in_fewer_bits_sample_text_and_score_nearly_the_same(run_dir, ca
     scores = []
     for low in ([], ["--dtype=bfloat16"], ["--quantize=int8"]):
         assert len(text_of(capsys, "--start=A", "--num_samples=1", *low)) > 20
-        scores.append(float(text_of(capsys, "--score=text.txt", *low).split()[0]))
+        score.main(["--out_dir=out/run", "--text=text.txt", *low])
+        scores.append(float(capsys.readouterr().out.split()[0]))
     assert scores == pytest.approx([scores[0]] * 3, rel=0.01)
 
 

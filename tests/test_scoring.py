@@ -5,8 +5,8 @@ import pytest
 import torch
 from test_model import random_model, tokens
 
-from humptygpt import scoring
-from humptygpt.scoring import log_probabilities
+from humptygpt.scoring import text as scoring
+from humptygpt.scoring.text import log_probabilities
 
 
 @torch.no_grad()

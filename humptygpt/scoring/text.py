@@ -1,7 +1,6 @@
-"""Log-probabilities of the tokens that a model samples, and of the tokens of a given text."""
+"""Log-probabilities of the tokens of a given text."""
 
-import json
-from collections.abc import Iterable
+import math
 
 import numpy as np
 import torch
@@ -9,45 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from humptygpt.config import UserError
-from humptygpt.sampling import Piece, Prompt
 from humptygpt.tokenizers import Tokenizer
 
-# --------------------------------------------------------------------------------------
-# Sampled tokens
-
-
-def print_json_lines(
-    pieces: Iterable[Piece], texts: list[tuple[Prompt, int]], k: int, tokenizer: Tokenizer
-) -> None:
-    """Print each token and the k likeliest tokens at its position. texts: (prompt, sample number)."""
-    for row, _, token, logits in pieces:
-        if token is None:
-            continue
-        prompt, sample = texts[row]
-        logprobs = logits.log_softmax(dim=-1)
-        likeliest = logprobs.topk(min(k, len(logprobs))).indices.tolist()
-        chosen, *top = [
-            {
-                "token": i,
-                "text": tokenizer.pieces[i].decode("utf-8", "replace"),
-                "logprob": round(float(logprobs[i]), 6),
-            }
-            for i in (token, *likeliest)
-        ]
-        line = {"prompt": prompt.number, "sample": sample} | chosen | {"top": top}
-        print(json.dumps(line, ensure_ascii=False), flush=True)
-
-
-# --------------------------------------------------------------------------------------
-# A given text
-
 LOGITS = 2**26  # compute at most this many logits at once: 256 MB
+TOKENS = 2**13  # and at most this many tokens, since activations take memory as well
 
 
-def describe_score(
+def tokens_at_once(model: nn.Module) -> int:
+    return max(1, min(TOKENS, LOGITS // model.config.vocab_size))
+
+
+def score_text(
     model: nn.Module, tokenizer: Tokenizer, text: str, stride: int | None
-) -> str:
-    """Score a text and describe the result. Raises UserError if the text is too short or the stride too large.
+) -> dict[str, float]:
+    """Score a text. Raises UserError if the text is too short or the stride too large.
 
     The first token is scored only if eot or bos can precede it. stride: see log_probabilities(); None: block_size / 2.
     """
@@ -64,11 +38,22 @@ def describe_score(
         )
     nats = -log_probabilities(model, ids, stride).astype(np.float64)
     size = int(tokenizer.token_bytes()[ids[1:]].sum())
-    return (
-        f"{nats.mean():.4f} nats per token, {nats.sum() / np.log(2) / size:.4f} bits per byte,"
-        f" perplexity {np.exp(nats.mean()):.2f}, {nats.sum():.2f} nats in all;"
-        f" {len(nats):,} tokens, {size:,} bytes, windows of {block_size:,} tokens, stride {stride:,}"
-    )
+    return {
+        "nats_per_token": nats.mean(),
+        "standard_error": standard_error(nats),
+        "bits_per_byte": nats.sum() / np.log(2) / size,
+        "perplexity": np.exp(nats.mean()),
+        "nats": nats.sum(),
+        "tokens": len(nats),
+        "bytes": size,
+        "window": block_size,
+        "stride": stride,
+    }
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Standard error of the mean of independent values; nan for a single one."""
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else math.nan
 
 
 @torch.inference_mode()
@@ -87,7 +72,7 @@ def log_probabilities(model: nn.Module, ids: np.ndarray, stride: int) -> np.ndar
     if len(ids) > block_size:
         windows = tokens.unfold(0, block_size + 1, stride)  # (n, block_size + 1)
     last = tokens[None, len(windows) * stride :]  # shorter than a window
-    at_once = max(1, LOGITS // model.config.vocab_size)  # tokens
+    at_once = tokens_at_once(model)
     scores = []
     for batch in (*windows.split(max(1, at_once // block_size)), last):
         if batch.shape[1] > 1:
@@ -101,11 +86,14 @@ def score(model: nn.Module, batch: Tensor, at_once: int) -> Tensor:
 
     batch: windows, (B, T). A model with a cache reads at_once tokens of each window at a time.
     """
-    cache = {"cache": model.make_cache()} if model.has_cache else {}
-    size = at_once if cache else batch.shape[1]
-    pieces = zip(batch[:, :-1].split(size, 1), batch[:, 1:].split(size, 1), strict=True)
-    nats = [
-        F.cross_entropy(model(idx, **cache)[0].float().mT, targets, reduction="none")
-        for idx, targets in pieces
-    ]
-    return -torch.cat(nats, dim=1)
+    T = batch.shape[1] - 1
+    cache = {"cache": model.make_cache(T)} if model.has_cache and at_once < T else {}
+    size = at_once if cache else T
+    scores = []
+    for idx, targets in zip(
+        batch[:, :-1].split(size, 1), batch[:, 1:].split(size, 1), strict=True
+    ):
+        logits = model(idx, **cache)[0].flatten(0, 1).float()
+        nats = F.cross_entropy(logits, targets.flatten(), reduction="none")
+        scores.append(-nats.view(targets.shape))
+    return torch.cat(scores, dim=1)

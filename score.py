@@ -1,0 +1,160 @@
+"""Measure how well a model predicts a text, and which of two texts it finds likelier.
+
+    python score.py --out_dir=out/mine --text=FILE
+    python score.py --out_dir=out/mine --pairs=FILE.jsonl      one object per line: {"good": "a cat", "bad": "an cat"}
+    python score.py --out_dir=out/mine --suite=english
+    python score.py --init_from=out/mine --init_from=gpt2 --suite=python      the models side by side
+
+--text: nats per token, bits per byte and perplexity over the whole file.
+--pairs: a test is passed if the model finds the good text likelier. A line may instead have "context", "choices" and
+"answer", the index of the right choice. "by sum" compares log-probabilities, "by byte" divides them by the length of
+each choice. The lines of each "group" are also counted separately. With several models, the difference from the first
+is shown with its standard error.
+--suite: pairs written for this project: english (agreement, articles, word order and so on) or python. A model that
+guesses passes half of them.
+"""
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from humptygpt import machine
+
+if __name__ == "__main__":
+    machine.start()  # before numpy and torch are loaded
+
+import numpy as np
+
+import sample
+from humptygpt import config as configurator
+from humptygpt.config import TEXTS, UserError, check_choices, check_least
+from humptygpt.device import DTYPES
+from humptygpt.sampling import read_text
+from humptygpt.scoring.pairs import SUITES, Question, by_group, read_tests, run_tests
+from humptygpt.scoring.text import score_text
+
+KINDS = ("text", "pairs", "suite")
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    # models
+    out_dir: str = "out"  # folder of the run to score, or a checkpoint in it
+    init_from: TEXTS = ()  # instead of out_dir: runs, checkpoints, model folders or names such as gpt2
+    checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt
+    # what to score
+    text: str | None = None  # a text file, or - for stdin
+    stride: int | None = None  # with text: window step in tokens; None: half of block_size
+    pairs: str | None = None  # a file of pairs, or - for stdin
+    suite: str | None = None  # pairs of this project: english or python
+    json: bool = False  # print JSON instead of a table
+    # system
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # dtype of the linear layers; auto: float32 on a CPU
+    quantize: str | None = None  # int8: 8-bit weights, CPU only; None: off
+
+    @classmethod
+    def choices(cls) -> dict[str, Collection[str]]:
+        return {
+            "checkpoint": ("best", "latest"),
+            "suite": ("english", "python"),
+            "dtype": ("auto", *DTYPES),
+            "quantize": ("int8",),
+        }
+
+    def validate(self) -> None:
+        check_choices(self)
+        check_least(self, 1, "stride")
+        given = [key for key in KINDS if getattr(self, key)]
+        if len(given) != 1:
+            raise ValueError(
+                f"choose one of --text, --pairs and --suite; {len(given)} are given"
+            )
+
+
+def main(argv: list[str]) -> None:
+    config = configurator.make(ScoreConfig, configurator.read(argv, ScoreConfig))
+    sources = config.init_from or [config.out_dir]
+    smaller = "score a smaller file, or use --quantize=int8"
+    with machine.memory_advice(smaller):
+        if config.text:
+            print_texts(config, sources)
+        else:
+            print_tests(config, sources)
+
+
+def load(config: ScoreConfig, source: str) -> sample.Pipeline:
+    loaded = sample.load(
+        source,
+        config.checkpoint,
+        device=config.device,
+        dtype=config.dtype,
+        quantize=config.quantize,
+    )
+    if loaded.task == "translation":
+        raise UserError(f"{source} translates; score.py is for models that continue a text")
+    return loaded
+
+
+def print_texts(config: ScoreConfig, sources: Collection[str]) -> None:
+    text = read_text(config.text)
+    rows = {}
+    for source in sources:
+        loaded = load(config, source)
+        rows[source] = row = score_text(loaded.model, loaded.tokenizer, text, config.stride)
+        if not config.json:
+            print(
+                f"{row['nats_per_token']:.4f} ± {row['standard_error']:.4f} nats per token,"
+                f" {row['bits_per_byte']:.4f} bits per byte, perplexity {row['perplexity']:.2f},"
+                f" {row['nats']:.2f} nats in all; {row['tokens']:,} tokens, {row['bytes']:,} bytes,"
+                f" windows of {row['window']:,} tokens, stride {row['stride']:,}"
+            )
+    if config.json:
+        print(json.dumps(rows))
+
+
+def print_tests(config: ScoreConfig, sources: Collection[str]) -> None:
+    tests = read_tests(config.pairs or str(SUITES / f"{config.suite}.jsonl"))
+    passed = {}
+    for source in sources:
+        loaded = load(config, source)
+        passed[source] = run_tests(loaded.model, loaded.tokenizer, tests)
+    table = make_table(tests, passed)
+    if config.json:
+        print(json.dumps(table))
+        return
+    width = max(len(row["group"]) for row in table)
+    for model in passed:
+        print(
+            f"\n{model}\n{'':{width}} {'tests':>6}  {'by sum':>14}  {'by byte':>14}", end=""
+        )
+        print("" if model == sources[0] else "  difference by sum")
+        for row in table:
+            if row["model"] == model:
+                print(f"{row['group']:{width}} {row['tests']:6,}", end="")
+                for key in ("sum", "byte", "difference"):
+                    if key in row:
+                        error = row[f"{key}_error"]
+                        print(f"  {100 * row[key]:5.1f} ± {100 * error:4.1f} %", end="")
+                print()
+
+
+def make_table(tests: list[Question], passed: dict[str, np.ndarray]) -> list[dict]:
+    """Make one row per model and group. Only tests that every model can read are compared."""
+    first = next(iter(passed.values()))[:, 0]
+    table = []
+    for model, results in passed.items():
+        columns = {"sum": results[:, 0], "byte": results[:, 1]}
+        if len(table) and results is not first:
+            columns["difference"] = results[:, 0] - first
+        measured = {key: by_group(tests, values) for key, values in columns.items()}
+        for group, (count, _, _) in measured["sum"].items():
+            row = {"model": model, "group": group, "tests": count}
+            for key, groups in measured.items():
+                _, row[key], row[f"{key}_error"] = groups[group]
+            table.append(row)
+    return table
+
+
+if __name__ == "__main__":
+    machine.run(main)
