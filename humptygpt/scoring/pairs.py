@@ -73,33 +73,31 @@ def run_tests(model: nn.Module, tokenizer: Tokenizer, tests: list[Question]) -> 
 
     nan: the tokenizer lacks one of the characters.
     """
-    sequences, lengths, sizes, passed = [], [], [], np.full((len(tests), 2), np.nan)
-    owners = []
-    start = tokenizer.start()
-    for index, test in enumerate(tests):
+    passed = np.full((len(tests), 2), np.nan)
+    sequences, lengths, readable = [], [], []
+    for index, (context, choices, *_) in enumerate(tests):
         try:
-            context = tokenizer.encode(test.context)
-            whole = [tokenizer.encode(test.context + choice) for choice in test.choices]
+            before, *whole = map(
+                tokenizer.encode, [context, *(context + x for x in choices)]
+            )
         except UserError:  # a character that the tokenizer lacks
             continue
-        for choice, ids in zip(test.choices, whole, strict=True):
-            sequences.append(np.concatenate([start, ids]))
-            lengths.append(max(1, len(ids) - len(context)))
-            sizes.append(len(choice.encode()))
-            owners.append(index)
-    if not sequences:
+        readable.append(index)
+        sequences += [np.concatenate([tokenizer.start(), ids]) for ids in whole]
+        lengths += [max(1, len(ids) - len(before)) for ids in whole]
+    if not readable:
         raise UserError("the tokenizer lacks characters of every test; choose other tests")
-    sums = sum_log_probabilities(model, sequences, lengths)
-    scores = np.stack([sums, sums / sizes], axis=1)
-    owners = np.array(owners)
-    for index in np.unique(owners):
-        own = scores[owners == index]
-        best = own == own.max(axis=0)
-        passed[index] = best[tests[index].answer] / best.sum(axis=0)
-    if missing := int(np.isnan(passed[:, 0]).sum()):
-        note(
-            f"{missing} of {len(tests)} tests have characters that the tokenizer lacks; they are left out"
-        )
+    sums = iter(sum_log_probabilities(model, sequences, lengths))
+    for index in readable:
+        _, choices, answer, _ = tests[index]
+        own = np.array([next(sums) for _ in choices])
+        sizes = [len(choice.encode()) for choice in choices]
+        scores = np.stack([own, own / sizes], axis=1)
+        best = scores == scores.max(axis=0)
+        passed[index] = best[answer] / best.sum(axis=0)
+    if missing := len(tests) - len(readable):
+        what = "have characters that the tokenizer lacks; they are left out"
+        note(f"{missing} of {len(tests)} tests {what}")
     return passed
 
 
@@ -122,10 +120,9 @@ def sum_log_probabilities(
         longest = len(sequences[order[-1]])
         count = max(1, at_once // longest)
         rows, order = order[-count:], order[:-count]
-        batch = np.zeros((len(rows), longest), np.int64)
-        for row, i in zip(batch, rows, strict=True):
-            row[: len(sequences[i])] = sequences[i]
-        scores = score(model, torch.from_numpy(batch).to(device), at_once)
+        texts = [torch.from_numpy(sequences[i]) for i in rows]
+        batch = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        scores = score(model, batch.to(device), at_once)
         for row, i in zip(scores.cpu().double().numpy(), rows, strict=True):
             end = len(sequences[i]) - 1
             sums[i] = row[max(0, end - lengths[i]) : end].sum()
