@@ -22,6 +22,7 @@ from humptygpt import checkpoint, settings
 from humptygpt.config import UserError
 from humptygpt.convert import sources
 from humptygpt.loading import Loaded, load
+from humptygpt.scoring import pairs
 from humptygpt.settings import read_settings
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig
@@ -336,6 +337,28 @@ def test_a_folder_of_hugging_face_writes_scores_and_trains(theirs, capsys):
     assert train.main(run) == 0
     losses = val_losses("out/run")
     assert losses[-1] < losses[0]
+
+
+def test_pairs_are_scored_as_transformers_scores_them(theirs, monkeypatch):
+    model, tokenizer = theirs
+    choices = ["Hello the dog", "Hello the the dog the end", "dog"]
+    expected = []
+    for choice in choices:
+        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(choice).input_ids]])
+        with torch.no_grad():
+            expected.append(-model(ids, labels=ids).loss.item() * (ids.shape[1] - 1))
+    seen = []
+
+    def watch(*arguments) -> list[float]:
+        seen.extend(sums(*arguments))
+        return seen
+
+    sums = pairs.sum_log_probabilities
+    monkeypatch.setattr(pairs, "sum_log_probabilities", watch)
+    line = {"choices": choices, "answer": 0}
+    Path("pairs.jsonl").write_text(json.dumps(line))
+    score.main(["--init_from=theirs", "--pairs=pairs.jsonl"])
+    assert seen == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_start_that_holds_no_model_is_refused(theirs, fails, folder):
