@@ -17,6 +17,8 @@ guesses passes half of them.
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
 
 from humptygpt import machine
 
@@ -27,13 +29,23 @@ import numpy as np
 
 import sample
 from humptygpt import config as configurator
-from humptygpt.config import TEXTS, UserError, check_choices, check_least
+from humptygpt.checkpoint import find_checkpoint
+from humptygpt.config import (
+    TEXTS,
+    UserError,
+    check_choices,
+    check_least,
+    note,
+    refuse_vain,
+)
 from humptygpt.device import DTYPES
 from humptygpt.sampling import read_text
-from humptygpt.scoring.pairs import SUITES, Question, by_group, read_tests, run_tests
+from humptygpt.scoring.pairs import SUITES, Test, by_group, read_tests, run_tests
 from humptygpt.scoring.text import score_text
 
 KINDS = ("text", "pairs", "suite")
+# {key: (another setting, the values of that setting for which the key has no effect)}
+IN_VAIN = {"stride": ("text", (None,)), "dtype": ("quantize", ("int8",))}
 
 
 @dataclass(frozen=True)
@@ -73,17 +85,23 @@ class ScoreConfig:
 
 
 def main(argv: list[str]) -> None:
-    config = configurator.make(ScoreConfig, configurator.read(argv, ScoreConfig))
-    sources = config.init_from or [config.out_dir]
-    smaller = "score a smaller file, or use --quantize=int8"
-    with machine.memory_advice(smaller):
+    given = configurator.read(argv, ScoreConfig)
+    config = configurator.make(ScoreConfig, given)
+    refuse_vain(given, vars(config), IN_VAIN)
+    sources = {source: source for source in config.init_from}
+    if not sources:
+        folder = config.out_dir
+        sources = {folder: find_checkpoint(Path(folder), config.checkpoint)}
+    elif "out_dir" in given:
+        note(f"out_dir={config.out_dir} has no effect with init_from")
+    with machine.memory_advice("score a smaller file, or use --quantize=int8"):
         if config.text:
             print_texts(config, sources)
         else:
             print_tests(config, sources)
 
 
-def load(config: ScoreConfig, source: str) -> sample.Pipeline:
+def load(config: ScoreConfig, source: str | Path) -> sample.Pipeline:
     loaded = sample.load(
         source,
         config.checkpoint,
@@ -96,12 +114,12 @@ def load(config: ScoreConfig, source: str) -> sample.Pipeline:
     return loaded
 
 
-def print_texts(config: ScoreConfig, sources: Collection[str]) -> None:
+def print_texts(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
     text = read_text(config.text)
     rows = {}
-    for source in sources:
+    for name, source in sources.items():
         loaded = load(config, source)
-        rows[source] = row = score_text(loaded.model, loaded.tokenizer, text, config.stride)
+        rows[name] = row = score_text(loaded.model, loaded.tokenizer, text, config.stride)
         if not config.json:
             print(
                 f"{row['nats_per_token']:.4f} ± {row['standard_error']:.4f} nats per token,"
@@ -113,45 +131,44 @@ def print_texts(config: ScoreConfig, sources: Collection[str]) -> None:
         print(json.dumps(rows))
 
 
-def print_tests(config: ScoreConfig, sources: Collection[str]) -> None:
+def print_tests(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
     tests = read_tests(config.pairs or str(SUITES / f"{config.suite}.jsonl"))
     passed = {}
-    for source in sources:
+    for name, source in sources.items():
         loaded = load(config, source)
-        passed[source] = run_tests(loaded.model, loaded.tokenizer, tests)
+        passed[name] = run_tests(loaded.model, loaded.tokenizer, tests)
     table = make_table(tests, passed)
     if config.json:
         print(json.dumps(table))
         return
     width = max(len(row["group"]) for row in table)
-    for model in passed:
-        print(
-            f"\n{model}\n{'':{width}} {'tests':>6}  {'by sum':>14}  {'by byte':>14}", end=""
-        )
-        print("" if model == sources[0] else "  difference by sum")
-        for row in table:
-            if row["model"] == model:
-                print(f"{row['group']:{width}} {row['tests']:6,}", end="")
-                for key in ("sum", "byte", "difference"):
-                    if key in row:
-                        error = row[f"{key}_error"]
-                        print(f"  {100 * row[key]:5.1f} ± {100 * error:4.1f} %", end="")
-                print()
+    for model, rows in groupby(table, lambda row: row["model"]):
+        heading = f"{'':{width}} {'tests':>6}  {'by sum':>14}  {'by byte':>14}"
+        more = "" if model == next(iter(sources)) else "  difference by sum"
+        print(f"\n{model}\n{heading}{more}")
+        for row in rows:
+            cells = [
+                f"  {100 * row[key]:5.1f} ± {100 * row[f'{key}_error']:4.1f} %"
+                for key in ("sum", "byte", "difference")
+                if key in row
+            ]
+            print(f"{row['group']:{width}} {row['tests']:6,}{''.join(cells)}")
 
 
-def make_table(tests: list[Question], passed: dict[str, np.ndarray]) -> list[dict]:
-    """Make one row per model and group. Only tests that every model can read are compared."""
+def make_table(tests: list[Test], passed: dict[str, np.ndarray]) -> list[dict]:
+    """Make one row per model and group. The difference is over the tests that both models can read."""
     first = next(iter(passed.values()))[:, 0]
     table = []
     for model, results in passed.items():
         columns = {"sum": results[:, 0], "byte": results[:, 1]}
-        if len(table) and results is not first:
+        if table:
             columns["difference"] = results[:, 0] - first
         measured = {key: by_group(tests, values) for key, values in columns.items()}
         for group, (count, _, _) in measured["sum"].items():
             row = {"model": model, "group": group, "tests": count}
             for key, groups in measured.items():
-                _, row[key], row[f"{key}_error"] = groups[group]
+                if group in groups:
+                    _, row[key], row[f"{key}_error"] = groups[group]
             table.append(row)
     return table
 

@@ -58,7 +58,7 @@ def start() -> None:
 
 
 def measure_spins() -> int:
-    """Measure after how many spins a thread should sleep, in a child process and about 20 ms.
+    """Measure after how many spins a thread should sleep. This takes about 20 ms, in a child process.
 
     libgomp reads GOMP_SPINCOUNT when it is loaded, so the measurement precedes torch, whose libgomp it uses.
     """
@@ -71,9 +71,10 @@ def measure_spins() -> int:
         try:
             hundreds = min(time_wake_ups(libraries[0]) // 100, 255)
         finally:
-            os._exit(hundreds)
+            os._exit(hundreds)  # at most 255
     _, status = os.wait()
-    return 100 * os.waitstatus_to_exitcode(status) or SPINS
+    hundreds = os.waitstatus_to_exitcode(status)
+    return 100 * hundreds if hundreds > 0 else SPINS
 
 
 def time_wake_ups(libgomp: Path) -> int:

@@ -17,7 +17,7 @@ from humptygpt.config import UserError
 from humptygpt.data import TokenDataset
 from humptygpt.scoring import pairs
 from humptygpt.scoring import text as texts
-from humptygpt.scoring.pairs import Question, by_group, read_tests, run_tests
+from humptygpt.scoring.pairs import by_group, read_tests, run_tests
 from humptygpt.tokenizers import ByteTokenizer, CharTokenizer
 
 
@@ -88,11 +88,11 @@ def test_sums_favour_short_choices_and_bytes_do_not_and_a_tie_counts_in_part():
     tokenizer = CharTokenizer("abc\n")
     model = Unigram({"a": 2.0, "b": 1.0, "c": 0.0, "\n": -9.0}, tokenizer)
     tests = [
-        Question("", ["a", "b"], 0, "x"),
-        Question("c", ["b", "a"], 0, "x"),
-        Question("", ["aaaa", "b"], 0, "y"),  # more letters, each of them likelier
-        Question("", ["ab", "ba"], 1, "y"),
-        Question("", ["a", "é"], 0, "y"),  # é is not in the alphabet
+        pairs.Test("", ["a", "b"], 0, "x"),
+        pairs.Test("c", ["b", "a"], 0, "x"),
+        pairs.Test("", ["aaaa", "b"], 0, "y"),  # more letters, each of them likelier
+        pairs.Test("", ["ab", "ba"], 1, "y"),
+        pairs.Test("", ["a", "é"], 0, "y"),  # é is not in the alphabet
     ]
     found = run_tests(model, tokenizer, tests)
     expected = [[1, 1], [0, 0], [0, 1], [0.5, 0.5], [math.nan] * 2]
@@ -113,6 +113,16 @@ def test_several_models_make_one_table_with_paired_differences(run_dir, capsys):
     assert rows[1]["difference"] == rows[1]["sum"] - rows[0]["sum"]
     printed = scored(capsys, *argv)
     assert "out/run/ckpt.pt" in printed and "difference by sum" in printed
+
+
+def test_a_line_separator_inside_a_text_does_not_end_its_line_and_one_test_makes_valid_json(
+    run_dir, capsys
+):
+    line = '{"good": "A\u2028", "bad": "k\u2028"}\n{"good": "A", "bad": "k"}\n'
+    Path("pairs.jsonl").write_text(line, encoding="utf-8")
+    out = scored(capsys, "--out_dir=out/run", "--pairs=pairs.jsonl", "--json=True")
+    (row,) = json.loads(out, parse_constant=pytest.fail)
+    assert row["tests"] == 1 and row["sum_error"] == 0
 
 
 @pytest.mark.parametrize("suite", ["english", "python"])
@@ -143,6 +153,7 @@ def test_a_bad_file_of_pairs_is_one_line(message, content, fails):
 
 def test_other_mistakes_are_explained(run_dir, fails):
     assert "one of --text, --pairs and --suite; 0 are given" in fails(score.main)
+    assert "stride=4 has no effect" in fails(score.main, "--suite=english", "--stride=4")
     assert "python score.py --text=FILE" in fails(sample.main, "--score=short.txt")
     Path("short.txt").write_text("A")
     with pytest.raises(UserError, match="no token to predict"):

@@ -10,7 +10,6 @@ log-probability per byte, so that short choices have no advantage. A tie of n ch
 """
 
 import json
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,17 +25,17 @@ from humptygpt.tokenizers import Tokenizer
 SUITES = Path(__file__).parent / "suites"
 
 
-class Question(NamedTuple):
+class Test(NamedTuple):
     context: str
     choices: list[str]
     answer: int  # index of the right choice
     group: str
 
 
-def read_tests(path: str) -> list[Question]:
+def read_tests(path: str) -> list[Test]:
     """Read a file of tests. Raises UserError, which names the line, if one is not valid, or if there are none."""
     tests = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             try:
                 tests.append(parse(json.loads(line)))
@@ -47,7 +46,7 @@ def read_tests(path: str) -> list[Question]:
     return tests
 
 
-def parse(row: object) -> Question:
+def parse(row: object) -> Test:
     """Check a line. Raises ValueError if it is not valid."""
     if not isinstance(row, dict):
         raise ValueError("it is not a JSON object")
@@ -65,10 +64,10 @@ def parse(row: object) -> Question:
         raise ValueError("its choices do not differ")
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise ValueError(f"answer={answer} is not an index of its {len(choices)} choices")
-    return Question(context, choices, answer, group)
+    return Test(context, choices, answer, group)
 
 
-def run_tests(model: nn.Module, tokenizer: Tokenizer, tests: list[Question]) -> np.ndarray:
+def run_tests(model: nn.Module, tokenizer: Tokenizer, tests: list[Test]) -> np.ndarray:
     """Score every choice of every test. Returns (tests, 2): passed by sum and by byte, 0 to 1, or nan.
 
     nan: the tokenizer lacks one of the characters.
@@ -129,14 +128,15 @@ def sum_log_probabilities(
     return sums
 
 
-def by_group(
-    tests: list[Question], values: np.ndarray
-) -> dict[str, tuple[int, float, float]]:
-    """Return {group: (number of tests, mean, standard error)}, and the same for "all". values: one per test, or nan."""
+def by_group(tests: list[Test], values: np.ndarray) -> dict[str, tuple[int, float, float]]:
+    """Return {group: (number of tests, mean, standard error)}, with a group "all".
+
+    values: one per test; nan is left out.
+    """
     groups = np.array([test.group for test in tests])
     table = {}
     for group in (*dict.fromkeys(groups), "all"):
         own = values[((groups == group) | (group == "all")) & ~np.isnan(values)]
-        mean = float(own.mean()) if len(own) else math.nan
-        table[str(group)] = len(own), mean, standard_error(own)
+        if len(own):
+            table[str(group)] = len(own), float(own.mean()), standard_error(own)
     return table

@@ -1,7 +1,5 @@
 """Log-probabilities of the tokens of a given text."""
 
-import math
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -37,10 +35,12 @@ def score_text(
             f"stride={stride} would skip tokens; it must be at most block_size={block_size}"
         )
     nats = -log_probabilities(model, ids, stride).astype(np.float64)
+    # the tokens of a window depend on each other
+    windows = np.array_split(nats, max(1, len(nats) // block_size))
     size = int(tokenizer.token_bytes()[ids[1:]].sum())
     return {
         "nats_per_token": nats.mean(),
-        "standard_error": standard_error(nats),
+        "standard_error": standard_error(np.array([window.mean() for window in windows])),
         "bits_per_byte": nats.sum() / np.log(2) / size,
         "perplexity": np.exp(nats.mean()),
         "nats": nats.sum(),
@@ -52,8 +52,8 @@ def score_text(
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Standard error of the mean of independent values; nan for a single one."""
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else math.nan
+    """Standard error of the mean of independent values; 0 for a single one."""
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
 
 
 @torch.inference_mode()
