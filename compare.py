@@ -16,11 +16,13 @@ note says so, and no run is marked as the best.
 With --group=True, runs in the same folder that differ only in the seed, such as idea/with-1 and idea/with-2, share one
 row with the mean of their lowest losses. The same goes for idea/with/1 and idea/with/2. Runs with --minutes may also
 differ in the settings that --minutes chooses: steps, dropout and weight decay. Each row is compared in bits per byte
-with the first row of its group, or with --baseline=NAME. The range over the seeds shows whether a difference is
-meaningful. Rows keep the order given. The shell sorts by name, so 1-without comes before 2-with and is the baseline.
+with the first row of its group, or with --baseline=NAME. The range over the seeds and the standard error of the
+difference, after ±, show whether it is meaningful. Rows keep the order given. The shell sorts by name, so 1-without
+comes before 2-with and is the baseline.
 """
 
 import json
+import math
 import os
 import re
 import statistics
@@ -36,7 +38,7 @@ from humptygpt import config as configurator
 from humptygpt import machine
 from humptygpt.config import UserError, note, one_line
 from humptygpt.files import write_whole
-from humptygpt.metrics import draw_comparison, read_metrics
+from humptygpt.metrics import read_metrics
 from humptygpt.schema import parse_json
 
 # Settings to ignore, because they do not affect the trained model; _parameters already has its own column.
@@ -44,6 +46,7 @@ IGNORED = {
     "out_dir",
     "init_from",
     "eval_only",
+    "eval_pairs",
     "always_save_checkpoint",
     "log_interval",
     "parallel",
@@ -76,6 +79,7 @@ COLUMNS = {  # key of a row: (heading, number format); numbers are right-aligned
     "lowest": ("lowest", ".3f"),
     "highest": ("highest", ".3f"),
     "difference": ("difference", "+.3f"),
+    "difference_error": ("±", ".3f"),
     "remark": ("", ""),
     "state": ("state", ""),
     "settings": ("settings", ""),
@@ -231,12 +235,17 @@ def make_table(title: str, rows: Rows) -> list[dict]:
     texts = evaluated[0] if evaluated else {}
     common = [text for text in texts if all(text in each for each in evaluated)]
     table = [measure(title, name, runs, (common or [None])[-1]) for name, runs in rows]
+    for row in table:
+        row["comparable"] = bool(common)
     if common:
         measured = [row for row in table if row[BITS]]
         min(measured, key=lambda row: row[BITS])["remark"] = "best"
         for row in measured:
             if title and table[0][BITS] and row is not table[0]:
                 row["difference"] = row[BITS] - table[0][BITS]
+                errors = row["standard_error"], table[0]["standard_error"]
+                if None not in errors:
+                    row["difference_error"] = math.hypot(*errors)
     elif evaluated:
         problem = "were evaluated on different texts, so none is marked as the best"
         note(f"the runs {f'in {title} ' if title else ''}{problem}")
@@ -283,7 +292,9 @@ def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
         "seeds": len(bits),
         "lowest": min(spread, default=None),
         "highest": max(spread, default=None),
+        "standard_error": statistics.stdev(bits) / len(bits) ** 0.5 if spread else None,
         "difference": None,
+        "difference_error": None,
         "remark": "",
     }
 
@@ -306,6 +317,62 @@ def format_table(title: str, table: list[dict]) -> str:
             columns.append([f"{cell:{side}{width}}" for cell in [heading, *cells]])
     lines = [one_line("  ".join(cells)).rstrip() for cells in zip(*columns, strict=True)]
     return "\n".join(["", title, *lines] if title else lines)
+
+
+# --------------------------------------------------------------------------------------
+# The picture
+
+
+def draw_comparison(groups: dict, tables: dict[str, list[dict]]):
+    """Draw a panel for each table of compare.py: the curves of its rows, with their lowest losses in the legend.
+
+    groups: {title: its rows}. Returns a figure. matplotlib takes a second to import, so only this function imports it.
+    """
+    from cycler import cycler
+    from matplotlib import style
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    # ten colours that most people with red-green colour blindness can tell apart; the next ten rows are dashed
+    colors = style.library["petroff10"]["axes.prop_cycle"]
+    looks = cycler(linestyle=["-", "--"]) * colors
+    figure = Figure((12, 5 * len(tables)), layout="constrained")
+    panels = figure.subplots(len(tables), squeeze=False)[:, 0]
+    for panel, (title, table) in zip(panels, tables.items(), strict=True):
+        panel.set_prop_cycle(looks)
+        for row, (_, runs) in zip(table, groups[title], strict=True):
+            panel.plot(*curve(runs), label=label(row), marker="o", markersize=4)
+        # logarithmic, so that the high losses of the first evaluations do not hide the differences between later ones
+        panel.set(title=title, yscale="log", ylabel="validation loss, bits per byte")
+        panel.yaxis.set_major_formatter("{x:.4g}")
+        panel.yaxis.set_minor_formatter("{x:.4g}")
+        panel.xaxis.set_major_formatter(EngFormatter("B"))
+        panel.grid(which="both", alpha=0.25)
+        panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.supxlabel("training text")
+    return figure
+
+
+def label(row: dict) -> str:
+    text = row["run"]
+    if row["best_bits_per_byte"]:
+        text += f"  {row['best_bits_per_byte']:.3f}"
+    if row["lowest"]:
+        text += f" ({row['lowest']:.3f} to {row['highest']:.3f})"
+    return text
+
+
+def curve(runs: list) -> tuple[list[float], list[float]]:
+    """Return the bytes of text read and the bits per byte at each evaluation. Both are comparable across tokenizers."""
+    read, bits = [], []
+    for run in runs:
+        for row in run.rows:
+            if per_byte := row.get("val_bits_per_byte"):
+                read.append(row["tokens"] * row["val_loss"] / math.log(2) / per_byte)
+                bits.append(per_byte)
+        read.append(math.nan)  # a gap between two seeds
+        bits.append(math.nan)
+    return read, bits
 
 
 if __name__ == "__main__":

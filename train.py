@@ -8,9 +8,9 @@
     torchrun --standalone --nproc_per_node=2 train.py config/shakespeare_char.py
 
 Files written to out_dir: ckpt.pt (everything needed to resume), best.pt (the model with the lowest validation loss),
-metrics.jsonl, loss.png, config.json (which also works as a config file) and command.txt. A small model also gets
-snapshots/ for explain.py, and a run with --minutes gets plan.py, a config file that repeats it. Ctrl-C saves a
-checkpoint and stops.
+metrics.jsonl, loss.png, config.json (which also works as a config file), command.txt and, at the end, result.json. A
+small model also gets snapshots/ for explain.py, and a run with --minutes gets plan.py, a config file that repeats it.
+Ctrl-C saves a checkpoint and stops.
 Keys that are not set have the defaults below, which are the demo's settings.
 """
 
@@ -70,6 +70,7 @@ from model import ModelConfig
 
 LOAD_SHARDED = "humptygpt.parallel.sharded:load"
 SNAPSHOTS = "humptygpt.page.snapshots:taker"
+PAIRS = "humptygpt.scoring.pairs:tester"
 
 
 @dataclass
@@ -87,6 +88,7 @@ class Run:
     progress: Progress
     clock: StepClock  # or, with --minutes, a plan.Clock
     scaler: torch.amp.GradScaler
+    test_pairs: Callable | None  # with eval_pairs: (model, dataset) -> metrics
     optimizer: Optimizer | None = None  # None only until setup() has made it
 
     @property
@@ -228,6 +230,7 @@ def setup(
         progress=resumed_progress(config, saved) if saved else Progress(),
         clock=clock,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        test_pairs=find(PAIRS)(config, dataset, process) if config.eval_pairs else None,
     )
     process.place(run)
     run.optimizer = make_optimizer(config, model, process.optimizer_class)
@@ -258,12 +261,17 @@ def fit(run: Run) -> int:
             stopped_by = train(run, folder)
         except Diverged as error:
             if run.process.first:
+                folder.end(run, "diverged")
                 report.diverged(folder, error)
             return 1
         folder.record(run.progress.stamp() | {"end": "stopped" if stopped_by else "done"})
         folder.draw()  # a resumed run may have no steps left and no plot yet
         if run.process.first and not stopped_by:
             finish(run, folder)
+        if run.process.first:
+            early = run.progress.position < config.max_iters
+            end = "stopped early" if early else "finished"
+            folder.end(run, "interrupted" if stopped_by else end)
     if run.process.first and stopped_by:
         report.stopped(run, stopped_by)
     return 128 + stopped_by if stopped_by else 0
@@ -286,7 +294,7 @@ def train(run: Run, folder: RunFolder) -> int | None:
             progress.iter += 1
             progress.tokens += tokens
             progress.position = run.clock.advance(before, config)
-            meter.add(loss, grad_norm)
+            meter.unread.append((loss, grad_norm))
             bar.update(progress.position - before)
 
             interval = config.eval_interval
@@ -371,6 +379,8 @@ def share_of_loss(run: Run, share: Share, tokens: int) -> Tensor:
 def evaluate(run: Run, folder: RunFolder, bar: tqdm) -> bool:
     """Evaluate, and save best.pt if the loss is the lowest so far. Returns True if it is. Raises Diverged."""
     row = evaluation.measures(run, run.net, run.config.evaluated_batches())
+    if run.test_pairs:
+        row |= show(run, run.test_pairs, run.model)
     improved = run.progress.record(row["val_loss"])
     folder.record(run.progress.stamp() | row)
     report.evaluated(bar, run, row, improved)

@@ -111,11 +111,12 @@ def evaluated(dataset: Dataset, batch_size: int, eval_iters: int | None) -> dict
 def measures(run, net: nn.Module, eval_iters: int | None) -> dict[str, float | str]:
     """Evaluate, and return a row of metrics: the loss in several units, and a fingerprint of the text."""
     loss = evaluate(run, net, eval_iters)
-    bits = loss.mean / math.log(2) / run.dataset.val_bytes_per_token()
+    bits = 1 / math.log(2) / run.dataset.val_bytes_per_token()
     return {
         "val_loss": loss.mean,
         "val_standard_error": loss.standard_error,
-        "val_bits_per_byte": bits,
+        "val_bits_per_byte": loss.mean * bits,
+        "val_bits_standard_error": loss.standard_error * bits,
         "val_perplexity": math.exp(min(loss.mean, 700)),  # exp overflows beyond 700
         **evaluated(run.dataset, run.config.batch_size, eval_iters),
     }
@@ -124,10 +125,13 @@ def measures(run, net: nn.Module, eval_iters: int | None) -> dict[str, float | s
 def evaluation_line(row: dict[str, float]) -> str:
     """Format an evaluation's metrics, for example: val loss 2.0123 ± 0.0060 (2.903 bits per byte, perplexity 7.48)"""
     bits, perplexity = row["val_bits_per_byte"], row["val_perplexity"]
-    return (
+    text = (
         f"val loss {row['val_loss']:.4f} ± {row['val_standard_error']:.4f}"
         f" ({bits:.3f} bits per byte, perplexity {perplexity:.2f})"
     )
+    if "pairs" in row:
+        text += f", {row['pairs_accuracy']:.1%} of {row['pairs']:,} pairs"
+    return text
 
 
 # --------------------------------------------------------------------------------------

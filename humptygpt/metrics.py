@@ -3,7 +3,6 @@
 matplotlib takes a second to import, so only the functions that draw import it.
 """
 
-import math
 from pathlib import Path
 
 from humptygpt.config import note
@@ -63,6 +62,11 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     axes.set(xlabel="steps", ylabel="loss, nats per token")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
+    if accuracy := points(rows, "pairs_accuracy"):
+        right = axes.twinx()
+        label = "pairs in which the right text is likelier"
+        right.plot(*zip(*accuracy, strict=True), label=label, color="#15803d", marker=".")
+        right.yaxis.set_major_formatter("{x:.0%}")
     title = f"HumptyGPT: {path.parent.name}"
     figure.legend(title=title, frameon=False, loc="outside upper center")
     write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
@@ -70,55 +74,3 @@ def draw_losses(rows: list[dict], path: Path) -> None:
 
 def points(rows: list[dict], key: str) -> list[tuple[int, float]]:
     return [(row["iter"], row[key]) for row in rows if key in row]
-
-
-def draw_comparison(groups: dict, tables: dict[str, list[dict]]):
-    """Draw a panel for each table of compare.py: the curves of its rows, with their lowest losses in the legend.
-
-    groups: {title: [(name, runs)]}, with one entry for each row of the table. Returns a figure.
-    """
-    from cycler import cycler
-    from matplotlib import style
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
-    # ten colours that most people with red-green colour blindness can tell apart; the next ten rows are dashed
-    colors = style.library["petroff10"]["axes.prop_cycle"]
-    looks = cycler(linestyle=["-", "--"]) * colors
-    figure = Figure((12, 5 * len(tables)), layout="constrained")
-    panels = figure.subplots(len(tables), squeeze=False)[:, 0]
-    for panel, (title, table) in zip(panels, tables.items(), strict=True):
-        panel.set_prop_cycle(looks)
-        for row, (_, runs) in zip(table, groups[title], strict=True):
-            panel.plot(*curve(runs), label=label(row), marker="o", markersize=4)
-        # logarithmic, so that the high losses of the first evaluations do not hide the differences between later ones
-        panel.set(title=title, yscale="log", ylabel="validation loss, bits per byte")
-        panel.yaxis.set_major_formatter("{x:.4g}")
-        panel.yaxis.set_minor_formatter("{x:.4g}")
-        panel.xaxis.set_major_formatter(EngFormatter("B"))
-        panel.grid(which="both", alpha=0.25)
-        panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    figure.supxlabel("training text")
-    return figure
-
-
-def label(row: dict) -> str:
-    text = row["run"]
-    if row["best_bits_per_byte"]:
-        text += f"  {row['best_bits_per_byte']:.3f}"
-    if row["lowest"]:
-        text += f" ({row['lowest']:.3f} to {row['highest']:.3f})"
-    return text
-
-
-def curve(runs: list) -> tuple[list[float], list[float]]:
-    """Return the bytes of text read and the bits per byte at each evaluation. Both are comparable across tokenizers."""
-    read, bits = [], []
-    for run in runs:
-        for row in run.rows:
-            if per_byte := row.get("val_bits_per_byte"):
-                read.append(row["tokens"] * row["val_loss"] / math.log(2) / per_byte)
-                bits.append(per_byte)
-        read.append(math.nan)  # a gap between two seeds
-        bits.append(math.nan)
-    return read, bits

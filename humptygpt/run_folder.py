@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from humptygpt import checkpoint, files
-from humptygpt.config import UserError, find, note
+from humptygpt.config import UserError, fields_of, find, note
 from humptygpt.device import peak_flops
 from humptygpt.metrics import draw_losses, read_metrics
 from model import flops_per_token
@@ -29,6 +29,7 @@ FILES = [
     "adapter",
     "metrics.jsonl",
     "loss.png",
+    "result.json",
     "config.json",
     "command.txt",
     "wandb_id",
@@ -134,9 +135,6 @@ class Meter:
         evaluation = time.perf_counter() - self.started - self.progress.seconds
         self.started += evaluation
         return evaluation
-
-    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
-        self.unread.append((loss, grad_norm))
 
     def read(self) -> None:
         """Wait for the device and update progress. Raises Diverged if a loss or gradient is not finite."""
@@ -273,6 +271,7 @@ class RunFolder:
         self.writes = writes
         self.rows = []
         self.loggers = []
+        self.command = shlex.join(["python", *sys.argv])
         if not writes:
             return
         if not importlib.util.find_spec("matplotlib"):
@@ -287,11 +286,12 @@ class RunFolder:
             for snapshot in self.path.glob("snapshots/*.pt"):
                 if int(snapshot.stem) >= resumed_at:  # the run will take it again
                     snapshot.unlink()
+            files.remove(self.path / "result.json")  # until this run ends
             files.remove_unfinished(path, [*FILES, "snapshots/*"])
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_text(self.path / "metrics.jsonl", lines)
         write_text(self.path / "config.json", json.dumps(settings, indent=1))
-        files.append(self.path / "command.txt", shlex.join(["python", *sys.argv]))
+        files.append(self.path / "command.txt", self.command)
 
     def record(self, row: dict) -> None:
         """Add a row of metrics."""
@@ -326,6 +326,32 @@ class RunFolder:
         if self.writes:
             put_in_place(self.out_dir)
             self.log(self.rows)
+
+    def end(self, run, how: str) -> None:
+        """Write result.json, from which a program learns how a run ended. run: a train.Run."""
+        evaluations = [row for row in self.rows if "val_loss" in row and row["iter"]]
+        best = min(evaluations, key=lambda row: row["val_loss"], default=None)
+        for row in self.rows:
+            if "whole_val_loss" in row:  # the best model on the whole validation split
+                best = {key.removeprefix("whole_"): row[key] for key in row}
+        fields = fields_of(type(run.config), type(run.model.config))
+        result = {
+            "end": how,
+            **run.progress.stamp(),
+            "final": evaluations[-1] if evaluations else None,
+            "best": best,
+            "parameters": self.settings["_parameters"],
+            "device": str(run.device),
+            "settings": {
+                key: self.settings[key]
+                for key, field in fields.items()
+                if self.settings[key] != field.default
+            },
+            "command": self.command,
+            "model.py": self.settings["_model.py"],
+            "data": run.dataset.identity,
+        }
+        write_text(self.path / "result.json", json.dumps(result, indent=1))
 
     def close(self) -> None:
         for logger in self.loggers:

@@ -349,12 +349,13 @@ def test_pairs_are_scored_as_transformers_scores_them(theirs, monkeypatch):
             expected.append(-model(ids, labels=ids).loss.item() * (ids.shape[1] - 1))
     seen = []
 
-    def watch(*arguments) -> list[float]:
-        seen.extend(sums(*arguments))
-        return seen
+    def watch(*arguments) -> list:
+        rows = scores(*arguments)
+        seen.extend(float(row.sum()) for row in rows)
+        return rows
 
-    sums = pairs.sum_log_probabilities
-    monkeypatch.setattr(pairs, "sum_log_probabilities", watch)
+    scores = pairs.log_probabilities
+    monkeypatch.setattr(pairs, "log_probabilities", watch)
     line = {"choices": choices, "answer": 0}
     Path("pairs.jsonl").write_text(json.dumps(line))
     score.main(["--init_from=theirs", "--pairs=pairs.jsonl"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 import subprocess
 import sys
 from dataclasses import asdict
@@ -12,7 +13,6 @@ from conftest import GPT2, ROOT
 
 import compare
 from humptygpt import checkpoint
-from humptygpt.metrics import curve
 from model import ModelConfig
 from train import TrainConfig
 
@@ -130,7 +130,7 @@ def test_runs_with_different_tokens_are_compared_by_bits_per_byte(run):
     table, errors = run("out/char", "out/bpe")
     assert " best " in row_of(table, "bpe") and " best " not in row_of(table, "char")
     assert errors == ""
-    read, bits = curve(compare.read_runs(["out/bpe"]))
+    read, bits = compare.curve(compare.read_runs(["out/bpe"]))
     assert read[:2] == pytest.approx([4000, 8000])
     assert bits[:2] == pytest.approx([4 / 4 / math.log(2), 3.9 / 4 / math.log(2)])
 
@@ -319,6 +319,11 @@ def test_runs_of_a_variant_that_differ_only_in_the_seed_are_one_row_of_means_and
     assert measured == pytest.approx(bits)
     assert (one["seconds"], four["seconds"], four["test_bleu"]) == (200, 210, 31.5)
     assert (one["n_head"], four["n_head"], "seed" in one) == (1, 4, False)
+    assert four["difference"] == pytest.approx((1.4 - 4.9 / 3) / math.log(2))
+    errors = statistics.stdev([2.0, 1.4, 1.5]) / 3**0.5, 0.1  # of means, in nats
+    expected = math.hypot(*errors) / math.log(2)
+    assert four["difference_error"] == pytest.approx(expected)
+    assert one["comparable"] is four["comparable"] is True
 
 
 LAYOUTS = {

@@ -30,6 +30,7 @@ BETWEEN_SLICES = {
     ("page", "convert"): "the page tokenizes as SentencePiece does",
     ("prepare", "convert"): "a tokenizer may come from a model of any format",
     ("prepare", "translation"): "sentence pairs are one kind of data",
+    ("scoring", "prepare"): "BLiMP is downloaded like a data set",
     ("translation", "prepare"): "files of pairs are read like other documents",
 }
 # prepare_data.py imports the tokenizers, the token files, and most of humptygpt/prepare.

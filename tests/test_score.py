@@ -2,14 +2,18 @@
 
 import json
 import math
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY_RUN, read_rows
+from test_export import CASES, make_run
 from test_model import random_model
+from texts import make_text
 
+import export
 import sample
 import score
 import train
@@ -18,6 +22,7 @@ from humptygpt.data import TokenDataset
 from humptygpt.scoring import pairs
 from humptygpt.scoring import text as texts
 from humptygpt.scoring.pairs import by_group, read_tests, run_tests
+from humptygpt.scoring.picture import surprising_words
 from humptygpt.tokenizers import ByteTokenizer, CharTokenizer
 
 
@@ -53,19 +58,18 @@ def test_the_score_of_the_validation_text_is_the_trainers_evaluation(tiny, capsy
 def test_padded_batches_score_as_each_text_does_alone(keys, monkeypatch):
     model = random_model(**keys).eval()
     random = np.random.default_rng(0)
-    sequences = [random.integers(0, 11, n) for n in (2, 30, 7, 17, 3, 12, 9)]
-    lengths = [1, 20, 6, 16, 1, 5, 8]
+    sequences = [random.integers(0, 11, n) for n in (2, 16, 7, 17, 3, 12, 9)]
     expected = []
-    for ids, length in zip(sequences, lengths, strict=True):
-        ids = torch.from_numpy(ids[-17:])[None]
+    for ids in sequences:
+        ids = torch.from_numpy(ids)[None]
         with torch.no_grad():
             logprobs = model(ids[:, :-1])[0].log_softmax(-1)
-        each = logprobs.gather(-1, ids[:, 1:, None])[0, :, 0]
-        expected.append(float(each[-length:].sum()))
+        expected.append(logprobs.gather(-1, ids[:, 1:, None])[0, :, 0].numpy())
     for tokens in (1, 20, 1000):
         monkeypatch.setattr(texts, "TOKENS", tokens)
-        found = pairs.sum_log_probabilities(model, sequences, lengths)
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+        found = texts.log_probabilities(model, sequences)
+        for row, alone in zip(found, expected, strict=True):
+            np.testing.assert_allclose(row, alone, atol=1e-5)
 
 
 class Unigram(torch.nn.Module):
@@ -88,11 +92,11 @@ def test_sums_favour_short_choices_and_bytes_do_not_and_a_tie_counts_in_part():
     tokenizer = CharTokenizer("abc\n")
     model = Unigram({"a": 2.0, "b": 1.0, "c": 0.0, "\n": -9.0}, tokenizer)
     tests = [
-        pairs.Test("", ["a", "b"], 0, "x"),
-        pairs.Test("c", ["b", "a"], 0, "x"),
-        pairs.Test("", ["aaaa", "b"], 0, "y"),  # more letters, each of them likelier
-        pairs.Test("", ["ab", "ba"], 1, "y"),
-        pairs.Test("", ["a", "é"], 0, "y"),  # é is not in the alphabet
+        pairs.Test(["a", "b"], 0, "", "x"),
+        pairs.Test(["b", "a"], 0, "c", "x"),
+        pairs.Test(["aaaa", "b"], 0, "", "y"),  # more letters, each of them likelier
+        pairs.Test(["ab", "ba"], 1, "", "y"),
+        pairs.Test(["a", "é"], 0, "", "y"),  # é is not in the alphabet
     ]
     found = run_tests(model, tokenizer, tests)
     expected = [[1, 1], [0, 0], [0, 1], [0.5, 0.5], [math.nan] * 2]
@@ -127,20 +131,118 @@ def test_a_line_separator_inside_a_text_does_not_end_its_line_and_one_test_makes
 
 @pytest.mark.parametrize("suite", ["english", "python"])
 def test_a_suite_has_two_hundred_tests_in_several_groups(suite):
-    tests = read_tests(str(pairs.SUITES / f"{suite}.jsonl"))
+    tests = read_tests(suite)
     assert len(tests) == len({tuple(test.choices) for test in tests}) == 200
     assert len({test.group for test in tests}) >= 8
     ByteTokenizer().encode_batch([choice for test in tests for choice in test.choices])
 
 
+BLIMP_ROW = {"sentence_good": "A", "sentence_bad": "k", "UID": "island", "pairID": "0"}
+
+
+def test_blimp_is_read_from_its_zip_file_which_is_downloaded_once(
+    run_dir, capsys, monkeypatch
+):
+    def fake(url: str, path: Path, sha256: str) -> None:
+        assert url.endswith("/BLiMP.zip") and len(sha256) == 64
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("data/b.jsonl", json.dumps(BLIMP_ROW) + "\n")
+            file.writestr("data/a.jsonl", json.dumps(BLIMP_ROW | {"UID": "case"}) + "\n")
+            file.writestr("__MACOSX/data/._a.jsonl", b"\xff")
+
+    monkeypatch.setattr(pairs, "download", fake)
+    argv = ["--out_dir=out/run", "--suite=blimp", "--json=True"]
+    rows = json.loads(scored(capsys, *argv))
+    assert [(row["group"], row["tests"]) for row in rows] == [
+        ("case", 1),
+        ("island", 1),
+        ("all", 2),
+    ]
+    monkeypatch.setattr(pairs, "download", None)  # not called again
+    assert json.loads(scored(capsys, *argv)) == rows
+
+
+def test_a_suite_that_cannot_be_downloaded_or_is_damaged_names_its_file_and_place(
+    run_dir, fails, monkeypatch
+):
+    def unreachable(url: str, *_) -> None:
+        raise UserError(f"{url} cannot be reached: no route")
+
+    monkeypatch.setattr(pairs, "download", unreachable)
+    place = "/BLiMP.zip at data/downloads/BLiMP.zip"
+    complaint = fails(score.main, "--suite=blimp", "--out_dir=out/run")
+    assert "cannot be reached: no route; put a copy of https://" in complaint
+    assert place in complaint
+    pairs.BLIMP.parent.mkdir(parents=True)
+    pairs.BLIMP.write_bytes(b"PK")
+    assert place in fails(score.main, "--suite=blimp", "--out_dir=out/run")
+
+
+def test_the_picture_has_the_loss_by_position_and_the_words_with_the_most_nats(
+    run_dir, capsys, saved_figures
+):
+    text = make_text()[:400]
+    Path("text.txt").write_text(text)
+    scored(capsys, "--out_dir=out/run", "--text=text.txt", "--picture=out/text.png")
+    assert Path("out/text.png").read_bytes().startswith(b"\x89PNG")
+    left, right = saved_figures[-1].axes
+    loaded = sample.load("out/run")
+    ids = loaded.tokenizer.encode(text)
+    nats = -texts.score_windows(loaded.model, ids, 16)
+    middle, losses = left.lines[0].get_data()
+    assert list(middle) == [1, 2.5, 5.5, 11.5, 16]
+    by_position = [nats[first::16].mean() for first in range(16)]
+    assert losses[0] == pytest.approx(by_position[0])
+    assert losses[-1] == pytest.approx(by_position[-1])
+    assert right.get_yticklabels()
+
+
+def test_a_word_counts_all_its_tokens_and_the_one_before_it_that_has_its_first_letter():
+    tokenizer = CharTokenizer("abc \n")
+    ids = tokenizer.encode("ab c\nbb a")
+    nats = np.array([1, 2, 9, 4, 9, 1, 0, 9, 5.0])
+    words = surprising_words(tokenizer, ids, nats)
+    assert words == [("ab c bb a", 5), ("ab c", 4), ("ab", 3), ("ab c bb", 1)]
+
+
+def test_pairs_are_tested_at_each_evaluation_of_a_run(run_train, capsys, fails):
+    write_lines("more.jsonl", {"good": "lal", "bad": "lla"}, {"good": "à", "bad": "è"})
+    rows = run_train("--eval_pairs=more.jsonl")
+    tested = [row for row in rows if "pairs" in row]
+    assert [row["iter"] for row in tested] == [3, 6]
+    assert f", {tested[1]['pairs_accuracy']:.1%} of 1 pairs" in capsys.readouterr().out
+    argv = ["--init_from=out/run/ckpt.pt", "--pairs=more.jsonl", "--json=True"]
+    *_, row = json.loads(scored(capsys, *argv))
+    assert (row["tests"], row["sum"]) == (1, tested[1]["pairs_accuracy"])
+    plain = run_train()
+    for row, other in zip(rows, plain, strict=True):  # training is not affected
+        assert other.items() <= row.items()
+    Path("more.jsonl").write_text("")
+    complaint = fails(train.main, *TINY_RUN, "--eval_pairs=more.jsonl")
+    assert "more.jsonl is empty" in complaint
+
+
+@pytest.mark.usefixtures("pairs")
+def test_a_translation_model_cannot_be_tested_with_pairs(fails):
+    argv = [*TINY_RUN, "--model=transformer", "--dataset=pairs", "--eval_pairs=english"]
+    argv.append("--block_size=64")
+    assert "eval_pairs=english needs a model that continues a text" in fails(
+        train.main, *argv
+    )
+
+
 BAD = {
     "pairs.jsonl, line 2: Expecting": '{"good": "a", "bad": "b"}\n{"good": \n',
-    "line 1: it is not a JSON object": "[1]\n",
-    "line 1: it has neither good and bad nor choices": '{"text": "a"}\n',
-    "line 1: its choices do not differ": '{"good": "a", "bad": "a"}\n',
-    "line 1: good, bad, choices and group must be texts": '{"good": "a"}\n',
+    "line 1: the content must be dict": "[1]\n",
+    "line 1: it is nested too deeply": "[" * 10**5,
+    "line 1: choices is missing": '{"text": "a"}\n',
+    "line 1: its choices must differ": '{"good": "a", "bad": "a"}\n',
+    "line 1: its choices must differ, and none may be empty": '{"good": "a", "bad": ""}',
+    "line 1: choices[1] must be str": '{"good": "a"}\n',
+    "line 1: context must be str": '{"good": "a", "bad": "b", "context": 1}\n',
     "line 1: answer=2 is not an index of its 2 choices": '{"choices": ["a", "b"], "answer": 2}',
-    "line 1: answer=None is not an index": '{"choices": ["a", "b"]}',
+    "line 1: answer is missing": '{"choices": ["a", "b"]}',
     "pairs.jsonl is empty": "\n",
 }
 
@@ -154,6 +256,8 @@ def test_a_bad_file_of_pairs_is_one_line(message, content, fails):
 def test_other_mistakes_are_explained(run_dir, fails):
     assert "one of --text, --pairs and --suite; 0 are given" in fails(score.main)
     assert "stride=4 has no effect" in fails(score.main, "--suite=english", "--stride=4")
+    two = ["--text=a.txt", "--picture=a.png", "--init_from=a", "--init_from=b"]
+    assert "picture shows a single model" in fails(score.main, *two)
     assert "python score.py --text=FILE" in fails(sample.main, "--score=short.txt")
     Path("short.txt").write_text("A")
     with pytest.raises(UserError, match="no token to predict"):
@@ -161,3 +265,65 @@ def test_other_mistakes_are_explained(run_dir, fails):
     write_lines("pairs.jsonl", {"good": "é", "bad": "à"})
     with pytest.raises(UserError, match="lacks characters of every test"):
         score.main(["--out_dir=out/run", "--pairs=pairs.jsonl"])
+
+
+@pytest.mark.long
+def test_lm_evaluation_harness_finds_the_same_for_an_exported_model(
+    folder, capsys, monkeypatch
+):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval: pip install lm_eval")
+    make_run(*CASES["llama, documents of bpe"])
+    export.main(["--out_dir=out/run", "--to=exported"])
+    words = sorted(set(make_text(2000).split()))
+    lines = [
+        {
+            "context": context,
+            "choices": [f" {a}", f" {b} {a}", f" {a} {a}."],
+            "answer": i % 3,
+        }
+        for i, (a, b) in enumerate(zip(words, words[::-1], strict=True))
+        for context in ("", " ".join(words[i : i + 5]))
+        if a != b
+    ]
+    write_lines("pairs.jsonl", *lines)
+    capsys.readouterr()
+    scores = []
+    monkeypatch.setattr(
+        pairs,
+        "log_probabilities",
+        lambda *given: scores.extend(texts.log_probabilities(*given)) or scores,
+    )
+    row = json.loads(
+        scored(capsys, "--init_from=exported", "--pairs=pairs.jsonl", "--json=True")
+    )[-1]
+    task = {
+        "task": "pairs",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "pairs.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "context",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_bytes"}],
+    }
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(folder / "exported"), "dtype": "float32"},
+        tasks=[task],
+        device="cpu",
+        bootstrap_iters=0,
+    )
+    results = found["results"]["pairs"]
+    assert row["tests"] == len(lines) > 20
+    assert results["acc,none"] == pytest.approx(row["sum"])
+    assert results["acc_bytes,none"] == pytest.approx(row["byte"])
+    assert 0 < row["sum"] < 1
+    samples = sorted(found["samples"]["pairs"], key=lambda sample: sample["doc_id"])
+    theirs = [answer[0] for sample in samples for answer in sample["filtered_resps"]]
+    for index, (each, likelihood) in enumerate(zip(scores, theirs, strict=True)):
+        if not lines[index // 3]["context"]:
+            assert each.sum() == pytest.approx(likelihood, abs=1e-4)

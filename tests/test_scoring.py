@@ -6,7 +6,7 @@ import torch
 from test_model import random_model, tokens
 
 from humptygpt.scoring import text as scoring
-from humptygpt.scoring.text import log_probabilities
+from humptygpt.scoring.text import score_windows
 
 
 @torch.no_grad()
@@ -23,9 +23,7 @@ def test_a_text_is_scored_as_token_by_token_with_as_much_context_as_promised(key
             first = max(0, -(-(t - 16) // stride)) * stride
             context = torch.from_numpy(ids[first:t])[None]
             expected.append(float(model(context)[0][0, -1].log_softmax(-1)[ids[t]]))
-        np.testing.assert_allclose(
-            log_probabilities(model, ids, stride), expected, atol=1e-5
-        )
+        np.testing.assert_allclose(score_windows(model, ids, stride), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -35,11 +33,11 @@ def test_no_more_logits_are_computed_at_once_than_memory_is_meant_for(keys, monk
     model, ids = random_model(**keys).eval(), tokens(1, 60)[0].numpy()
     at_once = []
     model.lm_head.register_forward_hook(lambda *call: at_once.append(call[-1].numel()))
-    whole = {stride: log_probabilities(model, ids, stride) for stride in (5, 16)}
+    whole = {stride: score_windows(model, ids, stride) for stride in (5, 16)}
     for n_tokens in (1, 6, 40):
         at_once.clear()
         monkeypatch.setattr(scoring, "LOGITS", 11 * n_tokens + 1, raising=False)
         for stride, expected in whole.items():
-            found = log_probabilities(model, ids, stride)
+            found = score_windows(model, ids, stride)
             np.testing.assert_allclose(found, expected, atol=1e-5)
         assert max(at_once) <= 11 * n_tokens

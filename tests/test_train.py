@@ -104,7 +104,7 @@ def test_a_run_leaves_checkpoints_metrics_picture_and_settings(run_train, capsys
     always = {"iter", "tokens", "seconds", "position"}
     logged = {"train_loss", "lr", "grad_norm", "tokens_per_second", "dtype", "threads"}
     evaluated = {"val_loss", "val_standard_error", "val_bits_per_byte", "val_perplexity"}
-    evaluated |= {"val_tokens", "val_text"}
+    evaluated |= {"val_tokens", "val_text", "val_bits_standard_error"}
     for row, measured in zip(raw, [*[logged] * 3, evaluated] * 2, strict=True):
         assert row.keys() == always | measured
     assert end["end"] == "done"
@@ -121,7 +121,7 @@ def test_a_run_leaves_checkpoints_metrics_picture_and_settings(run_train, capsys
     assert int(settings["_model.py"], 16) == code
     assert out.splitlines()[-1] == f"best val loss {last['val_loss']:.4f} at iter 6"
     assert "python sample.py --out_dir=out/run" in out
-    files = "best.pt ckpt.pt command.txt config.json loss.png metrics.jsonl snapshots"
+    files = "best.pt ckpt.pt command.txt config.json loss.png metrics.jsonl result.json snapshots"
     assert {path.name for path in OUT.iterdir()} == set(files.split())
 
 
@@ -539,6 +539,57 @@ def test_without_a_terminal_each_logged_step_and_evaluation_is_a_line(run_train,
     lines = capsys.readouterr().out.splitlines()
     shown = [line.split(" ")[1] for line in lines if line.startswith("iter ")]
     assert shown == ["2/6:", "3:", "4/6:", "6/6:", "6:"]
+
+
+def test_result_json_says_how_a_run_ended_and_how_good_its_model_is(
+    run_train, signal_in_step, monkeypatch
+):
+    def result() -> dict:
+        return json.loads((OUT / "result.json").read_text())
+
+    monkeypatch.setattr(sys, "argv", ["train.py", "--n_layer=1"])
+    rows = run_train("--n_layer=1", "--eval_iters=None")
+    best = min(rows, key=lambda row: row.get("val_loss", 99))
+    found = result()
+    assert found["end"] == "finished"
+    assert found["best"].items() >= best.items()
+    assert found["final"] == found["best"]
+    assert (found["iter"], found["tokens"]) == (6, 384)
+    assert found["settings"].items() >= {"n_layer": 1, "dataset": "tiny"}.items()
+    assert "seed" not in found["settings"]
+    assert found["command"] == "python train.py --n_layer=1"
+    evaluations(monkeypatch, 3.0, 4.0)
+    run_train("--early_stopping=1", "--max_iters=9")
+    assert (result()["end"], result()["best"]["iter"]) == ("stopped early", 3)
+    evaluations(monkeypatch, 3.0, math.nan)
+    assert train.main(TINY_RUN) == 1
+    assert (result()["end"], result()["final"]["val_loss"]) == ("diverged", 3.0)
+    signal_in_step(2)
+    assert train.main(TINY_RUN) == 143
+    assert (result()["end"], result()["best"]) == ("interrupted", None)
+    assert result()["data"] == found["data"]
+
+
+def test_result_json_has_the_loss_on_the_whole_split_and_is_gone_while_a_run_goes_on(
+    run_train, monkeypatch
+):
+    monkeypatch.setattr(TrainConfig, "evaluated_batches", lambda self: 2)
+    run_train("--eval_iters=None", "--eval_interval=60", "--max_iters=60")
+    found = json.loads((OUT / "result.json").read_text())
+    whole = read_rows(OUT)[-1]
+    assert found["best"]["val_bits_per_byte"] == whole["whole_val_bits_per_byte"]
+    assert (
+        found["best"]["val_tokens"]
+        == whole["whole_val_tokens"]
+        > found["final"]["val_tokens"]
+    )
+    seen = []
+    monkeypatch.setattr(
+        train, "train_step", lambda *_: seen.append((OUT / "result.json").exists()) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        resume("--max_iters=61")
+    assert seen == [False]
 
 
 def test_a_run_records_its_commands_and_whether_it_stopped_or_is_done(

@@ -1,70 +1,94 @@
 """Minimal pairs and multiple choice: which of several texts does a model find likeliest?
 
-A file has one JSON object per line, in one of two forms; "group" is optional:
+A file has one JSON object per line, in one of two forms, or with BLiMP's names; "group" is optional:
 
     {"good": "The dogs bark.", "bad": "The dogs barks.", "group": "agreement"}
     {"context": "Snow is", "choices": [" white.", " black."], "answer": 0}
+    {"sentence_good": "The dogs bark.", "sentence_bad": "The dogs barks.", "UID": "agreement"}
 
 A test is passed by sum if the right choice has the highest log-probability, and by byte if it has the highest
 log-probability per byte, so that short choices have no advantage. A tie of n choices counts as 1 / n.
 """
 
-import json
+import zipfile
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import nn
 
-from humptygpt.config import UserError, note
+from humptygpt.config import UserError, refuse
+from humptygpt.prepare.download import download
 from humptygpt.sampling import read_text
-from humptygpt.scoring.text import score, standard_error, tokens_at_once
+from humptygpt.schema import check_schema, parse_json
+from humptygpt.scoring.text import log_probabilities, standard_error
 from humptygpt.tokenizers import Tokenizer
 
-SUITES = Path(__file__).parent / "suites"
+SUITES = ("english", "python", "blimp")
+BLIMP = Path("data/downloads/BLiMP.zip")
+BLIMP_URL = "https://raw.githubusercontent.com/alexwarstadt/blimp/3e56b06fcabca9b30822fc66435fca6b1aa40bb1/BLiMP.zip"
+BLIMP_SHA256 = "172a1a714d72e72a89e8384dd531483f3d0f8a9aee3d33dccaf7992d8cecbb73"
+
+
+BLIMP_KEYS = {"sentence_good": "good", "sentence_bad": "bad", "UID": "group"}
+SCHEMA = {"context?": str, "choices": [str], "answer": int, "group?": str}
 
 
 class Test(NamedTuple):
-    context: str
     choices: list[str]
     answer: int  # index of the right choice
-    group: str
+    context: str = ""
+    group: str = "all"
 
 
-def read_tests(path: str) -> list[Test]:
-    """Read a file of tests. Raises UserError, which names the line, if one is not valid, or if there are none."""
+def read_tests(source: str) -> list[Test]:
+    """Read a suite or a file of tests. Raises UserError if a line is not valid, which it names, or if there is none."""
+    own = Path(__file__).parent / f"suites/{source}.jsonl"
+    path = str(own) if source in SUITES else source
+    text = read_blimp() if source == "blimp" else read_text(path)
     tests = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
-                tests.append(parse(json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: {error}") from error
+            with refuse(f"{source}, line {number}: "):
+                tests.append(parse(line))
     if not tests:
-        raise UserError(f"{path} is empty; it should have one JSON object per line")
+        raise UserError(f"{source} is empty; it should have one JSON object per line")
     return tests
 
 
-def parse(row: object) -> Test:
-    """Check a line. Raises ValueError if it is not valid."""
-    if not isinstance(row, dict):
-        raise ValueError("it is not a JSON object")
+def read_blimp() -> str:
+    """Return BLiMP's lines, downloaded on first use. Raises UserError if that fails."""
+    try:
+        if not BLIMP.exists():
+            download(BLIMP_URL, BLIMP, BLIMP_SHA256)
+        with zipfile.ZipFile(BLIMP) as file:
+            names = [name for name in file.namelist() if name.startswith("data/")]
+            groups = [file.read(name) for name in sorted(names) if name.endswith("jsonl")]
+    except (UserError, zipfile.BadZipFile) as error:
+        raise UserError(f"{error}; put a copy of {BLIMP_URL} at {BLIMP}") from error
+    return b"".join(groups).decode()
+
+
+def parse(line: str) -> Test:
+    """Read a line. Raises ValueError if it is not valid."""
+    row = parse_json(line, {})
+    for name, key in BLIMP_KEYS.items():
+        if name in row:
+            row[key] = row[name]
     if "good" in row:
-        row = {"choices": [row["good"], row.get("bad")], "answer": 0} | row
-    context, group = row.get("context", ""), row.get("group", "all")
-    choices, answer = row.get("choices"), row.get("answer")
-    if not isinstance(choices, list):
-        raise ValueError("it has neither good and bad nor choices and answer")
-    if not all(isinstance(each, str) and each for each in (*choices, group)):
-        raise ValueError("good, bad, choices and group must be texts that are not empty")
-    if not isinstance(context, str):
-        raise ValueError("context must be a text")
-    if len(set(choices)) < max(2, len(choices)):
-        raise ValueError("its choices do not differ")
-    if type(answer) is not int or not 0 <= answer < len(choices):
-        raise ValueError(f"answer={answer} is not an index of its {len(choices)} choices")
-    return Test(context, choices, answer, group)
+        row |= {"choices": [row["good"], row.get("bad")], "answer": 0}
+    check_schema(row, SCHEMA)
+    test = Test(**{key: row[key] for key in Test._fields if key in row})
+    different = len({*test.choices}) == len(test.choices) > 1
+    if "" in test.choices or not (different or "UID" in row):  # BLiMP has 7 equal pairs
+        raise ValueError("its choices must differ, and none may be empty")
+    if test.answer not in range(len(test.choices)):
+        raise ValueError(
+            f"answer={test.answer} is not an index of its {len(test.choices)} choices"
+        )
+    return test
 
 
 def run_tests(model: nn.Module, tokenizer: Tokenizer, tests: list[Test]) -> np.ndarray:
@@ -72,9 +96,10 @@ def run_tests(model: nn.Module, tokenizer: Tokenizer, tests: list[Test]) -> np.n
 
     nan: the tokenizer lacks one of the characters.
     """
+    room = model.config.block_size + 1
     passed = np.full((len(tests), 2), np.nan)
     sequences, lengths, readable = [], [], []
-    for index, (context, choices, *_) in enumerate(tests):
+    for index, (choices, _, context, _) in enumerate(tests):
         try:
             before, *whole = map(
                 tokenizer.encode, [context, *(context + x for x in choices)]
@@ -82,50 +107,46 @@ def run_tests(model: nn.Module, tokenizer: Tokenizer, tests: list[Test]) -> np.n
         except UserError:  # a character that the tokenizer lacks
             continue
         readable.append(index)
-        sequences += [np.concatenate([tokenizer.start(), ids]) for ids in whole]
-        lengths += [max(1, len(ids) - len(before)) for ids in whole]
+        for ids in whole:
+            sequences.append(np.concatenate([tokenizer.start(), ids])[-room:])
+            lengths.append(max(1, len(ids) - len(before)))
     if not readable:
         raise UserError("the tokenizer lacks characters of every test; choose other tests")
-    sums = iter(sum_log_probabilities(model, sequences, lengths))
+    scores = zip(log_probabilities(model, sequences), lengths, strict=True)
     for index in readable:
-        _, choices, answer, _ = tests[index]
-        own = np.array([next(sums) for _ in choices])
+        choices, answer, *_ = tests[index]
+        # a text longer than the context has lost its beginning
+        own = np.array(
+            [row[-n:].sum(dtype=float) for row, n in islice(scores, len(choices))]
+        )
         sizes = [len(choice.encode()) for choice in choices]
-        scores = np.stack([own, own / sizes], axis=1)
-        best = scores == scores.max(axis=0)
+        both = np.stack([own, own / sizes], axis=1)
+        best = both == both.max(axis=0)
         passed[index] = best[answer] / best.sum(axis=0)
-    if missing := len(tests) - len(readable):
-        what = "have characters that the tokenizer lacks; they are left out"
-        note(f"{missing} of {len(tests)} tests {what}")
     return passed
 
 
-@torch.inference_mode()
-def sum_log_probabilities(
-    model: nn.Module, sequences: list[np.ndarray], lengths: list[int]
-) -> np.ndarray:
-    """Sum the log-probabilities of the last lengths[i] tokens of each sequence, which has at least one more token.
+def tester(config, dataset, process) -> Callable[[nn.Module, object], dict]:
+    """Read config.eval_pairs. Returns a function that tests a model, for metrics.jsonl. config: a TrainConfig.
 
-    A sequence longer than the context loses its beginning. Sequences of similar length share a padded batch: later
-    tokens do not affect earlier ones, so each is scored as if it were alone.
+    process: the run's Process. Raises UserError if the file is not valid, or the model cannot be tested.
     """
-    room = model.config.block_size + 1
-    device = next(model.parameters()).device
-    sequences = [ids[-room:] for ids in sequences]
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    at_once = tokens_at_once(model)
-    sums = np.empty(len(sequences))
-    while order:
-        longest = len(sequences[order[-1]])
-        count = max(1, at_once // longest)
-        rows, order = order[-count:], order[:-count]
-        texts = [torch.from_numpy(sequences[i]) for i in rows]
-        batch = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        scores = score(model, batch.to(device), at_once)
-        for row, i in zip(scores.cpu().double().numpy(), rows, strict=True):
-            end = len(sequences[i]) - 1
-            sums[i] = row[max(0, end - lengths[i]) : end].sum()
-    return sums
+    tests = read_tests(config.eval_pairs)
+    if dataset.task != "language modelling" or process.sharded:
+        raise UserError(
+            f"eval_pairs={config.eval_pairs} needs a model that continues a text, and is not split among processes"
+        )
+
+    def test(model: nn.Module, dataset) -> dict:
+        passed = run_tests(model, dataset.tokenizer, tests)[:, 0]
+        passed = passed[~np.isnan(passed)]
+        return {
+            "pairs": len(passed),
+            "pairs_accuracy": float(passed.mean()),
+            "pairs_standard_error": standard_error(passed),
+        }
+
+    return test
 
 
 def by_group(tests: list[Test], values: np.ndarray) -> dict[str, tuple[int, float, float]]:

@@ -1,9 +1,10 @@
-"""Log-probabilities of the tokens of a given text."""
+"""Log-probabilities of the tokens of given texts."""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from humptygpt.config import UserError
 from humptygpt.tokenizers import Tokenizer
@@ -12,16 +13,13 @@ LOGITS = 2**26  # compute at most this many logits at once: 256 MB
 TOKENS = 2**13  # and at most this many tokens, since activations take memory as well
 
 
-def tokens_at_once(model: nn.Module) -> int:
-    return max(1, min(TOKENS, LOGITS // model.config.vocab_size))
-
-
 def score_text(
     model: nn.Module, tokenizer: Tokenizer, text: str, stride: int | None
-) -> dict[str, float]:
-    """Score a text. Raises UserError if the text is too short or the stride too large.
+) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+    """Score a text. Returns the figures, the token ids and the nats of all but the first token.
 
-    The first token is scored only if eot or bos can precede it. stride: see log_probabilities(); None: block_size / 2.
+    The first token is scored only if eot or bos can precede it. stride: see score_windows(); None: block_size / 2.
+    Raises UserError if the text is too short or the stride too large.
     """
     block_size = model.config.block_size
     ids = tokenizer.encode(text)
@@ -34,11 +32,11 @@ def score_text(
         raise UserError(
             f"stride={stride} would skip tokens; it must be at most block_size={block_size}"
         )
-    nats = -log_probabilities(model, ids, stride).astype(np.float64)
+    nats = -score_windows(model, ids, stride).astype(np.float64)
     # the tokens of a window depend on each other
     windows = np.array_split(nats, max(1, len(nats) // block_size))
     size = int(tokenizer.token_bytes()[ids[1:]].sum())
-    return {
+    row = {
         "nats_per_token": nats.mean(),
         "standard_error": standard_error(np.array([window.mean() for window in windows])),
         "bits_per_byte": nats.sum() / np.log(2) / size,
@@ -49,6 +47,7 @@ def score_text(
         "window": block_size,
         "stride": stride,
     }
+    return row, ids, nats
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -56,8 +55,7 @@ def standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
 
 
-@torch.inference_mode()
-def log_probabilities(model: nn.Module, ids: np.ndarray, stride: int) -> np.ndarray:
+def score_windows(model: nn.Module, ids: np.ndarray, stride: int) -> np.ndarray:
     """Compute the log-probability of every token after the first. Returns (T - 1,) float32.
 
     The model reads windows of block_size tokens. Each begins `stride` tokens after the previous one, and tokens already
@@ -67,24 +65,39 @@ def log_probabilities(model: nn.Module, ids: np.ndarray, stride: int) -> np.ndar
     """
     block_size = model.config.block_size
     overlap = block_size - stride
-    tokens = torch.from_numpy(ids.astype(np.int64)).to(next(model.parameters()).device)
-    windows = tokens.new_empty(0, 0)
-    if len(ids) > block_size:
-        windows = tokens.unfold(0, block_size + 1, stride)  # (n, block_size + 1)
-    last = tokens[None, len(windows) * stride :]  # shorter than a window
-    at_once = tokens_at_once(model)
-    scores = []
-    for batch in (*windows.split(max(1, at_once // block_size)), last):
-        if batch.shape[1] > 1:
-            scores.append(score(model, batch, at_once))
-    new = [batch_scores[:, overlap:].flatten() for batch_scores in scores]
-    return torch.cat([scores[0][0, :overlap], *new]).cpu().numpy()
+    starts = range(0, max(1, len(ids) - 1 - overlap), stride)
+    windows = [ids[start : start + block_size + 1] for start in starts]
+    first, *rest = log_probabilities(model, windows)
+    return np.concatenate([first, *(scores[overlap:] for scores in rest)])
+
+
+@torch.inference_mode()
+def log_probabilities(model: nn.Module, sequences: list[np.ndarray]) -> list[np.ndarray]:
+    """Compute the log-probability of every token after the first in each sequence. Returns (T - 1,) float32 for each.
+
+    Sequences of similar length share a padded batch: later tokens do not affect earlier ones, so each is scored as if
+    it were alone. sequences: ids, (T,), with T at most block_size + 1.
+    """
+    device = next(model.parameters()).device
+    at_once = max(1, min(TOKENS, LOGITS // model.config.vocab_size))
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    found = [None] * len(sequences)
+    with tqdm(total=len(sequences), unit="text", delay=5, disable=None) as bar:
+        while order:
+            count = max(1, at_once // len(sequences[order[-1]]))
+            order, rows = order[:-count], order[-count:]
+            texts = [torch.from_numpy(sequences[i].astype(np.int64)) for i in rows]
+            batch = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)
+            for i, row in zip(rows, score(model, batch, at_once), strict=True):
+                found[i] = row[: len(sequences[i]) - 1].cpu().numpy()
+            bar.update(len(rows))
+    return found
 
 
 def score(model: nn.Module, batch: Tensor, at_once: int) -> Tensor:
-    """Compute the log-probability of every token after the first in each window. Returns (B, T - 1).
+    """Compute the log-probability of every token after the first in each row. Returns (B, T - 1).
 
-    batch: windows, (B, T). A model with a cache reads at_once tokens of each window at a time.
+    batch: (B, T). A model with a cache reads at_once tokens of each row at a time.
     """
     T = batch.shape[1] - 1
     cache = {"cache": model.make_cache(T)} if model.has_cache and at_once < T else {}

@@ -1,0 +1,129 @@
+"""A night of experiments on the demo: one change after another, each tried with three seeds and kept if it helps.
+
+    python benchmarks/night.py                              one line per experiment; about five minutes each on 2 cores
+    python benchmarks/night.py --dtype=bfloat16             keys for all runs, as for train.py
+
+An experiment adds one change to the settings kept so far. It is kept if its bits per byte are lower than those of the
+best experiment so far by more than two standard errors of the difference. The decision reads nothing but each run's
+result.json and `compare.py --json=-`. At the end, the demo itself runs with and without what was kept.
+
+Runs are in out/night. A run that has finished is not repeated, so the script may be stopped at any moment and started
+again. To try changes of your own, edit CHANGES.
+"""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean
+
+OUT = Path("out/night")
+SEEDS = (1, 2, 3)
+STEPS = 800  # a third of the demo
+CHANGES = """
+learning_rate=4.5e-3
+learning_rate=8e-3
+muon_learning_rate=0.022
+muon_learning_rate=0.04
+muon_momentum=0.8
+muon_momentum=0.9
+beta1=0.8
+beta2=0.9
+beta2=0.98
+weight_decay=0.05
+weight_decay=0.2
+warmup_iters=40
+schedule=cosine
+schedule=wsd
+min_lr=3e-4
+grad_clip=1.0
+n_head=1
+n_head=4
+n_kv_head=1
+window=64
+block_size=128 batch_size=8
+batch_size=2 max_iters=1600
+mlp_conv=2
+mlp_conv=5
+mlp=gated activation=silu
+activation=gelu
+norm=rmsnorm
+block=parallel
+embed_norm=True
+logit_soft_cap=15
+position=alibi
+rope_base=1000
+init=gpt2
+tie_weights=True
+bias=True
+label_smoothing=0.02
+n_layer=6 n_embd=104
+n_layer=3 n_embd=148
+optimizer=muon
+"""
+
+
+def main(keys: list[str]) -> None:
+    kept = []
+    best = run_all("00-demo", [f"--max_iters={STEPS}", *keys])
+    for number, change in enumerate(CHANGES.split("\n")[1:-1], start=1):
+        changed = [f"--{key}" for key in change.split()]
+        name = f"{number:02}-{change.replace(' ', ',')}"
+        new = run_all(name, [f"--max_iters={STEPS}", *keys, *kept, *changed])
+        if is_better(change, best, new):
+            kept += changed
+            best = new
+    print(f"kept: {' '.join(kept) or 'nothing'}; now the whole demo, without and with it")
+    full = run_all("full-demo", keys)
+    is_better("the whole demo", full, run_all("full-kept", [*keys, *kept]))
+
+
+def run_all(name: str, keys: list[str]) -> Path:
+    """Train with each seed, unless that run has finished already. Returns the folder of the runs."""
+    folder = OUT / name
+
+    def train(seed: int) -> None:
+        out_dir = folder / str(seed)
+        if read_result(out_dir).get("end") == "finished":
+            return
+        command = ["train.py", "config/shakespeare_char.py", "--threads=1"]
+        command += [*keys, f"--seed={seed}", f"--out_dir={out_dir}", "--overwrite=True"]
+        log = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        if log.returncode:
+            print(f"{out_dir}: {log.stderr.strip()[-300:]}", file=sys.stderr)
+
+    with ThreadPoolExecutor(len(SEEDS)) as pool:
+        list(pool.map(train, SEEDS))
+    return folder
+
+
+def read_result(out_dir: Path) -> dict:
+    path = out_dir / "result.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def is_better(change: str, best: Path, new: Path) -> bool:
+    """Compare two experiments and print a line of the table. Returns whether the new one is clearly better."""
+    results = [read_result(new / str(seed)) for seed in SEEDS]
+    ends = {result.get("end") for result in results}
+    if ends != {"finished"}:
+        print(f"| {change} | {', '.join(map(str, ends))} | | | no |", flush=True)
+        return False
+    folders = [str(folder / str(seed)) for folder in (best, new) for seed in SEEDS]
+    command = ["compare.py", *folders, f"--baseline={best.name}", "--json=-"]
+    command += ["--picture=None"]
+    table = subprocess.check_output([sys.executable, *command], text=True)
+    _, row = json.loads(table)
+    difference, error = row["difference"], row["difference_error"]
+    better = row["comparable"] and difference < -2 * error
+    print(
+        f"| {change} | {row['best_bits_per_byte']:.4f} | {difference:+.4f} ± {error:.4f}"
+        f" | {mean(result['seconds'] for result in results):.0f} | {'yes' if better else 'no'} |",
+        flush=True,
+    )
+    return better
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
