@@ -78,7 +78,7 @@ class Dataset:
         identity = {
             "train_tokens": len(self.train),
             "val_tokens": len(self.val),
-            "first_million_sha256": hashlib.sha256(first_million.tobytes()).hexdigest(),
+            "first_million_sha256": hashlib.sha256(first_million).hexdigest(),
         }
         sums = [split.get("sha256") for split in self.meta["splits"].values()]
         if all(sums):  # nanoGPT and earlier versions of HumptyGPT saved no checksums
@@ -226,18 +226,19 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     go through the rounds again. There is no table, so an epoch of 10^11 tokens takes no more memory than one of ten.
     Source: Black and Rogaway 2002, "Ciphers with arbitrary finite domains": the cycle-walking cipher.
     """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = [np.uint64(random_key(key, r)) for r in range(4)]
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    keys = [random_key(key, r) for r in range(4)]
+    # everything computed from x is uint64 as well, so products wrap around
     x = index.astype(np.uint64)
     outside = np.ones(len(x), dtype=bool)
     while outside.any():
         y = x[outside]
         left, right = y >> half, y & mask
         for round_key in keys:
-            mixed = (right ^ round_key) * np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+            mixed = (right ^ round_key) * 0x9E3779B97F4A7C15
+            mixed = (mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9
+            left, right = right, left ^ ((mixed >> 32) & mask)
         x[outside] = (left << half) | right
-        outside = x >= np.uint64(n)
+        outside = x >= n
     return x.astype(np.int64)
