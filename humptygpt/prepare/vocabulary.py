@@ -6,10 +6,9 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import chain
 
 from humptygpt.config import UserError, note
-from humptygpt.prepare.corpus import draw, read_all, units
+from humptygpt.prepare.corpus import draw, read_all
 from humptygpt.prepare.download import package
 from humptygpt.tokenizers import (
     END_OF_TEXT,
@@ -105,11 +104,12 @@ def vocabulary_texts(corpus, everything: bool) -> Iterator[str]:
     everything: True: read all splits; False: read a random sample of the training split.
     """
     fraction = SAMPLE_BYTES / corpus.text_size
-    for entries, _ in units(corpus, "training the tokenizer"):
-        items = chain(*entries.values()) if everything else entries["train"]
-        for item in items:
-            if everything or draw(item.texts[0], "vocabulary") < fraction:
-                yield from item.texts
+    for number, item in read_all(corpus, "training the tokenizer"):
+        for split, part in corpus.assign(item, number):
+            if everything or (
+                split == "train" and draw(part.texts[0], "vocabulary") < fraction
+            ):
+                yield from part.texts
 
 
 # --------------------------------------------------------------------------------------
