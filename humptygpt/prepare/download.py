@@ -49,12 +49,8 @@ def package(requirement: str, sha256: str, *options: str) -> Iterator[Path]:
         archives = Path(folder, "archives")
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
         pip += ["--no-input", "--disable-pip-version-check", *options]
-        done = subprocess.run(
-            [*pip, "--requirement", str(requirements), "--dest", str(archives)],
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
+        pip += ["--requirement", requirements, "--dest", archives]
+        done = subprocess.run(pip, capture_output=True, text=True, errors="replace")
         if done.returncode:
             raise UserError(f"pip cannot download {requirement}: {done.stderr.strip()}")
         (archive,) = archives.iterdir()
