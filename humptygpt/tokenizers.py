@@ -193,14 +193,14 @@ class SentencePieceTokenizer(Tokenizer):
         )
         return [np.fromiter(chain(*lists), dtype=np.int64) - 1 for lists in ids]
 
-    def spelled(self, counts: np.ndarray) -> int:
-        """Count the characters that were spelled in bytes. counts: (vocab_size,), how often each token occurs."""
-        first_bytes = [
-            i
+    def spelled(self, counts: list[int]) -> int:
+        """Count the characters that were spelled in bytes. counts: how often each token occurs."""
+        # each character has one byte, its first, that is not from 0x80 to 0xBF
+        return sum(
+            counts[i]
             for i, piece in enumerate(self.pieces)
             if self._model.is_byte(i + 1) and not 0x80 <= piece[0] < 0xC0
-        ]
-        return int(counts[first_bytes].sum())
+        )
 
     def state(self) -> dict:
         return super().state() | {"proto": base64.b64encode(self.proto).decode()}
@@ -278,11 +278,11 @@ TOKENIZERS = {
 
 def from_state(state: dict) -> Tokenizer:
     """Make the tokenizer that a meta.json or a checkpoint describes. Raises UserError if it is damaged or unknown."""
-    name = str(state.get("tokenizer"))
+    entries = dict(state)
+    name = str(entries.pop("tokenizer", None))
     kinds = TOKENIZERS if name in TOKENIZERS else TOKENIZERS | find(PRETRAINED)
     if name not in kinds:
         raise UserError(f"tokenizer {name!r} is not one of: {', '.join(kinds)}")
-    entries = {key: value for key, value in state.items() if key != "tokenizer"}
     try:
         check_schema(entries, kinds[name].schema)
         return kinds[name].from_state(**entries)

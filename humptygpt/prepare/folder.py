@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -67,27 +68,25 @@ def make_meta(corpus, progress: Progress, preparing: Path) -> dict:
     splits = {}
     for split, counted in progress.splits.items():
         paths = sorted(preparing.glob(f"{split}*.bin"))
-        sizes = [path.stat().st_size // dtype.itemsize for path in paths]
         splits[split] = {key: counted[key] for key in corpus.counts} | {
             "files": [
-                {"name": path.name, "tokens": size}
-                for path, size in zip(paths, sizes, strict=True)
+                {"name": path.name, "tokens": path.stat().st_size // dtype.itemsize}
+                for path in paths
             ],
             "sha256": {path.name: sha256(path) for path in paths},
         }
     total = {key: sum(counted[key] for counted in splits.values()) for key in corpus.counts}
-    counts = np.array(progress.counts)
     commonest = [
         {
             "token": i,
             "text": tokenizer.decode([i]),
-            "share": round(progress.counts[i] / total["tokens"], 4),
+            "share": round(count / total["tokens"], 4),
         }
-        for i in np.argsort(-counts, kind="stable")[:10].tolist()
+        for i, count in Counter(dict(enumerate(progress.counts))).most_common(10)
     ]
     spelled = {}
     if isinstance(tokenizer, SentencePieceTokenizer):
-        spelled = {"characters_spelled_in_bytes": tokenizer.spelled(counts)}
+        spelled = {"characters_spelled_in_bytes": tokenizer.spelled(progress.counts)}
     first_file = preparing / splits["train"]["files"][0]["name"]
     first_text = tokenizer.decode(np.fromfile(first_file, dtype, count=1000))
     return {
@@ -98,7 +97,7 @@ def make_meta(corpus, progress: Progress, preparing: Path) -> dict:
         **total,
         "bytes_per_token": round(total["bytes"] / total["tokens"], 4),
         "vocab_size": tokenizer.vocab_size,
-        "vocabulary_used": int((counts > 0).sum()),
+        "vocabulary_used": sum(count > 0 for count in progress.counts),
         **spelled,
         **corpus.extra_meta(progress.splits, first_text),
         "commonest": commonest,
@@ -112,9 +111,8 @@ def holds_other_data(folder: Path, new: dict) -> bool:
     old = read_json(folder / "meta.json")
     if not old or old.get("made_from") == new["made_from"]:
         return False
-    tokenizers = [from_state(meta["tokenizer"]) for meta in (old, new)]
-    same_tokens = tokenizers[0].pieces == tokenizers[1].pieces
-    return not (same_tokens and is_whole(folder, new))
+    pieces, new_pieces = (from_state(meta["tokenizer"]).pieces for meta in (old, new))
+    return pieces != new_pieces or not is_whole(folder, new)
 
 
 def refuse_to_replace(folder: Path, command: str) -> None:
