@@ -47,8 +47,9 @@ def encode(corpus, folder: Path, made_from: str, command: str) -> Progress:
         print("resuming after an interruption", file=sys.stderr)
     else:
         if saved:
-            changed = "the files or settings have changed since the interrupted preparation"
-            note(f"{changed}; starting over")
+            note(
+                "the files or settings have changed since the interrupted preparation; starting over"
+            )
         # before the folder is created, because training the tokenizer may fail
         tokenizer = make_tokenizer(corpus)
         remove(folder)
@@ -76,7 +77,9 @@ def write_tokens(corpus, folder: Path, progress: Progress) -> None:
                 ids = [np.empty(0, np.int64)]
                 for more, counted in encoded:
                     ids += more
-                    add_counts(total, counted)
+                    total.update(counted)
+                # of the sides of pairs or the pieces of documents, in tokens
+                total["longest"] = max(total["longest"], max(map(len, ids)))
                 ids = np.concatenate(ids)
                 counts += np.bincount(ids, minlength=len(counts))
                 ids = ids.astype(token_dtype(tokenizer))
@@ -87,12 +90,6 @@ def write_tokens(corpus, folder: Path, progress: Progress) -> None:
             progress.counts = counts.tolist()
             _, progress.position = batch[-1]
             write_json(folder / "progress.json", vars(progress))
-
-
-def add_counts(total: Counter, counted: Counter) -> None:
-    longest = max(total["longest"], counted["longest"])
-    total.update(counted)
-    total["longest"] = longest
 
 
 def append_tokens(
@@ -106,7 +103,7 @@ def append_tokens(
         some = ids[: limit - start]
         with (folder / name).open("ab") as file:
             file.truncate(start * ids.itemsize)
-            file.write(some.tobytes())
+            file.write(some)
             file.flush()
             os.fsync(file.fileno())
         tokens += len(some)

@@ -212,5 +212,4 @@ def encode_pairs(
                 target_bytes=len(pair.target.encode()),
                 target_tokens=len(target),
             )
-            counted["longest"] = max(counted["longest"], longer)
     return ids, counted
