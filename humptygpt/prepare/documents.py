@@ -14,6 +14,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
@@ -101,12 +102,6 @@ def find_files(where: str) -> tuple[list[Path], list[str]]:
     return files, skipped
 
 
-def encoding_of(start: bytes) -> str:
-    """Determine the encoding of a text from its first bytes: from its byte order mark or, if it has none, UTF-8."""
-    found = (name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark))
-    return next(found, "utf-8-sig")
-
-
 def file_format(path: Path) -> str:
     """Determine the format of a file from its name: .jsonl, .parquet, .csv or .tsv; .txt for any other name."""
     packed = path.suffix.lower() in UNPACK
@@ -156,7 +151,8 @@ def read_documents(
     form = file_format(path)
     with read_errors(path):
         if form == ".txt":
-            yield from pieces(read_text(path, errors))
+            with open_text(path, errors) as text:
+                yield from pieces(iter(partial(text.read, PIECE), ""))
             return
         read = {".jsonl": read_json_lines, ".parquet": read_parquet}.get(form, read_table)
         for number, (text, record) in enumerate(read(path, text_key, errors), start=1):
@@ -165,10 +161,10 @@ def read_documents(
             elif skip_bad_lines:
                 yield Piece("", 0, False, skipped=True)
             else:
-                where = f"{path}, {'line' if form == '.jsonl' else 'row'} {number:,}"
+                unit = "line" if form == ".jsonl" else "row"
                 raise UserError(
-                    f"{where} has no text under {text_key!r}: {str(record)[:100]}; set --text_key to another key,"
-                    f" {ENCODING_HINT}, or {SKIP_HINT}"
+                    f"{path}, {unit} {number:,} has no text under {text_key!r}: {str(record)[:100]};"
+                    f" set --text_key to another key, {ENCODING_HINT}, or {SKIP_HINT}"
                 )
 
 
@@ -178,7 +174,8 @@ def open_text(path: Path, errors: str, newline: str | None = None) -> Iterator[T
     unpack = UNPACK.get(path.suffix.lower(), open)
     with unpack(path, "rb") as file:
         start = file.read(HEAD)
-    encoding = encoding_of(start)
+    found = (name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark))
+    encoding = next(found, "utf-8-sig")
     # as in git, a file with null bytes is binary; a PDF may have none at its start, so it is recognised by its mark
     if start.startswith(b"%PDF-") or (encoding == "utf-8-sig" and b"\0" in start):
         raise BadFile(f"{path} is not a text file; convert or unpack it")
@@ -186,14 +183,9 @@ def open_text(path: Path, errors: str, newline: str | None = None) -> Iterator[T
         with unpack(path, "rt", encoding=encoding, errors=errors, newline=newline) as text:
             yield text
     except UnicodeDecodeError as error:
-        problem = f"{path} is not valid {error.encoding}"
-        raise BadFile(f"{problem}; convert it with iconv, or {ENCODING_HINT}") from error
-
-
-def read_text(path: Path, errors: str) -> Iterator[str]:
-    with open_text(path, errors) as text:
-        while part := text.read(PIECE):
-            yield part
+        raise BadFile(
+            f"{path} is not valid {error.encoding}; convert it with iconv, or {ENCODING_HINT}"
+        ) from error
 
 
 def read_lines(path: Path, errors: str) -> Iterator[str]:
@@ -242,7 +234,7 @@ def read_table(path: Path, text_key: str, errors: str) -> Iterator[tuple[object,
         header = text.readline()
         separator = max(",;\t", key=header.count)
         table = csv.DictReader(chain([header], text), delimiter=separator)
-        check_column(path, text_key, table.fieldnames or [])
+        check_column(path, text_key, table.fieldnames)
         for row in table:
             # the csv module stores surplus cells under None; in such a row, the text probably contains the separator
             yield None if None in row else row[text_key], row
@@ -250,9 +242,8 @@ def read_table(path: Path, text_key: str, errors: str) -> Iterator[tuple[object,
 
 def check_column(path: Path, text_key: str, columns: list[str]) -> None:
     if text_key not in columns:
-        names = ", ".join(columns)
         raise BadFile(
-            f"{path} has no column {text_key!r}; set --text_key to one of: {names}"
+            f"{path} has no column {text_key!r}; set --text_key to one of: {', '.join(columns)}"
         )
 
 
