@@ -17,33 +17,26 @@ def translate_lines(
     model: nn.Module, tokenizer: Tokenizer, lines: list[str], **search
 ) -> Iterator[str]:
     """Translate each line; empty lines stay empty. search: keyword arguments for beam_search()."""
-    firsts = range(0, len(lines), AT_ONCE)
-    for first in tqdm(firsts, unit=f"{AT_ONCE} lines", delay=2, disable=None):
-        batch = lines[first : first + AT_ONCE]
-        yield from translate_batch(model, tokenizer, batch, first + 1, **search)
-
-
-def translate_batch(
-    model: nn.Module, tokenizer: Tokenizer, lines: list[str], first: int, **search
-) -> Iterator[str]:
-    """Translate lines together. first: number of the first line, used in messages."""
     block_size = model.config.block_size
     # without an encoder, source and translation share the context; the last token of a source is end-of-text
     room = (block_size if model.has_encoder else block_size // 2) - 1
-    sources = tokenizer.encode_batch(" ".join(line.split()) for line in lines)
-    for number, ids in enumerate(sources, start=first):
-        if len(ids) > room:
-            note(
-                f"line {number:,} has {len(ids):,} tokens; only the first {room:,} are read"
-            )
-    cut = [np.append(ids[:room], tokenizer.eot) for ids in sources if len(ids)]
-    translations = iter(beams.translate(model, tokenizer, cut, **search))
-    for number, ids in enumerate(sources, start=first):
-        if not len(ids):
-            yield ""
-            continue
-        translation = next(translations)
-        if not translation.ended:
-            note(f"line {number:,}: the translation was cut off at the length limit")
-        # a model may generate line breaks, but a translation must be one line
-        yield " ".join(tokenizer.decode(translation.ids).split())
+    firsts = range(0, len(lines), AT_ONCE)
+    for first in tqdm(firsts, unit=f"{AT_ONCE} lines", delay=2, disable=None):
+        batch = lines[first : first + AT_ONCE]
+        sources = tokenizer.encode_batch(" ".join(line.split()) for line in batch)
+        for number, ids in enumerate(sources, start=first + 1):
+            if len(ids) > room:
+                note(
+                    f"line {number:,} has {len(ids):,} tokens; only the first {room:,} are read"
+                )
+        cut = [np.append(ids[:room], tokenizer.eot) for ids in sources if len(ids)]
+        translations = iter(beams.translate(model, tokenizer, cut, **search))
+        for number, ids in enumerate(sources, start=first + 1):
+            if not len(ids):
+                yield ""
+                continue
+            translation = next(translations)
+            if not translation.ended:
+                note(f"line {number:,}: the translation was cut off at the length limit")
+            # a model may generate line breaks, but a translation must be one line
+            yield " ".join(tokenizer.decode(translation.ids).split())
