@@ -131,14 +131,20 @@ class PrepareConfig:
         tokenizer = self.tokenizer
         elsewhere = os.path.exists(tokenizer) or repository(tokenizer)
         if tokenizer not in CHOICES and not elsewhere:
-            kinds = f"{', '.join(CHOICES)}, a folder or file with a tokenizer, or owner/model on the Hugging Face Hub"
-            raise ValueError(f"tokenizer={tokenizer} is not one of: {kinds}")
+            raise ValueError(
+                f"tokenizer={tokenizer} is not one of: {', '.join(CHOICES)}, a folder or file with a tokenizer,"
+                " or owner/model on the Hugging Face Hub"
+            )
         if self.name in (None, "..") or Path(self.name).name != self.name:
-            rule = "must be the name of a folder in data/, such as shakespeare_char"
-            raise ValueError(f"name={self.name!r} {rule}; for your own text: {OWN_TEXT}")
+            raise ValueError(
+                f"name={self.name!r} must be the name of a folder in data/, such as shakespeare_char;"
+                f" for your own text: {OWN_TEXT}"
+            )
         if (self.source is None) != (self.target is None) or (self.source and self.input):
-            rule = "must be given together, without input: two line-aligned files, as in --source=a.de --target=a.en"
-            raise ValueError(f"source and target {rule}")
+            raise ValueError(
+                "source and target must be given together, without input: two line-aligned files, as in"
+                " --source=a.de --target=a.en"
+            )
 
 
 def main(argv: list[str]) -> None:
@@ -201,7 +207,7 @@ def make_data(corpus: Corpus, folder: Path, config: PrepareConfig) -> dict:
         new = make_meta(corpus, progress, preparing)
         new |= {"command": command, "made_from": made_from}
         write_json(preparing / "meta.json", new)
-    if not config.overwrite and holds_other_data(folder, new):
+    if not config.overwrite and holds_other_data(folder, old, new):
         refuse_to_replace(folder, command)
     install(preparing, folder, new)
     return new
@@ -231,21 +237,22 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
     source = built_in(config)
     preset = with_defaults(config, source.settings) if source else config
     where, name = find_input(preset, folder)
-    if not isinstance(where, str):
-        return Pairs(resolve(config, preset, Pairs.task), where, name)
-    files, skipped = find_files(where)
-    files = files[: preset.files]
-    formats = set(map(file_format, files))
-    if config.text_key and formats <= {".txt"}:
-        rule = f"has no effect, since {name} has no records with keys or columns"
-        raise UserError(f"text_key={config.text_key} {rule}")
-    if not config.text_key and formats == {".tsv"}:
-        pairs = [(None, (file,)) for file in files]
-        return Pairs(resolve(config, preset, Pairs.task), pairs, name)
-    return Documents(resolve(config, preset, Documents.task), files, skipped, name)
+    if not isinstance(where, list):
+        files, skipped = find_files(str(where))
+        files = files[: preset.files]
+        formats = set(map(file_format, files))
+        if config.text_key and formats <= {".txt"}:
+            raise UserError(
+                f"text_key={config.text_key} has no effect, since {name} has no records with keys or columns"
+            )
+        if config.text_key or formats != {".tsv"}:
+            resolved = resolve(config, preset, Documents.task)
+            return Documents(resolved, files, skipped, name)
+        where = [(None, (file,)) for file in files]
+    return Pairs(resolve(config, preset, Pairs.task), where, name)
 
 
-def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, str]:
+def find_input(config: PrepareConfig, folder: Path) -> tuple[str | Path | PairFiles, str]:
     """Find the input: a path, or files of pairs. Returns the input and its name in meta.json."""
     if config.source is not None:
         paths = (Path(config.source), Path(config.target))
@@ -254,18 +261,19 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, st
         write_if_changed(
             folder / STREAM, lambda file: shutil.copyfileobj(sys.stdin.buffer, file)
         )
-        return str(folder / STREAM), "standard input"
+        return folder / STREAM, "standard input"
     if config.input is not None:
         return config.input, config.input
     for path in (folder / "input.txt", folder / "input.tsv"):
         if os.path.exists(path):
-            return str(path), str(path)
+            return path, str(path)
     if source := built_in(config):
         try:
             return source.fetch(config)
         except UserError as error:
-            own = f"to use your own files, put them into {folder}, as described in data/README.md"
-            raise UserError(f"{error}; {own}") from error
+            raise UserError(
+                f"{error}; to use your own files, put them into {folder}, as described in data/README.md"
+            ) from error
     raise UserError(
         f"no data set {config.name}: it is not one of {', '.join(SOURCES)}, and {folder}/input.txt does not exist;"
         f" for your own text: {OWN_TEXT}"
@@ -274,8 +282,12 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, st
 
 def with_defaults(config: PrepareConfig, defaults: dict) -> PrepareConfig:
     """Fill in the keys that the config leaves unset."""
-    unset = {key for key in defaults if getattr(config, key) in (None, "auto")}
-    return replace(config, **{key: defaults[key] for key in unset})
+    unset = {
+        key: default
+        for key, default in defaults.items()
+        if getattr(config, key) in (None, "auto")
+    }
+    return replace(config, **unset)
 
 
 def resolve(config: PrepareConfig, preset: PrepareConfig, task: str) -> PrepareConfig:

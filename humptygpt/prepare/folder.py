@@ -10,7 +10,7 @@ import numpy as np
 
 from humptygpt.config import UserError
 from humptygpt.prepare.documents import read_errors
-from humptygpt.prepare.encoding import Progress, read_json, token_dtype
+from humptygpt.prepare.encoding import Progress, token_dtype
 from humptygpt.prepare.vocabulary import CHOICES, load_tokenizer
 from humptygpt.token_files import (
     COMMAND,
@@ -106,9 +106,11 @@ def make_meta(corpus, progress: Progress, preparing: Path) -> dict:
     }
 
 
-def holds_other_data(folder: Path, new: dict) -> bool:
-    """Return True if a folder holds data that differs from the data that `new` describes. new: a meta.json."""
-    old = read_json(folder / "meta.json")
+def holds_other_data(folder: Path, old: dict, new: dict) -> bool:
+    """Return True if a folder holds data that differs from the data that `new` describes.
+
+    old, new: the folder's meta.json, or {} if it has none, and the one that is to replace it.
+    """
     if not old or old.get("made_from") == new["made_from"]:
         return False
     pieces, new_pieces = (from_state(meta["tokenizer"]).pieces for meta in (old, new))
@@ -116,8 +118,10 @@ def holds_other_data(folder: Path, new: dict) -> bool:
 
 
 def refuse_to_replace(folder: Path, command: str) -> None:
-    ways = f"choose another name, or replace it: {command} --overwrite=True"
-    raise UserError(f"{folder} already holds a different data set; {ways}")
+    raise UserError(
+        f"{folder} already holds a different data set; choose another name, or replace it:"
+        f" {command} --overwrite=True"
+    )
 
 
 def install(preparing: Path, folder: Path, meta: dict) -> None:

