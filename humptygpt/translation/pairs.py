@@ -165,15 +165,16 @@ def read_pairs(
     files = (read_lines(path, errors) for path in paths)
     for number, lines in enumerate(zip_longest(*files), start=1):
         if None in lines:
-            rule = "each line must translate the same line in the other file"
             raise UserError(
-                f"{paths[0]} and {paths[1]} have different numbers of lines; {rule}"
+                f"{paths[0]} and {paths[1]} have different numbers of lines; each line must translate the same line"
+                " in the other file"
             )
         sides = lines if len(paths) == 2 else lines[0].split("\t")
         if len(sides) != 2:
             if lines[0].strip() and not skip_bad_lines:
-                bad = f"{paths[0]}, line {number:,} has {len(sides) - 1:,} tabs"
-                raise UserError(f"{bad}; {LINE_RULE}; {SKIP_HINT}")
+                raise UserError(
+                    f"{paths[0]}, line {number:,} has {len(sides) - 1:,} tabs; {LINE_RULE}; {SKIP_HINT}"
+                )
             sides = ("", "")
         yield Pair(*(" ".join(side.split()) for side in sides))
 
