@@ -28,7 +28,6 @@ muon_learning_rate=0.022
 muon_learning_rate=0.04
 muon_momentum=0.8
 muon_momentum=0.9
-beta1=0.8
 beta2=0.9
 beta2=0.98
 weight_decay=0.05
@@ -41,7 +40,6 @@ grad_clip=1.0
 n_head=1
 n_head=4
 n_kv_head=1
-window=64
 block_size=128 batch_size=8
 batch_size=2 max_iters=1600
 mlp_conv=2
@@ -54,13 +52,7 @@ embed_norm=True
 logit_soft_cap=15
 position=alibi
 rope_base=1000
-init=gpt2
-tie_weights=True
-bias=True
-label_smoothing=0.02
 n_layer=6 n_embd=104
-n_layer=3 n_embd=148
-optimizer=muon
 """
 
 
