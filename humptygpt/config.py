@@ -47,13 +47,13 @@ class UserError(Exception):
 
 @contextmanager
 def refuse(start: str = "") -> Iterator[None]:
-    """Turn a ValueError or UserError raised in the block into a UserError whose message begins with `start`.
+    """Turn a ValueError, OSError or UserError raised in the block into a UserError whose message begins with `start`.
 
     The block must not call user-written code, except to validate settings: a bug in that code would lose its traceback.
     """
     try:
         yield
-    except (ValueError, UserError) as error:
+    except (ValueError, OSError, UserError) as error:
         raise UserError(start + one_line(error)) from error
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from humptygpt.config import UserError
+from humptygpt.config import UserError, refuse
 from humptygpt.convert.families import FAMILIES
 from humptygpt.convert.huggingface import find_family, layer_names, write_files
-from humptygpt.convert.weight_files import check_shapes, open_weights, reading
+from humptygpt.convert.weight_files import check_shapes, open_weights
 from humptygpt.finetune.lora import adapted
 from humptygpt.schema import parse_json
 
@@ -96,7 +96,7 @@ def write_adapter(model: nn.Module, training, folder: Path) -> None:
 
 def read_config(folder: Path) -> dict:
     """Read adapter_config.json. Raises UserError if it is damaged or does not describe LoRA."""
-    with reading(f"the adapter in {folder}"):
+    with refuse(f"cannot read the adapter in {folder}: "):
         return parse_json((folder / CONFIG).read_bytes(), SCHEMA)
 
 
@@ -108,7 +108,7 @@ def merge_adapter(folder: Path, model: nn.Module) -> None:
     variants of LoRA do.
     """
     adapter = read_config(folder)
-    with reading(f"the adapter in {folder}"):
+    with refuse(f"cannot read the adapter in {folder}: "):
         stored = open_weights(folder, WEIGHTS)
         for theirs, ours in adapter_names(model):
             names = [f"{PREFIX}{theirs}.lora_{part}.weight" for part in "AB"]

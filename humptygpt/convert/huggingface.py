@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt.checkpoint import build_like, restore_model
-from humptygpt.config import UserError, restore
+from humptygpt.config import UserError, refuse, restore
 from humptygpt.convert.families import (
     ACTIVATION_NAMES,
     FAMILIES,
     ROPE_SCALING,
     Family,
 )
-from humptygpt.convert.weight_files import Weights, check_shapes, open_weights, reading
+from humptygpt.convert.weight_files import Weights, check_shapes, open_weights
 from humptygpt.files import write_whole
 from humptygpt.schema import parse_json
 from humptygpt.tasks import build_on_meta
@@ -94,14 +94,14 @@ def read_pretrained(folder: Path) -> nn.Module:
     """
     what = f"the model in {folder}"
     family, config = read_config(folder)
-    with reading(what):
+    with refuse(f"cannot read {what}: "):
         tensors = open_weights(folder)
     return build_model(what, family, config, tensors)
 
 
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     """Read config.json. Raises UserError if it is damaged or describes a model that is not supported."""
-    with reading(f"the model in {folder}: config.json"):
+    with refuse(f"cannot read the model in {folder}: config.json: "):
         content = parse_json((folder / "config.json").read_bytes(), SCHEMA)
         family = FAMILIES[content["model_type"]]
         return family, restore(ModelConfig, family.fixed | model_settings(family, content))
@@ -146,7 +146,7 @@ def build_model(
     if config.tie_weights:  # older files contain the tied head as well
         stored.pop("lm_head.weight", None)
     expected = to_theirs(family, config, like)
-    with reading(what):
+    with refuse(f"cannot read {what}: "):
         check_shapes(stored, {name: tuple(x.shape) for name, x in expected.items()})
     ours = {}
     for name, own in weight_names(family, config, like):

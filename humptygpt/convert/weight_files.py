@@ -4,28 +4,16 @@ Tensors in safetensors files stay memory-mapped until they are used, so their na
 Reading a file never runs code from it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor, strided
 
 from humptygpt.checkpoint import load_plain, refuse_damaged
-from humptygpt.config import UserError, one_line
 from humptygpt.schema import parse_json
 
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
 Weights = dict[str, Tensor]  # tensors by name
-
-
-@contextmanager
-def reading(what: object) -> Iterator[None]:
-    """Turn errors in the block into a one-line UserError. what: what the block reads, for the message."""
-    try:
-        yield
-    except (ValueError, UserError, OSError) as error:
-        raise UserError(f"cannot read {what}: {one_line(error)}") from error
 
 
 def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Weights:
