@@ -112,8 +112,7 @@ class BenchConfig:
 
 
 def main(argv: list[str]) -> None:
-    given = configurator.read(argv, BenchConfig)
-    config = configurator.make(BenchConfig, given)
+    config = configurator.make(BenchConfig, configurator.read(argv, BenchConfig))
     mode = importlib.import_module(f"benchmarks.{MODES[config.what]}")
     print(json.dumps(mode.bench(config)))
 

@@ -23,12 +23,11 @@ from humptygpt.files import whole
 
 # torch takes seconds to import. Only the functions that need it import it, so a misspelt key is reported at once.
 
-DTYPES = {
-    "folder": ("float32", "bfloat16"),
-    "gguf": ("float32", "bfloat16", "q8_0"),
-    "checkpoint": ("float32",),
+DTYPES = {  # by file extension
+    ".gguf": ("float32", "bfloat16", "q8_0"),
+    ".pt": ("float32",),
 }
-FORMATS = {".gguf": "gguf", ".pt": "checkpoint"}  # by file extension
+FOLDER_DTYPES = ("float32", "bfloat16")  # with any other extension, or none
 
 
 @dataclass(frozen=True)
@@ -42,19 +41,15 @@ class ExportConfig:
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
-        return {"checkpoint": ("best", "latest"), "dtype": DTYPES["gguf"]}
+        return {"checkpoint": ("best", "latest"), "dtype": DTYPES[".gguf"]}
 
     def validate(self) -> None:
         check_choices(self)
-        dtypes = DTYPES[self.format]
+        dtypes = DTYPES.get(Path(self.to).suffix, FOLDER_DTYPES)
         if self.dtype not in dtypes:
             raise ValueError(
                 f"dtype={self.dtype} needs a file that ends in .gguf; otherwise use {' or '.join(dtypes)}"
             )
-
-    @property
-    def format(self) -> str:
-        return FORMATS.get(Path(self.to).suffix, "folder")
 
 
 def main(argv: list[str]) -> None:
@@ -64,14 +59,12 @@ def main(argv: list[str]) -> None:
     from humptygpt.page.known_settings import check_formulas
 
     loaded = load(chosen_source(config, given), config.checkpoint)
-    if config.format != "checkpoint":
+    to = Path(config.to)
+    if to.suffix != ".pt":
         check_formulas(loaded.model.config, "transformers or llama.cpp")
-    write = {
-        "folder": write_folder,
-        "gguf": write_gguf_file,
-        "checkpoint": write_checkpoint,
-    }
-    print(write[config.format](loaded, Path(config.to), config.dtype))
+    writers = {".gguf": write_gguf_file, ".pt": write_checkpoint}
+    write = writers.get(to.suffix, write_folder)
+    print(write(loaded, to, config.dtype))
 
 
 def write_folder(loaded, to: Path, dtype: str) -> str:
