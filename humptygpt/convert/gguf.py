@@ -59,7 +59,7 @@ SPLITS = {  # {split_key() of each step of a pre_tokenizer: llama.cpp's name for
     ((None, None, None),): "default",  # the text is not split
     (("Metaspace", None, False),): "default",
 }
-Vocabulary = dict[str, object]  # {X: argument of GGUFWriter.add_X}
+Vocabulary = dict[str, object]  # {X: argument of GGUFWriter.add_X, or None: leave X out}
 
 # --------------------------------------------------------------------------------------
 # The vocabulary
@@ -77,9 +77,12 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     eot, bos, end = tokenizer.eot, tokenizer.bos, END_OF_TEXT.encode()
     if eot is None and end in tokenizer.pieces:
         eot = tokenizer.pieces.index(end)
-    ends = {"eos_token_id": eot, "bos_token_id": eot if bos is None else bos}
-    found |= {name: i for name, i in ends.items() if i is not None}
-    return {"add_bos_token": bos is not None, "add_space_prefix": False} | found
+    return {
+        "eos_token_id": eot,
+        "bos_token_id": eot if bos is None else bos,
+        "add_bos_token": bos is not None,
+        "add_space_prefix": False,
+    } | found
 
 
 def without_merges(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
@@ -106,7 +109,7 @@ def without_merges(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
         "tokenizer_model": "rwkv" if as_bytes else "llama",
         "token_list": tokens + end,
         "token_types": [TokenType.NORMAL] * len(tokens) + [TokenType.CONTROL] * len(end),
-        "token_scores": [0.0] * len(tokens + end),
+        "token_scores": [0.0] * tokenizer.vocab_size,
     }
 
 
@@ -189,21 +192,25 @@ def write_gguf(
     architecture = content["model_type"]
     table = FAMILIES[architecture].settings
     settings = {ours: content.get(theirs) for theirs, ours in table.items()}
-    check_activation(settings["activation"], ACTIVATIONS[architecture])
-    tokens = len(vocabulary["token_list"])
+    activation = ACTIVATION_NAMES[settings["activation"]]
+    supported = ACTIVATIONS[architecture]
+    if activation != supported:
+        raise UserError(
+            f"activation={activation} cannot be exported as GGUF; train with --activation={supported}"
+        )
     writer = GGUFWriter(path, architecture)
     writer.add_name(title)
-    values = {
-        name: settings[key] for name, key in HYPERPARAMETERS.items() if key in settings
-    }
+    values = {name: settings.get(key) for name, key in HYPERPARAMETERS.items()}
     for name, value in (values | vocabulary).items():
-        getattr(writer, f"add_{name}")(value)
-    layers = settings["n_layer"]
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], layers)
+        if value is not None:
+            getattr(writer, f"add_{name}")(value)
+    names = gguf.get_tensor_name_map(
+        gguf.MODEL_ARCH[architecture.upper()], settings["n_layer"]
+    )
     for name, tensor in weights.items():
         tensor = arranged(name, tensor, settings.get("head_size"))
         if name in EMBEDDINGS:
-            tensor = tensor[:tokens]
+            tensor = tensor[: len(vocabulary["token_list"])]
         exact = (
             tensor.dim() == 1
             or "wpe" in name
@@ -216,21 +223,12 @@ def write_gguf(
         )
     if "rope_scaling" in content:
         scaling = {ours: content["rope_scaling"][x] for x, ours in ROPE_SCALING.items()}
-        factors = rope_factors(ModelConfig(**settings | scaling))
-        writer.add_tensor("rope_freqs.weight", factors)
+        config = ModelConfig(**settings | scaling)
+        writer.add_tensor("rope_freqs.weight", rope_factors(config))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def check_activation(name: str, supported: str) -> None:
-    """Raise UserError unless llama.cpp supports an activation. name: its name in transformers."""
-    activation = ACTIVATION_NAMES[name]
-    if activation != supported:
-        raise UserError(
-            f"activation={activation} cannot be exported as GGUF; train with --activation={supported}"
-        )
 
 
 def arranged(name: str, tensor: Tensor, head_size: int | None) -> Tensor:
@@ -249,5 +247,5 @@ def arranged(name: str, tensor: Tensor, head_size: int | None) -> Tensor:
 def rope_factors(config: ModelConfig) -> np.ndarray:
     """Compute the numbers by which llama.cpp divides the rotary frequencies: (D / 2,) float32."""
     D = config.head_size
-    frequency = config.rope_base ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
+    frequency = config.rope_base ** (-torch.arange(0, D, 2) / D)
     return (1 / llama_scale(frequency, config)).numpy()
