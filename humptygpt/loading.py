@@ -101,7 +101,7 @@ def find_source(source: str | Path, which: str = "best", key: str = "init_from")
     if os.path.isfile(path) or path.suffix == ".pt":
         return path  # a missing file is reported when it is read
     if repo := find(f"{HUB}:repository")(str(source)):
-        fetch = "fetch_tokenizer" if key == "tokenizer" else "fetch_model"
+        fetch = "fetch" if key == "tokenizer" else "fetch_model"
         return find(f"{HUB}:{fetch}")(repo)
     run = Path("out", source)
     near = f"; did you mean {run}?" if os.path.isdir(run) else nearest_path(str(source))

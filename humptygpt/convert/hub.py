@@ -39,17 +39,12 @@ def repository(name: str) -> str | None:
     return name if REPOSITORY.fullmatch(name) and not local else None
 
 
-def fetch_tokenizer(repo: str) -> Path:
-    """Download a model's files except for its weights. Returns their folder. Raises UserError if this fails."""
-    return fetch(repo, TEXT_FILES)
-
-
 def fetch_model(repo: str) -> Path:
     """Download a model. Returns its folder. Raises UserError, if possible before weights are downloaded."""
     # imported here, because it loads torch
     from humptygpt.convert.huggingface import read_config
 
-    read_config(fetch_tokenizer(repo))
+    read_config(fetch(repo))
     for names in WEIGHTS:
         folder = fetch(repo, names)
         if any(path for name in names for path in folder.glob(name)):
@@ -57,7 +52,11 @@ def fetch_model(repo: str) -> Path:
     return folder
 
 
-def fetch(repo: str, names: list[str]) -> Path:
+def fetch(repo: str, names: list[str] = TEXT_FILES) -> Path:
+    """Download those files of a model that have these names: by default, all but its weights.
+
+    Returns their folder. Raises UserError if this fails.
+    """
     # imported here, because they take half a second to load
     from huggingface_hub import constants, snapshot_download
 

@@ -30,8 +30,15 @@ from model import ModelConfig
 
 # Export does not check settings that only affect training, biases, which the weights imply, or rope_base, which GPT-2
 # does not use.
-NOT_EXPORTED = {"dropout", "label_smoothing", "init", "bias", "attn_bias", "mlp_bias"}
-NOT_EXPORTED |= {"rope_base"}
+NOT_EXPORTED = {
+    "dropout",
+    "label_smoothing",
+    "init",
+    "bias",
+    "attn_bias",
+    "mlp_bias",
+    "rope_base",
+}
 SUPPORTED = {  # {key of config.json that changes the model's formulas: the only value that we support}
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -203,7 +210,7 @@ def to_pretrained(
     zeros = {key: torch.zeros(x.shape) for key, x in like.items() if key.endswith(".bias")}
     theirs = to_theirs(family, config, zeros | model.state_dict())
     return content, {
-        key: x.detach().to("cpu", getattr(torch, dtype)).contiguous()
+        key: x.to("cpu", getattr(torch, dtype)).contiguous()
         for key, x in theirs.items()
     }
 

@@ -20,7 +20,7 @@ A {family} model with {parameters:,} parameters, {origin}.
 | | |
 |---|---|
 {training}| context | {context:,} tokens |
-| tokenizer | {tokenizer}, {vocabulary:,} tokens |
+| tokenizer | {tokenizer.name}, {tokenizer.vocab_size:,} tokens |
 
 It continues texts like those it was trained on. It does not follow instructions, and nothing prevents it from writing
 false or offensive text.
@@ -38,7 +38,7 @@ output = model.generate(**prompt, max_new_tokens={new_tokens})
 print(tokenizer.decode(output[0]))
 ```
 
-Prompt and output together can have at most {context:,} tokens. {note}
+Prompt and output together can have at most {context:,} tokens. {task.card_note}
 """
 TRAINING = """| trained on | {source} |
 | training | {progress[iter]:,} steps, {progress[tokens]:,} tokens |
@@ -59,14 +59,14 @@ def model_card(loaded: Loaded, name: str) -> str:
     model, tokenizer, saved = loaded.model, loaded.tokenizer, loaded.saved
     task = find_task(loaded.task)
     context = model.config.block_size
-    start = tokenizer.decode(tokenizer.start())
+    prompt = task.card_prompt + tokenizer.decode(tokenizer.start())
     origin = f"converted by HumptyGPT from {loaded.description}"
     training = settings = ""
     if saved:
-        source = saved["data"].get("source", saved["train_config"]["dataset"])
+        source = saved["data"]["source"]
         origin = f"trained with HumptyGPT on {source}"
         training = TRAINING.format(source=source, progress=saved["progress"])
-        settings = SETTINGS.format(settings="\n".join(changed_settings(saved)))
+        settings = SETTINGS.format(settings=changed_settings(saved))
     card = CARD.format(
         name=name,
         family="Llama" if model.config.position == "rotary" else "GPT-2",
@@ -74,21 +74,20 @@ def model_card(loaded: Loaded, name: str) -> str:
         origin=origin,
         training=training,
         context=context,
-        tokenizer=tokenizer.name,
-        vocabulary=tokenizer.vocab_size,
-        prompt=json.dumps(task.card_prompt + start, ensure_ascii=False),
+        tokenizer=tokenizer,
+        prompt=json.dumps(prompt, ensure_ascii=False),
         new_tokens=min(200, context // 2),
-        note=task.card_note,
+        task=task,
     )
     return card + settings
 
 
-def changed_settings(saved: dict) -> list[str]:
-    """List the settings of a run that differ from the defaults, written as lines of a config file."""
+def changed_settings(saved: dict) -> str:
+    """Write the settings of a run that differ from the defaults as lines of a config file."""
     defaults = vars(ModelConfig()) | vars(TrainConfig())
     settings = saved["model_config"] | saved["train_config"]
-    return [
+    return "\n".join(
         f"{key} = {value!r}"
         for key, value in settings.items()
         if value != defaults.get(key, value)
-    ]
+    )

@@ -48,8 +48,8 @@ def read_settings(folder: Path) -> dict:
     path = folder / "tokenizer_config.json"
     content = parse_json(path.read_bytes(), SETTINGS) if path.is_file() else {}
     settings = {key: value for key, value in content.items() if value is not None}
-    for key in settings.keys() & set(ENDS):
-        if isinstance(settings[key], dict):
+    for key in ENDS:
+        if isinstance(settings.get(key), dict):
             settings[key] = settings[key]["content"]
     return settings
 
@@ -76,10 +76,10 @@ def read_merges(path: Path, settings: dict) -> PretrainedTokenizer:
     """Read a tokenizer stored as vocab.json and merges.txt, as GPT-2's is."""
     from tokenizers import ByteLevelBPETokenizer
 
-    merges = path.with_name("merges.txt")
-    prefix = bool(settings.get("add_prefix_space"))
     engine = ByteLevelBPETokenizer.from_file(
-        str(path), str(merges), add_prefix_space=prefix
+        str(path),
+        str(path.with_name("merges.txt")),
+        add_prefix_space=settings.get("add_prefix_space", False),
     )
     return finish(engine, settings)
 

@@ -1,7 +1,5 @@
 """Convert sentencepiece models for Hugging Face's tokenizers library. Ids and text stay the same."""
 
-from collections.abc import Iterator
-
 
 def convert_sentencepiece(proto: bytes, scheme: str | None):
     """Convert another project's tokenizer.model to a tokenizers.Tokenizer. Raises ValueError if no equivalent exists.
@@ -69,18 +67,19 @@ def subword_model(model, space: str, first: int = 0):
     by_score = sorted(normal_ids(model), key=model.get_score, reverse=True)
     merges = find_merges([pieces[i - first][0] for i in by_score])
     vocabulary = {text: i for i, (text, _) in enumerate(pieces)}
-    return models.BPE(vocabulary, list(merges), byte_fallback=True)
+    return models.BPE(vocabulary, merges, byte_fallback=True)
 
 
-def find_merges(pieces: list[str]) -> Iterator[tuple[str, str]]:
+def find_merges(pieces: list[str]) -> list[tuple[str, str]]:
     """Find all pairs of pieces that together form another piece. They are in the order of the pieces that they form.
 
     tiktoken and sentencepiece store no such list: they merge any two neighbours whose combined text is a piece, and the
     piece that comes first in the vocabulary is formed first.
     """
     known = set(pieces)
-    for piece in pieces:
-        for at in range(1, len(piece)):
-            pair = piece[:at], piece[at:]
-            if known.issuperset(pair):
-                yield pair
+    return [
+        (piece[:at], piece[at:])
+        for piece in pieces
+        for at in range(1, len(piece))
+        if piece[:at] in known and piece[at:] in known
+    ]

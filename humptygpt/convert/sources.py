@@ -41,18 +41,13 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 
 def from_folder(path: Path, source: str | Path) -> Loaded:
-    """Load a model or an adapter from a folder in Hugging Face's format."""
+    """Load a model from a folder in Hugging Face's format; an adapter in PEFT's format is merged with its base model."""
     if is_adapter(path):
-        return from_adapter(path)
+        base = load(find_base(path))
+        merge_adapter(path, base.model)
+        about = f"{path}: an adapter for {base.path}"
+        return base._replace(path=path, description=about, saved=None)
     return Loaded(read_pretrained(path), read_tokenizer(path), path, f"{source}")
-
-
-def from_adapter(path: Path) -> Loaded:
-    """Load an adapter in PEFT's format and its base model, and merge them."""
-    base = load(find_base(path))
-    merge_adapter(path, base.model)
-    about = f"{path}: an adapter for {base.path}"
-    return base._replace(path=path, description=about, saved=None)
 
 
 def find_base(adapter: Path) -> Path:
@@ -69,7 +64,7 @@ def from_nanogpt(path: Path, saved: dict) -> Loaded:
     with refuse(f"cannot read {path}: "):
         check_schema(saved, NANOGPT)
         check_dense(saved["model"])
-        always = {"activation": "gelu", "tie_weights": True, "bias": True}
+        always = {"activation": "gelu", "tie_weights": True}
         settings = GPT2.fixed | always | saved["model_args"] | {"dropout": 0.0}
         config = restore(ModelConfig, settings)
     # torch.compile puts this prefix before all names

@@ -80,12 +80,14 @@ def _(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
 @convert.register
 def _(tokenizer: ByteTokenizer | BytePairTokenizer) -> tokenizers.Tokenizer:
     sign_of = {byte: sign for sign, byte in printable_bytes().items()}
-    pieces = [piece for piece in tokenizer.pieces if piece != END_OF_TEXT.encode()]
-    texts = ["".join(map(sign_of.get, piece)) for piece in pieces]
+    texts = [
+        "".join(map(sign_of.get, piece))
+        for piece in tokenizer.pieces
+        if piece != END_OF_TEXT.encode()
+    ]
     ids = {text: i for i, text in enumerate(texts)}
     # ignore_merges: a word that is itself a piece becomes a single token, as in tiktoken
-    model = models.BPE(ids, list(find_merges(texts)), ignore_merges=True)
-    theirs = tokenizers.Tokenizer(model)
+    theirs = tokenizers.Tokenizer(models.BPE(ids, find_merges(texts), ignore_merges=True))
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(
         add_prefix_space=False, use_regex=isinstance(tokenizer, BytePairTokenizer)
     )
