@@ -210,8 +210,7 @@ def to_pretrained(
     zeros = {key: torch.zeros(x.shape) for key, x in like.items() if key.endswith(".bias")}
     theirs = to_theirs(family, config, zeros | model.state_dict())
     return content, {
-        key: x.to("cpu", getattr(torch, dtype)).contiguous()
-        for key, x in theirs.items()
+        key: x.to("cpu", getattr(torch, dtype)).contiguous() for key, x in theirs.items()
     }
 
 

@@ -41,7 +41,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 
 def from_folder(path: Path, source: str | Path) -> Loaded:
-    """Load a model from a folder in Hugging Face's format; an adapter in PEFT's format is merged with its base model."""
+    """Load a model from a folder in Hugging Face's format, or an adapter in PEFT's format, merged into its base."""
     if is_adapter(path):
         base = load(find_base(path))
         merge_adapter(path, base.model)
