@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -150,9 +151,9 @@ def load_plain(path: Path, legacy: bool = False) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def check_records(path: Path) -> None:
+def check_records(source: Path | BinaryIO) -> None:
     """Verify the checksum of each record in a torch.save file. Raises ValueError if one is damaged."""
-    with zipfile.ZipFile(path) as file:
+    with zipfile.ZipFile(source) as file:
         damaged = file.testzip() is not None
         # torch.load treats a record that is marked as a directory as empty, and leaves its tensor uninitialized
         if damaged or any(info.external_attr & 0x10 for info in file.infolist()):

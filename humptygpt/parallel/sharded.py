@@ -13,7 +13,6 @@ import io
 import pickle
 import shutil
 import warnings
-import zipfile
 from pathlib import Path, PurePath
 
 import torch
@@ -25,7 +24,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
-from humptygpt.checkpoint import SHARDED, load_plain, refuse_damaged
+from humptygpt.checkpoint import SHARDED, check_records, load_plain, refuse_damaged
+from humptygpt.config import refuse
 from humptygpt.files import cannot_write, remove, write_whole
 from humptygpt.parallel.processes import raise_if_rank_died
 from humptygpt.schema import check_schema
@@ -146,11 +146,8 @@ class Reader(dcp.FileSystemReader):
                 )
             with (self.path / info.relative_path).open("rb") as stream:
                 stream.seek(info.offset)
-                with zipfile.ZipFile(io.BytesIO(stream.read(info.length))) as records:
-                    if records.testzip() is not None:
-                        raise ValueError(
-                            f"the checksum of a tensor in {info.relative_path} does not match"
-                        )
+                with refuse(f"{info.relative_path}: "):
+                    check_records(io.BytesIO(stream.read(info.length)))
         return super().read_data(plan, planner)
 
 
