@@ -11,13 +11,12 @@ This module takes a second to load, so it is imported only with --parallel=fsdp.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -47,9 +46,9 @@ class ShardedOptimizer(SharedOptimizer):
 
     def own_part(self, value: Tensor, like: Tensor) -> Tensor:
         """Return this rank's rows of a whole state tensor. A state of a single row is returned whole."""
-        value = value.to(like.device)
-        mesh, placements = like.device_mesh, like.placements
-        return distribute_tensor(value, mesh, placements, src_data_rank=None).clone()
+        return distribute_tensor(
+            value.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+        ).clone()
 
     @raise_if_rank_died()
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
@@ -61,9 +60,8 @@ class ShardedOptimizer(SharedOptimizer):
         like = torch.empty(len(x), rows, x.shape[2], device="meta")
 
         def redistribute(part: Tensor, before: int, after: int) -> Tensor:
-            part = part.contiguous()
             whole = DTensor.from_local(
-                part,
+                part.contiguous(),
                 self.process.mesh,
                 [Shard(before)],
                 shape=like.shape,
@@ -84,10 +82,6 @@ class FullySharded(DataParallel):
     sharded = True
     optimizer_class = ShardedOptimizer
 
-    @cached_property
-    def mesh(self) -> DeviceMesh:
-        return init_device_mesh(self.device.type, (self.size,))
-
     def place(self, run) -> None:
         """Move this rank's part of each parameter to the device, and drop the rest. Blocks are gathered one by one.
 
@@ -102,6 +96,7 @@ class FullySharded(DataParallel):
         self.check(run)
         model = run.model
         share_dropout(model)
+        self.mesh = init_device_mesh(self.device.type, (self.size,))
         for module in (*blocks(model), model):
             fully_shard(module, mesh=self.mesh)
             module.set_force_sum_reduction_for_comms(True)  # gloo supports only sums
@@ -110,14 +105,11 @@ class FullySharded(DataParallel):
                 module.to_empty(device=self.device, recurse=False)
         model.to(self.device)  # also moves the position tables
         if config.init_from == "scratch" and not run.progress.iter:
-            self.draw(model, config.seed)
-
-    def draw(self, model: nn.Module, seed: int) -> None:
-        """Initialize a new model with the weights that a single process would draw. Rank 0 draws and sends them."""
-        torch.manual_seed(seed)
-        whole = build(model.config).state_dict() if self.first else {}
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(model, whole, options=options)
+            # rank 0 draws the weights that a single process would draw, and sends them
+            torch.manual_seed(config.seed)
+            whole = build(model.config).state_dict() if self.first else {}
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            set_model_state_dict(model, whole, options=options)
 
     def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
         """Return the model itself. If `compiled`, compile each block, but not the code that gathers its weights."""

@@ -64,10 +64,9 @@ class SharedDropout(Dropout):
 
 def share_dropout(model: nn.Module) -> None:
     """Replace each Dropout with a SharedDropout."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is Dropout:
-                setattr(module, name, SharedDropout(child.p))
+    for name, module in list(model.named_modules()):
+        if type(module) is Dropout:
+            model.set_submodule(name, SharedDropout(module.p))
 
 
 class SharedOptimizer(Optimizer):
