@@ -17,6 +17,7 @@ from humptygpt.tasks import build
 from model import ModelConfig
 
 REFERENCE = Path(__file__).with_name("reference.json")
+KNOWN = json.loads(REFERENCE.read_bytes())
 # implemented in explain/tokenizer.js
 TOKENIZERS = ("char", "byte", "sentencepiece", "gpt2", "bpe")
 TRAINING = {"dropout", "label_smoothing", "init"}
@@ -24,8 +25,7 @@ TRAINING = {"dropout", "label_smoothing", "init"}
 
 def check_settings(config: ModelConfig, tokenizer: str) -> None:
     """Raise UserError for the first setting that the page does not support. tokenizer: the tokenizer's name."""
-    reference = json.loads(REFERENCE.read_bytes())
-    known = [reference["config"], *(settings for settings, _ in reference["logits"])]
+    known = [KNOWN["config"], *(settings for settings, _ in KNOWN["logits"])]
     known += [{"tokenizer": name} for name in TOKENIZERS]
     for key, value in (vars(config) | {"tokenizer": tokenizer}).items():
         kinds = [kind(settings[key]) for settings in known if key in settings]
@@ -57,12 +57,11 @@ def check_formulas(config: ModelConfig, reader: str) -> None:
 
     reader: what would then compute different results, for the message, such as "a page".
     """
-    reference = json.loads(REFERENCE.read_bytes())
-    for settings, logits in reference["logits"]:
+    for settings, logits in KNOWN["logits"]:
         if any(kind(getattr(config, key)) != kind(settings[key]) for key in settings):
             continue  # this entry is for a different variant
-        model = build(replace(config, **reference["config"] | settings))
-        found = known_logits(model, torch.tensor([reference["text"]]))
+        model = build(replace(config, **KNOWN["config"] | settings))
+        found = known_logits(model, torch.tensor([KNOWN["text"]]))
         expected = torch.tensor([logits])
         if not torch.allclose(found, expected, 2e-4, 2e-4 * float(expected.abs().max())):
             raise UserError(

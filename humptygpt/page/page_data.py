@@ -106,15 +106,14 @@ def pack_weights(model: nn.Module) -> dict:
 
 def tokenizer_data(tokenizer: Tokenizer) -> dict:
     """Build the argument for makeTokenizer() in explain/tokenizer.js."""
-    pieces = {
-        "bytes": base64.b64encode(b"".join(tokenizer.pieces)).decode(),
-        "lengths": [len(piece) for piece in tokenizer.pieces],
-    }
     data = {
         "name": tokenizer.name,
         "eot": tokenizer.eot,
         "alphabet": getattr(tokenizer, "alphabet", None),  # only a char tokenizer has one
-        "pieces": pieces,
+        "pieces": {
+            "bytes": base64.b64encode(b"".join(tokenizer.pieces)).decode(),
+            "lengths": [len(piece) for piece in tokenizer.pieces],
+        },
     }
     if isinstance(tokenizer, SentencePieceTokenizer):
         data |= sentencepiece_data(tokenizer)
@@ -124,13 +123,11 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict:
 def sentencepiece_data(tokenizer: SentencePieceTokenizer) -> dict:
     """Return the model_type, the score of each token (None if no text encodes to it), and the ids of bytes 0 to 255."""
     model = SentencePieceProcessor(model_proto=tokenizer.proto)
-    # our ids start at sentencepiece's token 1
-    scores = dict.fromkeys(range(1, model.vocab_size()))
-    for i in normal_ids(model):
-        scores[i] = model.get_score(i)
-    merged = all(score is None or score.is_integer() for score in scores.values())
+    scores = {i: model.get_score(i) for i in normal_ids(model)}
+    merged = all(score.is_integer() for score in scores.values())
     return {
         "model_type": "bpe" if merged else "unigram",
-        "scores": list(scores.values()),
+        # our ids start at sentencepiece's token 1
+        "scores": [scores.get(i) for i in range(1, model.vocab_size())],
         "byte_ids": [model.piece_to_id(f"<0x{byte:02X}>") - 1 for byte in range(256)],
     }

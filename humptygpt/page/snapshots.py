@@ -66,6 +66,6 @@ def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
             saved = checkpoint.read_plain(path)
             with checkpoint.refuse_damaged(path, "is not a snapshot of this model"):
                 checkpoint.check_tensors("", saved, like, "cpu")
-            packed = base64.b64encode(saved["rows"].numpy().tobytes())
-            data.append({"iter": step, "rows": packed.decode()})
+            rows = base64.b64encode(saved["rows"].numpy().tobytes()).decode()
+            data.append({"iter": step, "rows": rows})
     return data
