@@ -46,6 +46,7 @@ def adapter_names(model: nn.Module) -> list[tuple[str, list[str]]]:
 # Writing
 
 
+@torch.no_grad()
 def write_adapter(model: nn.Module, training, folder: Path) -> None:
     """Write the LoRA matrices A and B to adapter_model.safetensors, and the settings to adapter_config.json.
 
@@ -69,8 +70,8 @@ def write_adapter(model: nn.Module, training, folder: Path) -> None:
             else A.new_zeros(model.get_submodule(name).out_features, 0)
             for name in ours
         ]
-        weights[f"{PREFIX}{theirs}.lora_A.weight"] = A
-        weights[f"{PREFIX}{theirs}.lora_B.weight"] = torch.block_diag(*B)
+        weights[f"{PREFIX}{theirs}.lora_A.weight"] = A.cpu()
+        weights[f"{PREFIX}{theirs}.lora_B.weight"] = torch.block_diag(*B).cpu()
         kind = re.split(r"\.\d+\.", theirs)[-1]
         ranks[kind] = training.lora_rank * len(present)
         alphas[kind] = training.lora_alpha * len(present)
@@ -86,7 +87,6 @@ def write_adapter(model: nn.Module, training, folder: Path) -> None:
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
     }
-    weights = {name: x.detach().float().cpu() for name, x in weights.items()}
     write_files(folder, {CONFIG: content, WEIGHTS[0]: weights})
 
 
