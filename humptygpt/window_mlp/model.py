@@ -70,17 +70,12 @@ class WindowMLP(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = Dropout(config.dropout)
         self.lm_head = nn.Linear(n_hidden, config.vocab_size, bias=config.bias)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """Draw weights with standard deviation 1 / sqrt(inputs), which preserves the variance of activations.
-
-        The head starts at 0, so that all tokens are equally likely.
-        """
         for layer in self.layers:
+            # this standard deviation preserves the variance of activations
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        # so that all tokens are equally likely
         nn.init.zeros_(self.lm_head.weight)
-        if self.config.bias:
+        if config.bias:
             for layer in (*self.layers, self.lm_head):
                 nn.init.zeros_(layer.bias)
 
