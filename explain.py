@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     from humptygpt.page.page_data import page_data
 
     page = fill(to_text(page_data(config)))
-    path = Path(config.out_dir) / "explain.html" if config.to is None else Path(config.to)
+    path = Path(config.to or Path(config.out_dir) / "explain.html")
     write_whole(path, lambda file: file.write(page))
     print(f"{path}: {len(page) / 1e6:.1f} MB; open it in a browser")
 
@@ -60,10 +60,9 @@ def fill(data: str) -> bytes:
     contents = {path.name: path.read_text(encoding="utf-8") for path in SOURCES.iterdir()}
     contents["data"] = data
     contents["checksum"] = f"{zlib.crc32(data.encode()):08x}"
-    page = re.sub(
+    return re.sub(
         r"\{\{([\w.]+)\}\}", lambda name: contents[name[1]], contents["page.html"]
-    )
-    return page.encode()
+    ).encode()
 
 
 if __name__ == "__main__":
