@@ -106,7 +106,7 @@ class DataParallel(Process):
         rank, size = launched()
         if device.type == "cuda":
             device = pick_gpu()
-        process = cls(rank, size, device, meet(config.backend, device, rank, size))
+        process = cls(rank, size, device, meet(config.backend, device))
         DataParallel.world = dist.group.WORLD
         # ranks take turns, so that data is prepared only once on each disk, even if several machines share a disk
         for turn in range(size):
@@ -229,7 +229,7 @@ def pick_gpu() -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def meet(backend: str, device: torch.device, rank: int, size: int) -> dist.ProcessGroup:
+def meet(backend: str, device: torch.device) -> dist.ProcessGroup:
     """Connect all ranks to the default process group. Returns a second group of them, whose timeout is LONG.
 
     Ranks exchange GPU tensors through NCCL, and CPU tensors through gloo, which does not wait for the GPU. Raises
@@ -238,7 +238,7 @@ def meet(backend: str, device: torch.device, rank: int, size: int) -> dist.Proce
     if backend == "auto" and device.type == "cpu":
         backend = "gloo"
     try:
-        store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         # when torchrun restarts ranks, it keeps the store, which still has the addresses of the ranks that ended
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
