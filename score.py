@@ -50,7 +50,6 @@ from humptygpt.scoring.pairs import (
 )
 from humptygpt.scoring.text import score_text, score_windows
 
-KINDS = ("text", "pairs", "suite")
 # {key: (another setting, the values of that setting for which the key has no effect)}
 IN_VAIN = dict.fromkeys(("stride", "picture"), ("text", (None,)))
 IN_VAIN["dtype"] = "quantize", ("int8",)
@@ -88,10 +87,10 @@ class ScoreConfig:
     def validate(self) -> None:
         check_choices(self)
         check_least(self, 1, "stride")
-        given = [key for key in KINDS if getattr(self, key)]
-        if len(given) != 1:
+        given = sum(map(bool, (self.text, self.pairs, self.suite)))
+        if given != 1:
             raise ValueError(
-                f"choose one of --text, --pairs and --suite; {len(given)} are given"
+                f"choose one of --text, --pairs and --suite; {given} are given"
             )
         if self.picture and len(self.init_from) > 1:
             raise ValueError("picture shows a single model; give one --init_from")
@@ -133,8 +132,8 @@ def print_texts(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
     for name, source in sources.items():
         loaded = load(config, source)
         model, tokenizer = loaded.model, loaded.tokenizer
-        rows[name], ids, nats = score_text(model, tokenizer, text, config.stride)
-        row = rows[name]
+        row, ids, nats = score_text(model, tokenizer, text, config.stride)
+        rows[name] = row
         if not config.json:
             print(
                 f"{row['nats_per_token']:.4f} ± {row['standard_error']:.4f} nats per token,"
@@ -160,8 +159,9 @@ def print_tests(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
         loaded = load(config, source)
         passed[name] = run_tests(loaded.model, loaded.tokenizer, tests)
         if missing := np.isnan(passed[name][:, 0]).sum():
-            what = "have characters that the tokenizer lacks; they are left out"
-            note(f"{missing} of {len(tests)} tests {what}")
+            note(
+                f"{missing} of {len(tests)} tests have characters that the tokenizer lacks; they are left out"
+            )
     table = make_table(tests, passed)
     if config.json:
         print(json.dumps(table))
@@ -188,13 +188,12 @@ def make_table(tests: list[Test], passed: dict[str, np.ndarray]) -> list[dict]:
         columns = {"sum": results[:, 0], "byte": results[:, 1]}
         if table:
             columns["difference"] = results[:, 0] - first
-        measured = {key: by_group(tests, values) for key, values in columns.items()}
-        for group, (count, _, _) in measured["sum"].items():
-            row = {"model": model, "group": group, "tests": count}
-            for key, groups in measured.items():
-                if group in groups:
-                    _, row[key], row[f"{key}_error"] = groups[group]
-            table.append(row)
+        rows = {}
+        for key, values in columns.items():
+            for group, (count, mean, error) in by_group(tests, values).items():
+                new = {"model": model, "group": group, "tests": count}
+                rows.setdefault(group, new).update({key: mean, f"{key}_error": error})
+        table += rows.values()
     return table
 
 

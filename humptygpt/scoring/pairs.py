@@ -30,8 +30,6 @@ SUITES = ("english", "python", "blimp")
 BLIMP = Path("data/downloads/BLiMP.zip")
 BLIMP_URL = "https://raw.githubusercontent.com/alexwarstadt/blimp/3e56b06fcabca9b30822fc66435fca6b1aa40bb1/BLiMP.zip"
 BLIMP_SHA256 = "172a1a714d72e72a89e8384dd531483f3d0f8a9aee3d33dccaf7992d8cecbb73"
-
-
 BLIMP_KEYS = {"sentence_good": "good", "sentence_bad": "bad", "UID": "group"}
 SCHEMA = {"context?": str, "choices": [str], "answer": int, "group?": str}
 
@@ -73,10 +71,7 @@ def read_blimp() -> str:
 
 def parse(line: str) -> Test:
     """Read a line. Raises ValueError if it is not valid."""
-    row = parse_json(line, {})
-    for name, key in BLIMP_KEYS.items():
-        if name in row:
-            row[key] = row[name]
+    row = {BLIMP_KEYS.get(key, key): value for key, value in parse_json(line, {}).items()}
     if "good" in row:
         row |= {"choices": [row["good"], row.get("bad")], "answer": 0}
     check_schema(row, SCHEMA)
@@ -101,9 +96,7 @@ def run_tests(model: nn.Module, tokenizer: Tokenizer, tests: list[Test]) -> np.n
     sequences, lengths, readable = [], [], []
     for index, (choices, _, context, _) in enumerate(tests):
         try:
-            before, *whole = map(
-                tokenizer.encode, [context, *(context + x for x in choices)]
-            )
+            before, *whole = [tokenizer.encode(context + x) for x in ("", *choices)]
         except UserError:  # a character that the tokenizer lacks
             continue
         readable.append(index)
@@ -139,11 +132,11 @@ def tester(config, dataset, process) -> Callable[[nn.Module, object], dict]:
 
     def test(model: nn.Module, dataset) -> dict:
         passed = run_tests(model, dataset.tokenizer, tests)[:, 0]
-        passed = passed[~np.isnan(passed)]
+        count, accuracy, error = by_group(tests, passed)["all"]
         return {
-            "pairs": len(passed),
-            "pairs_accuracy": float(passed.mean()),
-            "pairs_standard_error": standard_error(passed),
+            "pairs": count,
+            "pairs_accuracy": accuracy,
+            "pairs_standard_error": error,
         }
 
     return test
