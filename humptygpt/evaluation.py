@@ -49,16 +49,15 @@ def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
             losses.append(loss)
             weights.append(tokens)
     net.train(was_training)
-    losses = torch.stack(losses).cpu().double() if losses else torch.zeros(0).double()
+    losses = torch.tensor(losses, dtype=torch.float64)
     weights = torch.tensor(weights, dtype=torch.float64)
     differences = losses.diff().square() / 2
-    pairs = torch.tensor(len(differences), dtype=torch.float64)
     sums = (
         losses @ weights,
         weights.sum(),
         weights.square().sum(),
         differences.sum(),
-        pairs,
+        torch.ones_like(differences).sum(),
     )
     loss, total, squares, variance, pairs = process.sum(torch.stack(sums)).tolist()
     return Loss(loss / total, math.sqrt(variance / max(1, pairs) * squares) / total)
