@@ -44,7 +44,7 @@ from humptygpt.files import write_whole
 from humptygpt.metrics import read_metrics
 from humptygpt.minutes import plan
 from humptygpt.settings import read_settings
-from humptygpt.setup import for_vocabulary, open_prepared
+from humptygpt.setup import fit_to_data, open_prepared
 from humptygpt.tasks import build_on_meta
 from humptygpt.token_files import read_meta
 from model import ModelConfig
@@ -108,7 +108,7 @@ def measure() -> None:
         for number in range(RUNS):
             start = read_settings([*command(text, minutes, number), "--dry_run=True"])
             dataset = open_prepared(Path("data", text), start.model_config, 1337)
-            model_config = for_vocabulary(start.model_config, dataset)
+            model_config = fit_to_data(*start[:4], dataset)
             device = pick_device("cpu")
             dtype = pick_dtype("auto", device)
             seconds = plan.seconds_per_step(

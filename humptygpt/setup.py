@@ -103,17 +103,21 @@ def fit_to_data(
     base: Loaded | None,
     dataset: Dataset,
 ) -> ModelConfig:
-    """Return the model's config for this data. A new model gets the data's vocabulary.
+    """Return the model's config for this data. A new model gets the data's vocabulary, unless vocab_size is larger.
 
-    Raises UserError if the resumed run or the base model does not match the data.
+    Raises UserError if vocab_size is too small, or if the resumed run or the base model does not match the data.
     """
     if saved:
         check_same_data(saved, dataset, config.out_dir)
     elif base:
         check_same_tokens(base, dataset)
-    else:
-        return for_vocabulary(model_config, dataset)
-    return model_config
+    tokens = dataset.tokenizer.vocab_size
+    vocab_size = model_config.vocab_size or tokens
+    if vocab_size < tokens:
+        raise UserError(
+            f"vocab_size={vocab_size} must be at least {tokens}, the vocabulary size of {dataset.folder.name}"
+        )
+    return dataclasses.replace(model_config, vocab_size=vocab_size)
 
 
 def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
@@ -148,17 +152,6 @@ def check_same_tokens(base: Loaded, dataset: Dataset) -> None:
 
 # --------------------------------------------------------------------------------------
 # The model
-
-
-def for_vocabulary(model_config: ModelConfig, dataset: Dataset) -> ModelConfig:
-    """Return the config of a new model with this data's vocabulary. Raises UserError if vocab_size is too small."""
-    tokens = dataset.tokenizer.vocab_size
-    vocab_size = model_config.vocab_size or tokens
-    if vocab_size < tokens:
-        raise UserError(
-            f"vocab_size={vocab_size} must be at least {tokens}, the vocabulary size of {dataset.folder.name}"
-        )
-    return dataclasses.replace(model_config, vocab_size=vocab_size)
 
 
 def make_model(
