@@ -130,8 +130,9 @@ class Run:
 
     def best_state(self) -> dict:
         """Return the entries of best.pt. LoRA weights are merged, so the file loads like any other model."""
-        no_lora = asdict(dataclasses.replace(self.config, lora_rank=0))
-        return self.state() | {"train_config": no_lora, "model": self.weights()}
+        state = self.state() | {"model": self.weights()}
+        state["train_config"]["lora_rank"] = 0
+        return state
 
     def weights(self) -> dict[str, Tensor]:
         """Return the model's state dict, with LoRA weights merged."""
@@ -266,12 +267,13 @@ def fit(run: Run) -> int:
             return 1
         folder.record(run.progress.stamp() | {"end": "stopped" if stopped_by else "done"})
         folder.draw()  # a resumed run may have no steps left and no plot yet
-        if run.process.first and not stopped_by:
-            finish(run, folder)
         if run.process.first:
-            early = run.progress.position < config.max_iters
-            end = "stopped early" if early else "finished"
-            folder.end(run, "interrupted" if stopped_by else end)
+            end = "interrupted"
+            if not stopped_by:
+                finish(run, folder)
+                early = run.progress.position < config.max_iters
+                end = "stopped early" if early else "finished"
+            folder.end(run, end)
     if run.process.first and stopped_by:
         report.stopped(run, stopped_by)
     return 128 + stopped_by if stopped_by else 0
@@ -351,22 +353,16 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor, int]:
         mean_loss += loss.detach()
     process.sum(mean_loss)
     run.scaler.unscale_(run.optimizer)
-    grad_norm = clip(run.model, config.grad_clip)
+    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    grad_norm = nn.utils.get_total_norm(gradients)
+    if config.grad_clip:
+        nn.utils.clip_grads_with_norm_(run.model.parameters(), config.grad_clip, grad_norm)
     if process.sharded:
         grad_norm = grad_norm.full_tensor()
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.model.zero_grad()
     return mean_loss, grad_norm, tokens
-
-
-def clip(model: nn.Module, largest: float) -> Tensor:
-    """Scale the gradients down so that their norm is at most `largest`, unless that is 0. Returns the norm before."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    if largest:
-        nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm)
-    return norm
 
 
 def share_of_loss(run: Run, share: Share, tokens: int) -> Tensor:
