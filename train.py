@@ -250,8 +250,7 @@ def setup(
 def fit(run: Run) -> int:
     """Train, then show what the best model can do. Returns the exit code."""
     config = run.config
-    settings = recorded_settings(run)
-    folder = RunFolder(Path(config.out_dir), settings, run.progress.iter, run.process.first)
+    folder = RunFolder(run, recorded_settings(run))
     with closing(folder):
         if config.init_from != "scratch" and not run.progress.iter:
             print(report.trained_part(run), flush=True)

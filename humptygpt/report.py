@@ -78,11 +78,11 @@ def step(bar: tqdm, run, row: dict) -> None:
     if not bar.disable:
         bar.set_postfix_str(text)
         return
-    progress = run.progress
     steps = run.config.max_iters
-    done = f" ({progress.position / steps:.0%})" if run.config.minutes else f"/{steps}"
-    left = run.clock.time_left(progress, run.config)
-    line(bar, f"iter {progress.iter}{done}: {text}, {left:.0f} s of training left")
+    position = run.progress.position
+    done = f" ({position / steps:.0%})" if run.config.minutes else f"/{steps}"
+    left = run.clock.time_left(run)
+    line(bar, f"iter {run.progress.iter}{done}: {text}, {left:.0f} s of training left")
 
 
 def evaluated(bar: tqdm, run, row: dict, improved: bool) -> None:
@@ -130,10 +130,9 @@ def stopped(run, number: int) -> None:
 
 
 def diverged(folder: RunFolder, error: Diverged) -> None:
-    kept = "nothing has been saved yet"
     path = stored(folder.path / "ckpt.pt")
-    if path.exists():
-        kept = f"{path} is the last good checkpoint"
+    good = f"{path} is the last good checkpoint"
+    kept = good if path.exists() else "nothing has been saved yet"
     advice = "Try a lower --learning_rate, more --warmup_iters, --grad_clip=1.0 or --dtype=float32"
     print(f"train.py: the {error}; {kept}. {advice}", file=sys.stderr)
 

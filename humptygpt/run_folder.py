@@ -109,9 +109,10 @@ class StepClock:
         """Seconds that count towards --minutes, including the time before the run was resumed."""
         return 0.0
 
-    def time_left(self, progress: Progress, config) -> float:
-        """Estimate the remaining training time in seconds."""
-        return (config.max_iters - progress.iter) * progress.seconds / progress.iter
+    def time_left(self, run) -> float:
+        """Estimate the remaining training time of a train.Run in seconds."""
+        progress = run.progress
+        return (run.config.max_iters - progress.iter) * progress.seconds / progress.iter
 
 
 class Meter:
@@ -258,21 +259,21 @@ class RunFolder:
     metrics and snapshots that are newer than its checkpoint. In both cases the run holds the lock from lock_out_dir().
     """
 
-    def __init__(self, path: Path, settings: dict, resumed_at: int, writes: bool = True):
-        """settings: the contents of config.json. resumed_at: steps already done; 0 for a new run.
+    def __init__(self, run, settings: dict):
+        """run: a train.Run, whose first process writes the files. settings: the contents of config.json.
 
-        writes: False if another process of the run writes the files. Raises UserError if a file cannot be written.
+        Raises UserError if a file cannot be written.
         """
-        self.out_dir = path
+        self.out_dir = path = Path(run.config.out_dir)
+        self.resumed_at = resumed_at = run.progress.iter
         replaces = not resumed_at and has_checkpoint(path)
         self.path = path / NEW if replaces else path  # the folder with the run's files
         self.settings = settings
-        self.resumed_at = resumed_at
-        self.writes = writes
+        self.writes = run.process.first
         self.rows = []
         self.loggers = []
         self.command = shlex.join(["python", *sys.argv])
-        if not writes:
+        if not self.writes:
             return
         if not importlib.util.find_spec("matplotlib"):
             note("there will be no loss.png, because matplotlib is not installed")
@@ -282,7 +283,13 @@ class RunFolder:
             files.remove(path / NEW)  # from a run that ended before its first checkpoint
             self.path.mkdir(parents=True, exist_ok=True)
             if resumed_at:
-                self.rows = rows_until(path / "metrics.jsonl", resumed_at)
+                # all rows up to the checkpoint, except those written at the end of a run
+                at_the_end = {"end", "whole_val_loss", "test_bleu"}
+                self.rows = [
+                    row
+                    for row in read_metrics(path / "metrics.jsonl")
+                    if row["iter"] <= resumed_at and not at_the_end & row.keys()
+                ]
             for snapshot in self.path.glob("snapshots/*.pt"):
                 if int(snapshot.stem) >= resumed_at:  # the run will take it again
                     snapshot.unlink()
@@ -360,13 +367,6 @@ class RunFolder:
 
 def write_text(path: Path, text: str) -> None:
     files.write_whole(path, lambda file: file.write(text.encode()))
-
-
-def rows_until(metrics: Path, step: int) -> list[dict]:
-    """Select the rows that a resumed run keeps: all up to this step, except those written at the end of a run."""
-    rows = read_metrics(metrics)
-    at_the_end = {"end", "whole_val_loss", "test_bleu"}
-    return [row for row in rows if row["iter"] <= step and not at_the_end & row.keys()]
 
 
 # --------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from humptygpt.device import autocast, free_memory, to_device
 from humptygpt.evaluation import cost_of_whole_split
 from humptygpt.memory import check_training_fits, model_on_meta, training_memory
 from humptygpt.optimizers import make_optimizer
-from humptygpt.run_folder import Progress, write_text
+from humptygpt.run_folder import write_text
 from humptygpt.settings import IN_VAIN, TrainConfig
 from humptygpt.setup import make_model
 from model import ModelConfig
@@ -58,9 +58,9 @@ ENDING = 1.5
 class Clock:
     """Measures progress by wall-clock time, so that a run ends on time even if other programs slow it down."""
 
-    def __init__(self, started: float, minutes: float, earlier: float):
-        """started: time.monotonic() when the command started. earlier: seconds of the run before it was resumed."""
-        self.started = started - earlier
+    def __init__(self, minutes: float, earlier: float):
+        """earlier: seconds of the run before it was resumed."""
+        self.started = machine.STARTED - earlier
         self.end = self.started + 60 * minutes - ENDING  # when training ends
         self.step = 0.0  # seconds per step, measured before training
         # seconds that the last evaluation took; before the first one, an estimate
@@ -80,11 +80,10 @@ class Clock:
         step = self.step or run.progress.seconds / run.progress.iter
         rows = len(run.dataset.val_starts(config.batch_size, config.evaluated_batches()))
         batches = rows / config.batch_size
-        self.evaluation = step * batches / config.gradient_accumulation_steps / 3
         self.at_the_end += cost_of_whole_split(run)
-        self.last_step = time.monotonic()
+        self.leave_out(step * batches / config.gradient_accumulation_steps / 3)
 
-    def time_left(self, progress: Progress, config: TrainConfig) -> float:
+    def time_left(self, run) -> float:
         """Seconds until training ends."""
         return self.end - time.monotonic()
 
@@ -231,7 +230,7 @@ def begin(
             " use max_iters instead"
         )
     earlier = saved["progress"]["run_seconds"] if saved else 0.0
-    clock = Clock(machine.STARTED, config.minutes, earlier)
+    clock = Clock(config.minutes, earlier)
     # compiling takes about a minute, so a timed run compiles only if the user asks for it
     config = replace(config, compile=bool(config.compile))
     if saved:
