@@ -186,10 +186,9 @@ def read_runs(folders: list[str]) -> list[Run]:
             rows = read_metrics(Path(folder, "metrics.jsonl"))
             runs.append(Run(Path(folder).absolute(), settings, rows))
         except (OSError, ValueError) as error:
-            inside = any(Path(folder).glob("*/config.json"))
-            advice = (
-                f"; to compare its runs: python compare.py {folder}/*" if inside else ""
-            )
+            advice = ""
+            if any(Path(folder).glob("*/config.json")):
+                advice = f"; to compare its runs: python compare.py {folder}/*"
             note(f"skipped {folder}, which is not a run: {one_line(error)}{advice}")
     if not runs:
         raise UserError("no runs to compare; try: python compare.py out/*")

@@ -41,10 +41,11 @@ class StaticLayerCache(LayerCache):
 class StaticCache(Cache):
     """A cache whose length is a tensor, so that one graph serves every length. A mask hides the unwritten part."""
 
-    def __init__(self, cache: Cache, B: int, device: torch.device):
+    def __init__(self, cache: Cache, idx: Tensor):
+        """idx: (B, 1), the next tokens."""
         self.size = cache.size
-        self.length = torch.full((1,), cache.length, device=device)
-        self.padding = torch.zeros(B, dtype=torch.int64, device=device)
+        self.length = torch.full((1,), cache.length, device=idx.device)
+        self.padding = torch.zeros(len(idx), dtype=torch.int64, device=idx.device)
         if cache.padding is not None:
             self.padding += cache.padding
         self.layers = [StaticLayerCache(layer) for layer in cache.layers]
@@ -78,7 +79,7 @@ class CompiledGPT(nn.Module):
         """Same as GPT.next_logits, but a single token uses the compiled step if the cache is not empty."""
         if idx.shape[1] > 1 or not cache or not cache.length:
             return self.model.next_logits(idx, cache)
-        static = StaticCache(cache, len(idx), idx.device)
+        static = StaticCache(cache, idx)
         if idx.is_cuda:
             for layer in static.layers:
                 for buffer in (layer.k, layer.v, layer.buffer):

@@ -42,7 +42,7 @@ def pick_device(name: str) -> torch.device:
         available.append("mps")
     available.append("cpu")
     if name == "auto":
-        return torch.device(available[0])
+        name = available[0]
     if name not in available:
         raise UserError(
             f"device={name} is not available; use one of these, or auto: {', '.join(available)}"

@@ -72,8 +72,7 @@ def measure_spins() -> int:
             hundreds = min(time_wake_ups(libraries[0]) // 100, 255)
         finally:
             os._exit(hundreds)  # at most 255
-    _, status = os.wait()
-    hundreds = os.waitstatus_to_exitcode(status)
+    hundreds = os.waitstatus_to_exitcode(os.wait()[1])
     return 100 * hundreds if hundreds > 0 else SPINS
 
 

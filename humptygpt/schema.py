@@ -32,17 +32,19 @@ def check_schema(value: object, schema: object, name: str = "") -> None:
     if not fitting:
         raise ValueError(f"{what} must be {' or '.join(map(describe, options))}")
     form = fitting[0]
-    if isinstance(form, dict) and any(type(key) is not str for key in value):
-        raise ValueError(f"{what} must have strings as keys")
     if isinstance(form, list):
         for number, item in enumerate(value):
             check_schema(item, form[0], f"{name}[{number}]")
-    elif isinstance(form, dict) and str in form:
+    if not isinstance(form, dict):
+        return
+    if any(type(key) is not str for key in value):
+        raise ValueError(f"{what} must have strings as keys")
+    if str in form:
         for key, item in value.items():
             check_schema(
                 item, form[str], f"{name}.{key if key.isprintable() else repr(key)}"
             )
-    elif isinstance(form, dict):
+    else:
         for declared, rule in form.items():
             key = declared.removesuffix("?")
             path = f"{name}.{key}" if name else key

@@ -63,6 +63,10 @@ def tune(config: TrainConfig, model_config: ModelConfig, process: Process) -> Tr
             number = choose(threads, lambda number: train(dtype, number))
     torch.set_num_threads(number)
     muon_dtype = faster if config.muon_dtype == "auto" else config.muon_dtype
-    # another number of processes may have more threads each
-    number = number if process.size == 1 else None
-    return replace(config, dtype=dtype, muon_dtype=muon_dtype, threads=number)
+    return replace(
+        config,
+        dtype=dtype,
+        muon_dtype=muon_dtype,
+        # another number of processes may have more threads each
+        threads=number if process.size == 1 else None,
+    )
