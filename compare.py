@@ -234,8 +234,6 @@ def make_table(title: str, rows: Rows) -> list[dict]:
     texts = evaluated[0] if evaluated else {}
     common = [text for text in texts if all(text in each for each in evaluated)]
     table = [measure(title, name, runs, (common or [None])[-1]) for name, runs in rows]
-    for row in table:
-        row["comparable"] = bool(common)
     if common:
         measured = [row for row in table if row[BITS]]
         min(measured, key=lambda row: row[BITS])["remark"] = "best"
@@ -294,6 +292,7 @@ def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
         "standard_error": statistics.stdev(bits) / len(bits) ** 0.5 if spread else None,
         "difference": None,
         "difference_error": None,
+        "comparable": text is not None,
         "remark": "",
     }
 

@@ -279,8 +279,8 @@ def build_like(
     code is not caught.
     what: the file, as named in messages. training: as in build_on_meta().
     """
-    shapes = [x.shape for x in weights.values() if not x.is_nested]
-    sizes = {1}.union(*shapes)  # number_mlp has n_embd=1 and no embedding weights
+    # number_mlp has n_embd=1 and no embedding weights
+    sizes = {1}.union(*(x.shape for x in weights.values() if not x.is_nested))
     try:
         if config.n_layer <= len(weights) and config.n_embd in sizes:
             return build_on_meta(config, training)

@@ -182,8 +182,9 @@ def read(
         if fields[name].type == TEXTS:
             value = (*given.get(name, ()), value)
         elif name == positional and name in given:
-            both = f"{given[name]} and {value}"
-            raise UserError(f"{name} is given twice, as {both}; give only one")
+            raise UserError(
+                f"{name} is given twice, as {given[name]} and {value}; give only one"
+            )
         given[name] = value
     return given
 
@@ -281,8 +282,7 @@ def run_config(path: str) -> dict[str, object]:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
         line = max(lines, default=getattr(error, "lineno", 0))  # a SyntaxError has lineno
-        problem = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}:{line}: {problem}") from error
+        raise UserError(f"{path}:{line}: {type(error).__name__}: {error}") from error
 
 
 def other_argument(path: str, fields: Fields) -> str:

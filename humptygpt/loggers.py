@@ -45,6 +45,7 @@ def start_wandb(out_dir: Path, settings: dict, resumed_at: int):
     try:
         return wandb.init(**options)
     except wandb.Error as error:
-        offline = "logging offline; to upload the log later: wandb sync"
-        note(f"wandb cannot be reached ({error}); {offline}")
+        note(
+            f"wandb cannot be reached ({error}); logging offline; to upload the log later: wandb sync"
+        )
         return wandb.init(**options, mode="offline")

@@ -72,9 +72,8 @@ class Optimizer:
         """Return {parameter: {name of a state tensor: a tensor of its shape and dtype}}."""
         like = {}
         for group in self.param_groups:
-            views = group["rule"].state
             for name, p in group["named_params"].items():
-                like[name] = {key: view(p) for key, view in views.items()}
+                like[name] = {key: view(p) for key, view in group["rule"].state.items()}
         return like
 
     def make_state(self) -> None:
@@ -99,8 +98,10 @@ class Optimizer:
             self.make_state()
             return
         for name, tensors in like.items():
-            state = saved["state"].get(name)
-            self.state[name] = {k: self.own_part(state[k], x) for k, x in tensors.items()}
+            self.state[name] = {
+                key: self.own_part(saved["state"][name][key], x)
+                for key, x in tensors.items()
+            }
 
     # ----------------------------------------------------------------------------------
     # humptygpt/parallel overrides these for several processes
@@ -294,8 +295,7 @@ def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
         if p.dim() > 1:
             owner = model.get_submodule(name.rpartition(".")[0])
             linear = isinstance(owner, nn.Linear) and name != "lm_head.weight"
-            group = "hidden" if linear else "matrices"
-            group = getattr(owner, "optimizer_group", group)
+            group = getattr(owner, "optimizer_group", "hidden" if linear else "matrices")
         groups[group][name] = p
     return groups
 

@@ -122,11 +122,12 @@ def closing(run, rows: list[dict]) -> str:
 
 def stopped(run, number: int) -> None:
     """Say which signal stopped the run, and how to resume it."""
-    command = f"python train.py --init_from=resume {out_dir_key(run)}"
-    saved = f"saved {run.path} at iter {run.progress.iter}"
-    text = f"{signal.Signals(number).name}: {saved}; resume: {command}"
     with suppress(OSError):  # stderr may be closed if its reader received the signal, too
-        print(text, file=sys.stderr)
+        print(
+            f"{signal.Signals(number).name}: saved {run.path} at iter {run.progress.iter};"
+            f" resume: python train.py --init_from=resume {out_dir_key(run)}",
+            file=sys.stderr,
+        )
 
 
 def diverged(folder: RunFolder, error: Diverged) -> None:

@@ -228,8 +228,9 @@ def refuse_earlier_run(out_dir: Path) -> None:
 
 
 def has_checkpoint(out_dir: Path) -> bool:
-    paths = (checkpoint.stored(out_dir / name) for name in ("ckpt.pt", "best.pt"))
-    return any(path.exists() for path in paths)
+    return any(
+        checkpoint.stored(out_dir / name).exists() for name in ("ckpt.pt", "best.pt")
+    )
 
 
 def put_in_place(out_dir: Path) -> None:
@@ -241,7 +242,8 @@ def put_in_place(out_dir: Path) -> None:
     new, complete = out_dir / NEW, out_dir / COMPLETE
     with files.refuse_unwritable(out_dir):
         if checkpoint.stored(new / "ckpt.pt").exists():
-            for path in (out_dir / name for name in FILES):
+            for name in FILES:
+                path = out_dir / name
                 # a folder with the name of one of our files may be a run of its own
                 if not (path / "metrics.jsonl").exists():
                     files.remove(path)

@@ -202,8 +202,10 @@ def uniform_numbers(
     in its batch. The generator is numpy's Philox, which encrypts a counter with the key (seed, sample).
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
-    keys = [[seed, sample] for sample in samples]
-    streams = [np.random.Generator(np.random.Philox(key=key)).random(n) for key in keys]
+    streams = [
+        np.random.Generator(np.random.Philox(key=[seed, sample])).random(n)
+        for sample in samples
+    ]
     numbers = torch.from_numpy(np.stack(streams, axis=1)[..., None]).to(dtype)
     # below 1 even after rounding, so that draw() finds a token with nonzero probability
     return numbers.clamp(max=1 - torch.finfo(dtype).eps)

@@ -129,12 +129,13 @@ def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
     same = all(identity.get(key, value) == value for key, value in known)
     if pieces == dataset.tokenizer.pieces and same:
         return
-    problem = f"{dataset.folder} is not the data that {out_dir}/ckpt.pt was trained on"
     advice = "; if the right data is in another folder, add --dataset=NAME"
     command = saved["data"].get("command", "")
     if is_command(command):
         advice += f"; to prepare it again: {command}"
-    raise UserError(problem + advice)
+    raise UserError(
+        f"{dataset.folder} is not the data that {out_dir}/ckpt.pt was trained on{advice}"
+    )
 
 
 def check_same_tokens(base: Loaded, dataset: Dataset) -> None:

@@ -10,6 +10,7 @@ A test is passed by sum if the right choice has the highest log-probability, and
 log-probability per byte, so that short choices have no advantage. A tie of n choices counts as 1 / n.
 """
 
+import fnmatch
 import zipfile
 from collections.abc import Callable
 from itertools import islice
@@ -62,11 +63,11 @@ def read_blimp() -> str:
         if not BLIMP.exists():
             download(BLIMP_URL, BLIMP, BLIMP_SHA256)
         with zipfile.ZipFile(BLIMP) as file:
-            names = [name for name in file.namelist() if name.startswith("data/")]
-            groups = [file.read(name) for name in sorted(names) if name.endswith("jsonl")]
+            names = fnmatch.filter(file.namelist(), "data/*.jsonl")
+            lines = b"".join(map(file.read, sorted(names)))
     except (UserError, zipfile.BadZipFile) as error:
         raise UserError(f"{error}; put a copy of {BLIMP_URL} at {BLIMP}") from error
-    return b"".join(groups).decode()
+    return lines.decode()
 
 
 def parse(line: str) -> Test:
