@@ -31,23 +31,10 @@ import numpy as np
 import sample
 from humptygpt import config as configurator
 from humptygpt.checkpoint import find_checkpoint
-from humptygpt.config import (
-    TEXTS,
-    UserError,
-    check_choices,
-    check_least,
-    note,
-    refuse_vain,
-)
+from humptygpt.config import TEXTS, UserError, check_choices, check_least, note, refuse_vain
 from humptygpt.device import DTYPES
 from humptygpt.sampling import read_text
-from humptygpt.scoring.pairs import (
-    SUITES,
-    Test,
-    by_group,
-    read_tests,
-    run_tests,
-)
+from humptygpt.scoring.pairs import SUITES, Test, by_group, read_tests, run_tests
 from humptygpt.scoring.text import score_text, score_windows
 
 # {key: (another setting, the values of that setting for which the key has no effect)}

@@ -34,13 +34,7 @@ from humptygpt import checkpoint, evaluation, report, tasks
 from humptygpt.checkpoint import refuse_other_code
 from humptygpt.config import find
 from humptygpt.data import Dataset, Prefetcher, random_key
-from humptygpt.device import (
-    DTYPES,
-    autocast,
-    pick_device,
-    to_device,
-    tune_malloc,
-)
+from humptygpt.device import DTYPES, autocast, pick_device, to_device, tune_malloc
 from humptygpt.loading import Loaded, load
 from humptygpt.memory import ADVICE, check_training_fits
 from humptygpt.optimizers import Optimizer, make_optimizer
@@ -125,8 +119,10 @@ class Run:
 
     def latest_state(self) -> dict:
         """Return the entries of ckpt.pt."""
-        scaler = self.scaler.state_dict() or None
-        return self.state() | {"optimizer": self.optimizer.state_dict(), "scaler": scaler}
+        return self.state() | {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() or None,
+        }
 
     def best_state(self) -> dict:
         """Return the entries of best.pt. LoRA weights are merged, so the file loads like any other model."""

@@ -224,10 +224,12 @@ class ProductLinear(nn.Module):
 
 def packs(weight: Tensor) -> bool:
     """True if oneDNN can pack this matrix and it is large enough to benefit."""
-    large = weight.is_cpu and weight.numel() >= PACKED_FROM
-    if not large or not torch.backends.mkldnn.is_available():
-        return False
-    return weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (
+        weight.is_cpu
+        and weight.numel() >= PACKED_FROM
+        and torch.backends.mkldnn.is_available()
+        and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
 
 
 @cache

@@ -107,17 +107,13 @@ def closing(run, rows: list[dict]) -> str:
     """Say what to do next, and how good the best model is. rows: all rows of the run's metrics."""
     progress = run.progress
     command = run.task.sample_command.format(out_dir_key(run))
-    lines = [f"{run.task.sample_label}: {command}"]
+    text = f"{run.task.sample_label}: {command}"
     if progress.best_val_loss < math.inf:
-        lines.append(
-            f"best val loss {progress.best_val_loss:.4f} at iter {progress.best_iter}"
-        )
+        text += f"\nbest val loss {progress.best_val_loss:.4f} at iter {progress.best_iter}"
     start = next((row.get("val_loss", 0) for row in rows if not row["iter"]), 0)
     if 0 < start < progress.best_val_loss:
-        lines.append(
-            f"the model that the run started from was better: val loss {start:.4f}"
-        )
-    return "\n".join(lines)
+        text += f"\nthe model that the run started from was better: val loss {start:.4f}"
+    return text
 
 
 def stopped(run, number: int) -> None:

@@ -120,9 +120,8 @@ class Meter:
 
     def __init__(self, run):
         """run: a train.Run."""
+        self.run = run
         self.progress = run.progress
-        self.choices = {"dtype": run.config.dtype, "threads": run.config.threads}
-        self.skips_bad_steps = run.scaler.is_enabled()
         self.peak_flops = peak_flops(run.device)
         self.flops_per_token = flops_per_token(run.model) / run.process.size
         self.unread: list[tuple[Tensor, Tensor]] = []
@@ -146,8 +145,9 @@ class Meter:
             at = f"at iter {it} (gradient norm {self.grad_norm})"
             if not math.isfinite(loss):
                 raise Diverged(f"loss is {loss} {at}")
-            if not math.isfinite(self.grad_norm) and not self.skips_bad_steps:
-                raise Diverged(f"gradient is not finite {at}")  # the weights are ruined
+            # the weights are ruined, unless the scaler has skipped the step
+            if not math.isfinite(self.grad_norm) and not self.run.scaler.is_enabled():
+                raise Diverged(f"gradient is not finite {at}")
             self.progress.losses.append(loss)
         self.unread = []
         self.progress.seconds = time.perf_counter() - self.started
@@ -162,7 +162,8 @@ class Meter:
             "lr": lr,
             "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None,
             "tokens_per_second": round(speed),
-            **self.choices,
+            "dtype": self.run.config.dtype,
+            "threads": self.run.config.threads,
         }
         if self.peak_flops:
             row["mfu"] = speed * self.flops_per_token / self.peak_flops

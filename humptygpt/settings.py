@@ -26,12 +26,7 @@ from humptygpt.loading import Loaded, load
 from humptygpt.machine import GIVEN
 from humptygpt.optimizers import OPTIMIZERS, SCHEDULES
 from humptygpt.process import BACKENDS, PARALLEL, launched, restarted
-from humptygpt.run_folder import (
-    NEW,
-    chosen_loggers,
-    lock_out_dir,
-    refuse_earlier_run,
-)
+from humptygpt.run_folder import NEW, chosen_loggers, lock_out_dir, refuse_earlier_run
 from humptygpt.tasks import MODELS, make_model_config
 from model import POSITIONS, ModelConfig
 

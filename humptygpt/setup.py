@@ -123,10 +123,9 @@ def fit_to_data(
 def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
     """Raise UserError unless a checkpoint was trained on this data. The message says how to get the right data."""
     pieces = from_state(saved["tokenizer"]).pieces
-    identity = dataset.identity
     # a checkpoint from an earlier version may have different keys
     known = saved["data"]["identity"].items()
-    same = all(identity.get(key, value) == value for key, value in known)
+    same = all(dataset.identity.get(key, value) == value for key, value in known)
     if pieces == dataset.tokenizer.pieces and same:
         return
     advice = "; if the right data is in another folder, add --dataset=NAME"

@@ -68,7 +68,6 @@ class Clock:
         # time that the end of a run takes, as a multiple of an evaluation: for the last evaluation, a sample and, in a
         # long run, an evaluation on the whole validation split
         self.at_the_end = 2.0
-        self.last_step = time.monotonic()
 
     def start(self, run) -> None:
         """Start timing the training steps. run: a train.Run.
@@ -427,12 +426,12 @@ def write_plan(path: Path, run) -> None:
             settings[key] = max(1, round(steps))
     unused = in_vain(settings, settings, IN_VAIN)
     left_out = {"minutes", "input", "overwrite", "parallel", "backend", "threads", *unused}
-    lines = [
-        f"# The run that --minutes chose for {run.config.dataset}, step by step.",
-        "#",
-        f"#   python train.py {path} --out_dir=out/again",
-        "",
-    ]
+    text = (
+        f"# The run that --minutes chose for {run.config.dataset}, step by step.\n#\n"
+        f"#   python train.py {path} --out_dir=out/again\n\n"
+    )
     # write default values too, because a run that starts from a model has different defaults
-    lines += [f"{key} = {settings[key]!r}" for key in settings if key not in left_out]
-    write_text(path, "\n".join(lines) + "\n")
+    for key in settings:
+        if key not in left_out:
+            text += f"{key} = {settings[key]!r}\n"
+    write_text(path, text)

@@ -134,11 +134,7 @@ def tester(config, dataset, process) -> Callable[[nn.Module, object], dict]:
     def test(model: nn.Module, dataset) -> dict:
         passed = run_tests(model, dataset.tokenizer, tests)[:, 0]
         count, accuracy, error = by_group(tests, passed)["all"]
-        return {
-            "pairs": count,
-            "pairs_accuracy": accuracy,
-            "pairs_standard_error": error,
-        }
+        return {"pairs": count, "pairs_accuracy": accuracy, "pairs_standard_error": error}
 
     return test
 
