@@ -49,7 +49,7 @@ def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
             losses.append(loss)
             weights.append(tokens)
     net.train(was_training)
-    losses = torch.tensor(losses, dtype=torch.float64)
+    losses = torch.stack(losses).cpu().double() if losses else torch.zeros(0).double()
     weights = torch.tensor(weights, dtype=torch.float64)
     differences = losses.diff().square() / 2
     sums = (
