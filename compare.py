@@ -332,8 +332,7 @@ def draw_comparison(groups: dict, tables: dict[str, list[dict]]):
     from matplotlib.ticker import EngFormatter
 
     # ten colours that most people with red-green colour blindness can tell apart; the next ten rows are dashed
-    colors = style.library["petroff10"]["axes.prop_cycle"]
-    looks = cycler(linestyle=["-", "--"]) * colors
+    looks = cycler(linestyle=["-", "--"]) * style.library["petroff10"]["axes.prop_cycle"]
     figure = Figure((12, 5 * len(tables)), layout="constrained")
     panels = figure.subplots(len(tables), squeeze=False)[:, 0]
     for panel, (title, table) in zip(panels, tables.items(), strict=True):

@@ -140,8 +140,9 @@ def main(argv: list[str]) -> None:
         source, config.checkpoint, **config.select("device dtype quantize compile")
     )
     refuse_vain(given, vars(config) | {"task": loaded.task}, IN_VAIN)
-    smaller = "try a smaller --num_samples, --max_new_tokens or --num_beams"
-    with machine.memory_advice(smaller):
+    with machine.memory_advice(
+        "try a smaller --num_samples, --max_new_tokens or --num_beams"
+    ):
         if loaded.task == "translation":
             print_translations(config, loaded)
             return

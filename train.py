@@ -213,8 +213,7 @@ def setup(
     model = make_model(config, model_config, saved, base, process.sharded)
     batches = dataset
     if device.type == "cuda":
-        stride = min(process.size, config.gradient_accumulation_steps)
-        batches = Prefetcher(dataset, stride)
+        batches = Prefetcher(dataset, min(process.size, config.gradient_accumulation_steps))
     run = Run(
         config=config,
         process=process,

@@ -14,8 +14,7 @@ class TensorBoard:
         """Hide points that an earlier process logged after step resumed_at: the resumed run will log them again."""
         from torch.utils.tensorboard import SummaryWriter
 
-        path = str(out_dir / "tensorboard")
-        self.writer = SummaryWriter(path, purge_step=resumed_at + 1)
+        self.writer = SummaryWriter(str(out_dir / "tensorboard"), purge_step=resumed_at + 1)
 
     def log(self, row: dict, step: int) -> None:
         for key, value in row.items():

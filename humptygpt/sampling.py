@@ -315,8 +315,9 @@ def texts_at_once(model: nn.Module, device: torch.device, size: int) -> int:
     cached *= min(size, config.block_size)
     needed = 4 * (cached + 8 * config.vocab_size) + 16 * size
     free = int(0.9 * free_memory(device))
-    advice = "try a smaller --max_new_tokens"
-    check_fits(f"a text of {size:,} tokens takes", needed, free, advice)
+    check_fits(
+        f"a text of {size:,} tokens takes", needed, free, "try a smaller --max_new_tokens"
+    )
     return min(AT_ONCE, free // needed)
 
 
