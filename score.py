@@ -51,9 +51,7 @@ class ScoreConfig:
     # what to score
     text: str | None = None  # a text file, or - for stdin
     stride: int | None = None  # with text: window step in tokens; None: half of block_size
-    picture: str | None = (
-        None  # with text: PNG of the loss by position and surprising words
-    )
+    picture: str | None = None  # with text: PNG of loss by position and surprising words
     pairs: str | None = None  # a file of pairs, or - for stdin
     suite: str | None = None  # a set of pairs
     json: bool = False  # print JSON instead of a table
