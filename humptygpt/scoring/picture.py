@@ -10,7 +10,7 @@ from humptygpt.files import write_whole
 from humptygpt.tokenizers import Tokenizer
 
 WORDS = 15  # words shown
-CONTEXT = 40  # bytes of text shown before each word
+SHOWN = 45  # characters of text shown up to the end of each word
 
 
 def draw(path: Path, in_windows: np.ndarray, block_size: int, words: list) -> None:
@@ -21,7 +21,7 @@ def draw(path: Path, in_windows: np.ndarray, block_size: int, words: list) -> No
     figure = Figure((13, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     position = np.arange(len(in_windows)) % block_size + 1
-    octave = np.log2(position).astype(int)  # positions 1, 2 to 3, 4 to 7 and so on
+    octave = np.ceil(np.log2(position)).astype(int)  # positions 1, 2, 3 to 4, 5 to 8, ...
     count, positions, nats = (
         np.bincount(octave, values) for values in (None, position, in_windows)
     )
@@ -50,7 +50,7 @@ def surprising_words(
     sums = total[last + 1] - total[first]
     words = []
     for i in np.argsort(-sums)[:WORDS]:
-        start, end = spans[i]
-        text = data[max(0, start - CONTEXT) : end].decode("utf-8", "ignore")
-        words.append((" ".join(text.split()), float(sums[i])))
+        _, end = spans[i]
+        shown = data[max(0, end - 2 * SHOWN) : end].decode("utf-8", "ignore")
+        words.append((" ".join(shown.split())[-SHOWN:], float(sums[i])))
     return words
