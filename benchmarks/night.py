@@ -5,7 +5,7 @@
 
 An experiment adds one change to the settings kept so far. It is kept if its bits per byte are lower than those of the
 best experiment so far by more than two standard errors of the difference. The decision reads nothing but each run's
-result.json and `compare.py --json=-`. At the end, the demo itself runs with and without what was kept.
+result.json and `compare.py --json=-`. At the end, the whole demo runs with and without what was kept.
 
 Runs are in out/night. A run that has finished is not repeated, so the script may be stopped at any moment and started
 again. To try changes of your own, edit CHANGES.
@@ -66,7 +66,10 @@ def main(keys: list[str]) -> None:
         if is_better(change, best, new):
             kept += changed
             best = new
-    print(f"kept: {' '.join(kept) or 'nothing'}; now the whole demo, without and with it")
+    print(f"kept: {' '.join(kept) or 'nothing'}")
+    if not kept:
+        return
+    # whether the gain holds in the whole demo
     full = run_all("full-demo", keys)
     is_better("the whole demo", full, run_all("full-kept", [*keys, *kept]))
 
