@@ -16,9 +16,9 @@ note says so, and no run is marked as the best.
 With --group=True, runs in the same folder that differ only in the seed, such as idea/with-1 and idea/with-2, share one
 row with the mean of their lowest losses. The same goes for idea/with/1 and idea/with/2. Runs with --minutes may also
 differ in the settings that --minutes chooses: steps, dropout and weight decay. Each row is compared in bits per byte
-with the first row of its group, or with --baseline=NAME. The range over the seeds and the standard error of the
-difference, after ±, show whether it is meaningful. Rows keep the order given. The shell sorts by name, so 1-without
-comes before 2-with and is the baseline.
+with the first row of its group, or with --baseline=NAME. The standard error of the difference, after ±, shows whether
+it is meaningful. It is over pairs of runs with the same seed, which begin with the same weights and read the same text.
+Rows keep the order given. The shell sorts by name, so 1-without comes before 2-with and is the baseline.
 """
 
 import json
@@ -240,9 +240,12 @@ def make_table(title: str, rows: Rows) -> list[dict]:
         for row in measured:
             if title and table[0][BITS] and row is not table[0]:
                 row["difference"] = row[BITS] - table[0][BITS]
-                errors = row["standard_error"], table[0]["standard_error"]
-                if None not in errors:
-                    row["difference_error"] = math.hypot(*errors)
+                seeds, others = row["bits_of_seeds"], table[0]["bits_of_seeds"]
+                pairs = [
+                    bits - others[seed] for seed, bits in seeds.items() if seed in others
+                ]
+                if len(pairs) > 1:
+                    row["difference_error"] = statistics.stdev(pairs) / len(pairs) ** 0.5
     elif evaluated:
         problem = "were evaluated on different texts, so none is marked as the best"
         note(f"the runs {f'in {title} ' if title else ''}{problem}")
@@ -289,7 +292,11 @@ def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
         "seeds": len(bits),
         "lowest": min(spread, default=None),
         "highest": max(spread, default=None),
-        "standard_error": statistics.stdev(bits) / len(bits) ** 0.5 if spread else None,
+        "bits_of_seeds": {
+            run.settings.get("seed"): row["val_bits_per_byte"]
+            for run, row in zip(runs, best, strict=True)
+            if row
+        },
         "difference": None,
         "difference_error": None,
         "comparable": text is not None,

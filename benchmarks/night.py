@@ -4,7 +4,8 @@
     python benchmarks/night.py --dtype=bfloat16             keys for all runs, as for train.py
 
 An experiment adds one change to the settings kept so far. It is kept if its bits per byte are lower than those of the
-best experiment so far by more than two standard errors of the difference. The decision reads nothing but each run's
+best experiment so far by more than three standard errors of the difference. (Of three pairs of runs, the standard error
+itself is uncertain.) The decision reads nothing but each run's
 result.json and `compare.py --json=-`. At the end, the whole demo runs with and without what was kept.
 
 Runs are in out/night. A run that has finished is not repeated, so the script may be stopped at any moment and started
@@ -111,7 +112,7 @@ def is_better(change: str, best: Path, new: Path) -> bool:
     table = subprocess.check_output([sys.executable, *command], text=True)
     _, row = json.loads(table)
     difference, error = row["difference"], row["difference_error"]
-    better = row["comparable"] and difference < -2 * error
+    better = row["comparable"] and difference < -3 * error
     print(
         f"| {change} | {row['best_bits_per_byte']:.4f} | {difference:+.4f} ± {error:.4f}"
         f" | {mean(result['seconds'] for result in results):.0f} | {'yes' if better else 'no'} |",

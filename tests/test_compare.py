@@ -320,8 +320,8 @@ def test_runs_of_a_variant_that_differ_only_in_the_seed_are_one_row_of_means_and
     assert (one["seconds"], four["seconds"], four["test_bleu"]) == (200, 210, 31.5)
     assert (one["n_head"], four["n_head"], "seed" in one) == (1, 4, False)
     assert four["difference"] == pytest.approx((1.4 - 4.9 / 3) / math.log(2))
-    errors = statistics.stdev([2.0, 1.4, 1.5]) / 3**0.5, 0.1  # of means, in nats
-    expected = math.hypot(*errors) / math.log(2)
+    pairs = [1.5 - 2.0, 1.3 - 1.4]  # of seeds 1 and 2, in nats
+    expected = statistics.stdev(pairs) / 2**0.5 / math.log(2)
     assert four["difference_error"] == pytest.approx(expected)
     assert one["comparable"] is four["comparable"] is True
 
