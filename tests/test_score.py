@@ -149,6 +149,8 @@ def test_blimp_is_read_from_its_zip_file_which_is_downloaded_once(
         with zipfile.ZipFile(path, "w") as file:
             file.writestr("data/b.jsonl", json.dumps(BLIMP_ROW) + "\n")
             file.writestr("data/a.jsonl", json.dumps(BLIMP_ROW | {"UID": "case"}) + "\n")
+            equal = BLIMP_ROW | {"sentence_bad": "A", "UID": "tie"}
+            file.writestr("data/c.jsonl", json.dumps(equal) + "\n")
             file.writestr("__MACOSX/data/._a.jsonl", b"\xff")
 
     monkeypatch.setattr(pairs, "download", fake)
@@ -157,8 +159,10 @@ def test_blimp_is_read_from_its_zip_file_which_is_downloaded_once(
     assert [(row["group"], row["tests"]) for row in rows] == [
         ("case", 1),
         ("island", 1),
-        ("all", 2),
+        ("tie", 1),
+        ("all", 3),
     ]
+    assert rows[2]["sum"] == 0.5  # 7 of BLiMP's pairs do not differ
     monkeypatch.setattr(pairs, "download", None)  # not called again
     assert json.loads(scored(capsys, *argv)) == rows
 

@@ -72,13 +72,14 @@ def read_blimp() -> str:
 
 def parse(line: str) -> Test:
     """Read a line. Raises ValueError if it is not valid."""
-    row = {BLIMP_KEYS.get(key, key): value for key, value in parse_json(line, {}).items()}
+    content = parse_json(line, {})
+    row = {BLIMP_KEYS.get(key, key): value for key, value in content.items()}
     if "good" in row:
         row |= {"choices": [row["good"], row.get("bad")], "answer": 0}
     check_schema(row, SCHEMA)
     test = Test(**{key: row[key] for key in Test._fields if key in row})
     different = len({*test.choices}) == len(test.choices) > 1
-    if "" in test.choices or not (different or "UID" in row):  # BLiMP has 7 equal pairs
+    if "" in test.choices or not (different or "UID" in content):  # BLiMP has 7 equal pairs
         raise ValueError("its choices must differ, and none may be empty")
     if test.answer not in range(len(test.choices)):
         raise ValueError(
