@@ -329,7 +329,7 @@ def format_table(title: str, table: list[dict]) -> str:
 
 
 def draw_comparison(groups: dict, tables: dict[str, list[dict]]):
-    """Draw a panel for each table of compare.py: the curves of its rows, with their lowest losses in the legend.
+    """Draw a panel for each table: the curves of its rows, with their lowest losses in the legend.
 
     groups: {title: its rows}. Returns a figure. matplotlib takes a second to import, so only this function imports it.
     """
@@ -366,7 +366,7 @@ def label(row: dict) -> str:
     return text
 
 
-def curve(runs: list) -> tuple[list[float], list[float]]:
+def curve(runs: list[Run]) -> tuple[list[float], list[float]]:
     """Return the bytes of text read and the bits per byte at each evaluation. Both are comparable across tokenizers."""
     read, bits = [], []
     for run in runs:

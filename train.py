@@ -290,7 +290,7 @@ def train(run: Run, folder: RunFolder) -> int | None:
             progress.iter += 1
             progress.tokens += tokens
             progress.position = run.clock.advance(before, config)
-            meter.unread.append((loss, grad_norm))
+            meter.add(loss, grad_norm)
             bar.update(progress.position - before)
 
             interval = config.eval_interval
@@ -347,16 +347,23 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor, int]:
         mean_loss += loss.detach()
     process.sum(mean_loss)
     run.scaler.unscale_(run.optimizer)
-    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
-    grad_norm = nn.utils.get_total_norm(gradients)
-    if config.grad_clip:
-        nn.utils.clip_grads_with_norm_(run.model.parameters(), config.grad_clip, grad_norm)
+    grad_norm = clip(run.model, config.grad_clip)
     if process.sharded:
         grad_norm = grad_norm.full_tensor()
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.model.zero_grad()
     return mean_loss, grad_norm, tokens
+
+
+def clip(model: nn.Module, largest: float) -> Tensor:
+    """Scale the gradients down so that their norm is at most `largest`, unless that is 0. Returns the norm before."""
+    norm = nn.utils.get_total_norm(
+        [p.grad for p in model.parameters() if p.grad is not None]
+    )
+    if largest:
+        nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm)
+    return norm
 
 
 def share_of_loss(run: Run, share: Share, tokens: int) -> Tensor:

@@ -46,12 +46,7 @@ def time_phases(run: train.Run, it: int) -> dict[str, float]:
     end_phase("forward")
     loss.backward()
     end_phase("backward")
-    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if run.config.grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(
-            run.model.parameters(), run.config.grad_clip, norm
-        )
+    train.clip(run.model, run.config.grad_clip)
     end_phase("clip")
     run.optimizer.step()
     run.model.zero_grad()

@@ -57,7 +57,7 @@ def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
         weights.sum(),
         weights.square().sum(),
         differences.sum(),
-        torch.ones_like(differences).sum(),
+        torch.tensor(len(differences), dtype=torch.float64),
     )
     loss, total, squares, variance, pairs = process.sum(torch.stack(sums)).tolist()
     return Loss(loss / total, math.sqrt(variance / max(1, pairs) * squares) / total)
@@ -110,12 +110,12 @@ def evaluated(dataset: Dataset, batch_size: int, eval_iters: int | None) -> dict
 def measures(run, net: nn.Module, eval_iters: int | None) -> dict[str, float | str]:
     """Evaluate, and return a row of metrics: the loss in several units, and a fingerprint of the text."""
     loss = evaluate(run, net, eval_iters)
-    bits = 1 / math.log(2) / run.dataset.val_bytes_per_token()
+    bits_per_nat = 1 / math.log(2) / run.dataset.val_bytes_per_token()  # bits per byte
     return {
         "val_loss": loss.mean,
         "val_standard_error": loss.standard_error,
-        "val_bits_per_byte": loss.mean * bits,
-        "val_bits_standard_error": loss.standard_error * bits,
+        "val_bits_per_byte": loss.mean * bits_per_nat,
+        "val_bits_standard_error": loss.standard_error * bits_per_nat,
         "val_perplexity": math.exp(min(loss.mean, 700)),  # exp overflows beyond 700
         **evaluated(run.dataset, run.config.batch_size, eval_iters),
     }

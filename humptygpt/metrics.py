@@ -1,6 +1,6 @@
 """Metrics of runs: metrics.jsonl, with one JSON object per line, and plots of its losses.
 
-matplotlib takes a second to import, so only the functions that draw import it.
+matplotlib takes a second to import, so only the function that draws imports it.
 """
 
 from pathlib import Path

@@ -136,6 +136,9 @@ class Meter:
         self.started += evaluation
         return evaluation
 
+    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
+        self.unread.append((loss, grad_norm))
+
     def read(self) -> None:
         """Wait for the device and update progress. Raises Diverged if a loss or gradient is not finite."""
         first = self.progress.iter - len(self.unread) + 1
