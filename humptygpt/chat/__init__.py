@@ -1,0 +1,1 @@
+"""Conversations: a model that answers, and an API that programs know."""
