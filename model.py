@@ -808,7 +808,7 @@ class GPT(nn.Module):
     Source: Radford et al. 2018 (GPT), "Improving language understanding by generative pre-training".
     """
 
-    tasks = ("language modelling", "translation")  # the tasks that it can learn
+    tasks = ("language modelling", "translation", "chat")  # the tasks that it can learn
     has_encoder = False  # it translates by continuing the source
     has_cache = True
 

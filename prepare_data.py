@@ -33,6 +33,7 @@ if __name__ == "__main__":
     machine.start()  # before numpy is loaded
 
 from humptygpt import config as configurator
+from humptygpt.chat.conversations import Conversations, is_conversations
 from humptygpt.config import (
     UserError,
     check_above_0,
@@ -63,7 +64,7 @@ from humptygpt.token_files import is_nanogpts, read_meta
 from humptygpt.tokenizers import TOKENIZERS, Tokenizer
 from humptygpt.translation.pairs import PairFiles, Pairs
 
-Corpus = Documents | Pairs
+Corpus = Documents | Pairs | Conversations
 STREAM = "standard_input.txt"  # copy of stdin, made because the text is read several times
 RESUME = "run the same command again to resume"
 OWN_TEXT = "python prepare_data.py --input=FILE_OR_FOLDER --name=NAME"
@@ -82,6 +83,7 @@ PAIR_DEFAULTS = TEXT_DEFAULTS | {
     "max_pair_tokens": 128,
     "max_pair_ratio": 3.0,
 }
+ITEMS = ("documents", "pairs", "conversations", "turns")  # what a corpus may have
 ONLY_FOR_PAIRS = ("test_fraction", "max_pair_tokens", "max_pair_ratio", "held_out")
 
 
@@ -245,6 +247,9 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
             raise UserError(
                 f"text_key={config.text_key} has no effect, since {name} has no records with keys or columns"
             )
+        if formats == {".jsonl"} and not config.text_key and is_conversations(files[0]):
+            resolved = resolve(config, preset, Conversations.task)
+            return Conversations(resolved, files, name)
         if config.text_key or formats != {".tsv"}:
             resolved = resolve(config, preset, Documents.task)
             return Documents(resolved, files, skipped, name)
@@ -299,7 +304,7 @@ def resolve(config: PrepareConfig, preset: PrepareConfig, task: str) -> PrepareC
     tokenizer = "bpe" if preset.vocab_size else "auto"
     more = {"tokenizer": tokenizer, "test_fraction": resolved.val_fraction}
     resolved = with_defaults(resolved, more)
-    in_vain = dict.fromkeys(ONLY_FOR_PAIRS, ("task", (Documents.task,)))
+    in_vain = dict.fromkeys(ONLY_FOR_PAIRS, ("task", (Documents.task, Conversations.task)))
     kind = TOKENIZERS.get(resolved.tokenizer, Tokenizer)
     for key in ("vocab_size", "model_type"):
         if key not in kind.options:
@@ -320,7 +325,7 @@ def summary(folder: Path, meta: dict, other: dict[str, str]) -> str:
         f"{folder}: {meta['source']}",
         12 * " " + "".join(f"{name:>14}" for name in columns),
     ]
-    for key in ("documents", "pairs", "characters", "bytes", "tokens"):
+    for key in (*ITEMS, "characters", "bytes", "tokens"):
         if meta.get(key, 1) > 1:  # leave out a count of 1: a single document, cut in two
             table.append(
                 f"  {key:<10}"

@@ -25,6 +25,7 @@ MODELS = {
 TASKS = {
     "language modelling": "humptygpt.evaluation:TEXT",
     "translation": "humptygpt.translation.task:TRANSLATION",
+    "chat": "humptygpt.chat.task:CHAT",
 }
 LORA = "humptygpt.finetune.lora:add"
 

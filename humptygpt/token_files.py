@@ -34,6 +34,7 @@ SPLIT = {
 SPLITS = {  # {task: schema of its splits}
     "language modelling": {str: SPLIT},
     "translation": {str: SPLIT | {"target_bytes": POSITIVE, "target_tokens": POSITIVE}},
+    "chat": {str: SPLIT | {"target_bytes": POSITIVE, "target_tokens": POSITIVE}},
 }
 META = {  # the entries that training reads; data/README.md describes all of them
     "format": {META_FORMAT},

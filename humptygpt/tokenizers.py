@@ -28,6 +28,7 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how sentencepiece writes a byt
 # loaded only if GPT-2's vocabulary is fetched, or if a description names another program's tokenizer
 GPT2_PIECES = "humptygpt.prepare.vocabulary:gpt2_pieces"
 PRETRAINED = "humptygpt.convert.pretrained:PRETRAINED"
+CHAT = "humptygpt.chat.tokens:ChatTokenizer"
 
 
 class Tokenizer:
@@ -281,6 +282,8 @@ def from_state(state: dict) -> Tokenizer:
     entries = dict(state)
     name = str(entries.pop("tokenizer", None))
     kinds = TOKENIZERS if name in TOKENIZERS else TOKENIZERS | find(PRETRAINED)
+    if name == "chat":
+        kinds = {name: find(CHAT)}
     if name not in kinds:
         raise UserError(f"tokenizer {name!r} is not one of: {', '.join(kinds)}")
     try:

@@ -47,7 +47,27 @@ QUESTION = re.compile(
     r"|aren't|wouldn't|don't|whats|what's|when's|how's)\b"
 )
 ONSETS, VOWELS, ENDS = (
-    ["b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "kl", "st", "tr"],
+    [
+        "b",
+        "d",
+        "f",
+        "g",
+        "k",
+        "l",
+        "m",
+        "n",
+        "p",
+        "r",
+        "s",
+        "t",
+        "v",
+        "z",
+        "br",
+        "dr",
+        "kl",
+        "st",
+        "tr",
+    ],
     "aeiou",
     ["l", "m", "n", "r", "s", "t", "k", "x"],
 )

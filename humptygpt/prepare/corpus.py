@@ -45,6 +45,10 @@ class Documents:
         self.source = source
         self.encoder = encode_documents
 
+    def wrap(self, tokenizer: Tokenizer) -> Tokenizer:
+        """Return the tokenizer that encodes the corpus, given the one of its text."""
+        return tokenizer
+
     @property
     def separated(self) -> bool:
         """True if each document ends with the end-of-text token. False if a single text is the whole corpus."""

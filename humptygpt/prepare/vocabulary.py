@@ -40,7 +40,7 @@ def make_tokenizer(corpus) -> Tokenizer:
     if config.tokenizer == "auto":
         config = choose_tokenizer(corpus)
     if config.tokenizer not in TOKENIZERS:
-        return load_tokenizer(corpus)
+        return corpus.wrap(load_tokenizer(corpus))
     kind = TOKENIZERS[config.tokenizer]
     options = {key: getattr(config, key) for key in kind.options}
     texts = vocabulary_texts(corpus, kind.needs_all_texts)
@@ -50,7 +50,7 @@ def make_tokenizer(corpus) -> Tokenizer:
             f"vocab_size={config.vocab_size} is too large: this text yields a vocabulary of only"
             f" {tokenizer.vocab_size:,} tokens"
         )
-    return tokenizer
+    return corpus.wrap(tokenizer)
 
 
 def choose_tokenizer(corpus):
@@ -59,11 +59,11 @@ def choose_tokenizer(corpus):
     characters = set()
     packer = zlib.compressobj(1)
     for _, piece in read_all(corpus, "measuring the text"):
-        text = piece.text.encode()
+        text = "".join(piece.texts).encode()
         size += len(text)
         packed += len(packer.compress(text))
         if size < AUTO[0][0]:
-            characters.update(piece.text)
+            characters.update(*piece.texts)
         if size >= AUTO[-1][0]:
             break
     packed += len(packer.flush())

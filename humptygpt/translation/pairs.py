@@ -68,6 +68,9 @@ class Pairs:
         self.encoder = partial(encode_pairs, config, cleaned)
         self.held_out = set()
 
+    def wrap(self, tokenizer: Tokenizer) -> Tokenizer:
+        return tokenizer
+
     def survey(self) -> None:
         """Read everything once, to find the sentences that are held out and the size of the text."""
         if self.config.held_out is not None:

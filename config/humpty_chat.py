@@ -1,0 +1,37 @@
+# A small model that answers as Humpty Dumpty does, from conversations that this repository composes.
+#
+#   python train.py config/humpty_chat.py
+#   python sample.py --out_dir=out/humpty_chat --interactive=True
+
+out_dir = "out/humpty_chat"
+dataset = "humpty_chat"  # 40,000 conversations
+
+# the model: Llama's architecture, so that it can be exported
+n_layer = 4
+n_head = 4
+n_embd = 128
+n_hidden = 352  # a multiple of 32, so that each matrix can be stored in 8 bits
+block_size = 256
+position = "rotary"
+norm = "rmsnorm"
+mlp = "gated"
+activation = "silu"
+mlp_conv = 0  # no convolution
+qk_norm = False
+init = "zero"
+tie_weights = False
+
+# the training
+batch_size = 8
+max_iters = 4000
+optimizer = "normuon"
+learning_rate = 6e-3
+muon_learning_rate = 0.03
+muon_momentum = 0.85
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 10
+weight_decay = 0.1
+grad_clip = 0.0
+eval_interval = 1000

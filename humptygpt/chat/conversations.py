@@ -1,0 +1,166 @@
+"""Read conversations from JSON lines, assign each to a split, and encode them.
+
+A line has "messages" (OpenAI, Hugging Face), "conversations" (ShareGPT) or "instruction" and "output" (Alpaca).
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from humptygpt.chat.tokens import ROLES, ChatTokenizer, Turn
+from humptygpt.config import UserError, refuse
+from humptygpt.prepare.corpus import draw, read_all
+from humptygpt.prepare.documents import read_lines
+from humptygpt.schema import check_schema, parse_json
+from humptygpt.tokenizers import Tokenizer
+
+KEYS = ("messages", "conversations", "instruction")  # one of them is in each line
+SCHEMA = {
+    "messages?": [{"role": str, "content": str}],
+    "conversations?": [{"from": str, "value": str}],
+    "instruction?": str,
+    "input?": str,
+    "output?": str,
+}
+SHAREGPT = {"human": "user", "gpt": "assistant"}
+
+
+class Conversation(NamedTuple):
+    turns: tuple[Turn, ...]  # () if it has no reply, so that nothing can be learned from it
+
+    @property
+    def texts(self) -> list[str]:
+        return [turn.text for turn in self.turns]
+
+
+class Conversations:
+    """A corpus of conversations, which are read from files. It has the same interface as corpus.Documents."""
+
+    task = "chat"
+    separated = True
+    splits = ("train", "val")
+    text_size = None  # bytes of UTF-8; set by survey()
+    counts = ("conversations", "turns", "characters", "bytes", "tokens")
+    counts += ("target_bytes", "target_tokens")
+
+    def __init__(self, config, files: list[Path], source: str):
+        """config: a resolved prepare_data.PrepareConfig. source: description of the files for meta.json."""
+        self.config = config
+        self.files = self.paths = files
+        self.source = source
+        self.encoder = encode_conversations
+
+    def wrap(self, tokenizer: Tokenizer) -> Tokenizer:
+        """Add the tokens that mark turns."""
+        return ChatTokenizer(tokenizer)
+
+    def survey(self) -> None:
+        """Read everything once, to check it and to find the size of the text."""
+        conversations = read_all(self, "checking the conversations")
+        self.text_size = sum(len("".join(each.texts).encode()) for _, each in conversations)
+        if not self.text_size:
+            raise UserError(
+                f"{self.source} has no conversation with a reply of the assistant"
+            )
+
+    def read(self, number: int) -> Iterator[Conversation]:
+        """Read one conversation per line of a file."""
+        path = self.files[number]
+        for line, text in enumerate(read_lines(path, self.config.encoding_errors), start=1):
+            if text.strip():
+                with refuse(f"{path}, line {line:,}: "):
+                    yield parse(text)
+
+    def assign(
+        self, conversation: Conversation, number: int
+    ) -> list[tuple[str, Conversation]]:
+        """Return [(split, conversation)]: equal conversations are in the same split."""
+        drawn = draw("\n".join(conversation.texts))
+        return [("val" if drawn <= self.config.val_fraction else "train", conversation)]
+
+    def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
+        """Return the entries of meta.json that are specific to conversations."""
+        return {
+            "without_reply": sum(counted["without_reply"] for counted in splits.values()),
+            "longest": max(counted["longest"] for counted in splits.values()),
+            "example": first_text,
+        }
+
+    def summary(self, meta: dict) -> dict[str, str]:
+        """Return the summary lines that are specific to conversations, as {title: text}."""
+        longest = f"{meta['longest']:,} tokens; train.py cuts longer ones than block_size at a turn"
+        lines = {"longest": longest}
+        if meta["without_reply"]:
+            lines["left out"] = f"{meta['without_reply']:,} without a reply"
+        return lines | {"example": marked(meta["example"])}
+
+
+def marked(text: str) -> str:
+    """Show the first conversation of a text as a model sees it, with [brackets] around what it learns to write."""
+    return text
+
+
+def parse(line: str) -> Conversation:
+    """Read a line. Raises ValueError if it is not valid."""
+    row = parse_json(line, SCHEMA)
+    key = next((key for key in KEYS if key in row), None)
+    if key is None:
+        raise ValueError(f"it has none of the keys {', '.join(KEYS)}")
+    if key == "instruction":
+        check_schema(row, {"output": str})
+        asked = "\n\n".join(filter(None, (row[key], row.get("input"))))
+        turns = [Turn("user", asked), Turn("assistant", row["output"])]
+    elif key == "messages":
+        turns = [Turn(each["role"], each["content"]) for each in row[key]]
+    else:
+        turns = [
+            Turn(SHAREGPT.get(each["from"], each["from"]), each["value"])
+            for each in row[key]
+        ]
+    turns = [turn._replace(content=turn.content.strip()) for turn in turns]
+    for before, turn in pairwise([Turn("", ""), *turns]):
+        if turn.role not in ROLES:
+            raise ValueError(f"unknown role {turn.role!r}; use {', '.join(ROLES)}")
+        if before.role == turn.role == "assistant":
+            raise ValueError("the assistant replies twice in a row")
+    has_reply = any(turn.role == "assistant" for turn in turns)
+    return Conversation(tuple(turns) if has_reply else ())
+
+
+def encode_conversations(
+    tokenizer: ChatTokenizer, split: str, conversations: list[Conversation]
+) -> tuple[list[np.ndarray], Counter]:
+    """Encode conversations of one split. Returns arrays of token ids, and the counts for meta.json."""
+    ids = []
+    counted = Counter()
+    for conversation in conversations:
+        if not conversation.turns:
+            counted["without_reply"] += 1
+            continue
+        tokens = tokenizer.encode_turns(conversation.turns)
+        ids.append(np.append(tokens, tokenizer.base.eot))
+        replies = [turn.content for turn in conversation.turns if turn.role == "assistant"]
+        text = "".join(conversation.texts)
+        counted.update(
+            conversations=1,
+            turns=len(conversation.turns),
+            characters=len(text),
+            bytes=len(text.encode()),
+            target_bytes=len("".join(replies).encode()),
+            target_tokens=sum(len(tokenizer.encode(reply)) + 1 for reply in replies),
+        )
+    return ids, counted
+
+
+def is_conversations(path: Path) -> bool:
+    """True if the first line of a file of JSON lines is a conversation."""
+    try:
+        row = json.loads(next(read_lines(path, "replace"), ""))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and any(key in row for key in KEYS)

@@ -1,0 +1,74 @@
+"""Conversations as tokens: ChatML, in which two special tokens mark where each turn begins and ends.
+
+<|im_start|>user
+Who are you?<|im_end|>
+<|im_start|>assistant
+I am Humpty Dumpty.<|im_end|>
+"""
+
+from collections.abc import Iterable
+from typing import ClassVar, NamedTuple, Self
+
+import numpy as np
+
+from humptygpt import tokenizers
+from humptygpt.tokenizers import Tokenizer
+
+BEGIN, END = "<|im_start|>", "<|im_end|>"
+ROLES = ("system", "user", "assistant")
+
+
+class Turn(NamedTuple):
+    role: str
+    content: str
+
+    @property
+    def text(self) -> str:
+        """The turn without its special tokens."""
+        return f"{self.role}\n{self.content}"
+
+
+class ChatTokenizer(Tokenizer):
+    """A tokenizer with two more tokens, BEGIN and END, to which no text is encoded.
+
+    Its eot is END, so that a text that a model generates ends with the turn. base: the tokenizer of the text, whose own
+    eot separates conversations in token files.
+    """
+
+    name = "chat"
+    schema: ClassVar = {"base": {str: (str, bool)}}
+
+    def __init__(self, base: Tokenizer):
+        self.base = base
+        self.pieces = [*base.pieces, BEGIN.encode(), END.encode()]
+        self.begin = len(base.pieces)
+        self.eot = self.begin + 1
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.base.encode(text)
+
+    def encode_rest(self, text: str) -> np.ndarray:
+        return self.base.encode_rest(text)
+
+    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
+        return self.base.encode_batch(texts)
+
+    def start(self) -> np.ndarray:
+        return np.array([self.begin])
+
+    def encode_turns(self, turns: Iterable[Turn], reply: bool = False) -> np.ndarray:
+        """Encode turns. reply: also the beginning of the assistant's next one."""
+        ids = []
+        line_break = self.encode("\n")
+        for turn in turns:
+            ids += [[self.begin], self.encode(turn.text), [self.eot], line_break]
+        if reply:
+            ids += [[self.begin], self.encode(Turn("assistant", "").text)]
+        return np.concatenate([np.empty(0, np.int64), *ids])
+
+    def state(self) -> dict:
+        return {"tokenizer": self.name, "base": self.base.state()}
+
+    @classmethod
+    def from_state(cls, base: dict) -> Self:
+        return cls(tokenizers.from_state(base))
