@@ -71,6 +71,7 @@ class SampleConfig:
     start: str | None = None  # prompt, FILE:path to read it from a file, or - for stdin
     prompts: str | None = None  # file with one prompt per line, or - for stdin
     interactive: bool = False  # read prompts from the terminal, one after another
+    system: str | None = None  # for a chat model: a message that comes before all others
     num_samples: int = 3  # texts for each prompt, generated together in one batch
     max_new_tokens: int = 500  # tokens to generate after each prompt
     stop: tuple[str, ...] = ()  # end a text just before this string; several may be given
@@ -148,7 +149,9 @@ def main(argv: list[str]) -> None:
             return
         if loaded.device.type == "cpu" and loaded.model.has_cache:
             choose_threads(loaded.model)
-        if config.interactive:
+        if loaded.task == "chat":
+            chat(config, loaded)
+        elif config.interactive:
             converse(config, loaded)
         else:
             print_texts(config, loaded)
@@ -266,6 +269,22 @@ def print_translations(config: SampleConfig, loaded: Pipeline) -> None:
         lines = text.removesuffix("\n").split("\n")
         for translation in translate(lines, config, loaded):
             print(translation, flush=True)
+
+
+def chat(config: SampleConfig, loaded: Pipeline) -> None:
+    """Print the reply to each line."""
+    from humptygpt.chat.talk import Talk
+
+    talk = Talk(loaded.model, loaded.tokenizer, loaded.device, config.system)
+    first = [] if config.start is None else [read_start(config.start)]
+    lines = chain(first, typed_lines() if config.interactive else [])
+    for turn, line in enumerate(lines):
+        try:
+            for text in talk.reply(line, turn, **config.select(SAMPLING)):
+                print(text, end="", flush=True)
+        except UserError as error:
+            note(str(error))
+        print(flush=True)
 
 
 def converse(config: SampleConfig, loaded: Pipeline) -> None:
