@@ -28,7 +28,9 @@ class Talk:
         self.exchanges: list[list[int]] = []  # token ids of what was said and replied
         self.context: Context | None = None
 
-    def reply(self, said: str, sample: int, max_new_tokens: int, **sampling) -> Iterator[str]:
+    def reply(
+        self, said: str, sample: int, max_new_tokens: int, **sampling
+    ) -> Iterator[str]:
         """Yield the reply in pieces. sample: seeds it. sampling: arguments of stream_texts().
 
         Raises UserError if a turn cannot be encoded, or leaves no room for a reply.
