@@ -272,4 +272,5 @@ class Api:
                 for step in steps
             ],
             "text_offset": [sum(map(len, texts[:i])) for i in range(len(texts))],
+            "content": [self.entry(step) for step in steps],  # as in a chat, for our page
         }
