@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from humptygpt.chat.tokens import Turn
+from humptygpt.config import UserError
 from humptygpt.data import Dataset, next_tokens, permute, random_key
 
 
@@ -59,7 +60,12 @@ class ChatDataset(Dataset):
             start = end
         targets = np.append(0, self.is_target[split].cumsum())
         # the first token of a row is not predicted
-        return np.array([(a, b) for a, b in rows if targets[b] > targets[min(a + 1, b)]])
+        rows = [(a, b) for a, b in rows if targets[b] > targets[min(a + 1, b)]]
+        if not rows:
+            raise UserError(
+                f"{self.folder} has no reply in {split} that fits into block_size={self.block_size}; use a larger one"
+            )
+        return np.array(rows)
 
     def cut_at_turns(self, begins: np.ndarray, end: int) -> list[list[int]]:
         """Cut a long conversation into parts that fit into a row. begins: where its turns begin."""

@@ -1,0 +1,200 @@
+"""Conversations: their lines, tokens, rows and targets; composed ones; talking to a model; the API and its server."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY_RUN, read_rows
+
+import prepare_data
+import sample
+import train
+from humptygpt.chat.conversations import parse
+from humptygpt.chat.data import ChatDataset
+from humptygpt.chat.tokens import BEGIN, END, ChatTokenizer, Turn
+from humptygpt.tokenizers import ByteTokenizer, from_state
+
+TURNS = [Turn("user", "Who?"), Turn("assistant", "An egg."), Turn("user", "Why?")]
+
+
+def chat(*contents: str, system: str | None = None) -> dict:
+    """One line of JSON: what is said, the reply, and so on."""
+    roles = ["user", "assistant"] * len(contents)
+    found = [
+        {"role": role, "content": text} for role, text in zip(roles, contents, strict=False)
+    ]
+    if system is not None:
+        found.insert(0, {"role": "system", "content": system})
+    return {"messages": found}
+
+
+def write_chats(*chats: dict) -> None:
+    Path("chats.jsonl").write_text("".join(json.dumps(each) + "\n" for each in chats))
+
+
+@pytest.fixture
+def chats(folder):
+    """data/tiny, conversations of one to three exchanges."""
+    words = ["wall", "king", "egg", "horse", "men", "sat", "fall", "great"]
+    write_chats(
+        *(
+            chat(
+                *(
+                    f"{words[i % 8]} {words[(i + k) % 7]} {i}"
+                    for k in range(2 + 2 * (i % 3))
+                )
+            )
+            for i in range(120)
+        )
+    )
+    prepare_data.main(
+        ["--input=chats.jsonl", "--name=tiny", "--tokenizer=byte", "--val_fraction=0.2"]
+    )
+    return Path("data/tiny")
+
+
+@pytest.fixture
+def talker(chats):
+    train.main([*TINY_RUN, "--block_size=128"])
+    return sample.load("out/run")
+
+
+# --------------------------------------------------------------------------------------
+# Lines
+
+
+def test_three_conventions_of_a_line_give_the_same_turns():
+    expected = (Turn("user", "Hi\n\nyou"), Turn("assistant", "Ho"))
+    lines = [
+        {
+            "messages": [
+                {"role": "user", "content": " Hi\n\nyou"},
+                {"role": "assistant", "content": "Ho\n"},
+            ]
+        },
+        {
+            "conversations": [
+                {"from": "human", "value": "Hi\n\nyou"},
+                {"from": "gpt", "value": "Ho"},
+            ]
+        },
+        {"instruction": "Hi", "input": "you", "output": "Ho"},
+    ]
+    for line in lines:
+        assert parse(json.dumps(line)).turns == expected
+    assert (
+        parse('{"instruction": "Hi", "input": "", "output": "Ho"}').turns[0].content == "Hi"
+    )
+    assert parse(json.dumps(chat("Hi"))).turns == ()  # no reply
+
+
+BAD = {
+    "chats.jsonl, line 2: Expecting": '{"messages": [\n',
+    "line 2: unknown role 'tool'": json.dumps(
+        {"messages": [{"role": "tool", "content": "x"}]}
+    ),
+    "line 2: the assistant replies twice in a row": json.dumps(
+        {"messages": [{"role": "assistant", "content": "x"}] * 2}
+    ),
+    "line 2: messages[0].content must be str": '{"messages": [{"role": "user", "content": 1}]}',
+    "line 2: it has none of the keys messages, conversations, instruction": '{"text": "a"}',
+    "line 2: output is missing": '{"instruction": "a"}',
+}
+
+
+@pytest.mark.parametrize("message, line", BAD.items())
+def test_a_bad_line_is_one_line_that_names_it(folder, fails, message, line):
+    Path("chats.jsonl").write_text(json.dumps(chat("a", "b")) + "\n" + line)
+    assert message in fails(prepare_data.main, "--input=chats.jsonl", "--name=tiny")
+
+
+def test_conversations_without_a_reply_are_counted_and_if_there_are_no_others_refused(
+    folder, fails, capsys
+):
+    write_chats(chat("a"), *(chat(f"a{i}", "b") for i in range(40)))
+    argv = ["--input=chats.jsonl", "--name=tiny", "--tokenizer=byte"]
+    prepare_data.main(argv)
+    assert "1 without a reply" in capsys.readouterr().out
+    write_chats(chat("a"), chat("b"))
+    assert "no conversation with a reply" in fails(
+        prepare_data.main, *argv, "--overwrite=True"
+    )
+
+
+# --------------------------------------------------------------------------------------
+# Tokens, rows and targets
+
+
+def test_no_text_is_encoded_to_the_tokens_that_mark_turns():
+    tokenizer = ChatTokenizer(ByteTokenizer(separated=True))
+    ids = tokenizer.encode(f"a{BEGIN}b{END}<|endoftext|>")
+    assert max(ids) < 256
+    assert tokenizer.decode(tokenizer.encode_turns(TURNS, reply=True)) == (
+        "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nAn egg.<|im_end|>\n"
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    again = from_state(tokenizer.state())
+    assert again.pieces == tokenizer.pieces and again.eot == tokenizer.eot
+
+
+def test_the_targets_are_the_replies_and_their_ends_and_nothing_else(chats):
+    dataset = ChatDataset(chats, block_size=200, seed=0)
+    for split in ("train", "val"):
+        text = dataset.tokenizer.decode(dataset.ids[split][dataset.is_target[split]])
+        replies = [
+            part.partition("\n")[2]
+            for part in dataset.tokenizer.decode(dataset.ids[split]).split(BEGIN)
+            if part.startswith("assistant\n")
+        ]
+        assert text == "".join(reply.split(END)[0] + END for reply in replies)
+    tokens = dataset.meta["splits"]["train"]["target_tokens"]
+    assert tokens == dataset.is_target["train"].sum()
+
+
+@pytest.mark.parametrize("block_size", [24, 30, 64, 200])
+def test_rows_hold_whole_conversations_or_are_cut_at_a_turn_and_none_lacks_a_target(
+    chats, block_size
+):
+    dataset = ChatDataset(chats, block_size=block_size, seed=0)
+    ids, rows = dataset.ids["train"], dataset.rows["train"]
+    eot, begin = dataset.tokenizer.base.eot, dataset.tokenizer.begin
+    assert (rows[:, 1] - rows[:, 0] <= block_size + 1).all()
+    for start, end in rows:
+        assert ids[start] == begin
+        whole = end == len(ids) or ids[end] == begin
+        assert whole or end - start == block_size + 1
+        assert dataset.is_target["train"][start + 1 : end].any()
+        if block_size == 200:
+            assert ids[end - 1] == eot
+    seen = []
+    for index in range(len(rows)):
+        batch = dataset.batch(index, 1)
+        assert (batch["targets"] >= 0).any()
+        seen.append(tuple(batch["idx"][0].tolist()))
+    assert len(set(seen)) == len({tuple(ids[a:b]) for a, b in rows})
+
+
+LENGTHS = {
+    "one": [chat("", "")] * 30,
+    "long": [chat("a" * 100_000, "b" * 100_000)] + [chat("a", "b")] * 30,
+    "late": [chat("a" * 300, "b")] + [chat("a", "b")] * 30,
+    "one-sided": [chat("", "b" * 300)] * 30,
+}
+
+
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_the_loss_is_finite_whatever_the_lengths(folder, kind, capsys):
+    write_chats(
+        *(each | {"n": i} for i, each in enumerate(LENGTHS[kind])),
+        *[chat("x", str(i)) for i in range(20)],
+    )
+    prepare_data.main(
+        ["--input=chats.jsonl", "--name=tiny", "--tokenizer=byte", "--val_fraction=0.3"]
+    )
+    assert train.main(TINY_RUN) == 0
+    assert all(
+        np.isfinite(row["val_loss"])
+        for row in read_rows(Path("out/run"))
+        if "val_loss" in row
+    )
