@@ -172,7 +172,7 @@ def test_rows_hold_whole_conversations_or_are_cut_at_a_turn_and_none_lacks_a_tar
         batch = dataset.batch(index, 1)
         assert (batch["targets"] >= 0).any()
         seen.append(tuple(batch["idx"][0].tolist()))
-    assert len(set(seen)) == len({tuple(ids[a:b]) for a, b in rows})
+    assert len(set(seen)) == len({tuple(ids[a : b - 1]) for a, b in rows})
 
 
 LENGTHS = {

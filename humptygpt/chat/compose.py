@@ -22,7 +22,7 @@ TOLD = (
     "food",
     "town",
     "age",
-)  # values that he is told and asked again
+)  # what he is told and asked again
 KINDS = {
     "topic": 50,
     "tell": 14,
@@ -31,46 +31,12 @@ KINDS = {
     "unknown": 13,
     "meaning": 6,
 }  # weights
-STARTS = (
-    "humpty, ",
-    "hello, ",
-    "hi, ",
-    "please tell me, ",
-    "so ",
-    "and ",
-    "ok, ",
-    "tell me, ",
-    "now ",
-)
 QUESTION = re.compile(
     r"(who|what|why|when|where|which|how|are|is|am|do|does|did|can|could|will|would|have|has|was|were|may|shall|isn't"
     r"|aren't|wouldn't|don't|whats|what's|when's|how's)\b"
 )
-ONSETS, VOWELS, ENDS = (
-    [
-        "b",
-        "d",
-        "f",
-        "g",
-        "k",
-        "l",
-        "m",
-        "n",
-        "p",
-        "r",
-        "s",
-        "t",
-        "v",
-        "z",
-        "br",
-        "dr",
-        "kl",
-        "st",
-        "tr",
-    ],
-    "aeiou",
-    ["l", "m", "n", "r", "s", "t", "k", "x"],
-)
+VOWELS = "aeiou"
+ENDS = ["", *"lmnrstkx"]
 
 
 class Topic(NamedTuple):
@@ -209,10 +175,10 @@ class Composer:
         while True:
             count = self.random.choice((1, 2, 2, 3))
             text = "".join(
-                self.random.choice(ONSETS) + self.random.choice(VOWELS)
+                self.random.choice(self.values["onset"]) + self.random.choice(VOWELS)
                 for _ in range(count)
             )
-            text += self.random.choice(["", *ENDS])
+            text += self.random.choice(ENDS)
             if len(text) > 2 and is_held_out("made up", text) == self.held_out:
                 return text if key == "word" else text.capitalize()
 
@@ -224,7 +190,7 @@ class Composer:
         draw = self.random.random
         question = QUESTION.match(text)
         if draw() < 0.12:
-            text = self.random.choice(STARTS) + text
+            text = f"{self.random.choice(self.values['start'])} {text}"
         if draw() < 0.7:
             text = re.sub(r"\bi\b", "I", capital(text))
         elif draw() < 0.3:

@@ -6,13 +6,13 @@ A line has "messages" (OpenAI, Hugging Face), "conversations" (ShareGPT) or "ins
 import json
 from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from humptygpt.chat.tokens import ROLES, ChatTokenizer, Turn
+from humptygpt.chat.tokens import BEGIN, END, ROLES, ChatTokenizer, Turn
 from humptygpt.config import UserError, refuse
 from humptygpt.prepare.corpus import draw, read_all
 from humptygpt.prepare.documents import read_lines
@@ -27,6 +27,7 @@ SCHEMA = {
     "input?": str,
     "output?": str,
 }
+SHOWN = 1500  # characters of the conversation in the summary
 SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
@@ -88,7 +89,7 @@ class Conversations:
         return {
             "without_reply": sum(counted["without_reply"] for counted in splits.values()),
             "longest": max(counted["longest"] for counted in splits.values()),
-            "example": first_text,
+            "example": self.example(),
         }
 
     def summary(self, meta: dict) -> dict[str, str]:
@@ -97,12 +98,22 @@ class Conversations:
         lines = {"longest": longest}
         if meta["without_reply"]:
             lines["left out"] = f"{meta['without_reply']:,} without a reply"
-        return lines | {"example": marked(meta["example"])}
+        example = meta["example"].replace("\n", "\n" + 17 * " ")
+        return lines | {
+            "example": f"the model learns what is in brackets\n\n{17 * ' '}{example}"
+        }
 
-
-def marked(text: str) -> str:
-    """Show the first conversation of a text as a model sees it, with [brackets] around what it learns to write."""
-    return text
+    def example(self) -> str:
+        """Show the start of the first conversation as a model sees it, with its targets in brackets."""
+        everything = chain.from_iterable(map(self.read, range(len(self.files))))
+        turns = next(each.turns for each in everything if each.turns)
+        text = "\n".join(
+            f"{BEGIN}assistant\n[{turn.content}{END}]"
+            if turn.role == "assistant"
+            else f"{BEGIN}{turn.text}{END}"
+            for turn in turns
+        )
+        return text if len(text) < SHOWN else f"{text[:SHOWN]}..."
 
 
 def parse(line: str) -> Conversation:

@@ -4,7 +4,7 @@ import numpy as np
 from torch import nn
 
 from humptygpt.chat.data import ChatDataset
-from humptygpt.chat.tokens import END
+from humptygpt.chat.tokens import BEGIN, END
 from humptygpt.sampling import Context, stream_texts
 from humptygpt.tasks import Task
 
@@ -19,17 +19,16 @@ def show_replies(model: nn.Module, dataset: ChatDataset) -> str:
     device = next(model.parameters()).device
     lines = []
     for start, end in rows[:: len(rows) // REPLIES + 1]:
-        asked = int(
-            np.argmax(dataset.is_target["val"][start:end])
-        )  # tokens before the reply
-        ids = dataset.ids["val"][start : start + asked].tolist()
-        context = Context(model, [ids], device=device)
+        target = start + np.argmax(dataset.is_target["val"][start:end])
+        prompt = dataset.ids["val"][start:target].tolist()
+        context = Context(model, [prompt], device=device)
         pieces = stream_texts(
             context, tokenizer, [0], max_new_tokens=LONGEST, temperature=0
         )
-        said = tokenizer.decode(ids).split(END)[-2].partition("user\n")[2]
+        # a row that begins with a reply has no turn before it
+        said = tokenizer.decode(prompt).split(BEGIN)[-2].removesuffix(f"{END}\n")
         reply = "".join(piece.text for piece in pieces)
-        lines += [f"    {' '.join(said.split())}", f"  > {' '.join(reply.split())}"]
+        lines += [f"    {' '.join(said.split())}", f"    > {' '.join(reply.split())}"]
     return "\n".join(lines)
 
 
