@@ -98,8 +98,7 @@ BAD = {
         {"messages": [{"role": "assistant", "content": "x"}] * 2}
     ),
     "line 2: messages[0].content must be str": '{"messages": [{"role": "user", "content": 1}]}',
-    "line 2: it has none of the keys messages, conversations, instruction": '{"text": "a"}',
-    "line 2: output is missing": '{"instruction": "a"}',
+    "line 2: it has neither messages, conversations, nor instruction and output": '{"text": "a"}',
 }
 
 

@@ -1,79 +1,69 @@
 """Compose conversations with Humpty Dumpty from the lines in humpty.txt.
 
-What somebody says is composed of a topic, a phrasing, a value such as a name, and a way of typing. Some phrasings,
-sums and names are held out: no training conversation has them, so that a test of them shows more than memory.
+What somebody says is composed of a topic, a phrasing, values such as a name, and a way of typing. Some phrasings, sums,
+names and words are held out: no training conversation has them, so that a test of them shows more than memory.
 """
 
-import hashlib
 import random
 import re
-from collections.abc import Iterator
+from collections import defaultdict
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+from humptygpt.prepare.corpus import draw
+
 LINES = Path(__file__).with_name("humpty.txt")
-HELD_OUT = 0.1  # share of phrasings, sums and made-up names that are held out
-TURNS = (1, 1, 1, 2, 2, 2, 3, 3, 4, 4)  # lengths of conversations, one of them at random
-TOLD = (
-    "name",
-    "colour",
-    "animal",
-    "food",
-    "town",
-    "age",
-)  # what he is told and asked again
-KINDS = {
-    "topic": 50,
-    "tell": 14,
-    "ask": 5,
-    "sum": 12,
-    "unknown": 13,
-    "meaning": 6,
-}  # weights
+HELD_OUT = 0.1  # share of the phrasings, of the sums and of the made-up words
+TURNS = (
+    1,
+    1,
+    1,
+    2,
+    2,
+    2,
+    3,
+    3,
+    4,
+    4,
+)  # exchanges in a conversation, one of these at random
+MADE_UP = ("name", "town", "word")  # kinds of values that are made up half the time
 QUESTION = re.compile(
-    r"(who|what|why|when|where|which|how|are|is|am|do|does|did|can|could|will|would|have|has|was|were|may|shall|isn't"
-    r"|aren't|wouldn't|don't|whats|what's|when's|how's)\b"
+    r"(who|what|why|when|where|which|how|are|is|am|do|does|did|can|could|will|would|have|has|was|were|may)\b"
 )
-VOWELS = "aeiou"
-ENDS = ["", *"lmnrstkx"]
 
 
 class Topic(NamedTuple):
-    says: list[str]  # phrasings
-    replies: list[str]
-    why: list[str]
-    none: list[str]
+    weight: int  # how often it comes up, compared with the others
+    phrasings: list[str]
+    answers: dict[
+        str, list[str]
+    ]  # {"": the answers, "why": those to "why?", "none": those if nothing was told}
 
 
 class Exchange(NamedTuple):
-    """What somebody says, and the replies that are right; the first is the one that was chosen."""
-
     said: str
-    replies: list[str]
+    replies: list[str]  # all that are right; the first is the one that was chosen
     topic: str
 
 
 def read() -> tuple[dict[str, Topic], dict[str, list[str]]]:
     """Read humpty.txt. Returns the topics and the values."""
-    topics = {}
+    topics, values = {}, defaultdict(list)
     for line in LINES.read_text(encoding="utf-8").splitlines():
-        if not line or line.startswith("#"):
-            continue
-        if line.startswith("["):
-            topic = topics[line[1:-1]] = Topic([], [], [], [])
-            continue
-        kind, equals, text = line.partition("= ")
-        if equals and kind in ("", "why", "none"):
-            {"": topic.replies, "why": topic.why, "none": topic.none}[kind].append(text)
-        else:
-            topic.says.extend(expand(line))
-    values = {name: topics.pop(f"values {name}").replies for name in value_names(topics)}
+        name, _, rest = line[1:].partition("}" if line.startswith("{") else "]")
+        if line.startswith("{"):
+            values[name] += rest.strip().split("|")
+        elif line.startswith("["):
+            topic = topics[name] = Topic(int(rest or 1), [], defaultdict(list))
+        elif line and not line.startswith("#"):
+            line = re.sub(r"<(\w+)>", lambda kind: f"({'|'.join(values[kind[1]])})", line)
+            kind, equals, answer = line.partition("= ")
+            if equals:
+                topic.answers[kind] += expand(answer)
+            else:
+                topic.phrasings.extend(expand(line))
     return topics, values
-
-
-def value_names(topics: dict[str, Topic]) -> list[str]:
-    return [name.removeprefix("values ") for name in topics if name.startswith("values ")]
 
 
 def expand(line: str) -> list[str]:
@@ -83,134 +73,116 @@ def expand(line: str) -> list[str]:
     return [" ".join("".join(each).split()) for each in product(*choices)]
 
 
-def is_held_out(*what: object) -> bool:
-    digest = hashlib.blake2b(repr(what).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") < HELD_OUT * 2**32
+def is_held_out(text: str) -> bool:
+    return draw(text) < HELD_OUT
 
 
 class Composer:
-    """Composes exchanges. held_out: with the phrasings, sums and names that training conversations do not have."""
+    """Composes exchanges. held_out: with the phrasings, sums and made-up words that no training conversation has."""
 
     def __init__(self, seed: int, held_out: bool = False):
         self.random = random.Random(seed)
         self.held_out = held_out
         self.topics, self.values = read()
-        for name, topic in self.topics.items():
-            own = [text for text in topic.says if is_held_out(name, text) == held_out]
-            topic.says[:] = own or topic.says
-        self.names = {
-            kind: [name for name in self.topics if name.split()[0] == kind]
-            for kind in KINDS
-        }
-        special = {name for names in self.names.values() for name in names} | {"why"}
-        self.names["topic"] = [name for name in self.topics if name not in special]
+        for topic in self.topics.values():
+            ranked = sorted(topic.phrasings, key=draw)
+            count = 1 + int(HELD_OUT * len(ranked))
+            topic.phrasings[:] = ranked[:count] if held_out else ranked[count:]
 
-    def conversation(self) -> list[Exchange]:
+    def conversation(self, turns: int | None = None) -> list[Exchange]:
+        """Compose a conversation of a number of exchanges; None: a random one."""
         told = {}
         exchanges = []
-        for _ in range(self.random.choice(TURNS)):
+        for _ in range(turns or self.random.choice(TURNS)):
             exchanges.append(self.next(exchanges, told))
         return exchanges
 
     def next(self, exchanges: list[Exchange], told: dict[str, str]) -> Exchange:
-        """Compose the next exchange. told: values that were told so far; new ones are added."""
+        """Compose the next exchange. told: {kind: value} that somebody has told so far; it is updated."""
         drawn = self.random.random()
-        if exchanges and drawn < 0.2 and self.topics[exchanges[-1].topic].why:
-            return self.why(exchanges[-1], told)
+        if exchanges and drawn < 0.2 and self.topics[exchanges[-1].topic].answers["why"]:
+            return self.why(exchanges[-1])
         if told and drawn < 0.5:
-            return self.exchange(f"ask {self.random.choice(list(told))}", told)
-        kind = self.random.choices([*KINDS], [*KINDS.values()])[0]
-        return self.exchange(self.random.choice(self.names[kind]), told)
+            return self.exchange(f"ask {self.random.choice([*told])}", told)
+        weights = [topic.weight for topic in self.topics.values()]
+        return self.exchange(self.random.choices([*self.topics], weights)[0], told)
 
-    def why(self, before: Exchange, told: dict[str, str]) -> Exchange:
-        word = next(
-            (word for word in self.values["word"] if word in before.said.lower()), "it"
+    def why(self, before: Exchange) -> Exchange:
+        """Compose the question why he gave an answer."""
+        said = self.random.choice(self.topics["why"].phrasings)
+        return Exchange(
+            self.typed(said), self.shuffled(self.topics[before.topic].answers["why"]), "why"
         )
-        replies = [text.format(word=word) for text in self.topics[before.topic].why]
-        said = self.typed(self.random.choice(self.topics["why"].says))
-        return Exchange(said, self.shuffled(replies), "why")
 
     def exchange(self, name: str, told: dict[str, str]) -> Exchange:
         """Compose an exchange on a topic."""
         topic = self.topics[name]
         kind, _, value = name.partition(" ")
-        values = {key: self.random.choice(those) for key, those in self.values.items()}
-        values |= self.numbers() | {"age": str(self.random.randint(3, 99))}
-        values["name"] = (
-            self.made_up("name") if self.random.random() < 0.5 else values["name"]
-        )
-        for key in ("town", "word"):
-            if self.random.random() < 0.2:
-                values[key] = self.made_up(key)
-        animal = values["animal"]
-        values["an animal"] = f"{'an' if animal[0] in VOWELS else 'a'} {animal}"
-        own = f"an {value}" if value == "animal" else value
-        if kind == "ask" and value in told:
-            values[own] = told[value]
-        replies = topic.replies if kind != "ask" or value in told else topic.none
+        values = self.draw_values()
+        answers = topic.answers[""]
         if kind == "tell":
-            told[value] = values[own]
-        said = self.random.choice(topic.says)
-        if "{cannot}" in replies:
-            replies = self.values["cannot"]
-        elif name == "meaning":
-            replies = [
-                text.replace("{meaning}", each)
-                for text in replies
-                for each in self.values["meaning"]
-            ]
-        replies = [capital(fill(text, values)) for text in replies]
-        return Exchange(self.typed(fill(said, values)), self.shuffled(replies), name)
+            told[value] = values[value]
+        elif kind == "ask" and value in told:
+            values[value] = told[value]
+        elif kind == "ask":
+            answers = topic.answers["none"]
+        said = self.random.choice(topic.phrasings).format(**values)
+        replies = [capital(answer.format(**values)) for answer in answers]
+        return Exchange(self.typed(said), self.shuffled(replies), name)
 
-    def numbers(self) -> dict[str, str]:
-        """Draw two addends, which are held out or not, and a large number."""
+    def draw_values(self) -> dict[str, str]:
+        """Draw a value of each kind, two addends with their sum, and a number too large for him."""
+        values = {kind: self.random.choice(those) for kind, those in self.values.items()}
+        for kind in MADE_UP:
+            if self.random.random() < 0.5:
+                word = self.made_up()
+                values[kind] = word if kind == "word" else word.capitalize()
         while True:
             a, b = self.random.randint(0, 20), self.random.randint(0, 20)
-            if is_held_out("sum", *sorted((a, b))) == self.held_out:
-                large = str(self.random.randint(100, 9999))
-                return {"a": str(a), "b": str(b), "sum": str(a + b), "large": large}
+            if is_held_out(f"{min(a, b)}+{max(a, b)}") == self.held_out:
+                break
+        numbers = {"a": a, "b": b, "sum": a + b}
+        numbers |= {
+            "age": self.random.randint(3, 99),
+            "large": self.random.randint(100, 9999),
+        }
+        return values | {kind: str(number) for kind, number in numbers.items()}
 
-    def made_up(self, key: str) -> str:
-        """Make up a word, which is held out or not; a name or a town with a capital letter."""
+    def made_up(self) -> str:
+        """Make up a word of one to three syllables."""
         while True:
-            count = self.random.choice((1, 2, 2, 3))
-            text = "".join(
-                self.random.choice(self.values["onset"]) + self.random.choice(VOWELS)
-                for _ in range(count)
-            )
-            text += self.random.choice(ENDS)
-            if len(text) > 2 and is_held_out("made up", text) == self.held_out:
-                return text if key == "word" else text.capitalize()
+            syllables = range(self.random.choice((1, 2, 2, 3)))
+            onsets = [self.random.choice(self.values["onset"]) for _ in syllables]
+            word = "".join(onset + self.random.choice("aeiou") for onset in onsets)
+            word += self.random.choice(["", *"klmnrstx"])
+            if len(word) > 2 and is_held_out(word) == self.held_out:
+                return word
 
     def shuffled(self, texts: list[str]) -> list[str]:
         return self.random.sample(texts, len(texts))
 
     def typed(self, text: str) -> str:
-        """Type a text as people do: with or without a capital letter, a greeting and punctuation."""
-        draw = self.random.random
-        question = QUESTION.match(text)
-        if draw() < 0.12:
+        """Type a text as people do, with or without capital letters, a greeting and punctuation."""
+        chance = self.random.random
+        end = "?" if QUESTION.match(text) else self.random.choice(".!..")
+        if chance() < 0.12:
             text = f"{self.random.choice(self.values['start'])} {text}"
-        if draw() < 0.7:
+        if chance() < 0.7:
             text = re.sub(r"\bi\b", "I", capital(text))
-        elif draw() < 0.3:
+        elif chance() < 0.3:
             text = text.lower()
-        if draw() < 0.7 and not text.endswith("="):
-            text += "?" if question else self.random.choice(".!..")
-        elif draw() < 0.1:
+        if chance() < 0.7 and not text.endswith("="):
+            text += end
+        elif chance() < 0.1:
             text = text.replace("'", "")
         return text
-
-
-def fill(text: str, values: dict[str, str]) -> str:
-    return re.sub(r"\{([a-z ]+)\}", lambda slot: values[slot[1]], text)
 
 
 def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def messages(exchanges: list[Exchange]) -> Iterator[dict[str, str]]:
-    for exchange in exchanges:
-        yield {"role": "user", "content": exchange.said}
-        yield {"role": "assistant", "content": exchange.replies[0]}
+def messages(exchanges: list[Exchange]) -> list[dict[str, str]]:
+    """Write a conversation as its messages, in OpenAI's form."""
+    pairs = [(("user", each.said), ("assistant", each.replies[0])) for each in exchanges]
+    return [{"role": role, "content": text} for pair in pairs for role, text in pair]

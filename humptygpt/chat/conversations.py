@@ -3,7 +3,7 @@
 A line has "messages" (OpenAI, Hugging Face), "conversations" (ShareGPT) or "instruction" and "output" (Alpaca).
 """
 
-import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, pairwise
@@ -16,10 +16,10 @@ from humptygpt.chat.tokens import BEGIN, END, ROLES, ChatTokenizer, Turn
 from humptygpt.config import UserError, refuse
 from humptygpt.prepare.corpus import draw, read_all
 from humptygpt.prepare.documents import read_lines
-from humptygpt.schema import check_schema, parse_json
+from humptygpt.schema import parse_json
 from humptygpt.tokenizers import Tokenizer
 
-KEYS = ("messages", "conversations", "instruction")  # one of them is in each line
+FIRST_LINE = r'\s*\{.*"(messages|conversations|instruction)"\s*:'
 SCHEMA = {
     "messages?": [{"role": str, "content": str}],
     "conversations?": [{"from": str, "value": str}],
@@ -32,7 +32,9 @@ SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
 class Conversation(NamedTuple):
-    turns: tuple[Turn, ...]  # () if it has no reply, so that nothing can be learned from it
+    turns: tuple[
+        Turn, ...
+    ]  # up to the last reply; () if there is none, so that nothing can be learned
 
     @property
     def texts(self) -> list[str]:
@@ -119,28 +121,26 @@ class Conversations:
 def parse(line: str) -> Conversation:
     """Read a line. Raises ValueError if it is not valid."""
     row = parse_json(line, SCHEMA)
-    key = next((key for key in KEYS if key in row), None)
-    if key is None:
-        raise ValueError(f"it has none of the keys {', '.join(KEYS)}")
-    if key == "instruction":
-        check_schema(row, {"output": str})
-        asked = "\n\n".join(filter(None, (row[key], row.get("input"))))
-        turns = [Turn("user", asked), Turn("assistant", row["output"])]
-    elif key == "messages":
-        turns = [Turn(each["role"], each["content"]) for each in row[key]]
+    if "messages" in row:
+        turns = [(each["role"], each["content"]) for each in row["messages"]]
+    elif "conversations" in row:
+        turns = [(each["from"], each["value"]) for each in row["conversations"]]
+    elif {"instruction", "output"} <= row.keys():
+        asked = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
+        turns = [("user", asked), ("assistant", row["output"])]
     else:
-        turns = [
-            Turn(SHAREGPT.get(each["from"], each["from"]), each["value"])
-            for each in row[key]
-        ]
-    turns = [turn._replace(content=turn.content.strip()) for turn in turns]
+        raise ValueError(
+            "it has neither messages, conversations, nor instruction and output"
+        )
+    turns = [Turn(SHAREGPT.get(role, role), text.strip()) for role, text in turns]
     for before, turn in pairwise([Turn("", ""), *turns]):
         if turn.role not in ROLES:
             raise ValueError(f"unknown role {turn.role!r}; use {', '.join(ROLES)}")
         if before.role == turn.role == "assistant":
             raise ValueError("the assistant replies twice in a row")
-    has_reply = any(turn.role == "assistant" for turn in turns)
-    return Conversation(tuple(turns) if has_reply else ())
+    while turns and turns[-1].role != "assistant":
+        turns.pop()
+    return Conversation(tuple(turns))
 
 
 def encode_conversations(
@@ -170,8 +170,4 @@ def encode_conversations(
 
 def is_conversations(path: Path) -> bool:
     """True if the first line of a file of JSON lines is a conversation."""
-    try:
-        row = json.loads(next(read_lines(path, "replace"), ""))
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(row, dict) and any(key in row for key in KEYS)
+    return bool(re.match(FIRST_LINE, next(read_lines(path, "replace"), "")))
