@@ -1,77 +1,78 @@
 """How often the model of config/humpty_chat.py answers right, on compositions that no training conversation has.
 
     python -m benchmarks.humpty out/humpty_chat
+    python -m benchmarks.humpty out/humpty_chat 20        shows 20 wrong answers of each kind
 
-A reply is right if it is one of those that the composition allows, letter by letter. Replies are greedy. Earlier turns
-of a conversation have the replies that were composed, not the model's own.
+A reply is right if it is one of those that the composition allows, letter by letter. Replies are greedy. The earlier
+turns of a conversation have the replies that were composed, not the model's own.
 """
 
 import sys
 from collections import Counter
 
 import sample
-from humptygpt.chat.compose import TOLD, Composer, Exchange
+from humptygpt.chat.compose import Composer, Exchange
 from humptygpt.chat.tokens import Turn
 from humptygpt.sampling import Context, stream_texts
 
-AT_ONCE = 50
+AT_ONCE = 50  # conversations
+TOLD = ("name", "colour", "animal", "food", "town", "age")
 
 
-def main(source: str, shown: int = 5) -> None:
+def main(source: str, shown: str = "3") -> None:
     loaded = sample.load(source)
     composer = Composer(seed=2, held_out=True)
     tests = {
-        "first turns": [[composer.next([], {})] for _ in range(500)],
-        "later turns": [later(composer) for _ in range(300)],
-        "what he cannot know": [
-            [composer.exchange(composer.random.choice(composer.names["unknown"]), {})]
-            for _ in range(100)
-        ],
+        "first turns": [composer.conversation(1) for _ in range(500)],
+        "later turns that need an earlier one": [later(composer) for _ in range(300)],
+        "what he cannot know": [[any_exchange(composer, "unknown ")] for _ in range(100)],
         "new names two turns later": [name_recalled(composer) for _ in range(100)],
         "new sums": [[composer.exchange("sum", {})] for _ in range(100)],
     }
     for title, conversations in tests.items():
         replies = answer(loaded, conversations)
-        wrong = [
-            (conversation, reply)
-            for conversation, reply in zip(conversations, replies, strict=True)
-            if reply not in conversation[-1].replies
-        ]
-        count = len(conversations)
-        print(f"\n{title}: {count - len(wrong)} of {count} ({1 - len(wrong) / count:.1%})")
+        pairs = list(zip(conversations, replies, strict=True))
+        wrong = [(asked, reply) for asked, reply in pairs if reply not in asked[-1].replies]
+        topics = Counter(asked[-1].topic for asked, _ in wrong)
+        right = len(pairs) - len(wrong)
+        print(f"\n{title}: {right} of {len(pairs)} ({right / len(pairs):.1%})")
         print(
-            "  wrong topics:",
-            dict(Counter(each[-1].topic for each, _ in wrong).most_common(8)),
+            "  wrong:",
+            ", ".join(f"{topic} {count}" for topic, count in topics.most_common()),
         )
-        for conversation, reply in wrong[:shown]:
-            for exchange in conversation[:-1]:
-                print(f"    {exchange.said}\n  = {exchange.replies[0]}")
-            print(f"    {conversation[-1].said}\n  > {reply}\n")
+        for asked, reply in wrong[: int(shown)]:
+            for exchange in asked[:-1]:
+                print(f"    {exchange.said}\n    = {exchange.replies[0]}")
+            print(f"    {asked[-1].said}\n    > {reply}\n")
 
 
 def later(composer: Composer) -> list[Exchange]:
-    """Compose a conversation whose last turn needs an earlier one."""
+    """Compose a conversation whose last turn needs an earlier one: "why?", or something that he was told."""
     told = {}
     if composer.random.random() < 0.4:
-        first = composer.next([], told)
-        while not composer.topics[first.topic].why:
-            first = composer.next([], told)
-        return [first, composer.why(first, told)]
-    what = composer.random.choice(TOLD)
-    first = composer.exchange(f"tell {what}", told)
-    between = [filler(composer) for _ in range(composer.random.randint(0, 2))]
-    return [first, *between, composer.exchange(f"ask {what}", told)]
+        (first,) = composer.conversation(1)
+        why = composer.topics[first.topic].answers["why"]
+        return [first, composer.why(first)] if why else later(composer)
+    kind = composer.random.choice(TOLD)
+    first = composer.exchange(f"tell {kind}", told)
+    between = [any_exchange(composer) for _ in range(composer.random.randint(0, 2))]
+    return [first, *between, composer.exchange(f"ask {kind}", told)]
 
 
 def name_recalled(composer: Composer) -> list[Exchange]:
+    """Compose a conversation in which a made-up name is told, and asked two turns later."""
     told = {"name": composer.values["name"][0]}
     while told["name"] in composer.values["name"]:
         first = composer.exchange("tell name", told)
-    return [first, filler(composer), composer.exchange("ask name", told)]
+    return [first, any_exchange(composer), composer.exchange("ask name", told)]
 
 
-def filler(composer: Composer) -> Exchange:
-    return composer.exchange(composer.random.choice(composer.names["topic"]), {})
+def any_exchange(composer: Composer, start: str = "") -> Exchange:
+    """Compose an exchange that neither tells nor asks a value. start: beginning of the topic's name."""
+    names = [name for name, topic in composer.topics.items() if topic.weight]
+    names = [name for name in names if name.startswith(start)]
+    names = [name for name in names if not name.startswith(("tell ", "ask "))]
+    return composer.exchange(composer.random.choice(names), {})
 
 
 def answer(loaded: sample.Pipeline, conversations: list[list[Exchange]]) -> list[str]:

@@ -10,6 +10,7 @@ from conftest import TINY_RUN, read_rows
 import prepare_data
 import sample
 import train
+from humptygpt.chat.compose import Composer
 from humptygpt.chat.conversations import parse
 from humptygpt.chat.data import ChatDataset
 from humptygpt.chat.tokens import BEGIN, END, ChatTokenizer, Turn
@@ -197,3 +198,46 @@ def test_the_loss_is_finite_whatever_the_lengths(folder, kind, capsys):
         for row in read_rows(Path("out/run"))
         if "val_loss" in row
     )
+
+
+# --------------------------------------------------------------------------------------
+# Humpty
+
+
+def test_no_training_conversation_has_a_phrasing_a_sum_or_a_made_up_name_that_is_held_out():
+    drawn = {}
+    for held_out in (False, True):
+        composer = Composer(1, held_out)
+        values = [composer.draw_values() for _ in range(3000)]
+        drawn[held_out] = (
+            {
+                (name, text)
+                for name, topic in composer.topics.items()
+                for text in topic.phrasings
+            },
+            {frozenset((each["a"], each["b"])) for each in values},
+            {each["name"] for each in values} - set(composer.values["name"]),
+        )
+    for trained, held_out in zip(*drawn.values(), strict=True):
+        assert len(held_out) >= 20 and not trained & held_out
+
+
+def test_what_was_told_is_recalled_and_what_was_not_told_is_not_known():
+    composer = Composer(5)
+    for kind in ("name", "colour", "animal", "food", "town", "age"):
+        told = {}
+        for reply in composer.exchange(f"ask {kind}", told).replies:
+            assert "You have not told me" in reply or "I do not know your name" in reply
+        composer.exchange(f"tell {kind}", told)
+        for reply in composer.exchange(f"ask {kind}", told).replies:
+            assert told[kind].lower() in reply.lower()
+
+
+def test_composed_texts_have_no_slot_left_and_a_seed_composes_the_same_ones():
+    composer, again = Composer(3), Composer(3)
+    for _ in range(1000):
+        exchanges = composer.conversation()
+        assert exchanges == again.conversation()
+        for exchange in exchanges:
+            for text in (exchange.said, *exchange.replies):
+                assert text and not set("{}<>|()") & set(text)
