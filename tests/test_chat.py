@@ -1,6 +1,7 @@
 """Conversations: their lines, tokens, rows and targets; composed ones; talking to a model; the API and its server."""
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ import train
 from humptygpt.chat.compose import Composer
 from humptygpt.chat.conversations import parse
 from humptygpt.chat.data import ChatDataset
+from humptygpt.chat.talk import Talk
 from humptygpt.chat.tokens import BEGIN, END, ChatTokenizer, Turn
+from humptygpt.sampling import Context, stream_texts
 from humptygpt.tokenizers import ByteTokenizer, from_state
 
 TURNS = [Turn("user", "Who?"), Turn("assistant", "An egg."), Turn("user", "Why?")]
@@ -198,6 +201,58 @@ def test_the_loss_is_finite_whatever_the_lengths(folder, kind, capsys):
         for row in read_rows(Path("out/run"))
         if "val_loss" in row
     )
+
+
+# --------------------------------------------------------------------------------------
+# Talking
+
+
+def replies(talk: Talk, *said: str) -> list[str]:
+    keys = {"max_new_tokens": 20, "temperature": 0}
+    return ["".join(talk.reply(each, 0, **keys)) for each in said]
+
+
+def test_the_cache_that_is_kept_between_turns_gives_the_replies_of_the_whole_conversation(
+    talker,
+):
+    said = ["wall egg 3", "king", "men sat 9"]
+    talk = Talk(talker.model, talker.tokenizer, talker.device, "Be brief.")
+    turns = [Turn("system", "Be brief.")]
+    for text, reply in zip(said, replies(talk, *said), strict=True):
+        turns.append(Turn("user", text))
+        ids = talker.tokenizer.encode_turns(turns, reply=True).tolist()
+        context = Context(talker.model, [ids])
+        pieces = stream_texts(
+            context, talker.tokenizer, [0], max_new_tokens=20, temperature=0
+        )
+        assert reply == "".join(piece.text for piece in pieces)
+        turns.append(Turn("assistant", reply))
+
+
+def test_a_full_context_forgets_the_oldest_exchanges_whole_but_not_the_system_message(
+    talker, capsys
+):
+    talk = Talk(talker.model, talker.tokenizer, talker.device, "Be brief.")
+    said = [f"wall {i} egg" for i in range(8)]
+    last = replies(talk, *said)[-1]
+    assert (
+        "the context is full; forgetting the oldest exchanges: 1" in capsys.readouterr().err
+    )
+    assert 0 < len(talk.exchanges) < 8
+    short = Talk(talker.model, talker.tokenizer, talker.device, "Be brief.")
+    short.exchanges = talk.exchanges[:-1]
+    assert replies(short, said[-1]) == [last]
+
+
+def test_a_message_longer_than_the_context_is_one_line_and_the_talk_goes_on(
+    talker, capsys, monkeypatch
+):
+    monkeypatch.setattr("sys.stdin", StringIO("egg\n" + "wall " * 40 + "\negg\n"))
+    sample.main(["--out_dir=out/run", "--interactive=True", "--temperature=0"])
+    printed = capsys.readouterr()
+    assert printed.err.count("more than fit into block_size=128") == 1
+    first, empty, again = printed.out.splitlines()
+    assert not empty and first and again
 
 
 # --------------------------------------------------------------------------------------
