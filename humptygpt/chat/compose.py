@@ -171,7 +171,7 @@ class Composer:
             text = re.sub(r"\bi\b", "I", capital(text))
         elif chance() < 0.3:
             text = text.lower()
-        if chance() < 0.7 and not text.endswith("="):
+        if chance() < 0.7 and text[-1] not in "=?":
             text += end
         elif chance() < 0.1:
             text = text.replace("'", "")
