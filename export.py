@@ -93,7 +93,8 @@ def write_gguf_file(loaded, to: Path, dtype: str) -> str:
     tokens = vocabulary(loaded.tokenizer)
     with whole(to) as file:
         write_gguf(file, to.stem, content, weights, tokens, dtype)
-    return f"{to}: with llama.cpp, run: llama-completion -m {shlex.quote(str(to))} -n 200"
+    how = "cli" if loaded.task == "chat" else "completion"
+    return f"{to}: with llama.cpp, run: llama-{how} -m {shlex.quote(str(to))} -n 200"
 
 
 def write_checkpoint(loaded, to: Path, dtype: str) -> str:

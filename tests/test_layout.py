@@ -24,6 +24,7 @@ FROM_CORE = {
 }
 # Imports of one slice by another, with their reasons.
 BETWEEN_SLICES = {
+    ("convert", "chat"): "an exported model carries how conversations are written",
     ("convert", "finetune"): "an adapter of a LoRA model is read and written",
     ("convert", "prepare"): "nanoGPT's checkpoints name its data folders",
     ("minutes", "convert"): "a plan says if its model can be exported",

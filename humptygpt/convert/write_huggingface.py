@@ -5,14 +5,16 @@ name, as always in transformers. And if a model generates several bytes that are
 U+FFFD, whereas ours writes one U+FFFD for all of them.
 """
 
+import json
 from functools import singledispatch
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
+from humptygpt.chat.tokens import BEGIN, END, ChatTokenizer
 from humptygpt.config import UserError
-from humptygpt.convert.pretrained import PretrainedTokenizer
+from humptygpt.convert.pretrained import PretrainedTokenizer, load_engine, without_prefix
 from humptygpt.convert.sentencepiece_model import find_merges, subword_model
 from humptygpt.tokenizers import (
     END_OF_TEXT,
@@ -38,6 +40,8 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str | di
         settings |= {"eos_token": end, "pad_token": end, "padding_side": "left"}
     if tokenizer.bos is not None:
         settings["bos_token"] = tokenizer.pieces[tokenizer.bos].decode()
+    if tokenizer.chat_template:
+        settings["chat_template"] = tokenizer.chat_template
     return {
         "tokenizer.json": tokenizer_json(tokenizer),
         "tokenizer_config.json": settings,
@@ -105,4 +109,12 @@ def _(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
         byte_like = Regex("<(?=0x[0-9A-F]{2}>)")
         theirs.pre_tokenizer = pre_tokenizers.Split(byte_like, "merged_with_previous")
     theirs.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return theirs
+
+
+@convert.register
+def _(tokenizer: ChatTokenizer) -> tokenizers.Tokenizer:
+    content = json.loads(tokenizer_json(tokenizer.base), object_hook=without_prefix)
+    theirs = load_engine(json.dumps(content))
+    theirs.add_special_tokens([BEGIN, END])
     return theirs
