@@ -53,6 +53,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return len(self.pieces)
 
+    @property
+    def ends(self) -> set[int | None]:
+        """The tokens that end a generated text."""
+        return {self.eot}
+
     @classmethod
     def train(cls, texts: Iterable[str], separated: bool = False, **options) -> Self:
         """Learn a vocabulary. Raises UserError if these texts and options do not allow it."""

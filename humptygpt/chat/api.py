@@ -233,7 +233,7 @@ class Api:
             end = "length"
             for step in steps:
                 done.append(step)
-                if step.token == self.tokenizer.eot:
+                if step.token in self.tokenizer.ends:
                     end = "stop"
                 entry = choice([step], None, True) | {"index": index}
                 yield frame | {"choices": [entry]} if streams else None
