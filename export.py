@@ -93,8 +93,7 @@ def write_gguf_file(loaded, to: Path, dtype: str) -> str:
     tokens = vocabulary(loaded.tokenizer)
     with whole(to) as file:
         write_gguf(file, to.stem, content, weights, tokens, dtype)
-    how = "cli" if loaded.task == "chat" else "completion"
-    return f"{to}: with llama.cpp, run: llama-{how} -m {shlex.quote(str(to))} -n 200"
+    return f"{to}: with llama.cpp, run: llama-completion -m {shlex.quote(str(to))} -n 200"
 
 
 def write_checkpoint(loaded, to: Path, dtype: str) -> str:

@@ -46,17 +46,12 @@ class Tokenizer:
     pieces: list[bytes]  # the bytes that each token stands for
     eot: int | None  # the token that ends each document; None: there is only one document
     bos: int | None = None  # the token that every text starts with, if the model has one
+    ends: Collection[int] = ()  # other tokens than eot that end a generated text
     chat_template: str | None = None  # how conversations are written, in Jinja; for exports
-    marks: Collection[int] = ()  # tokens that fine-tuning adds to those of the model
 
     @property
     def vocab_size(self) -> int:
         return len(self.pieces)
-
-    @property
-    def ends(self) -> set[int | None]:
-        """The tokens that end a generated text."""
-        return {self.eot}
 
     @classmethod
     def train(cls, texts: Iterable[str], separated: bool = False, **options) -> Self:

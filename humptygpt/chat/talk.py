@@ -28,7 +28,7 @@ class Talk:
         self.tokenizer = tokenizer
         self.device = device
         self.system = [] if system is None else [Turn("system", system)]
-        self.turns: list[Turn] = []  # what was said and replied
+        self.exchanges: list[list[Turn]] = []  # what was said and replied
         self.context: Context | None = None
 
     def reply(
@@ -41,14 +41,18 @@ class Talk:
         block_size = self.model.config.block_size
         # up to half of the context is for the reply
         room = min(max_new_tokens, block_size // 2)
-        turns = [*self.turns, Turn("user", said)]
-        while len(ids := self.encode(turns)) + room > block_size and len(turns) > 1:
-            turns = turns[2:]
+        new = Turn("user", said)
+        for dropped in range(len(self.exchanges) + 1):
+            kept = self.exchanges[dropped:]
+            turns = [*sum(kept, self.system), new]
+            ids = self.tokenizer.encode_turns(turns, reply=True).tolist()
+            if len(ids) + room <= block_size:
+                break
         if len(ids) >= block_size:
             raise UserError(
                 f"this takes {len(ids):,} tokens, more than fit into block_size={block_size}"
             )
-        if dropped := (len(self.turns) + 1 - len(turns)) // 2:
+        if dropped:
             note(f"the context is full; forgetting the oldest exchanges: {dropped}")
         known = self.context.texts[0] if self.context else []
         if known and ids[: len(known)] == known:
@@ -61,7 +65,4 @@ class Talk:
         ):
             reply += piece.text
             yield piece.text
-        self.turns = [*turns, Turn("assistant", reply)]
-
-    def encode(self, turns: list[Turn]) -> list[int]:
-        return self.tokenizer.encode_turns(self.system + turns, reply=True).tolist()
+        self.exchanges = [*kept, [new, Turn("assistant", reply)]]

@@ -18,8 +18,8 @@ BEGIN, END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
 # ChatML for transformers and llama.cpp; Ollama knows the template by this very text
 TEMPLATE = (
-    r"{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    r"{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    r"{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content']"
+    r" + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 

@@ -99,7 +99,7 @@ def without_merges(
 
     pieces: all tokens. The special ones, such as the end-of-text token, are the last.
     """
-    texts = pieces[: tokenizer.eot or tokenizer.vocab_size]
+    texts = tokenizer.pieces[: tokenizer.eot]
     end = [piece.decode() for piece in pieces[len(texts) :]]
     as_bytes = isinstance(tokenizer, ByteTokenizer) or tokenizer.alphabet.isascii()
     if as_bytes:

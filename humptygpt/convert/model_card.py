@@ -22,7 +22,7 @@ A {family} model with {parameters:,} parameters, {origin}.
 {training}| context | {context:,} tokens |
 | tokenizer | {tokenizer.name}, {tokenizer.vocab_size:,} tokens |
 
-{about}, and nothing prevents it from writing false or offensive text.
+{task.card_note} Nothing prevents it from writing false or offensive text.
 
 ## Use
 
@@ -37,17 +37,8 @@ output = model.generate(**prompt, max_new_tokens={new_tokens})
 print(tokenizer.decode(output[0]))
 ```
 
-Prompt and output together can have at most {context:,} tokens. {task.card_note}
+Prompt and output together can have at most {context:,} tokens.
 """
-TEXT = "It continues texts like those it was trained on. It does not follow instructions"
-TEXT_PROMPT = 'tokenizer({}, return_tensors="pt")'
-CHAT = "It replies as in the conversations that it was trained on"
-CHAT_PROMPT = """tokenizer.apply_chat_template(
-    [{"role": "user", "content": "Who are you?"}],
-    add_generation_prompt=True,
-    return_dict=True,
-    return_tensors="pt",
-)"""
 TRAINING = """| trained on | {source} |
 | training | {progress[iter]:,} steps, {progress[tokens]:,} tokens |
 | lowest validation loss | {progress[best_val_loss]:.4f} nats per token, at step {progress[best_iter]:,} |
@@ -67,10 +58,7 @@ def model_card(loaded: Loaded, name: str) -> str:
     model, tokenizer, saved = loaded.model, loaded.tokenizer, loaded.saved
     task = find_task(loaded.task)
     context = model.config.block_size
-    about, prompt = CHAT, CHAT_PROMPT
-    if loaded.task != "chat":
-        text = task.card_prompt + tokenizer.decode(tokenizer.start())
-        about, prompt = TEXT, TEXT_PROMPT.format(json.dumps(text, ensure_ascii=False))
+    prompt = task.card_prompt + tokenizer.decode(tokenizer.start())
     origin = f"converted by HumptyGPT from {loaded.description}"
     training = settings = ""
     if saved:
@@ -86,8 +74,7 @@ def model_card(loaded: Loaded, name: str) -> str:
         training=training,
         context=context,
         tokenizer=tokenizer,
-        about=about,
-        prompt=prompt,
+        prompt=task.card_input.format(json.dumps(prompt, ensure_ascii=False)),
         new_tokens=min(200, context // 2),
         task=task,
     )

@@ -5,7 +5,6 @@ name, as always in transformers. And if a model generates several bytes that are
 U+FFFD, whereas ours writes one U+FFFD for all of them.
 """
 
-import json
 from functools import singledispatch
 
 import tokenizers
@@ -14,7 +13,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from humptygpt.chat.tokens import BEGIN, END, ChatTokenizer
 from humptygpt.config import UserError
-from humptygpt.convert.pretrained import PretrainedTokenizer, load_engine, without_prefix
+from humptygpt.convert.pretrained import PretrainedTokenizer, load_rest
 from humptygpt.convert.sentencepiece_model import find_merges, subword_model
 from humptygpt.tokenizers import (
     END_OF_TEXT,
@@ -114,7 +113,6 @@ def _(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
 
 @convert.register
 def _(tokenizer: ChatTokenizer) -> tokenizers.Tokenizer:
-    content = json.loads(tokenizer_json(tokenizer.base), object_hook=without_prefix)
-    theirs = load_engine(json.dumps(content))
+    theirs = load_rest(tokenizer_json(tokenizer.base))
     theirs.add_special_tokens([BEGIN, END])
     return theirs
