@@ -3,6 +3,9 @@
 import json
 import random
 import re
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -26,6 +29,7 @@ import export
 import prepare_data
 import sample
 import score
+import serve
 import train
 from humptygpt import checkpoint
 from humptygpt.chat.api import Api
@@ -356,6 +360,22 @@ def test_a_template_that_is_broken_or_runs_code_is_one_line(template, folder, fa
     complaint = fails(sample.main, "--init_from=theirs", "--interactive=True")
     assert complaint.startswith("the model's chat template failed: ")
     assert BROKEN[template] in complaint
+
+
+def test_a_conversation_that_the_template_refuses_is_a_bad_request(folder):
+    path = write_model(STRICT)
+    api = Api(sample.load(path, talks=True), "x")
+    server = serve.Server(serve.ServeConfig(port=0), api)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    turns = [Turn("user", "Hi"), Turn("user", "Ho")]
+    content = json.dumps({"messages": messages(turns), "max_tokens": 1}).encode()
+    host, port = server.server_address[:2]
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"http://{host}:{port}/v1/chat/completions", content)
+    assert refused.value.code == 400
+    assert "Roles must alternate" in json.loads(refused.value.read())["error"]["message"]
+    server.shutdown()
+    server.server_close()
 
 
 def test_damaged_settings_beside_a_template_are_one_line(folder, fails):

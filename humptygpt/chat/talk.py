@@ -54,8 +54,7 @@ class Talk:
             )
         if dropped:
             note(f"the context is full; forgetting the oldest exchanges: {dropped}")
-        known = self.context.texts[0] if self.context else []
-        if known and ids[: len(known)] == known:
+        if self.context and ids[: len(known := self.context.texts[0])] == known:
             self.context.append([ids[len(known) :]])
         else:
             self.context = Context(self.model, [ids], device=self.device)
