@@ -1,8 +1,8 @@
 """Export our tokenizers as tokenizer.json and tokenizer_config.json, for Hugging Face's tokenizers and transformers.
 
 They produce the same ids and text as ours, with two exceptions. The text <|endoftext|> is encoded as the token of that
-name, as always in transformers; so are <|im_start|> and <|im_end|> with a chat model. And if a model generates several bytes that are not valid UTF-8, each becomes a
-U+FFFD, whereas ours writes one U+FFFD for all of them.
+name, as always in transformers, and so are <|im_start|> and <|im_end|> with a chat model. And if a model generates
+several bytes that are not valid UTF-8, each becomes a U+FFFD, whereas ours writes one U+FFFD for all of them.
 """
 
 from functools import singledispatch
