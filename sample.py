@@ -52,6 +52,7 @@ from humptygpt.sampling import (
 )
 from humptygpt.tokenizers import Tokenizer
 
+WITH_TEMPLATE = "humptygpt.chat.template:with_template"
 SEPARATOR = "---------------"
 SAMPLING = "temperature top_k top_p min_p repetition_penalty seed max_new_tokens stop"
 OF_TEXT = "prompts num_samples stop logprobs temperature top_k repetition_penalty"
@@ -138,7 +139,10 @@ def main(argv: list[str]) -> None:
     config = configurator.make(SampleConfig, given)
     source = loading.chosen_source(config, given)
     loaded = load(
-        source, config.checkpoint, **config.select("device dtype quantize compile")
+        source,
+        config.checkpoint,
+        talks=config.interactive,
+        **config.select("device dtype quantize compile"),
     )
     refuse_vain(given, vars(config) | {"task": loaded.task}, IN_VAIN)
     with machine.memory_advice(
@@ -161,6 +165,7 @@ def load(
     source: str | Path,
     which: str = "best",
     *,
+    talks: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
@@ -168,11 +173,14 @@ def load(
 ) -> Pipeline:
     """Load a model for generation. Raises UserError if it is missing, damaged or not supported.
 
-    source, which: init_from and checkpoint in SampleConfig. The other parameters have the same names there.
+    source, which: init_from and checkpoint in SampleConfig. talks: True: a model with a chat template is for the task
+    "chat", otherwise it continues a text. The other parameters have the same names as in SampleConfig.
     """
     torch_device = pick_device(device)
     weight_dtype = torch.int8 if quantize else sample_dtype(dtype, torch_device)
     loaded = loading.load(source, which)
+    if talks and not loaded.saved:
+        loaded = configurator.find(WITH_TEMPLATE)(loaded)
     print(loaded.description, file=sys.stderr)
     compiles = compile and loaded.task != "translation"
     model = make_generator(loaded.model, weight_dtype, torch_device, compiles)

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     config = configurator.make(ServeConfig, given)
     source = loading.chosen_source(config, given)
     keys = {key: getattr(config, key) for key in ("device", "dtype", "quantize")}
-    loaded = sample.load(source, config.checkpoint, **keys)
+    loaded = sample.load(source, config.checkpoint, talks=True, **keys)
     if loaded.task == "translation":
         raise UserError(f"{source} translates; use sample.py for that")
     if loaded.device.type == "cpu" and loaded.model.has_cache:
@@ -135,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
             with self.server.turn:
                 if not self.has_left():
                     self.answer(request, answers[self.path](request))
-        except (ValueError, RecursionError, BadRequest) as error:
+        except (ValueError, RecursionError, BadRequest, UserError) as error:
             self.fail(400, str(error))
         except (ConnectionError, TimeoutError):
             self.close_connection = True  # the client has left

@@ -64,6 +64,7 @@ from model import ModelConfig
 
 LOAD_SHARDED = "humptygpt.parallel.sharded:load"
 SNAPSHOTS = "humptygpt.page.snapshots:taker"
+TRAIN_ROWS = "humptygpt.finetune.lora:train_rows"
 PAIRS = "humptygpt.scoring.pairs:tester"
 
 
@@ -211,6 +212,8 @@ def setup(
         check_training_fits(config, model_config, device, dtype, process.size)
 
     model = make_model(config, model_config, saved, base, process.sharded)
+    if config.lora_rank and dataset.task == "chat":
+        find(TRAIN_ROWS)(model, dataset.tokenizer.marks)
     batches = dataset
     if device.type == "cuda":
         batches = Prefetcher(dataset, min(process.size, config.gradient_accumulation_steps))
@@ -385,7 +388,8 @@ def evaluate(run: Run, folder: RunFolder, bar: tqdm) -> bool:
         report.line(bar, show(run, run.task.evaluation_examples, run.model))
     if improved:
         run.process.save(folder.path / "best.pt", run.best_state())
-        if run.config.lora_rank and run.process.first:
+        # an adapter has no rows of the embedding
+        if run.config.lora_rank and run.process.first and run.dataset.task != "chat":
             from humptygpt.convert.adapters import write_adapter
 
             write_adapter(run.model, run.config, folder.path / "adapter")

@@ -103,7 +103,7 @@ def fit_to_data(
     base: Loaded | None,
     dataset: Dataset,
 ) -> ModelConfig:
-    """Return the model's config for this data. A new model gets the data's vocabulary, unless vocab_size is larger.
+    """Return the model's config for this data. A model gets at least the data's vocabulary; vocab_size may be larger.
 
     Raises UserError if vocab_size is too small, or if the resumed run or the base model does not match the data.
     """
@@ -113,11 +113,11 @@ def fit_to_data(
         check_same_tokens(base, dataset)
     tokens = dataset.tokenizer.vocab_size
     vocab_size = model_config.vocab_size or tokens
-    if vocab_size < tokens:
+    if vocab_size < tokens and not base:
         raise UserError(
             f"vocab_size={vocab_size} must be at least {tokens}, the vocabulary size of {dataset.folder.name}"
         )
-    return dataclasses.replace(model_config, vocab_size=vocab_size)
+    return dataclasses.replace(model_config, vocab_size=max(vocab_size, tokens))
 
 
 def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
@@ -140,7 +140,8 @@ def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
 def check_same_tokens(base: Loaded, dataset: Dataset) -> None:
     """Raise UserError unless the data uses the base model's tokens. The message says how to prepare it with them."""
     tokenizer = base.tokenizer
-    if dataset.tokenizer.pieces == tokenizer.pieces:
+    # tokens may be added at the end, as those that mark turns are
+    if dataset.tokenizer.pieces[: tokenizer.vocab_size] == tokenizer.pieces:
         return
     source = tokenizer.name if tokenizer.name == "gpt2" else base.path
     keys = shlex.join([f"--tokenizer={source}", "--overwrite=True"])
@@ -177,12 +178,18 @@ def make_model(
 
 
 def adapt_model(base: Loaded, config: TrainConfig, model_config: ModelConfig) -> nn.Module:
-    """Return the base model, adapted to this config: fewer positions, different dropout, LoRA."""
+    """Return the base model, adapted to this config: fewer positions, more tokens, different dropout, LoRA.
+
+    The embedding of a new token is the mean of the others, and so is its row in the output head.
+    """
     weights = dict(base.model.state_dict())
     for name, x in weights.items():
         if name.endswith("position.wpe.weight"):
             # keep the first positions, as nanoGPT does
             weights[name] = x[: model_config.block_size].clone()
+        new = model_config.vocab_size - base.model.config.vocab_size
+        if new and name in ("wte.weight", "lm_head.weight"):
+            weights[name] = torch.cat([x, x.mean(dim=0).expand(new, -1)])
     model = checkpoint.restore_model(weights, model_config)
     torch.manual_seed(config.seed)
     return find(LORA)(model, vars(config)) if config.lora_rank else model

@@ -105,7 +105,12 @@ class Task:
     sample_label: str = "more of this"  # label printed before sample_command
     sample_command: str = "python sample.py {}"  # {} is the argument that names the run
     card_prompt: str = ""  # prompt for the example in the model card
-    card_note: str = ""  # extra paragraph in the model card
+    # code in the model card that makes the model's input; {} is the prompt
+    card_input: str = 'tokenizer({}, return_tensors="pt")'
+    # what the model does, for the model card
+    card_note: str = (
+        "It continues texts like those it was trained on. It does not follow instructions."
+    )
 
 
 def find_task(name: str) -> Task:

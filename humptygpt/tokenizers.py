@@ -8,7 +8,7 @@ class and list it in TOKENIZERS, both in this file. prepare/vocabulary.py learns
 import base64
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from itertools import chain
 from typing import ClassVar, Self
@@ -46,6 +46,8 @@ class Tokenizer:
     pieces: list[bytes]  # the bytes that each token stands for
     eot: int | None  # the token that ends each document; None: there is only one document
     bos: int | None = None  # the token that every text starts with, if the model has one
+    ends: Collection[int] = ()  # other tokens than eot that end a generated text
+    chat_template: str | None = None  # how conversations are written, in Jinja; for exports
 
     @property
     def vocab_size(self) -> int:

@@ -131,8 +131,8 @@ def open_folder(folder: Path) -> tuple[nn.Module, object]:
     return model, hf.AutoTokenizer.from_pretrained(folder)
 
 
-def llama_cpp(path: Path):
-    """A function (prompt, tokens) -> greedy tokens that continue it, with keys and values in float32."""
+def llama_cpp_server(path: Path):
+    """A server of llama.cpp for one model, with keys and values in float32."""
     xllamacpp = pytest.importorskip(
         "xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt"
     )
@@ -142,7 +142,12 @@ def llama_cpp(path: Path):
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.verbosity, params.cache_ram_mib, params.warmup = -1, 0, False
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    server = xllamacpp.Server(params)
+    return xllamacpp.Server(params)
+
+
+def llama_cpp(path: Path):
+    """A function (prompt, tokens) -> greedy tokens that continue it."""
+    server = llama_cpp_server(path)
 
     def complete(prompt: str | list[int], n: int = NEW_TOKENS, **options) -> dict:
         request = {"prompt": prompt, "max_tokens": n, "temperature": 0.0}

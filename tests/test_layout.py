@@ -24,10 +24,14 @@ FROM_CORE = {
 }
 # Imports of one slice by another, with their reasons.
 BETWEEN_SLICES = {
+    ("chat", "convert"): "a model of another project has a chat template in its folder",
+    ("chat", "prepare"): "conversations are read and split like other documents",
+    ("convert", "chat"): "an exported model carries how conversations are written",
     ("convert", "finetune"): "an adapter of a LoRA model is read and written",
     ("convert", "prepare"): "nanoGPT's checkpoints name its data folders",
     ("minutes", "convert"): "a plan says if its model can be exported",
     ("page", "convert"): "the page tokenizes as SentencePiece does",
+    ("prepare", "chat"): "conversations are one kind of data",
     ("prepare", "convert"): "a tokenizer may come from a model of any format",
     ("prepare", "translation"): "sentence pairs are one kind of data",
     ("scoring", "prepare"): "BLiMP is downloaded like a data set",

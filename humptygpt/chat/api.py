@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from humptygpt.chat.tokens import ROLES, Turn
-from humptygpt.config import UserError
 from humptygpt.sampling import Context, stream_texts
 from humptygpt.schema import check_schema
 
@@ -71,7 +70,10 @@ class Api:
         return {"object": "list", "data": [own | {"chats": self.chats}]}
 
     def chat(self, request: object) -> Iterator[dict]:
-        """Answer /v1/chat/completions: yield chunks, or a single answer. Raises BadRequest at the first step."""
+        """Answer /v1/chat/completions: yield chunks, or a single answer.
+
+        Raises BadRequest at the first step, or UserError for a text that cannot be encoded.
+        """
         self.check(request, CHAT)
         if not self.chats:
             raise BadRequest(f"{self.name} is not a chat model; use /v1/completions")
@@ -142,10 +144,7 @@ class Api:
         """Return a prompt's token ids; an empty text becomes the token that starts every text."""
         tokenizer = self.tokenizer
         if isinstance(prompt, str):
-            try:
-                prompt = tokenizer.encode(prompt).tolist() or tokenizer.start().tolist()
-            except UserError as error:
-                raise BadRequest(str(error)) from error
+            prompt = tokenizer.encode(prompt).tolist() or tokenizer.start().tolist()
         known = range(tokenizer.vocab_size)
         if (
             not isinstance(prompt, list)
@@ -233,7 +232,7 @@ class Api:
             end = "length"
             for step in steps:
                 done.append(step)
-                if step.token == self.tokenizer.eot:
+                if step.token in (self.tokenizer.eot, *self.tokenizer.ends):
                     end = "stop"
                 entry = choice([step], None, True) | {"index": index}
                 yield frame | {"choices": [entry]} if streams else None

@@ -59,8 +59,8 @@ class Conversations:
         self.encoder = encode_conversations
 
     def wrap(self, tokenizer: Tokenizer) -> Tokenizer:
-        """Add the tokens that mark turns."""
-        return ChatTokenizer(tokenizer)
+        """Add the tokens that mark turns, unless the tokenizer is one of a chat model, which has them."""
+        return tokenizer if tokenizer.name == "chat" else ChatTokenizer(tokenizer)
 
     def survey(self) -> None:
         """Read everything once, to check it and to find the size of the text."""

@@ -11,7 +11,11 @@ from humptygpt.sampling import Context, stream_texts
 
 
 class Talk:
-    """A conversation with a model. When the context is full, the oldest exchanges are dropped, but not the system's."""
+    """A conversation with a model. When the context is full, the oldest exchanges are dropped, but not the system's.
+
+    tokenizer: a ChatTokenizer or a TemplateTokenizer. For each reply, it encodes the whole conversation. Tokens that
+    are in the context already stay there, with their cache.
+    """
 
     def __init__(
         self,
@@ -23,9 +27,8 @@ class Talk:
         self.model = model
         self.tokenizer = tokenizer
         self.device = device
-        turns = [] if system is None else [Turn("system", system)]
-        self.system = tokenizer.encode_turns(turns).tolist()
-        self.exchanges: list[list[int]] = []  # token ids of what was said and replied
+        self.system = [] if system is None else [Turn("system", system)]
+        self.exchanges: list[list[Turn]] = []  # what was said and replied
         self.context: Context | None = None
 
     def reply(
@@ -36,34 +39,29 @@ class Talk:
         Raises UserError if a turn cannot be encoded, or leaves no room for a reply.
         """
         block_size = self.model.config.block_size
-        new = self.tokenizer.encode_turns([Turn("user", said)], reply=True).tolist()
         # up to half of the context is for the reply
         room = min(max_new_tokens, block_size // 2)
-        before = len(self.exchanges)
-        while self.exchanges and self.length() + len(new) + room > block_size:
-            self.exchanges.pop(0)
-        if dropped := before - len(self.exchanges):
-            note(f"the context is full; forgetting the oldest exchanges: {dropped}")
-        if self.length() + len(new) >= block_size:
+        new = Turn("user", said)
+        for dropped in range(len(self.exchanges) + 1):
+            kept = self.exchanges[dropped:]
+            turns = [*sum(kept, self.system), new]
+            ids = self.tokenizer.encode_turns(turns, reply=True).tolist()
+            if len(ids) + room <= block_size:
+                break
+        if len(ids) >= block_size:
             raise UserError(
-                f"this takes {len(new):,} tokens, more than fit into block_size={block_size}"
+                f"this takes {len(ids):,} tokens, more than fit into block_size={block_size}"
             )
-        if self.context is None or dropped:
-            ids = sum(self.exchanges, self.system) + new
-            self.context = Context(self.model, [ids], device=self.device)
+        if dropped:
+            note(f"the context is full; forgetting the oldest exchanges: {dropped}")
+        if self.context and ids[: len(known := self.context.texts[0])] == known:
+            self.context.append([ids[len(known) :]])
         else:
-            self.context.append([new])
-        replied = []
+            self.context = Context(self.model, [ids], device=self.device)
+        reply = ""
         for piece in stream_texts(
             self.context, self.tokenizer, [sample], max_new_tokens=room, **sampling
         ):
-            replied += [] if piece.token is None else [piece.token]
+            reply += piece.text
             yield piece.text
-        end = self.tokenizer.encode("\n").tolist()
-        if replied[-1] != self.tokenizer.eot:
-            end.insert(0, self.tokenizer.eot)
-        self.context.append([end])
-        self.exchanges.append(new + replied + end)
-
-    def length(self) -> int:
-        return len(self.system) + sum(map(len, self.exchanges))
+        self.exchanges = [*kept, [new, Turn("assistant", reply)]]

@@ -32,9 +32,17 @@ def show_replies(model: nn.Module, dataset: ChatDataset) -> str:
     return "\n".join(lines)
 
 
+CARD_INPUT = """tokenizer.apply_chat_template(
+    [{{"role": "user", "content": "Who are you?"}}],
+    add_generation_prompt=True,
+    return_dict=True,
+    return_tensors="pt",
+)"""
 CHAT = Task(
     dataset=ChatDataset,
     evaluation_examples=show_replies,
     sample_label="talk to it",
     sample_command="python sample.py {} --interactive=True",
+    card_input=CARD_INPUT,
+    card_note="It answers as in the conversations that it was trained on.",
 )

@@ -16,6 +16,11 @@ from humptygpt.tokenizers import Tokenizer
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
+# ChatML for transformers and llama.cpp; Ollama knows the template by this very text
+TEMPLATE = (
+    r"{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content']"
+    r" + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 class Turn(NamedTuple):
@@ -32,26 +37,23 @@ class ChatTokenizer(Tokenizer):
     """A tokenizer with two more tokens, BEGIN and END, to which no text is encoded.
 
     Its eot is END, so that a text that a model generates ends with the turn. base: the tokenizer of the text, whose own
-    eot separates conversations in token files.
+    eot separates conversations in token files. If another project's tokenizer has BEGIN and END, they are used.
     """
 
     name = "chat"
-    schema: ClassVar = {"base": {str: (str, bool)}}
+    schema: ClassVar = {"base": dict}
+    chat_template = TEMPLATE
 
     def __init__(self, base: Tokenizer):
         self.base = base
-        self.pieces = [*base.pieces, BEGIN.encode(), END.encode()]
-        self.begin = len(base.pieces)
-        self.eot = self.begin + 1
+        marks = [BEGIN.encode(), END.encode()]
+        self.pieces = base.pieces + [mark for mark in marks if mark not in base.pieces]
+        self.marks = [self.pieces.index(mark) for mark in marks]
+        self.begin, self.eot = self.marks
 
     def encode(self, text: str) -> np.ndarray:
-        return self.base.encode(text)
-
-    def encode_rest(self, text: str) -> np.ndarray:
+        """Encode a part of a turn. It follows BEGIN, so no space is added before it."""
         return self.base.encode_rest(text)
-
-    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
-        return self.base.encode_batch(texts)
 
     def start(self) -> np.ndarray:
         return np.array([self.begin])

@@ -70,8 +70,9 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     with refuse(
         f"tokenizer={tokenizer.name} cannot be exported as GGUF, only to a folder: "
     ):
-        if isinstance(tokenizer, CharTokenizer | ByteTokenizer):
-            found = without_merges(tokenizer)
+        base = getattr(tokenizer, "base", tokenizer)
+        if isinstance(base, CharTokenizer | ByteTokenizer):
+            found = without_merges(base, tokenizer.pieces)
         else:
             found = with_merges(tokenizer, json.loads(tokenizer_json(tokenizer)))
     eot, bos, end = tokenizer.eot, tokenizer.bos, END_OF_TEXT.encode()
@@ -82,20 +83,24 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
         "bos_token_id": eot if bos is None else bos,
         "add_bos_token": bos is not None,
         "add_space_prefix": False,
+        "chat_template": tokenizer.chat_template,
     } | found
 
 
-def without_merges(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
+def without_merges(
+    tokenizer: CharTokenizer | ByteTokenizer, pieces: list[bytes]
+) -> Vocabulary:
     """Describe a tokenizer whose tokens are characters or bytes. Raises ValueError if llama.cpp has no equivalent.
 
     llama.cpp's tokenizer type rwkv matches the longest token first, and it is the only type that needs no end-of-text
     token. But it hangs on a text that contains the first byte of a token without the rest, which can happen with
     characters from another language. Alphabets with non-ASCII characters therefore use the type llama, which writes a
     space as "▁".
+
+    pieces: all tokens. The special ones, such as the end-of-text token, are the last.
     """
-    # all pieces but the end-of-text token, which is the last one if there is one
     texts = tokenizer.pieces[: tokenizer.eot]
-    end = [END_OF_TEXT] * (tokenizer.vocab_size - len(texts))
+    end = [piece.decode() for piece in pieces[len(texts) :]]
     as_bytes = isinstance(tokenizer, ByteTokenizer) or tokenizer.alphabet.isascii()
     if as_bytes:
         tokens = ["".join(f"\\x{byte:02x}" for byte in text) for text in texts]
@@ -109,7 +114,7 @@ def without_merges(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
         "tokenizer_model": "rwkv" if as_bytes else "llama",
         "token_list": tokens + end,
         "token_types": [TokenType.NORMAL] * len(tokens) + [TokenType.CONTROL] * len(end),
-        "token_scores": [0.0] * tokenizer.vocab_size,
+        "token_scores": [0.0] * len(pieces),
     }
 
 

@@ -22,8 +22,7 @@ A {family} model with {parameters:,} parameters, {origin}.
 {training}| context | {context:,} tokens |
 | tokenizer | {tokenizer.name}, {tokenizer.vocab_size:,} tokens |
 
-It continues texts like those it was trained on. It does not follow instructions, and nothing prevents it from writing
-false or offensive text.
+{task.card_note} Nothing prevents it from writing false or offensive text.
 
 ## Use
 
@@ -33,12 +32,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 path = "."  # this folder
 model = AutoModelForCausalLM.from_pretrained(path)
 tokenizer = AutoTokenizer.from_pretrained(path)
-prompt = tokenizer({prompt}, return_tensors="pt")
+prompt = {prompt}
 output = model.generate(**prompt, max_new_tokens={new_tokens})
 print(tokenizer.decode(output[0]))
 ```
 
-Prompt and output together can have at most {context:,} tokens. {task.card_note}
+Prompt and output together can have at most {context:,} tokens.
 """
 TRAINING = """| trained on | {source} |
 | training | {progress[iter]:,} steps, {progress[tokens]:,} tokens |
@@ -75,7 +74,7 @@ def model_card(loaded: Loaded, name: str) -> str:
         training=training,
         context=context,
         tokenizer=tokenizer,
-        prompt=json.dumps(prompt, ensure_ascii=False),
+        prompt=task.card_input.format(json.dumps(prompt, ensure_ascii=False)),
         new_tokens=min(200, context // 2),
         task=task,
     )

@@ -48,8 +48,7 @@ class PretrainedTokenizer(Tokenizer):
 
     @cached_property
     def _rest(self):
-        """An engine for text that continues an earlier text. It adds no space at the start."""
-        return load_engine(json.dumps(json.loads(self.content, object_hook=without_prefix)))
+        return load_rest(self.content)
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -90,6 +89,11 @@ def load_engine(content: str):
     engine.no_truncation()
     engine.no_padding()
     return engine
+
+
+def load_rest(content: str):
+    """Create an engine for text that continues an earlier text. It adds no space at the start."""
+    return load_engine(json.dumps(json.loads(content, object_hook=without_prefix)))
 
 
 def encode_with(engine, texts: Iterable[str]) -> list[np.ndarray]:

@@ -1,8 +1,8 @@
 """Export our tokenizers as tokenizer.json and tokenizer_config.json, for Hugging Face's tokenizers and transformers.
 
 They produce the same ids and text as ours, with two exceptions. The text <|endoftext|> is encoded as the token of that
-name, as always in transformers. And if a model generates several bytes that are not valid UTF-8, each becomes a
-U+FFFD, whereas ours writes one U+FFFD for all of them.
+name, as always in transformers, and so are <|im_start|> and <|im_end|> with a chat model. And if a model generates
+several bytes that are not valid UTF-8, each becomes a U+FFFD, whereas ours writes one U+FFFD for all of them.
 """
 
 from functools import singledispatch
@@ -11,8 +11,9 @@ import tokenizers
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
+from humptygpt.chat.tokens import BEGIN, END, ChatTokenizer
 from humptygpt.config import UserError
-from humptygpt.convert.pretrained import PretrainedTokenizer
+from humptygpt.convert.pretrained import PretrainedTokenizer, load_rest
 from humptygpt.convert.sentencepiece_model import find_merges, subword_model
 from humptygpt.tokenizers import (
     END_OF_TEXT,
@@ -38,6 +39,8 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str | di
         settings |= {"eos_token": end, "pad_token": end, "padding_side": "left"}
     if tokenizer.bos is not None:
         settings["bos_token"] = tokenizer.pieces[tokenizer.bos].decode()
+    if tokenizer.chat_template:
+        settings["chat_template"] = tokenizer.chat_template
     return {
         "tokenizer.json": tokenizer_json(tokenizer),
         "tokenizer_config.json": settings,
@@ -105,4 +108,11 @@ def _(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
         byte_like = Regex("<(?=0x[0-9A-F]{2}>)")
         theirs.pre_tokenizer = pre_tokenizers.Split(byte_like, "merged_with_previous")
     theirs.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return theirs
+
+
+@convert.register
+def _(tokenizer: ChatTokenizer) -> tokenizers.Tokenizer:
+    theirs = load_rest(tokenizer_json(tokenizer.base))
+    theirs.add_special_tokens([BEGIN, END])
     return theirs

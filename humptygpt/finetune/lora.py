@@ -69,6 +69,17 @@ def add(model: nn.Module, training: dict) -> nn.Module:
     return model
 
 
+def train_rows(model: nn.Module, rows: list[int]) -> None:
+    """Train these rows of the frozen embedding and of the output head as well. The other rows stay as they are."""
+    index = (torch.tensor(rows),)
+    for layer in (model.wte, model.lm_head):
+        # the vectors have no weight decay, which would change every row
+        layer.optimizer_group = "vectors"
+        layer.weight.requires_grad_().register_hook(
+            lambda gradient: torch.zeros_like(gradient).index_put(index, gradient[index])
+        )
+
+
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:
     """Return {name: layer} for all layers with LoRA."""
     return {

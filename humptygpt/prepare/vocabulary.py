@@ -89,12 +89,12 @@ def load_tokenizer(corpus) -> Tokenizer:
     state = tokenizer.state()
     if corpus.separated and tokenizer.eot is None and "separated" in state:
         separated = from_state(state | {"separated": True})
-        # add end-of-text only if the vocabulary does not grow, because a larger one would not fit the tokenizer's model
-        if separated.vocab_size == tokenizer.vocab_size:
+        # add end-of-text to a vocabulary only if that grows anyway; otherwise it would not fit the tokenizer's model
+        if separated.vocab_size == tokenizer.vocab_size or corpus.task == "chat":
             tokenizer = separated
-    if tokenizer.eot is None and corpus.task == "translation":
+    if tokenizer.eot is None and corpus.task != "language modelling":
         raise UserError(
-            f"tokenizer={corpus.config.tokenizer} has no end-of-text token, which sentence pairs need;"
+            f"tokenizer={corpus.config.tokenizer} has no end-of-text token, which {corpus.task} needs;"
             " choose another --tokenizer"
         )
     return tokenizer

@@ -1,0 +1,459 @@
+"""Chat models exported with ChatML, models that bring a template of their own, and fine-tuning on conversations."""
+
+import json
+import random
+import re
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same_weights
+from gguf import GGUFReader, TokenType
+from test_chat import chat, write_chats
+from test_export import (
+    LLAMA,
+    ROTARY,
+    llama_cpp_server,
+    loaded,
+    open_folder,
+    transformers,
+)
+from test_tokenizer import SEPARATED
+
+import export
+import prepare_data
+import sample
+import score
+import serve
+import train
+from humptygpt import checkpoint
+from humptygpt.chat.api import Api
+from humptygpt.chat.talk import Talk
+from humptygpt.chat.template import with_template
+from humptygpt.chat.tokens import BEGIN, END, ChatTokenizer, Turn
+from humptygpt.convert.huggingface import write_files
+from humptygpt.convert.read_huggingface import read_tokenizer
+from humptygpt.convert.write_huggingface import tokenizer_files
+from humptygpt.loading import load
+from humptygpt.settings import read_settings
+from humptygpt.tokenizers import END_OF_TEXT, CharTokenizer, Tokenizer, from_state
+
+SHAPE = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=96 --norm=rmsnorm --mlp_conv=0 --qk_norm=False --init=gpt2"
+BRIEFLY = "--batch_size=8 --warmup_iters=2 --eval_iters=1 --eval_interval=1000 --device=cpu --dtype=float32"
+BRIEFLY += " --optimizer=adamw --learning_rate=2e-2 --muon_dtype=float32 --snapshots=False"
+WORDS = ["wall", "king", "egg", "horse", "men", "sat", "fall", "great"]
+SAID = ["wall 3", "king 5", "sat 7"]
+BASES = {  # options of prepare_data.py
+    "bpe": "--tokenizer=bpe --vocab_size=300",
+    "byte": "--tokenizer=byte",
+    "char": "--tokenizer=char",
+    "sentencepiece": "--tokenizer=sentencepiece --vocab_size=320",
+}
+
+
+def run_train(command: str) -> None:
+    given = command.split()
+    if "--init_from" not in command:
+        given = [*SHAPE.split(), *LLAMA.split(), *given]
+    if "--init_from=resume" not in command:
+        given = [*BRIEFLY.split(), *given]
+    assert train.main(given) == 0
+
+
+def write_own_chats() -> None:
+    """A word and a number are answered by the word, capitalised."""
+    chats = [chat(f"{w} {i}", f"{w.title()}.") for w in WORDS for i in range(10)]
+    write_chats(*chats)
+
+
+@pytest.fixture(scope="module")
+def talkers(tmp_path_factory) -> Callable[[str], Path]:
+    """The folder in which a chat model with this kind of base tokenizer is, in out/run; trained when asked for."""
+    done = {}
+
+    def made(name: str) -> Path:
+        if name not in done:
+            done[name] = tmp_path_factory.mktemp("talker")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(done[name])
+                patch.setattr("humptygpt.run_folder.draw_losses", lambda *args: None)
+                write_own_chats()
+                prepare_data.main(["mine", "--input=chats.jsonl", *BASES[name].split()])
+                run_train("--dataset=mine --max_iters=40 --out_dir=out/run")
+        return done[name]
+
+    return made
+
+
+def replies(pipeline, *said: str) -> list[str]:
+    """Greedy replies, in one conversation."""
+    talk = Talk(pipeline.model, pipeline.tokenizer, pipeline.device)
+    keys = {"max_new_tokens": 30, "temperature": 0}
+    return ["".join(talk.reply(each, 0, **keys)) for each in said]
+
+
+def messages(turns: list[Turn]) -> list[dict]:
+    return [turn._asdict() for turn in turns]
+
+
+# --------------------------------------------------------------------------------------
+# Exports
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory) -> Callable[[str], Tokenizer]:
+    """A tokenizer of another project."""
+    from test_tokenizer_files import KINDS
+
+    return lambda kind: read_tokenizer(KINDS[kind](tmp_path_factory.mktemp("theirs")))
+
+
+IMPORTED = (
+    "GPT-2's tokenizer.json",
+    "Llama 3's tokenizer.json",
+    "LlamaTokenizer",
+    "LlamaTokenizer, legacy",
+    "Llama 2's tokenizer.json",
+)
+
+
+def conversations(tokenizer: Tokenizer, count: int) -> list[list[Turn]]:
+    """Random turns, of characters that the tokenizer has."""
+    draw = random.Random(0)
+    pieces = ["Hello", " the dog", "\n", "\n\n", "  ", "can't", "12345", ",", ".", "▁"]
+    pieces += ["Füße", "東京!", "🙂", "<0x41>", "<|", "|>", "assistant\n", "\t"]
+    if alphabet := getattr(tokenizer, "alphabet", None):
+        pieces = [piece for piece in pieces if set(piece) <= set(alphabet)]
+    found = []
+    for _ in range(count):
+        roles = [*["system"] * draw.randrange(2), *["user", "assistant"] * 2, "user"]
+        texts = ["".join(draw.choices(pieces, k=draw.randrange(12))) for _ in roles]
+        found.append([Turn(*each) for each in zip(roles, texts, strict=True)])
+    return found
+
+
+@pytest.mark.parametrize("name", [*SEPARATED, *IMPORTED])
+def test_transformers_template_gives_the_tokens_of_200_conversations(
+    name, imported, folder
+):
+    base = SEPARATED[name] if name in SEPARATED else imported(name)
+    if name == "char":
+        base = CharTokenizer("".join(map(chr, range(9, 127))), separated=True)
+    state = json.loads(json.dumps(ChatTokenizer(base).state()))
+    ours = from_state(state)
+    write_files(folder, tokenizer_files(ours, 256))
+    theirs = transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for turns in conversations(ours.base, 200):
+        expected = ours.encode_turns(turns, reply=True).tolist()
+        keys = {"add_generation_prompt": True, "return_dict": False}
+        assert theirs.apply_chat_template(messages(turns), **keys) == expected
+    assert theirs.eos_token_id == ours.eot == theirs.convert_tokens_to_ids(END)
+    assert theirs.convert_tokens_to_ids(BEGIN) == ours.begin
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_transformers_and_llama_cpp_reply_as_we_do(name, talkers, monkeypatch, tmp_path):
+    monkeypatch.chdir(talkers(name))
+    expected = [replies(sample.load("out/run"), said)[0] for said in SAID]
+    assert any(reply.endswith(".") and len(reply) < 20 for reply in expected)  # END came
+    export.main(["--out_dir=out/run", f"--to={tmp_path}/exported"])
+    export.main(["--out_dir=out/run", f"--to={tmp_path}/model.gguf"])
+    model, tokenizer = open_folder(tmp_path / "exported")
+    server = llama_cpp_server(tmp_path / "model.gguf")
+    for said, reply in zip(SAID, expected, strict=True):
+        asked = messages([Turn("user", said)])
+        keys = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+        prompt = tokenizer.apply_chat_template(asked, **keys)
+        output = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0]
+        new = output[prompt["input_ids"].shape[1] :]
+        assert tokenizer.decode(new, skip_special_tokens=True) == reply
+        request = {"messages": asked, "max_tokens": 30, "temperature": 0.0}
+        answer = server.handle_chat_completions(request)
+        assert answer["choices"][0]["message"]["content"] == reply
+        assert answer["usage"]["prompt_tokens"] == prompt["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_gguf_file_has_the_template_and_its_tokens_are_control_tokens(name, folder):
+    tokenizer = ChatTokenizer(SEPARATED[name])
+    export.write_gguf_file(
+        loaded(tokenizer=tokenizer, **ROTARY)._replace(task="chat"),
+        Path("model.gguf"),
+        "float32",
+    )
+    fields = GGUFReader("model.gguf").fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    types = fields["tokenizer.ggml.token_type"].contents()
+    for mark in (BEGIN, END, END_OF_TEXT):
+        assert types[tokens.index(mark)] == TokenType.CONTROL
+    assert tokens.index(BEGIN) == tokenizer.begin and len(tokens) == tokenizer.vocab_size
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == tokens.index(END)
+    assert "add_generation_prompt" in fields["tokenizer.chat_template"].contents()
+
+
+def test_the_card_of_a_chat_model_shows_how_to_talk_and_its_code_runs(
+    talkers, monkeypatch, tmp_path, capsys
+):
+    transformers()
+    monkeypatch.chdir(talkers("bpe"))
+    export.main(["--out_dir=out/run", f"--to={tmp_path}/card"])
+    card = (tmp_path / "card/README.md").read_text()
+    assert "It answers as in the conversations" in card and "instructions" not in card
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path / "card")
+    capsys.readouterr()
+    exec(code, {})
+    assert capsys.readouterr().out.startswith(f"{BEGIN}user\nWho are you?{END}\n{BEGIN}ass")
+
+
+# --------------------------------------------------------------------------------------
+# Models that come with a template
+
+LLAMA3 = """{% set loop_messages = messages %}{% for message in loop_messages %}{% set content =
+'<|start|>' + message['role'] + '<|mid|>\n\n'+ message['content'] | trim + '<|eot|>' %}{% if loop.index0 == 0 %}
+{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}
+{% if add_generation_prompt %}{{ '<|start|>assistant<|mid|>\n\n' }}{% endif %}"""
+STRICT = """{%- if tools is not none %}tools{% endif %}{{ bos_token }}
+{% for message in messages %}
+    {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{ raise_exception('Roles must alternate') }}
+    {% endif %}
+    {% if message['role'] == 'user' %}
+[INST] {{ message['content'] }} [/INST]
+    {%- else %}
+{{ message['content'] + eos_token }}
+    {%- endif %}
+{% endfor %}"""
+LOOPS = """{{ strftime_now('%Y')[:0] }}{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}
+{{ m.role }}: {{ m.content }}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
+TEMPLATES = {"Llama 3": LLAMA3, "strict": STRICT, "loops": LOOPS}
+
+
+def write_model(template: str | None, to: str = "theirs", **generation) -> Path:
+    """A random model of another project, with Llama 3's kind of tokenizer."""
+    from test_tokenizer_files import llama3_folder
+
+    folder = Path(to)
+    llama3_folder(folder)
+    tokenizer = read_tokenizer(folder)
+    found = loaded(tokenizer=tokenizer, **ROTARY | {"block_size": 256})
+    found = found._replace(saved=None)
+    export.write_folder(found, Path("random"), "float32")
+    for name in ("config.json", "model.safetensors"):
+        Path("random", name).replace(folder / name)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"chat_template": template}
+    path.write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_conversation_has_the_tokens_that_transformers_gives_it(name, folder):
+    path = write_model(TEMPLATES[name])
+    theirs = transformers().AutoTokenizer.from_pretrained(path, local_files_only=True)
+    ours = with_template(load(path)).tokenizer
+    for turns in conversations(ours, 20):
+        turns = turns[turns[0].role == "system" :]
+        for reply in (False, True):
+            ids = ours.encode_turns(turns, reply).tolist()
+            keys = {"add_generation_prompt": reply, "return_dict": False}
+            assert theirs.apply_chat_template(messages(turns), **keys) == ids
+
+
+def test_a_template_in_a_file_of_its_own_is_the_one_that_counts(folder):
+    path = write_model("from tokenizer_config.json")
+    (path / "chat_template.jinja").write_text("from the file")
+    ours = with_template(load(path)).tokenizer
+    assert ours.decode(ours.encode_turns([])) == "from the file"
+
+
+def test_our_export_is_talked_to_in_its_template_with_our_own_replies(
+    talkers, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(talkers("bpe"))
+    expected = replies(sample.load("out/run"), *SAID)
+    export.main(["--out_dir=out/run", f"--to={tmp_path}/exported"])
+    monkeypatch.chdir(tmp_path)
+    assert replies(sample.load("exported", talks=True), *SAID) == expected
+    monkeypatch.setattr("sys.stdin", StringIO("\n".join(SAID) + "\n"))
+    keys = ["--temperature=0", "--max_new_tokens=30"]
+    capsys.readouterr()
+    sample.main(["--init_from=exported", "--interactive=True", *keys])
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_a_template_that_rewrites_what_was_said_gives_the_replies_of_the_whole_conversation(
+    folder,
+):
+    forgetful = "{% for m in messages[-3:] %}{{ m.content | trim | upper }} {% endfor %}"
+    found = sample.load(write_model(forgetful), talks=True)
+    said = [" Hello the dog ", "plain words", "Hello", "dog"]
+    turns = []
+    for text, reply in zip(said, replies(found, *said), strict=True):
+        turns.append(Turn("user", text))
+        ids = found.tokenizer.encode_turns(turns, reply=True).tolist()
+        pieces = sample.stream_texts(
+            sample.Context(found.model, [ids]),
+            found.tokenizer,
+            [0],
+            max_new_tokens=30,
+            temperature=0,
+        )
+        assert reply == "".join(piece.text for piece in pieces)
+        turns.append(Turn("assistant", reply))
+
+
+def test_a_reply_ends_at_each_token_that_generation_config_names(folder):
+    found = sample.load(write_model("{{ messages[-1].content }}"), talks=True)
+    tokenizer = found.tokenizer
+    asked = {"messages": messages([Turn("user", "Hello the dog")])}
+    asked |= {"temperature": 0, "max_tokens": 20, "logprobs": True}
+
+    def reply(ids: int | list[int]) -> tuple[list[int], str]:
+        content = {"eos_token_id": ids}
+        Path("theirs/generation_config.json").write_text(json.dumps(content))
+        again = sample.load("theirs", talks=True)
+        *_, answer = Api(again, "x").chat(asked)
+        (choice,) = answer["choices"]
+        assert replies(again, "Hello the dog")[0].startswith(choice["message"]["content"])
+        tokens = [entry["id"] for entry in choice["logprobs"]["content"]]
+        return tokens, choice["finish_reason"]
+
+    written, _ = reply(tokenizer.eot)
+    for at in (2, 5):
+        ended = written[: written.index(written[at]) + 1]
+        assert reply(written[at]) == (ended, "stop")
+        assert reply([tokenizer.eot, written[at]]) == (ended, "stop")
+
+
+def test_without_talking_a_model_with_a_template_continues_texts(folder, capsys):
+    path = write_model(LLAMA3)
+    assert sample.load(path).task == "language modelling"
+    sample.main([f"--init_from={path}", "--start=Hello", "--num_samples=1"])
+    assert capsys.readouterr().out.startswith("Hello")
+    Path("text.txt").write_text("Hello the dog and plain words. " * 20)
+    score.main([f"--init_from={path}", "--text=text.txt"])
+    prepare_data.main(["mine", "--input=text.txt", f"--tokenizer={path}"])
+    run_train(f"--init_from={path} --dataset=mine --max_iters=1 --out_dir=out/run")
+    assert load("out/run").task == "language modelling"
+
+
+BROKEN = {
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}": "unsafe",
+    "{{ messages.append(1) }}": "unsafe",
+    "{% for m in messages %}": "Unexpected end of template",
+    "{{ 1 / 0 }}": "division by zero",
+    "{{ raise_exception('only\nfor robots') }}": "only for robots",
+    "{% include 'README.md' %}": "no loader",
+}
+
+
+@pytest.mark.parametrize("template", BROKEN)
+def test_a_template_that_is_broken_or_runs_code_is_one_line(template, folder, fails):
+    write_model(template)
+    complaint = fails(sample.main, "--init_from=theirs", "--interactive=True")
+    assert complaint.startswith("the model's chat template failed: ")
+    assert BROKEN[template] in complaint
+
+
+def test_a_conversation_that_the_template_refuses_is_a_bad_request(folder):
+    path = write_model(STRICT)
+    api = Api(sample.load(path, talks=True), "x")
+    server = serve.Server(serve.ServeConfig(port=0), api)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    turns = [Turn("user", "Hi"), Turn("user", "Ho")]
+    content = json.dumps({"messages": messages(turns), "max_tokens": 1}).encode()
+    host, port = server.server_address[:2]
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"http://{host}:{port}/v1/chat/completions", content)
+    assert refused.value.code == 400
+    assert "Roles must alternate" in json.loads(refused.value.read())["error"]["message"]
+    server.shutdown()
+    server.server_close()
+
+
+def test_damaged_settings_beside_a_template_are_one_line(folder, fails):
+    path = write_model(LLAMA3, eos_token_id={"a": 1})
+    argv = [f"--init_from={path}", "--interactive=True"]
+    assert "eos_token_id must be int" in fails(sample.main, *argv)
+    (path / "generation_config.json").unlink()
+    (path / "chat_template.jinja").write_bytes(b"\xff")
+    assert "cannot read the chat template in theirs" in fails(sample.main, *argv)
+
+
+# --------------------------------------------------------------------------------------
+# Fine-tuning
+
+
+@pytest.fixture
+def base(folder):
+    """out/base, trained on a text, and data/mine, conversations with its tokens and those that mark turns."""
+
+    def made(options: str, more: str = "") -> None:
+        Path("text.txt").write_text(
+            "".join(
+                f"{w} {i}, assistant user {w.title()}.\n" for w in WORDS for i in range(30)
+            )
+        )
+        prepare_data.main(["text", "--input=text.txt", *options.split()])
+        run_train(f"{more} --dataset=text --max_iters=5 --out_dir=out/base")
+        write_own_chats()
+        prepare_data.main(["mine", "--input=chats.jsonl", "--tokenizer=out/base"])
+
+    return made
+
+
+FINETUNED = "--init_from=out/base --dataset=mine --out_dir=out/tuned"
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_the_vocabulary_grows_by_rows_that_are_the_mean_of_the_others(name, base):
+    base(BASES[name])
+    before = load("out/base")
+    run = train.setup(*read_settings([*BRIEFLY.split(), *FINETUNED.split()]))
+    known, tokens = before.tokenizer.vocab_size, run.dataset.tokenizer.vocab_size
+    # a single text has no end-of-text token, which separates conversations
+    assert tokens - known == (3 if name in ("byte", "char") else 2)
+    for layer in ("wte", "lm_head"):
+        had, has = (getattr(model, layer).weight for model in (before.model, run.model))
+        assert len(has) == tokens and torch.equal(has[:known], had)
+        mean = had.mean(dim=0).expand(tokens - known, -1)
+        torch.testing.assert_close(has[known:], mean)
+
+
+def test_a_text_model_that_is_fine_tuned_on_conversations_talks(base):
+    base(BASES["bpe"])
+    run_train(f"{FINETUNED} --max_iters=40")
+    found = sample.load("out/tuned")
+    assert found.task == "chat"
+    assert replies(found, "wall 3")[0] in [f"{word.title()}." for word in WORDS]
+    # conversations with the tokens of a chat model have no others
+    prepare_data.main(["more", "--input=chats.jsonl", "--tokenizer=out/tuned"])
+    run_train("--init_from=out/tuned --dataset=more --max_iters=1 --out_dir=out/more")
+    assert load("out/more").model.config.vocab_size == found.model.config.vocab_size
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_lora_trains_the_rows_of_the_new_tokens_and_no_others_and_resumes(tied, base):
+    base(BASES["bpe"], f"--tie_weights={tied}")
+    lora = f"{FINETUNED} --lora_rank=2 --eval_interval=4"
+    run_train(f"{lora} --max_iters=8")
+    before, after = load("out/base"), load("out/tuned", "latest")
+    marks = after.tokenizer.marks
+    for layer in ("wte", "lm_head"):
+        had, has = (getattr(model, layer).weight for model in (before.model, after.model))
+        assert torch.equal(has[: len(had)], had)
+        mean = had.mean(dim=0)
+        assert all((has[i] - mean).abs().max() > 0.01 for i in marks)
+        assert not torch.equal(*has[marks])
+    assert not Path("out/tuned/adapter").exists()
+    run_train(f"{lora} --max_iters=4 --lr_decay_iters=8 --out_dir=out/half")
+    run_train("--init_from=resume --max_iters=8 --out_dir=out/half")
+    whole, half = (checkpoint.read(Path(f"out/{x}/ckpt.pt")) for x in ("tuned", "half"))
+    assert_same_weights(whole["model"], half["model"])
