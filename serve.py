@@ -127,6 +127,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             size = int(self.headers.get("Content-Length", 0))
             if not 0 < size <= LARGEST:
+                while size > 0 and (skipped := self.rfile.read(min(size, LARGEST))):
+                    size -= len(skipped)  # a client reads the error when it has sent all
                 raise UserError(f"Content-Length must be from 1 to {LARGEST:,}")
             body = self.rfile.read(size)
             with self.server.turn:
@@ -166,7 +168,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, status: int, message: str = "", *_: object) -> None:
         """Send an error in OpenAI's form. The base class calls this, too."""
-        error = {"message": message, "type": "invalid_request_error"}
+        error = {
+            "message": message or self.responses[status][0],
+            "type": "invalid_request_error",
+        }
         self.send(status, {"error": error | {"param": None, "code": None}})
 
 
