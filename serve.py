@@ -10,9 +10,7 @@ programs on this machine can reach the server, unless --host says otherwise. It 
 
 import json
 import re
-import select
-import socket
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,12 +26,11 @@ if __name__ == "__main__":
 import sample
 from humptygpt import config as configurator
 from humptygpt import loading
-from humptygpt.chat.api import CHAT, TEXT, Api
+from humptygpt.chat.api import Api
 from humptygpt.config import UserError, check_choices
 from humptygpt.decoding import choose_threads
 
 PAGE = Path(__file__).parent / "humptygpt/chat/page.html"
-SCHEMAS = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT}
 LARGEST = 1_000_000  # bytes of a request
 # A site can let a name of its own lead to this machine, so that the browser takes its page for ours. It has no address
 # of this machine and no claim to "localhost".
@@ -112,50 +109,40 @@ class Handler(BaseHTTPRequestHandler):
         return bool(allowed)
 
     def do_GET(self) -> None:
+        api = self.server.api
+        answers = {"/v1/chat/completions": api.chat, "/v1/completions": api.complete}
         if self.path == "/":
             self.start(200, "text/html")
             self.wfile.write(PAGE.read_bytes())
         elif self.path == "/v1/models":
-            self.send(200, self.server.api.models())
+            self.send(200, api.models())
+        elif self.path in answers:
+            self.answer(answers[self.path])
         else:
             self.send_error(404, f"there is no {self.path}")
 
-    def do_POST(self) -> None:
-        if self.path not in SCHEMAS:
-            self.send_error(404, f"there is no {self.path}")
-            return
+    do_POST = do_GET
+
+    def answer(self, method: Callable) -> None:
+        """Send the answer of one of the API's methods, part by part."""
         try:
-            size = int(self.headers.get("Content-Length", 0))
-            if not 0 < size <= LARGEST:
-                while size > 0 and (skipped := self.rfile.read(min(size, LARGEST))):
-                    size -= len(skipped)  # a client reads the error when it has sent all
-                raise UserError(f"Content-Length must be from 1 to {LARGEST:,}")
-            body = self.rfile.read(size)
+            body = self.read_body()
             with self.server.turn:
-                if not self.has_left():
-                    self.send_answer(self.server.api.answer(body, SCHEMAS[self.path]))
+                parts = method(body)
+                first = next(parts)  # if this fails, an error can still be sent
+                self.start(200, "application/json" if first == " " else "text/event-stream")
+                for part in chain([first], parts):
+                    self.wfile.write(part.encode())
         except (UserError, ValueError) as error:
             self.send_error(400, str(error))
 
-    def has_left(self) -> bool:
-        """True if the client has closed the connection."""
-        readable = select.select([self.connection], [], [], 0)[0]
-        return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
-
-    def send_answer(self, objects: Iterator[dict | None]) -> None:
-        """Send the API's answer, while it is written or when it is complete. Stop if the client leaves."""
-        content = next(objects)  # if this fails, an error can still be sent
-        if content:
-            self.start(200, "text/event-stream")
-            for event in chain([content], objects):
-                self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
-            self.wfile.write(b"data: [DONE]\n\n")
-            return
-        while content is None:
-            if self.has_left():
-                return
-            content = next(objects)
-        self.send(200, content)
+    def read_body(self) -> bytes:
+        size = int(self.headers.get("Content-Length", 0))
+        if 0 < size <= LARGEST:
+            return self.rfile.read(size)
+        while size > 0 and self.rfile.read(min(size, LARGEST)):
+            size -= LARGEST  # a client reads the error once it has sent everything
+        raise UserError(f"Content-Length must be from 1 to {LARGEST:,}")
 
     def send(self, status: int, content: dict) -> None:
         self.start(status, "application/json")

@@ -410,7 +410,6 @@ RAW = {
     "page": (404, b"GET /etc/passwd HTTP/1.1\r\n" + HOST + b"\r\n"),
     "no host": (403, b"GET / HTTP/1.1\r\n\r\n"),
     "method": (501, b"PUT / HTTP/1.1\r\n" + HOST + b"\r\n"),
-    "version": (505, b"GET / HTTP/9.9\r\n\r\n"),
     "line": (414, b"GET /" + b"a" * 70_000),
     "headers": (431, b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n"),
 }

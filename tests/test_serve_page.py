@@ -1,4 +1,4 @@
-"""The page of serve.py in a real browser: what it streams and shows, and what hands and eyes of all kinds can do with it.
+"""The page of serve.py in a real browser: what it streams and shows, and what can be done with it, by any hand.
 
 Needs Chromium (Debian: apt-get install chromium) and the packages playwright and axe-playwright-python.
 """
@@ -18,6 +18,7 @@ from test_serve import (
 )
 
 import sample
+from humptygpt.chat.tokens import Turn
 from humptygpt.tokenizers import ByteTokenizer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -108,6 +109,11 @@ def wait_until_done(page) -> None:
     page.wait_for_selector("#stop:disabled")
 
 
+def press(page, name: str) -> None:
+    """Click the first button of this name."""
+    page.get_by_role("button", name=name, exact=True).first.click()
+
+
 def token(page, text: str, nth: int = 0):
     return page.locator(".token", has_text=re.compile(f"^{re.escape(text)}$")).nth(nth)
 
@@ -143,10 +149,10 @@ def test_a_reply_that_is_stopped_within_a_word_stays_and_can_be_continued(
     wait_until_done(page)
     open_gate(reciter)
     assert replies(page) == ["Grü"]
-    page.click("text=Continue")
+    press(page, "Continue")
     wait_for_reply(page)
     wait_until_done(page)
-    page.click("text=Again")
+    press(page, "Again")
     wait_until_done(page)
     wait_for_reply(page)
 
@@ -158,9 +164,10 @@ def test_a_token_shows_its_probability_and_the_five_likeliest_as_pytorch_compute
     say(page)
     wait_until_done(page)
     api = reciter.api
-    said = [{"role": "user", "content": "Hello"}]
-    turns = [sample_turn(each) for each in said]
-    ids = [*api.tokenizer.encode_turns(turns, reply=True).tolist(), ord("G")]
+    ids = [
+        *api.tokenizer.encode_turns([Turn("user", "Hello")], reply=True).tolist(),
+        ord("G"),
+    ]
     probabilities = api.model(torch.tensor([ids]))[0][0, -1].softmax(-1)
     token(page, "r").click()
     rows = page.locator(".likeliest li").all_inner_texts()
@@ -170,12 +177,6 @@ def test_a_token_shows_its_probability_and_the_five_likeliest_as_pytorch_compute
     assert "“r”" in rows[0]
     chance = f"{100 * probabilities[ord('r')]:.1f}"
     assert f"“r” had a probability of {chance}" in page.inner_text(".likeliest h2")
-
-
-def sample_turn(message: dict):
-    from humptygpt.chat.tokens import Turn
-
-    return Turn(**message)
 
 
 def test_choosing_another_token_continues_from_there_and_every_byte_of_a_character_can_be_chosen(
@@ -208,11 +209,11 @@ def test_a_message_can_be_edited_and_what_followed_it_is_replaced(reciter, opene
     wait_until_done(page)
     say(page, "Two")
     wait_until_done(page)
-    page.locator("text=Edit").first.click()
+    press(page, "Edit")
     assert page.input_value("#input") == "One"
     page.keyboard.press("Escape")
     assert page.input_value("#input") == "" and len(replies(page)) == 2
-    page.locator("text=Edit").first.click()
+    press(page, "Edit")
     say(page, "Three")
     wait_until_done(page)
     assert page.locator(".user p").all_inner_texts() == ["Three"]
@@ -232,7 +233,7 @@ def test_a_conversation_survives_a_reload_also_while_it_is_written(reciter, open
     assert replies(page) == [REPLY, "Grü"]
     assert page.locator(".user p").last.inner_text() == "<img src=x onerror=alert(1)>"
     assert page.locator("article img").count() == 0
-    page.click("text=New")
+    press(page, "New")
     assert replies(page) == []
 
 
@@ -265,7 +266,7 @@ def test_a_server_that_has_gone_is_reported_and_the_page_can_go_on(
     wait_until_done(page)
     assert "does not answer" in page.inner_text(".note")
     context.set_offline(False)
-    page.click("text=Again")
+    press(page, "Again")
     wait_for_reply(page)
     context.close()
 
@@ -280,7 +281,7 @@ def test_a_text_model_continues_a_text_and_then_itself(writer, opened):
     page.click("#stop")
     wait_until_done(page)
     open_gate(writer)
-    page.click("text=Continue")
+    press(page, "Continue")
     wait_until_done(page)
     assert replies(page) == [REPLY]
     token(page, "G").click()
@@ -289,24 +290,24 @@ def test_a_text_model_continues_a_text_and_then_itself(writer, opened):
 
 def test_the_keyboard_is_enough(reciter, opened):
     page = opened(reciter)
-    press = page.keyboard.press
+    key = page.keyboard.press
     page.keyboard.type("Hello")
-    press("Enter")
+    key("Enter")
     wait_until_done(page)
     for _ in range(20):
         if page.evaluate("document.activeElement.className") == "token":
             break
-        press("Shift+Tab")
+        key("Shift+Tab")
     assert page.evaluate("document.activeElement.textContent") == "G"
-    press("ArrowRight")
+    key("ArrowRight")
     assert page.evaluate("document.activeElement.textContent") == "r"
-    press("Enter")
+    key("Enter")
     assert page.evaluate("document.activeElement.closest('.likeliest') !== null")
-    press("Escape")
+    key("Escape")
     assert page.evaluate("document.activeElement.textContent") == "r"
-    press("Space")
-    press("Tab")
-    press("Enter")  # the second of the five
+    key("Space")
+    key("Tab")
+    key("Enter")  # the second of the five
     wait_until_done(page)
     assert replies(page)[0][0] == "G" and replies(page)[0][1] != "r"
     assert page.evaluate("document.activeElement !== document.body")
