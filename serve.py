@@ -1,19 +1,20 @@
 """Serve a model: a page to talk to it, and an API that programs know.
 
-    python serve.py --out_dir=out/humpty_chat          prints an address; open it in a browser
+    python serve.py --out_dir=out/humpty_chat     prints an address; open it in a browser
     curl http://127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Who are you?"}]}'
 
 The API is OpenAI's: /v1/models, /v1/completions and, for a chat model, /v1/chat/completions. In Python:
-openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none"). Requests are answered one after another. The server
-can be reached from this machine alone unless --host says otherwise; it has neither passwords nor encryption.
+openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none"). Requests are answered one after another. Only
+programs on this machine can reach the server, unless --host says otherwise. It has no passwords and no encryption.
 """
 
 import json
-import select
-import socket
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 
@@ -25,14 +26,15 @@ if __name__ == "__main__":
 import sample
 from humptygpt import config as configurator
 from humptygpt import loading
-from humptygpt.chat.api import Api, BadRequest
+from humptygpt.chat.api import Api
 from humptygpt.config import UserError, check_choices
 from humptygpt.decoding import choose_threads
-from humptygpt.device import DTYPES
 
 PAGE = Path(__file__).parent / "humptygpt/chat/page.html"
 LARGEST = 1_000_000  # bytes of a request
-PATIENCE = 20  # seconds to wait for the next bytes of a request
+# A site can let a name of its own lead to this machine, so that the browser takes its page for ours. It has no address
+# of this machine and no claim to "localhost".
+HOST = re.compile(r"(localhost|[0-9.]+|\[[0-9a-f:]+\])(:\d+)?")
 
 
 @dataclass(frozen=True)
@@ -42,25 +44,15 @@ class ServeConfig:
     out_dir: str = "out"  # folder of the run, or a checkpoint in it
     checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt
     # server
-    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all of this machine's
-    port: int = 8000  # 0: any free one
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all addresses of this machine
+    port: int = 8000  # 0: any free port
     # system
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # dtype of the linear layers; auto: float32 on a CPU
     quantize: str | None = None  # int8: 8-bit weights, CPU only; None: off
 
-    @classmethod
-    def choices(cls) -> dict[str, Collection[str]]:
-        return {
-            "checkpoint": ("best", "latest"),
-            "dtype": ("auto", *DTYPES),
-            "quantize": ("int8",),
-        }
-
-    def validate(self) -> None:
-        check_choices(self)
-        if self.port not in range(2**16):
-            raise ValueError(f"port={self.port} must be from 0 to 65,535")
+    choices = sample.SampleConfig.choices
+    validate = check_choices
 
 
 def main(argv: list[str]) -> None:
@@ -73,138 +65,101 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{source} translates; use sample.py for that")
     if loaded.device.type == "cpu" and loaded.model.has_cache:
         choose_threads(loaded.model)
-    server = Server(config, Api(loaded, name_of(config, source)))
-    host, port = server.server_address[:2]
-    print(f"http://{host}:{port}", flush=True)
+    server = listen(config.host, config.port, Api(loaded, str(source)))
+    print(f"open http://{config.host}:{server.server_port} (Ctrl-C stops)", flush=True)
     server.serve_forever()
 
 
-def name_of(config: ServeConfig, source: str | Path) -> str:
-    """Name the model after its run or its source."""
-    return Path(config.out_dir).name if config.init_from == "resume" else str(source)
-
-
 class Server(ThreadingHTTPServer):
-    """Waits for clients; each has a thread, but only one at a time uses the model."""
+    """Waits for clients. Each has a thread, but only one thread at a time uses the model."""
 
-    daemon_threads = True
+    request_queue_size = 128  # clients that may wait until they are accepted
+    api: Api
+    turn: Lock  # held by the thread that uses the model
 
-    def __init__(self, config: ServeConfig, api: Api):
-        self.api = api
-        self.turn = Lock()
-        try:
-            super().__init__((config.host, config.port), Handler)
-        except OSError as error:
-            raise UserError(
-                f"cannot listen on {config.host}:{config.port}: {error.strerror}; choose another --port"
-            ) from error
-        # a web page elsewhere must not reach this server by a name that leads to this machine
-        port = self.server_address[1]
-        names = (config.host, "localhost", "127.0.0.1")
-        self.hosts = {f"{name}:{port}" for name in names}
-        self.checks_host = config.host in names[1:]
+
+def listen(host: str, port: int, api: Api) -> Server:
+    try:
+        server = Server((host, port), Handler)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen on {host}, port {port}: {error}") from error
+    server.api, server.turn = api, Lock()
+    return server
 
 
 class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    timeout = PATIENCE
+    """Answers one request. It speaks HTTP/1.0, which ends each answer by closing the connection."""
+
+    timeout = 20  # seconds to wait for the client's next bytes
+    disable_nagle_algorithm = True  # send each token at once
     server: Server
 
+    def handle(self) -> None:
+        with suppress(ConnectionError, TimeoutError):  # the client has left
+            super().handle()
+
+    def parse_request(self) -> bool:
+        """Read the headers. Refuse a request that a page of another site may have made."""
+        if not super().parse_request():
+            return False
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        allowed = HOST.fullmatch(host) and origin in (None, f"http://{host}")
+        if not allowed:
+            self.send_error(403, "open this server by its address, not from another page")
+        return bool(allowed)
+
     def do_GET(self) -> None:
-        if not self.is_allowed():
-            return
+        api = self.server.api
+        answers = {"/v1/chat/completions": api.chat, "/v1/completions": api.complete}
         if self.path == "/":
-            self.send(200, PAGE.read_bytes(), "text/html; charset=utf-8")
+            self.start(200, "text/html")
+            self.wfile.write(PAGE.read_bytes())
         elif self.path == "/v1/models":
-            self.send_json(200, self.server.api.models())
+            self.send(200, api.models())
+        elif self.path in answers:
+            self.answer(answers[self.path])
         else:
-            self.fail(404, f"there is no {self.path}")
+            self.send_error(404, f"there is no {self.path}")
 
-    def do_POST(self) -> None:
-        if not self.is_allowed():
-            return
-        answers = {
-            "/v1/chat/completions": self.server.api.chat,
-            "/v1/completions": self.server.api.complete,
-        }
-        if self.path not in answers:
-            self.fail(404, f"there is no {self.path}")
-            return
+    do_POST = do_GET
+
+    def answer(self, method: Callable) -> None:
+        """Send the answer of one of the API's methods, part by part."""
         try:
-            request = json.loads(self.body())
+            body = self.read_body()
             with self.server.turn:
-                if not self.has_left():
-                    self.answer(request, answers[self.path](request))
-        except (ValueError, RecursionError, BadRequest, UserError) as error:
-            self.fail(400, str(error))
-        except (ConnectionError, TimeoutError):
-            self.close_connection = True  # the client has left
+                parts = method(body)
+                first = next(parts)  # if this fails, an error can still be sent
+                self.start(200, "application/json" if first == " " else "text/event-stream")
+                for part in chain([first], parts):
+                    self.wfile.write(part.encode())
+        except (UserError, ValueError) as error:
+            self.send_error(400, str(error))
 
-    def is_allowed(self) -> bool:
-        """Refuse a request that a page of another origin may have made."""
-        host, origin = self.headers.get("Host"), self.headers.get("Origin")
-        own = not self.server.checks_host or host in self.server.hosts
-        if own and origin in (None, f"http://{host}"):
-            return True
-        self.fail(403, "this server answers only its own page and programs")
-        return False
+    def read_body(self) -> bytes:
+        size = int(self.headers.get("Content-Length", 0))
+        if 0 < size <= LARGEST:
+            return self.rfile.read(size)
+        while size > 0 and self.rfile.read(min(size, LARGEST)):
+            size -= LARGEST  # a client reads the error once it has sent everything
+        raise UserError(f"Content-Length must be from 1 to {LARGEST:,}")
 
-    def body(self) -> bytes:
-        size = int(self.headers.get("Content-Length") or 0)
-        if not 0 < size <= LARGEST:
-            raise BadRequest(f"a request has 1 to {LARGEST:,} bytes")
-        body = self.rfile.read(size)
-        if len(body) < size:
-            raise ConnectionError
-        return body
+    def send(self, status: int, content: dict) -> None:
+        self.start(status, "application/json")
+        self.wfile.write(json.dumps(content).encode())
 
-    def has_left(self) -> bool:
-        """True if the client has closed the connection."""
-        ready, _, _ = select.select([self.connection], [], [], 0)
-        return bool(ready) and not self.connection.recv(1, socket.MSG_PEEK)
-
-    def answer(self, request: dict, chunks: Iterator[dict | None]) -> None:
-        """Send an answer, whole or in chunks. Stop if the client leaves."""
-        first = next(chunks)  # raises BadRequest before anything is sent
-        if not request.get("stream"):
-            while first is None:
-                if self.has_left():
-                    return
-                first = next(chunks)
-            self.send_json(200, first)
-            return
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("Connection", "close")
-        self.end_headers()
-        while first is not None:
-            self.event(json.dumps(first))
-            first = next(chunks, None)
-        self.event("[DONE]")
-        self.close_connection = True
-
-    def event(self, text: str) -> None:
-        self.wfile.write(f"data: {text}\n\n".encode())
-
-    def send_json(self, status: int, content: dict) -> None:
-        self.send(status, json.dumps(content).encode(), "application/json")
-
-    def send(self, status: int, body: bytes, kind: str) -> None:
+    def start(self, status: int, kind: str) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
 
-    def fail(self, status: int, message: str) -> None:
-        self.close_connection = True  # the rest of the request may be unread
-        kind = "invalid_request_error"
-        error = {"message": message, "type": kind, "param": None, "code": None}
-        self.send_json(status, {"error": error})
-
-    def log_message(self, text: str, *arguments: object) -> None:
-        """Log no request: the terminal is for errors."""
+    def send_error(self, status: int, message: str = "", *_: object) -> None:
+        """Send an error in OpenAI's form. The base class calls this, too."""
+        error = {
+            "message": message or self.responses[status][0],
+            "type": "invalid_request_error",
+        }
+        self.send(status, {"error": error | {"param": None, "code": None}})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Source: OpenAI's API reference for /v1/models, /v1/chat/completions and /v1/completions.
 """
 
+import json
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -11,265 +12,206 @@ import torch
 from torch import Tensor
 
 from humptygpt.chat.tokens import ROLES, Turn
-from humptygpt.sampling import Context, stream_texts
-from humptygpt.schema import check_schema
+from humptygpt.config import UserError
+from humptygpt.sampling import Context, TextStream, continue_texts, encode_prompt
+from humptygpt.schema import check_schema, parse_json
 
-MOST_TOKENS = 4096  # tokens of an answer
-MOST_PROMPTS = 64  # prompts of a request
-MOST_LIKELY = 20  # alternatives to a token
-TOKENS = (range(MOST_TOKENS + 1), None)
-COMMON = {  # entries of every request; all others are ignored, as other servers do
-    "stream?": (bool, None),
-    "stream_options?": ({"include_usage?": bool}, None),
-    "temperature?": (float, None),
-    "top_p?": (float, None),
-    "seed?": (range(2**63), None),
-    "stop?": (str, [str], None),
-    "max_tokens?": TOKENS,
-    "n?": (range(1, 2), None),
+CHAT, TEXT = "chat.completion", "text_completion"
+COMMON = {  # other keys are ignored, as other servers do
+    "stream?": bool,
+    "max_tokens?": range(4097),
+    "stop?": (str, [str]),
+    "temperature?": float,
+    "top_p?": float,
+    "seed?": range(2**63),
+    "n?": range(1, 2),
 }
-CHAT = COMMON | {
+CHAT_SCHEMA = {
     "messages": [{"role": set(ROLES), "content": str}],
-    "max_completion_tokens?": TOKENS,
-    "logprobs?": (bool, None),
-    "top_logprobs?": (range(MOST_LIKELY + 1), None),
-    "reply_tokens?": [range(2**31)],  # our own: the tokens with which the reply begins
+    "logprobs?": bool,
+    "top_logprobs?": range(21),
+    "max_completion_tokens?": range(4097),  # the new name of max_tokens
+    "reply_tokens?": list,  # our own: ids of the tokens with which the reply begins
 }
-TEXT = COMMON | {
-    "prompt": (str, list),
-    "echo?": (bool, None),
-    "logprobs?": (range(MOST_LIKELY + 1), None),
-}
-
-
-class BadRequest(Exception):
-    """A request that is not valid."""
+TEXT_SCHEMA = {"prompt": (str, list), "echo?": bool, "logprobs?": range(21)}
 
 
 class Step(NamedTuple):
-    """A token, and the text that it completes."""
+    """One token of a text, and the characters that it completes."""
 
     text: str
-    token: int | None = None  # None: the rest of the text
-    logprob: float | None = None  # None: nothing precedes the token
-    likeliest: list[tuple[int, float]] = []  # noqa: RUF012, (token, log-probability), never changed
+    token: dict | None  # its entry in a chat's logprobs; None if they are not asked for
+    end: str | None = None  # after the last token, why the text ends: stop or length
 
 
 class Api:
-    """Answers requests with a model. loaded: a sample.Pipeline. name: the model's id in answers."""
+    """Answers requests with one model. loaded: a sample.Pipeline. name: the model's id in answers.
+
+    chat() and complete() take a request as JSON and yield the answer in parts: events if the request says "stream";
+    otherwise a space for each token, which JSON ignores, and then the whole answer. So the server notices a client that
+    has left. If the request is not valid, the call or the first step raises UserError or ValueError.
+    """
 
     def __init__(self, loaded, name: str):
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.device = loaded.device
-        self.chats = loaded.task == "chat"
+        self.block_size = loaded.model.config.block_size
+        self.is_chat = loaded.task == "chat"
         self.name = name
-        self.answers = 0
 
     def models(self) -> dict:
-        own = {"id": self.name, "object": "model", "created": 0, "owned_by": "humptygpt"}
-        return {"object": "list", "data": [own | {"chats": self.chats}]}
+        model = {
+            "id": self.name,
+            "object": "model",
+            "owned_by": "humptygpt",
+            # the rest is for our page
+            "is_chat": self.is_chat,
+            "context": self.block_size,
+            "end": self.tokenizer.eot,
+        }
+        return {"object": "list", "data": [model]}
 
-    def chat(self, request: object) -> Iterator[dict]:
-        """Answer /v1/chat/completions: yield chunks, or a single answer.
-
-        Raises BadRequest at the first step, or UserError for a text that cannot be encoded.
-        """
-        self.check(request, CHAT)
-        if not self.chats:
-            raise BadRequest(f"{self.name} is not a chat model; use /v1/completions")
+    def chat(self, body: bytes) -> Iterator[str]:
+        request = read(body, CHAT_SCHEMA)
+        if not self.is_chat:
+            raise UserError(f"{self.name} is not a chat model; use /v1/completions")
         turns = [
             Turn(each["role"], each["content"].strip()) for each in request["messages"]
         ]
-        begun = request.get("reply_tokens") or []
-        prompt = [*self.tokenizer.encode_turns(turns, reply=True).tolist(), *begun]
-        limit = request.get("max_completion_tokens") or request.get("max_tokens")
-        steps = self.steps(
-            request, prompt, limit or MOST_TOKENS, request.get("top_logprobs")
-        )
-        kind = "chat.completion"
+        prompt = self.tokenizer.encode_turns(turns, reply=True).tolist()
+        prompt += request.get("reply_tokens", [])
+        # a longer reply would no longer see what it answers
+        room = self.block_size - len(prompt)
+        limit = request.get("max_completion_tokens", request.get("max_tokens", room))
+        likeliest = request.get("top_logprobs", 0) if request.get("logprobs") else None
+        request |= {"max_tokens": min(limit, room), "likeliest": likeliest}
+        return self.answer(request, prompt, CHAT)
 
-        def choice(done: list[Step], end: str | None, chunk: bool) -> dict:
-            text = "".join(step.text for step in done)
-            message = {"content": text} if chunk else {"role": "assistant", "content": text}
-            logprobs = None
-            if request.get("logprobs"):
-                logprobs = {"content": [self.entry(x) for x in done if x.token is not None]}
-            found = {"index": 0, "logprobs": logprobs, "finish_reason": end}
-            return found | {"delta" if chunk else "message": message}
-
-        return self.answer(request, kind, [(prompt, steps)], choice)
-
-    def complete(self, request: object) -> Iterator[dict]:
-        """Answer /v1/completions: yield chunks, or a single answer. Raises BadRequest at the first step."""
-        self.check(request, TEXT)
-        texts = []
-        count = request.get("logprobs")
-        limit = request.get("max_tokens")
-        limit = 16 if limit is None else limit
-        for prompt in self.prompts(request["prompt"]):
-            steps = self.steps(request, prompt, limit, count)
-            texts.append((prompt, steps))
-
-        def choice(done: list[Step], end: str | None, chunk: bool) -> dict:
-            return {
-                "index": 0,
-                "text": "".join(step.text for step in done),
-                "logprobs": None if count is None else self.table(done),
-                "finish_reason": end,
-            }
-
-        return self.answer(request, "text_completion", texts, choice)
-
-    # ----------------------------------------------------------------------------------
-    # Checks
-
-    def check(self, request: object, schema: dict) -> None:
-        try:
-            check_schema(request, schema)
-        except ValueError as error:
-            raise BadRequest(str(error)) from error
-        for key, most in (("temperature", 2), ("top_p", 1)):
-            if not 0 <= (request.get(key) or 0) <= most:
-                raise BadRequest(f"{key} must be from 0 to {most}")
-
-    def prompts(self, prompt: str | list) -> list[list[int]]:
-        """Return the prompts of a request as token ids. Raises BadRequest."""
-        if isinstance(prompt, str) or (prompt and type(prompt[0]) is int):
-            prompt = [prompt]
-        if not 0 < len(prompt) <= MOST_PROMPTS:
-            raise BadRequest(f"prompt must have 1 to {MOST_PROMPTS} texts")
-        return [self.ids(each) for each in prompt]
-
-    def ids(self, prompt: object) -> list[int]:
-        """Return a prompt's token ids; an empty text becomes the token that starts every text."""
-        tokenizer = self.tokenizer
+    def complete(self, body: bytes) -> Iterator[str]:
+        request = {"max_tokens": 16} | read(body, TEXT_SCHEMA)
+        request["likeliest"] = request.get("logprobs")
+        prompt = request["prompt"]
+        if isinstance(prompt, list) and len(prompt) == 1 and type(prompt[0]) is not int:
+            prompt = prompt[0]
         if isinstance(prompt, str):
-            prompt = tokenizer.encode(prompt).tolist() or tokenizer.start().tolist()
-        known = range(tokenizer.vocab_size)
-        if (
-            not isinstance(prompt, list)
-            or not prompt
-            or not all(i in known for i in prompt)
-        ):
-            raise BadRequest(f"prompt must be text, or token ids below {len(known)}")
-        return prompt
+            # an empty text is continued like a line break
+            prompt = encode_prompt(prompt or "\n", self.tokenizer)
+        return self.answer(request, prompt, TEXT)
 
-    # ----------------------------------------------------------------------------------
-    # Text
-
-    def steps(
-        self, request: dict, prompt: list[int], limit: int, likeliest: int | None
-    ) -> Iterator[Step]:
-        """Generate up to `limit` tokens after a prompt, and first, with echo, the prompt itself."""
-        room = self.model.config.block_size
-        if len(prompt) >= room:
-            raise BadRequest(
-                f"the prompt has {len(prompt):,} tokens, but the context is {room:,}: context_length_exceeded"
-            )
-        if request.get("echo"):
-            yield from self.echo(prompt, likeliest)
-        stop = request.get("stop") or ()
-        context = Context(self.model, [prompt], device=self.device)
-        temperature = request.get("temperature")
-        pieces = stream_texts(
-            context,
-            self.tokenizer,
-            [0],
-            (stop,) if isinstance(stop, str) else tuple(stop),
-            max_new_tokens=min(limit, room - len(prompt)) if self.chats else limit,
-            temperature=1.0 if temperature is None else temperature,
-            top_p=request.get("top_p") or None,
-            seed=request.get("seed") or time.time_ns() % 2**32,
-        )
-        for _, text, token, logits in pieces:
-            if token is None:
-                yield Step(text)
+    def answer(self, request: dict, prompt: list[int], kind: str) -> Iterator[str]:
+        check_schema(prompt, [range(self.tokenizer.vocab_size)], "prompt")
+        what = "context_length_exceeded: the number of tokens in the prompt"
+        check_schema(len(prompt), range(1, self.block_size), what)
+        streams = request.get("stream")
+        if streams and kind == CHAT:
+            kind += ".chunk"
+        now = time.time_ns()
+        frame = {
+            "id": str(now),
+            "object": kind,
+            "created": now // 10**9,
+            "model": self.name,
+        }
+        read = len(prompt)
+        steps = []
+        for step in self.write(prompt, request):
+            steps.append(step)
+            if step.end:
+                total = len(steps) - 1 + (0 if request.get("echo") else read)
+                usage = {"prompt_tokens": read, "completion_tokens": total - read}
+                frame["usage"] = usage | {"total_tokens": total}
+            if streams:
+                choices = [choice([step], kind, is_first=len(steps) == 1)]
+                yield f"data: {json.dumps(frame | {'choices': choices})}\n\n"
+            elif step.end:
+                yield json.dumps(frame | {"choices": [choice(steps, kind)]})
             else:
-                yield self.step(text, token, logits.log_softmax(-1), likeliest)
+                yield " "
+        if streams:
+            yield "data: [DONE]\n\n"
 
     @torch.inference_mode()
-    def echo(self, prompt: list[int], likeliest: int | None) -> Iterator[Step]:
-        """Yield the tokens of a prompt with their log-probabilities."""
-        yield Step(self.text(prompt[0]), prompt[0])
-        ids = torch.tensor([prompt[:-1]], device=self.device)
-        if len(prompt) > 1:
-            logprobs = self.model(ids)[0][0].float().log_softmax(-1)
-            for token, row in zip(prompt[1:], logprobs, strict=True):
-                yield self.step(self.text(token), token, row, likeliest)
+    def write(self, prompt: list[int], request: dict) -> Iterator[Step]:
+        """Continue a prompt. With "echo", the steps begin with the prompt's own tokens."""
+        likeliest = request["likeliest"]
+        stream = TextStream(self.tokenizer, request["stop"])
+        # the first new token may complete a character that the prompt begins
+        texts = [stream.decoder.decode(self.tokenizer.pieces[token]) for token in prompt]
+        if request.get("echo"):
+            logits = self.model(torch.tensor([prompt], device=self.device))[0][0].float()
+            for text, token, row in zip(texts, prompt, [None, *logits], strict=False):
+                yield Step(text, self.describe(token, row, likeliest))
+        for (token,), (row,) in continue_texts(
+            Context(self.model, [prompt], device=self.device),
+            [0],
+            self.tokenizer.vocab_size,
+            max_new_tokens=request["max_tokens"],
+            seed=request.get("seed", time.time_ns()),
+            temperature=request.get("temperature", 1),
+            top_p=request.get("top_p"),
+        ):
+            yield Step(stream.feed(token), self.describe(token, row, likeliest))
+            if stream.ended:
+                break
+        yield Step(stream.close(), None, "stop" if stream.ended else "length")
 
-    def step(self, text: str, token: int, logprobs: Tensor, likeliest: int | None) -> Step:
-        top = logprobs.topk(min(likeliest or 0, len(logprobs)))
-        pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        return Step(text, token, float(logprobs[token]), pairs)
+    def describe(
+        self, token: int, logits: Tensor | None, likeliest: int | None
+    ) -> dict | None:
+        """Return a token's entry in a chat's logprobs, or None if they are not asked for.
 
-    def text(self, token: int) -> str:
-        return self.tokenizer.pieces[token].decode("utf-8", "replace")
-
-    # ----------------------------------------------------------------------------------
-    # Answers
-
-    def answer(
-        self,
-        request: dict,
-        kind: str,
-        texts: list[tuple[list[int], Iterator[Step]]],
-        choice,
-    ) -> Iterator[dict]:
-        """Yield the chunks of an answer, or, without "stream", None after each token and then the whole answer.
-
-        texts: the prompts, and the steps of their texts. choice: (steps, finish_reason, is a chunk) -> an entry of
-        "choices".
+        logits: (V,), from which it was drawn; None: nothing precedes it. likeliest: how many others to list.
         """
-        self.answers += 1
-        streams = bool(request.get("stream"))
-        kind += ".chunk" if streams and kind == "chat.completion" else ""
-        frame = {"id": f"{kind}-{self.answers}", "object": kind}
-        frame |= {"created": int(time.time()), "model": self.name}
-        choices = []
-        written = 0
-        for index, (_, steps) in enumerate(texts):
-            done = []
-            end = "length"
-            for step in steps:
-                done.append(step)
-                if step.token in (self.tokenizer.eot, *self.tokenizer.ends):
-                    end = "stop"
-                entry = choice([step], None, True) | {"index": index}
-                yield frame | {"choices": [entry]} if streams else None
-            tokens = [step for step in done if step.token is not None]
-            written += len(tokens)
-            entry = choice([] if streams else done, end, streams) | {"index": index}
-            choices.append(entry)
-            if streams:
-                yield frame | {"choices": [entry]}
-        read = sum(len(prompt) for prompt, _ in texts)
-        usage = {"prompt_tokens": read, "completion_tokens": written}
-        usage["total_tokens"] = read + written
-        if not streams:
-            yield frame | {"choices": choices, "usage": usage}
-        elif (request.get("stream_options") or {}).get("include_usage"):
-            yield frame | {"choices": [], "usage": usage}
+        if likeliest is None:
+            return None
+        pieces = self.tokenizer.pieces
+        ids, logprobs = [token], {token: None}
+        if logits is not None:
+            logits = logits.log_softmax(-1)[: len(pieces)]
+            ids += logits.topk(min(likeliest, len(pieces))).indices.tolist()
+            logprobs = logits.tolist()
+        entry, *others = [
+            {
+                # OpenAI, too, writes \xe2\x80 for the bytes of an incomplete character
+                "token": pieces[i].decode("utf-8", "backslashreplace"),
+                "logprob": logprobs[i],
+                "bytes": list(pieces[i]),
+                "id": i,  # our own
+            }
+            for i in ids
+        ]
+        return entry | {"top_logprobs": others}
 
-    def entry(self, step: Step) -> dict:
-        """Return a token's entry in the logprobs of a chat."""
-        likeliest = [self.token(i, logprob) for i, logprob in step.likeliest]
-        return self.token(step.token, step.logprob) | {"top_logprobs": likeliest}
 
-    def token(self, i: int, logprob: float | None) -> dict:
-        piece = self.tokenizer.pieces[i]
-        return {"token": self.text(i), "id": i, "logprob": logprob, "bytes": list(piece)}
+def read(body: bytes, schema: dict) -> dict:
+    """Parse and check a request. A null is the same as no entry."""
+    request = parse_json(body, {})
+    request = {key: value for key, value in request.items() if value is not None}
+    check_schema(request, COMMON | schema)
+    for key, most in (("temperature", 2), ("top_p", 1)):
+        if not 0 <= request.get(key, 0) <= most:
+            raise UserError(f"{key} must be from 0 to {most}")
+    stop = request.get("stop", [])
+    return request | {"stop": [stop] if isinstance(stop, str) else stop}
 
-    def table(self, steps: list[Step]) -> dict:
-        """Return the logprobs of a text completion."""
-        steps = [step for step in steps if step.token is not None]
-        texts = [self.text(step.token) for step in steps]
-        return {
-            "tokens": texts,
-            "token_logprobs": [step.logprob for step in steps],
+
+def choice(steps: list[Step], kind: str, is_first: bool = True) -> dict:
+    """Return an entry of "choices"."""
+    text = "".join(step.text for step in steps)
+    tokens = [step.token for step in steps if step.token]
+    found = {"index": 0, "finish_reason": steps[-1].end, "logprobs": None}
+    if tokens:
+        found["logprobs"] = {"content": tokens}
+    if kind != TEXT:
+        message = {"role": "assistant", "content": text} if is_first else {"content": text}
+        return found | {"message" if kind == CHAT else "delta": message}
+    if tokens:
+        found["logprobs"] |= {
+            "tokens": [token["token"] for token in tokens],
+            "token_logprobs": [token["logprob"] for token in tokens],
             "top_logprobs": [
-                {self.text(i): logprob for i, logprob in step.likeliest} or None
-                for step in steps
+                {each["token"]: each["logprob"] for each in token["top_logprobs"]}
+                for token in tokens
             ],
-            "text_offset": [sum(map(len, texts[:i])) for i in range(len(texts))],
-            "content": [self.entry(step) for step in steps],  # as in a chat, for our page
         }
+    return found | {"text": text}
