@@ -59,7 +59,11 @@ OF_TEXT = "prompts num_samples stop logprobs temperature top_k repetition_penalt
 OF_TEXT += " seed compile top_p min_p"
 # {key: (another setting, the values of that setting for which the key has no effect)}
 IN_VAIN = dict.fromkeys(OF_TEXT.split(), ("task", ("translation",)))
-IN_VAIN |= dict.fromkeys(("num_beams", "length_penalty"), ("task", ("language modelling",)))
+for key in ("prompts", "num_samples", "logprobs"):
+    IN_VAIN[key] = ("task", ("translation", "chat"))
+for key in ("num_beams", "length_penalty"):
+    IN_VAIN[key] = ("task", ("language modelling", "chat"))
+IN_VAIN["system"] = ("task", ("language modelling", "translation"))
 IN_VAIN["dtype"] = ("quantize", ("int8",))
 
 
@@ -280,13 +284,13 @@ def print_translations(config: SampleConfig, loaded: Pipeline) -> None:
 
 
 def chat(config: SampleConfig, loaded: Pipeline) -> None:
-    """Print the reply to each line."""
+    """Print the reply to each line. Without --start, lines are read from the terminal."""
     from humptygpt.chat.talk import Talk
 
     talk = Talk(loaded.model, loaded.tokenizer, loaded.device, config.system)
     first = [] if config.start is None else [read_start(config.start)]
-    lines = chain(first, typed_lines() if config.interactive else [])
-    for turn, line in enumerate(lines):
+    lines = typed_lines() if config.interactive or not first else []
+    for turn, line in enumerate(filter(None, chain(first, lines))):
         try:
             for text in talk.reply(line, turn, **config.select(SAMPLING)):
                 print(text, end="", flush=True)
@@ -300,7 +304,9 @@ def converse(config: SampleConfig, loaded: Pipeline) -> None:
     tokenizer = loaded.tokenizer
     context = None
     first = [] if config.start is None else [read_start(config.start)]
-    for turn, line in enumerate(chain(first, typed_lines())):
+    for turn, line in enumerate(
+        chain(first, typed_lines("Ctrl-D quits; an empty line continues the text"))
+    ):
         try:
             if context is None:  # the text starts with this line
                 ids = encode_prompt(line, tokenizer) if line else tokenizer.start().tolist()

@@ -1,7 +1,7 @@
 # A small model that answers as Humpty Dumpty does, from conversations that this repository composes.
 #
 #   python train.py config/humpty_chat.py
-#   python sample.py --out_dir=out/humpty_chat --interactive=True
+#   python sample.py --out_dir=out/humpty_chat
 
 out_dir = "out/humpty_chat"
 dataset = "humpty_chat"  # 40,000 conversations

@@ -42,7 +42,6 @@ CHAT = Task(
     dataset=ChatDataset,
     evaluation_examples=show_replies,
     sample_label="talk to it",
-    sample_command="python sample.py {} --interactive=True",
     card_input=CARD_INPUT,
     card_note="It answers as in the conversations that it was trained on.",
 )
