@@ -73,6 +73,7 @@ def opened(browser):
         page.goto(url)
         page.wait_for_selector("#input[placeholder]")
         page.fill("#temperature", "0")  # the reciter then makes no mistake
+        page.focus("#input")
         page.own = url
         return page
 
@@ -231,6 +232,7 @@ def test_a_conversation_survives_a_reload_also_while_it_is_written(reciter, open
     page.reload()
     page.wait_for_selector("#input[placeholder]")
     page.fill("#temperature", "0")  # the reciter then makes no mistake
+    page.focus("#input")
     assert replies(page) == [REPLY, "Grü"]
     assert page.locator(".user p").last.inner_text() == "<img src=x onerror=alert(1)>"
     assert page.locator("article img").count() == 0
@@ -245,6 +247,7 @@ def test_when_the_context_is_full_the_oldest_exchanges_are_forgotten(browser):
         page.goto(f"http://127.0.0.1:{server.server_port}")
         page.wait_for_selector("#input[placeholder]")
         page.fill("#temperature", "0")  # the reciter then makes no mistake
+        page.focus("#input")
         for number in range(3):
             say(page, f"Number {number}")
             wait_until_done(page)
@@ -264,6 +267,7 @@ def test_a_server_that_has_gone_is_reported_and_the_page_can_go_on(
     page.goto(f"http://127.0.0.1:{reciter.server_port}")
     page.wait_for_selector("#input[placeholder]")
     page.fill("#temperature", "0")  # the reciter then makes no mistake
+    page.focus("#input")
     context.set_offline(True)
     say(page)
     wait_until_done(page)
