@@ -51,8 +51,7 @@ def later(composer: Composer) -> list[Exchange]:
     told = {}
     if composer.random.random() < 0.4:
         (first,) = composer.conversation(1)
-        why = composer.topics[first.topic].answers["why"]
-        return [first, composer.why(first)] if why else later(composer)
+        return [first, composer.exchange("why", {}, before=first.topic)]
     kind = composer.random.choice(TOLD)
     first = composer.exchange(f"tell {kind}", told)
     between = [any_exchange(composer) for _ in range(composer.random.randint(0, 2))]

@@ -95,7 +95,7 @@ def test_three_conventions_of_a_line_give_the_same_turns():
 
 BAD = {
     "chats.jsonl, line 2: Expecting": '{"messages": [\n',
-    "line 2: unknown role 'tool'": json.dumps(
+    "line 2: messages[0].role must be assistant or system or user": json.dumps(
         {"messages": [{"role": "tool", "content": "x"}]}
     ),
     "line 2: the assistant replies twice in a row": json.dumps(

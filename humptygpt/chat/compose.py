@@ -100,26 +100,19 @@ class Composer:
     def next(self, exchanges: list[Exchange], told: dict[str, str]) -> Exchange:
         """Compose the next exchange. told: {kind: value} that somebody has told so far; it is updated."""
         drawn = self.random.random()
-        if exchanges and drawn < 0.2 and self.topics[exchanges[-1].topic].answers["why"]:
-            return self.why(exchanges[-1])
+        if exchanges and drawn < 0.2 and exchanges[-1].topic != "why":
+            return self.exchange("why", told, before=exchanges[-1].topic)
         if told and drawn < 0.5:
             return self.exchange(f"ask {self.random.choice([*told])}", told)
         weights = [topic.weight for topic in self.topics.values()]
         return self.exchange(self.random.choices([*self.topics], weights)[0], told)
 
-    def why(self, before: Exchange) -> Exchange:
-        """Compose the question why he gave an answer."""
-        said = self.random.choice(self.topics["why"].phrasings)
-        return Exchange(
-            self.typed(said), self.shuffled(self.topics[before.topic].answers["why"]), "why"
-        )
-
-    def exchange(self, name: str, told: dict[str, str]) -> Exchange:
-        """Compose an exchange on a topic."""
+    def exchange(self, name: str, told: dict[str, str], before: str = "") -> Exchange:
+        """Compose an exchange on a topic. before: for "why", the topic of the exchange before it."""
         topic = self.topics[name]
         kind, _, value = name.partition(" ")
         values = self.draw_values()
-        answers = topic.answers[""]
+        answers = self.topics[before].answers["why"] if before else topic.answers[""]
         if kind == "tell":
             told[value] = values[value]
         elif kind == "ask" and value in told:
@@ -128,7 +121,8 @@ class Composer:
             answers = topic.answers["none"]
         said = self.random.choice(topic.phrasings).format(**values)
         replies = [capital(answer.format(**values)) for answer in answers]
-        return Exchange(self.typed(said), self.shuffled(replies), name)
+        replies = self.random.sample(replies, len(replies))
+        return Exchange(self.typed(said), replies, name)
 
     def draw_values(self) -> dict[str, str]:
         """Draw a value of each kind, two addends with their sum, and a number too large for him."""
@@ -157,9 +151,6 @@ class Composer:
             word += self.random.choice(["", *"klmnrstx"])
             if len(word) > 2 and is_held_out(word) == self.held_out:
                 return word
-
-    def shuffled(self, texts: list[str]) -> list[str]:
-        return self.random.sample(texts, len(texts))
 
     def typed(self, text: str) -> str:
         """Type a text as people do, with or without capital letters, a greeting and punctuation."""

@@ -19,22 +19,20 @@ from humptygpt.prepare.documents import read_lines
 from humptygpt.schema import parse_json
 from humptygpt.tokenizers import Tokenizer
 
+SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of the roles
 FIRST_LINE = r'\s*\{.*"(messages|conversations|instruction)"\s*:'
 SCHEMA = {
-    "messages?": [{"role": str, "content": str}],
-    "conversations?": [{"from": str, "value": str}],
+    "messages?": [{"role": set(ROLES), "content": str}],
+    "conversations?": [{"from": {*ROLES, *SHAREGPT}, "value": str}],
     "instruction?": str,
     "input?": str,
     "output?": str,
 }
 SHOWN = 1500  # characters of the conversation in the summary
-SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
 class Conversation(NamedTuple):
-    turns: tuple[
-        Turn, ...
-    ]  # up to the last reply; () if there is none, so that nothing can be learned
+    turns: tuple[Turn, ...]  # up to the last reply; () if there is none
 
     @property
     def texts(self) -> list[str]:
@@ -133,9 +131,7 @@ def parse(line: str) -> Conversation:
             "it has neither messages, conversations, nor instruction and output"
         )
     turns = [Turn(SHAREGPT.get(role, role), text.strip()) for role, text in turns]
-    for before, turn in pairwise([Turn("", ""), *turns]):
-        if turn.role not in ROLES:
-            raise ValueError(f"unknown role {turn.role!r}; use {', '.join(ROLES)}")
+    for before, turn in pairwise(turns):
         if before.role == turn.role == "assistant":
             raise ValueError("the assistant replies twice in a row")
     while turns and turns[-1].role != "assistant":
