@@ -67,7 +67,7 @@ class Api:
             # the rest is for our page
             "is_chat": self.is_chat,
             "context": self.block_size,
-            "end": self.tokenizer.eot,
+            "ends": [self.tokenizer.eot, *self.tokenizer.ends],
         }
         return {"object": "list", "data": [model]}
 
