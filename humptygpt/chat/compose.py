@@ -1,7 +1,7 @@
 """Compose conversations with Humpty Dumpty from the lines in humpty.txt.
 
-What somebody says is composed of a topic, a phrasing, values such as a name, and a way of typing. Some phrasings, sums,
-names and words are held out: no training conversation has them, so that a test of them shows more than memory.
+What somebody says is composed of a topic, a phrasing, values such as a name, and a greeting. Some compositions, sums and
+made-up words are held out: no training conversation has them, so that a test of them shows more than memory.
 """
 
 import random
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from humptygpt.prepare.corpus import draw
 
 LINES = Path(__file__).with_name("humpty.txt")
-HELD_OUT = 0.1  # share of the phrasings, of the sums and of the made-up words
+HELD_OUT = 0.1  # share of the compositions, of the sums and of the made-up words
 TURNS = (
     1,
     1,
@@ -74,20 +74,17 @@ def expand(line: str) -> list[str]:
 
 
 def is_held_out(text: str) -> bool:
-    return draw(text) < HELD_OUT
+    """Decide by the words of a text, whatever its capital letters and punctuation."""
+    return draw(" ".join(re.findall(r"[\w+]+", text.lower()))) < HELD_OUT
 
 
 class Composer:
-    """Composes exchanges. held_out: with the phrasings, sums and made-up words that no training conversation has."""
+    """Composes exchanges. held_out: those that no training conversation has."""
 
     def __init__(self, seed: int, held_out: bool = False):
         self.random = random.Random(seed)
         self.held_out = held_out
         self.topics, self.values = read()
-        for topic in self.topics.values():
-            ranked = sorted(topic.phrasings, key=draw)
-            count = 1 + int(HELD_OUT * len(ranked))
-            topic.phrasings[:] = ranked[:count] if held_out else ranked[count:]
 
     def conversation(self, turns: int | None = None) -> list[Exchange]:
         """Compose a conversation of a number of exchanges; None: a random one."""
@@ -119,10 +116,12 @@ class Composer:
             values[value] = told[value]
         elif kind == "ask":
             answers = topic.answers["none"]
-        said = self.random.choice(topic.phrasings).format(**values)
+        said = ""
+        while not said or is_held_out(said) != self.held_out:
+            said = self.typed(self.random.choice(topic.phrasings).format(**values))
         replies = [capital(answer.format(**values)) for answer in answers]
         replies = self.random.sample(replies, len(replies))
-        return Exchange(self.typed(said), replies, name)
+        return Exchange(said, replies, name)
 
     def draw_values(self) -> dict[str, str]:
         """Draw a value of each kind, two addends with their sum, and a number too large for him."""
@@ -140,6 +139,9 @@ class Composer:
             "age": self.random.randint(3, 99),
             "large": self.random.randint(100, 9999),
         }
+        # adding the ones first, in writing, makes it easier to learn
+        ones = f"{a % 10} and {b % 10} make {a % 10 + b % 10}, so "
+        values["ones"] = ones if max(a, b) > 9 else ""
         return values | {kind: str(number) for kind, number in numbers.items()}
 
     def made_up(self) -> str:
