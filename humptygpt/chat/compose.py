@@ -1,7 +1,7 @@
 """Compose conversations with Humpty Dumpty from the lines in humpty.txt.
 
-What somebody says is composed of a topic, a phrasing, values such as a name, and a greeting. Some compositions, sums and
-made-up words are held out: no training conversation has them, so that a test of them shows more than memory.
+What somebody says is composed of a topic, a phrasing, values such as a name, and a greeting. Some compositions, sums
+and made-up words are held out: no training conversation has them, so that a test of them shows more than memory.
 """
 
 import random
