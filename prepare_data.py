@@ -75,6 +75,7 @@ TEXT_DEFAULTS = {
     "text_key": "text",
     "vocab_size": 4096,
     "model_type": "bpe",
+    "split_digits": False,
 }
 PAIR_DEFAULTS = TEXT_DEFAULTS | {
     "val_fraction": 0.02,
@@ -108,6 +109,7 @@ class PrepareConfig:
     tokenizer: str = "auto"  # auto: chosen to fit the text; or the tokenizer of a run, a model folder or owner/model
     vocab_size: int | None = None  # at most this many tokens; None: fits the text, or 4096
     model_type: str | None = None  # sentencepiece algorithm; None: bpe
+    split_digits: bool | None = None  # bpe: each digit is a token, to learn sums; None: off
     shard_tokens: int | None = None  # tokens per file, train_0000.bin, ...; None: one file
     # existing data
     overwrite: bool = False  # replace a different dataset of the same name
@@ -306,7 +308,7 @@ def resolve(config: PrepareConfig, preset: PrepareConfig, task: str) -> PrepareC
     resolved = with_defaults(resolved, more)
     in_vain = dict.fromkeys(ONLY_FOR_PAIRS, ("task", (Documents.task, Conversations.task)))
     kind = TOKENIZERS.get(resolved.tokenizer, Tokenizer)
-    for key in ("vocab_size", "model_type"):
+    for key in ("vocab_size", "model_type", "split_digits"):
         if key not in kind.options:
             in_vain[key] = ("tokenizer", (resolved.tokenizer,))
     given = [key for key in in_vain if getattr(config, key) is not None]

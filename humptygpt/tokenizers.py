@@ -222,7 +222,7 @@ class BytePairTokenizer(Tokenizer):
 
     name = "bpe"
     learn = "humptygpt.prepare.vocabulary:learn_byte_pairs"
-    options = ("vocab_size",)
+    options = ("vocab_size", "split_digits")
     schema: ClassVar = {"separated": bool, "pieces": str}
 
     def __init__(self, pieces: list[bytes], separated: bool = False):

@@ -316,7 +316,13 @@ SOURCES = {
     "wills": Source(wills, {"tokenizer": "sentencepiece", "vocab_size": 512}),
     "humpty_dumpty": Source(humpty_dumpty, {"tokenizer": "char"}),
     "humpty_chat": Source(
-        humpty_chat, {"tokenizer": "bpe", "vocab_size": 1024, "val_fraction": 0.02}
+        humpty_chat,
+        {
+            "tokenizer": "bpe",
+            "vocab_size": 1024,
+            "split_digits": True,
+            "val_fraction": 0.02,
+        },
     ),
     "sotu": Source(sotu, {"tokenizer": "sentencepiece", "vocab_size": 4096}),
     "translate_de_en": Source(

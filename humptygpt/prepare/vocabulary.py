@@ -161,18 +161,19 @@ def learn_sentencepiece(
     return proto.getvalue()
 
 
-def learn_byte_pairs(texts: Iterable[str], vocab_size: int) -> list[bytes]:
-    """Learn the pieces of a byte-pair encoding: at most vocab_size - 1, which leaves one id for end-of-text."""
+def learn_byte_pairs(
+    texts: Iterable[str], vocab_size: int, split_digits: bool = False
+) -> list[bytes]:
+    """Learn the pieces of a byte-pair encoding: at most vocab_size - 1, which leaves one id for end-of-text.
+
+    split_digits: True: each digit is a piece of its own, so that even a small model can learn to add.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            # each digit is a token, so that even a small model can learn to add
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    splits = [pre_tokenizers.Digits(individual_digits=True)] if split_digits else []
+    splits.append(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(splits)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
