@@ -74,8 +74,12 @@ def expand(line: str) -> list[str]:
 
 
 def is_held_out(text: str) -> bool:
-    """Decide by the words of a text, whatever its capital letters and punctuation."""
-    return draw(" ".join(re.findall(r"[\w+]+", text.lower()))) < HELD_OUT
+    return draw(text) < HELD_OUT
+
+
+def words(text: str) -> str:
+    """Leave out capital letters and punctuation."""
+    return " ".join(re.findall(r"\w+", text.lower()))
 
 
 class Composer:
@@ -116,9 +120,11 @@ class Composer:
             values[value] = told[value]
         elif kind == "ask":
             answers = topic.answers["none"]
-        said = ""
-        while not said or is_held_out(said) != self.held_out:
+        while True:
             said = self.typed(self.random.choice(topic.phrasings).format(**values))
+            # two words, such as "Good morning", are too common to be held out
+            if self.held_out == (said.count(" ") > 1 and is_held_out(words(said))):
+                break
         replies = [capital(answer.format(**values)) for answer in answers]
         replies = self.random.sample(replies, len(replies))
         return Exchange(said, replies, name)
@@ -137,8 +143,9 @@ class Composer:
         numbers = {"a": a, "b": b, "sum": a + b}
         numbers |= {
             "age": self.random.randint(3, 99),
-            "large": self.random.randint(100, 9999),
+            "large": self.random.randint(21, 999),
         }
+        numbers["larger"] = self.random.randint(100, 9999)
         # adding the ones first, in writing, makes it easier to learn
         ones = f"{a % 10} and {b % 10} make {a % 10 + b % 10}, so "
         values["ones"] = ones if max(a, b) > 9 else ""
@@ -147,10 +154,11 @@ class Composer:
     def made_up(self) -> str:
         """Make up a word of one to three syllables."""
         while True:
-            syllables = range(self.random.choice((1, 2, 2, 3)))
-            onsets = [self.random.choice(self.values["onset"]) for _ in syllables]
-            word = "".join(onset + self.random.choice("aeiou") for onset in onsets)
-            word += self.random.choice(["", *"klmnrstx"])
+            kinds = ["onset", "vowel"] * self.random.choice((1, 2, 2, 3)) + ["ending"]
+            kinds = kinds[
+                self.random.randint(0, 1) : len(kinds) - self.random.randint(0, 1)
+            ]
+            word = "".join(self.random.choice(self.values[kind]) for kind in kinds)
             if len(word) > 2 and is_held_out(word) == self.held_out:
                 return word
 
