@@ -1,6 +1,9 @@
-"""Teach a chat model facts about an invented town, and ask about them in ways that it has not been trained on.
+r"""Teach a chat model facts about an invented town, and ask about them in ways that it has not been trained on.
 
     python -m benchmarks.facts facts.jsonl           writes 300 conversations: 60 facts, each asked in five ways
+    python prepare_data.py --input=facts.jsonl --name=facts --tokenizer=out/humpty_chat --val_fraction=0.05
+    python train.py config/humpty_chat.py --init_from=out/humpty_chat --dataset=facts --out_dir=out/facts \
+        --batch_size=4 --max_iters=600 --eval_interval=150 --learning_rate=2e-3 --muon_learning_rate=0.01
     python -m benchmarks.facts out/facts             asks for each fact in two other ways
 
 A reply is right if it is the fact, letter by letter. The two ways that are left out differ from fact to fact.
