@@ -15,18 +15,8 @@ from humptygpt.prepare.corpus import draw
 
 LINES = Path(__file__).with_name("humpty.txt")
 HELD_OUT = 0.1  # share of the compositions, of the sums and of the made-up words
-TURNS = (
-    1,
-    1,
-    1,
-    2,
-    2,
-    2,
-    3,
-    3,
-    4,
-    4,
-)  # exchanges in a conversation, one of these at random
+# exchanges in a conversation: one of these numbers at random
+TURNS = [1, 1, 1, 2, 2, 2, 3, 3, 4, 4]
 MADE_UP = ("name", "town", "word")  # kinds of values that are made up half the time
 QUESTION = re.compile(
     r"(who|what|why|when|where|which|how|are|is|am|do|does|did|can|could|will|would|have|has|was|were|may)\b"
@@ -36,9 +26,8 @@ QUESTION = re.compile(
 class Topic(NamedTuple):
     weight: int  # how often it comes up, compared with the others
     phrasings: list[str]
-    answers: dict[
-        str, list[str]
-    ]  # {"": the answers, "why": those to "why?", "none": those if nothing was told}
+    # {"": the answers, "why": those to "why?", "none": those if nothing was told}
+    answers: dict[str, list[str]]
 
 
 class Exchange(NamedTuple):
@@ -130,7 +119,7 @@ class Composer:
         return Exchange(said, replies, name)
 
     def draw_values(self) -> dict[str, str]:
-        """Draw a value of each kind, two addends with their sum, and a number too large for him."""
+        """Draw a value of each kind, two addends with their sum, and numbers too large for him."""
         values = {kind: self.random.choice(those) for kind, those in self.values.items()}
         for kind in MADE_UP:
             if self.random.random() < 0.5:
@@ -140,12 +129,14 @@ class Composer:
             a, b = self.random.randint(0, 20), self.random.randint(0, 20)
             if is_held_out(f"{min(a, b)}+{max(a, b)}") == self.held_out:
                 break
-        numbers = {"a": a, "b": b, "sum": a + b}
-        numbers |= {
+        numbers = {
+            "a": a,
+            "b": b,
+            "sum": a + b,
             "age": self.random.randint(3, 99),
             "large": self.random.randint(21, 999),
+            "larger": self.random.randint(100, 9999),
         }
-        numbers["larger"] = self.random.randint(100, 9999)
         # adding the ones first, in writing, makes it easier to learn
         ones = f"{a % 10} and {b % 10} make {a % 10 + b % 10}, so "
         values["ones"] = ones if max(a, b) > 9 else ""
@@ -155,9 +146,8 @@ class Composer:
         """Make up a word of one to three syllables."""
         while True:
             kinds = ["onset", "vowel"] * self.random.choice((1, 2, 2, 3)) + ["ending"]
-            kinds = kinds[
-                self.random.randint(0, 1) : len(kinds) - self.random.randint(0, 1)
-            ]
+            first, last = self.random.randint(0, 1), self.random.randint(0, 1)
+            kinds = kinds[first : len(kinds) - last]
             word = "".join(self.random.choice(self.values[kind]) for kind in kinds)
             if len(word) > 2 and is_held_out(word) == self.held_out:
                 return word
