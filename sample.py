@@ -52,6 +52,7 @@ from humptygpt.sampling import (
 )
 from humptygpt.tokenizers import Tokenizer
 
+CHAT = "humptygpt.chat.talk:converse"
 WITH_TEMPLATE = "humptygpt.chat.template:with_template"
 SEPARATOR = "---------------"
 SAMPLING = "temperature top_k top_p min_p repetition_penalty seed max_new_tokens stop"
@@ -158,7 +159,7 @@ def main(argv: list[str]) -> None:
         if loaded.device.type == "cpu" and loaded.model.has_cache:
             choose_threads(loaded.model)
         if loaded.task == "chat":
-            chat(config, loaded)
+            configurator.find(CHAT)(config, loaded, config.select(SAMPLING))
         elif config.interactive:
             converse(config, loaded)
         else:
@@ -281,22 +282,6 @@ def print_translations(config: SampleConfig, loaded: Pipeline) -> None:
         lines = text.removesuffix("\n").split("\n")
         for translation in translate(lines, config, loaded):
             print(translation, flush=True)
-
-
-def chat(config: SampleConfig, loaded: Pipeline) -> None:
-    """Print the reply to each line. Without --start, lines are read from the terminal."""
-    from humptygpt.chat.talk import Talk
-
-    talk = Talk(loaded.model, loaded.tokenizer, loaded.device, config.system)
-    first = [] if config.start is None else [read_start(config.start)]
-    lines = typed_lines() if config.interactive or not first else []
-    for turn, line in enumerate(filter(None, chain(first, lines))):
-        try:
-            for text in talk.reply(line, turn, **config.select(SAMPLING)):
-                print(text, end="", flush=True)
-        except UserError as error:
-            note(str(error))
-        print(flush=True)
 
 
 def converse(config: SampleConfig, loaded: Pipeline) -> None:

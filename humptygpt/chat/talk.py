@@ -1,13 +1,14 @@
 """Talk to a model turn by turn. Its cache is kept between turns."""
 
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from torch import nn
 
 from humptygpt.chat.tokens import ChatTokenizer, Turn
 from humptygpt.config import UserError, note
-from humptygpt.sampling import Context, stream_texts
+from humptygpt.sampling import Context, read_start, stream_texts, typed_lines
 
 
 class Talk:
@@ -65,3 +66,20 @@ class Talk:
             reply += piece.text
             yield piece.text
         self.exchanges = [*kept, [new, Turn("assistant", reply)]]
+
+
+def converse(config, loaded, sampling: dict) -> None:
+    """Print the reply to each line. Without --start, lines are read from the terminal.
+
+    config: a sample.SampleConfig. loaded: a sample.Pipeline. sampling: arguments of stream_texts().
+    """
+    talk = Talk(loaded.model, loaded.tokenizer, loaded.device, config.system)
+    first = [] if config.start is None else [read_start(config.start)]
+    lines = typed_lines() if config.interactive or not first else []
+    for turn, line in enumerate(filter(None, chain(first, lines))):
+        try:
+            for text in talk.reply(line, turn, **sampling):
+                print(text, end="", flush=True)
+        except UserError as error:
+            note(str(error))
+        print(flush=True)
