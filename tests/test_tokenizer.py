@@ -19,7 +19,7 @@ from humptygpt.tokenizers import (
 
 TEXT = "Füße, 東京!\n🙂 and plain words\n" + make_text(3000)
 ALPHABET = "".join(sorted(set(TEXT)))
-OPTIONS = {"vocab_size": 350, "model_type": "bpe"}
+OPTIONS = {"vocab_size": 350, "model_type": "bpe", "split_digits": False}
 GPT2 = [*(bytes([i]) for i in range(256)), b" w", b"or"]
 
 
@@ -86,6 +86,14 @@ def test_a_tokenizer_comes_back_from_its_state_of_plain_data(tok):
     again = tokenizer.from_state(state)
     assert type(again) is type(tok) and again.state() == state and again.eot == tok.eot
     assert again.encode(TEXT).tolist() == tok.encode(TEXT).tolist()
+
+
+def test_with_split_digits_each_digit_is_a_token_and_otherwise_a_frequent_number_is_one():
+    text = "in 1984 and 1984 " * 20
+    for split, expected in ((True, [b" ", b"1", b"9", b"8", b"4"]), (False, [b" 1984"])):
+        pieces = vocabulary.learn_byte_pairs(iter([text]), 300, split_digits=split)
+        tok = BytePairTokenizer(pieces)
+        assert [tok.pieces[i] for i in tok.encode(" 1984")] == expected
 
 
 @every
