@@ -319,8 +319,8 @@ def test_a_reply_ends_at_each_token_that_generation_config_names(folder):
         content = {"eos_token_id": ids}
         Path("theirs/generation_config.json").write_text(json.dumps(content))
         again = sample.load("theirs", talks=True)
-        *_, answer = Api(again, "x").chat(asked)
-        (choice,) = answer["choices"]
+        *_, answer = Api(again, "x").chat(json.dumps(asked).encode())
+        (choice,) = json.loads(answer)["choices"]
         assert replies(again, "Hello the dog")[0].startswith(choice["message"]["content"])
         tokens = [entry["id"] for entry in choice["logprobs"]["content"]]
         return tokens, choice["finish_reason"]
@@ -365,7 +365,7 @@ def test_a_template_that_is_broken_or_runs_code_is_one_line(template, folder, fa
 def test_a_conversation_that_the_template_refuses_is_a_bad_request(folder):
     path = write_model(STRICT)
     api = Api(sample.load(path, talks=True), "x")
-    server = serve.Server(serve.ServeConfig(port=0), api)
+    server = serve.listen("127.0.0.1", 0, api)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     turns = [Turn("user", "Hi"), Turn("user", "Ho")]
     content = json.dumps({"messages": messages(turns), "max_tokens": 1}).encode()

@@ -235,7 +235,7 @@ BAD = {
     "a.csv, row 2 has no text under 'body': {'id': '2', 'body': 'two', None: ['three']}; set": (
         "a.csv --text_key=body"
     ),
-    "chats.jsonl, line 1 has no text under 'text': {\"messages\": [{": "chats.jsonl",
+    "chats.jsonl, line 1 has no text under 'text': {\"dialogue\": [{": "chats.jsonl",
     "a.pdf is not a text file; convert or unpack it": "a.pdf",
     "a.zip is not a text file; convert or unpack it": "a.zip",
     "text_key=body has no effect, since latin1.txt has no records with keys or columns": (
@@ -265,7 +265,7 @@ BAD = {
 def test_bad_files_are_one_line_that_names_the_place(fails, complaint):
     for name, data in {
         "a.csv": b"id,body\n1,one\n2,two,three\n",
-        "chats.jsonl": b'{"messages": [{"role": "user", "content": "Hi"}]}\n',
+        "chats.jsonl": b'{"dialogue": [{"role": "user", "content": "Hi"}]}\n',
         "a.pdf": b"%PDF-1.7 text",
         "a.zip": b"PK\3\4\x14\0",
         "utf16.txt": b"\xff\xfea\0\0",

@@ -265,9 +265,9 @@ def test_the_tokenizer_is_trained_on_both_sides_of_the_training_pairs_only(
     seen = []
     learn = vocabulary.learn_byte_pairs
 
-    def recorded(texts, vocab_size):
+    def recorded(texts, **options):
         seen.extend(texts)
-        return learn(seen, vocab_size)
+        return learn(seen, **options)
 
     monkeypatch.setattr(vocabulary, "learn_byte_pairs", recorded)
     write_tsv("own.tsv", ROWS)
