@@ -84,7 +84,8 @@ PAIR_DEFAULTS = TEXT_DEFAULTS | {
     "max_pair_tokens": 128,
     "max_pair_ratio": 3.0,
 }
-ITEMS = ("documents", "pairs", "conversations", "turns")  # what a corpus may have
+# what the summary counts, apart from the size
+ITEMS = ("documents", "pairs", "conversations", "turns")
 ONLY_FOR_PAIRS = ("test_fraction", "max_pair_tokens", "max_pair_ratio", "held_out")
 
 

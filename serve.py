@@ -32,8 +32,8 @@ from humptygpt.decoding import choose_threads
 
 PAGE = Path(__file__).parent / "humptygpt/chat/page.html"
 LARGEST = 1_000_000  # bytes of a request
-# A site can let a name of its own lead to this machine, so that the browser takes its page for ours. It has no address
-# of this machine and no claim to "localhost".
+# A website can point its own name at this machine, and a browser then lets its page read our answers. So requests must
+# name the server by an IP address or as localhost.
 HOST = re.compile(r"(localhost|[0-9.]+|\[[0-9a-f:]+\])(:\d+)?")
 
 

@@ -46,7 +46,7 @@ class Tokenizer:
     pieces: list[bytes]  # the bytes that each token stands for
     eot: int | None  # the token that ends each document; None: there is only one document
     bos: int | None = None  # the token that every text starts with, if the model has one
-    ends: Collection[int] = ()  # other tokens than eot that end a generated text
+    ends: Collection[int] = ()  # further tokens that end a generated text, like eot
     chat_template: str | None = None  # how conversations are written, in Jinja; for exports
 
     @property

@@ -271,6 +271,22 @@ def test_other_mistakes_are_explained(run_dir, fails):
         score.main(["--out_dir=out/run", "--pairs=pairs.jsonl"])
 
 
+def lm_eval_task(pairs_file: Path, *metrics: str) -> dict:
+    """Describe the tests of a file to lm-evaluation-harness."""
+    return {
+        "task": "pairs",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(pairs_file)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "context",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+        "metric_list": [{"metric": metric} for metric in metrics],
+    }
+
+
 @pytest.mark.long
 def test_lm_evaluation_harness_finds_the_same_for_an_exported_model(
     folder, capsys, monkeypatch
@@ -302,18 +318,7 @@ def test_lm_evaluation_harness_finds_the_same_for_an_exported_model(
     row = json.loads(
         scored(capsys, "--init_from=exported", "--pairs=pairs.jsonl", "--json=True")
     )[-1]
-    task = {
-        "task": "pairs",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "pairs.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "context",
-        "doc_to_choice": "choices",
-        "doc_to_target": "answer",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_bytes"}],
-    }
+    task = lm_eval_task(folder / "pairs.jsonl", "acc", "acc_bytes")
     found = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": str(folder / "exported"), "dtype": "float32"},

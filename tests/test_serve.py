@@ -21,7 +21,7 @@ import torch
 from conftest import ROOT, TINY_RUN, WITHOUT_SAMPLE
 from test_chat import chat, write_chats
 from test_export import CASES, make_run
-from test_score import scored, write_lines
+from test_score import lm_eval_task, scored, write_lines
 from texts import make_text
 from torch import nn
 
@@ -655,18 +655,7 @@ def test_lm_evaluation_harness_scores_a_served_model_as_score_py_does(
     capsys.readouterr()
     argv = ["--out_dir=out/run", "--pairs=pairs.jsonl", "--json=True"]
     row = json.loads(scored(capsys, *argv))[-1]
-    task = {
-        "task": "pairs",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "pairs.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "context",
-        "doc_to_choice": "choices",
-        "doc_to_target": "answer",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc"}],
-    }
+    task = lm_eval_task(folder / "pairs.jsonl", "acc")
     with serving(sample.load("out/run")) as server:
         found = lm_eval.simple_evaluate(
             model="local-completions",

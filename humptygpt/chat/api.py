@@ -99,6 +99,7 @@ class Api:
         return self.answer(request, prompt, TEXT)
 
     def answer(self, request: dict, prompt: list[int], kind: str) -> Iterator[str]:
+        """Yield the answer in parts. prompt: token ids, which are checked here. kind: CHAT or TEXT."""
         check_schema(prompt, [range(self.tokenizer.vocab_size)], "prompt")
         what = "context_length_exceeded: the number of tokens in the prompt"
         check_schema(len(prompt), range(1, self.block_size), what)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from humptygpt.prepare.corpus import draw
 
 LINES = Path(__file__).with_name("humpty.txt")
-HELD_OUT = 0.1  # share of the compositions, of the sums and of the made-up words
+HELD_OUT = 0.1  # the share of the compositions, of the sums and of the made-up words
 # exchanges in a conversation: one of these numbers at random
 TURNS = [1, 1, 1, 2, 2, 2, 3, 3, 4, 4]
 MADE_UP = ("name", "town", "word")  # kinds of values that are made up half the time
@@ -67,7 +67,7 @@ def is_held_out(text: str) -> bool:
 
 
 def words(text: str) -> str:
-    """Leave out capital letters and punctuation."""
+    """Return a text in lower case and without punctuation."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
