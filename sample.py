@@ -17,7 +17,7 @@ Only the text goes to stdout, or with --logprobs only JSON lines; everything els
 import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 
 from humptygpt import machine
@@ -48,11 +48,13 @@ from humptygpt.sampling import (
     read_start,
     stream_texts,
     texts_at_once,
-    typed_lines,
 )
 from humptygpt.tokenizers import Tokenizer
 
-CHAT = "humptygpt.chat.talk:converse"
+CONVERSE = {  # {task: "module:function"}
+    "language modelling": "humptygpt.interactive:converse",
+    "chat": "humptygpt.chat.talk:converse",
+}
 WITH_TEMPLATE = "humptygpt.chat.template:with_template"
 SEPARATOR = "---------------"
 SAMPLING = "temperature top_k top_p min_p repetition_penalty seed max_new_tokens stop"
@@ -158,10 +160,9 @@ def main(argv: list[str]) -> None:
             return
         if loaded.device.type == "cpu" and loaded.model.has_cache:
             choose_threads(loaded.model)
-        if loaded.task == "chat":
-            configurator.find(CHAT)(config, loaded, config.select(SAMPLING))
-        elif config.interactive:
-            converse(config, loaded)
+        if config.interactive or loaded.task == "chat":
+            converse = configurator.find(CONVERSE[loaded.task])
+            converse(config, loaded, config.select(SAMPLING))
         else:
             print_texts(config, loaded)
 
@@ -273,6 +274,8 @@ def print_batch(
 
 def print_translations(config: SampleConfig, loaded: Pipeline) -> None:
     """Print a translation of each line. The translation of an empty line is empty."""
+    from humptygpt.interactive import typed_lines
+
     texts = typed_lines() if config.interactive else [read_start(config.start or "")]
     if texts == [""]:
         raise UserError(
@@ -282,28 +285,6 @@ def print_translations(config: SampleConfig, loaded: Pipeline) -> None:
         lines = text.removesuffix("\n").split("\n")
         for translation in translate(lines, config, loaded):
             print(translation, flush=True)
-
-
-def converse(config: SampleConfig, loaded: Pipeline) -> None:
-    """Read a line, print its continuation, and repeat. Everything read and printed stays in the context."""
-    tokenizer = loaded.tokenizer
-    context = None
-    first = [] if config.start is None else [read_start(config.start)]
-    for turn, line in enumerate(
-        chain(first, typed_lines("Ctrl-D quits; an empty line continues the text"))
-    ):
-        try:
-            if context is None:  # the text starts with this line
-                ids = encode_prompt(line, tokenizer) if line else tokenizer.start().tolist()
-                context = Context(loaded.model, [ids], device=loaded.device)
-            elif line:
-                context.append([tokenizer.encode_rest(line).tolist()])
-        except UserError as error:
-            note(str(error))
-            continue
-        for piece in stream_texts(context, tokenizer, [turn], **config.select(SAMPLING)):
-            print(piece.text, end="", flush=True)
-        print(flush=True)
 
 
 if __name__ == "__main__":

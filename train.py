@@ -212,7 +212,7 @@ def setup(
         check_training_fits(config, model_config, device, dtype, process.size)
 
     model = make_model(config, model_config, saved, base, process.sharded)
-    if config.lora_rank and dataset.task == "chat":
+    if config.lora_rank and dataset.tokenizer.marks:
         find(TRAIN_ROWS)(model, dataset.tokenizer.marks)
     batches = dataset
     if device.type == "cuda":
@@ -388,8 +388,8 @@ def evaluate(run: Run, folder: RunFolder, bar: tqdm) -> bool:
         report.line(bar, show(run, run.task.evaluation_examples, run.model))
     if improved:
         run.process.save(folder.path / "best.pt", run.best_state())
-        # an adapter has no rows of the embedding
-        if run.config.lora_rank and run.process.first and run.dataset.task != "chat":
+        # an adapter has no rows of the embedding, so it cannot hold marks
+        if run.config.lora_rank and run.process.first and not run.dataset.tokenizer.marks:
             from humptygpt.convert.adapters import write_adapter
 
             write_adapter(run.model, run.config, folder.path / "adapter")

@@ -90,16 +90,6 @@ def read_text(path: str) -> str:
         raise UserError(f"cannot read {path}: {error.strerror}{near}") from error
 
 
-def typed_lines(advice: str = "Ctrl-D quits") -> Iterator[str]:
-    """Print the advice, and yield lines from standard input, with "> " as the prompt if it is a terminal."""
-    print(advice, file=sys.stderr)
-    while True:
-        try:
-            yield input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-
-
 # --------------------------------------------------------------------------------------
 # Logits -> probabilities -> token
 

@@ -178,10 +178,7 @@ def make_model(
 
 
 def adapt_model(base: Loaded, config: TrainConfig, model_config: ModelConfig) -> nn.Module:
-    """Return the base model, adapted to this config: fewer positions, more tokens, different dropout, LoRA.
-
-    The embedding of a new token is the mean of the others, and so is its row in the output head.
-    """
+    """Return the base model, adapted to this config: fewer positions, more tokens, different dropout, LoRA."""
     weights = dict(base.model.state_dict())
     for name, x in weights.items():
         if name.endswith("position.wpe.weight"):
@@ -189,6 +186,7 @@ def adapt_model(base: Loaded, config: TrainConfig, model_config: ModelConfig) ->
             weights[name] = x[: model_config.block_size].clone()
         new = model_config.vocab_size - base.model.config.vocab_size
         if new and name in ("wte.weight", "lm_head.weight"):
+            # the vectors of a new token start as the mean of the others
             weights[name] = torch.cat([x, x.mean(dim=0).expand(new, -1)])
     model = checkpoint.restore_model(weights, model_config)
     torch.manual_seed(config.seed)

@@ -108,9 +108,7 @@ class Task:
     # code in the model card that makes the model's input; {} is the prompt
     card_input: str = 'tokenizer({}, return_tensors="pt")'
     # what the model does, for the model card
-    card_note: str = (
-        "It continues texts like those it was trained on. It does not follow instructions."
-    )
+    card_note: str = "It continues texts like those it read. It follows no instructions."
 
 
 def find_task(name: str) -> Task:

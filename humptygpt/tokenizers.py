@@ -47,6 +47,7 @@ class Tokenizer:
     eot: int | None  # the token that ends each document; None: there is only one document
     bos: int | None = None  # the token that every text starts with, if the model has one
     ends: Collection[int] = ()  # further tokens that end a generated text, like eot
+    marks: Collection[int] = ()  # tokens that mark the turns of a conversation
     chat_template: str | None = None  # how conversations are written, in Jinja; for exports
 
     @property

@@ -10,7 +10,7 @@ from test_model import random_model
 
 import sample
 import score
-from humptygpt import checkpoint, sampling
+from humptygpt import checkpoint, interactive, sampling
 from humptygpt.sampling import read_prompts
 from humptygpt.tokenizers import ByteTokenizer
 
@@ -221,9 +221,9 @@ def test_a_later_line_gets_no_start_token_and_no_space_before_it(monkeypatch):
         seen.append([list(text) for text in context.texts])
         return []
 
-    monkeypatch.setattr(sample, "stream_texts", stream_texts)
+    monkeypatch.setattr(interactive, "stream_texts", stream_texts)
     monkeypatch.setattr("sys.stdin", io.StringIO("ab\n\ncd\n"))
-    sample.converse(sample.SampleConfig(interactive=True), loaded)
+    interactive.converse(sample.SampleConfig(interactive=True), loaded, {})
     assert seen == [[[0, *b" ab"]], [[0, *b" ab"]], [[0, *b" abcd"]]]
 
 

@@ -13,7 +13,7 @@ import train
 from humptygpt import checkpoint
 from humptygpt.config import UserError
 from humptygpt.loading import load
-from humptygpt.page import snapshots
+from humptygpt.page import page_data, snapshots
 from humptygpt.process import Process
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build
@@ -110,13 +110,13 @@ def test_a_damaged_snapshot_or_one_of_another_model_is_refused(run_train):
     model = load(OUT / "ckpt.pt").model
     path = OUT / "snapshots" / "0.pt"
     whole = path.read_bytes()
-    (found,) = snapshots.snapshot_data(OUT, 6, model)
+    (found,) = page_data.snapshot_data(OUT, 6, model)
     assert found["iter"] == 0
     with pytest.raises(UserError, match=r"0\.pt is not a snapshot of this model"):
-        snapshots.snapshot_data(OUT, 6, test_model.tiny())
+        page_data.snapshot_data(OUT, 6, test_model.tiny())
     path.write_bytes(whole[:1000])
     with pytest.raises(UserError, match=r"0\.pt is not a checkpoint: it is trunc"):
-        snapshots.snapshot_data(OUT, 6, model)
+        page_data.snapshot_data(OUT, 6, model)
     torch.save([1, 2], path)
     with pytest.raises(UserError, match=r"0\.pt is not a snapshot"):
-        snapshots.snapshot_data(OUT, 6, model)
+        page_data.snapshot_data(OUT, 6, model)

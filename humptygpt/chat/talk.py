@@ -8,7 +8,8 @@ from torch import nn
 
 from humptygpt.chat.tokens import ChatTokenizer, Turn
 from humptygpt.config import UserError, note
-from humptygpt.sampling import Context, read_start, stream_texts, typed_lines
+from humptygpt.interactive import typed_lines
+from humptygpt.sampling import Context, read_start, stream_texts
 
 
 class Talk:

@@ -13,7 +13,7 @@ from humptygpt.convert.sentencepiece_model import normal_ids
 from humptygpt.loading import Loaded, from_run
 from humptygpt.metrics import read_metrics
 from humptygpt.page.known_settings import check_formulas, check_settings
-from humptygpt.page.snapshots import snapshot_data
+from humptygpt.page.snapshots import FILES, to_8_bits
 from humptygpt.token_files import TokenFiles, read_meta
 from humptygpt.tokenizers import END_OF_TEXT, SentencePieceTokenizer, Tokenizer
 from model import ModelConfig
@@ -48,6 +48,24 @@ def page_data(config) -> dict:
         "start": config.start or example_text(run),
         "metrics": read_metrics(run.path.with_name("metrics.jsonl")),
     }
+
+
+def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
+    """Read the snapshots before step `end` of a run, for makeSnapshot() in explain/data.js.
+
+    model: the run's model. Raises UserError if a file is damaged or belongs to a different model.
+    """
+    like = {"rows": to_8_bits(model.state_dict())}
+    data = []
+    for step, name in FILES.items():
+        path = folder / name
+        if step < end and path.exists():
+            saved = checkpoint.read_plain(path)
+            with checkpoint.refuse_damaged(path, "is not a snapshot of this model"):
+                checkpoint.check_tensors("", saved, like, "cpu")
+            rows = base64.b64encode(saved["rows"].numpy().tobytes()).decode()
+            data.append({"iter": step, "rows": rows})
+    return data
 
 
 def example_text(run: Loaded) -> str:

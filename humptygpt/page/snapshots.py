@@ -1,13 +1,10 @@
 """Snapshots of a run: its weights after 0, 10, 30, 100, 300 steps and so on, quantized to 8 bits per weight."""
 
-import base64
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from humptygpt import checkpoint
 from humptygpt.files import write_whole
 from model import count_parameters
 
@@ -51,21 +48,3 @@ def to_8_bits(state: dict[str, Tensor]) -> Tensor:
         rounded = (rows / scale).nan_to_num().round()  # a row of zeros gives 0 / 0
         packed.append(torch.hstack([scale.view(torch.int8), rounded.char()]).flatten())
     return torch.cat(packed)
-
-
-def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
-    """Read the snapshots before step `end` of a run, for makeSnapshot() in explain/data.js.
-
-    model: the run's model. Raises UserError if a file is damaged or belongs to a different model.
-    """
-    like = {"rows": to_8_bits(model.state_dict())}
-    data = []
-    for step, name in FILES.items():
-        path = folder / name
-        if step < end and path.exists():
-            saved = checkpoint.read_plain(path)
-            with checkpoint.refuse_damaged(path, "is not a snapshot of this model"):
-                checkpoint.check_tensors("", saved, like, "cpu")
-            rows = base64.b64encode(saved["rows"].numpy().tobytes()).decode()
-            data.append({"iter": step, "rows": rows})
-    return data
