@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +109,21 @@ def pairs(folder):
     )
     prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte"])
     return folder / "data" / "pairs"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium. A test that asks for it is skipped where it or playwright is missing."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs Chromium, in which the page is opened")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="needs playwright, which drives the browser"
+    )
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture

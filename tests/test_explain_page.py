@@ -5,7 +5,6 @@ Needs Chromium (Debian: apt-get install chromium) and the packages playwright an
 
 import random
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -24,13 +23,6 @@ from humptygpt import evaluation, run_folder
 from humptygpt import loading as interchange
 from humptygpt.checkpoint import load_plain
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-if CHROMIUM is None:
-    pytest.skip("needs Chromium, in which the page is opened", allow_module_level=True)
-playwright = pytest.importorskip(
-    "playwright.sync_api", reason="needs playwright, which drives the browser"
-)
-
 START = "Ak"
 SMALL = "--block_size=40 --position=sinusoidal --norm=rmsnorm --mlp=gated"
 RUNS = {
@@ -38,14 +30,6 @@ RUNS = {
     "pairs": ["--dataset=pairs", "--model=transformer", *SMALL.split()],
     "window": ["--model=window_mlp", "--window=4", "--block_size=32"],
 }
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
@@ -448,13 +432,15 @@ def test_the_drawer_shows_pytorchs_numbers(opened, runs, run, n):
 
 
 def test_the_leaf_network_is_trained_to_95_percent_stops_and_explodes_with_a_reason(opened):
+    from playwright.sync_api import expect
+
     view = opened(hash="#section=training")
     panel = view.page.locator("#training")
     click = lambda name: panel.get_by_role("button", name=name).click()  # noqa: E731
     click("Run")
     reached = re.compile(r"^(1|0\.9[5-9].*)$")
-    expect = playwright.expect(panel.locator("[data-accuracy]"))
-    expect.to_have_attribute("data-accuracy", reached, timeout=30_000)
+    accuracy = expect(panel.locator("[data-accuracy]"))
+    accuracy.to_have_attribute("data-accuracy", reached, timeout=30_000)
     click("Stop")
     click("Start over")
     panel.locator("input[type=range]").fill("3")

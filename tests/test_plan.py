@@ -510,7 +510,7 @@ def test_minutes_that_cannot_be_are_refused_in_one_line(tiny, machine, fails, ar
 
 def test_minutes_are_for_text_and_one_process(tiny, pairs, fails, monkeypatch):
     line = fails(train.main, *TIMED, "--dataset=pairs", "--minutes=1", "--block_size=64")
-    complaint = "minutes=1 works only for text, but pairs has sentence pairs; use max_iters"
+    complaint = "minutes=1 works only for text, but pairs is for translation; use max_iters"
     assert line == f"{complaint} instead\n"
     monkeypatch.setenv("WORLD_SIZE", "2")
     line = fails(train.main, *TIMED, "--minutes=1")

@@ -4,7 +4,6 @@ Needs Chromium (Debian: apt-get install chromium) and the packages playwright an
 """
 
 import re
-import shutil
 
 import pytest
 import torch
@@ -20,21 +19,6 @@ from test_serve import (
 import sample
 from humptygpt.chat.tokens import Turn
 from humptygpt.tokenizers import ByteTokenizer
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-if CHROMIUM is None:
-    pytest.skip("needs Chromium, in which the page is opened", allow_module_level=True)
-playwright = pytest.importorskip(
-    "playwright.sync_api", reason="needs playwright, which drives the browser"
-)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

@@ -153,10 +153,13 @@ class Composer:
                 return word
 
     def typed(self, text: str) -> str:
-        """Type a text as people do, with or without capital letters, a greeting and punctuation."""
+        """Type a text as people do: some greet, some leave out small words, capital letters or punctuation."""
         chance = self.random.random
         end = "?" if QUESTION.match(text) else self.random.choice(".!..")
-        if chance() < 0.12:
+        small = [word for word in text.split() if word in self.values["small"]]
+        if len(text.split()) > 2 and small and chance() < 0.2:
+            text = re.sub(rf"\b{self.random.choice(small)}\b ?", "", text, count=1)
+        if chance() < 0.2:
             text = f"{self.random.choice(self.values['start'])} {text}"
         if chance() < 0.7:
             text = re.sub(r"\bi\b", "I", capital(text))

@@ -225,7 +225,7 @@ def begin(
     """
     if dataset.task != "language modelling":
         raise UserError(
-            f"minutes={config.minutes:g} works only for text, but {config.dataset} has sentence pairs;"
+            f"minutes={config.minutes:g} works only for text, but {config.dataset} is for {dataset.task};"
             " use max_iters instead"
         )
     earlier = saved["progress"]["run_seconds"] if saved else 0.0
