@@ -51,10 +51,7 @@ from humptygpt.sampling import (
 )
 from humptygpt.tokenizers import Tokenizer
 
-CONVERSE = {  # {task: "module:function"}
-    "language modelling": "humptygpt.interactive:converse",
-    "chat": "humptygpt.chat.talk:converse",
-}
+CONVERSE = "humptygpt.interactive:converse"
 WITH_TEMPLATE = "humptygpt.chat.template:with_template"
 SEPARATOR = "---------------"
 SAMPLING = "temperature top_k top_p min_p repetition_penalty seed max_new_tokens stop"
@@ -161,8 +158,7 @@ def main(argv: list[str]) -> None:
         if loaded.device.type == "cpu" and loaded.model.has_cache:
             choose_threads(loaded.model)
         if config.interactive or loaded.task == "chat":
-            converse = configurator.find(CONVERSE[loaded.task])
-            converse(config, loaded, config.select(SAMPLING))
+            configurator.find(CONVERSE)(config, loaded, config.select(SAMPLING))
         else:
             print_texts(config, loaded)
 
