@@ -113,11 +113,12 @@ def test_a_bad_line_is_one_line_that_names_it(folder, fails, message, line):
     assert message in fails(prepare_data.main, "--input=chats.jsonl", "--name=tiny")
 
 
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
 def test_conversations_without_a_reply_are_counted_and_if_there_are_no_others_refused(
-    folder, fails, capsys
+    folder, fails, capsys, tokenizer
 ):
     write_chats(chat("a"), *(chat(f"a{i}", "b") for i in range(40)))
-    argv = ["--input=chats.jsonl", "--name=tiny", "--tokenizer=byte"]
+    argv = ["--input=chats.jsonl", "--name=tiny", f"--tokenizer={tokenizer}"]
     prepare_data.main(argv)
     assert "1 without a reply" in capsys.readouterr().out
     write_chats(chat("a"), chat("b"))

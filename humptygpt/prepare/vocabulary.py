@@ -108,10 +108,9 @@ def vocabulary_texts(corpus, everything: bool) -> Iterator[str]:
     fraction = SAMPLE_BYTES / corpus.text_size
     for number, item in read_all(corpus, "training the tokenizer"):
         for split, part in corpus.assign(item, number):
-            if everything or (
-                split == "train" and draw(part.texts[0], "vocabulary") < fraction
-            ):
-                yield from part.texts
+            for text in part.texts:
+                if everything or (split == "train" and draw(text, "vocabulary") < fraction):
+                    yield text
 
 
 # --------------------------------------------------------------------------------------
