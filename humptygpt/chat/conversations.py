@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from humptygpt.chat.tokens import BEGIN, END, ROLES, ChatTokenizer, Turn
-from humptygpt.config import UserError, refuse
-from humptygpt.prepare.corpus import draw, read_all
+from humptygpt.config import refuse
+from humptygpt.prepare.corpus import Corpus, draw
 from humptygpt.prepare.documents import read_lines
 from humptygpt.schema import parse_json
 from humptygpt.tokenizers import Tokenizer
@@ -39,35 +39,17 @@ class Conversation(NamedTuple):
         return [turn.text for turn in self.turns]
 
 
-class Conversations:
-    """A corpus of conversations, which are read from files. It has the same interface as corpus.Documents."""
+class Conversations(Corpus):
+    """A corpus of conversations, which are read from files."""
 
     task = "chat"
-    separated = True
-    splits = ("train", "val")
-    text_size = None  # bytes of UTF-8; set by survey()
     counts = ("conversations", "turns", "characters", "bytes", "tokens")
     counts += ("target_bytes", "target_tokens")
-
-    def __init__(self, config, files: list[Path], source: str):
-        """config: a resolved prepare_data.PrepareConfig. source: description of the files for meta.json."""
-        self.config = config
-        self.files = self.paths = files
-        self.source = source
-        self.encoder = encode_conversations
+    missing = "conversation with a reply of the assistant"
 
     def wrap(self, tokenizer: Tokenizer) -> Tokenizer:
         """Add the tokens that mark turns, unless the tokenizer is one of a chat model, which has them."""
         return tokenizer if tokenizer.name == "chat" else ChatTokenizer(tokenizer)
-
-    def survey(self) -> None:
-        """Read everything once, to check it and to find the size of the text."""
-        conversations = read_all(self, "checking the conversations")
-        self.text_size = sum(len("".join(each.texts).encode()) for _, each in conversations)
-        if not self.text_size:
-            raise UserError(
-                f"{self.source} has no conversation with a reply of the assistant"
-            )
 
     def read(self, number: int) -> Iterator[Conversation]:
         """Read one conversation per line of a file."""
@@ -83,6 +65,32 @@ class Conversations:
         """Return [(split, conversation)]: equal conversations are in the same split."""
         drawn = draw("\n".join(conversation.texts))
         return [("val" if drawn <= self.config.val_fraction else "train", conversation)]
+
+    def encode(
+        self, tokenizer: ChatTokenizer, split: str, conversations: list[Conversation]
+    ) -> tuple[list[np.ndarray], Counter]:
+        """Encode conversations of one split. Returns arrays of token ids, and the counts for meta.json."""
+        ids = []
+        counted = Counter()
+        for conversation in conversations:
+            if not conversation.turns:
+                counted["without_reply"] += 1
+                continue
+            tokens = tokenizer.encode_turns(conversation.turns)
+            ids.append(np.append(tokens, tokenizer.base.eot))
+            replies = [
+                turn.content for turn in conversation.turns if turn.role == "assistant"
+            ]
+            text = "".join(conversation.texts)
+            counted.update(
+                conversations=1,
+                turns=len(conversation.turns),
+                characters=len(text),
+                bytes=len(text.encode()),
+                target_bytes=len("".join(replies).encode()),
+                target_tokens=sum(len(tokenizer.encode(reply)) + 1 for reply in replies),
+            )
+        return ids, counted
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
         """Return the entries of meta.json that are specific to conversations."""
@@ -137,31 +145,6 @@ def parse(line: str) -> Conversation:
     while turns and turns[-1].role != "assistant":
         turns.pop()
     return Conversation(tuple(turns))
-
-
-def encode_conversations(
-    tokenizer: ChatTokenizer, split: str, conversations: list[Conversation]
-) -> tuple[list[np.ndarray], Counter]:
-    """Encode conversations of one split. Returns arrays of token ids, and the counts for meta.json."""
-    ids = []
-    counted = Counter()
-    for conversation in conversations:
-        if not conversation.turns:
-            counted["without_reply"] += 1
-            continue
-        tokens = tokenizer.encode_turns(conversation.turns)
-        ids.append(np.append(tokens, tokenizer.base.eot))
-        replies = [turn.content for turn in conversation.turns if turn.role == "assistant"]
-        text = "".join(conversation.texts)
-        counted.update(
-            conversations=1,
-            turns=len(conversation.turns),
-            characters=len(text),
-            bytes=len(text.encode()),
-            target_bytes=len("".join(replies).encode()),
-            target_tokens=sum(len(tokenizer.encode(reply)) + 1 for reply in replies),
-        )
-    return ids, counted
 
 
 def is_conversations(path: Path) -> bool:
