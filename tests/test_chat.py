@@ -87,11 +87,9 @@ def test_three_conventions_of_a_line_give_the_same_turns():
         {"instruction": "Hi", "input": "you", "output": "Ho"},
     ]
     for line in lines:
-        assert parse(json.dumps(line)).turns == expected
-    assert (
-        parse('{"instruction": "Hi", "input": "", "output": "Ho"}').turns[0].content == "Hi"
-    )
-    assert parse(json.dumps(chat("Hi"))).turns == ()  # no reply
+        assert parse(json.dumps(line)) == expected
+    assert parse('{"instruction": "Hi", "input": "", "output": "Ho"}')[0].content == "Hi"
+    assert parse(json.dumps(chat("Hi"))) == ()  # no reply
 
 
 BAD = {

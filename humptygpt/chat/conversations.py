@@ -6,18 +6,18 @@ A line has "messages" (OpenAI, Hugging Face), "conversations" (ShareGPT) or "ins
 import re
 from collections import Counter
 from collections.abc import Iterator
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from textwrap import indent
 
 import numpy as np
 
-from humptygpt.chat.tokens import BEGIN, END, ROLES, ChatTokenizer, Turn
+from humptygpt.chat.tokens import ROLES, ChatTokenizer, Turn
 from humptygpt.config import refuse
 from humptygpt.prepare.corpus import Corpus, draw
 from humptygpt.prepare.documents import read_lines
 from humptygpt.schema import parse_json
-from humptygpt.tokenizers import Tokenizer
+from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
 SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of the roles
 FIRST_LINE = r'\s*\{.*"(messages|conversations|instruction)"\s*:'
@@ -28,23 +28,31 @@ SCHEMA = {
     "input?": str,
     "output?": str,
 }
-SHOWN = 1500  # characters of the conversation in the summary
+SHOWN = 1500  # at most so many characters of the conversation in the summary
+REPLY = re.compile(r"(<\|im_start\|>assistant\n)(.*?(<\|im_end\|>|$))", re.DOTALL)
 
 
-class Conversation(NamedTuple):
-    turns: tuple[Turn, ...]  # up to the last reply; () if there is none
+class Conversation(tuple[Turn, ...]):
+    """Turns up to the last reply; () if there is none."""
 
     @property
     def texts(self) -> list[str]:
-        return [turn.text for turn in self.turns]
+        return [turn.text for turn in self]
 
 
 class Conversations(Corpus):
     """A corpus of conversations, which are read from files."""
 
     task = "chat"
-    counts = ("conversations", "turns", "characters", "bytes", "tokens")
-    counts += ("target_bytes", "target_tokens")
+    counts = (
+        "conversations",
+        "turns",
+        "characters",
+        "bytes",
+        "tokens",
+        "target_bytes",
+        "target_tokens",
+    )
     missing = "conversation with a reply of the assistant"
 
     def wrap(self, tokenizer: Tokenizer) -> Tokenizer:
@@ -73,18 +81,16 @@ class Conversations(Corpus):
         ids = []
         counted = Counter()
         for conversation in conversations:
-            if not conversation.turns:
+            if not conversation:
                 counted["without_reply"] += 1
                 continue
-            tokens = tokenizer.encode_turns(conversation.turns)
+            tokens = tokenizer.encode_turns(conversation)
             ids.append(np.append(tokens, tokenizer.base.eot))
-            replies = [
-                turn.content for turn in conversation.turns if turn.role == "assistant"
-            ]
+            replies = [turn.content for turn in conversation if turn.role == "assistant"]
             text = "".join(conversation.texts)
             counted.update(
                 conversations=1,
-                turns=len(conversation.turns),
+                turns=len(conversation),
                 characters=len(text),
                 bytes=len(text.encode()),
                 target_bytes=len("".join(replies).encode()),
@@ -93,11 +99,12 @@ class Conversations(Corpus):
         return ids, counted
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
-        """Return the entries of meta.json that are specific to conversations."""
+        """Return the entries of meta.json that are specific to conversations. first_text: as for Pairs."""
+        first = first_text.partition(END_OF_TEXT)[0]
         return {
-            "without_reply": sum(counted["without_reply"] for counted in splits.values()),
+            "without_reply": sum(splits.values(), Counter())["without_reply"],
             "longest": max(counted["longest"] for counted in splits.values()),
-            "example": self.example(),
+            "example": REPLY.sub(r"\1[\2]", first[:SHOWN].strip()),
         }
 
     def summary(self, meta: dict) -> dict[str, str]:
@@ -106,22 +113,8 @@ class Conversations(Corpus):
         lines = {"longest": longest}
         if meta["without_reply"]:
             lines["left out"] = f"{meta['without_reply']:,} without a reply"
-        example = meta["example"].replace("\n", "\n" + 17 * " ")
-        return lines | {
-            "example": f"the model learns what is in brackets\n\n{17 * ' '}{example}"
-        }
-
-    def example(self) -> str:
-        """Show the start of the first conversation as a model sees it, with its targets in brackets."""
-        everything = chain.from_iterable(map(self.read, range(len(self.files))))
-        turns = next(each.turns for each in everything if each.turns)
-        text = "\n".join(
-            f"{BEGIN}assistant\n[{turn.content}{END}]"
-            if turn.role == "assistant"
-            else f"{BEGIN}{turn.text}{END}"
-            for turn in turns
-        )
-        return text if len(text) < SHOWN else f"{text[:SHOWN]}..."
+        example = indent(meta["example"], 17 * " ")
+        return lines | {"example": f"the model learns what is in brackets\n\n{example}"}
 
 
 def parse(line: str) -> Conversation:
@@ -144,7 +137,7 @@ def parse(line: str) -> Conversation:
             raise ValueError("the assistant replies twice in a row")
     while turns and turns[-1].role != "assistant":
         turns.pop()
-    return Conversation(tuple(turns))
+    return Conversation(turns)
 
 
 def is_conversations(path: Path) -> bool:
