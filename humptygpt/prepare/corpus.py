@@ -5,6 +5,8 @@ corpus of sentence pairs, and chat/conversations.py one of conversations.
 """
 
 import hashlib
+import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import islice
@@ -221,3 +223,8 @@ def draw(text: str, salt: str = "split") -> float:
     """Derive a pseudorandom number in [0, 1) from a text: a hash of salt and of its first HASHED characters."""
     start = f"{salt}\n{text[:HASHED]}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(start, digest_size=6).digest(), "little") / 2**48
+
+
+def normalised(text: str) -> str:
+    """Reduce a text to its words, so that texts that differ only in case, punctuation or spaces become identical."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text.casefold())))

@@ -5,8 +5,6 @@ in the end-of-text token. Pairs that are unsuitable for training are dropped, an
 validation or test split is given, it keeps every pair that has both sides, so that scores on it stay comparable.
 """
 
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, zip_longest
@@ -16,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from humptygpt.config import UserError
-from humptygpt.prepare.corpus import Corpus, draw
+from humptygpt.prepare.corpus import Corpus, draw, normalised
 from humptygpt.prepare.documents import SKIP_HINT, read_lines
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
@@ -176,11 +174,6 @@ class Pairs(Corpus):
 
 # --------------------------------------------------------------------------------------
 # Files -> pairs
-
-
-def normalised(text: str) -> str:
-    """Reduce a text to its words, so that texts that differ only in case, punctuation or spaces become identical."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text.casefold())))
 
 
 def read_pairs(
