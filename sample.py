@@ -155,8 +155,7 @@ def main(argv: list[str]) -> None:
         if loaded.task == "translation":
             print_translations(config, loaded)
             return
-        if loaded.device.type == "cpu" and loaded.model.has_cache:
-            choose_threads(loaded.model)
+        choose_threads(loaded)
         if config.interactive or loaded.task == "chat":
             configurator.find(CONVERSE)(config, loaded, config.select(SAMPLING))
         else:

@@ -59,12 +59,17 @@ def main(argv: list[str]) -> None:
     given = configurator.read(argv, ServeConfig)
     config = configurator.make(ServeConfig, given)
     source = loading.chosen_source(config, given)
-    keys = {key: getattr(config, key) for key in ("device", "dtype", "quantize")}
-    loaded = sample.load(source, config.checkpoint, talks=True, **keys)
+    loaded = sample.load(
+        source,
+        config.checkpoint,
+        talks=True,
+        device=config.device,
+        dtype=config.dtype,
+        quantize=config.quantize,
+    )
     if loaded.task == "translation":
         raise UserError(f"{source} translates; use sample.py for that")
-    if loaded.device.type == "cpu" and loaded.model.has_cache:
-        choose_threads(loaded.model)
+    choose_threads(loaded)
     server = listen(config.host, config.port, Api(loaded, str(source)))
     print(f"open http://{config.host}:{server.server_port} (Ctrl-C stops)", flush=True)
     server.serve_forever()
@@ -103,23 +108,25 @@ class Handler(BaseHTTPRequestHandler):
         if not super().parse_request():
             return False
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        allowed = HOST.fullmatch(host) and origin in (None, f"http://{host}")
-        if not allowed:
-            self.send_error(403, "open this server by its address, not from another page")
-        return bool(allowed)
+        if HOST.fullmatch(host) and origin in (None, f"http://{host}"):
+            return True
+        self.send_error(403, "open this server by its address, not from another page")
+        return False
 
     def do_GET(self) -> None:
         api = self.server.api
-        answers = {"/v1/chat/completions": api.chat, "/v1/completions": api.complete}
-        if self.path == "/":
-            self.start(200, "text/html")
-            self.wfile.write(PAGE.read_bytes())
-        elif self.path == "/v1/models":
-            self.send(200, api.models())
-        elif self.path in answers:
-            self.answer(answers[self.path])
-        else:
-            self.send_error(404, f"there is no {self.path}")
+        match self.path:
+            case "/":
+                self.start(200, "text/html")
+                self.wfile.write(PAGE.read_bytes())
+            case "/v1/models":
+                self.send(200, api.models())
+            case "/v1/chat/completions":
+                self.answer(api.chat)
+            case "/v1/completions":
+                self.answer(api.complete)
+            case _:
+                self.send_error(404, f"there is no {self.path}")
 
     do_POST = do_GET
 
@@ -130,7 +137,8 @@ class Handler(BaseHTTPRequestHandler):
             with self.server.turn:
                 parts = method(body)
                 first = next(parts)  # if this fails, an error can still be sent
-                self.start(200, "application/json" if first == " " else "text/event-stream")
+                is_event = first.startswith("data:")
+                self.start(200, "text/event-stream" if is_event else "application/json")
                 for part in chain([first], parts):
                     self.wfile.write(part.encode())
         except (UserError, ValueError) as error:
@@ -158,8 +166,10 @@ class Handler(BaseHTTPRequestHandler):
         error = {
             "message": message or self.responses[status][0],
             "type": "invalid_request_error",
+            "param": None,
+            "code": None,
         }
-        self.send(status, {"error": error | {"param": None, "code": None}})
+        self.send(status, {"error": error})
 
 
 if __name__ == "__main__":
