@@ -74,13 +74,13 @@ class Api:
         # a longer reply would no longer see what it answers
         room = self.block_size - len(prompt)
         limit = request.get("max_completion_tokens", request.get("max_tokens", room))
+        # as in a request for a text: how many of the likeliest tokens to list
         likeliest = request.get("top_logprobs", 0) if request.get("logprobs") else None
-        request |= {"max_tokens": min(limit, room), "likeliest": likeliest}
+        request |= {"max_tokens": min(limit, room), "logprobs": likeliest}
         return self.answer(request, prompt, CHAT)
 
     def complete(self, body: bytes) -> Iterator[str]:
         request = {"max_tokens": 16} | read(body, TEXT_SCHEMA)
-        request["likeliest"] = request.get("logprobs")
         prompt = request["prompt"]
         if isinstance(prompt, list) and len(prompt) == 1 and type(prompt[0]) is not int:
             prompt = prompt[0]
@@ -94,7 +94,7 @@ class Api:
         check_schema(prompt, [range(self.tokenizer.vocab_size)], "prompt")
         what = "context_length_exceeded: the number of tokens in the prompt"
         check_schema(len(prompt), range(1, self.block_size), what)
-        streams = request.get("stream")
+        streams, likeliest = request.get("stream"), request.get("logprobs")
         if streams and kind == CHAT:
             kind += ".chunk"
         now = time.time_ns()
@@ -107,8 +107,8 @@ class Api:
         text, tokens = "", []
         for number, piece in enumerate(self.write(prompt, request)):
             text += piece.text
-            if piece.token is not None and request["likeliest"] is not None:
-                tokens.append(self.describe(piece, request["likeliest"]))
+            if piece.token is not None and likeliest is not None:
+                tokens.append(self.describe(piece, likeliest))
             end = None
             if piece.token is None:
                 end = "stop" if piece.ended else "length"

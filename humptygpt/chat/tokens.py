@@ -66,7 +66,7 @@ class ChatTokenizer(Tokenizer):
             ids += [[self.begin], self.encode(turn.text), [self.eot], line_break]
         if reply:
             ids += [[self.begin], self.encode(Turn("assistant", "").text)]
-        return np.concatenate([np.empty(0, np.int64), *ids])
+        return np.concatenate(ids)
 
     def state(self) -> dict:
         return {"tokenizer": self.name, "base": self.base.state()}

@@ -51,7 +51,7 @@ def encode(corpus, folder: Path, made_from: str, command: str) -> Progress:
                 "the files or settings have changed since the interrupted preparation; starting over"
             )
         # before the folder is created, because training the tokenizer may fail
-        tokenizer = make_tokenizer(corpus)
+        tokenizer = corpus.wrap(make_tokenizer(corpus))
         remove(folder)
         folder.mkdir(parents=True)
         write_whole(folder / COMMAND, lambda file: file.write(f"{command}\n".encode()))
