@@ -142,12 +142,8 @@ def main(argv: list[str]) -> None:
     given = configurator.read(argv, SampleConfig)
     config = configurator.make(SampleConfig, given)
     source = loading.chosen_source(config, given)
-    loaded = load(
-        source,
-        config.checkpoint,
-        talks=config.interactive,
-        **config.select("device dtype quantize compile"),
-    )
+    keys = config.select("device dtype quantize compile")
+    loaded = load(source, config.checkpoint, talks=config.interactive, **keys)
     refuse_vain(given, vars(config) | {"task": loaded.task}, IN_VAIN)
     with machine.memory_advice(
         "try a smaller --num_samples, --max_new_tokens or --num_beams"

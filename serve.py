@@ -31,6 +31,7 @@ from humptygpt.config import UserError, check_choices
 from humptygpt.decoding import choose_threads
 
 PAGE = Path(__file__).parent / "humptygpt/chat/page.html"
+JSON = "application/json"
 LARGEST = 1_000_000  # bytes of a request
 # A website can point its own name at this machine, and a browser then lets its page read our answers. So requests must
 # name the server by an IP address or as localhost.
@@ -117,10 +118,9 @@ class Handler(BaseHTTPRequestHandler):
         api = self.server.api
         match self.path:
             case "/":
-                self.start(200, "text/html")
-                self.wfile.write(PAGE.read_bytes())
+                self.send(200, "text/html", PAGE.read_bytes())
             case "/v1/models":
-                self.send(200, api.models())
+                self.send(200, JSON, json.dumps(api.models()).encode())
             case "/v1/chat/completions":
                 self.answer(api.chat)
             case "/v1/completions":
@@ -138,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
                 parts = method(body)
                 first = next(parts)  # if this fails, an error can still be sent
                 is_event = first.startswith("data:")
-                self.start(200, "text/event-stream" if is_event else "application/json")
+                self.send(200, "text/event-stream" if is_event else JSON)
                 for part in chain([first], parts):
                     self.wfile.write(part.encode())
         except (UserError, ValueError) as error:
@@ -152,14 +152,11 @@ class Handler(BaseHTTPRequestHandler):
             size -= LARGEST  # a client reads the error once it has sent everything
         raise UserError(f"Content-Length must be from 1 to {LARGEST:,}")
 
-    def send(self, status: int, content: dict) -> None:
-        self.start(status, "application/json")
-        self.wfile.write(json.dumps(content).encode())
-
-    def start(self, status: int, kind: str) -> None:
+    def send(self, status: int, kind: str, content: bytes = b"") -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.end_headers()
+        self.wfile.write(content)
 
     def send_error(self, status: int, message: str = "", *_: object) -> None:
         """Send an error in OpenAI's form. The base class calls this, too."""
@@ -169,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
             "param": None,
             "code": None,
         }
-        self.send(status, {"error": error})
+        self.send(status, JSON, json.dumps({"error": error}).encode())
 
 
 if __name__ == "__main__":

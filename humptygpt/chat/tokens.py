@@ -65,7 +65,7 @@ class ChatTokenizer(Tokenizer):
         for turn in turns:
             ids += [[self.begin], self.encode(turn.text), [self.eot], line_break]
         if reply:
-            ids += [[self.begin], self.encode(Turn("assistant", "").text)]
+            ids += [[self.begin], self.encode("assistant\n")]
         return np.concatenate(ids)
 
     def state(self) -> dict:
