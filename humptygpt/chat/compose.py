@@ -125,8 +125,9 @@ class Composer:
             if self.random.random() < 0.5:
                 word = self.made_up()
                 values[kind] = word if kind == "word" else word.capitalize()
+        number = self.random.randint
         while True:
-            a, b = self.random.randint(0, 20), self.random.randint(0, 20)
+            a, b = number(0, 20), number(0, 20)
             if is_held_out(f"{min(a, b)}+{max(a, b)}") == self.held_out:
                 break
         # adding the ones first, in writing, makes it easier to learn
@@ -136,9 +137,9 @@ class Composer:
             "b": b,
             "ones": ones if max(a, b) > 9 else "",
             "sum": a + b,
-            "age": self.random.randint(3, 99),
-            "large": self.random.randint(21, 999),
-            "larger": self.random.randint(100, 9999),
+            "age": number(3, 99),
+            "large": number(21, 999),
+            "larger": number(100, 9999),
         }
 
     def made_up(self) -> str:
