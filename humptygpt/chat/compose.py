@@ -115,7 +115,7 @@ class Composer:
             if self.held_out == (said.count(" ") > 1 and is_held_out(normalised(said))):
                 break
         replies = [capital(answer.format(**values)) for answer in answers]
-        replies = self.random.sample(replies, len(replies))
+        self.random.shuffle(replies)
         return Exchange(said, replies, name)
 
     def draw_values(self) -> dict[str, str | int]:
