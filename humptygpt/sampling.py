@@ -362,7 +362,7 @@ class Piece(NamedTuple):
     text: str
     token: int | None = None  # None at the end of a text
     logits: Tensor | None = None  # (V,), from which the token was drawn
-    ended: bool = False  # at the end of a text: False if max_new_tokens cut it short
+    end: str | None = None  # at the end of a text, why it ends: stop or length
 
 
 def stream_texts(
@@ -381,4 +381,4 @@ def stream_texts(
         if all(stream.ended for stream in streams):
             break
     for row, stream in enumerate(streams):
-        yield Piece(row, stream.close(), ended=stream.ended)
+        yield Piece(row, stream.close(), end="stop" if stream.ended else "length")

@@ -107,11 +107,7 @@ class Api:
         text, tokens = "", []
         for number, piece in enumerate(self.write(prompt, request)):
             text += piece.text
-            if piece.token is not None and likeliest is not None:
-                tokens.append(self.describe(piece, likeliest))
-            end = None
-            if piece.token is None:
-                end = "stop" if piece.ended else "length"
+            if piece.end:
                 read = len(prompt)
                 written = number - read if request.get("echo") else number
                 frame["usage"] = {
@@ -119,8 +115,12 @@ class Api:
                     "completion_tokens": written,
                     "total_tokens": read + written,
                 }
-            if end or streams:
-                found = choice(text, tokens, end, kind, is_first=not (streams and number))
+            elif likeliest is not None:
+                tokens.append(self.describe(piece, likeliest))
+            if piece.end or streams:
+                found = choice(
+                    text, tokens, piece.end, kind, is_first=not (streams and number)
+                )
                 part = json.dumps(frame | {"choices": [found]})
                 yield f"data: {part}\n\n" if streams else part
                 text, tokens = "", []
