@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from humptygpt.chat.tokens import ROLES, Turn
+from humptygpt.chat.tokens import MESSAGES, Turn
 from humptygpt.config import UserError
 from humptygpt.logprobs import with_likeliest
 from humptygpt.sampling import Context, Piece, TextStream, encode_prompt, stream_texts
@@ -26,7 +26,7 @@ COMMON = {  # other keys are ignored, as other servers do
     "n?": range(1, 2),
 }
 CHAT_SCHEMA = {
-    "messages": [{"role": set(ROLES), "content": str}],
+    "messages": MESSAGES,
     "logprobs?": bool,
     "top_logprobs?": range(21),
     "max_completion_tokens?": range(4097),  # the new name of max_tokens

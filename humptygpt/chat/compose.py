@@ -40,18 +40,24 @@ def read() -> tuple[dict[str, Topic], dict[str, list[str]]]:
     """Read humpty.txt. Returns the topics and the values."""
     topics, values = {}, defaultdict(list)
     for line in LINES.read_text(encoding="utf-8").splitlines():
-        name, _, rest = line[1:].partition("}" if line.startswith("{") else "]")
-        if line.startswith("{"):
-            values[name] += rest.strip().split("|")
-        elif line.startswith("["):
-            topic = topics[name] = Topic(int(rest or 1), [], defaultdict(list))
-        elif line and not line.startswith("#"):
-            line = re.sub(r"<(\w+)>", lambda kind: f"({'|'.join(values[kind[1]])})", line)
-            kind, equals, answer = line.partition("= ")
-            if equals:
-                topic.answers[kind] += expand(answer)
-            else:
-                topic.phrasings.extend(expand(line))
+        match line[:1]:
+            case "" | "#":
+                continue
+            case "{":
+                name, _, some = line[1:].partition("} ")
+                values[name] += some.split("|")
+            case "[":
+                name, _, weight = line[1:].partition("]")
+                topic = topics[name] = Topic(int(weight or 1), [], defaultdict(list))
+            case _:
+                line = re.sub(
+                    r"<(\w+)>", lambda kind: f"({'|'.join(values[kind[1]])})", line
+                )
+                kind, equals, answer = line.partition("= ")
+                if equals:
+                    topic.answers[kind] += expand(answer)
+                else:
+                    topic.phrasings.extend(expand(line))
     return topics, values
 
 

@@ -12,7 +12,7 @@ from textwrap import indent
 
 import numpy as np
 
-from humptygpt.chat.tokens import ROLES, ChatTokenizer, Turn
+from humptygpt.chat.tokens import MESSAGES, ROLES, ChatTokenizer, Turn
 from humptygpt.config import refuse
 from humptygpt.prepare.corpus import Corpus, draw
 from humptygpt.prepare.documents import read_lines
@@ -22,7 +22,7 @@ from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of the roles
 FIRST_LINE = r'\s*\{.*"(messages|conversations|instruction)"\s*:'
 SCHEMA = {
-    "messages?": [{"role": set(ROLES), "content": str}],
+    "messages?": MESSAGES,
     "conversations?": [{"from": {*ROLES, *SHAREGPT}, "value": str}],
     "instruction?": str,
     "input?": str,

@@ -16,6 +16,7 @@ from humptygpt.tokenizers import Tokenizer
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
+MESSAGES = [{"role": set(ROLES), "content": str}]  # schema of OpenAI's form of turns
 # ChatML for transformers and llama.cpp; Ollama knows the template by this very text
 TEMPLATE = (
     r"{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content']"
