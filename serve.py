@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import chain
 from pathlib import Path
 from threading import Lock
 
@@ -137,9 +136,9 @@ class Handler(BaseHTTPRequestHandler):
             with self.server.turn:
                 parts = method(body)
                 first = next(parts)  # if this fails, an error can still be sent
-                is_event = first.startswith("data:")
-                self.send(200, "text/event-stream" if is_event else JSON)
-                for part in chain([first], parts):
+                kind = "text/event-stream" if first.startswith("data:") else JSON
+                self.send(200, kind, first.encode())
+                for part in parts:
                     self.wfile.write(part.encode())
         except (UserError, ValueError) as error:
             self.send_error(400, str(error))
