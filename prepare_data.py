@@ -45,7 +45,7 @@ from humptygpt.config import (
 )
 from humptygpt.convert.hub import repository
 from humptygpt.files import cannot_write, locked
-from humptygpt.prepare.corpus import Documents
+from humptygpt.prepare.corpus import Corpus, Documents
 from humptygpt.prepare.documents import file_format, find_files, write_if_changed
 from humptygpt.prepare.encoding import encode, read_json, write_json
 from humptygpt.prepare.folder import (
@@ -64,7 +64,6 @@ from humptygpt.token_files import is_nanogpts, read_meta
 from humptygpt.tokenizers import TOKENIZERS, Tokenizer
 from humptygpt.translation.pairs import PairFiles, Pairs
 
-Corpus = Documents | Pairs | Conversations
 STREAM = "standard_input.txt"  # copy of stdin, made because the text is read several times
 RESUME = "run the same command again to resume"
 OWN_TEXT = "python prepare_data.py --input=FILE_OR_FOLDER --name=NAME"

@@ -51,10 +51,7 @@ from humptygpt.sampling import (
 )
 from humptygpt.tokenizers import Tokenizer
 
-CONVERSE = {  # {task: "module:function"}
-    "language modelling": "humptygpt.interactive:converse",
-    "chat": "humptygpt.chat.talk:converse",
-}
+CONVERSE = "humptygpt.interactive:converse"
 WITH_TEMPLATE = "humptygpt.chat.template:with_template"
 SEPARATOR = "---------------"
 SAMPLING = "temperature top_k top_p min_p repetition_penalty seed max_new_tokens stop"
@@ -145,12 +142,8 @@ def main(argv: list[str]) -> None:
     given = configurator.read(argv, SampleConfig)
     config = configurator.make(SampleConfig, given)
     source = loading.chosen_source(config, given)
-    loaded = load(
-        source,
-        config.checkpoint,
-        talks=config.interactive,
-        **config.select("device dtype quantize compile"),
-    )
+    keys = config.select("device dtype quantize compile")
+    loaded = load(source, config.checkpoint, talks=config.interactive, **keys)
     refuse_vain(given, vars(config) | {"task": loaded.task}, IN_VAIN)
     with machine.memory_advice(
         "try a smaller --num_samples, --max_new_tokens or --num_beams"
@@ -158,11 +151,9 @@ def main(argv: list[str]) -> None:
         if loaded.task == "translation":
             print_translations(config, loaded)
             return
-        if loaded.device.type == "cpu" and loaded.model.has_cache:
-            choose_threads(loaded.model)
+        choose_threads(loaded)
         if config.interactive or loaded.task == "chat":
-            converse = configurator.find(CONVERSE[loaded.task])
-            converse(config, loaded, config.select(SAMPLING))
+            configurator.find(CONVERSE)(config, loaded, config.select(SAMPLING))
         else:
             print_texts(config, loaded)
 

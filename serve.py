@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import chain
 from pathlib import Path
 from threading import Lock
 
@@ -31,6 +30,7 @@ from humptygpt.config import UserError, check_choices
 from humptygpt.decoding import choose_threads
 
 PAGE = Path(__file__).parent / "humptygpt/chat/page.html"
+JSON = "application/json"
 LARGEST = 1_000_000  # bytes of a request
 # A website can point its own name at this machine, and a browser then lets its page read our answers. So requests must
 # name the server by an IP address or as localhost.
@@ -59,12 +59,17 @@ def main(argv: list[str]) -> None:
     given = configurator.read(argv, ServeConfig)
     config = configurator.make(ServeConfig, given)
     source = loading.chosen_source(config, given)
-    keys = {key: getattr(config, key) for key in ("device", "dtype", "quantize")}
-    loaded = sample.load(source, config.checkpoint, talks=True, **keys)
+    loaded = sample.load(
+        source,
+        config.checkpoint,
+        talks=True,
+        device=config.device,
+        dtype=config.dtype,
+        quantize=config.quantize,
+    )
     if loaded.task == "translation":
         raise UserError(f"{source} translates; use sample.py for that")
-    if loaded.device.type == "cpu" and loaded.model.has_cache:
-        choose_threads(loaded.model)
+    choose_threads(loaded)
     server = listen(config.host, config.port, Api(loaded, str(source)))
     print(f"open http://{config.host}:{server.server_port} (Ctrl-C stops)", flush=True)
     server.serve_forever()
@@ -103,23 +108,24 @@ class Handler(BaseHTTPRequestHandler):
         if not super().parse_request():
             return False
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        allowed = HOST.fullmatch(host) and origin in (None, f"http://{host}")
-        if not allowed:
-            self.send_error(403, "open this server by its address, not from another page")
-        return bool(allowed)
+        if HOST.fullmatch(host) and origin in (None, f"http://{host}"):
+            return True
+        self.send_error(403, "open this server by its address, not from another page")
+        return False
 
     def do_GET(self) -> None:
         api = self.server.api
-        answers = {"/v1/chat/completions": api.chat, "/v1/completions": api.complete}
-        if self.path == "/":
-            self.start(200, "text/html")
-            self.wfile.write(PAGE.read_bytes())
-        elif self.path == "/v1/models":
-            self.send(200, api.models())
-        elif self.path in answers:
-            self.answer(answers[self.path])
-        else:
-            self.send_error(404, f"there is no {self.path}")
+        match self.path:
+            case "/":
+                self.send(200, "text/html", PAGE.read_bytes())
+            case "/v1/models":
+                self.send(200, JSON, json.dumps(api.models()).encode())
+            case "/v1/chat/completions":
+                self.answer(api.chat)
+            case "/v1/completions":
+                self.answer(api.complete)
+            case _:
+                self.send_error(404, f"there is no {self.path}")
 
     do_POST = do_GET
 
@@ -130,8 +136,9 @@ class Handler(BaseHTTPRequestHandler):
             with self.server.turn:
                 parts = method(body)
                 first = next(parts)  # if this fails, an error can still be sent
-                self.start(200, "application/json" if first == " " else "text/event-stream")
-                for part in chain([first], parts):
+                kind = "text/event-stream" if first.startswith("data:") else JSON
+                self.send(200, kind, first.encode())
+                for part in parts:
                     self.wfile.write(part.encode())
         except (UserError, ValueError) as error:
             self.send_error(400, str(error))
@@ -144,22 +151,21 @@ class Handler(BaseHTTPRequestHandler):
             size -= LARGEST  # a client reads the error once it has sent everything
         raise UserError(f"Content-Length must be from 1 to {LARGEST:,}")
 
-    def send(self, status: int, content: dict) -> None:
-        self.start(status, "application/json")
-        self.wfile.write(json.dumps(content).encode())
-
-    def start(self, status: int, kind: str) -> None:
+    def send(self, status: int, kind: str, content: bytes = b"") -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.end_headers()
+        self.wfile.write(content)
 
     def send_error(self, status: int, message: str = "", *_: object) -> None:
         """Send an error in OpenAI's form. The base class calls this, too."""
         error = {
             "message": message or self.responses[status][0],
             "type": "invalid_request_error",
+            "param": None,
+            "code": None,
         }
-        self.send(status, {"error": error | {"param": None, "code": None}})
+        self.send(status, JSON, json.dumps({"error": error}).encode())
 
 
 if __name__ == "__main__":

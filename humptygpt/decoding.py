@@ -75,8 +75,11 @@ def make_generator(
 
 
 @torch.inference_mode()
-def choose_threads(model: nn.Module) -> None:
-    """Set the number of CPU threads to that with which the model generates fastest. It must have a cache."""
+def choose_threads(loaded) -> None:
+    """On a CPU, set the number of threads to that with which a model generates fastest. loaded: a sample.Pipeline."""
+    model = loaded.model
+    if loaded.device.type != "cpu" or not model.has_cache:
+        return
     cache = model.make_cache(1)
     idx = torch.zeros(1, 1, dtype=torch.int64)
 

@@ -11,19 +11,24 @@ def print_json_lines(
     pieces: Iterable[Piece], texts: list[tuple[Prompt, int]], k: int, tokenizer: Tokenizer
 ) -> None:
     """Print each token and the k likeliest tokens at its position. texts: (prompt, sample number)."""
-    for row, _, token, logits in pieces:
-        if token is None:
+    for piece in pieces:
+        if piece.token is None:
             continue
-        prompt, sample = texts[row]
-        logprobs = logits.log_softmax(dim=-1)
-        likeliest = logprobs.topk(min(k, len(logprobs))).indices.tolist()
+        prompt, sample = texts[piece.row]
         chosen, *top = [
             {
                 "token": i,
                 "text": tokenizer.pieces[i].decode("utf-8", "replace"),
-                "logprob": round(float(logprobs[i]), 6),
+                "logprob": round(logprob, 6),
             }
-            for i in (token, *likeliest)
+            for i, logprob in with_likeliest(piece, k)
         ]
         line = {"prompt": prompt.number, "sample": sample} | chosen | {"top": top}
         print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def with_likeliest(piece: Piece, k: int) -> list[tuple[int, float]]:
+    """Return a piece's token and the k likeliest tokens at its position, each with its log-probability."""
+    logprobs = piece.logits.log_softmax(dim=-1)
+    likeliest = logprobs.topk(min(k, len(logprobs))).indices.tolist()
+    return [(i, float(logprobs[i])) for i in (piece.token, *likeliest)]

@@ -6,7 +6,7 @@ Shapes: B texts, T tokens, V vocabulary.
 import codecs
 import os
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -320,12 +320,16 @@ class TextStream:
 
     A character is shown once its last byte has arrived; an incomplete one is never shown. The text ends before the
     first stop text. Text that may be the beginning of a stop text is held back until later tokens show whether it is.
+    before: the tokens before the text, which may begin its first character.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Iterable[str] = (), before: Iterable[int] = ()
+    ):
         self.tokenizer = tokenizer
         self.stop = stop
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.decoder.decode(b"".join(tokenizer.pieces[token] for token in before))
         self.held = ""
         self.ended = False
 
@@ -358,17 +362,18 @@ class Piece(NamedTuple):
     text: str
     token: int | None = None  # None at the end of a text
     logits: Tensor | None = None  # (V,), from which the token was drawn
+    end: str | None = None  # at the end of a text, why it ends: stop or length
 
 
 def stream_texts(
     context: Context,
     tokenizer: Tokenizer,
     samples: Collection[int],
-    stop: tuple[str, ...] = (),
+    stop: Iterable[str] = (),
     **sampling,
 ) -> Iterator[Piece]:
     """Continue the texts of the context. stop: as for TextStream. sampling: arguments of continue_texts()."""
-    streams = [TextStream(tokenizer, stop) for _ in samples]
+    streams = [TextStream(tokenizer, stop, text) for text in context.texts]
     for ids, logits in continue_texts(context, samples, tokenizer.vocab_size, **sampling):
         for row, (stream, token) in enumerate(zip(streams, ids, strict=True)):
             if not stream.ended:
@@ -376,4 +381,4 @@ def stream_texts(
         if all(stream.ended for stream in streams):
             break
     for row, stream in enumerate(streams):
-        yield Piece(row, stream.close())
+        yield Piece(row, stream.close(), end="stop" if stream.ended else "length")

@@ -25,10 +25,7 @@ MAX_UNPACKED_BYTES = 1 << 26
 # punctuation, spaces. Source: Radford et al. 2019.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how sentencepiece writes a byte
-# loaded only if GPT-2's vocabulary is fetched, or if a description names another program's tokenizer
-GPT2_PIECES = "humptygpt.prepare.vocabulary:gpt2_pieces"
-PRETRAINED = "humptygpt.convert.pretrained:PRETRAINED"
-CHAT = "humptygpt.chat.tokens:ChatTokenizer"
+GPT2_PIECES = "humptygpt.prepare.vocabulary:gpt2_pieces"  # loaded if it is fetched
 
 
 class Tokenizer:
@@ -278,20 +275,23 @@ TOKENIZERS = {
         BytePairTokenizer,
     )
 }
+LATE = {  # tokenizers that are loaded only if a description names them
+    "tokenizer.json": "humptygpt.convert.pretrained:PretrainedTokenizer",
+    "chat": "humptygpt.chat.tokens:ChatTokenizer",
+}
 
 
 def from_state(state: dict) -> Tokenizer:
     """Make the tokenizer that a meta.json or a checkpoint describes. Raises UserError if it is damaged or unknown."""
     entries = dict(state)
     name = str(entries.pop("tokenizer", None))
-    kinds = TOKENIZERS if name in TOKENIZERS else TOKENIZERS | find(PRETRAINED)
-    if name == "chat":
-        kinds = {name: find(CHAT)}
-    if name not in kinds:
-        raise UserError(f"tokenizer {name!r} is not one of: {', '.join(kinds)}")
+    known = TOKENIZERS | LATE
+    if name not in known:
+        raise UserError(f"tokenizer {name!r} is not one of: {', '.join(known)}")
+    kind = find(LATE[name]) if name in LATE else TOKENIZERS[name]
     try:
-        check_schema(entries, kinds[name].schema)
-        return kinds[name].from_state(**entries)
+        check_schema(entries, kind.schema)
+        return kind.from_state(**entries)
     # sentencepiece raises RuntimeError
     except (TypeError, ValueError, RuntimeError, zlib.error) as error:
         raise UserError(

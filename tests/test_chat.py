@@ -87,11 +87,9 @@ def test_three_conventions_of_a_line_give_the_same_turns():
         {"instruction": "Hi", "input": "you", "output": "Ho"},
     ]
     for line in lines:
-        assert parse(json.dumps(line)).turns == expected
-    assert (
-        parse('{"instruction": "Hi", "input": "", "output": "Ho"}').turns[0].content == "Hi"
-    )
-    assert parse(json.dumps(chat("Hi"))).turns == ()  # no reply
+        assert parse(json.dumps(line)) == expected
+    assert parse('{"instruction": "Hi", "input": "", "output": "Ho"}')[0].content == "Hi"
+    assert parse(json.dumps(chat("Hi"))) == ()  # no reply
 
 
 BAD = {
@@ -113,11 +111,12 @@ def test_a_bad_line_is_one_line_that_names_it(folder, fails, message, line):
     assert message in fails(prepare_data.main, "--input=chats.jsonl", "--name=tiny")
 
 
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
 def test_conversations_without_a_reply_are_counted_and_if_there_are_no_others_refused(
-    folder, fails, capsys
+    folder, fails, capsys, tokenizer
 ):
     write_chats(chat("a"), *(chat(f"a{i}", "b") for i in range(40)))
-    argv = ["--input=chats.jsonl", "--name=tiny", "--tokenizer=byte"]
+    argv = ["--input=chats.jsonl", "--name=tiny", f"--tokenizer={tokenizer}"]
     prepare_data.main(argv)
     assert "1 without a reply" in capsys.readouterr().out
     write_chats(chat("a"), chat("b"))
@@ -217,7 +216,7 @@ def test_the_cache_that_is_kept_between_turns_gives_the_replies_of_the_whole_con
     talker,
 ):
     said = ["wall egg 3", "king", "men sat 9"]
-    talk = Talk(talker.model, talker.tokenizer, talker.device, "Be brief.")
+    talk = Talk(talker, "Be brief.")
     turns = [Turn("system", "Be brief.")]
     for text, reply in zip(said, replies(talk, *said), strict=True):
         turns.append(Turn("user", text))
@@ -233,14 +232,14 @@ def test_the_cache_that_is_kept_between_turns_gives_the_replies_of_the_whole_con
 def test_a_full_context_forgets_the_oldest_exchanges_whole_but_not_the_system_message(
     talker, capsys
 ):
-    talk = Talk(talker.model, talker.tokenizer, talker.device, "Be brief.")
+    talk = Talk(talker, "Be brief.")
     said = [f"wall {i} egg" for i in range(8)]
     last = replies(talk, *said)[-1]
     assert (
         "the context is full; forgetting the oldest exchanges: 1" in capsys.readouterr().err
     )
     assert 0 < len(talk.exchanges) < 8
-    short = Talk(talker.model, talker.tokenizer, talker.device, "Be brief.")
+    short = Talk(talker, "Be brief.")
     short.exchanges = talk.exchanges[:-1]
     assert replies(short, said[-1]) == [last]
 
@@ -252,8 +251,8 @@ def test_a_message_longer_than_the_context_is_one_line_and_the_talk_goes_on(
     sample.main(["--out_dir=out/run", "--interactive=True", "--temperature=0"])
     printed = capsys.readouterr()
     assert printed.err.count("more than fit into block_size=128") == 1
-    first, empty, again = printed.out.splitlines()
-    assert not empty and first and again
+    first, again = printed.out.splitlines()
+    assert first and again
 
 
 # --------------------------------------------------------------------------------------
@@ -287,7 +286,7 @@ def test_what_was_told_is_recalled_and_what_was_not_told_is_not_known():
             assert "You have not told me" in reply or "I do not know your name" in reply
         composer.exchange(f"tell {kind}", told)
         for reply in composer.exchange(f"ask {kind}", told).replies:
-            assert told[kind].lower() in reply.lower()
+            assert str(told[kind]).lower() in reply.lower()
 
 
 def test_composed_texts_have_no_slot_left_and_a_seed_composes_the_same_ones():

@@ -92,7 +92,7 @@ def talkers(tmp_path_factory) -> Callable[[str], Path]:
 
 def replies(pipeline, *said: str) -> list[str]:
     """Greedy replies, in one conversation."""
-    talk = Talk(pipeline.model, pipeline.tokenizer, pipeline.device)
+    talk = Talk(pipeline)
     keys = {"max_new_tokens": 30, "temperature": 0}
     return ["".join(talk.reply(each, 0, **keys)) for each in said]
 

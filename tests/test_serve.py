@@ -293,6 +293,7 @@ def test_a_text_ends_before_a_stop_text_or_with_its_turn_or_at_its_limit(reciter
         ({"stop": ["nothing", "3 €"], "logprobs": None}, "Grüße, ", "stop"),
         ({"max_tokens": 3}, "Gr", "length"),
         ({"max_tokens": 4, "max_completion_tokens": None}, "Grü", "length"),
+        ({"max_tokens": 0}, "", "length"),
     ]:
         choice = ask_well(reciter, CHAT, HELLO | keys)["choices"][0]
         assert (choice["message"]["content"], choice["finish_reason"]) == (text, end)

@@ -18,7 +18,7 @@ from humptygpt.config import UserError
 from humptygpt.convert.huggingface import write_files
 from humptygpt.convert.read_huggingface import read_tokenizer
 from humptygpt.convert.write_huggingface import build_tokenizer, tokenizer_files
-from humptygpt.prepare.corpus import encode_documents
+from humptygpt.prepare.corpus import Documents
 from humptygpt.prepare.documents import Piece
 from humptygpt.token_files import read_meta
 
@@ -216,7 +216,7 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(kind, made):
     _, theirs, ours = made(kind)
     first, second = "Hello the dog.", " and plain words\n12"
     pieces = [Piece(first, 0, False), Piece(second, len(first), True)]
-    ids, _ = encode_documents(ours, "train", pieces)
+    ids, _ = Documents(None, [], [], "").encode(ours, "train", pieces)
     assert np.concatenate(ids).tolist() == [*theirs(first + second).input_ids, ours.eot]
 
 

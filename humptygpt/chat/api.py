@@ -6,14 +6,13 @@ Source: OpenAI's API reference for /v1/models, /v1/chat/completions and /v1/comp
 import json
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from humptygpt.chat.tokens import ROLES, Turn
+from humptygpt.chat.tokens import MESSAGES, Turn
 from humptygpt.config import UserError
-from humptygpt.sampling import Context, TextStream, continue_texts, encode_prompt
+from humptygpt.logprobs import with_likeliest
+from humptygpt.sampling import Context, Piece, TextStream, encode_prompt, stream_texts
 from humptygpt.schema import check_schema, parse_json
 
 CHAT, TEXT = "chat.completion", "text_completion"
@@ -27,21 +26,13 @@ COMMON = {  # other keys are ignored, as other servers do
     "n?": range(1, 2),
 }
 CHAT_SCHEMA = {
-    "messages": [{"role": set(ROLES), "content": str}],
+    "messages": MESSAGES,
     "logprobs?": bool,
     "top_logprobs?": range(21),
     "max_completion_tokens?": range(4097),  # the new name of max_tokens
     "reply_tokens?": list,  # our own: ids of the tokens with which the reply begins
 }
 TEXT_SCHEMA = {"prompt": (str, list), "echo?": bool, "logprobs?": range(21)}
-
-
-class Step(NamedTuple):
-    """One token of a text, and the characters that it completes."""
-
-    text: str
-    token: dict | None  # its entry in a chat's logprobs; None if they are not asked for
-    end: str | None = None  # after the last token, why the text ends: stop or length
 
 
 class Api:
@@ -83,13 +74,13 @@ class Api:
         # a longer reply would no longer see what it answers
         room = self.block_size - len(prompt)
         limit = request.get("max_completion_tokens", request.get("max_tokens", room))
+        # as in a request for a text: how many of the likeliest tokens to list
         likeliest = request.get("top_logprobs", 0) if request.get("logprobs") else None
-        request |= {"max_tokens": min(limit, room), "likeliest": likeliest}
+        request |= {"max_tokens": min(limit, room), "logprobs": likeliest}
         return self.answer(request, prompt, CHAT)
 
     def complete(self, body: bytes) -> Iterator[str]:
         request = {"max_tokens": 16} | read(body, TEXT_SCHEMA)
-        request["likeliest"] = request.get("logprobs")
         prompt = request["prompt"]
         if isinstance(prompt, list) and len(prompt) == 1 and type(prompt[0]) is not int:
             prompt = prompt[0]
@@ -103,7 +94,7 @@ class Api:
         check_schema(prompt, [range(self.tokenizer.vocab_size)], "prompt")
         what = "context_length_exceeded: the number of tokens in the prompt"
         check_schema(len(prompt), range(1, self.block_size), what)
-        streams = request.get("stream")
+        streams, likeliest = request.get("stream"), request.get("logprobs")
         if streams and kind == CHAT:
             kind += ".chunk"
         now = time.time_ns()
@@ -113,73 +104,68 @@ class Api:
             "created": now // 10**9,
             "model": self.name,
         }
-        read = len(prompt)
-        steps = []
-        for step in self.write(prompt, request):
-            steps.append(step)
-            if step.end:
-                total = len(steps) - 1 + (0 if request.get("echo") else read)
-                usage = {"prompt_tokens": read, "completion_tokens": total - read}
-                frame["usage"] = usage | {"total_tokens": total}
-            if streams:
-                choices = [choice([step], kind, is_first=len(steps) == 1)]
-                yield f"data: {json.dumps(frame | {'choices': choices})}\n\n"
-            elif step.end:
-                yield json.dumps(frame | {"choices": [choice(steps, kind)]})
+        text, tokens = "", []
+        for number, piece in enumerate(self.write(prompt, request)):
+            text += piece.text
+            if piece.end:
+                read = len(prompt)
+                written = number - read if request.get("echo") else number
+                frame["usage"] = {
+                    "prompt_tokens": read,
+                    "completion_tokens": written,
+                    "total_tokens": read + written,
+                }
+            elif likeliest is not None:
+                tokens.append(self.describe(piece, likeliest))
+            if piece.end or streams:
+                found = choice(
+                    text, tokens, piece.end, kind, is_first=not (streams and number)
+                )
+                part = json.dumps(frame | {"choices": [found]})
+                yield f"data: {part}\n\n" if streams else part
+                text, tokens = "", []
             else:
                 yield " "
         if streams:
             yield "data: [DONE]\n\n"
 
     @torch.inference_mode()
-    def write(self, prompt: list[int], request: dict) -> Iterator[Step]:
-        """Continue a prompt. With "echo", the steps begin with the prompt's own tokens."""
-        likeliest = request["likeliest"]
-        stream = TextStream(self.tokenizer, request["stop"])
-        # the first new token may complete a character that the prompt begins
-        texts = [stream.decoder.decode(self.tokenizer.pieces[token]) for token in prompt]
+    def write(self, prompt: list[int], request: dict) -> Iterator[Piece]:
+        """Continue a prompt. With "echo", the pieces begin with the prompt's own tokens."""
+        tokenizer = self.tokenizer
         if request.get("echo"):
-            logits = self.model(torch.tensor([prompt], device=self.device))[0][0].float()
-            for text, token, row in zip(texts, prompt, [None, *logits], strict=False):
-                yield Step(text, self.describe(token, row, likeliest))
-        for (token,), (row,) in continue_texts(
+            idx = torch.tensor([prompt], device=self.device)
+            logits = self.model(idx)[0][0, :, : tokenizer.vocab_size].float()
+            decode = TextStream(tokenizer).decoder.decode
+            # nothing precedes the first token
+            for token, row in zip(prompt, [None, *logits], strict=False):
+                yield Piece(0, decode(tokenizer.pieces[token]), token, row)
+        yield from stream_texts(
             Context(self.model, [prompt], device=self.device),
+            tokenizer,
             [0],
-            self.tokenizer.vocab_size,
+            request["stop"],
             max_new_tokens=request["max_tokens"],
             seed=request.get("seed", time.time_ns()),
             temperature=request.get("temperature", 1),
             top_p=request.get("top_p"),
-        ):
-            yield Step(stream.feed(token), self.describe(token, row, likeliest))
-            if stream.ended:
-                break
-        yield Step(stream.close(), None, "stop" if stream.ended else "length")
+        )
 
-    def describe(
-        self, token: int, logits: Tensor | None, likeliest: int | None
-    ) -> dict | None:
-        """Return a token's entry in a chat's logprobs, or None if they are not asked for.
-
-        logits: (V,), from which it was drawn; None: nothing precedes it. likeliest: how many others to list.
-        """
-        if likeliest is None:
-            return None
+    def describe(self, piece: Piece, likeliest: int) -> dict:
+        """Return a token's entry in a chat's logprobs. likeliest: how many others to list."""
+        found = [(piece.token, None)]
+        if piece.logits is not None:
+            found = with_likeliest(piece, likeliest)
         pieces = self.tokenizer.pieces
-        ids, logprobs = [token], {token: None}
-        if logits is not None:
-            logits = logits.log_softmax(-1)[: len(pieces)]
-            ids += logits.topk(min(likeliest, len(pieces))).indices.tolist()
-            logprobs = logits.tolist()
         entry, *others = [
             {
                 # OpenAI, too, writes \xe2\x80 for the bytes of an incomplete character
                 "token": pieces[i].decode("utf-8", "backslashreplace"),
-                "logprob": logprobs[i],
+                "logprob": logprob,
                 "bytes": list(pieces[i]),
                 "id": i,  # our own
             }
-            for i in ids
+            for i, logprob in found
         ]
         return entry | {"top_logprobs": others}
 
@@ -196,18 +182,17 @@ def read(body: bytes, schema: dict) -> dict:
     return request | {"stop": [stop] if isinstance(stop, str) else stop}
 
 
-def choice(steps: list[Step], kind: str, is_first: bool = True) -> dict:
-    """Return an entry of "choices"."""
-    text = "".join(step.text for step in steps)
-    tokens = [step.token for step in steps if step.token]
-    found = {"index": 0, "finish_reason": steps[-1].end, "logprobs": None}
-    if tokens:
-        found["logprobs"] = {"content": tokens}
+def choice(
+    text: str, tokens: list[dict], end: str | None, kind: str, is_first: bool
+) -> dict:
+    """Return an entry of "choices". tokens: entries of a chat's logprobs. end: why the text ends: stop or length."""
+    logprobs = {"content": tokens} if tokens else None
+    found = {"index": 0, "finish_reason": end, "logprobs": logprobs}
     if kind != TEXT:
         message = {"role": "assistant", "content": text} if is_first else {"content": text}
         return found | {"message" if kind == CHAT else "delta": message}
     if tokens:
-        found["logprobs"] |= {
+        logprobs |= {
             "tokens": [token["token"] for token in tokens],
             "token_logprobs": [token["logprob"] for token in tokens],
             "top_logprobs": [

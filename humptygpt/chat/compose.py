@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from humptygpt.prepare.corpus import draw
+from humptygpt.prepare.corpus import draw, normalised
 
 LINES = Path(__file__).with_name("humpty.txt")
 HELD_OUT = 0.1  # the share of the compositions, of the sums and of the made-up words
@@ -40,18 +40,24 @@ def read() -> tuple[dict[str, Topic], dict[str, list[str]]]:
     """Read humpty.txt. Returns the topics and the values."""
     topics, values = {}, defaultdict(list)
     for line in LINES.read_text(encoding="utf-8").splitlines():
-        name, _, rest = line[1:].partition("}" if line.startswith("{") else "]")
-        if line.startswith("{"):
-            values[name] += rest.strip().split("|")
-        elif line.startswith("["):
-            topic = topics[name] = Topic(int(rest or 1), [], defaultdict(list))
-        elif line and not line.startswith("#"):
-            line = re.sub(r"<(\w+)>", lambda kind: f"({'|'.join(values[kind[1]])})", line)
-            kind, equals, answer = line.partition("= ")
-            if equals:
-                topic.answers[kind] += expand(answer)
-            else:
-                topic.phrasings.extend(expand(line))
+        match line[:1]:
+            case "" | "#":
+                continue
+            case "{":
+                name, _, some = line[1:].partition("} ")
+                values[name] += some.split("|")
+            case "[":
+                name, _, weight = line[1:].partition("]")
+                topic = topics[name] = Topic(int(weight or 1), [], defaultdict(list))
+            case _:
+                line = re.sub(
+                    r"<(\w+)>", lambda kind: f"({'|'.join(values[kind[1]])})", line
+                )
+                kind, equals, answer = line.partition("= ")
+                if equals:
+                    topic.answers[kind] += expand(answer)
+                else:
+                    topic.phrasings.extend(expand(line))
     return topics, values
 
 
@@ -66,11 +72,6 @@ def is_held_out(text: str) -> bool:
     return draw(text) < HELD_OUT
 
 
-def words(text: str) -> str:
-    """Return a text in lower case and without punctuation."""
-    return " ".join(re.findall(r"\w+", text.lower()))
-
-
 class Composer:
     """Composes exchanges. held_out: those that no training conversation has."""
 
@@ -81,29 +82,34 @@ class Composer:
 
     def conversation(self, turns: int | None = None) -> list[Exchange]:
         """Compose a conversation of a number of exchanges; None: a random one."""
+        weights = [topic.weight for topic in self.topics.values()]
         told = {}
         exchanges = []
+        name = ""
         for _ in range(turns or self.random.choice(TURNS)):
-            exchanges.append(self.next(exchanges, told))
+            before = name
+            drawn = self.random.random()
+            if before not in ("", "why") and drawn < 0.2:
+                name = "why"
+            elif told and drawn < 0.5:
+                name = f"ask {self.random.choice([*told])}"
+            else:
+                (name,) = self.random.choices([*self.topics], weights)
+            exchanges.append(self.exchange(name, told, before))
         return exchanges
 
-    def next(self, exchanges: list[Exchange], told: dict[str, str]) -> Exchange:
-        """Compose the next exchange. told: {kind: value} that somebody has told so far; it is updated."""
-        drawn = self.random.random()
-        if exchanges and drawn < 0.2 and exchanges[-1].topic != "why":
-            return self.exchange("why", told, before=exchanges[-1].topic)
-        if told and drawn < 0.5:
-            return self.exchange(f"ask {self.random.choice([*told])}", told)
-        weights = [topic.weight for topic in self.topics.values()]
-        return self.exchange(self.random.choices([*self.topics], weights)[0], told)
+    def exchange(self, name: str, told: dict[str, str | int], before: str = "") -> Exchange:
+        """Compose an exchange on a topic.
 
-    def exchange(self, name: str, told: dict[str, str], before: str = "") -> Exchange:
-        """Compose an exchange on a topic. before: for "why", the topic of the exchange before it."""
+        told: {kind: value} that somebody has told so far; it is updated. before: the topic of the exchange before it.
+        """
         topic = self.topics[name]
         kind, _, value = name.partition(" ")
         values = self.draw_values()
-        answers = self.topics[before].answers["why"] if before else topic.answers[""]
-        if kind == "tell":
+        answers = topic.answers[""]
+        if kind == "why":
+            answers = self.topics[before].answers["why"]
+        elif kind == "tell":
             told[value] = values[value]
         elif kind == "ask" and value in told:
             values[value] = told[value]
@@ -112,43 +118,44 @@ class Composer:
         while True:
             said = self.typed(self.random.choice(topic.phrasings).format(**values))
             # two words, such as "Good morning", are too common to be held out
-            if self.held_out == (said.count(" ") > 1 and is_held_out(words(said))):
+            if self.held_out == (said.count(" ") > 1 and is_held_out(normalised(said))):
                 break
         replies = [capital(answer.format(**values)) for answer in answers]
-        replies = self.random.sample(replies, len(replies))
+        self.random.shuffle(replies)
         return Exchange(said, replies, name)
 
-    def draw_values(self) -> dict[str, str]:
+    def draw_values(self) -> dict[str, str | int]:
         """Draw a value of each kind, two addends with their sum, and numbers too large for him."""
         values = {kind: self.random.choice(those) for kind, those in self.values.items()}
         for kind in MADE_UP:
             if self.random.random() < 0.5:
                 word = self.made_up()
                 values[kind] = word if kind == "word" else word.capitalize()
+        number = self.random.randint
         while True:
-            a, b = self.random.randint(0, 20), self.random.randint(0, 20)
+            a, b = number(0, 20), number(0, 20)
             if is_held_out(f"{min(a, b)}+{max(a, b)}") == self.held_out:
                 break
-        numbers = {
-            "a": a,
-            "b": b,
-            "sum": a + b,
-            "age": self.random.randint(3, 99),
-            "large": self.random.randint(21, 999),
-            "larger": self.random.randint(100, 9999),
-        }
         # adding the ones first, in writing, makes it easier to learn
         ones = f"{a % 10} and {b % 10} make {a % 10 + b % 10}, so "
-        values["ones"] = ones if max(a, b) > 9 else ""
-        return values | {kind: str(number) for kind, number in numbers.items()}
+        return values | {
+            "a": a,
+            "b": b,
+            "ones": ones if max(a, b) > 9 else "",
+            "sum": a + b,
+            "age": number(3, 99),
+            "large": number(21, 999),
+            "larger": number(100, 9999),
+        }
 
     def made_up(self) -> str:
         """Make up a word of one to three syllables."""
         while True:
             kinds = ["onset", "vowel"] * self.random.choice((1, 2, 2, 3)) + ["ending"]
-            first, last = self.random.randint(0, 1), self.random.randint(0, 1)
-            kinds = kinds[first : len(kinds) - last]
-            word = "".join(self.random.choice(self.values[kind]) for kind in kinds)
+            first, last = self.random.randint(0, 1), len(kinds) - self.random.randint(0, 1)
+            word = "".join(
+                self.random.choice(self.values[kind]) for kind in kinds[first:last]
+            )
             if len(word) > 2 and is_held_out(word) == self.held_out:
                 return word
 
@@ -178,5 +185,10 @@ def capital(text: str) -> str:
 
 def messages(exchanges: list[Exchange]) -> list[dict[str, str]]:
     """Write a conversation as its messages, in OpenAI's form."""
-    pairs = [(("user", each.said), ("assistant", each.replies[0])) for each in exchanges]
-    return [{"role": role, "content": text} for pair in pairs for role, text in pair]
+    found = []
+    for each in exchanges:
+        found += [
+            {"role": "user", "content": each.said},
+            {"role": "assistant", "content": each.replies[0]},
+        ]
+    return found

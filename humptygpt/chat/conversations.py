@@ -6,68 +6,58 @@ A line has "messages" (OpenAI, Hugging Face), "conversations" (ShareGPT) or "ins
 import re
 from collections import Counter
 from collections.abc import Iterator
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from textwrap import indent
 
 import numpy as np
 
-from humptygpt.chat.tokens import BEGIN, END, ROLES, ChatTokenizer, Turn
-from humptygpt.config import UserError, refuse
-from humptygpt.prepare.corpus import draw, read_all
+from humptygpt.chat.tokens import MESSAGES, ROLES, ChatTokenizer, Turn
+from humptygpt.config import refuse
+from humptygpt.prepare.corpus import Corpus, draw
 from humptygpt.prepare.documents import read_lines
 from humptygpt.schema import parse_json
-from humptygpt.tokenizers import Tokenizer
+from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
 SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of the roles
 FIRST_LINE = r'\s*\{.*"(messages|conversations|instruction)"\s*:'
 SCHEMA = {
-    "messages?": [{"role": set(ROLES), "content": str}],
+    "messages?": MESSAGES,
     "conversations?": [{"from": {*ROLES, *SHAREGPT}, "value": str}],
     "instruction?": str,
     "input?": str,
     "output?": str,
 }
-SHOWN = 1500  # characters of the conversation in the summary
+SHOWN = 1500  # at most so many characters of the conversation in the summary
+REPLY = re.compile(r"(<\|im_start\|>assistant\n)(.*?(<\|im_end\|>|$))", re.DOTALL)
 
 
-class Conversation(NamedTuple):
-    turns: tuple[Turn, ...]  # up to the last reply; () if there is none
+class Conversation(tuple[Turn, ...]):
+    """Turns up to the last reply; () if there is none."""
 
     @property
     def texts(self) -> list[str]:
-        return [turn.text for turn in self.turns]
+        return [turn.text for turn in self]
 
 
-class Conversations:
-    """A corpus of conversations, which are read from files. It has the same interface as corpus.Documents."""
+class Conversations(Corpus):
+    """A corpus of conversations, which are read from files."""
 
     task = "chat"
-    separated = True
-    splits = ("train", "val")
-    text_size = None  # bytes of UTF-8; set by survey()
-    counts = ("conversations", "turns", "characters", "bytes", "tokens")
-    counts += ("target_bytes", "target_tokens")
-
-    def __init__(self, config, files: list[Path], source: str):
-        """config: a resolved prepare_data.PrepareConfig. source: description of the files for meta.json."""
-        self.config = config
-        self.files = self.paths = files
-        self.source = source
-        self.encoder = encode_conversations
+    counts = (
+        "conversations",
+        "turns",
+        "characters",
+        "bytes",
+        "tokens",
+        "target_bytes",
+        "target_tokens",
+    )
+    missing = "conversation with a reply of the assistant"
 
     def wrap(self, tokenizer: Tokenizer) -> Tokenizer:
         """Add the tokens that mark turns, unless the tokenizer is one of a chat model, which has them."""
         return tokenizer if tokenizer.name == "chat" else ChatTokenizer(tokenizer)
-
-    def survey(self) -> None:
-        """Read everything once, to check it and to find the size of the text."""
-        conversations = read_all(self, "checking the conversations")
-        self.text_size = sum(len("".join(each.texts).encode()) for _, each in conversations)
-        if not self.text_size:
-            raise UserError(
-                f"{self.source} has no conversation with a reply of the assistant"
-            )
 
     def read(self, number: int) -> Iterator[Conversation]:
         """Read one conversation per line of a file."""
@@ -84,12 +74,37 @@ class Conversations:
         drawn = draw("\n".join(conversation.texts))
         return [("val" if drawn <= self.config.val_fraction else "train", conversation)]
 
+    def encode(
+        self, tokenizer: ChatTokenizer, split: str, conversations: list[Conversation]
+    ) -> tuple[list[np.ndarray], Counter]:
+        """Encode conversations of one split. Returns arrays of token ids, and the counts for meta.json."""
+        ids = []
+        counted = Counter()
+        for conversation in conversations:
+            if not conversation:
+                counted["without_reply"] += 1
+                continue
+            tokens = tokenizer.encode_turns(conversation)
+            ids.append(np.append(tokens, tokenizer.base.eot))
+            replies = [turn.content for turn in conversation if turn.role == "assistant"]
+            text = "".join(conversation.texts)
+            counted.update(
+                conversations=1,
+                turns=len(conversation),
+                characters=len(text),
+                bytes=len(text.encode()),
+                target_bytes=len("".join(replies).encode()),
+                target_tokens=sum(len(tokenizer.encode(reply)) + 1 for reply in replies),
+            )
+        return ids, counted
+
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
-        """Return the entries of meta.json that are specific to conversations."""
+        """Return the entries of meta.json that are specific to conversations. first_text: as for Pairs."""
+        first = first_text.partition(END_OF_TEXT)[0]
         return {
-            "without_reply": sum(counted["without_reply"] for counted in splits.values()),
+            "without_reply": sum(splits.values(), Counter())["without_reply"],
             "longest": max(counted["longest"] for counted in splits.values()),
-            "example": self.example(),
+            "example": REPLY.sub(r"\1[\2]", first[:SHOWN].strip()),
         }
 
     def summary(self, meta: dict) -> dict[str, str]:
@@ -98,22 +113,8 @@ class Conversations:
         lines = {"longest": longest}
         if meta["without_reply"]:
             lines["left out"] = f"{meta['without_reply']:,} without a reply"
-        example = meta["example"].replace("\n", "\n" + 17 * " ")
-        return lines | {
-            "example": f"the model learns what is in brackets\n\n{17 * ' '}{example}"
-        }
-
-    def example(self) -> str:
-        """Show the start of the first conversation as a model sees it, with its targets in brackets."""
-        everything = chain.from_iterable(map(self.read, range(len(self.files))))
-        turns = next(each.turns for each in everything if each.turns)
-        text = "\n".join(
-            f"{BEGIN}assistant\n[{turn.content}{END}]"
-            if turn.role == "assistant"
-            else f"{BEGIN}{turn.text}{END}"
-            for turn in turns
-        )
-        return text if len(text) < SHOWN else f"{text[:SHOWN]}..."
+        example = indent(meta["example"], 17 * " ")
+        return lines | {"example": f"the model learns what is in brackets\n\n{example}"}
 
 
 def parse(line: str) -> Conversation:
@@ -136,32 +137,7 @@ def parse(line: str) -> Conversation:
             raise ValueError("the assistant replies twice in a row")
     while turns and turns[-1].role != "assistant":
         turns.pop()
-    return Conversation(tuple(turns))
-
-
-def encode_conversations(
-    tokenizer: ChatTokenizer, split: str, conversations: list[Conversation]
-) -> tuple[list[np.ndarray], Counter]:
-    """Encode conversations of one split. Returns arrays of token ids, and the counts for meta.json."""
-    ids = []
-    counted = Counter()
-    for conversation in conversations:
-        if not conversation.turns:
-            counted["without_reply"] += 1
-            continue
-        tokens = tokenizer.encode_turns(conversation.turns)
-        ids.append(np.append(tokens, tokenizer.base.eot))
-        replies = [turn.content for turn in conversation.turns if turn.role == "assistant"]
-        text = "".join(conversation.texts)
-        counted.update(
-            conversations=1,
-            turns=len(conversation.turns),
-            characters=len(text),
-            bytes=len(text.encode()),
-            target_bytes=len("".join(replies).encode()),
-            target_tokens=sum(len(tokenizer.encode(reply)) + 1 for reply in replies),
-        )
-    return ids, counted
+    return Conversation(turns)
 
 
 def is_conversations(path: Path) -> bool:

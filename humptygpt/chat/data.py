@@ -1,5 +1,7 @@
 """Read token files of conversations, and pack whole conversations into rows."""
 
+from itertools import pairwise
+
 import numpy as np
 from torch import Tensor
 
@@ -27,43 +29,37 @@ class ChatDataset(TokenDataset):
 
     def find_targets(self, ids: np.ndarray) -> np.ndarray:
         """Find the tokens of the assistant's turns, each with its end and without its first line. Returns (T,) bool."""
-        tokenizer = self.tokenizer
-        header = [tokenizer.begin, *tokenizer.encode("assistant\n")]
-        # each turn has one of either; the last turn of a conversation is the assistant's
-        starts, ends = (np.flatnonzero(ids == i) for i in (tokenizer.begin, tokenizer.eot))
-        own = np.all([ids[starts + i] == token for i, token in enumerate(header)], axis=0)
-        change = np.zeros(len(ids) + 1, dtype=np.int64)
-        change[starts[own] + len(header)] += 1
-        change[ends[own] + 1] -= 1
-        return change.cumsum()[:-1] > 0
+        header = [self.tokenizer.begin, *self.tokenizer.encode("assistant\n")]
+        is_target = np.zeros(len(ids), dtype=bool)
+        # each turn has one of either
+        starts, ends = (np.flatnonzero(ids == mark) for mark in self.tokenizer.marks)
+        for start, end in zip(starts, ends, strict=True):
+            first = start + len(header)
+            if ids[start:first].tolist() == header:
+                is_target[first : end + 1] = True
+        return is_target
 
     def pack(self, split: str) -> np.ndarray:
         """Cut a split into rows. Returns the start and the end of each, (rows, 2)."""
         size = self.block_size + 1
-        turns = np.flatnonzero(self.ids[split] == self.tokenizer.begin)
-        ends = np.flatnonzero(self.ids[split] == self.tokenizer.base.eot) + 1
+        ids, is_target = self.ids[split], self.is_target[split]
+        turns = np.flatnonzero(ids == self.tokenizer.begin)
+        ends = np.flatnonzero(ids == self.tokenizer.base.eot) + 1
+        is_long = np.diff(ends, prepend=0) > size
+        # where a row may end: after a conversation, and before each turn of a long one
+        cuts = np.union1d(ends, turns[is_long[np.searchsorted(ends, turns, "right")]])
         rows = [[0, 0]]
-        start = 0
-        for end in ends.tolist():
-            parts = [end]
-            if end - start > size:
-                parts = [*turns[(turns > start) & (turns < end)].tolist(), end]
-            for part in parts:
-                if part - rows[-1][0] > size:
-                    rows.append([start, start])
-                rows[-1][1] = min(part, rows[-1][0] + size)
-                start = part
-        before = np.append(
-            0, self.is_target[split].cumsum()
-        )  # targets before each position
-        starts, ends = np.array(rows).T
+        for start, end in pairwise([0, *cuts.tolist()]):
+            if end - rows[-1][0] > size:
+                rows.append([start, end])
+            rows[-1][1] = min(end, rows[-1][0] + size)
         # the first token of a row is not predicted
-        has_target = before[ends] > before[np.minimum(starts + 1, ends)]
-        if not has_target.any():
+        rows = [row for row in rows if is_target[row[0] + 1 : row[1]].any()]
+        if not rows:
             raise UserError(
                 f"no reply in {self.folder / split}.bin begins within block_size={self.block_size}; use a larger one"
             )
-        return np.array(rows)[has_target]
+        return np.array(rows)
 
     def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
         """Make training batch number `index`: idx and targets, both int64 (batch_size, block_size).
@@ -82,11 +78,10 @@ class ChatDataset(TokenDataset):
         """Make a batch of the rows with these numbers, (B,), padded with eot."""
         starts, ends = self.rows[split][rows].T[:, :, None]
         position = starts + np.arange(self.block_size + 1)
-        outside = position >= ends
-        position[outside] = 0
-        ids = np.where(outside, self.tokenizer.base.eot, self.ids[split][position])
-        ignored = outside | ~self.is_target[split][position]
-        return next_tokens(ids, ignored[:, 1:])
+        position[position >= ends] = -1  # the last token of the split: an eot
+        return next_tokens(
+            self.ids[split][position], ~self.is_target[split][position[:, 1:]]
+        )
 
     def val_starts(self, batch_size: int, eval_iters: int | None) -> np.ndarray:
         """Numbers of the rows in the evaluation set, spread over the split."""

@@ -1,34 +1,25 @@
 """Talk to a model turn by turn. Its cache is kept between turns."""
 
 from collections.abc import Iterator
-from itertools import chain
 
-import torch
-from torch import nn
-
-from humptygpt.chat.tokens import ChatTokenizer, Turn
+from humptygpt.chat.tokens import Turn
 from humptygpt.config import UserError, note
-from humptygpt.interactive import typed_lines
-from humptygpt.sampling import Context, read_start, stream_texts
+from humptygpt.sampling import Context, stream_texts
 
 
 class Talk:
     """A conversation with a model. When the context is full, the oldest exchanges are dropped, but not the system's.
 
-    tokenizer: a ChatTokenizer or a TemplateTokenizer. For each reply, it encodes the whole conversation. Tokens that
-    are in the context already stay there, with their cache.
+    loaded: a sample.Pipeline, whose tokenizer is a ChatTokenizer or a TemplateTokenizer. For each reply, it encodes the
+    whole conversation. Tokens that are in the context already stay there, with their cache.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: ChatTokenizer,
-        device: torch.device,
-        system: str | None = None,
-    ):
-        self.model = model
-        self.tokenizer = tokenizer
-        self.device = device
+    advice = ""
+
+    def __init__(self, loaded, system: str | None = None):
+        self.model = loaded.model
+        self.tokenizer = loaded.tokenizer
+        self.device = loaded.device
         self.system = [] if system is None else [Turn("system", system)]
         self.exchanges: list[list[Turn]] = []  # what was said and replied
         self.context: Context | None = None
@@ -36,10 +27,12 @@ class Talk:
     def reply(
         self, said: str, sample: int, max_new_tokens: int, **sampling
     ) -> Iterator[str]:
-        """Yield the reply in pieces. sample: seeds it. sampling: arguments of stream_texts().
+        """Yield the reply in pieces; there is none to an empty text. sample: seeds it. sampling: for stream_texts().
 
         Raises UserError if a turn cannot be encoded, or leaves no room for a reply.
         """
+        if not said:
+            return
         block_size = self.model.config.block_size
         # up to half of the context is for the reply
         room = min(max_new_tokens, block_size // 2)
@@ -67,20 +60,3 @@ class Talk:
             reply += piece.text
             yield piece.text
         self.exchanges = [*kept, [new, Turn("assistant", reply)]]
-
-
-def converse(config, loaded, sampling: dict) -> None:
-    """Print the reply to each line. Without --start, lines are read from the terminal.
-
-    config: a sample.SampleConfig. loaded: a sample.Pipeline. sampling: arguments of stream_texts().
-    """
-    talk = Talk(loaded.model, loaded.tokenizer, loaded.device, config.system)
-    first = [] if config.start is None else [read_start(config.start)]
-    lines = typed_lines() if config.interactive or not first else []
-    for turn, line in enumerate(filter(None, chain(first, lines))):
-        try:
-            for text in talk.reply(line, turn, **sampling):
-                print(text, end="", flush=True)
-        except UserError as error:
-            note(str(error))
-        print(flush=True)

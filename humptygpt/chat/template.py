@@ -58,11 +58,13 @@ class TemplateTokenizer(PretrainedTokenizer):
 
     def encode_turns(self, turns: Iterable[Turn], reply: bool = False) -> np.ndarray:
         """Encode turns. reply: also the beginning of the assistant's next one. Raises UserError if that fails."""
-        values = self.settings | {"tools": None, "add_generation_prompt": reply}
         messages = [turn._asdict() for turn in turns]
         try:
             template = self.environment.from_string(self.settings["chat_template"])
-            return self.encode(template.render(values, messages=messages))
+            text = template.render(
+                self.settings, messages=messages, tools=None, add_generation_prompt=reply
+            )
+            return self.encode(text)
         except Exception as error:  # a template is a program, so it can fail in any way
             raise UserError(
                 f"the model's chat template failed: {one_line(error)}"

@@ -16,6 +16,7 @@ from humptygpt.tokenizers import Tokenizer
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
+MESSAGES = [{"role": set(ROLES), "content": str}]  # schema of OpenAI's form of turns
 # ChatML for transformers and llama.cpp; Ollama knows the template by this very text
 TEMPLATE = (
     r"{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content']"
@@ -65,8 +66,8 @@ class ChatTokenizer(Tokenizer):
         for turn in turns:
             ids += [[self.begin], self.encode(turn.text), [self.eot], line_break]
         if reply:
-            ids += [[self.begin], self.encode(Turn("assistant", "").text)]
-        return np.concatenate([np.empty(0, np.int64), *ids])
+            ids += [[self.begin], self.encode("assistant\n")]
+        return np.concatenate(ids)
 
     def state(self) -> dict:
         return {"tokenizer": self.name, "base": self.base.state()}

@@ -125,6 +125,3 @@ def without_prefix(entry: dict) -> dict:
     # in a step of the tokenizer, "type" is a string; in its vocabulary, "type" may itself be a token, mapped to an id
     is_step = isinstance(entry.get("type"), str)
     return entry | {key: plain[key] for key in plain.keys() & entry.keys() if is_step}
-
-
-PRETRAINED = {PretrainedTokenizer.name: PretrainedTokenizer}

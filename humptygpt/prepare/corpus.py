@@ -1,10 +1,12 @@
 """Read documents from files, assign each to a split, and iterate over a corpus of documents or sentence pairs.
 
-Documents, below, and Pairs, in translation/pairs.py, share one interface: a corpus has files, splits, items (pieces of
-documents, or pairs), and an encoder for items.
+A corpus has files, splits and items. The items of Documents, below, are pieces of documents; translation/pairs.py has a
+corpus of sentence pairs, and chat/conversations.py one of conversations.
 """
 
 import hashlib
+import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import islice
@@ -23,31 +25,51 @@ UNIT = 1 << 19  # characters that a thread encodes at once
 HASHED = 4096
 
 
-class Documents:
-    """A corpus of documents, which are read from files. Each document is assigned to a split."""
+class Corpus:
+    """The interface of all corpora, and what most of them share.
 
-    task = "language modelling"
+    Each also has read(), assign(), encode(), extra_meta() and summary(): see Documents.
+    """
+
+    task: str
+    counts: tuple[str, ...]  # what meta.json counts in each split, the items first
     splits = ("train", "val")
-    # what meta.json counts in each split
-    counts = ("documents", "characters", "bytes", "tokens")
-    text_size = None  # bytes of UTF-8; set by survey(), like cuts
-    cuts = None  # per file: characters in the training part; None: documents stay whole
+    separated = True  # each item ends with the end-of-text token
+    missing: str  # what an input without items lacks
+    text_size = None  # bytes of UTF-8; set by survey()
 
-    def __init__(self, config, files: list[Path], skipped: list[str], source: str):
-        """config: a resolved prepare_data.PrepareConfig. files, skipped: from find_files.
-
-        source: description of the files for meta.json.
-        """
+    def __init__(self, config, files: list, source: str):
+        """config: a resolved prepare_data.PrepareConfig. source: description of the files for meta.json."""
         self.config = config
-        self.skipped = skipped
-        self.skipped_lines = 0
         self.files = self.paths = files
         self.source = source
-        self.encoder = encode_documents
+
+    def survey(self) -> None:
+        """Read everything once, to check it and to find the size of the text. Raises UserError if there is none."""
+        items = read_all(self, f"checking the {self.counts[0]}")
+        self.text_size = sum(len("".join(item.texts).encode()) for _, item in items)
+        if not self.text_size:
+            raise UserError(f"{self.source} has no {self.missing}")
 
     def wrap(self, tokenizer: Tokenizer) -> Tokenizer:
         """Return the tokenizer that encodes the corpus, given the one of its text."""
         return tokenizer
+
+
+class Documents(Corpus):
+    """A corpus of documents, which are read from files. Each document is assigned to a split."""
+
+    task = "language modelling"
+    counts = ("documents", "characters", "bytes", "tokens")
+    missing = "text to learn from"
+    # set by survey(): per file, characters in the training part; None: documents stay whole
+    cuts = None
+
+    def __init__(self, config, files: list[Path], skipped: list[str], source: str):
+        """files, skipped: from find_files. The others as for Corpus."""
+        super().__init__(config, files, source)
+        self.skipped = skipped
+        self.skipped_lines = 0
 
     @property
     def separated(self) -> bool:
@@ -73,7 +95,7 @@ class Documents:
         if self.skipped:
             note("; ".join([f"skipped files: {len(self.skipped):,}", *self.skipped[:5]]))
         if not measured:
-            raise UserError(f"{self.source} has no text to learn from")
+            raise UserError(f"{self.source} has no {self.missing}")
         self.files = list(measured)
         if len(self.files) > 1:
             self.source = f"{len(self.files):,} files: {self.source}"
@@ -95,7 +117,7 @@ class Documents:
             size += read
             bar.update(read)
         if not length:
-            raise BadFile(f"{self.files[number]} has no text to learn from")
+            raise BadFile(f"{self.files[number]} has no {self.missing}")
         return length, held_out, size
 
     def read(self, number: int) -> Iterator[Piece]:
@@ -121,6 +143,25 @@ class Documents:
         rest = piece._replace(text=piece.text[cut:], start=piece.start + cut)
         return [entry for entry in (("train", begun), ("val", rest)) if entry[1].text]
 
+    def encode(
+        self, tokenizer: Tokenizer, split: str, pieces: list[Piece]
+    ) -> tuple[list[np.ndarray], Counter]:
+        """Encode pieces of one split. Returns arrays of token ids, and the counts for meta.json."""
+        ids = []
+        counted = Counter()
+        for piece in pieces:
+            begins = piece.start == 0
+            if begins and tokenizer.bos is not None:
+                ids.append([tokenizer.bos])
+            encode = tokenizer.encode if begins else tokenizer.encode_rest
+            ids.append(encode(piece.text))
+            if piece.last and tokenizer.eot is not None:
+                ids.append([tokenizer.eot])
+            counted["documents"] += begins
+            counted["characters"] += len(piece.text)
+            counted["bytes"] += len(piece.text.encode())
+        return ids, counted
+
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
         """Return the entries of meta.json that are specific to documents."""
         return {"skipped_lines": self.skipped_lines}
@@ -136,26 +177,6 @@ class Documents:
         if count := meta["skipped_lines"]:
             lines["skipped lines"] = f"{count:,} without text"
         return lines
-
-
-def encode_documents(
-    tokenizer: Tokenizer, split: str, pieces: list[Piece]
-) -> tuple[list[np.ndarray], Counter]:
-    """Encode pieces of one split. Returns arrays of token ids, and the counts for meta.json."""
-    ids = []
-    counted = Counter()
-    for piece in pieces:
-        begins = piece.start == 0
-        if begins and tokenizer.bos is not None:
-            ids.append([tokenizer.bos])
-        encode = tokenizer.encode if begins else tokenizer.encode_rest
-        ids.append(encode(piece.text))
-        if piece.last and tokenizer.eot is not None:
-            ids.append([tokenizer.eot])
-        counted["documents"] += begins
-        counted["characters"] += len(piece.text)
-        counted["bytes"] += len(piece.text.encode())
-    return ids, counted
 
 
 # --------------------------------------------------------------------------------------
@@ -202,3 +223,8 @@ def draw(text: str, salt: str = "split") -> float:
     """Derive a pseudorandom number in [0, 1) from a text: a hash of salt and of its first HASHED characters."""
     start = f"{salt}\n{text[:HASHED]}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(start, digest_size=6).digest(), "little") / 2**48
+
+
+def normalised(text: str) -> str:
+    """Reduce a text to its words, so that texts that differ only in case, punctuation or spaces become identical."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text.casefold())))

@@ -51,7 +51,7 @@ def encode(corpus, folder: Path, made_from: str, command: str) -> Progress:
                 "the files or settings have changed since the interrupted preparation; starting over"
             )
         # before the folder is created, because training the tokenizer may fail
-        tokenizer = make_tokenizer(corpus)
+        tokenizer = corpus.wrap(make_tokenizer(corpus))
         remove(folder)
         folder.mkdir(parents=True)
         write_whole(folder / COMMAND, lambda file: file.write(f"{command}\n".encode()))
@@ -73,7 +73,7 @@ def write_tokens(corpus, folder: Path, progress: Progress) -> None:
         while batch := list(islice(todo, SAVE_UNITS)):
             for split, total in progress.splits.items():
                 parts = [entries[split] for entries, _ in batch if split in entries]
-                encoded = pool.map(partial(corpus.encoder, tokenizer, split), parts)
+                encoded = pool.map(partial(corpus.encode, tokenizer, split), parts)
                 ids = [np.empty(0, np.int64)]
                 for more, counted in encoded:
                     ids += more

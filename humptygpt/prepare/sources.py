@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 from humptygpt.config import UserError, note, one_line
 from humptygpt.files import whole
-from humptygpt.prepare.corpus import draw
+from humptygpt.prepare.corpus import draw, normalised
 from humptygpt.prepare.documents import write_if_changed
 from humptygpt.prepare.download import download, package
-from humptygpt.translation.pairs import PairFiles, normalised, read_pairs
+from humptygpt.translation.pairs import PairFiles, read_pairs
 
 DOWNLOADS = Path("data/downloads")
 
@@ -131,7 +131,7 @@ def humpty_chat(config) -> tuple[Path, str]:
 
     composer = Composer(seed=1)
     lines = [
-        json.dumps({"messages": [*messages(composer.conversation())]}) + "\n"
+        json.dumps({"messages": messages(composer.conversation())}) + "\n"
         for _ in range(HUMPTY_CHATS)
     ]
     path = keep("humpty_chat.jsonl", "".join(lines))

@@ -35,12 +35,12 @@ GPT2_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
 
 
 def make_tokenizer(corpus) -> Tokenizer:
-    """Train or load the tokenizer that the config names. On a small text, it may get fewer tokens than vocab_size."""
+    """Train or load the tokenizer of the text, which the config names. On a small text, it may be below vocab_size."""
     config = corpus.config
     if config.tokenizer == "auto":
         config = choose_tokenizer(corpus)
     if config.tokenizer not in TOKENIZERS:
-        return corpus.wrap(load_tokenizer(corpus))
+        return load_tokenizer(corpus)
     kind = TOKENIZERS[config.tokenizer]
     options = {key: getattr(config, key) for key in kind.options}
     texts = vocabulary_texts(corpus, kind.needs_all_texts)
@@ -50,7 +50,7 @@ def make_tokenizer(corpus) -> Tokenizer:
             f"vocab_size={config.vocab_size} is too large: this text yields a vocabulary of only"
             f" {tokenizer.vocab_size:,} tokens"
         )
-    return corpus.wrap(tokenizer)
+    return tokenizer
 
 
 def choose_tokenizer(corpus):
@@ -108,10 +108,9 @@ def vocabulary_texts(corpus, everything: bool) -> Iterator[str]:
     fraction = SAMPLE_BYTES / corpus.text_size
     for number, item in read_all(corpus, "training the tokenizer"):
         for split, part in corpus.assign(item, number):
-            if everything or (
-                split == "train" and draw(part.texts[0], "vocabulary") < fraction
-            ):
-                yield from part.texts
+            for text in part.texts:
+                if everything or (split == "train" and draw(text, "vocabulary") < fraction):
+                    yield text
 
 
 # --------------------------------------------------------------------------------------
@@ -171,9 +170,10 @@ def learn_byte_pairs(
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
-    splits = [pre_tokenizers.Digits(individual_digits=True)] if split_digits else []
-    splits.append(pre_tokenizers.ByteLevel(add_prefix_space=False))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if split_digits:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, bpe.pre_tokenizer])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

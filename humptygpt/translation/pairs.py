@@ -5,11 +5,8 @@ in the end-of-text token. Pairs that are unsuitable for training are dropped, an
 validation or test split is given, it keeps every pair that has both sides, so that scores on it stay comparable.
 """
 
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from humptygpt.config import UserError
-from humptygpt.prepare.corpus import draw, read_all
+from humptygpt.prepare.corpus import Corpus, draw, normalised
 from humptygpt.prepare.documents import SKIP_HINT, read_lines
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
@@ -44,41 +41,31 @@ class Pair(NamedTuple):
         return self[:2]
 
 
-class Pairs:
-    """A corpus of sentence pairs, which are read from files. It has the same interface as corpus.Documents."""
+class Pairs(Corpus):
+    """A corpus of sentence pairs, which are read from files."""
 
     task = "translation"
-    separated = True
-    text_size = None  # bytes of UTF-8; set by survey()
     counts = ("pairs", "characters", "bytes", "tokens", "target_bytes", "target_tokens")
+    missing = f"pairs; {LINE_RULE}"
 
     def __init__(self, config, files: PairFiles, source: str):
-        """config: a resolved prepare_data.PrepareConfig. source: description of the files for meta.json."""
-        self.config = config
-        self.files = files
-        self.source = source
+        super().__init__(config, files, source)
         self.paths = [path for _, paths in files for path in paths]
         if config.held_out is not None:
             self.paths.append(Path(config.held_out))
         # indices of files that are given as a validation or test split
         self.given = [n for n, (split, _) in enumerate(files) if split in ("val", "test")]
-        with_test = config.test_fraction or self.given
-        self.splits = ("train", "val", "test") if with_test else ("train", "val")
-        cleaned = ("train",) if self.given else self.splits
-        self.encoder = partial(encode_pairs, config, cleaned)
+        if config.test_fraction or self.given:
+            self.splits = ("train", "val", "test")
+        # the splits from which pairs are dropped that are unsuitable for training
+        self.cleaned = ("train",) if self.given else self.splits
         self.held_out = set()
 
-    def wrap(self, tokenizer: Tokenizer) -> Tokenizer:
-        return tokenizer
-
     def survey(self) -> None:
-        """Read everything once, to find the sentences that are held out and the size of the text."""
+        """Find the sentences that are held out, and do what all corpora do."""
         if self.config.held_out is not None:
             self.held_out = self.read_held_out()
-        pairs = read_all(self, "checking the pairs")
-        self.text_size = sum(len("".join(pair.texts).encode()) for _, pair in pairs)
-        if not self.text_size:
-            raise UserError(f"{self.source} has no pairs; {LINE_RULE}")
+        super().survey()
 
     def read_held_out(self) -> set[str]:
         """Collect the normalised sentences to exclude from training.
@@ -123,6 +110,43 @@ class Pairs:
             split = "val" if drawn < val else "test" if drawn < val + test else "train"
         return [(split, pair)]
 
+    def encode(
+        self, tokenizer: Tokenizer, split: str, pairs: list[Pair]
+    ) -> tuple[list[np.ndarray], Counter]:
+        """Encode pairs of one split. Returns arrays of token ids, and the counts for meta.json.
+
+        In the splits in self.cleaned, a pair is dropped if one side, including end-of-text, is longer than
+        self.config.max_pair_tokens, or longer than self.config.max_pair_ratio times the other side plus SLACK.
+        """
+        ids = []
+        counted = Counter()
+        sides = iter(
+            tokenizer.encode_batch(chain.from_iterable(pair.texts for pair in pairs))
+        )
+        for pair, *both in zip(pairs, sides, sides, strict=True):
+            source, target = (np.append(side, tokenizer.eot) for side in both)
+            shorter, longer = sorted((len(source), len(target)))
+            if pair.dropped:
+                counted[pair.dropped] += 1
+            elif split in self.cleaned and longer > self.config.max_pair_tokens:
+                counted["too_long"] += 1
+            elif (
+                split in self.cleaned
+                and longer > self.config.max_pair_ratio * shorter + SLACK
+            ):
+                counted["lopsided"] += 1
+            else:
+                ids += [source, target]
+                text = pair.source + pair.target
+                counted.update(
+                    pairs=1,
+                    characters=len(text),
+                    bytes=len(text.encode()),
+                    target_bytes=len(pair.target.encode()),
+                    target_tokens=len(target),
+                )
+        return ids, counted
+
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
         """Return the entries of meta.json that are specific to pairs. first_text: the start of the training split."""
         sides = first_text.split(END_OF_TEXT)[:-1]
@@ -152,11 +176,6 @@ class Pairs:
 # Files -> pairs
 
 
-def normalised(text: str) -> str:
-    """Reduce a text to its words, so that texts that differ only in case, punctuation or spaces become identical."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text.casefold())))
-
-
 def read_pairs(
     paths: tuple[Path, ...], errors: str, skip_bad_lines: bool = False
 ) -> Iterator[Pair]:
@@ -180,40 +199,3 @@ def read_pairs(
                 )
             sides = ("", "")
         yield Pair(*(" ".join(side.split()) for side in sides))
-
-
-# --------------------------------------------------------------------------------------
-# Pairs -> tokens
-
-
-def encode_pairs(
-    config, cleaned: tuple[str, ...], tokenizer: Tokenizer, split: str, pairs: list[Pair]
-) -> tuple[list[np.ndarray], Counter]:
-    """Encode pairs of one split. Returns arrays of token ids, and the counts for meta.json.
-
-    In the splits in `cleaned`, a pair is dropped if one side, including end-of-text, is longer than
-    config.max_pair_tokens, or longer than config.max_pair_ratio times the other side plus SLACK.
-    """
-    ids = []
-    counted = Counter()
-    sides = iter(tokenizer.encode_batch(chain.from_iterable(pair.texts for pair in pairs)))
-    for pair, *both in zip(pairs, sides, sides, strict=True):
-        source, target = (np.append(side, tokenizer.eot) for side in both)
-        shorter, longer = sorted((len(source), len(target)))
-        if pair.dropped:
-            counted[pair.dropped] += 1
-        elif split in cleaned and longer > config.max_pair_tokens:
-            counted["too_long"] += 1
-        elif split in cleaned and longer > config.max_pair_ratio * shorter + SLACK:
-            counted["lopsided"] += 1
-        else:
-            ids += [source, target]
-            text = pair.source + pair.target
-            counted.update(
-                pairs=1,
-                characters=len(text),
-                bytes=len(text.encode()),
-                target_bytes=len(pair.target.encode()),
-                target_tokens=len(target),
-            )
-    return ids, counted
