@@ -26,7 +26,7 @@ import sample
 from humptygpt import config as configurator
 from humptygpt import loading
 from humptygpt.chat.api import Api
-from humptygpt.config import UserError, check_choices
+from humptygpt.config import UserError, check_choices, refuse_vain
 from humptygpt.decoding import choose_threads
 
 PAGE = Path(__file__).parent / "humptygpt/chat/page.html"
@@ -58,6 +58,7 @@ class ServeConfig:
 def main(argv: list[str]) -> None:
     given = configurator.read(argv, ServeConfig)
     config = configurator.make(ServeConfig, given)
+    refuse_vain(given, vars(config), {"dtype": ("quantize", ("int8",))})
     source = loading.chosen_source(config, given)
     loaded = sample.load(
         source,

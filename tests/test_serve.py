@@ -613,6 +613,11 @@ def test_a_port_in_use_and_a_port_that_does_not_exist_are_one_line(
     assert "port must be 0-65535" in last_line(fails, "--port=99999")
 
 
+def test_a_dtype_without_effect_is_refused(fails):
+    low = ["--quantize=int8", "--dtype=bfloat16"]
+    assert "dtype=bfloat16 has no effect" in last_line(fails, *low)
+
+
 def last_line(fails, *argv: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "print", lambda *args, **keys: None, raising=False)
