@@ -17,7 +17,7 @@ LINES = Path(__file__).with_name("humpty.txt")
 HELD_OUT = 0.1  # the share of the compositions, of the sums and of the made-up words
 # exchanges in a conversation: one of these numbers at random
 TURNS = [1, 1, 1, 2, 2, 2, 3, 3, 4, 4]
-MADE_UP = ("name", "town", "word")  # kinds of values that are made up half the time
+MADE_UP = ("name", "town", "word")  # kinds of values that are made up three times in four
 QUESTION = re.compile(
     r"(who|what|why|when|where|which|how|are|is|am|do|does|did|can|could|will|would|have|has|was|were|may)\b"
 )
@@ -128,7 +128,7 @@ class Composer:
         """Draw a value of each kind, two addends with their sum, and numbers too large for him."""
         values = {kind: self.random.choice(those) for kind, those in self.values.items()}
         for kind in MADE_UP:
-            if self.random.random() < 0.5:
+            if self.random.random() < 0.75:
                 word = self.made_up()
                 values[kind] = word if kind == "word" else word.capitalize()
         number = self.random.randint
