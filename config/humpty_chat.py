@@ -3,10 +3,10 @@
 #   python train.py config/humpty_chat.py
 #   python sample.py --out_dir=out/humpty_chat
 #
-# It has 1.07 million parameters and takes about ten minutes on 2 CPU cores. docs/chat.md says what it can do.
+# It has 1.33 million parameters and takes about TIME on 2 CPU cores. docs/chat.md says what it can do.
 
 out_dir = "out/humpty_chat"
-dataset = "humpty_chat"  # 80,000 conversations
+dataset = "humpty_chat"  # 110,000 conversations
 
 # the model, in Llama's architecture, so that it can be exported
 n_layer = 4
@@ -36,4 +36,4 @@ min_lr = 0.0
 warmup_iters = 10
 weight_decay = 0.1
 grad_clip = 0.0
-eval_interval = 1000
+eval_interval = 2000

@@ -97,15 +97,17 @@ def time_wake_ups(libgomp: Path) -> int:
 def fastest(choices: Sequence[Hashable], run: Callable[[Hashable], object]) -> Hashable:
     """Time run(choice) for each choice in turn. Returns the first choice unless another is WORTH times as fast."""
     seconds = {choice: [] for choice in choices}
-    for _ in range(4 if len(choices) > 1 else 0):
+    for _ in range(10 if len(choices) > 1 else 0):
         for choice in choices:
             began = time.perf_counter()
             run(choice)
             seconds[choice].append(time.perf_counter() - began)
     # the first call of each is a warmup
-    best = {choice: min(times[1:], default=0) for choice, times in seconds.items()}
-    winner = min(choices, key=best.get)
-    return winner if best[choices[0]] >= WORTH * best[winner] else choices[0]
+    usual = {
+        choice: statistics.median(times[1:] or [0]) for choice, times in seconds.items()
+    }
+    winner = min(choices, key=usual.get)
+    return winner if usual[choices[0]] >= WORTH * usual[winner] else choices[0]
 
 
 # --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from conftest import TINY_RUN, read_rows
 import prepare_data
 import sample
 import train
-from humptygpt.chat.compose import Composer
+from humptygpt.chat.compose import Composer, Values
 from humptygpt.chat.conversations import parse
 from humptygpt.chat.data import ChatDataset
 from humptygpt.chat.talk import Talk
@@ -263,7 +263,7 @@ def test_no_training_conversation_has_a_composition_a_sum_or_a_made_up_name_that
     drawn = {}
     for held_out in (False, True):
         composer = Composer(1, held_out)
-        values = [composer.draw_values() for _ in range(3000)]
+        values = [Values(composer) for _ in range(3000)]
         said = [each.said for _ in range(2000) for each in composer.conversation()]
         drawn[held_out] = (
             {

@@ -91,7 +91,7 @@ class Composer:
             drawn = self.random.random()
             if before not in ("", "why") and drawn < 0.2:
                 name = "why"
-            elif told and drawn < 0.5:
+            elif told and drawn < 0.6:
                 name = f"ask {self.random.choice([*told])}"
             else:
                 (name,) = self.random.choices([*self.topics], weights)
@@ -105,7 +105,7 @@ class Composer:
         """
         topic = self.topics[name]
         kind, _, value = name.partition(" ")
-        values = self.draw_values()
+        values = Values(self)
         answers = topic.answers[""]
         if kind == "why":
             answers = self.topics[before].answers["why"]
@@ -116,37 +116,37 @@ class Composer:
         elif kind == "ask":
             answers = topic.answers["none"]
         while True:
-            said = self.typed(self.random.choice(topic.phrasings).format(**values))
+            said = self.typed(self.random.choice(topic.phrasings).format_map(values))
             # two words, such as "Good morning", are too common to be held out
             if self.held_out == (said.count(" ") > 1 and is_held_out(normalised(said))):
                 break
-        replies = [capital(answer.format(**values)) for answer in answers]
+        replies = [capital(answer.format_map(values)) for answer in answers]
         self.random.shuffle(replies)
         return Exchange(said, replies, name)
 
-    def draw_values(self) -> dict[str, str | int]:
-        """Draw a value of each kind, two addends with their sum, and numbers too large for him."""
-        values = {kind: self.random.choice(those) for kind, those in self.values.items()}
-        for kind in MADE_UP:
-            if self.random.random() < 0.75:
-                word = self.made_up()
-                values[kind] = word if kind == "word" else word.capitalize()
+    def draw(self, kind: str) -> dict[str, str | int]:
+        """Draw a value of a kind; for a sum, also its other parts."""
         number = self.random.randint
+        match kind:
+            case "age":
+                return {kind: number(3, 99)}
+            case "large" | "larger":  # too large for him
+                return {kind: number(21, 999) if kind == "large" else number(100, 9999)}
+            case "a" | "b" | "ones" | "sum":
+                return self.draw_sum()
+        if kind in MADE_UP and self.random.random() < 0.75:
+            word = self.made_up()
+            return {kind: word if kind == "word" else word.capitalize()}
+        return {kind: self.random.choice(self.values[kind])}
+
+    def draw_sum(self) -> dict[str, str | int]:
         while True:
-            a, b = number(0, 20), number(0, 20)
+            a, b = self.random.randint(0, 20), self.random.randint(0, 20)
             if is_held_out(f"{min(a, b)}+{max(a, b)}") == self.held_out:
                 break
         # adding the ones first, in writing, makes it easier to learn
         ones = f"{a % 10} and {b % 10} make {a % 10 + b % 10}, so "
-        return values | {
-            "a": a,
-            "b": b,
-            "ones": ones if max(a, b) > 9 else "",
-            "sum": a + b,
-            "age": number(3, 99),
-            "large": number(21, 999),
-            "larger": number(100, 9999),
-        }
+        return {"a": a, "b": b, "sum": a + b, "ones": ones if max(a, b) > 9 else ""}
 
     def made_up(self) -> str:
         """Make up a word of one to three syllables."""
@@ -177,6 +177,17 @@ class Composer:
         elif chance() < 0.1:
             text = text.replace("'", "")
         return text
+
+
+class Values(dict):
+    """The values of an exchange, {kind: value}, each drawn by a Composer when it is first needed."""
+
+    def __init__(self, composer: Composer):
+        self.composer = composer
+
+    def __missing__(self, kind: str) -> str | int:
+        self.update(self.composer.draw(kind))
+        return self[kind]
 
 
 def capital(text: str) -> str:
