@@ -17,7 +17,7 @@ LINES = Path(__file__).with_name("humpty.txt")
 HELD_OUT = 0.1  # the share of the compositions, of the sums and of the made-up words
 # exchanges in a conversation: one of these numbers at random
 TURNS = [1, 1, 1, 2, 2, 2, 3, 3, 4, 4]
-MADE_UP = ("name", "town", "word")  # kinds of values that are made up three times in four
+MADE_UP = ("name", "town", "word")  # kinds of values that are made up two times in three
 QUESTION = re.compile(
     r"(who|what|why|when|where|which|how|are|is|am|do|does|did|can|could|will|would|have|has|was|were|may)\b"
 )
@@ -134,7 +134,7 @@ class Composer:
                 return {kind: number(21, 999) if kind == "large" else number(100, 9999)}
             case "a" | "b" | "ones" | "sum":
                 return self.draw_sum()
-        if kind in MADE_UP and self.random.random() < 0.75:
+        if kind in MADE_UP and self.random.random() < 2 / 3:
             word = self.made_up()
             return {kind: word if kind == "word" else word.capitalize()}
         return {kind: self.random.choice(self.values[kind])}
@@ -163,8 +163,9 @@ class Composer:
         """Type a text as people do: some greet, some leave out small words, capital letters or punctuation."""
         chance = self.random.random
         end = "?" if QUESTION.match(text) else self.random.choice(".!..")
-        small = [word for word in text.split() if word in self.values["small"]]
-        if len(text.split()) > 2 and small and chance() < 0.2:
+        *words, _ = text.split()
+        small = [word for word in words if word in self.values["small"]]
+        if len(words) > 1 and small and chance() < 0.2:
             text = re.sub(rf"\b{self.random.choice(small)}\b ?", "", text, count=1)
         if chance() < 0.2:
             text = f"{self.random.choice(self.values['start'])} {text}"
