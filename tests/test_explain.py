@@ -872,7 +872,7 @@ def test_text_without_tokens_is_refused_with_the_reason(node):
 # The reference, which tells that model.py was edited
 
 
-@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("every", [18, pytest.param(1, marks=pytest.mark.long)])
 def test_the_reference_is_what_the_javascript_computes(node, every):
     """To write it anew: WRITE_REFERENCE=1 python -m pytest -m long tests/test_explain.py -k reference
 

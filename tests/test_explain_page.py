@@ -372,7 +372,7 @@ class Walk:
 
 
 @pytest.mark.parametrize(
-    "actions", [30, pytest.param(2_000, marks=pytest.mark.long)], ids=str
+    "actions", [15, pytest.param(2_000, marks=pytest.mark.long)], ids=str
 )
 def test_after_any_actions_the_numbers_are_those_of_the_text(opened, runs, actions):
     model, tokenizer = load(runs)
@@ -413,7 +413,7 @@ def addresses(trace: dict, n: int) -> list[tuple[str, float]]:
     return chosen
 
 
-@pytest.mark.parametrize(("run", "n"), [("run", 50), ("pairs", 30)])
+@pytest.mark.parametrize(("run", "n"), [("run", 25), ("pairs", 15)])
 def test_the_drawer_shows_pytorchs_numbers(opened, runs, run, n):
     model, tokenizer = load(runs, run)
     text, source = {"run": ("Akis osal", None), "pairs": ("Where", "Wo wohnst du?")}[run]

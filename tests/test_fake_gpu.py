@@ -421,7 +421,7 @@ def elsewhere():
         yield lambda function, *args: pool.submit(function, *args).result()
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(150, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [4, pytest.param(150, marks=pytest.mark.long)])
 def test_any_choices_train_evaluate_and_generate_on_one_device_and_wait_only_to_show(
     elsewhere, count
 ):
