@@ -3,7 +3,7 @@
 #   python train.py config/humpty_chat.py
 #   python sample.py --out_dir=out/humpty_chat
 #
-# It has 1.33 million parameters and takes about eleven minutes on 2 CPU cores. docs/chat.md says what it can do.
+# It has 1.33 million parameters and takes about twelve minutes on 2 CPU cores. docs/chat.md says what it can do.
 
 out_dir = "out/humpty_chat"
 dataset = "humpty_chat"  # 110,000 conversations
