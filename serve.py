@@ -152,7 +152,7 @@ class Handler(BaseHTTPRequestHandler):
             size -= LARGEST  # a client reads the error once it has sent everything
         raise UserError(f"Content-Length must be from 1 to {LARGEST:,}")
 
-    def send(self, status: int, kind: str, content: bytes = b"") -> None:
+    def send(self, status: int, kind: str, content: bytes) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.end_headers()

@@ -21,7 +21,7 @@ def typed_lines(advice: str = "") -> Iterator[str]:
 
 
 def converse(config, loaded, sampling: dict) -> None:
-    """Read a line, print what the model writes after it, and repeat. A chat model that is given --start replies once.
+    """Read a line, print what the model writes after it, and repeat. Without --interactive, only --start is answered.
 
     config: a sample.SampleConfig. loaded: a sample.Pipeline. sampling: arguments of stream_texts().
     """
@@ -44,7 +44,7 @@ class Text:
     loaded: a sample.Pipeline.
     """
 
-    advice = "; an empty line continues the text"
+    advice = "; an empty line continues the text"  # printed after "Ctrl-D quits"
 
     def __init__(self, loaded):
         self.loaded = loaded

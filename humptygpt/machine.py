@@ -37,6 +37,9 @@ SPINS = 1300  # default for GOMP_SPINCOUNT if it cannot be measured
 # between two operators, and short enough that another process gets its turn.
 WAKE_UPS = 8
 WORTH = 1.1  # a choice replaces the default only if it is at least this many times as fast
+TIMED = (
+    0.5  # seconds after which choices that have been timed three times are not timed again
+)
 
 
 def start() -> None:
@@ -97,15 +100,14 @@ def time_wake_ups(libgomp: Path) -> int:
 def fastest(choices: Sequence[Hashable], run: Callable[[Hashable], object]) -> Hashable:
     """Time run(choice) for each choice in turn. Returns the first choice unless another is WORTH times as fast."""
     seconds = {choice: [] for choice in choices}
-    for _ in range(10 if len(choices) > 1 else 0):
-        for choice in choices:
+    end = time.perf_counter() + 0.5  # seconds; a large model is timed thrice
+    for count in range(10 if len(choices) > 1 else 0):
+        for choice in choices if count < 4 or time.perf_counter() < end else ():
             began = time.perf_counter()
             run(choice)
             seconds[choice].append(time.perf_counter() - began)
-    # the first call of each is a warmup
-    usual = {
-        choice: statistics.median(times[1:] or [0]) for choice, times in seconds.items()
-    }
+    # the first call of each is a warmup, and a busy machine disturbs others
+    usual = {key: statistics.median(times[1:] or [0]) for key, times in seconds.items()}
     winner = min(choices, key=usual.get)
     return winner if usual[choices[0]] >= WORTH * usual[winner] else choices[0]
 

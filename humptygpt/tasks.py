@@ -100,14 +100,12 @@ class Task:
     batches_vary: bool = False  # batches differ in shape
     evaluation_examples: Show | None = None  # shown after each evaluation
     final_examples: Show | None = None  # shown at the end of a run
-    # computed at the end of a run and with --eval_only
-    score: Callable[..., Score] | None = None
+    score: Callable[..., Score] | None = None  # at the end of a run and with --eval_only
     sample_label: str = "more of this"  # label printed before sample_command
     sample_command: str = "python sample.py {}"  # {} is the argument that names the run
     card_prompt: str = ""  # prompt for the example in the model card
-    # code in the model card that makes the model's input; {} is the prompt
+    # in the model card: code that makes the model's input from the prompt {}, and what the model does
     card_input: str = 'tokenizer({}, return_tensors="pt")'
-    # what the model does, for the model card
     card_note: str = "It continues texts like those it read. It follows no instructions."
 
 

@@ -25,7 +25,7 @@ MAX_UNPACKED_BYTES = 1 << 26
 # punctuation, spaces. Source: Radford et al. 2019.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how sentencepiece writes a byte
-GPT2_PIECES = "humptygpt.prepare.vocabulary:gpt2_pieces"  # loaded if it is fetched
+GPT2_PIECES = "humptygpt.prepare.vocabulary:gpt2_pieces"
 
 
 class Tokenizer:

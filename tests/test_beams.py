@@ -103,7 +103,7 @@ def plain_search(
 
 
 @both_ways
-@pytest.mark.parametrize("num_beams", [1, 2, 5])
+@pytest.mark.parametrize("num_beams", [1, 2, 5, pytest.param(9, marks=pytest.mark.long)])
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 1.0])
 def test_the_search_finds_what_a_plain_one_without_a_cache_finds(
     make, num_beams, length_penalty

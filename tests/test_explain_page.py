@@ -413,7 +413,15 @@ def addresses(trace: dict, n: int) -> list[tuple[str, float]]:
     return chosen
 
 
-@pytest.mark.parametrize(("run", "n"), [("run", 25), ("pairs", 15)])
+@pytest.mark.parametrize(
+    ("run", "n"),
+    [
+        ("run", 25),
+        ("pairs", 15),
+        pytest.param("run", 50, marks=pytest.mark.long),
+        pytest.param("pairs", 30, marks=pytest.mark.long),
+    ],
+)
 def test_the_drawer_shows_pytorchs_numbers(opened, runs, run, n):
     model, tokenizer = load(runs, run)
     text, source = {"run": ("Akis osal", None), "pairs": ("Where", "Wo wohnst du?")}[run]

@@ -130,8 +130,10 @@ class Composer:
         match kind:
             case "age":
                 return {kind: number(3, 99)}
-            case "large" | "larger":  # too large for him
-                return {kind: number(21, 999) if kind == "large" else number(100, 9999)}
+            case "large":  # too large for him
+                return {kind: number(21, 999)}
+            case "larger":
+                return {kind: number(100, 9999)}
             case "a" | "b" | "ones" | "sum":
                 return self.draw_sum()
         if kind in MADE_UP and self.random.random() < 2 / 3:
@@ -163,7 +165,7 @@ class Composer:
         """Type a text as people do: some greet, some leave out small words, capital letters or punctuation."""
         chance = self.random.random
         end = "?" if QUESTION.match(text) else self.random.choice(".!..")
-        *words, _ = text.split()
+        *words, _ = text.split()  # the last word always stays
         small = [word for word in words if word in self.values["small"]]
         if len(words) > 1 and small and chance() < 0.2:
             text = re.sub(rf"\b{self.random.choice(small)}\b ?", "", text, count=1)

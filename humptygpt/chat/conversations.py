@@ -12,7 +12,7 @@ from textwrap import indent
 
 import numpy as np
 
-from humptygpt.chat.tokens import MESSAGES, ROLES, ChatTokenizer, Turn
+from humptygpt.chat.tokens import BEGIN, END, MESSAGES, ROLES, ChatTokenizer, Turn
 from humptygpt.config import refuse
 from humptygpt.prepare.corpus import Corpus, draw
 from humptygpt.prepare.documents import read_lines
@@ -28,8 +28,8 @@ SCHEMA = {
     "input?": str,
     "output?": str,
 }
-SHOWN = 1500  # at most so many characters of the conversation in the summary
-REPLY = re.compile(r"(<\|im_start\|>assistant\n)(.*?(<\|im_end\|>|$))", re.DOTALL)
+SHOWN = 1500  # maximum length of the conversation in the summary, in characters
+REPLY = re.compile(rf"({re.escape(BEGIN)}assistant\n)(.*?({re.escape(END)}|$))", re.DOTALL)
 
 
 class Conversation(tuple[Turn, ...]):

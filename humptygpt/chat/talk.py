@@ -14,7 +14,7 @@ class Talk:
     whole conversation. Tokens that are in the context already stay there, with their cache.
     """
 
-    advice = ""
+    advice = ""  # see interactive.Text
 
     def __init__(self, loaded, system: str | None = None):
         self.model = loaded.model

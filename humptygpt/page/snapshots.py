@@ -21,10 +21,9 @@ def taker(run, folder) -> Callable[[int], None]:
 
     run: a train.Run. folder: its RunFolder.
     """
-    config = run.config
-    keep = config.snapshots
+    keep = run.config.snapshots
     if keep is None:
-        steps = sum(step < config.max_iters for step in STEPS)
+        steps = sum(step < run.config.max_iters for step in STEPS)
         keep = steps * count_parameters(run.model) < SMALL and not run.process.sharded
 
     def take(step: int) -> None:

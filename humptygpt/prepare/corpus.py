@@ -180,7 +180,7 @@ class Documents(Corpus):
 
 
 # --------------------------------------------------------------------------------------
-# Documents or pairs, in order
+# The items of a corpus, in order
 
 
 def progress_bar(what: str, total: int | None = None) -> tqdm:
@@ -189,7 +189,7 @@ def progress_bar(what: str, total: int | None = None) -> tqdm:
 
 
 def read_all(corpus, what: str) -> Iterator[tuple[int, NamedTuple]]:
-    """Yield (index of the file, piece or pair) in order, with a progress bar. what: title of the bar."""
+    """Yield (index of the file, item) in order, with a progress bar. what: title of the bar."""
     with progress_bar(what, corpus.text_size) as bar:
         for number in range(len(corpus.files)):
             for item in corpus.read(number):

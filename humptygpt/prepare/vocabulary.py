@@ -35,7 +35,7 @@ GPT2_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
 
 
 def make_tokenizer(corpus) -> Tokenizer:
-    """Train or load the tokenizer of the text, which the config names. On a small text, it may be below vocab_size."""
+    """Train or load the tokenizer that the config names. On a small text, it may have fewer tokens than vocab_size."""
     config = corpus.config
     if config.tokenizer == "auto":
         config = choose_tokenizer(corpus)
