@@ -6,7 +6,7 @@
 # It has 1.33 million parameters and takes about twelve minutes on 2 CPU cores. docs/chat.md says what it can do.
 
 out_dir = "out/humpty_chat"
-dataset = "humpty_chat"  # 110,000 conversations
+dataset = "humpty_chat"  # 85,000 conversations
 
 # the model, in Llama's architecture, so that it can be exported
 n_layer = 4
@@ -25,9 +25,9 @@ tie_weights = False
 
 # the training
 batch_size = 8
-max_iters = 4000
+max_iters = 3600
 optimizer = "normuon"
-learning_rate = 4e-3
+learning_rate = 0.012
 muon_learning_rate = 0.02
 muon_momentum = 0.85
 beta2 = 0.95
@@ -36,4 +36,4 @@ min_lr = 0.0
 warmup_iters = 10
 weight_decay = 0.1
 grad_clip = 0.0
-eval_interval = 2000
+eval_interval = 1800

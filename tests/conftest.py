@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +82,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def first_choices(monkeypatch):
     """Take float32 and one thread, because a measurement could choose differently in two runs that are compared."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the processes that a test starts
     for module in (tuning, decoding):
         monkeypatch.setattr(module, "fastest", lambda choices, run: choices[0])
 
@@ -94,20 +96,43 @@ def short_ending(request, monkeypatch):
 
 
 @pytest.fixture
-def tiny(folder):
-    """data/tiny, prepared."""
-    (folder / "tiny.txt").write_text(make_text())
+def made_once(folder, tmp_path_factory):
+    """Call a function that fills the test's empty folder. Later tests in this process get a copy of what it left."""
+
+    def made(make: Callable[[], object]) -> None:
+        kept = tmp_path_factory.getbasetemp() / f"{make.__module__}.{make.__qualname__}"
+        if kept.exists():
+            shutil.copytree(kept, folder, dirs_exist_ok=True)
+        else:
+            make()
+            shutil.copytree(folder, kept)
+
+    return made
+
+
+def prepare_tiny() -> None:
+    Path("tiny.txt").write_text(make_text())
     prepare_data.main(["--input=tiny.txt", "--name=tiny"])
-    return folder / "data" / "tiny"
 
 
 @pytest.fixture
-def pairs(folder):
-    """data/pairs, prepared from 60 sentence pairs."""
-    (folder / "pairs.tsv").write_text(
+def tiny(folder, made_once):
+    """data/tiny, prepared."""
+    made_once(prepare_tiny)
+    return folder / "data" / "tiny"
+
+
+def prepare_pairs() -> None:
+    Path("pairs.tsv").write_text(
         "".join(f"{source}\t{target}\n" for source, target in make_pairs())
     )
     prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte"])
+
+
+@pytest.fixture
+def pairs(folder, made_once):
+    """data/pairs, prepared from 60 sentence pairs."""
+    made_once(prepare_pairs)
     return folder / "data" / "pairs"
 
 
@@ -143,10 +168,15 @@ def fails(capsys, monkeypatch):
     return run
 
 
-@pytest.fixture
-def run_dir(tiny):
-    """A trained run's folder."""
+def train_tiny() -> None:
+    prepare_tiny()
     train.main(TINY_RUN)
+
+
+@pytest.fixture
+def run_dir(made_once):
+    """A trained run's folder."""
+    made_once(train_tiny)
     return Path("out/run")
 
 

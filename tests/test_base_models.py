@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GPT2, ROOT, TINY_RUN, assert_same_weights, make_text, read_rows
+from conftest import (
+    GPT2,
+    ROOT,
+    TINY_RUN,
+    assert_same_weights,
+    make_text,
+    prepare_tiny,
+    read_rows,
+)
 from test_damage import Code
 from torch import nn
 
@@ -31,15 +39,18 @@ OTHER = make_text(4000, seed=1)  # different words, the same characters
 FROM_RUN = [*TINY_RUN, "--dataset=other", "--out_dir=out/other", "--init_from=out/run"]
 
 
-@pytest.fixture
-def other(run_train, folder):
-    """Train out/run, and prepare another text with its tokenizer as data/other."""
-    run_train(
-        *("--max_iters=60", "--eval_interval=30", "--log_interval=30"),
-        *("--learning_rate=0.01", "--position=learned"),
-    )
-    (folder / "other.txt").write_text(OTHER)
+def make_other() -> None:
+    prepare_tiny()
+    longer = ["--max_iters=60", "--eval_interval=30", "--log_interval=30"]
+    train.main([*TINY_RUN, *longer, "--learning_rate=0.01", "--position=learned"])
+    Path("other.txt").write_text(OTHER)
     prepare_data.main(["--input=other.txt", "--name=other", "--tokenizer=out/run"])
+
+
+@pytest.fixture
+def other(folder, made_once):
+    """Train out/run, and prepare another text with its tokenizer as data/other."""
+    made_once(make_other)
     return folder
 
 

@@ -38,9 +38,7 @@ def write_chats(*chats: dict) -> None:
     Path("chats.jsonl").write_text("".join(json.dumps(each) + "\n" for each in chats))
 
 
-@pytest.fixture
-def chats(folder):
-    """data/tiny, conversations of one to three exchanges."""
+def prepare_chats() -> None:
     words = ["wall", "king", "egg", "horse", "men", "sat", "fall", "great"]
     write_chats(
         *(
@@ -56,12 +54,23 @@ def chats(folder):
     prepare_data.main(
         ["--input=chats.jsonl", "--name=tiny", "--tokenizer=byte", "--val_fraction=0.2"]
     )
-    return Path("data/tiny")
 
 
 @pytest.fixture
-def talker(chats):
+def chats(made_once):
+    """data/tiny, conversations of one to three exchanges."""
+    made_once(prepare_chats)
+    return Path("data/tiny")
+
+
+def train_talker() -> None:
+    prepare_chats()
     train.main([*TINY_RUN, "--block_size=128"])
+
+
+@pytest.fixture
+def talker(made_once):
+    made_once(train_talker)
     return sample.load("out/run")
 
 

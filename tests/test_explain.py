@@ -21,7 +21,7 @@ import pytest
 import test_model
 import torch
 import torch.nn.functional as F
-from conftest import TINY_RUN
+from conftest import TINY_RUN, prepare_tiny
 from test_snapshots import restored
 from test_tokenizer import ALPHABET, EVERY, TEXT, anything
 from torch import Tensor, nn
@@ -904,10 +904,15 @@ def test_an_unchanged_model_is_that_of_the_reference(variant):
 # explain.py
 
 
-@pytest.fixture
-def run_dir(tiny):
-    """A trained run's folder."""
+def train_tied() -> None:
+    prepare_tiny()
     train.main([*TINY_RUN, "--tie_weights=True"])
+
+
+@pytest.fixture
+def run_dir(made_once):
+    """A trained run's folder."""
+    made_once(train_tied)
     return Path("out/run")
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GPT2, ROOT, TINY_RUN, assert_same_weights
+from conftest import GPT2, ROOT, TINY_RUN, assert_same_weights, prepare_tiny
 from safetensors.torch import load_file, save_file
 
 import prepare_data
@@ -40,9 +40,14 @@ def logits(model, idx: torch.Tensor) -> torch.Tensor:
         return model.eval()(idx)[0]
 
 
+def train_base() -> None:
+    prepare_tiny()
+    train.main([*TINY_RUN, "--bias=True", "--tie_weights=True"])
+
+
 @pytest.fixture
-def base(run_train):
-    run_train("--bias=True", "--tie_weights=True")
+def base(made_once):
+    made_once(train_base)
     return load("out/run")
 
 

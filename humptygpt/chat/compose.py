@@ -162,15 +162,18 @@ class Composer:
                 return word
 
     def typed(self, text: str) -> str:
-        """Type a text as people do: some greet, some leave out small words, capital letters or punctuation."""
+        """Type a text as people do: some greet or address him, some leave out words, capitals or signs."""
         chance = self.random.random
         end = "?" if QUESTION.match(text) else self.random.choice(".!..")
         *words, _ = text.split()  # the last word always stays
         small = [word for word in words if word in self.values["small"]]
-        if len(words) > 1 and small and chance() < 0.2:
+        if len(words) > 1 and small and chance() < 0.1:
             text = re.sub(rf"\b{self.random.choice(small)}\b ?", "", text, count=1)
-        if chance() < 0.2:
+        drawn = chance()
+        if drawn < 0.3:
             text = f"{self.random.choice(self.values['start'])} {text}"
+        elif drawn < 0.45 and text[-1].isalnum():
+            text = f"{text}, {self.random.choice(self.values['end'])}"
         if chance() < 0.7:
             text = re.sub(r"\bi\b", "I", capital(text))
         elif chance() < 0.3:
