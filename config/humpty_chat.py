@@ -6,7 +6,7 @@
 # It has 1.33 million parameters and takes about twelve minutes on 2 CPU cores. docs/chat.md says what it can do.
 
 out_dir = "out/humpty_chat"
-dataset = "humpty_chat"  # 85,000 conversations
+dataset = "humpty_chat"  # 75,000 conversations
 
 # the model, in Llama's architecture, so that it can be exported
 n_layer = 4
@@ -25,10 +25,10 @@ tie_weights = False
 
 # the training
 batch_size = 8
-max_iters = 3600
+max_iters = 2800
 optimizer = "normuon"
-learning_rate = 0.012
-muon_learning_rate = 0.02
+learning_rate = 0.016
+muon_learning_rate = 0.025
 muon_momentum = 0.85
 beta2 = 0.95
 schedule = "linear"
@@ -36,4 +36,4 @@ min_lr = 0.0
 warmup_iters = 10
 weight_decay = 0.1
 grad_clip = 0.0
-eval_interval = 1800
+eval_interval = 1400
