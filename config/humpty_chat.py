@@ -25,7 +25,7 @@ tie_weights = False
 
 # the training
 batch_size = 8
-max_iters = 2800
+max_iters = 2900
 optimizer = "normuon"
 learning_rate = 0.016
 muon_learning_rate = 0.025
@@ -36,4 +36,4 @@ min_lr = 0.0
 warmup_iters = 10
 weight_decay = 0.1
 grad_clip = 0.0
-eval_interval = 1400
+eval_interval = 1450
