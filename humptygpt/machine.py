@@ -37,9 +37,6 @@ SPINS = 1300  # default for GOMP_SPINCOUNT if it cannot be measured
 # between two operators, and short enough that another process gets its turn.
 WAKE_UPS = 8
 WORTH = 1.1  # a choice replaces the default only if it is at least this many times as fast
-TIMED = (
-    0.5  # seconds after which choices that have been timed three times are not timed again
-)
 
 
 def start() -> None:

@@ -162,7 +162,7 @@ class Composer:
                 return word
 
     def typed(self, text: str) -> str:
-        """Type a text as people do: some greet or address him, some leave out words, capitals or signs."""
+        """Type a text as people do: some greet or address him, some leave out words, capitals or punctuation."""
         chance = self.random.random
         end = "?" if QUESTION.match(text) else self.random.choice(".!..")
         *words, _ = text.split()  # the last word always stays
