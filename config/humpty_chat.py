@@ -6,7 +6,7 @@
 # It has 1.33 million parameters and takes about twelve minutes on 2 CPU cores. docs/chat.md says what it can do.
 
 out_dir = "out/humpty_chat"
-dataset = "humpty_chat"  # 75,000 conversations
+dataset = "humpty_chat"  # 85,000 conversations
 
 # the model, in Llama's architecture, so that it can be exported
 n_layer = 4

@@ -14,7 +14,7 @@ import sample
 import train
 from humptygpt.chat.compose import Composer, Values
 from humptygpt.chat.conversations import parse
-from humptygpt.chat.data import ChatDataset
+from humptygpt.chat.data import ChatDataset, best_fit
 from humptygpt.chat.talk import Talk
 from humptygpt.chat.tokens import BEGIN, END, ChatTokenizer, Turn
 from humptygpt.sampling import Context, stream_texts
@@ -171,20 +171,26 @@ def test_rows_hold_whole_conversations_or_are_cut_at_a_turn_and_none_lacks_a_tar
     dataset = ChatDataset(chats, block_size=block_size, seed=0)
     ids, rows = dataset.ids["train"], dataset.rows["train"]
     eot, begin = dataset.tokenizer.base.eot, dataset.tokenizer.begin
-    assert (rows[:, 1] - rows[:, 0] <= block_size + 1).all()
-    for start, end in rows:
-        assert ids[start] == begin
-        whole = end == len(ids) or ids[end] == begin
-        assert whole or end - start == block_size + 1
-        assert dataset.is_target["train"][start + 1 : end].any()
-        if block_size == 200:
-            assert ids[end - 1] == eot
     seen = []
+    for row in rows:
+        positions = row[row >= 0]
+        pieces = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
+        for piece in pieces:
+            assert ids[piece[0]] == begin and dataset.is_target["train"][piece[1:]].any()
+            whole = ids[piece[-1]] == eot or ids[piece[-1] + 1] == begin
+            assert whole or len(piece) == block_size + 1
+        seen += positions.tolist()
+    assert len(seen) == len(set(seen))
+    if block_size == 200:
+        assert sorted(seen) == list(range(len(ids)))
     for index in range(len(rows)):
-        batch = dataset.batch(index, 1)
-        assert (batch["targets"] >= 0).any()
-        seen.append(tuple(batch["idx"][0].tolist()))
-    assert len(set(seen)) == len({tuple(ids[a : b - 1]) for a, b in rows})
+        assert (dataset.batch(index, 1)["targets"] >= 0).any()
+    visited = {tuple(dataset.batch(i, 1)["idx"][0].tolist()) for i in range(len(rows))}
+    assert visited == {tuple(ids[row[:-1]]) for row in rows}
+
+
+def test_a_text_goes_into_the_fullest_row_that_has_room_for_it():
+    assert best_fit([60, 50, 30, 40, 10, 70], size=100) == [[0, 2, 4], [1, 3], [5]]
 
 
 LENGTHS = {

@@ -16,7 +16,7 @@ from humptygpt.prepare.corpus import draw, normalised
 LINES = Path(__file__).with_name("humpty.txt")
 HELD_OUT = 0.1  # the share of the compositions, of the sums and of the made-up words
 # exchanges in a conversation: one of these numbers at random
-TURNS = [1, 1, 1, 2, 2, 2, 3, 3, 4, 4]
+TURNS = [1, 1, 1, 1, 2, 2, 2, 3, 3, 4]
 MADE_UP = ("name", "town", "word")  # kinds of values that are made up two times in three
 QUESTION = re.compile(
     r"(who|what|why|when|where|which|how|are|is|am|do|does|did|can|could|will|would|have|has|was|were|may)\b"

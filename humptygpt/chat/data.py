@@ -1,5 +1,6 @@
 """Read token files of conversations, and pack whole conversations into rows."""
 
+from bisect import bisect_left, insort
 from itertools import pairwise
 
 import numpy as np
@@ -12,10 +13,10 @@ from humptygpt.data import TokenDataset, next_tokens, permute, random_key
 class ChatDataset(TokenDataset):
     """Conversations, stored as `turn turn ... eot`. Only the assistant's replies and their ends are predicted.
 
-    A row has as many whole conversations as fit into block_size + 1 tokens. A longer conversation is cut at a turn, and
+    Rows of block_size + 1 tokens are filled with whole conversations. A longer conversation is cut at a turn, and
     a longer turn at the end of its row. Rows without a target are left out. Raises UserError if no row has one.
 
-    is_target: {split: which tokens are targets, (T,)}. rows: {split: start and end of each row, (rows, 2)}.
+    is_target: {split: which tokens are targets, (T,)}. rows: {split: positions of each row's tokens}; see pack().
     """
 
     task = "chat"
@@ -40,26 +41,42 @@ class ChatDataset(TokenDataset):
         return is_target
 
     def pack(self, split: str) -> np.ndarray:
-        """Cut a split into rows. Returns the start and the end of each, (rows, 2)."""
+        """Group the pieces of a split into rows.
+
+        Returns where the tokens of each row are, int32 (rows, block_size + 1). The rest of a row is -1: the last token
+        of the split, an eot.
+        """
         size = self.block_size + 1
-        ids, is_target = self.ids[split], self.is_target[split]
-        turns = np.flatnonzero(ids == self.tokenizer.begin)
-        ends = np.flatnonzero(ids == self.tokenizer.base.eot) + 1
-        is_long = np.diff(ends, prepend=0) > size
-        # where a row may end: after a conversation, and before each turn of a long one
-        cuts = np.union1d(ends, turns[is_long[np.searchsorted(ends, turns, "right")]])
-        rows = [[0, 0]]
-        for start, end in pairwise([0, *cuts.tolist()]):
-            if end - rows[-1][0] > size:
-                rows.append([start, end])
-            rows[-1][1] = min(end, rows[-1][0] + size)
+        is_target = self.is_target[split]
         # the first token of a row is not predicted
-        rows = [row for row in rows if is_target[row[0] + 1 : row[1]].any()]
-        if not rows:
+        pieces = [
+            piece
+            for piece in self.pieces(self.ids[split])
+            if is_target[piece.start + 1 : piece.stop].any()
+        ]
+        if not pieces:
             raise UserError(
                 f"no reply in {self.folder / split}.bin begins within block_size={self.block_size}; use a larger one"
             )
-        return np.array(rows)
+        grouped = best_fit([len(piece) for piece in pieces], size)
+        rows = np.full((len(grouped), size), -1, dtype=np.int32)
+        for row, numbers in zip(rows, grouped, strict=True):
+            positions = np.concatenate([pieces[number] for number in numbers])
+            row[: len(positions)] = positions
+        return rows
+
+    def pieces(self, ids: np.ndarray) -> list[range]:
+        """Find the positions of each conversation, or of its parts if it is longer than a row."""
+        size = self.block_size + 1
+        turns = np.flatnonzero(ids == self.tokenizer.begin).tolist()
+        pieces = []
+        for start, end in pairwise([*turns, len(ids)]):
+            is_first = ids[start - 1] == self.tokenizer.base.eot  # of its conversation
+            if is_first or end - pieces[-1].start > size:
+                pieces.append(range(start, start))
+            first = pieces[-1].start
+            pieces[-1] = range(first, min(end, first + size))
+        return pieces
 
     def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
         """Make training batch number `index`: idx and targets, both int64 (batch_size, block_size).
@@ -76,11 +93,9 @@ class ChatDataset(TokenDataset):
 
     def blocks(self, split: str, rows: np.ndarray) -> dict[str, Tensor]:
         """Make a batch of the rows with these numbers, (B,), padded with eot."""
-        starts, ends = self.rows[split][rows].T[:, :, None]
-        position = starts + np.arange(self.block_size + 1)
-        position[position >= ends] = -1  # the last token of the split: an eot
+        positions = self.rows[split][rows]
         return next_tokens(
-            self.ids[split][position], ~self.is_target[split][position[:, 1:]]
+            self.ids[split][positions], ~self.is_target[split][positions[:, 1:]]
         )
 
     def val_starts(self, batch_size: int, eval_iters: int | None) -> np.ndarray:
@@ -105,3 +120,23 @@ class ChatDataset(TokenDataset):
         """UTF-8 bytes of the replies per target token in the validation split."""
         entry = self.meta["splits"]["val"]
         return entry["target_bytes"] / entry["target_tokens"]
+
+
+def best_fit(lengths: list[int], size: int) -> list[list[int]]:
+    """Group texts into rows of at most `size` tokens: each goes into the fullest row that has room for it.
+
+    Returns the numbers of the texts in each row.
+    """
+    shortest = min(lengths)
+    rows, with_room = [], []  # with_room: (room in tokens, number of the row), sorted
+    for number, length in enumerate(lengths):
+        place = bisect_left(with_room, (length,))
+        if place == len(with_room):
+            room, row = size, len(rows)
+            rows.append([])
+        else:
+            room, row = with_room.pop(place)
+        rows[row].append(number)
+        if room - length >= shortest:
+            insort(with_room, (room - length, row))
+    return rows

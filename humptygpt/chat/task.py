@@ -18,9 +18,9 @@ def show_replies(model: nn.Module, dataset: ChatDataset) -> str:
     rows = dataset.rows["val"]
     device = next(model.parameters()).device
     lines = []
-    for start, end in rows[:: len(rows) // REPLIES + 1]:
-        target = start + np.argmax(dataset.is_target["val"][start:end])
-        prompt = dataset.ids["val"][start:target].tolist()
+    for row in rows[:: len(rows) // REPLIES + 1]:
+        target = np.argmax(dataset.is_target["val"][row])
+        prompt = dataset.ids["val"][row[:target]].tolist()
         context = Context(model, [prompt], device=device)
         pieces = stream_texts(
             context, tokenizer, [0], max_new_tokens=LONGEST, temperature=0

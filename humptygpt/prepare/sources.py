@@ -45,7 +45,7 @@ MULTI30K_SHA256 = {
 TATOEBA_URL = "https://raw.githubusercontent.com/rioyshky/translation/de48b7027f7318d77010a6e08ed928c10748c23d/deu-eng.zip"
 TATOEBA_SHA256 = "b7688f84f99fa33c17397c14d8bd9cef1fdeb2ee0bf50074767023aee8926e28"
 TATOEBA_TODAY_URL = "https://www.manythings.org/anki/deu-eng.zip"
-HUMPTY_CHATS = 75_000
+HUMPTY_CHATS = 85_000
 TATOEBA_TEST = 2000  # pairs in the test split
 TATOEBA_VAL = 1000  # pairs in the validation split
 
