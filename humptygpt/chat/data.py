@@ -13,8 +13,9 @@ from humptygpt.data import TokenDataset, next_tokens, permute, random_key
 class ChatDataset(TokenDataset):
     """Conversations, stored as `turn turn ... eot`. Only the assistant's replies and their ends are predicted.
 
-    Rows of block_size + 1 tokens are filled with whole conversations. A longer conversation is cut at a turn, and
-    a longer turn at the end of its row. Rows without a target are left out. Raises UserError if no row has one.
+    Rows of block_size + 1 tokens are filled with whole conversations. A conversation that is longer than a row is cut
+    at a turn, and a turn that is longer is cut at the end of its row. A conversation or part of one without a target is
+    left out. Raises UserError if none has a target.
 
     is_target: {split: which tokens are targets, (T,)}. rows: {split: positions of each row's tokens}; see pack().
     """
@@ -71,8 +72,9 @@ class ChatDataset(TokenDataset):
         turns = np.flatnonzero(ids == self.tokenizer.begin).tolist()
         pieces = []
         for start, end in pairwise([*turns, len(ids)]):
-            is_first = ids[start - 1] == self.tokenizer.base.eot  # of its conversation
-            if is_first or end - pieces[-1].start > size:
+            # each conversation follows an eot; for the first, this is the last token of the split
+            begins = ids[start - 1] == self.tokenizer.base.eot
+            if begins or end - pieces[-1].start > size:
                 pieces.append(range(start, start))
             first = pieces[-1].start
             pieces[-1] = range(first, min(end, first + size))
