@@ -63,6 +63,7 @@ from humptygpt.tuning import tune
 from model import ModelConfig
 
 LOAD_SHARDED = "humptygpt.parallel.sharded:load"
+NGRAMS = "humptygpt.minutes.ngrams:SoftTargets"
 SNAPSHOTS = "humptygpt.page.snapshots:taker"
 TRAIN_ROWS = "humptygpt.finetune.lora:train_rows"
 PAIRS = "humptygpt.scoring.pairs:tester"
@@ -215,8 +216,10 @@ def setup(
     if config.lora_rank and dataset.tokenizer.marks:
         find(TRAIN_ROWS)(model, dataset.tokenizer.marks)
     batches = dataset
+    if config.ngram_targets:
+        batches = find(NGRAMS)(dataset, config.ngram_targets, model_config.vocab_size)
     if device.type == "cuda":
-        batches = Prefetcher(dataset, min(process.size, config.gradient_accumulation_steps))
+        batches = Prefetcher(batches, min(process.size, config.gradient_accumulation_steps))
     run = Run(
         config=config,
         process=process,

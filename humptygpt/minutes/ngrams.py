@@ -1,0 +1,127 @@
+"""Targets that are partly what n-grams predict: what has followed the same few tokens elsewhere in the text.
+
+A model that reads a text many times learns each place by heart. What followed the last tokens at all other places says
+more of what else could have been written there than the one token that was.
+"""
+
+import copy
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from humptygpt.config import UserError
+from humptygpt.data import TokenDataset
+
+LONGEST = 5  # tokens of context
+
+
+class Counts(NamedTuple):
+    """How often each token follows each context of one length. A gram is a context and the token that follows it."""
+
+    context: np.ndarray  # the number of the context at each position of the text, (N,)
+    gram: np.ndarray  # the number of the gram at each position, (N,)
+    first: (
+        np.ndarray
+    )  # the number of each context's first gram, and at the end the number of all grams
+    token: np.ndarray  # the token of each gram
+    count: np.ndarray  # the count of each gram
+    total: np.ndarray  # the sum of the counts of each context
+    lost: np.ndarray  # what the count of its gram would lose without this position, (N,)
+    discount: float
+
+
+class NGrams:
+    """Predicts each token of a text from the tokens before it, by the counts at all other positions.
+
+    Every count is discounted. What that leaves over goes to the prediction from a context that is a token shorter. It
+    counts in how many of the longer contexts a token is seen.
+    Source: interpolated Kneser-Ney smoothing, Chen and Goodman 1999, doi:10.1006/csla.1999.0128.
+    """
+
+    def __init__(self, ids: np.ndarray, vocab_size: int):
+        """ids: the text, (N,)."""
+        self.vocab_size = vocab_size
+        found, context = [], np.zeros(len(ids), dtype=np.int64)
+        for _ in range(LONGEST + 1):
+            pairs = context * vocab_size + ids
+            grams, place, gram = np.unique(pairs, return_index=True, return_inverse=True)
+            found.append((context, grams, place, gram))
+            # the tokens of a gram are the context of the next token
+            context = np.roll(gram, 1)
+            context[0] = len(grams)  # before the text
+        self.counts = []  # of the longest context first
+        counted, lost = slice(None), np.ones(len(ids), dtype=np.float32)
+        for context, grams, place, gram in reversed(found):
+            count = np.bincount(gram[counted]).astype(np.float32)
+            first = np.searchsorted(grams // vocab_size, np.arange(context.max() + 2))
+            once, twice = (count == 1).sum(), (count == 2).sum()
+            self.counts.append(
+                Counts(
+                    context=context.astype(np.int32),
+                    gram=gram.astype(np.int32),
+                    first=first,
+                    token=(grams % vocab_size).astype(np.int32),
+                    count=count,
+                    total=np.add.reduceat(count, first[:-1]),
+                    lost=lost,
+                    discount=once / max(1, once + 2 * twice),
+                )
+            )
+            counted, lost = place, (np.bincount(gram) == 1)[gram].astype(np.float32)
+        alone = self.counts.pop()  # without context, and without leaving out positions
+        share = (alone.count - alone.discount) / alone.total
+        self.frequency = np.full(vocab_size, (1 - share.sum()) / vocab_size, np.float32)
+        self.frequency[alone.token] += share
+
+    def predict(self, positions: np.ndarray) -> np.ndarray:
+        """Predict the tokens at these positions, (n,). Returns probabilities, float32 (n, vocab_size)."""
+        rows = np.arange(len(positions))
+        predicted = np.zeros((len(rows), self.vocab_size), dtype=np.float32)
+        flat = predicted.reshape(-1)
+        left = np.ones(len(rows), dtype=np.float32)  # what is left for shorter contexts
+        for counts in self.counts:
+            context, lost = counts.context[positions], counts.lost[positions]
+            first = counts.first[context]
+            grams = counts.first[context + 1] - first
+            start = grams.cumsum() - grams
+            gram = np.arange(grams.sum()) + np.repeat(first - start, grams)
+            kept = counts.count[gram] - counts.discount
+            own = start + counts.gram[positions] - first
+            kept[own] = np.maximum(kept[own] - lost, 0)  # without this position
+            total = np.maximum(counts.total[context] - lost, 1)
+            flat[np.repeat(rows * self.vocab_size, grams) + counts.token[gram]] += (
+                np.repeat(left / total, grams) * kept
+            )
+            left *= 1 - np.add.reduceat(kept, start) / total
+        return predicted + left[:, None] * self.frequency
+
+
+class SoftTargets:
+    """The batches of a text, with targets that are distributions, (B, T, V). share: the part that n-grams predict."""
+
+    def __init__(self, dataset: TokenDataset, share: float, vocab_size: int):
+        if dataset.task != "language modelling":
+            raise UserError(
+                f"ngram_targets={share:g} works only for text, but {dataset.folder} is for {dataset.task}"
+            )
+        self.dataset = dataset
+        self.share = share
+        ids = np.concatenate([ids for _, ids in dataset.chunks("train")])
+        self.ngrams = NGrams(ids, vocab_size)
+        self.positions = copy.copy(
+            dataset
+        )  # the same batches, with positions in place of tokens
+        self.positions.read = lambda split, starts, length: (
+            starts[:, None] + np.arange(length)
+        )
+
+    def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
+        """Make training batch number `index`."""
+        batch = self.dataset.batch(index, batch_size)
+        positions = self.positions.batch(index, batch_size)["targets"]
+        targets = torch.from_numpy(self.ngrams.predict(positions.numpy().ravel()))
+        targets *= self.share
+        targets[torch.arange(len(targets)), batch["targets"].flatten()] += 1 - self.share
+        return batch | {"targets": targets.unflatten(0, positions.shape)}
