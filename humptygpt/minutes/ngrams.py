@@ -20,16 +20,16 @@ LONGEST = 5  # tokens of context
 class Counts(NamedTuple):
     """How often each token follows each context of one length. A gram is a context and the token that follows it."""
 
-    context: np.ndarray  # the number of the context at each position of the text, (N,)
-    gram: np.ndarray  # the number of the gram at each position, (N,)
     first: (
         np.ndarray
     )  # the number of each context's first gram, and at the end the number of all grams
     token: np.ndarray  # the token of each gram
-    count: np.ndarray  # the count of each gram
-    total: np.ndarray  # the sum of the counts of each context
-    lost: np.ndarray  # what the count of its gram would lose without this position, (N,)
-    discount: float
+    kept: np.ndarray  # the discounted count of each gram
+    # for each position of the text, (N,)
+    context: np.ndarray
+    gram: np.ndarray
+    own: np.ndarray  # the discounted count of its gram without this position
+    total: np.ndarray  # the sum of the counts of its context without this position
 
 
 class NGrams:
@@ -37,7 +37,7 @@ class NGrams:
 
     Every count is discounted. What that leaves over goes to the prediction from a context that is a token shorter. It
     counts in how many of the longer contexts a token is seen.
-    Source: interpolated Kneser-Ney smoothing, Chen and Goodman 1999, doi:10.1006/csla.1999.0128.
+    Source: modified Kneser-Ney smoothing, Chen and Goodman 1999, doi:10.1006/csla.1999.0128.
     """
 
     def __init__(self, ids: np.ndarray, vocab_size: int):
@@ -52,26 +52,28 @@ class NGrams:
             context = np.roll(gram, 1)
             context[0] = len(grams)  # before the text
         self.counts = []  # of the longest context first
-        counted, lost = slice(None), np.ones(len(ids), dtype=np.float32)
+        counted, lost = slice(None), np.ones(len(ids), dtype=np.int64)
         for context, grams, place, gram in reversed(found):
-            count = np.bincount(gram[counted]).astype(np.float32)
+            count = np.bincount(gram[counted])
+            discounts = find_discounts(count)
             first = np.searchsorted(grams // vocab_size, np.arange(context.max() + 2))
-            once, twice = (count == 1).sum(), (count == 2).sum()
+            # a context without any gram, which the end of the text can be, is never looked up
+            total = np.add.reduceat(count, first[:-1])
+            own = count[gram] - lost
             self.counts.append(
                 Counts(
-                    context=context.astype(np.int32),
-                    gram=gram.astype(np.int32),
                     first=first,
                     token=(grams % vocab_size).astype(np.int32),
-                    count=count,
-                    total=np.add.reduceat(count, first[:-1]),
-                    lost=lost,
-                    discount=once / max(1, once + 2 * twice),
+                    kept=(count - discounts[np.minimum(count, 3)]).astype(np.float32),
+                    context=context.astype(np.int32),
+                    gram=gram.astype(np.int32),
+                    own=(own - discounts[np.minimum(own, 3)]).astype(np.float32),
+                    total=np.maximum(total[context] - lost, 1).astype(np.float32),
                 )
             )
-            counted, lost = place, (np.bincount(gram) == 1)[gram].astype(np.float32)
+            counted, lost = place, (np.bincount(gram) == 1)[gram].astype(np.int64)
         alone = self.counts.pop()  # without context, and without leaving out positions
-        share = (alone.count - alone.discount) / alone.total
+        share = alone.kept / count.sum()
         self.frequency = np.full(vocab_size, (1 - share.sum()) / vocab_size, np.float32)
         self.frequency[alone.token] += share
 
@@ -82,20 +84,26 @@ class NGrams:
         flat = predicted.reshape(-1)
         left = np.ones(len(rows), dtype=np.float32)  # what is left for shorter contexts
         for counts in self.counts:
-            context, lost = counts.context[positions], counts.lost[positions]
+            context, total = counts.context[positions], counts.total[positions]
             first = counts.first[context]
             grams = counts.first[context + 1] - first
             start = grams.cumsum() - grams
             gram = np.arange(grams.sum()) + np.repeat(first - start, grams)
-            kept = counts.count[gram] - counts.discount
-            own = start + counts.gram[positions] - first
-            kept[own] = np.maximum(kept[own] - lost, 0)  # without this position
-            total = np.maximum(counts.total[context] - lost, 1)
+            kept = counts.kept[gram]
+            kept[start + counts.gram[positions] - first] = counts.own[positions]
             flat[np.repeat(rows * self.vocab_size, grams) + counts.token[gram]] += (
                 np.repeat(left / total, grams) * kept
             )
             left *= 1 - np.add.reduceat(kept, start) / total
         return predicted + left[:, None] * self.frequency
+
+
+def find_discounts(count: np.ndarray) -> np.ndarray:
+    """Compute the discounts of counts of 0, 1, 2, and 3 or more, from how many counts are 1, 2, 3 and 4."""
+    n = np.bincount(count, minlength=5)
+    ratio = n[1] / max(1, n[1] + 2 * n[2])
+    c = np.arange(4)
+    return (c - (c + 1) * ratio * n[1:5] / np.maximum(n[:4], 1)).clip(0, c)
 
 
 class SoftTargets:

@@ -51,6 +51,10 @@ HEAD_SIZE = 64
 EVALUATIONS = 4  # number of evaluations in a run
 TIME_TO_TRAIN = 0.85  # fraction of the remaining time to plan for training steps; the rest is for evaluations
 PROBE_STEPS = 5  # steps run to measure the time per step
+# n-grams predict a part of the targets, if the text and its vocabulary are at most so large, in tokens
+NGRAM_TARGETS = 0.5
+NGRAM_TEXT = 5_000_000
+NGRAM_VOCABULARY = 4096
 # seconds reserved at the end of a run to load the best model, sample from it, draw the plot and exit
 ENDING = 1.5
 
@@ -261,7 +265,10 @@ def begin(
         "warmup_iters": min(config.warmup_iters, steps // 10),
     }
     if config.init_from == "scratch":  # weight decay would make a trained model forget
-        chosen["weight_decay"] = decay(config.weight_decay, tokens, len(dataset.train))
+        text = len(dataset.train)
+        chosen["weight_decay"] = decay(config.weight_decay, tokens, text)
+        if text <= NGRAM_TEXT and model_config.vocab_size <= NGRAM_VOCABULARY:
+            chosen["ngram_targets"] = NGRAM_TARGETS
     config = replace(config, **{k: v for k, v in chosen.items() if k not in given})
     return config, model_config, clock
 
@@ -398,7 +405,8 @@ def choice(run) -> str:
         export = f"not possible; {error}"
     return (
         f"minutes: {run.config.minutes:g}; chosen: {config.n_layer} layers of {config.n_embd} features,"
-        f" a context of {config.block_size} tokens, dropout {config.dropout:g}; keys that you set keep their values\n"
+        f" a context of {config.block_size} tokens, dropout {config.dropout:g}, targets to"
+        f" {run.config.ngram_targets:.0%} from n-grams; keys that you set keep their values\n"
         f"export: {export}"
     )
 
