@@ -146,9 +146,7 @@ class TrainConfig:
             self, 1, "lr_decay_iters", "eval_interval", "eval_iters", "log_interval"
         )
         check_above_0(self, "minutes", "learning_rate", "muon_learning_rate", "lora_alpha")
-        check_least(
-            self, 0, "beta1", "beta2", "muon_momentum", "ngram_targets", below=1
-        )
+        check_least(self, 0, "beta1", "beta2", "muon_momentum", "ngram_targets", below=1)
         chosen_loggers(vars(self))
         if self.lora_rank and self.init_from == "scratch":
             raise ValueError(

@@ -284,7 +284,15 @@ def test_a_small_text_gets_dropout_and_more_weight_decay_unless_a_model_is_fine_
     assert choose(300, 3, init_from="out/other")[0].weight_decay == 0.1
 
 
+def test_ngrams_predict_half_of_the_targets_unless_text_or_vocabulary_is_large(choose):
+    found = [choose(text, 3)[0].ngram_targets for text in TEXTS]
+    assert found == [0.5, 0.5, 0.5, 0.0]
+    assert choose(10_000, 3, vocab_size=8192)[0].ngram_targets == 0.0
+    assert choose(10_000, 3, init_from="out/other")[0].ngram_targets == 0.0
+
+
 GIVEN = {
+    "ngram_targets": 0.25,
     "n_layer": 3,
     "n_embd": 200,
     "n_head": 8,

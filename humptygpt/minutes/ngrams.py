@@ -15,6 +15,7 @@ from humptygpt.config import UserError
 from humptygpt.data import TokenDataset
 
 LONGEST = 5  # tokens of context
+MOST_TOKENS = 20_000_000  # of a text whose n-grams are counted, with some 200 bytes for each
 
 
 class Counts(NamedTuple):
@@ -113,6 +114,11 @@ class SoftTargets:
         if dataset.task != "language modelling":
             raise UserError(
                 f"ngram_targets={share:g} works only for text, but {dataset.folder} is for {dataset.task}"
+            )
+        if len(dataset.train) > MOST_TOKENS:
+            raise UserError(
+                f"ngram_targets={share:g} counts n-grams in memory, and {len(dataset.train):,} tokens are too many;"
+                f" at most {MOST_TOKENS:,}"
             )
         self.dataset = dataset
         self.share = share
