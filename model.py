@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 # {rule: (names of the settings that it applies to, function that checks a value)}
 RANGES = {
     "at least 1 and at most 1048576": (
-        "n_layer n_head n_kv_head n_embd head_size n_hidden block_size vocab_size",
+        "n_members n_layer n_head n_kv_head n_embd head_size n_hidden block_size vocab_size",
         lambda x: 1 <= x <= 2**20,
     ),
     "at least 0": ("mlp_conv logit_soft_cap", lambda x: 0 <= x < math.inf),
@@ -55,6 +55,7 @@ class ModelConfig:
 
     # model
     model: str = "gpt"  # transformer: encoder-decoder; window_mlp: no attention; number_mlp: no attention or embedding
+    n_members: int = 1  # GPTs side by side, whose predictions are averaged
     n_layer: int = 4  # number of blocks; transformer: per stack; window_mlp: hidden layers
     n_head: int = 2  # attention heads in a block
     n_kv_head: int | None = None  # key and value heads (GQA); None: n_head; 1: MQA

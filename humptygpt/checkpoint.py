@@ -323,6 +323,7 @@ def restore_model(
     """
     model = build_on_meta(config, training)
     model.load_state_dict(weights, assign=True)
-    if config.tie_weights and isinstance(model, GPT):
-        model.lm_head.weight = model.wte.weight
+    for part in model.modules():
+        if config.tie_weights and isinstance(part, GPT):
+            part.lm_head.weight = part.wte.weight
     return model

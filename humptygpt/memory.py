@@ -85,7 +85,8 @@ def activation_bytes(
     layers = (module for module in model.modules() if not list(module.children()))
     # frozen layers before the first trained one need no activations for the backward pass
     layers = dropwhile(lambda layer: not trained_parameters(layer), layers)
-    kept = sum(kept_of(layer, dtype) for layer in layers if layer is not model.lm_head)
+    heads = [module.lm_head for module in model.modules() if hasattr(module, "lm_head")]
+    kept = sum(kept_of(layer, dtype) for layer in layers if layer not in heads)
     scores = tokens * shape.n_head * shape.block_size  # attention scores per layer
     explicit = scores <= models.EXPLICIT_SCORES and dtype != torch.float32
     # in these cases, attend() in model.py keeps the attention scores
@@ -96,7 +97,7 @@ def activation_bytes(
     blocks = sum(isinstance(module, models.Block) for module in model.modules())
     if config.checkpoint_activations and blocks:  # one block at a time is recomputed
         kept = kept / blocks + blocks * FLOAT * shape.n_embd
-    return tokens * (kept + 2 * FLOAT * shape.vocab_size)
+    return tokens * (kept + len(heads) * 2 * FLOAT * shape.vocab_size)
 
 
 def kept_of(layer: nn.Module, dtype: torch.dtype) -> int:

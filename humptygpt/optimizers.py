@@ -294,7 +294,7 @@ def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
         group = "vectors"
         if p.dim() > 1:
             owner = model.get_submodule(name.rpartition(".")[0])
-            linear = isinstance(owner, nn.Linear) and name != "lm_head.weight"
+            linear = isinstance(owner, nn.Linear) and not name.endswith("lm_head.weight")
             group = getattr(owner, "optimizer_group", "hidden" if linear else "matrices")
         groups[group][name] = p
     return groups

@@ -185,7 +185,7 @@ def adapt_model(base: Loaded, config: TrainConfig, model_config: ModelConfig) ->
             # keep the first positions, as nanoGPT does
             weights[name] = x[: model_config.block_size].clone()
         new = model_config.vocab_size - base.model.config.vocab_size
-        if new and name in ("wte.weight", "lm_head.weight"):
+        if new and name.endswith(("wte.weight", "lm_head.weight")):
             # the vectors of a new token start as the mean of the others
             weights[name] = torch.cat([x, x.mean(dim=0).expand(new, -1)])
     model = checkpoint.restore_model(weights, model_config)

@@ -27,6 +27,7 @@ TASKS = {
     "translation": "humptygpt.translation.task:TRANSLATION",
     "chat": "humptygpt.chat.task:CHAT",
 }
+ENSEMBLE = "humptygpt.minutes.ensemble:Ensemble"
 LORA = "humptygpt.finetune.lora:add"
 
 
@@ -53,7 +54,12 @@ def make_model_config(settings: dict[str, object]) -> ModelConfig:
 
 def build(config: ModelConfig, training: dict | None = None) -> nn.Module:
     """Return a new model with random weights, on the CPU. training: a run's settings; with lora_rank, LoRA is added."""
-    model = model_class(config.model)(config)
+    cls = model_class(config.model)
+    if config.n_members > 1:
+        if config.model != "gpt":
+            raise UserError(f"n_members={config.n_members} works only with model=gpt")
+        cls = find(ENSEMBLE)
+    model = cls(config)
     if training and training.get("lora_rank"):
         find(LORA)(model, training)
     return model

@@ -25,7 +25,7 @@ from humptygpt.config import UserError
 from humptygpt.minutes import plan
 from humptygpt.settings import TrainConfig, read_settings
 from humptygpt.tasks import MODELS, build_on_meta, make_model_config, model_class
-from model import ModelConfig, flops_per_token
+from model import ModelConfig, Stack, flops_per_token
 
 CPU = torch.device("cpu")
 OUT = Path("out/run")
@@ -284,14 +284,26 @@ def test_a_small_text_gets_dropout_and_more_weight_decay_unless_a_model_is_fine_
     assert choose(300, 3, init_from="out/other")[0].weight_decay == 0.1
 
 
-def test_ngrams_predict_half_of_the_targets_unless_text_or_vocabulary_is_large(choose):
-    found = [choose(text, 3)[0].ngram_targets for text in TEXTS]
+def test_ngrams_predict_half_of_the_targets_of_a_text_that_is_read_several_times(choose):
+    found = [choose(text, 10)[0].ngram_targets for text in TEXTS]
     assert found == [0.5, 0.5, 0.5, 0.0]
+    assert choose(1_000_000, 0.1)[0].ngram_targets == 0.0
     assert choose(10_000, 3, vocab_size=8192)[0].ngram_targets == 0.0
     assert choose(10_000, 3, init_from="out/other")[0].ngram_targets == 0.0
 
 
+def test_more_time_than_one_model_needs_for_a_text_goes_to_more_members(choose):
+    found = [choose(100_000, minutes)[1].n_members for minutes in MINUTES]
+    assert found == sorted(found) and found[:2] == [1, 1] and found[4] > found[3] > 1
+    assert {choose(10**8, minutes)[1].n_members for minutes in MINUTES[:-1]} == {1}
+    assert choose(100_000, 30, init_from="out/other")[1].n_members == 1
+    assert choose(100_000, 30, model="window_mlp", window=8)[1].n_members == 1
+    one, several = (choose(100_000, 30, **keys)[1] for keys in ({"n_members": 1}, {}))
+    assert one.n_members == 1 and one.dropout > several.dropout
+
+
 GIVEN = {
+    "n_members": 3,
     "ngram_targets": 0.25,
     "n_layer": 3,
     "n_embd": 200,
@@ -370,8 +382,10 @@ def test_a_trial_trains_as_the_run_will(tiny, monkeypatch):
     argv = ["--minutes=100000", "--position=learned", "--freeze=wpe"]
     run = train.setup(*read_settings([*TIMED, *argv, "--checkpoint_activations=True"]))
     for model in (*models, run.model):
-        assert model.stack.checkpoint_activations
-        assert not any(p.requires_grad for p in model.stack.position.parameters())
+        stacks = [module for module in model.modules() if isinstance(module, Stack)]
+        assert stacks and all(stack.checkpoint_activations for stack in stacks)
+        frozen = [p for stack in stacks for p in stack.position.parameters()]
+        assert not any(p.requires_grad for p in frozen)
     assert models
 
 

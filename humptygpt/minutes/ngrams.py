@@ -15,15 +15,14 @@ from humptygpt.config import UserError
 from humptygpt.data import TokenDataset
 
 LONGEST = 5  # tokens of context
-MOST_TOKENS = 20_000_000  # of a text whose n-grams are counted, with some 200 bytes for each
+MOST_TOKENS = 20_000_000  # of a text whose n-grams are counted, 200 bytes for each
 
 
 class Counts(NamedTuple):
     """How often each token follows each context of one length. A gram is a context and the token that follows it."""
 
-    first: (
-        np.ndarray
-    )  # the number of each context's first gram, and at the end the number of all grams
+    # the number of each context's first gram, and at the end the number of all grams
+    first: np.ndarray
     token: np.ndarray  # the token of each gram
     kept: np.ndarray  # the discounted count of each gram
     # for each position of the text, (N,)
@@ -124,9 +123,8 @@ class SoftTargets:
         self.share = share
         ids = np.concatenate([ids for _, ids in dataset.chunks("train")])
         self.ngrams = NGrams(ids, vocab_size)
-        self.positions = copy.copy(
-            dataset
-        )  # the same batches, with positions in place of tokens
+        # the same batches, with positions in place of tokens
+        self.positions = copy.copy(dataset)
         self.positions.read = lambda split, starts, length: (
             starts[:, None] + np.arange(length)
         )

@@ -26,6 +26,7 @@ from humptygpt.data import Dataset
 from humptygpt.device import autocast, free_memory, to_device
 from humptygpt.evaluation import cost_of_whole_split
 from humptygpt.memory import check_training_fits, model_on_meta, training_memory
+from humptygpt.minutes.ngrams import MOST_TOKENS
 from humptygpt.optimizers import make_optimizer
 from humptygpt.run_folder import write_text
 from humptygpt.settings import IN_VAIN, TrainConfig
@@ -51,10 +52,13 @@ HEAD_SIZE = 64
 EVALUATIONS = 4  # number of evaluations in a run
 TIME_TO_TRAIN = 0.85  # fraction of the remaining time to plan for training steps; the rest is for evaluations
 PROBE_STEPS = 5  # steps run to measure the time per step
-# n-grams predict a part of the targets, if the text and its vocabulary are at most so large, in tokens
+# if there is time to read a text more often than this, an ensemble of several models learns more from it than one
+EPOCHS = 16
+MOST_MEMBERS = 32
+# n-grams predict this part of the targets of a text that is read several times
 NGRAM_TARGETS = 0.5
-NGRAM_TEXT = 5_000_000
-NGRAM_VOCABULARY = 4096
+SEVERAL = 2.4  # epochs
+NGRAM_VOCABULARY = 4096  # with a larger one, a prediction takes longer than a step
 # seconds reserved at the end of a run to load the best model, sample from it, draw the plot and exit
 ENDING = 1.5
 
@@ -181,7 +185,7 @@ def advice(parameters: int, read: float, text: float) -> str:
 
 def dropout(epochs: float, parameters: float) -> float:
     """Choose a dropout rate for this number of epochs. Large models memorise more, so they get a higher rate."""
-    rate = 0.05 * (parameters / 1e6) ** 0.4 * math.log2(max(epochs, 1) / 2.4)
+    rate = 0.05 * (parameters / 1e6) ** 0.4 * math.log2(max(epochs, 1) / SEVERAL)
     return round(min(0.3, max(0.0, rate)), 2)
 
 
@@ -251,11 +255,16 @@ def begin(
     fitting = [candidate for candidate in tried if candidate.memory <= free]
     best = find_best(fitting, dataset, clock, time_step)
     config, model_config, parameters, tokens, *_ = best
-    if "dropout" not in given:  # dropout makes steps slower, so they are timed again
-        epochs = clock.planned() / time_step(best) * tokens / len(dataset.train)
+    epochs = clock.planned() / time_step(best) * tokens / len(dataset.train)
+    # a model that can be exported stays one that can
+    may_have_members = config.init_from == "scratch" and model_config.model == "gpt"
+    if may_have_members and not can_be_exported(model_config) and "n_members" not in given:
+        members = min(MOST_MEMBERS, max(1, round(epochs / EPOCHS)))
+        model_config = replace(model_config, n_members=members)
+        epochs /= members
+    if "dropout" not in given:
         model_config = replace(model_config, dropout=dropout(epochs, parameters))
-        best = best._replace(model_config=model_config)
-    clock.step = time_step(best)
+    clock.step = time_step(best._replace(model_config=model_config))
     dataset.block_size = model_config.block_size
     steps = max(1, int(clock.planned() / clock.step))
     chosen = {
@@ -267,7 +276,8 @@ def begin(
     if config.init_from == "scratch":  # weight decay would make a trained model forget
         text = len(dataset.train)
         chosen["weight_decay"] = decay(config.weight_decay, tokens, text)
-        if text <= NGRAM_TEXT and model_config.vocab_size <= NGRAM_VOCABULARY:
+        few = text <= MOST_TOKENS and model_config.vocab_size <= NGRAM_VOCABULARY
+        if epochs > SEVERAL and few and device.type == "cpu":
             chosen["ngram_targets"] = NGRAM_TARGETS
     config = replace(config, **{k: v for k, v in chosen.items() if k not in given})
     return config, model_config, clock
@@ -362,10 +372,10 @@ def candidates(
 
 
 def count_inner(model: nn.Module) -> int:
-    """Count the parameters, excluding embeddings."""
+    """Count the parameters of one member, excluding embeddings."""
     config = model.config
     embeddings = config.vocab_size * config.n_embd * (1 if config.tie_weights else 2)
-    return models.count_parameters(model) - embeddings
+    return models.count_parameters(model) // config.n_members - embeddings
 
 
 def seconds_per_step(
@@ -396,6 +406,13 @@ def seconds_per_step(
 # Messages and plan.py
 
 
+def can_be_exported(model_config: ModelConfig) -> bool:
+    with suppress(UserError):
+        find_family(model_config)
+        return True
+    return False
+
+
 def choice(run) -> str:
     """Describe the settings chosen for a train.Run, and say whether its model can be exported."""
     config = run.model.config
@@ -403,8 +420,9 @@ def choice(run) -> str:
         export = f"as {find_family(config)}"
     except UserError as error:
         export = f"not possible; {error}"
+    several = f"{config.n_members} members of " if config.n_members > 1 else ""
     return (
-        f"minutes: {run.config.minutes:g}; chosen: {config.n_layer} layers of {config.n_embd} features,"
+        f"minutes: {run.config.minutes:g}; chosen: {several}{config.n_layer} layers of {config.n_embd} features,"
         f" a context of {config.block_size} tokens, dropout {config.dropout:g}, targets to"
         f" {run.config.ngram_targets:.0%} from n-grams; keys that you set keep their values\n"
         f"export: {export}"

@@ -1,0 +1,69 @@
+"""An ensemble: several GPTs in one model, which predicts what they predict on average."""
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from model import GPT, Cache, ModelConfig
+
+
+class Ensemble(nn.Module):
+    """GPTs that read the same text, but start with different random weights, and have different dropout masks.
+
+    Each learns by itself. What one has learned by heart, another has not, so the mean of their probabilities is better
+    for new text than those of any member. Source: Lakshminarayanan et al. 2016, arXiv:1612.01474.
+    """
+
+    tasks = ("language modelling",)
+    has_encoder = False
+    has_cache = True
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.members = nn.ModuleList(GPT(config) for _ in range(config.n_members))
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Same as GPT.forward. In training, the loss is the mean of the members' losses, so each learns by itself."""
+        parts = self.split(cache)
+        pairs = zip(self.members, parts, strict=True)
+        results = [member(idx, targets, part) for member, part in pairs]
+        if cache:
+            cache.length = parts[0].length
+        mean = log_mean([logits for logits, _ in results])
+        if targets is None:
+            return mean, None
+        if self.training:
+            return mean, torch.stack([loss for _, loss in results]).mean()
+        return mean, self.loss(mean, targets)
+
+    loss = GPT.loss
+    generate = GPT.generate
+
+    def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
+        """Compute the logits (B, V) of the token that follows idx."""
+        return self(idx, cache=cache)[0][:, -1]
+
+    def make_cache(self, size: int | None = None) -> Cache:
+        """Make an empty cache for up to `size` tokens, by default block_size."""
+        n_layer, block_size = self.config.n_layer, self.config.block_size
+        return Cache(len(self.members) * n_layer, min(size or block_size, block_size))
+
+    def split(self, cache: Cache | None) -> list[Cache | None]:
+        """Return each member's part of a cache."""
+        parts = [copy.copy(cache) for _ in self.members]
+        if cache:
+            for i, part in enumerate(parts):
+                part.layers = cache.layers[i :: len(parts)]
+        return parts
+
+
+def log_mean(logits: Sequence[Tensor]) -> Tensor:
+    """Compute the logarithm of the mean of the probabilities that these logits, each (..., V), stand for. (..., V)"""
+    return torch.stack(logits).log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))

@@ -1,0 +1,80 @@
+"""Ensembles: what several GPTs in one model compute, learn and save."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_RUN
+from test_model import tiny
+from uncached import generate, uncached
+
+import explain
+import export
+import train
+from humptygpt.config import UserError
+from humptygpt.loading import load
+from humptygpt.tasks import build, make_model_config
+
+IDX = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+TARGETS = torch.tensor([[2, 3, 4, 5], [6, 7, 8, -1]])
+
+
+def ensemble(**keys):
+    model = tiny(n_members=3, **keys)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def test_the_prediction_is_the_mean_of_the_members_predictions():
+    model = ensemble().eval()
+    mean = sum(member(IDX)[0].softmax(-1) for member in model.members) / 3
+    logits, loss = model(IDX, TARGETS)
+    torch.testing.assert_close(logits.softmax(-1), mean)
+    torch.testing.assert_close(model.next_logits(IDX).softmax(-1), mean[:, -1])
+    right = mean.gather(-1, TARGETS.clamp(min=0)[..., None])[TARGETS >= 0]
+    torch.testing.assert_close(loss, -right.log().mean())
+
+
+def test_each_member_learns_as_it_would_alone():
+    model = ensemble()
+    model(IDX, TARGETS)[1].backward()
+    for member in model.members:
+        together = [p.grad.clone() for p in member.parameters()]
+        member.zero_grad()
+        member(IDX, TARGETS)[1].backward()
+        for p, gradient in zip(member.parameters(), together, strict=True):
+            torch.testing.assert_close(3 * gradient, p.grad)
+
+
+@pytest.mark.parametrize("position", ["rotary", "learned"])
+def test_cached_equals_uncached_before_and_past_block_size(position):
+    model = ensemble(position=position, block_size=8).eval()
+    assert generate(model, [[1, 2, 3]], 20) == [uncached(model, [1, 2, 3], 20)]
+
+
+def test_members_start_with_different_weights():
+    first, second, _ = tiny(n_members=3).members
+    assert not torch.equal(first.wte.weight, second.wte.weight)
+
+
+def test_a_run_is_saved_and_loaded_with_the_tied_weights_of_each_member(tiny):
+    assert train.main([*TINY_RUN, "--n_members=2", "--tie_weights=True"]) == 0
+    model = load(Path("out/run")).model
+    assert len(model.members) == 2
+    for member in model.members:
+        assert member.lm_head.weight is member.wte.weight
+
+
+def test_it_is_neither_exported_nor_shown_on_a_page(tiny, fails):
+    assert train.main([*TINY_RUN, "--n_members=2"]) == 0
+    one = "n_members=2 cannot be exported; LlamaForCausalLM needs n_members=1"
+    assert one in fails(export.main, "--out_dir=out/run", "--to=exported")
+    page = "the page does not support n_members=2"
+    assert page in fails(explain.main, "--out_dir=out/run")
+
+
+def test_only_a_gpt_can_be_a_member():
+    config = make_model_config({"model": "transformer", "n_members": 2, "vocab_size": 9})
+    with pytest.raises(UserError, match="n_members=2 works only with model=gpt"):
+        build(config)
