@@ -53,12 +53,12 @@ EVALUATIONS = 4  # number of evaluations in a run
 TIME_TO_TRAIN = 0.85  # fraction of the remaining time to plan for training steps; the rest is for evaluations
 PROBE_STEPS = 5  # steps run to measure the time per step
 # if there is time to read a text more often than this, an ensemble of several models learns more from it than one
-EPOCHS = 16
+EPOCHS = 10
 MOST_MEMBERS = 32
 # n-grams predict this part of the targets of a text that is read several times
 NGRAM_TARGETS = 0.5
 SEVERAL = 2.4  # epochs
-NGRAM_VOCABULARY = 4096  # with a larger one, a prediction takes longer than a step
+NGRAM_VOCABULARY = 1024  # with a larger one, predictions take a good part of the time of a step
 # seconds reserved at the end of a run to load the best model, sample from it, draw the plot and exit
 ENDING = 1.5
 
