@@ -284,9 +284,10 @@ def test_a_small_text_gets_dropout_and_more_weight_decay_unless_a_model_is_fine_
     assert choose(300, 3, init_from="out/other")[0].weight_decay == 0.1
 
 
-def test_ngrams_predict_half_of_the_targets_of_a_text_that_is_read_several_times(choose):
+def test_ngrams_predict_more_of_the_targets_the_more_often_a_text_is_read(choose):
     found = [choose(text, 10)[0].ngram_targets for text in TEXTS]
-    assert found == [0.5, 0.5, 0.5, 0.0]
+    assert found == sorted(found, reverse=True)
+    assert found[0] == 0.5 > found[2] > 0.0 == found[3]
     assert choose(1_000_000, 0.1)[0].ngram_targets == 0.0
     assert choose(10_000, 3, vocab_size=8192)[0].ngram_targets == 0.0
     assert choose(10_000, 3, init_from="out/other")[0].ngram_targets == 0.0

@@ -55,10 +55,8 @@ PROBE_STEPS = 5  # steps run to measure the time per step
 # if there is time to read a text more often than this, an ensemble of several models learns more from it than one
 EPOCHS = 10
 MOST_MEMBERS = 32
-# n-grams predict this part of the targets of a text that is read several times
-NGRAM_TARGETS = 0.5
-SEVERAL = 2.4  # epochs
-NGRAM_VOCABULARY = 1024  # with a larger one, predictions take a good part of the time of a step
+SEVERAL = 2.4  # epochs from which on dropout and targets from n-grams help
+NGRAM_VOCABULARY = 1024  # with a larger one, n-grams take a good part of a step
 # seconds reserved at the end of a run to load the best model, sample from it, draw the plot and exit
 ENDING = 1.5
 
@@ -189,6 +187,11 @@ def dropout(epochs: float, parameters: float) -> float:
     return round(min(0.3, max(0.0, rate)), 2)
 
 
+def ngram_targets(epochs: float) -> float:
+    """Choose how much of each target n-grams predict: the more often a text is read, the more, but at most a half."""
+    return round(min(0.5, 0.5 * epochs / EPOCHS), 2)
+
+
 def decay(weight_decay: float, tokens: int, text: int) -> float:
     """Scale the default weight decay to the size of the step and of the text.
 
@@ -276,9 +279,9 @@ def begin(
     if config.init_from == "scratch":  # weight decay would make a trained model forget
         text = len(dataset.train)
         chosen["weight_decay"] = decay(config.weight_decay, tokens, text)
-        few = text <= MOST_TOKENS and model_config.vocab_size <= NGRAM_VOCABULARY
-        if epochs > SEVERAL and few and device.type == "cpu":
-            chosen["ngram_targets"] = NGRAM_TARGETS
+        small = text <= MOST_TOKENS and model_config.vocab_size <= NGRAM_VOCABULARY
+        if epochs > SEVERAL and small and device.type == "cpu":
+            chosen["ngram_targets"] = ngram_targets(epochs)
     config = replace(config, **{k: v for k, v in chosen.items() if k not in given})
     return config, model_config, clock
 
