@@ -216,7 +216,7 @@ def setup(
     if config.lora_rank and dataset.tokenizer.marks:
         find(TRAIN_ROWS)(model, dataset.tokenizer.marks)
     batches = dataset
-    if config.ngram_targets:
+    if config.ngram_targets and not config.eval_only:
         batches = find(NGRAMS)(dataset, config.ngram_targets, model_config.vocab_size)
     if device.type == "cuda":
         batches = Prefetcher(batches, min(process.size, config.gradient_accumulation_steps))

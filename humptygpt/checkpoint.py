@@ -323,7 +323,8 @@ def restore_model(
     """
     model = build_on_meta(config, training)
     model.load_state_dict(weights, assign=True)
-    for part in model.modules():
-        if config.tie_weights and isinstance(part, GPT):
-            part.lm_head.weight = part.wte.weight
+    if config.tie_weights:
+        for part in model.modules():
+            if isinstance(part, GPT):
+                part.lm_head.weight = part.wte.weight
     return model

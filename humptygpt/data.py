@@ -118,8 +118,14 @@ class TokenDataset(Dataset):
     def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
         """Make training batch number `index`: idx and targets, both int64 (batch_size, block_size).
 
-        An epoch starts at a random offset, cuts the text into blocks and visits each block once, in a random order.
         Batches 2i and 2i + 1 of size n together hold the same blocks as batch i of size 2n.
+        """
+        return self.blocks("train", self.train_starts(index, batch_size))
+
+    def train_starts(self, index: int, batch_size: int) -> np.ndarray:
+        """Start positions of the blocks in training batch number `index`, (batch_size,).
+
+        An epoch starts at a random offset, cuts the text into blocks and visits each block once, in a random order.
         """
         T = self.block_size
         last = len(self.train) - 1 - T  # the last position at which a block can start
@@ -132,7 +138,7 @@ class TokenDataset(Dataset):
             key = random_key(self.seed, int(epoch))
             order = permute(numbers[epochs == epoch], blocks, key)
             starts[epochs == epoch] = key % offsets + T * order
-        return self.blocks("train", starts)
+        return starts
 
     def val_batches(
         self, batch_size: int, eval_iters: int | None

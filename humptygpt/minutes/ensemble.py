@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +10,10 @@ from model import GPT, Cache, ModelConfig
 
 
 class Ensemble(nn.Module):
-    """GPTs that read the same text, but start with different random weights, and have different dropout masks.
+    """GPTs that read the same text, but start with different random weights and have different dropout masks.
 
-    Each learns by itself. What one has learned by heart, another has not, so the mean of their probabilities is better
-    for new text than those of any member. Source: Lakshminarayanan et al. 2016, arXiv:1612.01474.
+    Each learns by itself. What one has learned by heart, another has not, so the mean of their probabilities predicts
+    new text better than any member does. Source: Lakshminarayanan et al. 2016, arXiv:1612.01474.
     """
 
     tasks = ("language modelling",)
@@ -23,7 +22,6 @@ class Ensemble(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        config.validate()
         self.config = config
         self.members = nn.ModuleList(GPT(config) for _ in range(config.n_members))
 
@@ -36,7 +34,9 @@ class Ensemble(nn.Module):
         results = [member(idx, targets, part) for member, part in pairs]
         if cache:
             cache.length = parts[0].length
-        mean = log_mean([logits for logits, _ in results])
+        each = torch.stack([logits for logits, _ in results]).log_softmax(dim=-1)
+        # the logarithm of the mean probability
+        mean = each.logsumexp(dim=0) - math.log(len(results))
         if targets is None:
             return mean, None
         if self.training:
@@ -62,8 +62,3 @@ class Ensemble(nn.Module):
             for i, part in enumerate(parts):
                 part.layers = cache.layers[i :: len(parts)]
         return parts
-
-
-def log_mean(logits: Sequence[Tensor]) -> Tensor:
-    """Compute the logarithm of the mean of the probabilities that these logits, each (..., V), stand for. (..., V)"""
-    return torch.stack(logits).log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))

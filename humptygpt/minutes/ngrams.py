@@ -1,10 +1,9 @@
 """Targets that are partly what n-grams predict: what has followed the same few tokens elsewhere in the text.
 
-A model that reads a text many times learns each place by heart. What followed the last tokens at all other places says
-more of what else could have been written there than the one token that was.
+A model that reads a text many times learns each place by heart. The tokens that follow the same context at all other
+places say what else could have been written there.
 """
 
-import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from humptygpt.config import UserError
 from humptygpt.data import TokenDataset
 
 LONGEST = 5  # tokens of context
-MOST_TOKENS = 20_000_000  # of a text whose n-grams are counted, 200 bytes for each
+MOST_TOKENS = 20_000_000  # counting n-grams takes some 200 bytes for each token of the text
 
 
 class Counts(NamedTuple):
@@ -35,8 +34,8 @@ class Counts(NamedTuple):
 class NGrams:
     """Predicts each token of a text from the tokens before it, by the counts at all other positions.
 
-    Every count is discounted. What that leaves over goes to the prediction from a context that is a token shorter. It
-    counts in how many of the longer contexts a token is seen.
+    Every count is discounted. The probability that this leaves over goes to the prediction from a context that is one
+    token shorter. A shorter context's count of a token is the number of different tokens seen before the two.
     Source: modified Kneser-Ney smoothing, Chen and Goodman 1999, doi:10.1006/csla.1999.0128.
     """
 
@@ -50,8 +49,8 @@ class NGrams:
             found.append((context, grams, place, gram))
             # the tokens of a gram are the context of the next token
             context = np.roll(gram, 1)
-            context[0] = len(grams)  # before the text
-        self.counts = []  # of the longest context first
+            context[0] = len(grams)  # the first token has no token before it
+        self.counts = []  # for each length of context, the longest first
         counted, lost = slice(None), np.ones(len(ids), dtype=np.int64)
         for context, grams, place, gram in reversed(found):
             count = np.bincount(gram[counted])
@@ -72,17 +71,17 @@ class NGrams:
                 )
             )
             counted, lost = place, (np.bincount(gram) == 1)[gram].astype(np.int64)
-        alone = self.counts.pop()  # without context, and without leaving out positions
-        share = alone.kept / count.sum()
+        unigrams = self.counts.pop()  # from these, no position is left out
+        share = unigrams.kept / count.sum()
         self.frequency = np.full(vocab_size, (1 - share.sum()) / vocab_size, np.float32)
-        self.frequency[alone.token] += share
+        self.frequency[unigrams.token] += share
 
     def predict(self, positions: np.ndarray) -> np.ndarray:
         """Predict the tokens at these positions, (n,). Returns probabilities, float32 (n, vocab_size)."""
         rows = np.arange(len(positions))
         predicted = np.zeros((len(rows), self.vocab_size), dtype=np.float32)
         flat = predicted.reshape(-1)
-        left = np.ones(len(rows), dtype=np.float32)  # what is left for shorter contexts
+        left = np.ones(len(rows), dtype=np.float32)  # probability for shorter contexts
         for counts in self.counts:
             context, total = counts.context[positions], counts.total[positions]
             first = counts.first[context]
@@ -107,7 +106,11 @@ def find_discounts(count: np.ndarray) -> np.ndarray:
 
 
 class SoftTargets:
-    """The batches of a text, with targets that are distributions, (B, T, V). share: the part that n-grams predict."""
+    """The training batches of a text, with targets that are distributions, (B, T, V).
+
+    share: part of each target that n-grams predict; the rest is the token that follows. Raises UserError if the dataset
+    is not text, or too long.
+    """
 
     def __init__(self, dataset: TokenDataset, share: float, vocab_size: int):
         if dataset.task != "language modelling":
@@ -123,17 +126,13 @@ class SoftTargets:
         self.share = share
         ids = np.concatenate([ids for _, ids in dataset.chunks("train")])
         self.ngrams = NGrams(ids, vocab_size)
-        # the same batches, with positions in place of tokens
-        self.positions = copy.copy(dataset)
-        self.positions.read = lambda split, starts, length: (
-            starts[:, None] + np.arange(length)
-        )
 
     def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
         """Make training batch number `index`."""
-        batch = self.dataset.batch(index, batch_size)
-        positions = self.positions.batch(index, batch_size)["targets"]
-        targets = torch.from_numpy(self.ngrams.predict(positions.numpy().ravel()))
+        starts = self.dataset.train_starts(index, batch_size)
+        batch = self.dataset.blocks("train", starts)
+        positions = starts[:, None] + np.arange(1, self.dataset.block_size + 1)
+        targets = torch.from_numpy(self.ngrams.predict(positions.ravel()))
         targets *= self.share
         targets[torch.arange(len(targets)), batch["targets"].flatten()] += 1 - self.share
         return batch | {"targets": targets.unflatten(0, positions.shape)}

@@ -55,7 +55,7 @@ PROBE_STEPS = 5  # steps run to measure the time per step
 # if there is time to read a text more often than this, an ensemble of several models learns more from it than one
 EPOCHS = 10
 MOST_MEMBERS = 32
-SEVERAL = 2.4  # epochs from which on dropout and targets from n-grams help
+SEVERAL = 2.4  # with more epochs than this, dropout and targets from n-grams help
 NGRAM_VOCABULARY = 1024  # with a larger one, n-grams take a good part of a step
 # seconds reserved at the end of a run to load the best model, sample from it, draw the plot and exit
 ENDING = 1.5
@@ -258,7 +258,8 @@ def begin(
     fitting = [candidate for candidate in tried if candidate.memory <= free]
     best = find_best(fitting, dataset, clock, time_step)
     config, model_config, parameters, tokens, *_ = best
-    epochs = clock.planned() / time_step(best) * tokens / len(dataset.train)
+    text = len(dataset.train)
+    epochs = clock.planned() / time_step(best) * tokens / text
     # a model that can be exported stays one that can
     may_have_members = config.init_from == "scratch" and model_config.model == "gpt"
     if may_have_members and not can_be_exported(model_config) and "n_members" not in given:
@@ -267,6 +268,7 @@ def begin(
         epochs /= members
     if "dropout" not in given:
         model_config = replace(model_config, dropout=dropout(epochs, parameters))
+    # members and dropout make steps slower, so they are timed again
     clock.step = time_step(best._replace(model_config=model_config))
     dataset.block_size = model_config.block_size
     steps = max(1, int(clock.planned() / clock.step))
@@ -277,7 +279,6 @@ def begin(
         "warmup_iters": min(config.warmup_iters, steps // 10),
     }
     if config.init_from == "scratch":  # weight decay would make a trained model forget
-        text = len(dataset.train)
         chosen["weight_decay"] = decay(config.weight_decay, tokens, text)
         small = text <= MOST_TOKENS and model_config.vocab_size <= NGRAM_VOCABULARY
         if epochs > SEVERAL and small and device.type == "cpu":
@@ -424,10 +425,12 @@ def choice(run) -> str:
     except UserError as error:
         export = f"not possible; {error}"
     several = f"{config.n_members} members of " if config.n_members > 1 else ""
+    share = run.config.ngram_targets
+    soft = f", {share:.0%} of each target from n-grams" if share else ""
     return (
         f"minutes: {run.config.minutes:g}; chosen: {several}{config.n_layer} layers of {config.n_embd} features,"
-        f" a context of {config.block_size} tokens, dropout {config.dropout:g}, targets to"
-        f" {run.config.ngram_targets:.0%} from n-grams; keys that you set keep their values\n"
+        f" a context of {config.block_size} tokens, dropout {config.dropout:g}{soft};"
+        " keys that you set keep their values\n"
         f"export: {export}"
     )
 
