@@ -301,7 +301,7 @@ def texts_at_once(model: nn.Module, device: torch.device, size: int) -> int:
     """
     config = model.config
     # bytes for keys and values in float32, for logits and their copies, for tokens and random numbers
-    cached = 2 * config.n_layer * config.kv_heads * config.features
+    cached = 2 * config.n_members * config.n_layer * config.kv_heads * config.features
     cached *= min(size, config.block_size)
     needed = 4 * (cached + 8 * config.vocab_size) + 16 * size
     free = int(0.9 * free_memory(device))

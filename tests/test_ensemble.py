@@ -5,22 +5,26 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_RUN
-from test_model import tiny
+from test_model import tiny as tiny_gpt
 from uncached import generate, uncached
 
 import explain
 import export
 import train
+from humptygpt import sampling
 from humptygpt.config import UserError
+from humptygpt.convert.huggingface import FAMILIES, find_family
+from humptygpt.finetune import lora
 from humptygpt.loading import load
 from humptygpt.tasks import build, make_model_config
+from model import ModelConfig
 
 IDX = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
 TARGETS = torch.tensor([[2, 3, 4, 5], [6, 7, 8, -1]])
 
 
 def ensemble(**keys):
-    model = tiny(n_members=3, **keys)
+    model = tiny_gpt(n_members=3, **keys)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return model
@@ -54,7 +58,7 @@ def test_cached_equals_uncached_before_and_past_block_size(position):
 
 
 def test_members_start_with_different_weights():
-    first, second, _ = tiny(n_members=3).members
+    first, second, _ = tiny_gpt(n_members=3).members
     assert not torch.equal(first.wte.weight, second.wte.weight)
 
 
@@ -68,10 +72,38 @@ def test_a_run_is_saved_and_loaded_with_the_tied_weights_of_each_member(tiny):
 
 def test_it_is_neither_exported_nor_shown_on_a_page(tiny, fails):
     assert train.main([*TINY_RUN, "--n_members=2"]) == 0
+    # a key that prevents it with one member, too, is named first
+    other = "mlp_conv=3 cannot be exported; LlamaForCausalLM needs mlp_conv=0"
+    assert other in fails(export.main, "--out_dir=out/run", "--to=exported")
+    llama = ModelConfig(n_members=2, **FAMILIES["llama"].fixed)
     one = "n_members=2 cannot be exported; LlamaForCausalLM needs n_members=1"
-    assert one in fails(export.main, "--out_dir=out/run", "--to=exported")
+    with pytest.raises(UserError, match=one):
+        find_family(llama)
     page = "the page does not support n_members=2"
     assert page in fails(explain.main, "--out_dir=out/run")
+
+
+def test_lora_is_added_to_each_member_but_not_to_its_head():
+    model = ensemble()
+    training = {"lora_rank": 2, "lora_alpha": 4.0, "lora_targets": "q_proj"}
+    lora.add(model, training)
+    assert len(lora.adapted(model)) == 3 * model.config.n_layer
+    lora.train_rows(model, [5])
+    model(IDX, TARGETS)[1].backward()
+    for member in model.members:
+        for layer in (member.wte, member.lm_head):
+            assert layer.weight.grad.any(dim=1).nonzero().tolist() == [[5]]
+    with pytest.raises(UserError, match="'lm_head' is not one of"):
+        lora.add(ensemble(), training | {"lora_targets": "lm_head"})
+
+
+def test_the_cache_of_each_member_is_counted_before_sampling(monkeypatch):
+    monkeypatch.setattr(sampling, "free_memory", lambda device: 100_000)
+    three, one = (
+        sampling.texts_at_once(tiny_gpt(n_members=n), torch.device("cpu"), 8)
+        for n in (3, 1)
+    )
+    assert one > three
 
 
 def test_only_a_gpt_can_be_a_member():

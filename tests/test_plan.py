@@ -230,7 +230,7 @@ def seconds_per_step(config: TrainConfig, size: ModelConfig, *args) -> float:
 def choose(monkeypatch):
     """Choose a plan for a text of this many bytes."""
     monkeypatch.setattr(memory, "build_on_meta", lambda config, training: built(config))
-    monkeypatch.setattr(plan, "training_memory", lambda *args: SimpleNamespace(least=0))
+    monkeypatch.setattr(plan, "training_memory", lambda *args: SimpleNamespace(least=1))
     monkeypatch.setattr(plan, "seconds_per_step", seconds_per_step)
     monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: 2.0))
     monkeypatch.setattr(cores, "STARTED", 0.0)
@@ -301,6 +301,12 @@ def test_more_time_than_one_model_needs_for_a_text_goes_to_more_members(choose):
     assert choose(100_000, 30, model="window_mlp", window=8)[1].n_members == 1
     one, several = (choose(100_000, 30, **keys)[1] for keys in ({"n_members": 1}, {}))
     assert one.n_members == 1 and one.dropout > several.dropout
+
+
+def test_no_more_members_are_chosen_than_fit_into_memory(choose, monkeypatch):
+    assert choose(10_000, 30)[1].n_members > 3
+    monkeypatch.setattr(plan, "free_memory", lambda device: 3)  # each takes 1 byte
+    assert choose(10_000, 30)[1].n_members == 3
 
 
 GIVEN = {

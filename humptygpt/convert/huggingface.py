@@ -219,7 +219,8 @@ def find_family(config: ModelConfig) -> str:
     name = "gpt2" if config.position == "learned" else "llama"
     family = FAMILIES[name]
     free = {*family.settings.values(), *ROPE_SCALING.values(), *NOT_EXPORTED}
-    for key, needed in (vars(ModelConfig()) | family.fixed).items():
+    # first the keys that depend on the family
+    for key, needed in (family.fixed | vars(ModelConfig()) | family.fixed).items():
         value = getattr(config, key)
         if key not in free and value != needed:
             raise UserError(

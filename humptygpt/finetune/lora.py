@@ -54,7 +54,7 @@ def add(model: nn.Module, training: dict) -> nn.Module:
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
+        if isinstance(module, nn.Linear) and not name.endswith("lm_head")
     }
     known = {name.split(".")[-1] for name in layers}
     if unknown := targets - known:
@@ -72,7 +72,8 @@ def add(model: nn.Module, training: dict) -> nn.Module:
 def train_rows(model: nn.Module, rows: list[int]) -> None:
     """Train these rows of the frozen embedding and of the output head as well. The other rows stay as they are."""
     index = (torch.tensor(rows),)
-    for layer in (model.wte, model.lm_head):
+    names = ("wte", "lm_head")
+    for layer in (layer for name, layer in model.named_modules() if name.endswith(names)):
         # the vectors have no weight decay, which would change every row
         layer.optimizer_group = "vectors"
         layer.weight.requires_grad_().register_hook(

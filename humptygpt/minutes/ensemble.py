@@ -16,7 +16,6 @@ class Ensemble(nn.Module):
     new text better than any member does. Source: Lakshminarayanan et al. 2016, arXiv:1612.01474.
     """
 
-    tasks = ("language modelling",)
     has_encoder = False
     has_cache = True
 
@@ -34,9 +33,7 @@ class Ensemble(nn.Module):
         results = [member(idx, targets, part) for member, part in pairs]
         if cache:
             cache.length = parts[0].length
-        each = torch.stack([logits for logits, _ in results]).log_softmax(dim=-1)
-        # the logarithm of the mean probability
-        mean = each.logsumexp(dim=0) - math.log(len(results))
+        mean = average([logits for logits, _ in results])
         if targets is None:
             return mean, None
         if self.training:
@@ -48,7 +45,12 @@ class Ensemble(nn.Module):
 
     def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
         """Compute the logits (B, V) of the token that follows idx."""
-        return self(idx, cache=cache)[0][:, -1]
+        parts = self.split(cache)
+        pairs = zip(self.members, parts, strict=True)
+        mean = average([member.next_logits(idx, part) for member, part in pairs])
+        if cache:
+            cache.length = parts[0].length
+        return mean
 
     def make_cache(self, size: int | None = None) -> Cache:
         """Make an empty cache for up to `size` tokens, by default block_size."""
@@ -62,3 +64,9 @@ class Ensemble(nn.Module):
             for i, part in enumerate(parts):
                 part.layers = cache.layers[i :: len(parts)]
         return parts
+
+
+def average(logits: list[Tensor]) -> Tensor:
+    """Return the logarithm of the mean of the probabilities that these logits stand for."""
+    each = torch.stack(logits).float().log_softmax(dim=-1)
+    return each.logsumexp(dim=0) - math.log(len(logits))

@@ -14,7 +14,7 @@ from humptygpt.config import UserError
 from humptygpt.data import TokenDataset
 
 LONGEST = 5  # tokens of context
-MOST_TOKENS = 20_000_000  # counting n-grams takes some 200 bytes for each token of the text
+MOST_TOKENS = 20_000_000  # counting n-grams takes some 250 bytes for each token of the text
 
 
 class Counts(NamedTuple):
@@ -34,6 +34,7 @@ class Counts(NamedTuple):
 class NGrams:
     """Predicts each token of a text from the tokens before it, by the counts at all other positions.
 
+    Only the frequencies of single tokens and the discounts include the position itself.
     Every count is discounted. The probability that this leaves over goes to the prediction from a context that is one
     token shorter. A shorter context's count of a token is the number of different tokens seen before the two.
     Source: modified Kneser-Ney smoothing, Chen and Goodman 1999, doi:10.1006/csla.1999.0128.
@@ -51,7 +52,9 @@ class NGrams:
             context = np.roll(gram, 1)
             context[0] = len(grams)  # the first token has no token before it
         self.counts = []  # for each length of context, the longest first
-        counted, lost = slice(None), np.ones(len(ids), dtype=np.int64)
+        # lost: by how much the count of a position's gram falls if the position is left out. The count of a shorter
+        # gram is one of different longer grams, so it falls only if the longer gram occurs nowhere else
+        counted, lost = slice(None), 1
         for context, grams, place, gram in reversed(found):
             count = np.bincount(gram[counted])
             discounts = find_discounts(count)
@@ -70,7 +73,7 @@ class NGrams:
                     total=np.maximum(total[context] - lost, 1).astype(np.float32),
                 )
             )
-            counted, lost = place, (np.bincount(gram) == 1)[gram].astype(np.int64)
+            counted, lost = place, (np.bincount(gram) == 1)[gram]
         unigrams = self.counts.pop()  # from these, no position is left out
         share = unigrams.kept / count.sum()
         self.frequency = np.full(vocab_size, (1 - share.sum()) / vocab_size, np.float32)
@@ -85,13 +88,14 @@ class NGrams:
         for counts in self.counts:
             context, total = counts.context[positions], counts.total[positions]
             first = counts.first[context]
-            grams = counts.first[context + 1] - first
-            start = grams.cumsum() - grams
-            gram = np.arange(grams.sum()) + np.repeat(first - start, grams)
-            kept = counts.kept[gram]
+            sizes = counts.first[context + 1] - first
+            start = sizes.cumsum() - sizes
+            # all grams of the first position's context, then those of the second's, and so on
+            grams = np.arange(sizes.sum()) + np.repeat(first - start, sizes)
+            kept = counts.kept[grams]
             kept[start + counts.gram[positions] - first] = counts.own[positions]
-            flat[np.repeat(rows * self.vocab_size, grams) + counts.token[gram]] += (
-                np.repeat(left / total, grams) * kept
+            flat[np.repeat(rows * self.vocab_size, sizes) + counts.token[grams]] += (
+                np.repeat(left / total, sizes) * kept
             )
             left *= 1 - np.add.reduceat(kept, start) / total
         return predicted + left[:, None] * self.frequency
@@ -119,8 +123,8 @@ class SoftTargets:
             )
         if len(dataset.train) > MOST_TOKENS:
             raise UserError(
-                f"ngram_targets={share:g} counts n-grams in memory, and {len(dataset.train):,} tokens are too many;"
-                f" at most {MOST_TOKENS:,}"
+                f"ngram_targets={share:g} works only for texts of up to {MOST_TOKENS:,} tokens,"
+                f" but {dataset.folder} has {len(dataset.train):,}"
             )
         self.dataset = dataset
         self.share = share

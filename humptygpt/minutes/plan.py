@@ -52,10 +52,10 @@ HEAD_SIZE = 64
 EVALUATIONS = 4  # number of evaluations in a run
 TIME_TO_TRAIN = 0.85  # fraction of the remaining time to plan for training steps; the rest is for evaluations
 PROBE_STEPS = 5  # steps run to measure the time per step
-# if there is time to read a text more often than this, an ensemble of several models learns more from it than one
+# epochs planned for each member of an ensemble; n-grams then predict half of each target
 EPOCHS = 10
 MOST_MEMBERS = 32
-SEVERAL = 2.4  # with more epochs than this, dropout and targets from n-grams help
+FEW_EPOCHS = 2.4  # with no more than these, a model needs neither dropout nor n-grams
 NGRAM_VOCABULARY = 1024  # with a larger one, n-grams take a good part of a step
 # seconds reserved at the end of a run to load the best model, sample from it, draw the plot and exit
 ENDING = 1.5
@@ -183,7 +183,7 @@ def advice(parameters: int, read: float, text: float) -> str:
 
 def dropout(epochs: float, parameters: float) -> float:
     """Choose a dropout rate for this number of epochs. Large models memorise more, so they get a higher rate."""
-    rate = 0.05 * (parameters / 1e6) ** 0.4 * math.log2(max(epochs, 1) / SEVERAL)
+    rate = 0.05 * (parameters / 1e6) ** 0.4 * math.log2(max(epochs, 1) / FEW_EPOCHS)
     return round(min(0.3, max(0.0, rate)), 2)
 
 
@@ -263,7 +263,8 @@ def begin(
     # a model that can be exported stays one that can
     may_have_members = config.init_from == "scratch" and model_config.model == "gpt"
     if may_have_members and not can_be_exported(model_config) and "n_members" not in given:
-        members = min(MOST_MEMBERS, max(1, round(epochs / EPOCHS)))
+        most = min(MOST_MEMBERS, int(free / best.memory))
+        members = max(1, min(most, round(epochs / EPOCHS)))
         model_config = replace(model_config, n_members=members)
         epochs /= members
     if "dropout" not in given:
@@ -281,7 +282,7 @@ def begin(
     if config.init_from == "scratch":  # weight decay would make a trained model forget
         chosen["weight_decay"] = decay(config.weight_decay, tokens, text)
         small = text <= MOST_TOKENS and model_config.vocab_size <= NGRAM_VOCABULARY
-        if epochs > SEVERAL and small and device.type == "cpu":
+        if epochs > FEW_EPOCHS and small and device.type == "cpu":
             chosen["ngram_targets"] = ngram_targets(epochs)
     config = replace(config, **{k: v for k, v in chosen.items() if k not in given})
     return config, model_config, clock
