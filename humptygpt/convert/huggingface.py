@@ -219,7 +219,7 @@ def find_family(config: ModelConfig) -> str:
     name = "gpt2" if config.position == "learned" else "llama"
     family = FAMILIES[name]
     free = {*family.settings.values(), *ROPE_SCALING.values(), *NOT_EXPORTED}
-    # first the keys that depend on the family
+    # the family's own keys come first, because n_members=1 would not help a model that differs in one of them
     for key, needed in (family.fixed | vars(ModelConfig()) | family.fixed).items():
         value = getattr(config, key)
         if key not in free and value != needed:

@@ -72,8 +72,9 @@ def add(model: nn.Module, training: dict) -> nn.Module:
 def train_rows(model: nn.Module, rows: list[int]) -> None:
     """Train these rows of the frozen embedding and of the output head as well. The other rows stay as they are."""
     index = (torch.tensor(rows),)
-    names = ("wte", "lm_head")
-    for layer in (layer for name, layer in model.named_modules() if name.endswith(names)):
+    modules = model.named_modules()
+    layers = [layer for name, layer in modules if name.endswith(("wte", "lm_head"))]
+    for layer in layers:
         # the vectors have no weight decay, which would change every row
         layer.optimizer_group = "vectors"
         layer.weight.requires_grad_().register_hook(

@@ -2,11 +2,15 @@
 
 import copy
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from model import GPT, Cache, ModelConfig
+
+T = TypeVar("T")
 
 
 class Ensemble(nn.Module):
@@ -28,11 +32,7 @@ class Ensemble(nn.Module):
         self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Same as GPT.forward. In training, the loss is the mean of the members' losses, so each learns by itself."""
-        parts = self.split(cache)
-        pairs = zip(self.members, parts, strict=True)
-        results = [member(idx, targets, part) for member, part in pairs]
-        if cache:
-            cache.length = parts[0].length
+        results = self.each(lambda member, part: member(idx, targets, part), cache)
         mean = average([logits for logits, _ in results])
         if targets is None:
             return mean, None
@@ -45,25 +45,23 @@ class Ensemble(nn.Module):
 
     def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
         """Compute the logits (B, V) of the token that follows idx."""
-        parts = self.split(cache)
-        pairs = zip(self.members, parts, strict=True)
-        mean = average([member.next_logits(idx, part) for member, part in pairs])
-        if cache:
-            cache.length = parts[0].length
-        return mean
+        return average(self.each(lambda member, part: member.next_logits(idx, part), cache))
 
     def make_cache(self, size: int | None = None) -> Cache:
         """Make an empty cache for up to `size` tokens, by default block_size."""
         n_layer, block_size = self.config.n_layer, self.config.block_size
         return Cache(len(self.members) * n_layer, min(size or block_size, block_size))
 
-    def split(self, cache: Cache | None) -> list[Cache | None]:
-        """Return each member's part of a cache."""
+    def each(self, call: Callable[[GPT, Cache | None], T], cache: Cache | None) -> list[T]:
+        """Call a function with each member and its part of the cache. Returns the results."""
         parts = [copy.copy(cache) for _ in self.members]
         if cache:
             for i, part in enumerate(parts):
                 part.layers = cache.layers[i :: len(parts)]
-        return parts
+        results = [call(*pair) for pair in zip(self.members, parts, strict=True)]
+        if cache:
+            cache.length = parts[0].length
+        return results
 
 
 def average(logits: list[Tensor]) -> Tensor:
