@@ -57,6 +57,16 @@ def test_cached_equals_uncached_before_and_past_block_size(position):
     assert generate(model, [[1, 2, 3]], 20) == [uncached(model, [1, 2, 3], 20)]
 
 
+def test_each_token_is_read_only_once():
+    model = ensemble().eval()
+    cache = model.make_cache()
+    with torch.no_grad():
+        model.next_logits(IDX[:, :3], cache)
+        assert cache.length == 3
+        found = model.next_logits(IDX[:, 3:], cache)
+        torch.testing.assert_close(found, model.next_logits(IDX))
+
+
 def test_members_start_with_different_weights():
     first, second, _ = tiny_gpt(n_members=3).members
     assert not torch.equal(first.wte.weight, second.wte.weight)
