@@ -89,11 +89,9 @@ def activation_bytes(
     kept = sum(kept_of(layer, dtype) for layer in layers if layer not in heads)
     scores = tokens * shape.n_head * shape.block_size  # attention scores per layer
     explicit = scores <= models.EXPLICIT_SCORES and dtype != torch.float32
-    # in these cases, attend() in model.py keeps the attention scores
-    if device.type == "cpu" and (shape.dropout or explicit):
-        copies = 3 if shape.dropout else 1
+    if device.type == "cpu" and explicit:  # attend() in model.py keeps the attention scores
         attentions = sum(isinstance(m, models.SelfAttention) for m in model.modules())
-        kept += attentions * copies * dtype.itemsize * scores / tokens
+        kept += attentions * dtype.itemsize * scores / tokens
     blocks = sum(isinstance(module, models.Block) for module in model.modules())
     if config.checkpoint_activations and blocks:  # one block at a time is recomputed
         kept = kept / blocks + blocks * FLOAT * shape.n_embd

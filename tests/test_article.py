@@ -16,7 +16,6 @@ from model import (
     ACTIVATIONS,
     BLOCKS,
     POSITIONS,
-    Dropout,
     LayerNorm,
     ModelConfig,
     Position,
@@ -176,7 +175,7 @@ def test_several_heads_are_single_heads_concatenated():
             F.linear(words, layer.weight[rows])[:, None]
             for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
         ]
-        heads.append(attend(*part, inputs(5).masks[0], Dropout(0.0))[:, 0])
+        heads.append(attend(*part, inputs(5).masks[0])[:, 0])
     torch.testing.assert_close(attention(words, inputs(5)), torch.cat(heads, dim=-1))
 
 

@@ -40,6 +40,16 @@ def test_the_prediction_is_the_mean_of_the_members_predictions():
     torch.testing.assert_close(loss, -right.log().mean())
 
 
+def test_under_autocast_the_mean_is_computed_in_float32():
+    model = ensemble().eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(IDX)[0]
+        each = [member(IDX)[0] for member in model.members]
+    assert each[0].dtype == torch.bfloat16
+    mean = sum(one.float().softmax(-1) for one in each) / 3
+    torch.testing.assert_close(logits, mean.log())
+
+
 def test_each_member_learns_as_it_would_alone():
     model = ensemble()
     model(IDX, TARGETS)[1].backward()

@@ -365,11 +365,11 @@ def expected_trace(
     found, weights = {}, []
     attend = models.attend
 
-    def recorded(q, k, v, mask, dropout):
+    def recorded(q, k, v, mask):
         S = k.shape[2]
         ones = torch.eye(S).expand(*k.shape[:2], S, S)
-        weights.append(attend(q, k, ones, mask, dropout)[0])
-        return attend(q, k, v, mask, dropout)
+        weights.append(attend(q, k, ones, mask)[0])
+        return attend(q, k, v, mask)
 
     def keep(name, module, args, output):
         if name == "lm_head":

@@ -172,7 +172,7 @@ def forward_without_project(self, x, shared, cache=None):
     q, k, v = (self.heads(layer(x)) for layer in (self.q_proj, self.k_proj, self.v_proj))
     if cache:
         k, v = cache.append(k, v, shared.end)
-    y = models.attend(3 * q, k, v, shared.masks[self.window], self.dropout)
+    y = models.attend(3 * q, k, v, shared.masks[self.window])
     return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
