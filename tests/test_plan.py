@@ -288,6 +288,7 @@ def test_ngrams_predict_more_of_the_targets_the_more_often_a_text_is_read(choose
     found = [choose(text, 10)[0].ngram_targets for text in TEXTS]
     assert found == sorted(found, reverse=True)
     assert found[0] == 0.5 > found[2] > 0.0 == found[3]
+    assert choose(10_000, 10, vocab_size=512)[0].ngram_targets == 0.25
     assert choose(1_000_000, 0.1)[0].ngram_targets == 0.0
     assert choose(10_000, 3, vocab_size=8192)[0].ngram_targets == 0.0
     assert choose(10_000, 3, init_from="out/other")[0].ngram_targets == 0.0

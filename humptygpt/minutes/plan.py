@@ -52,11 +52,12 @@ HEAD_SIZE = 64
 EVALUATIONS = 4  # number of evaluations in a run
 TIME_TO_TRAIN = 0.85  # fraction of the remaining time to plan for training steps; the rest is for evaluations
 PROBE_STEPS = 5  # steps run to measure the time per step
-# epochs planned for each member of an ensemble; n-grams then predict half of each target
-EPOCHS = 10
+EPOCHS = 10  # epochs planned for each member of an ensemble
 MOST_MEMBERS = 32
 FEW_EPOCHS = 2.4  # with no more than these, a model needs neither dropout nor n-grams
-NGRAM_VOCABULARY = 1024  # with a larger one, n-grams take a good part of a step
+# with a larger vocabulary, n-grams take a good part of a step
+NGRAM_VOCABULARY = 1024
+CHARACTERS = 256  # with a larger vocabulary, most tokens have several characters
 # seconds reserved at the end of a run to load the best model, sample from it, draw the plot and exit
 ENDING = 1.5
 
@@ -187,9 +188,13 @@ def dropout(epochs: float, parameters: float) -> float:
     return round(min(0.3, max(0.0, rate)), 2)
 
 
-def ngram_targets(epochs: float) -> float:
-    """Choose how much of each target n-grams predict: the more often a text is read, the more, but at most a half."""
-    return round(min(0.5, 0.5 * epochs / EPOCHS), 2)
+def ngram_targets(epochs: float, vocab_size: int) -> float:
+    """Choose how much of each target n-grams predict: the more often a text is read, the more, up to EPOCHS epochs.
+
+    They predict tokens of several characters less well than single characters, so they get half as much of those.
+    """
+    most = 0.5 if vocab_size <= CHARACTERS else 0.25
+    return round(most * min(1.0, epochs / EPOCHS), 2)
 
 
 def decay(weight_decay: float, tokens: int, text: int) -> float:
@@ -283,7 +288,7 @@ def begin(
         chosen["weight_decay"] = decay(config.weight_decay, tokens, text)
         small = text <= MOST_TOKENS and model_config.vocab_size <= NGRAM_VOCABULARY
         if epochs > FEW_EPOCHS and small and device.type == "cpu":
-            chosen["ngram_targets"] = ngram_targets(epochs)
+            chosen["ngram_targets"] = ngram_targets(epochs, model_config.vocab_size)
     config = replace(config, **{k: v for k, v in chosen.items() if k not in given})
     return config, model_config, clock
 
