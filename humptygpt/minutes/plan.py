@@ -135,7 +135,6 @@ C = 1.0
 GAMMA = 0.5
 SMALL_STEPS = 0.1  # with 0, only the amount of text read would count; with 1, only the number of steps
 PARAMETERS_PER_BYTE = 1.0  # parameters that each byte of text supports; any more are surplus and count for less
-MOST_PER_BYTE = 8.0  # a model with more parameters per byte would only memorise the text, so it is not tried
 REPEATS = 1.0  # repetition and surplus parameters can add at most this multiple of the original amount
 # The default weight decay was tuned for steps of RECIPE_STEP tokens and a text of RECIPE_TEXT tokens.
 RECIPE_STEP = 1024
@@ -167,6 +166,14 @@ def worth(amount: float, once: float) -> float:
     """Effective amount after discounting what exceeds `once`, the amount available without repetition."""
     more = max(0.0, amount / once - 1)
     return min(amount, once) * (1 + REPEATS * (1 - math.exp(-more / REPEATS)))
+
+
+def most_parameters(text: float) -> float:
+    """Return the size of the largest model to try, in parameters excluding embeddings. text: its bytes.
+
+    A larger model would memorise the text. In the same time, several members of this size learn more.
+    """
+    return 140 * text**0.75
 
 
 def advice(parameters: int, read: float, text: float) -> str:
@@ -305,7 +312,7 @@ def find_best(
     """
     bytes_per_token = dataset.val_bytes_per_token()
     text = len(dataset.train) * bytes_per_token
-    most = max(MOST_PER_BYTE * text, tried[0].parameters)
+    most = max(most_parameters(text), tried[0].parameters)
     tried = [candidate for candidate in tried if candidate.parameters <= most]
 
     def seconds(candidate: Candidate) -> float:
