@@ -3,14 +3,11 @@
 import copy
 import math
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from model import GPT, Cache, ModelConfig
-
-T = TypeVar("T")
 
 
 class Ensemble(nn.Module):
@@ -52,8 +49,8 @@ class Ensemble(nn.Module):
         n_layer, block_size = self.config.n_layer, self.config.block_size
         return Cache(len(self.members) * n_layer, min(size or block_size, block_size))
 
-    def each(self, call: Callable[[GPT, Cache | None], T], cache: Cache | None) -> list[T]:
-        """Call a function with each member and its part of the cache. Returns the results."""
+    def each(self, call: Callable, cache: Cache | None) -> list:
+        """Return call(member, its part of the cache) for each member."""
         parts = [copy.copy(cache) for _ in self.members]
         if cache:
             for i, part in enumerate(parts):

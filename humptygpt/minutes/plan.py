@@ -198,7 +198,7 @@ def dropout(epochs: float, parameters: float) -> float:
 def ngram_targets(epochs: float, vocab_size: int) -> float:
     """Choose how much of each target n-grams predict: the more often a text is read, the more, up to EPOCHS epochs.
 
-    They predict tokens of several characters less well than single characters, so they get half as much of those.
+    N-grams predict tokens of several characters less well, so their share of such targets is half as large.
     """
     most = 0.5 if vocab_size <= CHARACTERS else 0.25
     return round(most * min(1.0, epochs / EPOCHS), 2)
