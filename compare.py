@@ -15,10 +15,11 @@ note says so, and no run is marked as the best.
 
 With --group=True, runs in the same folder that differ only in the seed, such as idea/with-1 and idea/with-2, share one
 row with the mean of their lowest losses. The same goes for idea/with/1 and idea/with/2. Runs with --minutes may also
-differ in the settings that --minutes chooses: steps, dropout and weight decay. Each row is compared in bits per byte
-with the first row of its group, or with --baseline=NAME. The standard error of the difference, after ±, shows whether
-it is meaningful. It is over pairs of runs with the same seed, which begin with the same weights and read the same text.
-Rows keep the order given. The shell sorts by name, so 1-without comes before 2-with and is the baseline.
+differ in the settings that --minutes chooses: steps, members, dropout, weight decay and n-grams. Each row is compared
+in bits per byte with the first row of its group, or with --baseline=NAME. The standard error of the difference, after
+±, shows whether it is meaningful. It is over pairs of runs with the same seed, which begin with the same weights and
+read the same text. Rows keep the order given. The shell sorts by name, so 1-without comes before 2-with and is the
+baseline.
 """
 
 import json
@@ -60,6 +61,7 @@ IGNORED = {
 }
 # Settings that --minutes chooses to fit the time, apart from the model size and the batch size
 BY_CLOCK = {"max_iters", "eval_interval", "warmup_iters", "dropout", "weight_decay"}
+BY_CLOCK |= {"ngram_targets", "n_members"}
 # the entries of config.json that are checked
 SCHEMA = {"max_iters": range(1, 2**53), "_parameters?": range(2**53)}
 EVALUATION = {"val_loss", "val_bits_per_byte"}  # keys of every evaluation's row

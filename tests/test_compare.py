@@ -353,6 +353,7 @@ def test_both_layouts_of_folders_are_recognised_and_the_baseline_can_be_named(da
 
 def test_seeds_with_minutes_are_one_row_though_the_clock_chose_their_steps(data):
     chosen = {"eval_interval": 50, "warmup_iters": 3, "dropout": 0.1, "weight_decay": 0.2}
+    chosen |= {"ngram_targets": 0.4, "n_members": 2}
     runs = make_seeds("out/idea/with-{}", 2.0, minutes=1.0)
     runs.append(make_run("out/idea/with-2", 2.2, minutes=1.0, seed=2, **chosen))
     runs.append(make_run("out/idea/with-3", 2.2, minutes=1.0, n_layer=2))

@@ -1,5 +1,6 @@
 """Ensembles: what several GPTs in one model compute, learn and save."""
 
+import base64
 from pathlib import Path
 
 import pytest
@@ -8,14 +9,16 @@ from conftest import TINY_RUN
 from test_model import tiny as tiny_gpt
 from uncached import generate, uncached
 
-import explain
 import export
 import train
+from explain import ExplainConfig
 from humptygpt import sampling
 from humptygpt.config import UserError
 from humptygpt.convert.huggingface import FAMILIES, find_family
 from humptygpt.finetune import lora
 from humptygpt.loading import load
+from humptygpt.page.page_data import pack_weights, page_data
+from humptygpt.page.snapshots import to_8_bits
 from humptygpt.tasks import build, make_model_config
 from model import ModelConfig
 
@@ -90,7 +93,7 @@ def test_a_run_is_saved_and_loaded_with_the_tied_weights_of_each_member(tiny):
         assert member.lm_head.weight is member.wte.weight
 
 
-def test_it_is_neither_exported_nor_shown_on_a_page(tiny, fails):
+def test_it_is_not_exported(tiny, fails):
     assert train.main([*TINY_RUN, "--n_members=2"]) == 0
     # a key that prevents it with one member, too, is named first
     other = "mlp_conv=3 cannot be exported; LlamaForCausalLM needs mlp_conv=0"
@@ -99,8 +102,18 @@ def test_it_is_neither_exported_nor_shown_on_a_page(tiny, fails):
     one = "n_members=2 cannot be exported; LlamaForCausalLM needs n_members=1"
     with pytest.raises(UserError, match=one):
         find_family(llama)
-    page = "the page does not support n_members=2"
-    assert page in fails(explain.main, "--out_dir=out/run")
+
+
+def test_a_page_has_the_weights_of_the_first_member_now_and_earlier(tiny):
+    assert train.main([*TINY_RUN, "--n_members=2", "--snapshots=True"]) == 0
+    model = load(Path("out/run")).model
+    earlier = {"rows": to_8_bits(model.state_dict())}
+    torch.save(earlier, "out/run/snapshots/0.pt")
+    data = page_data(ExplainConfig("out/run"))
+    first = model.members[0]
+    assert data["weights"] == pack_weights(first)
+    rows = base64.b64decode(data["snapshots"][0]["rows"])
+    assert rows == to_8_bits(first.state_dict()).numpy().tobytes()
 
 
 def test_lora_is_added_to_each_member_but_not_to_its_head():

@@ -28,13 +28,14 @@ SMALL = "--block_size=40 --position=sinusoidal --norm=rmsnorm --mlp=gated"
 RUNS = {
     "run": ["--block_size=32", "--position=rotary"],
     "pairs": ["--dataset=pairs", "--model=transformer", *SMALL.split()],
+    "members": ["--block_size=32", "--position=rotary", "--n_members=2"],
     "window": ["--model=window_mlp", "--window=4", "--block_size=32"],
 }
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder of the trained runs, out/run, out/pairs and out/window, and their pages."""
+    """The folder of the trained runs, out/run and so on, and their pages."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -131,6 +132,15 @@ def test_the_bars_are_the_models_probabilities_and_change_with_each_keystroke(op
         view.page.keyboard.type(letter)
         assert_shows(view, *load(runs))
     assert view.state()["text"] == "Akis" and len(view.state()["bars"]) == 8
+
+
+def test_of_several_members_it_shows_the_first_and_says_so(opened, runs):
+    view = opened("members")
+    model, tokenizer = load(runs, "members")
+    assert_shows(view, model.members[0], tokenizer)
+    about = view.page.text_content("#about")
+    assert about.startswith("GPT, the first of 2 members: 2 layers")
+    assert "nats a token of their average" in about
 
 
 def ids_in_context(tokenizer, text: str, block_size: int = 32) -> list[int]:

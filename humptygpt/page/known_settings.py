@@ -20,7 +20,8 @@ REFERENCE = Path(__file__).with_name("reference.json")
 KNOWN = json.loads(REFERENCE.read_bytes())
 # implemented in explain/tokenizer.js
 TOKENIZERS = ("char", "byte", "sentencepiece", "gpt2", "bpe")
-TRAINING = {"dropout", "label_smoothing", "init"}
+# any value will do: a page shows a trained model and, of several members, the first
+ANY_VALUE = {"dropout", "label_smoothing", "init", "n_members"}
 
 
 def check_settings(config: ModelConfig, tokenizer: str) -> None:
@@ -30,7 +31,7 @@ def check_settings(config: ModelConfig, tokenizer: str) -> None:
     for key, value in (vars(config) | {"tokenizer": tokenizer}).items():
         kinds = [kind(settings[key]) for settings in known if key in settings]
         fits = kind(value) in kinds if kinds else value == getattr(type(config), key)
-        if not fits and key not in TRAINING:
+        if not fits and key not in ANY_VALUE:
             raise UserError(
                 f"the page does not support {key}={value}, so its numbers would differ from the"
                 " model's; implement the setting in explain/ and add it to humptygpt/page/reference.json"

@@ -42,7 +42,7 @@ def page_data(config) -> dict:
         "name": Path(config.out_dir).resolve().name,
         "task": run.task,
         "progress": progress,
-        **model_data(run.model),
+        **model_data(shown(run.model)),
         "snapshots": snapshots,
         "tokenizer": tokenizer_data(run.tokenizer),
         "start": config.start or example_text(run),
@@ -56,6 +56,7 @@ def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
     model: the run's model. Raises UserError if a file is damaged or belongs to a different model.
     """
     like = {"rows": to_8_bits(model.state_dict())}
+    size = len(to_8_bits(shown(model).state_dict()))  # the first member's rows come first
     data = []
     for step, name in FILES.items():
         path = folder / name
@@ -63,7 +64,7 @@ def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
             saved = checkpoint.read_plain(path)
             with checkpoint.refuse_damaged(path, "is not a snapshot of this model"):
                 checkpoint.check_tensors("", saved, like, "cpu")
-            rows = base64.b64encode(saved["rows"].numpy().tobytes()).decode()
+            rows = base64.b64encode(saved["rows"][:size].numpy().tobytes()).decode()
             data.append({"iter": step, "rows": rows})
     return data
 
@@ -87,6 +88,11 @@ def example_text(run: Loaded) -> str:
 
 # --------------------------------------------------------------------------------------
 # The model
+
+
+def shown(model: nn.Module) -> nn.Module:
+    """Return the model that the page shows: the first member, if there are several."""
+    return model.members[0] if model.config.n_members > 1 else model
 
 
 def model_data(model: nn.Module) -> dict:
