@@ -52,7 +52,8 @@ HEAD_SIZE = 64
 EVALUATIONS = 4  # number of evaluations in a run
 TIME_TO_TRAIN = 0.85  # fraction of the remaining time to plan for training steps; the rest is for evaluations
 PROBE_STEPS = 5  # steps run to measure the time per step
-EPOCHS = 10  # epochs planned for each member of an ensemble
+EPOCHS = 10  # epochs for each member of a small ensemble; a large one has twice as many
+SMALL_ENSEMBLE = 6  # members
 MOST_MEMBERS = 32
 FEW_EPOCHS = 2.4  # with no more than these, a model needs neither dropout nor n-grams
 # with a larger vocabulary, n-grams take a good part of a step
@@ -189,6 +190,14 @@ def advice(parameters: int, read: float, text: float) -> str:
     return f"what would help most: {best}; it would lower the loss by about {gain:.2f} bits per byte"
 
 
+def count_members(epochs: float) -> int:
+    """Choose the number of members if there is time for this number of epochs in all.
+
+    With more than SMALL_ENSEMBLE members, reading the text more often helps each of them more than yet another member.
+    """
+    return round(max(min(epochs / EPOCHS, SMALL_ENSEMBLE), epochs / (2 * EPOCHS)))
+
+
 def dropout(epochs: float, parameters: float) -> float:
     """Choose a dropout rate for this number of epochs. Large models memorise more, so they get a higher rate."""
     rate = 0.05 * (parameters / 1e6) ** 0.4 * math.log2(max(epochs, 1) / FEW_EPOCHS)
@@ -276,7 +285,7 @@ def begin(
     may_have_members = config.init_from == "scratch" and model_config.model == "gpt"
     if may_have_members and not can_be_exported(model_config) and "n_members" not in given:
         most = min(MOST_MEMBERS, int(free / best.memory))
-        members = max(1, min(most, round(epochs / EPOCHS)))
+        members = max(1, min(most, count_members(epochs)))
         model_config = replace(model_config, n_members=members)
         epochs /= members
     if "dropout" not in given:
