@@ -304,6 +304,11 @@ def test_more_time_than_one_model_needs_for_a_text_goes_to_more_members(choose):
     assert one.n_members == 1 and one.dropout > several.dropout
 
 
+def test_six_members_read_a_text_ten_times_each_and_more_of_them_twenty_times():
+    found = [plan.count_members(epochs) for epochs in (4, 16, 60, 120, 200)]
+    assert found == [1, 2, 6, 6, 10]
+
+
 def test_no_more_members_are_chosen_than_fit_into_memory(choose, monkeypatch):
     assert choose(10_000, 30)[1].n_members > 3
     monkeypatch.setattr(plan, "free_memory", lambda device: 3)  # each takes 1 byte

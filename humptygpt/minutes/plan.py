@@ -195,7 +195,7 @@ def count_members(epochs: float) -> int:
 
     With more than SMALL_ENSEMBLE members, reading the text more often helps each of them more than yet another member.
     """
-    return round(max(min(epochs / EPOCHS, SMALL_ENSEMBLE), epochs / (2 * EPOCHS)))
+    return max(1, round(min(epochs / EPOCHS, SMALL_ENSEMBLE)), round(epochs / EPOCHS / 2))
 
 
 def dropout(epochs: float, parameters: float) -> float:
@@ -285,7 +285,7 @@ def begin(
     may_have_members = config.init_from == "scratch" and model_config.model == "gpt"
     if may_have_members and not can_be_exported(model_config) and "n_members" not in given:
         most = min(MOST_MEMBERS, int(free / best.memory))
-        members = max(1, min(most, count_members(epochs)))
+        members = min(most, count_members(epochs))
         model_config = replace(model_config, n_members=members)
         epochs /= members
     if "dropout" not in given:
