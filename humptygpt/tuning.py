@@ -29,7 +29,8 @@ def tune(config: TrainConfig, model_config: ModelConfig, process: Process) -> Tr
 
     On a GPU or with a large model, they follow from the hardware's instructions. On a CPU, the first process measures
     the forward and backward pass of one block of the model, in a tenth of a second. What the user has set stays, and so
-    do float32 and few threads unless another choice is clearly faster: see fastest().
+    do float32 and all threads unless another choice is clearly faster: see fastest(). Beside another training, one
+    thread is several times as fast as two; alone, two are sometimes no faster for a while.
     """
     device = process.device
     threads = [min(config.threads, usable_cores())] if config.threads else thread_counts()
@@ -60,7 +61,7 @@ def tune(config: TrainConfig, model_config: ModelConfig, process: Process) -> Tr
                 faster = choose(dtypes, lambda dtype: train(dtype, threads[0]))
             if config.dtype == "auto":
                 dtype = faster
-            number = choose(threads, lambda number: train(dtype, number))
+            number = choose(threads[::-1], lambda number: train(dtype, number))
     torch.set_num_threads(number)
     muon_dtype = faster if config.muon_dtype == "auto" else config.muon_dtype
     return replace(
