@@ -531,17 +531,17 @@ function describeRun({ model, progress, metrics, parameters, tokenizer }) {
   const attends = model.model !== "window_mlp";
   const also = [model.position, model.qk_norm && "q/k norm", model.activation.replace("relu_squared", "ReLU²")];
   if (model.mlp_conv) also.push(`convolution over ${tokens(model.mlp_conv)}`);
-  const members = model.n_members > 1 ? model.n_members : "";
+  const several = model.n_members > 1;
   const { best_val_loss: best, iter } = progress;
   const bits = metrics.find(({ val_loss }) => val_loss === best)?.val_bits_per_byte;
   return (
-    `${kind}${members && `, the first of ${members} members`}: ` +
+    `${kind}${several ? `, the first of ${model.n_members} members` : ""}: ` +
     `${counted(model.n_layer, "layer")}${attends ? ` × ${counted(model.n_head, "head")}` : ""}, width ` +
     `${model.n_embd}, context ${model.block_size}, ${tokens(V)}, ` +
     `${(parameters / 1e6).toFixed(2)} million parameters; ` +
     `${attends ? also.filter((name) => name && name !== "none").join(", ") : model.activation}. ` +
     `Step ${iter.toLocaleString("en")}, ` +
-    (best ? `validation loss ${best.toFixed(4)} nats a token${members && " of their average"}` : "no evaluation yet") +
+    (best ? `validation loss ${best.toFixed(4)} nats a token${several ? " of their average" : ""}` : "no evaluation yet") +
     `${bits ? ` (${bits.toFixed(2)} bits a byte)` : ""}${metrics.length ? "" : ", no metrics.jsonl"}`
   );
 }

@@ -191,9 +191,9 @@ def advice(parameters: int, read: float, text: float) -> str:
 
 
 def count_members(epochs: float) -> int:
-    """Choose the number of members if there is time for this number of epochs in all.
+    """Choose the number of members. epochs: how often one model could read the text in the time that there is.
 
-    With more than SMALL_ENSEMBLE members, reading the text more often helps each of them more than yet another member.
+    From SMALL_ENSEMBLE members on, reading the text more often helps more than another member does.
     """
     return max(1, round(min(epochs / EPOCHS, SMALL_ENSEMBLE)), round(epochs / EPOCHS / 2))
 

@@ -35,6 +35,8 @@ def page_data(config) -> dict:
     progress = {
         key: saved[key] for key in ("iter", "best_val_loss") if saved[key] < math.inf
     }
+    # of several members, the page shows the first
+    shown = run.model if run.model.config.n_members == 1 else run.model.members[0]
     snapshots = []
     if config.snapshots:
         snapshots = snapshot_data(run.path.parent, saved["iter"], run.model)
@@ -42,7 +44,7 @@ def page_data(config) -> dict:
         "name": Path(config.out_dir).resolve().name,
         "task": run.task,
         "progress": progress,
-        **model_data(shown(run.model)),
+        **model_data(shown),
         "snapshots": snapshots,
         "tokenizer": tokenizer_data(run.tokenizer),
         "start": config.start or example_text(run),
@@ -56,7 +58,7 @@ def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
     model: the run's model. Raises UserError if a file is damaged or belongs to a different model.
     """
     like = {"rows": to_8_bits(model.state_dict())}
-    size = len(to_8_bits(shown(model).state_dict()))  # the first member's rows come first
+    size = len(like["rows"]) // model.config.n_members  # the first member's rows come first
     data = []
     for step, name in FILES.items():
         path = folder / name
@@ -88,11 +90,6 @@ def example_text(run: Loaded) -> str:
 
 # --------------------------------------------------------------------------------------
 # The model
-
-
-def shown(model: nn.Module) -> nn.Module:
-    """Return the model that the page shows: the first member, if there are several."""
-    return model.members[0] if model.config.n_members > 1 else model
 
 
 def model_data(model: nn.Module) -> dict:
