@@ -55,7 +55,7 @@ PROBE_STEPS = 5  # steps run to measure the time per step
 EPOCHS = 10  # epochs for each member of a small ensemble; a large one has twice as many
 SMALL_ENSEMBLE = 6  # members
 MOST_MEMBERS = 32
-FEW_EPOCHS = 2.4  # with no more than these, a model needs neither dropout nor n-grams
+FEW_EPOCHS = 4  # with no more than these, n-grams do not help
 # with a larger vocabulary, n-grams take a good part of a step
 NGRAM_VOCABULARY = 1024
 CHARACTERS = 256  # with a larger vocabulary, most tokens have several characters
@@ -199,9 +199,12 @@ def count_members(epochs: float) -> int:
 
 
 def dropout(epochs: float, parameters: float) -> float:
-    """Choose a dropout rate for this number of epochs. Large models memorise more, so they get a higher rate."""
-    rate = 0.05 * (parameters / 1e6) ** 0.4 * math.log2(max(epochs, 1) / FEW_EPOCHS)
-    return round(min(0.3, max(0.0, rate)), 2)
+    """Choose a dropout rate for this number of epochs. Large models memorise more, so they get a higher rate.
+
+    Any dropout makes a step about a tenth slower, so a rate that hardly matters is left out.
+    """
+    rate = 0.05 * (parameters / 1e6) ** 0.4 * math.log2(max(epochs, 1) / 2.4)
+    return round(min(0.3, rate), 2) if rate > 0.03 else 0.0
 
 
 def ngram_targets(epochs: float, vocab_size: int) -> float:
