@@ -4,7 +4,8 @@
 #
 #   python train.py config/shakespeare.py
 #
-# On 2 CPU cores it takes about 5 minutes and reaches a validation loss near 5.14 nats per token, 2.40 bits per byte.
+# On one CPU core with bfloat16 instructions it takes about 3 minutes and reaches a validation loss near 5.13 nats per
+# token, 2.39 bits per byte.
 
 out_dir = "out/shakespeare"
 dataset = "shakespeare"

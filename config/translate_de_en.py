@@ -3,8 +3,8 @@
 #   python train.py config/translate_de_en.py
 #   python sample.py --out_dir=out/translate_de_en --start="Ein Mann schläft auf einer Bank im Park."
 #
-# The data is Multi30k. On 2 CPU cores it takes about 27 minutes and reaches BLEU 40.9 and chrF 60.2 on the test split,
-# with 4 beams.
+# The data is Multi30k. On one CPU core with bfloat16 instructions it takes about 25 minutes and reaches BLEU 41.3 and
+# chrF 60.3 on the test split, with 4 beams.
 
 out_dir = "out/translate_de_en"
 dataset = "translate_de_en"
