@@ -4,8 +4,7 @@
 #
 #   python train.py config/translate_de_en_2017.py
 #
-# It trains for as many steps as config/translate_de_en.py, which takes about 27 minutes on 2 CPU cores. It has not been
-# measured here.
+# It trains for as many steps as config/translate_de_en.py. It has not been measured here.
 
 out_dir = "out/translate_de_en_2017"
 dataset = "translate_de_en"
