@@ -199,11 +199,11 @@ def count_members(epochs: float) -> int:
 
 
 def dropout(epochs: float, parameters: float) -> float:
-    """Choose a dropout rate for this number of epochs. Large models memorise more, so they get a higher rate.
+    """Choose a dropout rate: from 2.4 epochs on, the more epochs, the higher. Large models memorise more and need more.
 
-    Any dropout makes a step about a tenth slower, so a rate that hardly matters is left out.
+    Any dropout makes a step about a tenth slower, so a rate of no more than 0.03 is left out.
     """
-    rate = 0.05 * (parameters / 1e6) ** 0.4 * math.log2(max(epochs, 1) / 2.4)
+    rate = 0.05 * (parameters / 1e6) ** 0.4 * math.log2(epochs / 2.4)
     return round(min(0.3, rate), 2) if rate > 0.03 else 0.0
 
 

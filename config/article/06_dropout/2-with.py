@@ -5,7 +5,7 @@
 #
 #   python train.py config/article/06_dropout/2-with.py
 #
-# On 2 CPU cores it takes 69 s and reaches 3.066 bits per byte (3.035 to 3.092 across three seeds).
+# On 2 CPU cores it takes 68 s and reaches 3.066 bits per byte (3.035 to 3.092 across three seeds).
 
 out_dir = "out/article/06_dropout/2-with"
 dataset = "shakespeare_char_tenth"
