@@ -78,7 +78,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     dataset: Dataset
-    batches: Dataset | Prefetcher
+    batches: Dataset | Prefetcher  # or, with ngram_targets, ngrams.SoftTargets
     model: nn.Module
     net: nn.Module  # the model used in training, perhaps compiled or wrapped in DDP; weights are saved from `model`
     progress: Progress

@@ -282,13 +282,15 @@ def build_like(
     # number_mlp has n_embd=1 and no embedding weights
     sizes = {1}.union(*(x.shape for x in weights.values() if not x.is_nested))
     try:
-        if config.n_layer <= len(weights) and config.n_embd in sizes:
+        layers = config.n_layer * config.n_members
+        if layers <= len(weights) and config.n_embd in sizes:
             return build_on_meta(config, training)
     except RuntimeError as error:
         if "overflow" not in str(error):  # from a tensor with too many elements
             raise
     raise UserError(
-        f"cannot read {what}: n_layer={config.n_layer} and n_embd={config.n_embd} do not match its weights"
+        f"cannot read {what}: n_members={config.n_members}, n_layer={config.n_layer} and n_embd={config.n_embd}"
+        " do not match its weights"
     )
 
 

@@ -100,6 +100,7 @@ def agrees(model: nn.Module, replaces: bool = True, joins: bool = False) -> bool
     """
     config = model.config
     sizes = {"n_embd": 4 * config.n_head, "vocab_size": 11, "window": min(config.window, 5)}
+    sizes["n_members"] = min(config.n_members, 2)
     random = torch.Generator().manual_seed(0)
     idx = torch.randint(11, (1, min(config.block_size, 17)), generator=random)
     texts = {"source": idx} if model.has_encoder else {}

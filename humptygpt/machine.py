@@ -133,12 +133,12 @@ def usable_cores() -> int:
 # Memory
 
 
-def available_memory() -> float:
+def available_memory() -> int:
     """Bytes that this process can still allocate, limited by the machine and by the cgroups.
 
-    Without Linux's /proc/meminfo, this is the machine's total memory or, if that is also unknown, infinity.
+    Without Linux's /proc/meminfo, this is the machine's total memory or, if that is also unknown, the largest integer.
     """
-    free = math.inf
+    free = sys.maxsize
     if available := re.search(r"^MemAvailable: *(\d+) kB$", read(MEMINFO), re.MULTILINE):
         free = 1024 * int(available[1])
     elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):

@@ -137,6 +137,7 @@ EDITS = [
     ("device must not contain control characters", "train_config/device", "c\npu"),
     ("train_config.lora_alpha must be float", "train_config/lora_alpha", "16"),
     ("n_layer=1000000 and n_embd=8 do not match", "model_config/n_layer", 10**6),
+    ("n_members=1000000, n_layer=", "model_config/n_members", 10**6),
     ("n_embd=1099511627776 must be at least", "model_config/n_embd", 2**40),
     ("description of the tokenizer char is damaged", "tokenizer/alphabet", None),
     ("has 4 tokens, but the model has vocab_size=3", "tokenizer/alphabet", "abcd"),

@@ -157,10 +157,11 @@ def test_a_run_says_how_far_it_is_and_is_done_on_time_whatever_was_planned(
     assert compared()["state"] == f"at {100 * positions[2] // planned:.0f} %"
 
 
-def test_a_stopped_run_resumes_with_the_minutes_that_are_left(tiny, machine):
+@pytest.mark.parametrize("keys", [[], ["--n_members=2", "--ngram_targets=0.5"]])
+def test_a_stopped_run_resumes_with_the_minutes_that_are_left(tiny, machine, keys):
     machine.evaluation = 0.2
     machine.stop_at = 40
-    machine.run(*TIMED, "--minutes=0.2", code=143)
+    machine.run(*TIMED, *keys, "--minutes=0.2", code=143)
     stopped, at = progress(), machine.now
     assert stopped["iter"] == 40 and stopped["run_seconds"] == at
     lr = last_lr(read_rows(OUT))
@@ -230,7 +231,8 @@ def seconds_per_step(config: TrainConfig, size: ModelConfig, *args) -> float:
 def choose(monkeypatch):
     """Choose a plan for a text of this many bytes."""
     monkeypatch.setattr(memory, "build_on_meta", lambda config, training: built(config))
-    monkeypatch.setattr(plan, "training_memory", lambda *args: SimpleNamespace(least=1))
+    of_each = memory.Memory(weights=1, gradients=0, optimizer=0, activations=2)
+    monkeypatch.setattr(plan, "training_memory", lambda *args: of_each)
     monkeypatch.setattr(plan, "seconds_per_step", seconds_per_step)
     monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: 2.0))
     monkeypatch.setattr(cores, "STARTED", 0.0)
@@ -290,6 +292,7 @@ def test_ngrams_predict_more_of_the_targets_the_more_often_a_text_is_read(choose
     assert found[0] == 0.5 > found[2] > 0.0 == found[3]
     assert choose(10_000, 10, vocab_size=512)[0].ngram_targets == 0.25
     assert choose(1_000_000, 0.1)[0].ngram_targets == 0.0
+    assert choose(10_000, 10, vocab_size=257)[0].ngram_targets == 0.5  # bytes
     assert choose(10_000, 3, vocab_size=8192)[0].ngram_targets == 0.0
     assert choose(10_000, 3, init_from="out/other")[0].ngram_targets == 0.0
 
@@ -311,7 +314,7 @@ def test_six_members_read_a_text_ten_times_each_and_more_of_them_twenty_times():
 
 def test_no_more_members_are_chosen_than_fit_into_memory(choose, monkeypatch):
     assert choose(10_000, 30)[1].n_members > 3
-    monkeypatch.setattr(plan, "free_memory", lambda device: 3)  # each takes 1 byte
+    monkeypatch.setattr(plan, "free_memory", lambda device: 10)  # each takes 3 bytes
     assert choose(10_000, 30)[1].n_members == 3
 
 
@@ -469,9 +472,20 @@ def test_a_model_is_chosen_by_trials_of_its_steps(
     assert f"minutes: 0.04; chosen: {config['n_layer']} layers" in capsys.readouterr().out
 
 
+def test_a_run_whose_trials_took_all_of_its_time_takes_one_step(tiny, machine, small_sizes):
+    def seconds_per_step(*args) -> float:
+        machine.now += 5
+        return 0.1
+
+    machine.patch.setattr(plan, "seconds_per_step", seconds_per_step)
+    machine.run(*SHOWN, "--minutes=0.2")
+    assert machine.now > 12 and progress()["iter"] == 1
+
+
 def test_plan_py_repeats_the_steps_that_were_taken(tiny, machine, capsys):
     Path("own.txt").write_text(make_text())
     argv = [argument for argument in TIMED if not argument.startswith("--dataset=")]
+    argv += ["--n_members=2", "--ngram_targets=0.25"]
     machine.step = lambda: 0.1 if machine.now < 6 else 0.2
     machine.run("--input=own.txt", "--dataset=named", *argv, "--minutes=0.2")
     steps, planned = progress()["iter"], read_config()
@@ -481,7 +495,9 @@ def test_plan_py_repeats_the_steps_that_were_taken(tiny, machine, capsys):
     assert settings["max_iters"] == steps and settings["dataset"] == "named"
     assert settings["eval_interval"] < planned["eval_interval"]
     assert "minutes" not in settings and "input" not in settings
+    assert settings["n_members"] == 2 and settings["ngram_targets"] == 0.25
     rows = machine.run("out/run/plan.py", "--overwrite=True")
+    assert "has no effect" not in capsys.readouterr().err
     assert progress()["iter"] == steps
     assert sum("val_loss" in row for row in rows) == plan.EVALUATIONS
 

@@ -372,14 +372,17 @@ DROPOUT_RUN = ["--dropout=0.2", "--optimizer=muon", "--max_iters=12", "--log_int
 DROPOUT_RUN += ["--eval_interval=4"]
 
 
-@pytest.mark.parametrize("at", [1, 4, 5, 9, 12])
+@pytest.mark.parametrize(
+    ("at", "n_members"), [(1, 1), (4, 1), (5, 1), (5, 3), (9, 1), (12, 1)]
+)
 def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(
-    run_train, signal_in_step, capsys, at
+    run_train, signal_in_step, capsys, at, n_members
 ):
-    rows = run_train(*DROPOUT_RUN)
+    argv = [*DROPOUT_RUN, f"--n_members={n_members}"]
+    rows = run_train(*argv)
     whole, best = weights(), weights("best.pt")
     signal_in_step(at, signal.SIGINT)
-    assert train.main([*TINY_RUN, *DROPOUT_RUN]) == 128 + signal.SIGINT
+    assert train.main([*TINY_RUN, *argv]) == 128 + signal.SIGINT
     command = "python train.py --init_from=resume --out_dir=out/run"
     assert f"at iter {at}; resume: {command}" in capsys.readouterr().err
     assert resume() == rows

@@ -1,1 +1,1 @@
-"""--minutes: choose a model and a schedule for a text and a time limit, and end training on time."""
+"""--minutes: a model and a schedule for a text and a time limit. Also ensembles and targets from n-grams."""

@@ -13,8 +13,9 @@ from model import GPT, Cache, ModelConfig
 class Ensemble(nn.Module):
     """GPTs that read the same text, but start with different random weights and have different dropout masks.
 
-    Each learns by itself. What one has learned by heart, another has not, so the mean of their probabilities predicts
-    new text better than any member does. Source: Lakshminarayanan et al. 2016, arXiv:1612.01474.
+    Each learns by itself, except that grad_clip limits the gradients of all together. What one has learned by heart,
+    another has not, so the mean of their probabilities predicts new text better than any member does.
+    Source: Lakshminarayanan et al. 2016, arXiv:1612.01474.
     """
 
     has_encoder = False
@@ -27,15 +28,16 @@ class Ensemble(nn.Module):
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Same as GPT.forward. In training, the loss is the mean of the members' losses, so each learns by itself."""
-        results = self.each(lambda member, part: member(idx, targets, part), cache)
-        mean = average([logits for logits, _ in results])
-        if targets is None:
-            return mean, None
-        if self.training:
-            return mean, torch.stack([loss for _, loss in results]).mean()
-        return mean, self.loss(mean, targets)
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Same as GPT.forward, but in training, with targets, it returns no logits.
+
+        There the loss is the mean of the members' losses, so each learns by itself.
+        """
+        if self.training and targets is not None:
+            losses = [member(idx, targets)[1] for member in self.members]
+            return None, torch.stack(losses).mean()
+        logits = average(self.each(lambda member, part: member(idx, None, part)[0], cache))
+        return logits, None if targets is None else self.loss(logits, targets)
 
     loss = GPT.loss
     generate = GPT.generate

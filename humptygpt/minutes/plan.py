@@ -25,7 +25,7 @@ from humptygpt.convert.huggingface import find_family
 from humptygpt.data import Dataset
 from humptygpt.device import autocast, free_memory, to_device
 from humptygpt.evaluation import cost_of_whole_split
-from humptygpt.memory import check_training_fits, model_on_meta, training_memory
+from humptygpt.memory import Memory, check_training_fits, model_on_meta, training_memory
 from humptygpt.minutes.ngrams import MOST_TOKENS
 from humptygpt.optimizers import make_optimizer
 from humptygpt.run_folder import write_text
@@ -33,7 +33,7 @@ from humptygpt.settings import IN_VAIN, TrainConfig
 from humptygpt.setup import make_model
 from model import ModelConfig
 
-# The sizes to try, (n_layer, n_embd): each is about 1.5 times as expensive as the one before.
+# The sizes to try, (n_layer, n_embd): each is about twice as expensive as the one before.
 SIZES = (
     (2, 64),
     (2, 128),
@@ -56,9 +56,10 @@ EPOCHS = 10  # epochs for each member of a small ensemble; a large one has twice
 SMALL_ENSEMBLE = 6  # members
 MOST_MEMBERS = 32
 FEW_EPOCHS = 4  # with no more than these, n-grams do not help
-# with a larger vocabulary, n-grams take a good part of a step
+MANY_EPOCHS = 10  # from these on, n-grams have their full share of the targets
+# with a larger vocabulary, n-grams take a large share of a step's time
 NGRAM_VOCABULARY = 1024
-CHARACTERS = 256  # with a larger vocabulary, most tokens have several characters
+CHARACTERS = 300  # a larger vocabulary has tokens of several characters
 # seconds reserved at the end of a run to load the best model, sample from it, draw the plot and exit
 ENDING = 1.5
 
@@ -199,21 +200,21 @@ def count_members(epochs: float) -> int:
 
 
 def dropout(epochs: float, parameters: float) -> float:
-    """Choose a dropout rate: from 2.4 epochs on, the more epochs, the higher. Large models memorise more and need more.
+    """Choose a dropout rate: it grows with the epochs beyond 2.4, and with the model, because large ones memorise more.
 
     Any dropout makes a step about a tenth slower, so a rate of no more than 0.03 is left out.
     """
-    rate = 0.05 * (parameters / 1e6) ** 0.4 * math.log2(epochs / 2.4)
+    rate = 0.05 * (parameters / 1e6) ** 0.4 * math.log2(max(epochs, 1) / 2.4)
     return round(min(0.3, rate), 2) if rate > 0.03 else 0.0
 
 
 def ngram_targets(epochs: float, vocab_size: int) -> float:
-    """Choose how much of each target n-grams predict: the more often a text is read, the more, up to EPOCHS epochs.
+    """Choose how much of each target n-grams predict: the more often a text is read, the more.
 
     N-grams predict tokens of several characters less well, so their share of such targets is half as large.
     """
     most = 0.5 if vocab_size <= CHARACTERS else 0.25
-    return round(most * min(1.0, epochs / EPOCHS), 2)
+    return round(most * min(1.0, epochs / MANY_EPOCHS), 2)
 
 
 def decay(weight_decay: float, tokens: int, text: int) -> float:
@@ -239,7 +240,7 @@ class Candidate(NamedTuple):
     parameters: int  # excluding embeddings
     tokens: int  # tokens per step
     operations: int  # operations per step, including Muon's
-    memory: float  # lower bound on the memory needed, in bytes
+    memory: Memory
 
 
 def begin(
@@ -279,7 +280,7 @@ def begin(
     tried.sort(key=lambda candidate: candidate.operations)
     check_training_fits(*tried[0][:2], device, dtype)
     free = free_memory(device)
-    fitting = [candidate for candidate in tried if candidate.memory <= free]
+    fitting = [candidate for candidate in tried if candidate.memory.least <= free]
     best = find_best(fitting, dataset, clock, time_step)
     config, model_config, parameters, tokens, *_ = best
     text = len(dataset.train)
@@ -287,8 +288,8 @@ def begin(
     # a model that can be exported stays one that can
     may_have_members = config.init_from == "scratch" and model_config.model == "gpt"
     if may_have_members and not can_be_exported(model_config) and "n_members" not in given:
-        most = min(MOST_MEMBERS, int(free / best.memory))
-        members = min(most, count_members(epochs))
+        fit = max(1, int(free / best.memory.total))
+        members = min(MOST_MEMBERS, fit, count_members(epochs))
         model_config = replace(model_config, n_members=members)
         epochs /= members
     if "dropout" not in given:
@@ -303,7 +304,7 @@ def begin(
         "eval_interval": max(1, math.ceil(steps / EVALUATIONS)),
         "warmup_iters": min(config.warmup_iters, steps // 10),
     }
-    if config.init_from == "scratch":  # weight decay would make a trained model forget
+    if config.init_from == "scratch":  # more weight decay would make a trained model forget
         chosen["weight_decay"] = decay(config.weight_decay, tokens, text)
         small = text <= MOST_TOKENS and model_config.vocab_size <= NGRAM_VOCABULARY
         if epochs > FEW_EPOCHS and small and device.type == "cpu":
@@ -395,8 +396,8 @@ def candidates(
             batch = replace(config, batch_size=batch_size)
             tokens = batch_size * of_each
             operations = tokens * models.flops_per_token(model) + muon
-            least = training_memory(batch, model, device, dtype).least
-            found.append(Candidate(batch, shape, parameters, tokens, operations, least))
+            memory = training_memory(batch, model, device, dtype)
+            found.append(Candidate(batch, shape, parameters, tokens, operations, memory))
     return found
 
 
@@ -481,7 +482,7 @@ def write_plan(path: Path, run) -> None:
         if settings[key]:
             steps = settings[key] * run.progress.iter / run.progress.position
             settings[key] = max(1, round(steps))
-    unused = in_vain(settings, settings, IN_VAIN)
+    unused = in_vain(settings, settings | {"input": None}, IN_VAIN)
     left_out = {"minutes", "input", "overwrite", "parallel", "backend", "threads", *unused}
     text = (
         f"# The run that --minutes chose for {run.config.dataset}, step by step.\n#\n"

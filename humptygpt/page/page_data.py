@@ -39,7 +39,7 @@ def page_data(config) -> dict:
     shown = run.model if run.model.config.n_members == 1 else run.model.members[0]
     snapshots = []
     if config.snapshots:
-        snapshots = snapshot_data(run.path.parent, saved["iter"], run.model)
+        snapshots = snapshot_data(run.path.parent, saved["iter"], shown)
     return {
         "name": Path(config.out_dir).resolve().name,
         "task": run.task,
@@ -55,10 +55,9 @@ def page_data(config) -> dict:
 def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
     """Read the snapshots before step `end` of a run, for makeSnapshot() in explain/data.js.
 
-    model: the run's model. Raises UserError if a file is damaged or belongs to a different model.
+    model: the one shown. Raises UserError if a file is damaged or belongs to a different model.
     """
     like = {"rows": to_8_bits(model.state_dict())}
-    size = len(like["rows"]) // model.config.n_members  # the first member's rows come first
     data = []
     for step, name in FILES.items():
         path = folder / name
@@ -66,7 +65,7 @@ def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
             saved = checkpoint.read_plain(path)
             with checkpoint.refuse_damaged(path, "is not a snapshot of this model"):
                 checkpoint.check_tensors("", saved, like, "cpu")
-            rows = base64.b64encode(saved["rows"][:size].numpy().tobytes()).decode()
+            rows = base64.b64encode(saved["rows"].numpy().tobytes()).decode()
             data.append({"iter": step, "rows": rows})
     return data
 

@@ -17,18 +17,22 @@ def taker(run, folder) -> Callable[[int], None]:
     """Return a function that is called before each step, and saves a snapshot if the step is one of STEPS.
 
     With config.snapshots=False it saves none, and with None only if they total less than SMALL and the model is not
-    sharded. Equal weights give identical files. The function raises UserError if it cannot write.
+    sharded. Of several members, it saves the first. Equal weights give identical files. The function raises UserError
+    if it cannot write.
 
     run: a train.Run. folder: its RunFolder.
     """
     keep = run.config.snapshots
     if keep is None:
         steps = sum(step < run.config.max_iters for step in STEPS)
-        keep = steps * count_parameters(run.model) < SMALL and not run.process.sharded
+        size = count_parameters(run.model) / run.model.config.n_members
+        keep = steps * size < SMALL and not run.process.sharded
+    prefix = "members.0." if run.model.config.n_members > 1 else ""
 
     def take(step: int) -> None:
         if keep and step in FILES and run.process.first:
-            rows = {"rows": to_8_bits(run.weights())}
+            weights = {k: v for k, v in run.weights().items() if k.startswith(prefix)}
+            rows = {"rows": to_8_bits(weights)}
             write_whole(folder.path / FILES[step], lambda file: torch.save(rows, file))
 
     return take
