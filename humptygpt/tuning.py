@@ -29,8 +29,8 @@ def tune(config: TrainConfig, model_config: ModelConfig, process: Process) -> Tr
 
     On a GPU or with a large model, they follow from the hardware's instructions. On a CPU, the first process measures
     the forward and backward pass of one block of the model, in a tenth of a second. What the user has set stays, and so
-    do float32 and all threads unless another choice is clearly faster: see fastest(). Even on an idle
-    machine, more threads are sometimes no faster for a moment; beside another training they are several times slower.
+    do float32 and all threads unless another choice is clearly faster: see fastest(). Even on an idle machine,
+    more threads are sometimes no faster for a moment; beside another training they are several times slower.
     """
     device = process.device
     threads = [min(config.threads, usable_cores())] if config.threads else thread_counts()

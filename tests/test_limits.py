@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from humptygpt import machine
+from humptygpt import device, machine
 
 ROOT = Path(__file__).parent.parent
 
@@ -140,6 +140,15 @@ def test_available_memory_is_that_of_the_machine_and_of_every_control_group(
     groups(path, files | {"memory.stat": stat})
     cached = 97 if stat and 0 < available < 8192 else 0
     assert machine.available_memory() == available + cached
+
+
+def test_if_the_memory_is_unknown_as_on_windows_everything_fits(
+    groups, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(os, "sysconf_names", {})
+    groups("/", {})
+    assert device.free_memory(torch.device("cpu")) > 2**50
 
 
 FAILURES = {
