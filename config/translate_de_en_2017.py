@@ -4,8 +4,8 @@
 #
 #   python train.py config/translate_de_en_2017.py
 #
-# BLEU 40.6 on the test split in 22 minutes on one CPU core. The paper trains with Adam, which learns far less in so
-# few steps: RECORDS.md has its figures.
+# It reaches BLEU 40.6 on the test split in about 22 minutes on one CPU core with bfloat16 instructions. The paper uses
+# Adam, which learns far less in so few steps (see RECORDS.md).
 
 out_dir = "out/translate_de_en_2017"
 dataset = "translate_de_en"
