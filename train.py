@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from humptygpt import checkpoint, evaluation, report, tasks
 from humptygpt.checkpoint import refuse_other_code
+from humptygpt.checks import check_model
 from humptygpt.config import find
 from humptygpt.data import Dataset, Prefetcher, random_key
 from humptygpt.device import DTYPES, autocast, pick_device, to_device, tune_malloc
@@ -52,6 +53,7 @@ from humptygpt.setup import (
     dry_run,
     fit_to_data,
     keep_best,
+    left_open,
     make_model,
     make_net,
     open_prepared,
@@ -84,6 +86,7 @@ class Run:
     progress: Progress
     clock: StepClock  # or, with --minutes, a plan.Clock
     scaler: torch.amp.GradScaler
+    measured: list[str]  # settings that were left open and are measured on this machine
     test_pairs: Callable | None  # with eval_pairs: (model, dataset) -> metrics
     optimizer: Optimizer | None = None  # None only until setup() has made it
 
@@ -93,6 +96,8 @@ class Run:
         # no process of a sharded run has the whole model, so none can generate examples
         if self.process.sharded:
             return dataclasses.replace(task, evaluation_examples=None, final_examples=None)
+        if task.score and not self.model.has_cache:  # translations are written with a cache
+            return tasks.Task(task.dataset, batches_vary=task.batches_vary)
         return task
 
     @property
@@ -195,6 +200,7 @@ def setup(
     device = pick_device(config.device)
     process = start_process(config, device, lambda: prepare_missing(config))
     device = process.device
+    measured = left_open(config, saved, given)
     config = tune(config, model_config, process)
     dtype = DTYPES[config.dtype]
     tune_malloc(process.sharded)
@@ -213,6 +219,7 @@ def setup(
         check_training_fits(config, model_config, device, dtype, process.size)
 
     model = make_model(config, model_config, saved, base, process.sharded)
+    check_model(model)
     if config.lora_rank and dataset.tokenizer.marks:
         find(TRAIN_ROWS)(model, dataset.tokenizer.marks)
     batches = dataset
@@ -230,6 +237,7 @@ def setup(
         model=model,
         net=model,
         progress=resumed_progress(config, saved) if saved else Progress(),
+        measured=measured,
         clock=clock,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         test_pairs=find(PAIRS)(config, dataset, process) if config.eval_pairs else None,
@@ -422,6 +430,7 @@ def show_best(run: Run, folder: RunFolder) -> None:
     model = run.model
     if run.process.sharded or run.progress.best_iter < run.progress.iter:
         model = load(folder.path).model
+        model.has_cache = run.model.has_cache
     if not run.process.sharded:  # a sharded model may not fit on one GPU
         model.to(run.device)
     stamp = run.progress.stamp()

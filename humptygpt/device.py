@@ -1,16 +1,23 @@
 """Choose devices and dtypes: those that the user names, or the best that the machine has."""
 
 import ctypes
+import json
+import math
 import os
+import platform
 import re
 import sys
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from humptygpt.config import UserError
-from humptygpt.machine import GIVEN, available_memory
+from humptygpt.config import UserError, note
+from humptygpt.files import locked_file, write_whole
+from humptygpt.machine import GIVEN, WORTH, available_memory, read
 
 THREADS = torch.get_num_threads()  # as many as there are cores
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,6 +50,8 @@ def pick_device(name: str) -> torch.device:
     available.append("cpu")
     if name == "auto":
         name = available[0]
+        if name == "mps":  # many small operators may be faster on the CPU
+            name = faster("device", ["cpu", "mps"])
     if name not in available:
         raise UserError(
             f"device={name} is not available; use one of these, or auto: {', '.join(available)}"
@@ -64,6 +73,79 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
             f"dtype=float16 needs a CUDA device, but this one is {device.type}; use float32 or bfloat16"
         )
     return DTYPES[name]
+
+
+def training_dtype(device: torch.device) -> str:
+    """The dtype in which this machine trains faster: float32 or, on a processor that can multiply it, bfloat16."""
+    if not multiplies_bfloat16(device):
+        return "float32"
+    return faster("dtype", ["float32", "bfloat16"]) if device.type == "cpu" else "bfloat16"
+
+
+def faster(what: str, choices: Sequence[str]) -> str:
+    """Choose a device or a dtype by timing a training step, once for a machine and a version of torch.
+
+    The result is kept in the user's cache folder, so that all runs have the same dtype, on a busy machine too.
+    what: dtype or device. choices: the first is taken unless another is at least WORTH times as fast.
+    """
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "humptygpt")
+    path /= "measured.json"
+    key = measured_key(what)
+    try:
+        with locked_file(path):
+            kept = {}
+            with suppress(OSError, ValueError):
+                kept = dict(json.loads(path.read_bytes()))
+            if kept.get(key) not in choices:
+                kept[key] = fastest_training(choices)
+                text = json.dumps(kept, indent=1).encode()
+                write_whole(path, lambda file: file.write(text))
+                note(
+                    f"measured which {what} trains fastest on this machine: {kept[key]}; kept in {path}"
+                )
+            return kept[key]
+    except UserError as error:
+        note(f"{error}, so it is measured at each start which {what} trains fastest")
+        return fastest_training(choices)
+
+
+def fastest_training(choices: Sequence[str]) -> str:
+    """Time a training step of feed-forward networks of three sizes with each choice, in turn, on one thread.
+
+    The shortest times are compared, because other programs can only make a step slower.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    speed = dict.fromkeys(choices, 0.0)  # logarithm of the product of the steps per second
+    for width in (128, 256, 512):
+        layers = nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        net = nn.Sequential(nn.LayerNorm(width), *layers)
+        x = torch.ones(512, width)
+        seconds = {choice: [] for choice in choices}
+        for _ in range(12):
+            for choice in choices:
+                device = torch.device("cpu" if choice in DTYPES else choice)
+                net.to(device)
+                began = time.perf_counter()
+                with autocast(device, DTYPES.get(choice, torch.float32)):
+                    y = net(x.to(device))
+                y.sum().backward()
+                net[0].weight.grad.sum().item()  # waits for the GPU
+                seconds[choice].append(time.perf_counter() - began)
+        for choice in choices:
+            speed[choice] -= math.log(min(seconds[choice])) / 3
+    torch.set_num_threads(threads)
+    best = max(choices, key=speed.get)
+    return best if speed[best] - speed[choices[0]] > math.log(WORTH) else choices[0]
+
+
+def measured_key(what: str) -> str:
+    """Describe a measurement by the processor, its instruction sets and the version of torch."""
+    name = re.search(r"^model name\s*: (.*)$", read(Path("/proc/cpuinfo")), re.MULTILINE)
+    capabilities = torch.cpu.get_capabilities()
+    flags = sorted(flag for flag, value in capabilities.items() if value is True)
+    processor = f"{name[1] if name else platform.processor()} ({' '.join(flags)})"
+    return f"{what} on {processor} with torch {torch.__version__}"
 
 
 def thread_counts() -> list[int]:

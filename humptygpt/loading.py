@@ -3,13 +3,17 @@
 import math
 import os
 import shlex
+import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
+import model as models
 from humptygpt import checkpoint, tokenizers
 from humptygpt.config import UserError, find, nearest_path, note, our_configs
+from humptygpt.schema import parse_json
 from humptygpt.tasks import make_model_config
 from humptygpt.tokenizers import Tokenizer
 
@@ -58,6 +62,7 @@ def from_run(path: Path, saved: object) -> Loaded:
     model = checkpoint.restore_model(saved["model"], config, training)
     if training.get("lora_rank"):
         model = find("humptygpt.finetune.lora:merge")(model)
+    note_edits(path.parent)
     progress = saved["progress"]
     loss = progress["best_val_loss"]
     best = f"best val loss {loss:.4f}" if loss < math.inf else "not evaluated yet"
@@ -69,6 +74,21 @@ def from_run(path: Path, saved: object) -> Loaded:
         description=f"{path}: iter {progress['iter']}, {best}",
         saved=saved,
     )
+
+
+def code_checksum() -> str:
+    """Compute the checksum of model.py, which a run records in its config.json."""
+    return f"{zlib.crc32(Path(models.__file__).read_bytes()):08x}"
+
+
+def note_edits(out_dir: Path) -> None:
+    """Print a note if model.py has changed since a run recorded its checksum."""
+    with suppress(OSError, ValueError):
+        text = (out_dir / "config.json").read_text("utf-8")
+        if parse_json(text, {"_model.py": str})["_model.py"] != code_checksum():
+            note(
+                f"model.py has changed since the run in {out_dir}, whose losses may not hold"
+            )
 
 
 # --------------------------------------------------------------------------------------

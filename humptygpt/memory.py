@@ -88,10 +88,10 @@ def activation_bytes(
     heads = [module.lm_head for module in model.modules() if hasattr(module, "lm_head")]
     kept = sum(kept_of(layer, dtype) for layer in layers if layer not in heads)
     scores = tokens * shape.n_head * shape.block_size  # attention scores per layer
-    explicit = scores <= models.EXPLICIT_SCORES and dtype != torch.float32
-    if device.type == "cpu" and explicit:  # attend() in model.py keeps the attention scores
-        attentions = sum(isinstance(m, models.SelfAttention) for m in model.modules())
-        kept += attentions * dtype.itemsize * scores / tokens
+    short = device.type == "cpu" and scores <= models.EXPLICIT_SCORES
+    for module in model.modules():  # attend() in model.py keeps the attention scores
+        if isinstance(module, models.SelfAttention) and (short or not module.fuses):
+            kept += dtype.itemsize * scores / tokens
     blocks = sum(isinstance(module, models.Block) for module in model.modules())
     if config.checkpoint_activations and blocks:  # one block at a time is recomputed
         kept = kept / blocks + blocks * FLOAT * shape.n_embd

@@ -115,7 +115,7 @@ class TrainConfig:
     wandb_run_name: str | None = None  # run name on Weights & Biases; None: name of out_dir
     # system
     device: str = "auto"  # auto: the GPU if there is one; cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # auto: the fastest; on a CPU, measured at the start
+    dtype: str = "auto"  # auto: the fastest on this machine, measured once
     threads: int | None = None  # CPU threads; None: the fastest, measured at the start
     compile: bool | None = None  # use torch.compile; None: only on CUDA, not with --minutes
     parallel: str = "ddp"  # for several processes: ddp, or fsdp to shard the model

@@ -4,29 +4,32 @@ import dataclasses
 import importlib.util
 import math
 import shlex
-import zlib
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
 
-import model as models
 from humptygpt import checkpoint, evaluation, machine
 from humptygpt import config as configurator
 from humptygpt.config import UserError, find, first_line, note
 from humptygpt.data import Dataset
 from humptygpt.device import autocast, pick_device, pick_dtype, to_device
-from humptygpt.loading import Loaded, load
+from humptygpt.loading import Loaded, code_checksum, load, note_edits
 from humptygpt.memory import memory_report
 from humptygpt.optimizers import freeze
 from humptygpt.process import launched
 from humptygpt.run_folder import Progress
+from humptygpt.schema import parse_json
 from humptygpt.settings import OF_INPUT, TrainConfig
 from humptygpt.tasks import LORA, build, build_on_meta, find_task, model_class
 from humptygpt.token_files import COMMAND, is_command, made_by, read_meta
 from humptygpt.tokenizers import from_state
 from model import ModelConfig, Stack, count_parameters
+
+MEASURED = ("dtype", "muon_dtype", "threads")
 
 # --------------------------------------------------------------------------------------
 # Data
@@ -238,12 +241,24 @@ def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:
     return memory_report(config, model_config, device, dtype, processes)
 
 
+def left_open(config: TrainConfig, saved: dict | None, given: Collection[str]) -> list[str]:
+    """List the settings that the machine chooses, for config.json: those that the user never set."""
+    keys = [*MEASURED]
+    if saved:
+        with suppress(OSError, ValueError):
+            text = Path(config.out_dir, "config.json").read_text("utf-8")
+            keys = parse_json(text, {"_measured": [str]})["_measured"]
+        return [key for key in keys if key not in given]
+    return [key for key in keys if getattr(config, key) in ("auto", None)]
+
+
 def recorded_settings(run) -> dict[str, object]:
     """Return the settings that config.json records for a train.Run."""
     settings = asdict(run.config) | asdict(run.model.config)
     # Keys that start with _ are ignored if config.json is used as a config file.
     settings["_parameters"] = count_parameters(run.model)
-    settings["_model.py"] = f"{zlib.crc32(Path(models.__file__).read_bytes()):08x}"
+    settings["_model.py"] = code_checksum()
+    settings["_measured"] = run.measured
     return settings
 
 
@@ -253,6 +268,7 @@ def recorded_settings(run) -> dict[str, object]:
 
 def resumed_progress(config: TrainConfig, saved: dict) -> Progress:
     """Return the checkpoint's progress. Print a note if no steps are left, or if the learning rate will rise."""
+    note_edits(Path(config.out_dir))
     progress = Progress(**saved["progress"])
     before = configurator.restore(TrainConfig, saved["train_config"])
     had = before.lr(progress.position)

@@ -83,8 +83,21 @@ def folder(tmp_path, monkeypatch):
 def first_choices(monkeypatch):
     """Take float32 and one thread, because a measurement could choose differently in two runs that are compared."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the processes that a test starts
+    monkeypatch.setattr(tuning, "training_dtype", lambda device: "float32")
     for module in (tuning, decoding):
         monkeypatch.setattr(module, "fastest", lambda choices, run: choices[0])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def measured(tmp_path_factory):
+    """Give the tests a cache of their own, and the processes that they start what training_dtype() returns above."""
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "humptygpt").mkdir()
+    text = json.dumps({device.measured_key("dtype"): "float32"})
+    (folder / "humptygpt/measured.json").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield
 
 
 @pytest.fixture(autouse=True)

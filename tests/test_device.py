@@ -1,14 +1,18 @@
 """Devices and dtypes: the choices of auto, and refusals."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from humptygpt import device as devices
 from humptygpt.config import UserError
 from humptygpt.device import (
     peak_flops,
     pick_device,
     pick_dtype,
     sample_dtype,
+    training_dtype,
 )
 
 CPU = torch.device("cpu")
@@ -19,7 +23,9 @@ def test_auto_picks_the_gpu_if_there_is_one(monkeypatch):
     assert pick_device("auto").type == "cuda"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert pick_device("auto").type == "mps"
+    for choice in ("mps", "cpu"):
+        monkeypatch.setattr(devices, "faster", lambda what, choices, best=choice: best)
+        assert pick_device("auto").type == choice
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert pick_device("auto") == CPU
 
@@ -51,6 +57,51 @@ def test_auto_dtype_is_what_the_processor_multiplies_and_float32_to_generate(
     assert pick_dtype("auto", CPU) == CPUS[name]
     assert sample_dtype("auto", CPU) == torch.float32
     assert sample_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+def test_the_dtype_of_a_machine_is_measured_once_for_a_version_of_torch(
+    monkeypatch, tmp_path, capsys
+):
+    measured = ["bfloat16", "float32"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    monkeypatch.setattr(devices, "fastest_training", lambda choices: measured.pop(0))
+    assert [training_dtype(CPU) for _ in range(3)] == ["bfloat16"] * 3
+    assert capsys.readouterr().err == (
+        "note: measured which dtype trains fastest on this machine: bfloat16; kept in"
+        f" {tmp_path}/cache/humptygpt/measured.json\n"
+    )
+    monkeypatch.setattr(torch, "__version__", "9.0")
+    assert training_dtype(CPU) == "float32" and not measured
+
+
+def test_where_the_cache_cannot_be_written_the_dtype_is_measured_each_time_and_that_is_said(
+    monkeypatch, tmp_path, capsys
+):
+    (tmp_path / "cache").write_text("a file, not a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    monkeypatch.setattr(devices, "fastest_training", lambda choices: choices[1])
+    assert [training_dtype(CPU) for _ in range(2)] == ["bfloat16"] * 2
+    assert capsys.readouterr().err.count("so it is measured at each start") == 2
+
+
+@pytest.mark.parametrize("busy", [1, 2])
+def test_the_shortest_steps_decide_and_a_tenth_is_not_enough(busy, monkeypatch):
+    now, calls = 0.0, 0
+
+    def autocast(device, dtype):
+        nonlocal now, calls
+        calls += 1
+        now += (1.0 if dtype == torch.float32 else 0.8) * (9 if calls % 3 < busy else 1)
+        return nullcontext()
+
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(devices, "autocast", autocast)
+    assert devices.fastest_training(["float32", "bfloat16"]) == "bfloat16"
+    assert devices.fastest_training(["bfloat16", "float32"]) == "bfloat16"
+    monkeypatch.setattr(devices, "WORTH", 1.3)
+    assert devices.fastest_training(["float32", "bfloat16"]) == "float32"
 
 
 def test_dtype_can_be_set_and_float16_needs_cuda():

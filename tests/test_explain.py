@@ -47,7 +47,6 @@ from humptygpt.tokenizers import (
     CharTokenizer,
     SentencePieceTokenizer,
 )
-from humptygpt.translation import model as translation
 from model import ACTIVATIONS, ModelConfig, count_parameters
 
 ROOT = Path(__file__).parent.parent
@@ -392,7 +391,6 @@ def expected_trace(
     ]
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(models, "attend", recorded)
-        patch.setattr(translation, "attend", recorded)
         keys = {} if source is None else {"source": torch.tensor([source])}
         found["logits"] = model(torch.tensor([idx]), **keys)[0][0]
     for hook in hooks:

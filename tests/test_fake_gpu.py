@@ -199,9 +199,10 @@ def watched_residual_stream():
 
     hook = nn.modules.module.register_module_forward_hook(check)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            decoding, "agrees", lambda *args, **keys: True
-        )  # the original reads numbers
+        # the originals read numbers
+        patch.setattr(decoding, "agrees", lambda *args, **keys: True)
+        patch.setattr(decoding, "check_model", lambda model: None)
+        patch.setattr(models, "fused_attend_agrees", lambda: True)
         yield
     hook.remove()
 

@@ -102,6 +102,18 @@ def test_a_transformer_made_for_generation_translates_as_before():
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("device", "replaced"), [("cpu", True), ("meta", False)])
+def test_norms_are_replaced_on_a_cpu_only_because_a_gpu_has_a_kernel_for_them(
+    device, replaced
+):
+    model = random_model(norm="rmsnorm", qk_norm=True)
+    device = torch.device(device)
+    decoding.replace_layers(model, torch.float32, device, compiles=False, joins=False)
+    functions = [f for module in model.modules() for f in vars(module).values()]
+    fast = [isinstance(getattr(f, "__self__", f), decoding.FastRMSNorm) for f in functions]
+    assert any(fast) == replaced
+
+
 # --------------------------------------------------------------------------------------
 # A model.py that its user has edited
 
@@ -135,9 +147,15 @@ def ask(self, x, forward, *inputs):
     return forward(self, x, *inputs) + F.linear(x, self.q_proj.weight)
 
 
-@pytest.mark.parametrize(("edited", "lost_by"), [(mix, "a cache"), (ask, "faster layers")])
+@pytest.mark.parametrize(
+    ("edited", "note"),
+    [
+        (mix, "generating without a cache, which is slower: with one, model.py computes"),
+        (ask, "not using faster layers, because this model.py's logits would change"),
+    ],
+)
 def test_a_model_generates_without_what_its_edit_does_not_survive(
-    monkeypatch, capsys, edited, lost_by
+    monkeypatch, capsys, edited, note
 ):
     forward, make_attention = models.SelfAttention.forward, models.Block.make_attention
 
@@ -157,9 +175,8 @@ def test_a_model_generates_without_what_its_edit_does_not_survive(
     context.next_logits()
     context.append(idx[:, 7:].tolist())
     torch.testing.assert_close(context.next_logits(), expected)
-    note = f"note: not using {lost_by}, because this model.py's logits would change"
-    assert note in capsys.readouterr().err
-    if lost_by == "a cache":
+    assert f"note: {note}" in capsys.readouterr().err
+    if edited is mix:
         with pytest.raises(UserError, match="cannot translate: its logits with the cache"):
             translate(model, None, [])
 

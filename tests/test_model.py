@@ -22,6 +22,7 @@ from model import (
     alibi_slopes,
     attend,
     attention_mask,
+    fused_attend,
     relu_squared,
     rotate,
 )
@@ -282,9 +283,7 @@ def test_attention_is_a_weighted_mean_of_the_values(
 )
 @pytest.mark.parametrize(("length", "window"), [(9, 0), (9, 4), (4, 0)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_explicit_attention_equals_sdpa(
-    monkeypatch, causal, padded, length, window, biased
-):
+def test_fused_attention_equals_the_formula(causal, padded, length, window, biased):
     torch.manual_seed(0)
     q = torch.randn(2, 4, length, 8).requires_grad_()
     k, v = (torch.randn(2, 2, 9, 8).requires_grad_() for _ in range(2))
@@ -292,26 +291,103 @@ def test_explicit_attention_equals_sdpa(
     padding = (
         torch.arange(9) >= torch.tensor([[9], [6]]) if padded and length == 9 else None
     )
-    results = []
-    for mixed in (False, True):
-        if mixed:  # explicit attention is for this case, on a CPU
-            monkeypatch.setattr(F, "scaled_dot_product_attention", None)
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            y = attend_with_mask(
-                q, k, v, causal=causal, window=window, bias=bias, padding=padding
-            )
-        results.append([y, *torch.autograd.grad(y.float().square().sum(), (q, k, v))])
-    for expected, found in zip(*results, strict=True):
-        assert (found - expected).norm() < 0.02 * expected.norm()
+    distance = torch.arange(9 - length, 9)[:, None] - torch.arange(9)
+    mask = attention_mask(distance, causal, window, bias, padding)
+    for mixed, bound in ((False, 1e-5), (True, 0.02)):
+        results = []
+        for function in (attend, fused_attend):
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                y = function(q, k, v, mask)
+            gradients = torch.autograd.grad(y.float().square().sum(), (q, k, v))
+            results.append([y, *gradients])
+        for expected, found in zip(*results, strict=True):
+            assert (found - expected).norm() < bound * expected.norm()
 
 
-def test_explicit_attention_leaves_large_score_matrices_to_sdpa(monkeypatch):
-    q, k, v = torch.randn(3, 1, 1, 8, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **keys: "sdpa")
-        assert attend_with_mask(q, k, v) != "sdpa"
-        monkeypatch.setattr(models, "EXPLICIT_SCORES", 63)
-        assert attend_with_mask(q, k, v) == "sdpa"
+@pytest.mark.parametrize(
+    ("keys", "limit", "length", "fused"),
+    [
+        ({}, 2 * 2 * 8 * 8, 8, False),
+        ({}, 2 * 2 * 8 * 8 - 1, 8, True),
+        ({"n_kv_head": 1}, 1000, 8, False),
+        ({"n_kv_head": 1}, 1000, 1, True),  # otherwise each token would copy the cache
+    ],
+)
+def test_a_cpu_uses_the_formula_in_sight_in_training_and_evaluation_up_to_a_limit(
+    keys, limit, length, fused, monkeypatch, sdpa_calls
+):
+    monkeypatch.setattr(models, "EXPLICIT_SCORES", limit)
+    model = tiny(**keys)
+    for training in (True, False):
+        model.train(training)
+        sdpa_calls.clear()
+        model(tokens(2, length))
+        assert len(sdpa_calls) == 2 * fused
+
+
+def test_an_edited_formula_is_used_where_the_kernel_was(monkeypatch):
+    doubled = lambda q, k, v, mask: attend(2 * q, k, v, mask)  # noqa: E731
+    monkeypatch.setattr(models, "attend", doubled)
+    model, idx = random_model().eval(), tokens(2, 8)
+    expected = model(idx)[0]
+    monkeypatch.setattr(models, "EXPLICIT_SCORES", 0)
+    assert torch.equal(model(idx)[0], expected)
+    assert not any(block.attn.fuses for block in model.stack.blocks)
+
+
+def test_building_a_model_draws_only_its_weights():
+    torch.manual_seed(1)
+    models.fused_attend_agrees()
+    found = torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(3), found)
+
+
+@pytest.mark.parametrize("position", ["rotary", "alibi"])
+def test_a_cache_keeps_values_of_another_size_than_the_keys(position, monkeypatch):
+    class WideValues(models.SelfAttention):
+        def __init__(self, config, window=0):
+            super().__init__(config, window)
+            D = 2 * self.head_size
+            self.v_proj = torch.nn.Linear(config.n_embd, self.n_kv_head * D)
+            self.o_proj = torch.nn.Linear(self.n_head * D, config.n_embd)
+
+        def heads(self, x):
+            return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+
+        def forward(self, x, shared, cache=None):
+            q, k, v = map(self.heads, (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+            if cache:
+                k, v = cache.append(k, v, shared.end)
+            y = self.attend(q, k, v, shared.masks[self.window])
+            return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    monkeypatch.setitem(models.ATTENTIONS, "wide", WideValues)
+    model, idx = random_model(attention="wide", position=position).eval(), tokens(2, 8)
+    cache = model.make_cache()
+    for token in idx.split(1, dim=1):
+        found = model.next_logits(token, cache)
+    torch.testing.assert_close(found, model(idx)[0][:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_with_targets_gradients_flow_through_the_loss_only():
+    """Logits that a compiled graph returns would get a gradient of zeros, as large as they are."""
+    idx = tokens(2, 5)
+    assert not tiny()(idx, idx)[0].requires_grad and tiny()(idx)[0].requires_grad
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_generate_clamps_top_k_to_the_vocabulary_and_obeys_a_model_without_a_cache(cached):
+    model, idx = random_model().eval(), tokens(2, 3)
+    torch.manual_seed(0)
+    expected = model.generate(idx, 20)
+    model.has_cache = cached
+    torch.manual_seed(0)
+    found = model.generate(idx, 13, top_k=200)  # up to block_size, where half is forgotten
+    assert torch.equal(found, expected[:, :16])
+    if not cached:
+        model.make_cache = None
+        assert model.generate(idx, 20).shape == (2, 23)
 
 
 @pytest.fixture
@@ -328,13 +404,15 @@ def sdpa_calls(monkeypatch) -> list[tuple]:
     return calls
 
 
-def test_plain_causal_attention_makes_no_mask(sdpa_calls):
+def test_plain_causal_attention_makes_no_mask(sdpa_calls, monkeypatch):
     """With a mask, SDPA cannot use its fast kernels."""
-    tiny(position="rotary")(tokens(2, 16))
-    tiny(window=16)(tokens(2, 16))
+    monkeypatch.setattr(models, "EXPLICIT_SCORES", 0)
     model = tiny()
+    each = [(tiny(position="rotary"), 16, None), (tiny(window=16), 16, None)]
     cache = model.make_cache()
-    model(tokens(2, 5), cache=cache)
+    sdpa_calls.clear()
+    for made, T, kept in [*each, (model, 5, cache)]:
+        made(tokens(2, T), cache=kept)
     assert sdpa_calls == [(None, True)] * 6
     sdpa_calls.clear()
     model(tokens(2, 1), cache=cache)  # one query attends to all keys
@@ -625,9 +703,9 @@ def test_the_convolutions_own_gradients_are_those_of_its_sum(T):
     assert torch.autograd.gradcheck(ShiftedSum.apply, arguments)
 
 
-def test_the_squared_relus_own_gradient_is_that_of_its_formula():
-    x = torch.linspace(-2, 3, 12).double().requires_grad_()
-    assert torch.autograd.gradcheck(relu_squared, [x])
-    with torch.no_grad():
-        expected = [max(each, 0) ** 2 for each in x.tolist()]
-        assert relu_squared(x).tolist() == pytest.approx(expected)
+def test_the_squared_relu_makes_no_power_which_a_gpu_would_compute_in_float32():
+    x = torch.linspace(-2, 3, 12)
+    expected = [max(each, 0) ** 2 for each in x.tolist()]
+    assert relu_squared(x).tolist() == pytest.approx(expected)
+    graph = torch.fx.symbolic_trace(relu_squared).graph
+    assert not {node.target for node in graph.nodes} & {"square", "pow", torch.square}

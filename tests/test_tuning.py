@@ -10,11 +10,13 @@ import pytest
 import torch
 from conftest import ROOT, TINY_RUN
 
+import model as models
 import sample
 import train
 from humptygpt import decoding, machine, tuning
 from humptygpt.process import Process
 from humptygpt.settings import TrainConfig
+from humptygpt.tasks import make_model_config
 from model import ModelConfig
 
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=11)
@@ -35,7 +37,7 @@ def fast_choices(monkeypatch):
         best = lambda choices, run: 2 if 2 in choices else choices[-1]  # noqa: E731
         monkeypatch.setattr(module, "fastest", best)
         monkeypatch.setattr(module, "thread_counts", lambda: [1, 2])
-    monkeypatch.setattr(tuning, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(tuning, "training_dtype", lambda device: "bfloat16")
     monkeypatch.setattr(tuning, "usable_cores", lambda: 2)
 
 
@@ -77,23 +79,20 @@ def test_what_was_measured_is_in_all_files_of_the_run_and_a_resumed_run_keeps_it
 
     slow = lambda choices, run: 1 if 1 in choices else choices[0]  # noqa: E731
     monkeypatch.setattr(tuning, "fastest", slow)
+    assert settings["_measured"] == ["dtype", "muon_dtype", "threads"]
     resume = ["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]
     train.main(resume)
     assert "device: cpu, bfloat16, 2 threads\n" in capsys.readouterr().out
     train.main([*resume, "--max_iters=9", "--dtype=float32", "--threads=1"])
     assert "device: cpu, float32, 1 thread\n" in capsys.readouterr().out
+    settings = json.loads(Path("out/run/config.json").read_text())
+    assert settings["_measured"] == ["muon_dtype"]
 
 
 def test_what_the_user_sets_is_not_measured(fast_choices):
     config = TrainConfig(dtype="float32", muon_dtype="float32", threads=1)
     assert tuning.tune(config, SMALL, Process(CPU)) == config
     assert torch.get_num_threads() == 1
-
-
-def test_a_cpu_without_bfloat16_products_does_not_try_them(fast_choices, monkeypatch):
-    monkeypatch.setattr(tuning, "multiplies_bfloat16", lambda device: False)
-    config = tuning.tune(TrainConfig(), SMALL, Process(CPU))
-    assert (config.dtype, config.muon_dtype) == ("float32", "float32")
 
 
 def test_more_threads_than_cores_are_not_used(fast_choices):
@@ -116,8 +115,12 @@ def test_each_process_takes_what_the_first_one_measured(fast_choices):
     assert config.threads is None
 
 
-def test_both_passes_of_a_block_are_measured_with_each_choice(fast_choices, monkeypatch):
+@pytest.mark.parametrize("keys", [{}, {"model": "transformer"}, {"model": "window_mlp"}])
+def test_both_passes_of_a_layer_are_measured_with_each_number_of_threads(
+    keys, fast_choices, monkeypatch
+):
     seen = []
+    config = make_model_config(vars(SMALL) | {"window": 4} | keys)
 
     def fastest(choices: list, run) -> object:
         for choice in choices:
@@ -126,8 +129,20 @@ def test_both_passes_of_a_block_are_measured_with_each_choice(fast_choices, monk
         return choices[-1]
 
     monkeypatch.setattr(tuning, "fastest", fastest)
+    tuning.tune(TrainConfig(), config, Process(CPU))
+    assert seen == [(2, 2), (1, 1)]
+
+
+def test_a_first_process_whose_measurement_fails_keeps_the_others_waiting_for_nothing(
+    fast_choices, monkeypatch
+):
+    """Otherwise they would wait forever for a sum in which it takes no part."""
+    sums = []
+    monkeypatch.setattr(Process, "sum", lambda self, x: sums.append(x) or x)
+    monkeypatch.setattr(models.Stack, "forward", lambda self, x, *, needs_this: x)
+    monkeypatch.setattr(tuning, "fastest", lambda choices, run: run(choices[0]))
     tuning.tune(TrainConfig(), SMALL, Process(CPU))
-    assert seen == [("float32", 1), ("bfloat16", 1), (2, 2), (1, 1)]
+    assert len(sums) == 2
 
 
 def test_sample_py_generates_with_the_number_of_threads_that_is_fastest_and_load_keeps_the_callers(

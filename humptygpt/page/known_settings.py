@@ -66,7 +66,8 @@ def check_formulas(config: ModelConfig, reader: str) -> None:
         expected = torch.tensor([logits])
         if not torch.allclose(found, expected, 2e-4, 2e-4 * float(expected.abs().max())):
             raise UserError(
-                f"{reader} would not give the same results as this model.py: with {settings} the logits differ"
+                f"{reader} computes the formulas that model.py came with, but this model.py has been edited and"
+                " computes something else; undo the edit, or use sample.py and score.py, which run model.py itself"
             )
 
 

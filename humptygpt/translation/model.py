@@ -21,7 +21,6 @@ from model import (
     SelfAttention,
     Shared,
     Stack,
-    attend,
 )
 
 
@@ -38,7 +37,7 @@ class CrossAttention(SelfAttention):
         if self.qk_norm:
             q = self.qk_norm(q)
         k, v = (cache.source_k, cache.source_v) if cache else self.keys_and_values(context)
-        y = attend(q, k, v, mask)
+        y = self.attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -97,19 +96,11 @@ class WindowMLP(nn.Module):
     head = GPT.head
     loss = GPT.loss
 
-    def next_logits(self, idx: Tensor) -> Tensor:
+    def next_logits(self, idx: Tensor, cache: None = None) -> Tensor:
         """Compute the logits (B, V) of the token that follows idx."""
         return self(idx[:, -self.config.window :])[0][:, -1]
 
-    @torch.inference_mode()
-    def generate(
-        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0
-    ) -> Tensor:
-        """Append sampled tokens to idx, (B, T) with T >= 1. Returns (B, T + max_new_tokens)."""
-        for _ in range(max_new_tokens):
-            probabilities = (self.next_logits(idx).float() / temperature).softmax(dim=-1)
-            idx = torch.cat([idx, torch.multinomial(probabilities, 1)], dim=1)
-        return idx
+    generate = GPT.generate
 
 
 class NumberMLP(WindowMLP):

@@ -1,0 +1,151 @@
+"""A student edits model.py: what does not hold any more is said in a line, before the first step."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_RUN
+from test_model import random_model
+
+import model as models
+import sample
+import train
+from humptygpt import loading
+from humptygpt.checks import check_model
+from humptygpt.tasks import MODELS
+from model import BLOCKS, POSITIONS, SelfAttention
+
+ORIGINAL = {"attend": models.attend, "forward": SelfAttention.forward}
+
+
+def see_everything(q, k, v, mask):
+    return ORIGINAL["attend"](q, k, v, (None, False))
+
+
+def without_softmax(q, k, v, mask):
+    scores = q @ k.mT
+    return (scores + scores.new_full(scores.shape[-2:], -torch.inf).triu(1)) @ v
+
+
+def sigmoid(q, k, v, mask):
+    scores = q @ k.mT
+    return (scores + scores.new_full(scores.shape[-2:], -torch.inf).triu(1)).sigmoid() @ v
+
+
+def ignore_cache(self, x, shared, cache=None):
+    return ORIGINAL["forward"](self, x, shared._replace(masks={0: (None, True)}))
+
+
+def broken_cache(self, x, shared, cache=None):
+    if cache:
+        raise NotImplementedError("no cache yet")
+    return ORIGINAL["forward"](self, x, shared)
+
+
+def without_residual(self, x, *inputs):
+    for norm, branch in self.branches():
+        x = self.dropout(branch(norm(x), *inputs))
+    return x
+
+
+def more_in_training(self, x, shared, cache=None):
+    return ORIGINAL["forward"](self, x, shared, cache) * (1 + self.training)
+
+
+def cut_gradient(self, x, shared, cache=None):
+    return ORIGINAL["forward"](self, x.detach(), shared, cache).detach()
+
+
+# {what is replaced by what: what train.py says}
+EDITS = {
+    (
+        "attend",
+        see_everything,
+    ): "a token sees later tokens, so the model can copy what it should predict",
+    (
+        "attend",
+        without_softmax,
+    ): "model.py computes nan or infinity from small random weights; is a softmax",
+    (
+        "attend",
+        sigmoid,
+    ): "attend() in model.py differs from fused_attend(), which is therefore not used",
+    (
+        "forward",
+        ignore_cache,
+    ): "generating without a cache, which is slower: with one, model.py computes other",
+    (
+        "forward",
+        broken_cache,
+    ): "generating without a cache, which is slower: NotImplementedError: no cache yet",
+    (
+        "block",
+        without_residual,
+    ): "no weight of a new model gets a gradient, so it cannot learn; is a residual",
+    (
+        "forward",
+        more_in_training,
+    ): "training and evaluation compute different logits, even without dropout",
+    (
+        "forward",
+        cut_gradient,
+    ): "these weights get no gradient, so they cannot learn: stack.blocks.0.attn",
+}
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit[1].__name__)
+def test_train_py_says_in_a_line_what_an_edit_breaks(edit, tiny, monkeypatch, capsys):
+    name, edited = edit
+    where = {"attend": models, "forward": SelfAttention, "block": BLOCKS["pre_norm"]}[name]
+    monkeypatch.setattr(where, "forward" if name == "block" else name, edited)
+    train.main([*TINY_RUN, "--max_iters=1"])
+    notes = re.findall("^note: (.*)$", capsys.readouterr().err, re.MULTILINE)
+    assert sum(note.startswith(EDITS[edit]) for note in notes) == 1, notes
+
+
+def test_what_the_edit_does_not_break_is_not_mentioned(capsys):
+    for keys in (
+        *({"model": name, "window": 4} for name in MODELS),
+        *({"position": name} for name in POSITIONS),
+        *({"block": name} for name in BLOCKS),
+        {"init": "zero", "tie_weights": False},
+        {"mlp_conv": 2, "n_kv_head": 1, "window": 3, "dropout": 0.5, "attn_bias": True},
+        {"n_members": 3, "block_size": 2},
+    ):
+        keys = keys | ({"n_embd": 1} if keys.get("model") == "number_mlp" else {})
+        model = random_model(**keys)
+        state = torch.random.get_rng_state()
+        check_model(model)
+        assert torch.equal(state, torch.random.get_rng_state())
+        assert capsys.readouterr().err == "", keys
+
+
+@pytest.mark.whole_ending
+def test_samples_printed_in_training_are_those_of_a_model_without_a_cache_if_its_edit_needs_that(
+    tiny, monkeypatch, capsys
+):
+    monkeypatch.setattr(SelfAttention, "forward", ignore_cache)
+    monkeypatch.setattr(models.GPT, "make_cache", None)  # so that no cache can be used
+    train.main([*TINY_RUN, "--max_iters=1"])
+    assert capsys.readouterr().err.count("generating without a cache") == 1
+
+
+def test_sampling_and_resuming_say_that_model_py_has_changed_since(
+    run_train, monkeypatch, capsys
+):
+    run_train()
+    sample.load("out/run", device="cpu")
+    assert "has changed" not in capsys.readouterr().err
+    monkeypatch.setattr(loading, "code_checksum", lambda: "another")
+    changed = (
+        "note: model.py has changed since the run in out/run, whose losses may not hold"
+    )
+    sample.load("out/run", device="cpu")
+    assert capsys.readouterr().err.count(changed) == 1
+    train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=7"])
+    assert capsys.readouterr().err.count(changed) == 1
+    Path("out/run/config.json").write_text(json.dumps({"_model.py": 3}))  # damaged: no word
+    sample.load("out/run", device="cpu")
+    assert "has changed" not in capsys.readouterr().err
