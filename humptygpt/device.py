@@ -2,12 +2,10 @@
 
 import ctypes
 import json
-import math
 import os
 import platform
 import re
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -16,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt.config import UserError, note
-from humptygpt.files import locked_file, write_whole
-from humptygpt.machine import GIVEN, WORTH, available_memory, read
+from humptygpt.files import write_whole
+from humptygpt.machine import GIVEN, available_memory, fastest, read
 
 THREADS = torch.get_num_threads()  # as many as there are cores
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -83,16 +81,19 @@ def training_dtype(device: torch.device) -> str:
 
 
 def faster(what: str, choices: Sequence[str]) -> str:
-    """Choose a device or a dtype by timing a training step, once for a machine and a version of torch.
+    """Choose a device or a dtype by timing training steps, once for a processor and a version of torch.
 
-    The result is kept in the user's cache folder, so that all runs have the same dtype, on a busy machine too.
-    what: dtype or device. choices: the first is taken unless another is at least WORTH times as fast.
+    The result is kept in the user's cache folder, so that it is the same in all runs, on a busy machine too.
+    what: dtype or device. choices: the first is taken unless another is clearly faster.
     """
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "humptygpt")
-    path /= "measured.json"
+    from filelock import FileLock  # late import: most scripts take no lock
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache / "humptygpt" / "measured.json"
     key = measured_key(what)
     try:
-        with locked_file(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # of two runs that start at once, the second waits
             kept = {}
             with suppress(OSError, ValueError):
                 kept = dict(json.loads(path.read_bytes()))
@@ -100,52 +101,48 @@ def faster(what: str, choices: Sequence[str]) -> str:
                 kept[key] = fastest_training(choices)
                 text = json.dumps(kept, indent=1).encode()
                 write_whole(path, lambda file: file.write(text))
-                note(
-                    f"measured which {what} trains fastest on this machine: {kept[key]}; kept in {path}"
-                )
+                note(f"{kept[key]} trains fastest on this machine; this is kept in {path}")
             return kept[key]
-    except UserError as error:
-        note(f"{error}, so it is measured at each start which {what} trains fastest")
+    except (OSError, UserError) as error:
+        note(
+            f"the fastest {what} is measured at each start, because it cannot be kept: {error}"
+        )
         return fastest_training(choices)
 
 
 def fastest_training(choices: Sequence[str]) -> str:
-    """Time a training step of feed-forward networks of three sizes with each choice, in turn, on one thread.
+    """Time a training step of feed-forward networks of three sizes on each device or in each dtype, on one thread.
 
     The shortest times are compared, because other programs can only make a step slower.
     """
+    widths = (128, 256, 512)
+    nets = [
+        nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C)) for C in widths
+    ]
+
+    def step(choice: str) -> None:
+        device = torch.device("cpu" if choice in DTYPES else choice)
+        for C, net in zip(widths, nets, strict=True):
+            x = torch.ones(2**25 // C**2, C, device=device)  # equally much work for each
+            with autocast(device, DTYPES.get(choice, torch.float32)):
+                y = net.to(device)(x)
+            y.sum().backward()
+        net[0].weight.grad.sum().item()  # waits for the GPU
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    speed = dict.fromkeys(choices, 0.0)  # logarithm of the product of the steps per second
-    for width in (128, 256, 512):
-        layers = nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        net = nn.Sequential(nn.LayerNorm(width), *layers)
-        x = torch.ones(512, width)
-        seconds = {choice: [] for choice in choices}
-        for _ in range(12):
-            for choice in choices:
-                device = torch.device("cpu" if choice in DTYPES else choice)
-                net.to(device)
-                began = time.perf_counter()
-                with autocast(device, DTYPES.get(choice, torch.float32)):
-                    y = net(x.to(device))
-                y.sum().backward()
-                net[0].weight.grad.sum().item()  # waits for the GPU
-                seconds[choice].append(time.perf_counter() - began)
-        for choice in choices:
-            speed[choice] -= math.log(min(seconds[choice])) / 3
+    best = fastest(choices, step, typical=min, seconds=3)
     torch.set_num_threads(threads)
-    best = max(choices, key=speed.get)
-    return best if speed[best] - speed[choices[0]] > math.log(WORTH) else choices[0]
+    return best
 
 
 def measured_key(what: str) -> str:
     """Describe a measurement by the processor, its instruction sets and the version of torch."""
     name = re.search(r"^model name\s*: (.*)$", read(Path("/proc/cpuinfo")), re.MULTILINE)
-    capabilities = torch.cpu.get_capabilities()
-    flags = sorted(flag for flag, value in capabilities.items() if value is True)
-    processor = f"{name[1] if name else platform.processor()} ({' '.join(flags)})"
-    return f"{what} on {processor} with torch {torch.__version__}"
+    capabilities = torch.cpu.get_capabilities().items()
+    flags = " ".join(sorted(flag for flag, value in capabilities if value is True))
+    processor = name[1] if name else platform.processor()
+    return f"{what}: {processor} ({flags}), torch {torch.__version__}"
 
 
 def thread_counts() -> list[int]:

@@ -100,21 +100,6 @@ def append(path: Path, line: str) -> None:
 
 
 @contextmanager
-def locked_file(path: Path) -> Iterator[None]:
-    """Let other processes wait until this one has read or written a file. Raises UserError if that is impossible."""
-    from filelock import FileLock  # late import: most scripts take no lock
-
-    with refuse_unwritable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{path}.lock")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
 def locked(folder: Path, what: str, advice: str) -> Iterator[None]:
     """Let no other process write to a folder until the block ends or the process dies.
 

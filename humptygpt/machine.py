@@ -94,17 +94,25 @@ def time_wake_ups(libgomp: Path) -> int:
     return round(WAKE_UPS * statistics.median(waking) / statistics.median(spinning))
 
 
-def fastest(choices: Sequence[Hashable], run: Callable[[Hashable], object]) -> Hashable:
-    """Time run(choice) for each choice in turn. Returns the first choice unless another is WORTH times as fast."""
-    seconds = {choice: [] for choice in choices}
-    end = time.perf_counter() + 0.5  # seconds; a large model is timed thrice
+def fastest(
+    choices: Sequence[Hashable],
+    run: Callable[[Hashable], object],
+    typical: Callable[[list[float]], float] = statistics.median,
+    seconds: float = 0.5,
+) -> Hashable:
+    """Time run(choice) for each choice in turn. Returns the first choice unless another is WORTH times as fast.
+
+    typical: reduces the times of a choice to one. seconds: about how long this takes; a large model is timed thrice.
+    """
+    timed = {choice: [] for choice in choices}
+    end = time.perf_counter() + seconds
     for count in range(10 if len(choices) > 1 else 0):
         for choice in choices if count < 4 or time.perf_counter() < end else ():
             began = time.perf_counter()
             run(choice)
-            seconds[choice].append(time.perf_counter() - began)
+            timed[choice].append(time.perf_counter() - began)
     # the first call of each is a warmup, and a busy machine disturbs others
-    usual = {key: statistics.median(times[1:] or [0]) for key, times in seconds.items()}
+    usual = {key: typical(times[1:] or [0]) for key, times in timed.items()}
     winner = min(choices, key=usual.get)
     return winner if usual[choices[0]] >= WORTH * usual[winner] else choices[0]
 
