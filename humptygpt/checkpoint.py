@@ -206,7 +206,6 @@ def check(path: Path, saved: object, device: str = "cpu") -> dict:
         check_schema(saved, SCHEMA)
     with refuse(f"{path}: "):
         tokens = tokenizers.from_state(saved["tokenizer"]).vocab_size
-    modernize(saved)
     with refuse_other_code(path):
         config = check_content(saved, tokens)
     # fills in defaults for keys that the checkpoint predates
@@ -230,15 +229,6 @@ def refuse_other_code(path: Path) -> AbstractContextManager:
 def lacks_tensors(saved: dict) -> bool:
     """True if the tensors of a sharded checkpoint are still unread: see read(with_tensors=False)."""
     return next(iter(saved["model"].values())).is_meta
-
-
-def modernize(saved: dict) -> None:
-    """Convert the settings in a checkpoint from an earlier version to the current keys."""
-    config = saved["model_config"]
-    for key in config.keys() & {"lora_rank", "lora_alpha", "lora_targets"}:
-        saved["train_config"][key] = config.pop(key)
-    if config.pop("embedding", "table") == "number":
-        config["model"] = "number_mlp"
 
 
 def check_content(saved: dict, tokens: int) -> ModelConfig:

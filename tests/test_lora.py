@@ -92,19 +92,6 @@ def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base):
         torch.testing.assert_close(logits(found, idx), logits(unmerged, idx), **CLOSE)
 
 
-def test_a_run_with_lora_of_an_earlier_version_is_sampled_and_resumed(base):
-    """In earlier versions the keys of LoRA belonged to the model's config."""
-    assert train.main(LORA) == 0
-    saved = checkpoint.read(OUT / "ckpt.pt")
-    expected = logits(load(OUT / "ckpt.pt").model, torch.arange(16)[None])
-    for key in ("lora_rank", "lora_alpha", "lora_targets"):
-        saved["model_config"][key] = saved["train_config"].pop(key)
-    checkpoint.save(OUT / "ckpt.pt", saved)
-    found = logits(load(OUT / "ckpt.pt").model, torch.arange(16)[None])
-    assert torch.equal(found, expected)
-    assert train.main(["--init_from=resume", f"--out_dir={OUT}", "--max_iters=9"]) == 0
-
-
 def test_a_resumed_run_with_lora_is_the_uninterrupted_one_and_names_its_base(base):
     assert train.main(LORA) == 0
     whole = checkpoint.read(OUT / "ckpt.pt")["model"]

@@ -37,7 +37,6 @@ from humptygpt.memory import ADVICE
 from humptygpt.optimizers import OPTIMIZERS, Optimizer, Rule
 from humptygpt.process import Process
 from humptygpt.settings import read_settings
-from humptygpt.window_mlp.model import NumberEmbedding
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -818,14 +817,6 @@ def test_the_window_network_trains_and_resumes(run_train, optimizer, model):
     run_train(*argv, "--max_iters=30")
     resume("--max_iters=60")
     assert_same_weights(weights(), whole)
-
-
-def test_a_network_of_numbers_of_an_earlier_version_is_loaded(run_train):
-    run_train("--model=number_mlp", "--n_embd=1", "--window=4", "--max_iters=1")
-    saved = checkpoint.read(OUT / "best.pt")
-    saved["model_config"] |= {"model": "window_mlp", "embedding": "number"}
-    checkpoint.save(OUT / "best.pt", saved)
-    assert isinstance(sample.load(OUT).model.wte, NumberEmbedding)
 
 
 @pytest.mark.parametrize(
