@@ -9,11 +9,11 @@
     python prepare_data.py --source=a.de --target=a.en --name=mine           or two aligned files
 
 Input is text, .jsonl, .parquet or .csv, optionally compressed as .gz or .zst. Each line of JSON, each row of Parquet or
-CSV, and each file with any other extension except .tsv is one document. Files in a folder that are not text are skipped
-and listed. Carriage returns become line breaks, and an end-of-text token separates documents. A document's split, train
-or val, depends only on its text, so adding files does not move existing documents to the other split. A single text
-file is cut in two instead, and so is each file if there are few documents. A pair's split, train, val or test, depends
-only on its source; both sides share one vocabulary.
+CSV, and each file with any other extension except .tsv is one document. In a folder of documents, files that are not
+text are skipped and listed. Carriage returns become line breaks, and an end-of-text token separates documents. A
+document's split, train or val, depends only on its text, so adding files does not move existing documents to the other
+split. A single text file is cut in two instead, and so is each file if there are few documents. A pair's split, train,
+val or test, depends only on its source; both sides share one vocabulary.
 Files are streamed and never held in memory. To resume a preparation that was stopped, run the same command again.
 """
 
