@@ -11,6 +11,7 @@ from test_model import random_model
 import sample
 import score
 from humptygpt import checkpoint, interactive, sampling
+from humptygpt.config import UserError
 from humptygpt.sampling import read_prompts
 from humptygpt.tokenizers import ByteTokenizer
 
@@ -250,3 +251,15 @@ def test_from_a_notebook_three_lines_are_enough(run_dir, capsys):
     assert text == text_of(capsys, *argv)[:-1]
     stopped = sample.complete(loaded, "A", 40, stop=(text[5:8],), temperature=0.9, seed=1)
     assert text.startswith(stopped) and len(stopped) <= 5
+    assert (
+        sample.complete(loaded, "A", 40, stop=text[5:8], temperature=0.9, seed=1) == stopped
+    )
+    for keys, complaint in (
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"temperature": -1}, "temperature=-1.0 must be at least 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be int"),
+        ({"stop": ("x", "")}, "stop must not be empty"),
+        ({"seed": 2**63}, r"seed=9223372036854775808 must be at least 0 and below 9.2"),
+    ):
+        with pytest.raises(UserError, match=re.escape(complaint)):
+            sample.complete(loaded, "A", **keys)
