@@ -297,7 +297,8 @@ class RunFolder:
                     if row["iter"] <= resumed_at and not at_the_end & row.keys()
                 ]
             for snapshot in self.path.glob("snapshots/*.pt"):
-                if int(snapshot.stem) >= resumed_at:  # the run will take it again
+                step = snapshot.stem
+                if step.isdecimal() and int(step) >= resumed_at:  # to be taken again
                     snapshot.unlink()
             files.remove(self.path / "result.json")  # until this run ends
             files.remove_unfinished(path, [*FILES, "snapshots/*"])
