@@ -183,7 +183,10 @@ def test_peft_opens_the_adapter_with_equal_logits(kind, targets, folder):
 def test_a_model_is_read_back_from_its_adapter(shape, run_train):
     run_train("--bias=True", *shape)
     targets = "--lora_targets=k_proj,v_proj,o_proj,up_proj"
-    assert train.main([*LORA, targets, "--eval_interval=6"]) == 0
+    whole_path = f"--init_from={Path('out/run').absolute()}"
+    assert train.main([*LORA, targets, "--eval_interval=6", whole_path]) == 0
+    config = json.loads(Path("out/lora/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(Path("out/run"))
     merged, found = (load(path).model for path in ("out/lora", "out/lora/adapter"))
     assert found.config == merged.config
     torch.testing.assert_close(found.state_dict(), merged.state_dict(), **CLOSE)
