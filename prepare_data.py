@@ -139,11 +139,10 @@ class PrepareConfig:
                 f"tokenizer={tokenizer} is not one of: {', '.join(CHOICES)}, a folder or file with a tokenizer,"
                 " or owner/model on the Hugging Face Hub"
             )
-        if self.name in (None, "..") or Path(self.name).name != self.name:
-            raise ValueError(
-                f"name={self.name!r} must be the name of a folder in data/, such as shakespeare_char;"
-                f" for your own text: {OWN_TEXT}"
-            )
+        if self.name is None:
+            raise ValueError("the data set has no name; add one, such as --name=mine")
+        if self.name == ".." or Path(self.name).name != self.name:
+            raise ValueError(f"name={self.name!r} must be the name of a folder in data/")
         if (self.source is None) != (self.target is None) or (self.source and self.input):
             raise ValueError(
                 "source and target must be given together, without input: two line-aligned files, as in"
@@ -282,8 +281,8 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | Path | PairFi
                 f"{error}; to use your own files, put them into {folder}, as described in data/README.md"
             ) from error
     raise UserError(
-        f"no data set {config.name}: it is not one of {', '.join(SOURCES)}, and {folder}/input.txt does not exist;"
-        f" for your own text: {OWN_TEXT}"
+        f"no data set {config.name}: it is not one of {', '.join(SOURCES)}, and {folder.absolute()} has no input.txt;"
+        f" start the script where {folder} is, or prepare your own text: {OWN_TEXT}"
     )
 
 

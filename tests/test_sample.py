@@ -61,13 +61,13 @@ def test_a_checkpoint_may_be_named_itself(run_dir, capsys):
 
 
 def test_a_run_that_is_not_there_is_answered_with_the_nearest_or_the_command_that_trains_it(
-    run_dir, fails
+    run_dir, fails, monkeypatch
 ):
     run_dir.rename("out/my run")
     assert fails(sample.main, "--out_dir=out/my rnu").endswith(
         "; did you mean 'out/my run'?\n"
     )
-    for argv in ([], ["--out_dir=out"], ["--out_dir=my run"]):
+    for argv in ([], ["--out_dir=out"], ["--out_dir=my run"], [r"--out_dir=out\my run"]):
         assert fails(sample.main, *argv).endswith(
             "; did you mean '--out_dir=out/my run'?\n"
         )
@@ -75,6 +75,12 @@ def test_a_run_that_is_not_there_is_answered_with_the_nearest_or_the_command_tha
     assert fails(sample.main, "--out_dir=out/new one").endswith(
         "; train first: python train.py '--out_dir=out/new one'\n"
     )
+    Path("docs").mkdir()
+    monkeypatch.chdir("docs")
+    for argv in ([], ["--out_dir=out/my run"]):
+        assert fails(sample.main, *argv).endswith(
+            "; did you mean '--out_dir=../out/my run'?\n"
+        )
 
 
 def zero_embeddings(path: Path) -> None:
