@@ -66,7 +66,6 @@ from humptygpt.translation.pairs import PairFiles, Pairs
 
 STREAM = "standard_input.txt"  # copy of stdin, made because the text is read several times
 RESUME = "run the same command again to resume"
-OWN_TEXT = "python prepare_data.py --input=FILE_OR_FOLDER --name=NAME"
 # keys that do not affect the output, and name, which is positional
 NOT_IN_COMMAND = ("name", "workers", "verify", "overwrite")
 TEXT_DEFAULTS = {
@@ -282,7 +281,7 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | Path | PairFi
             ) from error
     raise UserError(
         f"no data set {config.name}: it is not one of {', '.join(SOURCES)}, and {folder.absolute()} has no input.txt;"
-        f" start the script where {folder} is, or prepare your own text: {OWN_TEXT}"
+        f" start the script where {folder} is, or prepare your own text with --input=FILE_OR_FOLDER"
     )
 
 

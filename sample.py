@@ -108,8 +108,7 @@ class SampleConfig:
     def validate(self) -> None:
         check_choices(self)
         check_least(self, 1, "num_samples", "max_new_tokens", "num_beams", "top_k")
-        check_least(self, 0, "logprobs", "temperature", "min_p")
-        check_least(self, 0, "seed", below=2**63)
+        check_least(self, 0, "logprobs", "temperature", "seed", "min_p")
         check_least(self, -10, "length_penalty")
         check_above_0(self, "top_p", "repetition_penalty")
         if "" in self.stop:
@@ -140,8 +139,6 @@ class Pipeline:
 
 
 def main(argv: list[str]) -> None:
-    if any(argument.startswith(("--score", "--stride")) for argument in argv):
-        raise UserError("a text is scored by another script: python score.py --text=FILE")
     given = configurator.read(argv, SampleConfig)
     config = configurator.make(SampleConfig, given)
     source = loading.chosen_source(config, given)

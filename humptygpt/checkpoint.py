@@ -126,7 +126,8 @@ def suggest_run(out_dir: Path) -> str:
     Returns "; ...", the end of a message.
     """
     if os.path.exists(out_dir / "best.pt"):
-        return f"; {instead_of_resuming(out_dir)}"
+        source = shlex.quote(f"--init_from={out_dir}")
+        return f"; start from its best model with {source} and another --out_dir"
     out_dir = Path(PureWindowsPath(out_dir).as_posix())  # typed with backslashes
     runs = []
     for root in (Path(), Path("..")):  # a script may be started in docs/
@@ -138,12 +139,6 @@ def suggest_run(out_dir: Path) -> str:
     command = f"python train.py {shlex.quote(f'--out_dir={out_dir}')}"
     near = "" if os.path.exists(out_dir) else nearest_path(str(out_dir))
     return near or f"; train first: {command}"
-
-
-def instead_of_resuming(out_dir: Path) -> str:
-    """Say how to go on with a run that has no ckpt.pt."""
-    best = shlex.quote(f"--init_from={out_dir / 'best.pt'}")
-    return f"start from its best model with {best} and another --out_dir"
 
 
 # --------------------------------------------------------------------------------------

@@ -108,12 +108,15 @@ def check_choices(config: object) -> None:
             raise ValueError(f"{name}={value} is not one of: {', '.join(choices)}")
 
 
-def check_least(config: object, least: float, *names: str, below: float = math.inf) -> None:
-    """Raise ValueError unless each of these values is None, or at least `least` and less than `below`."""
+def check_least(config: object, least: float, *names: str, below: float = 2**63) -> None:
+    """Raise ValueError unless each of these values is None, or at least `least` and less than `below`.
+
+    By default, an integer must fit in 64 bits.
+    """
     for name in names:
         value = getattr(config, name)
         if value is not None and not least <= value < below:
-            limit = f" and below {below:g}" if below < math.inf else ""
+            limit = "" if value < least else f" and below {below:g}"
             raise ValueError(f"{name}={value} must be at least {least:g}{limit}")
 
 
@@ -173,10 +176,11 @@ def read(
         sys.exit(0)
     fields = fields_of(*classes)
     given = {}
+    before = ""  # the argument before, if it sets a text
     for argument in argv:
         if not argument.startswith("--"):
             if not positional:
-                given |= read_config(argument, fields, argv)
+                given |= read_config(argument, fields, before)
                 continue
             argument = f"--{positional}={argument}"
         name, value = read_option(argument, fields)
@@ -187,6 +191,7 @@ def read(
                 f"{name} is given twice, as {given[name]} and {value}; give only one"
             )
         given[name] = value
+        before = argument if str in kinds_of(fields[name].type) else ""
     return given
 
 
@@ -257,15 +262,16 @@ def convert(name: str, value: object, hint: object) -> object:
 # Config files
 
 
-def read_config(path: str, fields: Fields, argv: list[str]) -> dict[str, object]:
+def read_config(path: str, fields: Fields, before: str) -> dict[str, object]:
     """Run a config file, or read the config.json of a run. Returns {key: value} for the keys that it sets.
 
-    Modules, functions and names that start with _ are the file's own helpers, not keys. argv: the command line, for
-    messages.
+    Modules, functions and names that start with _ are the file's own helpers, not keys. before: as in other_argument().
     """
     endings = (".py", ".json") if "max_iters" in fields else ".py"
     if not path.endswith(endings) or not os.path.isfile(path):
-        raise UserError(f"{path} is not a config file{other_argument(path, fields, argv)}")
+        raise UserError(
+            f"{path} is not a config file{other_argument(path, fields, before)}"
+        )
     if path.endswith(".json"):
         with refuse(f"{path}: "):
             names = parse_json(Path(path).read_bytes(), {})
@@ -292,26 +298,25 @@ def run_config(path: str) -> dict[str, object]:
         raise UserError(f"{path}:{line}: {type(error).__name__}: {error}") from error
 
 
-def other_argument(path: str, fields: Fields, argv: list[str]) -> str:
-    """Suggest what to write instead of an argument that is not a config file. argv: the command line.
+def other_argument(path: str, fields: Fields, before: str) -> str:
+    """Suggest what to write instead of an argument that is not a config file.
 
-    Returns "; ...", the end of a message, or "" if there is no suggestion.
+    Returns "; ...", the end of a message, or "" if there is no suggestion. before: the argument before it if that sets
+    a text, which may lack its quotes.
     """
     if "=" in path:
         return f"; to set a key, write {shlex.quote('--' + path.lstrip('-'))}"
-    folder = Path(path).parent if os.path.isfile(path) else Path(path)
-    if "out_dir" in fields and [*folder.glob("*.pt"), *folder.glob("metrics.jsonl")]:
-        resume = "--init_from=resume " if "max_iters" in fields else ""
-        return f"; to use the run in it, write {resume}{shlex.quote(f'--out_dir={folder}')}"
+    ours = our_configs()
     if os.path.exists(path):
+        folder = Path(path).parent if os.path.isfile(path) else Path(path)
+        if "out_dir" in fields and any(folder.glob("*.pt")):
+            resume = "--init_from=resume " if "max_iters" in fields else ""
+            key = shlex.quote(f"--out_dir={folder}")
+            return f"; to use the run in it, write {resume}{key}"
         key = shlex.quote(f"--input={path}")
         return f"; to train on it, write {key}" if "input" in fields else ""
-    ours = our_configs()
-    option = ["", *argv][argv.index(path)]  # the argument before it
-    field = fields.get(option[2:].partition("=")[0])
-    if field and str in kinds_of(field.type) and "." not in path and path not in ours:
-        quoted = shlex.quote(f"{option} {path} ...")
-        return f"; a text with spaces needs quotes: {quoted}"
+    if before and "." not in path and path not in ours:
+        return f"; a text with spaces needs quotes: {shlex.quote(f'{before} {path} ...')}"
     if near := nearest_path(path):
         return near
     name = nearest(Path(path).stem, ours)

@@ -226,11 +226,10 @@ def lock_out_dir(out_dir: Path) -> Iterator[None]:
 def refuse_earlier_run(out_dir: Path) -> None:
     """Raise UserError if a new run would replace an earlier one."""
     if has_checkpoint(out_dir):
-        advice = "continue it with --init_from=resume"
-        if not checkpoint.stored(out_dir / "ckpt.pt").exists():
-            advice = checkpoint.instead_of_resuming(out_dir)
+        source = shlex.quote(f"--init_from={out_dir}")
         raise UserError(
-            f"{out_dir} already holds a run; {advice}, or replace it with --overwrite=True"
+            f"{out_dir} already holds a run; continue it with --init_from=resume, start from it with {source} and"
+            " another --out_dir, or replace it with --overwrite=True"
         )
 
 

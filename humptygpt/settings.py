@@ -137,9 +137,8 @@ class TrainConfig:
     def validate(self) -> None:
         """Raise ValueError for the first value or combination that is invalid."""
         check_choices(self)
-        check_least(self, 0, "warmup_iters", "min_lr", "weight_decay", "grad_clip")
+        check_least(self, 0, "seed", "warmup_iters", "min_lr", "weight_decay", "grad_clip")
         check_least(self, 0, "early_stopping", "lora_rank")
-        check_least(self, 0, "seed", below=2**63)
         check_least(
             self, 1, "batch_size", "gradient_accumulation_steps", "max_iters", "threads"
         )

@@ -273,7 +273,6 @@ def test_other_mistakes_are_explained(run_dir, fails):
     assert "stride=4 has no effect" in fails(score.main, "--suite=english", "--stride=4")
     two = ["--text=a.txt", "--picture=a.png", "--init_from=a", "--init_from=b"]
     assert "picture shows a single model" in fails(score.main, *two)
-    assert "python score.py --text=FILE" in fails(sample.main, "--score=short.txt")
     with pytest.raises(UserError, match="the text has no words; leave out --picture"):
         surprising_words(CharTokenizer(" "), np.array([0, 0]), np.ones(2))
     Path("short.txt").write_text("A")
