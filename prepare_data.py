@@ -9,11 +9,11 @@
     python prepare_data.py --source=a.de --target=a.en --name=mine           or two aligned files
 
 Input is text, .jsonl, .parquet or .csv, optionally compressed as .gz or .zst. Each line of JSON, each row of Parquet or
-CSV, and each file with any other extension except .tsv is one document. Files in a folder that are not text are skipped
-and listed. Carriage returns become line breaks, and an end-of-text token separates documents. A document's split, train
-or val, depends only on its text, so adding files does not move existing documents to the other split. A single text
-file is cut in two instead, and so is each file if there are few documents. A pair's split, train, val or test, depends
-only on its source; both sides share one vocabulary.
+CSV, and each file with any other extension except .tsv is one document. In a folder of documents, files that are not
+text are skipped and listed. Carriage returns become line breaks, and an end-of-text token separates documents. A
+document's split, train or val, depends only on its text, so adding files does not move existing documents to the other
+split. A single text file is cut in two instead, and so is each file if there are few documents. A pair's split, train,
+val or test, depends only on its source; both sides share one vocabulary.
 Files are streamed and never held in memory. To resume a preparation that was stopped, run the same command again.
 """
 
@@ -66,7 +66,6 @@ from humptygpt.translation.pairs import PairFiles, Pairs
 
 STREAM = "standard_input.txt"  # copy of stdin, made because the text is read several times
 RESUME = "run the same command again to resume"
-OWN_TEXT = "python prepare_data.py --input=FILE_OR_FOLDER --name=NAME"
 # keys that do not affect the output, and name, which is positional
 NOT_IN_COMMAND = ("name", "workers", "verify", "overwrite")
 TEXT_DEFAULTS = {
@@ -139,11 +138,10 @@ class PrepareConfig:
                 f"tokenizer={tokenizer} is not one of: {', '.join(CHOICES)}, a folder or file with a tokenizer,"
                 " or owner/model on the Hugging Face Hub"
             )
-        if self.name in (None, "..") or Path(self.name).name != self.name:
-            raise ValueError(
-                f"name={self.name!r} must be the name of a folder in data/, such as shakespeare_char;"
-                f" for your own text: {OWN_TEXT}"
-            )
+        if self.name is None:
+            raise ValueError("the data set has no name; add one, such as --name=mine")
+        if self.name == ".." or Path(self.name).name != self.name:
+            raise ValueError(f"name={self.name!r} must be the name of a folder in data/")
         if (self.source is None) != (self.target is None) or (self.source and self.input):
             raise ValueError(
                 "source and target must be given together, without input: two line-aligned files, as in"
@@ -282,8 +280,8 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | Path | PairFi
                 f"{error}; to use your own files, put them into {folder}, as described in data/README.md"
             ) from error
     raise UserError(
-        f"no data set {config.name}: it is not one of {', '.join(SOURCES)}, and {folder}/input.txt does not exist;"
-        f" for your own text: {OWN_TEXT}"
+        f"no data set {config.name}: it is not one of {', '.join(SOURCES)}, and {folder.absolute()} has no input.txt;"
+        f" start the script where {folder} is, or prepare your own text with --input=FILE_OR_FOLDER"
     )
 
 

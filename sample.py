@@ -111,6 +111,8 @@ class SampleConfig:
         check_least(self, 0, "logprobs", "temperature", "seed", "min_p")
         check_least(self, -10, "length_penalty")
         check_above_0(self, "top_p", "repetition_penalty")
+        if "" in self.stop:
+            raise ValueError("stop must not be empty")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and value > 1:
@@ -137,8 +139,6 @@ class Pipeline:
 
 
 def main(argv: list[str]) -> None:
-    if any(argument.startswith(("--score", "--stride")) for argument in argv):
-        raise UserError("a text is scored by another script: python score.py --text=FILE")
     given = configurator.read(argv, SampleConfig)
     config = configurator.make(SampleConfig, given)
     source = loading.chosen_source(config, given)
@@ -191,9 +191,10 @@ def load(
 def complete(loaded: Pipeline, prompt: str, max_new_tokens: int = 500, **keys) -> str:
     """Return the prompt with its continuation, or the translation of the prompt. For use in notebooks.
 
-    keys: temperature, stop, num_beams or any other key of SampleConfig.
+    keys: temperature, stop, num_beams or any other key of SampleConfig. Raises UserError if a key is not valid.
     """
     config = SampleConfig(max_new_tokens=max_new_tokens, **keys)
+    config = configurator.restore(SampleConfig, vars(config))
     if loaded.task == "translation":
         return next(translate([prompt], config, loaded))
     pieces = write([encode_prompt(prompt, loaded.tokenizer)], [0], config, loaded)

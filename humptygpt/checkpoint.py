@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import BinaryIO
 
 import torch
@@ -121,11 +121,18 @@ def check_there(path: Path) -> None:
 
 
 def suggest_run(out_dir: Path) -> str:
-    """For a folder without a run, suggest a similar run, or the command that trains one.
+    """For a folder without this checkpoint, suggest its other one, a similar run, or the command that trains one.
 
     Returns "; ...", the end of a message.
     """
-    runs = [*out_dir.glob("*/ckpt.pt"), *Path("out", out_dir.name).glob("ckpt.pt")]
+    if os.path.exists(out_dir / "best.pt"):
+        source = shlex.quote(f"--init_from={out_dir}")
+        return f"; start from its best model with {source} and another --out_dir"
+    out_dir = Path(PureWindowsPath(out_dir).as_posix())  # typed with backslashes
+    runs = []
+    for root in (Path(), Path("..")):  # a script may be started in docs/
+        runs += (root / out_dir).glob("*/ckpt.pt")
+        runs += (root / "out" / out_dir.name).glob("ckpt.pt")
     if runs:
         newest = max(runs, key=lambda path: path.stat().st_mtime).parent
         return f"; did you mean {shlex.quote(f'--out_dir={newest}')}?"

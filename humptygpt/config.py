@@ -88,11 +88,12 @@ def make(cls: type, values: dict[str, object]):
 def restore(cls: type, values: dict[str, object]):
     """Make a config from a file's {key: value}. Raises UserError if a key is unknown or a value has the wrong type."""
     fields = fields_of(cls)
+    found = {}
     for name, value in values.items():
         if name not in fields:
             raise UserError(f"it has the key {name}, which this code does not know")
-        convert(name, value, fields[name].type)
-    return make(cls, values)
+        found[name] = convert(name, value, fields[name].type)
+    return make(cls, found)
 
 
 def fields_of(*classes: type) -> Fields:
@@ -107,12 +108,15 @@ def check_choices(config: object) -> None:
             raise ValueError(f"{name}={value} is not one of: {', '.join(choices)}")
 
 
-def check_least(config: object, least: float, *names: str, below: float = math.inf) -> None:
-    """Raise ValueError unless each of these values is None, or at least `least` and less than `below`."""
+def check_least(config: object, least: float, *names: str, below: float = 2**63) -> None:
+    """Raise ValueError unless each of these values is None, or at least `least` and less than `below`.
+
+    By default, an integer must fit in 64 bits.
+    """
     for name in names:
         value = getattr(config, name)
         if value is not None and not least <= value < below:
-            limit = f" and below {below:g}" if below < math.inf else ""
+            limit = "" if value < least else f" and below {below:g}"
             raise ValueError(f"{name}={value} must be at least {least:g}{limit}")
 
 
@@ -172,25 +176,27 @@ def read(
         sys.exit(0)
     fields = fields_of(*classes)
     given = {}
+    before = ""  # the argument before, if it sets a text
     for argument in argv:
         if not argument.startswith("--"):
             if not positional:
-                given |= read_config(argument, fields)
+                given |= read_config(argument, fields, before)
                 continue
             argument = f"--{positional}={argument}"
         name, value = read_option(argument, fields)
         if fields[name].type == TEXTS:
-            value = (*given.get(name, ()), value)
+            value = (*given.get(name, ()), *value)
         elif name == positional and name in given:
             raise UserError(
                 f"{name} is given twice, as {given[name]} and {value}; give only one"
             )
         given[name] = value
+        before = argument if str in kinds_of(fields[name].type) else ""
     return given
 
 
 def read_option(argument: str, fields: Fields) -> tuple[str, object]:
-    """Split --key=value into the key and its value. If the key can be repeated, the value is one string."""
+    """Split --key=value into the key and its value."""
     name, equals, text = argument[2:].partition("=")
     check_key(name, fields)
     if not equals:
@@ -207,6 +213,8 @@ def check_key(name: str, fields: Fields, where: str = "") -> None:
     advice = f"did you mean {near}?" if near else "--help lists all keys"
     if name == "config":
         advice = "to use a config file, write its path without a key: config/mine.py"
+    if where.endswith(".py: "):
+        advice += " (a variable of your own begins with _)"
     raise UserError(f"{where}unknown key {name}; {advice}")
 
 
@@ -234,9 +242,12 @@ def parse(name: str, text: str, hint: object) -> object:
 def convert(name: str, value: object, hint: object) -> object:
     """Return a value, or raise UserError if its key does not accept values of this type.
 
-    If the key takes a float, an int becomes one. A bool does not count as a number. A ~ that the shell did not expand
-    is replaced by the home folder.
+    If the key takes a float, an int becomes one, and if it can be repeated, a single text becomes a tuple. A bool does
+    not count as a number. A ~ that the shell did not expand is replaced by the home folder.
     """
+    if hint == TEXTS:
+        texts = value if type(value) in (tuple, list) else (value,)
+        return tuple(convert(name, text, str) for text in texts)
     kinds = kinds_of(hint)
     if float in kinds and type(value) is int:
         return float(value)
@@ -251,14 +262,16 @@ def convert(name: str, value: object, hint: object) -> object:
 # Config files
 
 
-def read_config(path: str, fields: Fields) -> dict[str, object]:
+def read_config(path: str, fields: Fields, before: str) -> dict[str, object]:
     """Run a config file, or read the config.json of a run. Returns {key: value} for the keys that it sets.
 
-    Modules, functions and names that start with _ are the file's own helpers, not keys.
+    Modules, functions and names that start with _ are the file's own helpers, not keys. before: as in other_argument().
     """
     endings = (".py", ".json") if "max_iters" in fields else ".py"
     if not path.endswith(endings) or not os.path.isfile(path):
-        raise UserError(f"{path} is not a config file{other_argument(path, fields)}")
+        raise UserError(
+            f"{path} is not a config file{other_argument(path, fields, before)}"
+        )
     if path.endswith(".json"):
         with refuse(f"{path}: "):
             names = parse_json(Path(path).read_bytes(), {})
@@ -285,20 +298,27 @@ def run_config(path: str) -> dict[str, object]:
         raise UserError(f"{path}:{line}: {type(error).__name__}: {error}") from error
 
 
-def other_argument(path: str, fields: Fields) -> str:
+def other_argument(path: str, fields: Fields, before: str) -> str:
     """Suggest what to write instead of an argument that is not a config file.
 
-    Returns "; ...", the end of a message, or "" if there is no suggestion.
+    Returns "; ...", the end of a message, or "" if there is no suggestion. before: the argument before it if that sets
+    a text, which may lack its quotes.
     """
     if "=" in path:
         return f"; to set a key, write {shlex.quote('--' + path.lstrip('-'))}"
-    if os.path.exists(path) and "out_dir" in fields:
-        resume = "--init_from=resume " if "max_iters" in fields else ""
-        folder = Path(path).parent if os.path.isfile(path) else path
-        return f"; to use the run in it, write {resume}{shlex.quote(f'--out_dir={folder}')}"
+    ours = our_configs()
+    if os.path.exists(path):
+        folder = Path(path).parent if os.path.isfile(path) else Path(path)
+        if "out_dir" in fields and any(folder.glob("*.pt")):
+            resume = "--init_from=resume " if "max_iters" in fields else ""
+            key = shlex.quote(f"--out_dir={folder}")
+            return f"; to use the run in it, write {resume}{key}"
+        key = shlex.quote(f"--input={path}")
+        return f"; to train on it, write {key}" if "input" in fields else ""
+    if before and "." not in path and path not in ours:
+        return f"; a text with spaces needs quotes: {shlex.quote(f'{before} {path} ...')}"
     if near := nearest_path(path):
         return near
-    ours = our_configs()
     name = nearest(Path(path).stem, ours)
     return f"; did you mean {shlex.quote(ours[name])}?" if name else ""
 

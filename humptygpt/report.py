@@ -26,12 +26,15 @@ def summary(run) -> str:
     batch, evaluated = dataset.summary(config.batch_size, config.evaluated_batches())
     if config.gradient_accumulation_steps > 1:
         batch = f"{config.gradient_accumulation_steps} times {batch}"
-    micro_batches = config.max_iters * config.gradient_accumulation_steps
+    steps = config.max_iters
+    if config.minutes and run.progress.iter:  # the position follows the clock
+        steps = round(steps * run.progress.iter / run.progress.position)
+    micro_batches = steps * config.gradient_accumulation_steps
     epochs = micro_batches / dataset.batches_per_epoch(config.batch_size)
     if config.init_from != "scratch" and epochs > MANY_EPOCHS:
         note(f"{epochs:.0f} epochs: a model fine-tuned on so little text soon memorises it")
     start = "" if config.init_from == "scratch" else f", from {config.init_from}"
-    about = f"about {config.max_iters:,}" if config.minutes else f"{config.max_iters:,}"
+    about = f"about {steps:,}" if config.minutes else f"{steps:,}"
     done = f"; {run.progress.iter:,} are done" if run.progress.iter else ""
     processes = f", {run.process.size} processes" if run.process.size > 1 else ""
     if run.device.type == "cpu":

@@ -226,8 +226,10 @@ def lock_out_dir(out_dir: Path) -> Iterator[None]:
 def refuse_earlier_run(out_dir: Path) -> None:
     """Raise UserError if a new run would replace an earlier one."""
     if has_checkpoint(out_dir):
+        source = shlex.quote(f"--init_from={out_dir}")
         raise UserError(
-            f"{out_dir} already holds a run; continue it with --init_from=resume, or replace it with --overwrite=True"
+            f"{out_dir} already holds a run; continue it with --init_from=resume, start from it with {source} and"
+            " another --out_dir, or replace it with --overwrite=True"
         )
 
 
@@ -297,7 +299,8 @@ class RunFolder:
                     if row["iter"] <= resumed_at and not at_the_end & row.keys()
                 ]
             for snapshot in self.path.glob("snapshots/*.pt"):
-                if int(snapshot.stem) >= resumed_at:  # the run will take it again
+                step = snapshot.stem
+                if step.isdecimal() and int(step) >= resumed_at:  # to be taken again
                     snapshot.unlink()
             files.remove(self.path / "result.json")  # until this run ends
             files.remove_unfinished(path, [*FILES, "snapshots/*"])

@@ -85,6 +85,12 @@ def input_keys(config: TrainConfig, folder: Path) -> dict[str, object]:
 def open_prepared(folder: Path, config: ModelConfig, seed: int) -> Dataset:
     """Open a prepared folder. Raises UserError if the model is for another task, or a package is missing."""
     meta = read_meta(folder)
+    own = folder / "input.txt"
+    if own.exists() and "made_from" in meta and meta["source"] != str(own):
+        note(
+            f"{folder} was prepared from {meta['source']}, not from {own}; to prepare that:"
+            f" python prepare_data.py {folder.name} --overwrite=True"
+        )
     task = find_task(meta["task"])
     model = model_class(config.model)
     if meta["task"] not in model.tasks:
@@ -279,7 +285,8 @@ def resumed_progress(config: TrainConfig, saved: dict) -> Progress:
     if config.eval_only:
         return progress
     if progress.position >= config.max_iters:
-        note(f"all {progress.iter} steps are done; for more, use --max_iters=N")
+        more = f"minutes=N above {config.minutes:g}" if config.minutes else "max_iters=N"
+        note(f"all {progress.iter} steps are done; for more, use --{more}")
     lr = config.lr(progress.position)
     if lr - had > 0.01 * config.learning_rate:
         note(

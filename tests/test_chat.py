@@ -83,7 +83,7 @@ def test_three_conventions_of_a_line_give_the_same_turns():
     lines = [
         {
             "messages": [
-                {"role": "user", "content": " Hi\n\nyou"},
+                {"role": "user", "content": " Hi\r\n\ryou"},
                 {"role": "assistant", "content": "Ho\n"},
             ]
         },

@@ -115,6 +115,14 @@ def test_bare_arguments_gather_in_a_key_that_takes_several_texts():
     assert read("--width=1", positional="names") == {"width": 1}
 
 
+def test_a_config_file_gives_one_text_or_several_to_a_key_that_takes_several(folder):
+    for text, names in (("'uk'", ("uk",)), ("('a', 'b')", ("a", "b")), ("['a']", ("a",))):
+        Path("a.py").write_text(f"names = {text}")
+        assert read("a.py", "--names=c") == {"names": (*names, "c")}
+    Path("a.py").write_text("names = ('a', 3)")
+    assert complaint("a.py") == "names=3 must be str"
+
+
 def test_a_bare_argument_sets_a_key_that_takes_one_text():
     assert read("a", positional="name") == {"name": "a"}
     line = "^name is given twice, as a and b; give only one$"
@@ -160,7 +168,10 @@ def test_wrong_types_are_refused_with_the_right_one(argument):
             "unknown key config; to use a config file, write its path without a key: config/mine.py",
         ),
         ("--zzz=3", "unknown key zzz; --help lists all keys"),
-        ("a.py", "a.py: unknown key learning_rte; did you mean learning_rate?"),
+        (
+            "a.py",
+            "a.py: unknown key learning_rte; did you mean learning_rate? (a variable of your own begins with _)",
+        ),
         ("--dtype", "--dtype has no value; write --dtype=VALUE"),
         ("--compile", "--compile has no value; write --compile=True"),
         ("-dtype=3", "-dtype=3 is not a config file; to set a key, write --dtype=3"),
@@ -225,6 +236,26 @@ def test_a_run_in_place_of_a_config_file_is_answered_with_its_key_and_never_exec
     assert configurator.read([config], TrainConfig) == {"eval_only": False}
 
 
+def test_a_text_in_place_of_a_config_file_is_answered_with_the_key_that_trains_on_it(
+    folder,
+):
+    Path("my texts").mkdir()
+    Path("my texts/a.txt").touch()
+    for path in ("my texts", "my texts/a.txt"):
+        answer = f"{path} is not a config file; to train on it, write '--input={path}'"
+        assert complaint(path, cls=TrainConfig) == answer
+        assert complaint(path, cls=SampleConfig) == f"{path} is not a config file"
+
+
+def test_a_text_without_its_quotes_is_answered_with_the_quotes(folder):
+    argv = ["--num_samples=1", "--start=Humpty", "Dumpty", "sat.", "--seed=3"]
+    answer = "Dumpty is not a config file; a text with spaces needs quotes: '--start=Humpty Dumpty ...'"
+    assert complaint(*argv, cls=SampleConfig) == answer
+    for before in ("--num_samples=1", "--start=Humpty"):  # it names a config
+        line = complaint(before, "humpty_dumpty", cls=SampleConfig)
+        assert line.endswith("config/humpty_dumpty.py?"), line
+
+
 def test_the_name_of_a_config_in_place_of_a_model_is_answered_with_the_command_that_trains_it(
     folder, monkeypatch
 ):
@@ -270,6 +301,7 @@ def test_the_tables_of_keys_set_in_vain_name_keys_that_exist():
         ("--n_layr=3", "unknown key n_layr; did you mean n_layer?"),
         ("--norm=a\tb\nc", "norm=a b c is not one of: layernorm, rmsnorm, none"),
         ("a\nb", "a b is not a config file"),
+        (f"--seed={2**63}", f"seed={2**63} must be at least 0 and below 9.22337e+18"),
     ],
 )
 def test_a_users_mistake_ends_in_one_line_and_exit_code_2(fails, option, answer):

@@ -27,6 +27,7 @@ from humptygpt.config import UserError
 from humptygpt.convert.families import FAMILIES
 from humptygpt.convert.gguf import ACTIVATIONS
 from humptygpt.convert.huggingface import find_family, to_pretrained
+from humptygpt.convert.model_card import model_card
 from humptygpt.convert.write_huggingface import build_tokenizer
 from humptygpt.loading import Loaded, load
 from humptygpt.settings import TrainConfig
@@ -443,6 +444,22 @@ def test_the_card_states_the_run_its_code_runs_and_its_settings_are_a_config_fil
     capsys.readouterr()
     exec(use, {})
     assert capsys.readouterr().out.startswith(END_OF_TEXT)
+
+
+def test_the_card_names_files_and_models_without_the_users_folders(run_dir, folder):
+    found = load(run_dir)
+    found.saved["data"]["source"] = f"{folder}/a.de and {folder}/a.en"
+    found.saved["train_config"] |= {
+        "input": f"{folder}/my texts/a.txt",
+        "init_from": "C:\\Users\\me\\base",
+    }
+    card = model_card(found, "mine")
+    for line in ("on a.de and a.en.", "input = 'my texts/a.txt'", "init_from = 'base'"):
+        assert line in card
+    adapter = found._replace(
+        saved=None, description=f"{folder}/a: an adapter for {folder}/b"
+    )
+    assert "converted by HumptyGPT from a: an adapter for b." in model_card(adapter, "mine")
 
 
 # --------------------------------------------------------------------------------------

@@ -170,7 +170,10 @@ def test_peft_opens_the_adapter_with_equal_logits(kind, targets, folder):
 def test_a_model_is_read_back_from_its_adapter(shape, run_train):
     run_train("--bias=True", *shape)
     targets = "--lora_targets=k_proj,v_proj,o_proj,up_proj"
-    assert train.main([*LORA, targets, "--eval_interval=6"]) == 0
+    whole_path = f"--init_from={Path('out/run').absolute()}"
+    assert train.main([*LORA, targets, "--eval_interval=6", whole_path]) == 0
+    config = json.loads(Path("out/lora/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(Path("out/run"))
     merged, found = (load(path).model for path in ("out/lora", "out/lora/adapter"))
     assert found.config == merged.config
     torch.testing.assert_close(found.state_dict(), merged.state_dict(), **CLOSE)
@@ -248,6 +251,9 @@ BAD = {
     ),
     "thei: there is no such file or folder; did you mean theirs?": lambda: change_config(
         base_model_name_or_path="thei"
+    ),
+    "adapter: the adapter is its own base model": lambda: change_config(
+        base_model_name_or_path=str(Path("adapter").absolute())
     ),
     "lora_A.weight is unknown, or its counterpart (lora_A or": lambda: change_weights(
         **{B: None}

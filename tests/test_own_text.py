@@ -49,6 +49,18 @@ def test_the_command_that_is_printed_after_preparing_trains(folder, capsys, case
     assert ("--init_from=out/run" in advice) == ("tokens of" in case)
 
 
+def test_a_text_put_into_a_data_folder_that_has_other_data_is_announced(tiny, capsys):
+    Path("data/tiny/input.txt").write_text(make_text(seed=5))
+    assert train.main(TINY_RUN) == 0
+    said = capsys.readouterr().err
+    command = "python prepare_data.py tiny --overwrite=True"
+    note = "data/tiny was prepared from tiny.txt, not from data/tiny/input.txt; to prepare that"
+    assert f"note: {note}: {command}\n" in said
+    prepare_data.main(shlex.split(command)[2:])
+    assert train.main(TINY_RUN) == 0
+    assert "input.txt" not in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------------------
 # tokenizer=auto
 

@@ -180,12 +180,14 @@ def test_a_finished_run_goes_on_by_more_minutes_or_by_its_steps(tiny, machine, c
     machine.run(*RESUME)
     assert progress()["iter"] == steps
     assert (
-        f"all {steps} steps are done; for more, use --max_iters=N"
+        f"all {steps} steps are done; for more, use --minutes=N above 0.1\n"
         in capsys.readouterr().err
     )
     machine.now = 1000.0
     machine.run(*RESUME, "--minutes=0.2")
     assert progress()["run_seconds"] == pytest.approx(12 - plan.ENDING, abs=0.1)
+    line = rf"steps: about {2 * steps} of .*; {steps} are done\n"
+    assert re.search(line, capsys.readouterr().out)
     steps = progress()["iter"]
     machine.run(*RESUME, f"--max_iters={steps + 5}")
     assert progress()["iter"] == progress()["position"] == steps + 5
@@ -533,11 +535,13 @@ def test_plan_py_has_the_settings_and_learning_rates_of_a_run_that_stopped_early
         assert written[key] == recorded[key]
 
 
-def test_a_model_to_start_from_keeps_its_size(tiny, machine, small_sizes):
+def test_a_model_to_start_from_keeps_its_size(tiny, machine, small_sizes, capsys):
     machine.run(*TINY_RUN)
     OUT.rename("out/base")
     rows = machine.run(*SHOWN, "--init_from=out/base", "--minutes=0.1")
     assert rows[0]["iter"] == 0 and "val_loss" in rows[0]
+    line = "minutes: 0.1; as in out/base: 2 layers of 32 features, a context of 16 tokens; chosen: dropout 0"
+    assert line in capsys.readouterr().out
     saved = checkpoint.read(OUT / "best.pt")["model_config"]
     assert (saved["n_layer"], saved["n_embd"], saved["block_size"]) == (2, 32, 16)
 
@@ -547,7 +551,8 @@ REFUSED = {
     "--dry_run=True": "minutes has no effect with dry_run or eval_only; leave it out\n",
     "--eval_only=True": "minutes has no effect with dry_run or eval_only; leave it out\n",
     "--minutes=0": "minutes=0.0 must be above 0\n",
-    "--minutes=0.001": r"minutes=0.001 is too short: 2.0 s have passed .* takes 0.1 s\n",
+    "--minutes=0.001": r"minutes=0.001 is too short: 2.0 s have passed .* takes 0.1 s; try"
+    " again now that the data is prepared, or with more minutes\n",
 }
 
 

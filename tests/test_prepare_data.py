@@ -662,9 +662,12 @@ def test_gpt2s_vocabulary_comes_from_a_package_if_tiktoken_cannot_download_it(
 
 
 BAD = {
-    "name=None must be the name of a folder in data/, such as shakespeare_char; for your own text: python": [],
+    "the data set has no name; add one, such as --name=mine": ["--input=own.txt"],
     "name='my texts/own.txt' must be the name of a folder in data/": ["my texts/own.txt"],
     "no data set own.txt: it is not one of": ["own.txt"],
+    "/data/own has no input.txt; start the script where data/own is, or prepare your own": [
+        "own"
+    ],
     f"tokenizer=morse is not one of: auto, {', '.join(tokenizer.TOKENIZERS)}": [
         "mine",
         "--tokenizer=morse",

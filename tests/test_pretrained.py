@@ -296,6 +296,18 @@ def test_what_cannot_be_exported_is_refused_by_name_and_nothing_is_written(setti
     assert not HF.exists()
 
 
+@pytest.mark.parametrize("base", [{}, ROTARY], ids=["gpt2", "llama"])
+def test_a_part_of_the_users_own_is_refused_by_name(base, monkeypatch):
+    for key, variants in random_model().config.choices().items():
+        if isinstance(variants, dict):
+            first = random_model(**base).config
+            monkeypatch.setitem(variants, "own", variants[getattr(first, key)])
+            with pytest.raises(
+                UserError, match=f"^{key}=own cannot be exported; .* needs {key}="
+            ):
+                to_pretrained(random_model(**base | {key: "own"}))
+
+
 # --------------------------------------------------------------------------------------
 # Damage and unsupported models
 
@@ -391,7 +403,7 @@ BAD_LLAMA = [
         "rope_scaling.type must be default or llama3",
     ),
     (edit_config(rope_scaling={"type": "llama3"}), "rope_factor=None must be float"),
-    (edit_config(rope_scaling=ROPE | {"factor": 0}), "rope_factor=0 must be at least 1"),
+    (edit_config(rope_scaling=ROPE | {"factor": 0}), "rope_factor=0.0 must be at least 1"),
     (edit_config(rope_scaling="linear"), "config.json: rope_scaling must be dict"),
 ]
 

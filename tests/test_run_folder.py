@@ -36,8 +36,8 @@ def test_a_new_run_in_the_folder_of_another_is_refused_and_one_that_writes_nothi
     run_train()
     before = files_of(OUT)
     line = (
-        "out/run already holds a run; continue it with --init_from=resume, or replace it with"
-        " --overwrite=True\n"
+        "out/run already holds a run; continue it with --init_from=resume, start from it with"
+        " --init_from=out/run and another --out_dir, or replace it with --overwrite=True\n"
     )
     assert fails(train.main, *NEW_RUN) == line
     for key in ("--eval_only=True", "--dry_run=True"):
@@ -45,6 +45,9 @@ def test_a_new_run_in_the_folder_of_another_is_refused_and_one_that_writes_nothi
     assert files_of(OUT) == before
     (OUT / "ckpt.pt").unlink()
     assert fails(train.main, *NEW_RUN) == line
+    instead = "start from its best model with --init_from=out/run and another --out_dir"
+    assert fails(train.main, *RESUME) == f"no checkpoint out/run/ckpt.pt; {instead}\n"
+    assert train.main([*NEW_RUN, "--init_from=out/run", "--out_dir=out/b"]) == 0
     # the rest is no run: it may be left of one without a checkpoint
     (OUT / "best.pt").unlink()
     assert train.main([*NEW_RUN, "--max_iters=3"]) == 0

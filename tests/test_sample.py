@@ -11,6 +11,7 @@ from test_model import random_model
 import sample
 import score
 from humptygpt import checkpoint, interactive, sampling
+from humptygpt.config import UserError
 from humptygpt.sampling import read_prompts
 from humptygpt.tokenizers import ByteTokenizer
 
@@ -60,13 +61,13 @@ def test_a_checkpoint_may_be_named_itself(run_dir, capsys):
 
 
 def test_a_run_that_is_not_there_is_answered_with_the_nearest_or_the_command_that_trains_it(
-    run_dir, fails
+    run_dir, fails, monkeypatch
 ):
     run_dir.rename("out/my run")
     assert fails(sample.main, "--out_dir=out/my rnu").endswith(
         "; did you mean 'out/my run'?\n"
     )
-    for argv in ([], ["--out_dir=out"], ["--out_dir=my run"]):
+    for argv in ([], ["--out_dir=out"], ["--out_dir=my run"], [r"--out_dir=out\my run"]):
         assert fails(sample.main, *argv).endswith(
             "; did you mean '--out_dir=out/my run'?\n"
         )
@@ -74,6 +75,12 @@ def test_a_run_that_is_not_there_is_answered_with_the_nearest_or_the_command_tha
     assert fails(sample.main, "--out_dir=out/new one").endswith(
         "; train first: python train.py '--out_dir=out/new one'\n"
     )
+    Path("docs").mkdir()
+    monkeypatch.chdir("docs")
+    for argv in ([], ["--out_dir=out/my run"]):
+        assert fails(sample.main, *argv).endswith(
+            "; did you mean '--out_dir=../out/my run'?\n"
+        )
 
 
 def zero_embeddings(path: Path) -> None:
@@ -250,3 +257,15 @@ def test_from_a_notebook_three_lines_are_enough(run_dir, capsys):
     assert text == text_of(capsys, *argv)[:-1]
     stopped = sample.complete(loaded, "A", 40, stop=(text[5:8],), temperature=0.9, seed=1)
     assert text.startswith(stopped) and len(stopped) <= 5
+    assert (
+        sample.complete(loaded, "A", 40, stop=text[5:8], temperature=0.9, seed=1) == stopped
+    )
+    for keys, complaint in (
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"temperature": -1}, "temperature=-1.0 must be at least 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be int"),
+        ({"stop": ("x", "")}, "stop must not be empty"),
+        ({"seed": 2**63}, r"seed=9223372036854775808 must be at least 0 and below 9.2"),
+    ):
+        with pytest.raises(UserError, match=re.escape(complaint)):
+            sample.complete(loaded, "A", **keys)

@@ -23,7 +23,7 @@ from humptygpt.scoring import pairs
 from humptygpt.scoring import text as texts
 from humptygpt.scoring.pairs import by_group, read_tests, run_tests
 from humptygpt.scoring.picture import surprising_words
-from humptygpt.tokenizers import ByteTokenizer, CharTokenizer
+from humptygpt.tokenizers import BytePairTokenizer, ByteTokenizer, CharTokenizer
 
 
 def scored(capsys, *argv: str) -> str:
@@ -104,6 +104,17 @@ def test_sums_favour_short_choices_and_bytes_do_not_and_a_tie_counts_in_part():
     table = by_group(tests, found[:, 1])
     assert table["x"] == (2, 0.5, 0.5)
     assert table["y"][:2] == (2, 0.75) and table["all"][:2] == (4, 0.625)
+
+
+def test_a_space_that_ends_the_context_counts_as_the_beginning_of_each_choice():
+    single = [bytes([byte]) for byte in range(256)]
+    tokenizer = BytePairTokenizer([*single, b" y", b"es", b"no", b" no"])
+    model = Unigram({" y": -3.0, "es": 3.0, " no": 2.0, "no": -3.0}, tokenizer)
+    tests = [
+        pairs.Test(["yes", "no"], 1, "A: "),
+        pairs.Test([" yes", " no"], 1, "A:"),
+    ]
+    np.testing.assert_array_equal(run_tests(model, tokenizer, tests)[:, 0], [1, 1])
 
 
 def test_several_models_make_one_table_with_paired_differences(run_dir, capsys):
@@ -262,7 +273,8 @@ def test_other_mistakes_are_explained(run_dir, fails):
     assert "stride=4 has no effect" in fails(score.main, "--suite=english", "--stride=4")
     two = ["--text=a.txt", "--picture=a.png", "--init_from=a", "--init_from=b"]
     assert "picture shows a single model" in fails(score.main, *two)
-    assert "python score.py --text=FILE" in fails(sample.main, "--score=short.txt")
+    with pytest.raises(UserError, match="the text has no words; leave out --picture"):
+        surprising_words(CharTokenizer(" "), np.array([0, 0]), np.ones(2))
     Path("short.txt").write_text("A")
     with pytest.raises(UserError, match="no token to predict"):
         score.main(["--out_dir=out/run", "--text=short.txt"])

@@ -90,10 +90,11 @@ def test_a_resumed_run_has_the_same_snapshots_byte_for_byte(run_train):
     whole = kept()
     run_train("--max_iters=10", "--eval_interval=6", "--decay_lr=False")
     assert list(kept()) == [0]
-    # files of steps that the resumed run has not done, and half a file, as after a kill
-    for name in ("30.pt", "100.pt", "300.pt.0123abcd.tmp"):
+    # files of steps that the resumed run has not done, and half a file, as after a kill; and a file of the user's
+    for name in ("30.pt", "100.pt", "300.pt.0123abcd.tmp", "my copy.pt"):
         (OUT / "snapshots" / name).write_bytes(b"of another future")
     train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=31"])
+    (OUT / "snapshots/my copy.pt").unlink()
     assert kept() == whole and list(whole) == [0, 10, 30]
     assert not list(OUT.rglob("*.tmp"))
 

@@ -131,7 +131,10 @@ def parse(line: str) -> Conversation:
         raise ValueError(
             "it has neither messages, conversations, nor instruction and output"
         )
-    turns = [Turn(SHAREGPT.get(role, role), text.strip()) for role, text in turns]
+    turns = [
+        Turn(SHAREGPT.get(role, role), re.sub("\r\n?", "\n", text.strip()))
+        for role, text in turns
+    ]
     for before, turn in pairwise(turns):
         if before.role == turn.role == "assistant":
             raise ValueError("the assistant replies twice in a row")

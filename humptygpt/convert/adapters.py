@@ -1,7 +1,9 @@
 """LoRA adapters in PEFT's format: export the trained matrices, and merge an adapter into its base model."""
 
 import math
+import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -75,10 +77,14 @@ def write_adapter(model: nn.Module, training, folder: Path) -> None:
         kind = re.split(r"\.\d+\.", theirs)[-1]
         ranks[kind] = training.lora_rank * len(present)
         alphas[kind] = training.lora_alpha * len(present)
+    base = training.init_from
+    if Path(base).is_absolute():  # a published adapter should not name the user's folders
+        with suppress(ValueError):  # on Windows, the path may lead to another drive
+            base = os.path.relpath(base)
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": training.init_from,
+        "base_model_name_or_path": base,
         "r": training.lora_rank,
         "lora_alpha": training.lora_alpha,
         "target_modules": sorted(ranks),

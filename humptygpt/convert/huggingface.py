@@ -227,6 +227,11 @@ def find_family(config: ModelConfig) -> str:
                 f"{key}={value} cannot be exported; {family.architecture} needs {key}={needed},"
                 f" as in {family.preset}"
             )
+    known = dict.fromkeys(ACTIVATION_NAMES.values())
+    if config.activation not in known:
+        raise UserError(
+            f"activation={config.activation} cannot be exported; transformers needs activation={' or '.join(known)}"
+        )
     if config.n_embd % config.n_head:
         raise UserError(
             f"n_embd={config.n_embd} cannot be exported; transformers needs a multiple of n_head={config.n_head}"

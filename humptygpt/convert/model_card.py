@@ -1,6 +1,7 @@
 """The README.md of an exported model. It describes the model's origin, training, validation loss and use."""
 
 import json
+import re
 
 from humptygpt.loading import Loaded
 from humptygpt.settings import TrainConfig
@@ -52,6 +53,8 @@ Settings of the run that differ from HumptyGPT's defaults:
 {settings}
 ```
 """
+# the folders of an absolute path, which the card leaves out, because they may name a user
+FOLDERS = re.compile(r"""(?<![^\s'"])(/|[A-Za-z]:[/\\])\S*[/\\]""")
 
 
 def model_card(loaded: Loaded, name: str) -> str:
@@ -59,10 +62,10 @@ def model_card(loaded: Loaded, name: str) -> str:
     task = find_task(loaded.task)
     context = model.config.block_size
     prompt = task.card_prompt + tokenizer.decode(tokenizer.start())
-    origin = f"converted by HumptyGPT from {loaded.description}"
+    origin = f"converted by HumptyGPT from {FOLDERS.sub('', loaded.description)}"
     training = settings = ""
     if saved:
-        source = saved["data"]["source"]
+        source = FOLDERS.sub("", saved["data"]["source"])
         origin = f"trained with HumptyGPT on {source}"
         training = TRAINING.format(source=source, progress=saved["progress"])
         settings = SETTINGS.format(settings=changed_settings(saved))
@@ -86,7 +89,7 @@ def changed_settings(saved: dict) -> str:
     defaults = vars(ModelConfig()) | vars(TrainConfig())
     settings = saved["model_config"] | saved["train_config"]
     return "\n".join(
-        f"{key} = {value!r}"
+        f"{key} = {FOLDERS.sub('', repr(value))}"
         for key, value in settings.items()
         if value != defaults.get(key, value)
     )

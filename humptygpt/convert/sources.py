@@ -29,9 +29,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     """Load the tokenizer that --tokenizer names, without the model's weights. Raises UserError if this fails."""
     if tokenizer_file(Path(source)):
         return read_tokenizer(Path(source))
-    path = find_source(source, key="tokenizer")
-    if is_adapter(path):
-        return load_tokenizer(find_base(path))
+    *_, path = with_bases(find_source(source, key="tokenizer"))
     if is_folder(path):
         return read_tokenizer(path)
     saved = checkpoint.read_plain(path)
@@ -42,22 +40,29 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 def from_folder(path: Path, source: str | Path) -> Loaded:
     """Load a model from a folder in Hugging Face's format, or an adapter in PEFT's format, merged into its base."""
-    if is_adapter(path):
-        base = load(find_base(path))
-        merge_adapter(path, base.model)
+    *adapters, base_path = with_bases(path)
+    if adapters:
+        base = load(base_path)
+        for adapter in reversed(adapters):
+            merge_adapter(adapter, base.model)
         about = f"{path}: an adapter for {base.path}"
         return base._replace(path=path, description=about, saved=None)
     return Loaded(read_pretrained(path), read_tokenizer(path), path, f"{source}")
 
 
-def find_base(adapter: Path) -> Path:
-    """Return the path of an adapter's base model. Raises UserError if there is none."""
-    key = "base_model_name_or_path"
-    return find_source(read_config(adapter)[key], key=f"{adapter / CONFIG}: {key}")
+def with_bases(path: Path) -> list[Path]:
+    """List a path and, if it is an adapter, its base model, which may be an adapter as well, and so on.
 
-
-def is_adapter(folder: Path) -> bool:
-    return (folder / CONFIG).is_file()
+    Raises UserError if a base model is missing, or an adapter is its own base model.
+    """
+    paths = [path]
+    while (file := path / CONFIG).is_file():
+        key = "base_model_name_or_path"
+        path = find_source(read_config(path)[key], key=f"{file}: {key}")
+        if path in paths:
+            raise UserError(f"{path}: the adapter is its own base model")
+        paths.append(path)
+    return paths
 
 
 def from_nanogpt(path: Path, saved: dict) -> Loaded:

@@ -344,7 +344,7 @@ def find_best(
     if available < times[small]:
         raise UserError(
             f"minutes={small.config.minutes:g} is too short: {clock.seconds():.1f} s have passed before the first step,"
-            f" and a step takes {times[small]:.2g} s"
+            f" and a step takes {times[small]:.2g} s; try again now that the data is prepared, or with more minutes"
         )
     times[large] = time_step(large)
     more = large.operations - small.operations
@@ -453,9 +453,11 @@ def choice(run) -> str:
     several = f"{config.n_members} members of " if config.n_members > 1 else ""
     share = run.config.ngram_targets
     soft = f", {share:.0%} of each target from n-grams" if share else ""
+    size = f"{several}{config.n_layer} layers of {config.n_embd} features, a context of {config.block_size} tokens"
+    base = run.config.init_from
+    chosen = f"chosen: {size}," if base == "scratch" else f"as in {base}: {size}; chosen:"
     return (
-        f"minutes: {run.config.minutes:g}; chosen: {several}{config.n_layer} layers of {config.n_embd} features,"
-        f" a context of {config.block_size} tokens, dropout {config.dropout:g}{soft};"
+        f"minutes: {run.config.minutes:g}; {chosen} dropout {config.dropout:g}{soft};"
         " keys that you set keep their values\n"
         f"export: {export}"
     )

@@ -225,15 +225,17 @@ def read_parquet(path: Path, text_key: str, errors: str) -> Iterator[tuple[objec
 
 
 def read_table(path: Path, text_key: str, errors: str) -> Iterator[tuple[object, dict]]:
-    """Yield (value in column text_key, row) for each row of a CSV file.
+    """Yield (value in column text_key, row) for each row of a CSV or TSV file.
 
     The first line names the columns. The separator is whichever of comma, semicolon and tab is most frequent there.
+    Between tabs, quotes are part of the text.
     """
     csv.field_size_limit(2**31 - 1)
     with open_text(path, errors, newline="") as text:
         header = text.readline()
         separator = max(",;\t", key=header.count)
-        table = csv.DictReader(chain([header], text), delimiter=separator)
+        quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+        table = csv.DictReader(chain([header], text), delimiter=separator, quoting=quoting)
         check_column(path, text_key, table.fieldnames)
         for row in table:
             # the csv module stores surplus cells under None; in such a row, the text probably contains the separator

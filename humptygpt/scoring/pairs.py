@@ -98,7 +98,9 @@ def run_tests(model: nn.Module, tokenizer: Tokenizer, tests: list[Test]) -> np.n
     sequences, lengths, readable = [], [], []
     for index, (choices, _, context, _) in enumerate(tests):
         try:
-            before, *whole = [tokenizer.encode(context + x) for x in ("", *choices)]
+            # spaces that end the context may share a token with a choice, as in lm-evaluation-harness
+            texts = (context.rstrip(), *(context + choice for choice in choices))
+            before, *whole = map(tokenizer.encode, texts)
         except UserError:  # a character that the tokenizer lacks
             continue
         readable.append(index)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from humptygpt.config import UserError
 from humptygpt.files import write_whole
 from humptygpt.tokenizers import Tokenizer
 
@@ -40,11 +41,14 @@ def surprising_words(
 ) -> list[tuple[str, float]]:
     """Find the words with the largest sum of nats, largest first. Returns (the text up to a word's end, its nats).
 
-    ids, nats: (T,). A word lies between spaces; a token that is partly in it counts for it.
+    ids, nats: (T,). A word lies between spaces; a token that is partly in it counts for it. Raises UserError if there
+    is no word.
     """
     data = b"".join(tokenizer.pieces[i] for i in ids)
     ends = np.cumsum([len(tokenizer.pieces[i]) for i in ids])
     spans = np.array([word.span() for word in re.finditer(rb"\S+", data)])
+    if not len(spans):
+        raise UserError("the text has no words; leave out --picture")
     first, last = np.searchsorted(ends, spans - [0, 1], "right").T
     total = np.append(0, np.cumsum(nats))
     sums = total[last + 1] - total[first]
