@@ -316,7 +316,6 @@ def train(run: Run, folder: RunFolder) -> int | None:
             if stop or (due and (run.is_over or improved or config.always_save_checkpoint)):
                 progress.run_seconds = run.clock.seconds()
                 run.process.save(folder.path / "ckpt.pt", run.latest_state())
-                folder.checkpointed()
             if stop:
                 return (signals or [signal.SIGTERM])[0]
             if due and not run.is_over:

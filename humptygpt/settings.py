@@ -26,7 +26,7 @@ from humptygpt.loading import Loaded, load
 from humptygpt.machine import GIVEN
 from humptygpt.optimizers import OPTIMIZERS, SCHEDULES
 from humptygpt.process import BACKENDS, PARALLEL, launched, restarted
-from humptygpt.run_folder import NEW, chosen_loggers, lock_out_dir, refuse_earlier_run
+from humptygpt.run_folder import MOVING, chosen_loggers, lock_out_dir, refuse_earlier_run
 from humptygpt.tasks import MODELS, make_model_config
 from model import POSITIONS, ModelConfig
 
@@ -64,7 +64,7 @@ class TrainConfig:
     # run
     out_dir: str | None = None  # folder of the run; None: out/<dataset>
     init_from: str = "scratch"  # scratch, resume (from out_dir/ckpt.pt), or a model: a run, checkpoint, folder or gpt2
-    overwrite: bool = False  # replace an earlier run in out_dir
+    overwrite: bool = False  # move an earlier run in out_dir to out_dir/previous
     eval_only: bool = False  # evaluate once, with BLEU for translation, and stop
     seed: int = 1337  # seed for initial weights, data order and dropout
     # data
@@ -219,8 +219,8 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     if init_from not in ("scratch", "resume"):
         base = load(init_from)
         settings = GENTLE | given | base_settings(base, given)
-    # while the subfolder NEW exists, ckpt.pt belongs to the run that is being replaced
-    begins = (out_dir / NEW).exists()
+    # while the subfolder MOVING exists, ckpt.pt belongs to the run that is being moved into it
+    begins = (out_dir / MOVING).exists()
     if restarted() and not begins and is_same_run(settings, path):
         note(f"torchrun has restarted this run; resuming {path}")
         init_from = "resume"
