@@ -10,7 +10,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ import model as models
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint, evaluation, run_folder
+from humptygpt import checkpoint, evaluation, run_folder, settings
 from humptygpt.evaluation import Loss
 from humptygpt.memory import ADVICE
 from humptygpt.optimizers import OPTIMIZERS, Optimizer, Rule
@@ -447,6 +447,7 @@ def test_killed_at_any_moment_of_saving_a_run_resumes_exactly(tiny, step):
     rows, whole, snapshots = read_rows(OUT), weights(), kept(OUT)
     assert list(snapshots) == [0, 10, 30]
     for call in range(8, 44, step):
+        shutil.rmtree(OUT)
         assert run(die_at, call) == -signal.SIGKILL
         keys = ["--init_from=resume"] if (OUT / "ckpt.pt").exists() else []
         assert run(quiet_train, *keys) == 0
@@ -481,6 +482,19 @@ def test_what_may_not_change_on_resume_is_refused(run_train, fails):
     for change in FIXED:
         complaint = f"{change} cannot change on resume: the checkpoint has "
         assert complaint in fails(train.main, *RESUME, f"--{change}")
+
+
+def test_a_key_that_nobody_has_thought_about_may_not_change_on_resume(
+    run_train, fails, monkeypatch
+):
+    @dataclass(frozen=True)
+    class Newer(settings.TrainConfig):
+        order: str = "random"
+
+    run_train("--max_iters=1")
+    monkeypatch.setattr(settings, "TrainConfig", Newer)
+    complaint = "order=sorted cannot change on resume: the checkpoint has order=random;"
+    assert fails(train.main, *RESUME, "--order=sorted").startswith(complaint)
 
 
 def test_a_resumed_run_may_take_its_steps_in_smaller_parts(run_train):
@@ -523,9 +537,11 @@ def test_a_run_that_has_no_step_left_says_so(run_train, capsys):
     assert note in capsys.readouterr().err
 
 
-def test_a_run_can_be_run_again_by_its_config_json(run_train, fails):
+def test_a_run_can_be_run_again_by_its_config_json_without_a_note(run_train, fails, capsys):
     rows = run_train("--n_layer=1", "--learning_rate=0.01")
+    capsys.readouterr()
     assert train.main([f"{OUT}/config.json", "--out_dir=out/again"]) == 0
+    assert capsys.readouterr().err == ""
     assert read_rows(Path("out/again")) == rows
     # the name of its dataset is obeyed, unless another input is given
     settings = {"input": "tiny.txt", "dataset": "mine", "_made_up": 1}
