@@ -402,10 +402,11 @@ def candidates(
 
 
 def count_inner(model: nn.Module) -> int:
-    """Count the parameters of one member, excluding embeddings."""
-    config = model.config
-    embeddings = config.vocab_size * config.n_embd * (1 if config.tie_weights else 2)
-    return models.count_parameters(model) // config.n_members - embeddings
+    """Count the parameters of one member, excluding the embedding and the head."""
+    outside = ("wte", "lm_head")
+    named = model.named_parameters()
+    inner = sum(p.numel() for name, p in named if not any(x in name for x in outside))
+    return inner // model.config.n_members
 
 
 def seconds_per_step(
