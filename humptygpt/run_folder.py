@@ -105,6 +105,9 @@ class StepClock:
     def leave_out(self, evaluation: float) -> None:
         """Exclude the time since advance(), which was spent on an evaluation. evaluation: its duration in seconds."""
 
+    def leave_out_line(self, line: float) -> None:
+        """Exclude the time since advance(), in which the model wrote a line. line: how long it took, in seconds."""
+
     def seconds(self) -> float:
         """Seconds that count towards --minutes, including the time before the run was resumed."""
         return 0.0
@@ -129,12 +132,13 @@ class Meter:
         self.logged_seconds = self.progress.seconds
         self.logged_tokens = self.progress.tokens
         self.started = time.perf_counter() - self.progress.seconds
+        self.lines: list[float] = []  # seconds that each line took that the model wrote
 
-    def leave_out_evaluation(self) -> float:
-        """Exclude the time since read(), which was spent on an evaluation. Returns that time in seconds."""
-        evaluation = time.perf_counter() - self.started - self.progress.seconds
-        self.started += evaluation
-        return evaluation
+    def leave_out(self) -> float:
+        """Exclude the time since read(), which was not spent on training. Returns that time in seconds."""
+        seconds = time.perf_counter() - self.started - self.progress.seconds
+        self.started += seconds
+        return seconds
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
         self.unread.append((loss, grad_norm))

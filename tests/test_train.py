@@ -560,6 +560,53 @@ def test_without_a_terminal_each_logged_step_and_evaluation_is_a_line(run_train,
     assert shown == ["2/6:", "3:", "4/6:", "6/6:", "6:"]
 
 
+@pytest.mark.parametrize(
+    ("cost", "steps"),
+    [(0.01, ["0", "25", "50", "100"]), (0.5, ["0", "25"]), (0.7, ["0"])],
+)
+def test_the_model_writes_a_line_at_ever_longer_intervals_in_a_hundredth_of_the_time(
+    run_train, signal_in_step, monkeypatch, capsys, cost, steps
+):
+    now = 0.0
+    train_step = train.train_step
+
+    def step(*args):
+        nonlocal now
+        now += 1
+        return train_step(*args)
+
+    def write(model, dataset, count: int = 3) -> str:
+        nonlocal now
+        now += cost
+        torch.rand(count)
+        return f"  > {count}"
+
+    def written() -> list[str]:
+        return re.findall(r"^iter (\d+):  > 1$", capsys.readouterr().out, re.MULTILINE)
+
+    keys = ["--max_iters=120", "--eval_interval=60", "--log_interval=7", "--dropout=0.5"]
+    without = run_train(*keys)
+    monkeypatch.setattr(train, "train_step", step)
+    clock = SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: now)
+    monkeypatch.setattr(run_folder, "time", clock)
+    monkeypatch.setattr(
+        evaluation, "TEXT", replace(WITHOUT_SAMPLE, evaluation_examples=write)
+    )
+    assert run_train(*keys) == without
+    assert written() == steps
+    assert json.loads((OUT / "result.json").read_text())["seconds"] == 120
+    if cost > 0.1:
+        return
+    # an evaluation has just shown what the model writes
+    run_train("--max_iters=120", "--eval_interval=50")
+    assert written() == ["0", "25"]
+    signal_in_step(30)
+    assert train.main([*TINY_RUN, *keys]) == 128 + signal.SIGTERM
+    assert written() == ["0", "25"]
+    assert resume() == without
+    assert written() == ["50", "100"]
+
+
 def test_result_json_says_how_a_run_ended_and_how_good_its_model_is(
     run_train, signal_in_step, monkeypatch
 ):
