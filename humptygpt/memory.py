@@ -9,7 +9,7 @@ from itertools import dropwhile
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import model as models
 from humptygpt.device import free_memory
@@ -153,27 +153,26 @@ def check_training_fits(
     """Raise UserError if a run needs more memory than is free. config: a TrainConfig."""
     parameters, least = least_memory(config, model_config, device, dtype, processes)
     training = (
-        f"training {parameters:,} parameters with batch_size={config.batch_size} and"
+        f"training {parameters:,.0f} parameters with batch_size={config.batch_size} and"
         f" block_size={model_config.block_size} takes at least"
     )
     check_fits(training, least, free_memory(device), ADVICE)
 
 
-def least_memory(config, model_config: ModelConfig, *where) -> tuple[int, float]:
+def least_memory(config, model_config: ModelConfig, *where) -> list[float]:
     """Return the number of parameters, and a lower bound of the memory in bytes. where: as in check_training_fits().
 
     A model of very many layers takes minutes to build, even without weights, so from MANY_LAYERS on each layer is
     assumed to need as much as the one before it.
     """
 
-    def needs(n_layer: int) -> tuple[int, float]:
+    def needs(n_layer: int) -> Tensor:
         model = model_on_meta(config, replace(model_config, n_layer=n_layer))
-        return models.count_parameters(model), training_memory(config, model, *where).least
+        least = training_memory(config, model, *where).least
+        return torch.tensor([models.count_parameters(model), least], dtype=torch.float64)
 
     built = min(model_config.n_layer, MANY_LAYERS)
-    parameters, least = needs(built)
+    needed = needs(built)
     if more := model_config.n_layer - built:
-        fewer_parameters, less = needs(built - 1)
-        parameters += more * (parameters - fewer_parameters)
-        least += more * (least - less)
-    return parameters, least
+        needed += more * (needed - needs(built - 1))
+    return needed.tolist()
