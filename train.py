@@ -69,6 +69,8 @@ NGRAMS = "humptygpt.minutes.ngrams:SoftTargets"
 SNAPSHOTS = "humptygpt.page.snapshots:taker"
 TRAIN_ROWS = "humptygpt.finetune.lora:train_rows"
 PAIRS = "humptygpt.scoring.pairs:tester"
+# numbers of steps after which the model writes a line
+LINES = {0, *(25 * 2**doublings for doublings in range(40))}
 
 
 @dataclass
@@ -294,9 +296,12 @@ def train(run: Run, folder: RunFolder) -> int | None:
     meter = Meter(run)
     take_snapshot = find(SNAPSHOTS)(run, folder)
     run.clock.start(run)
+    due = False
     with catch_signals() as signals, report.progress_bar(run) as bar:
         while not run.is_over:
             take_snapshot(progress.iter)
+            if not due:  # an evaluation shows what the model writes
+                write_line(run, meter, bar)
             before = progress.position
             lr = config.lr(before)
             run.optimizer.set_lr(lr / config.learning_rate)
@@ -324,13 +329,35 @@ def train(run: Run, folder: RunFolder) -> int | None:
             if stop or (due and (run.is_over or improved or config.always_save_checkpoint)):
                 progress.run_seconds = run.clock.seconds()
                 run.process.save(folder.path / "ckpt.pt", run.latest_state())
-                folder.checkpointed()
             if stop:
                 return (signals or [signal.SIGTERM])[0]
             if due and not run.is_over:
                 folder.draw()
-                run.clock.leave_out(meter.leave_out_evaluation())
+                run.clock.leave_out(meter.leave_out())
     return None
+
+
+def write_line(run: Run, meter: Meter, bar: tqdm) -> None:
+    """Show what the model writes after 0, 25, 50, 100, 200 steps and so on.
+
+    All lines together take at most 1 % of the run's time. Only the first is always written, because how long one takes
+    is not known before.
+    """
+    progress = run.progress
+    if progress.iter not in LINES:
+        return
+    meter.read()
+    write = run.task.evaluation_examples
+    if not write or not run.process.first:
+        return
+    taken = meter.lines
+    if taken:
+        whole = progress.seconds + run.clock.time_left(run)
+        if sum(taken) + taken[-1] > whole / 100:
+            return
+    report.line(bar, f"iter {progress.iter}:{show(run, write, run.model, 1)}")
+    taken.append(meter.leave_out())
+    run.clock.leave_out_line(taken[-1])
 
 
 def train_step(run: Run, step: int) -> tuple[Tensor, Tensor, int]:
@@ -455,14 +482,14 @@ def evaluate_only(run: Run) -> str:
     return text
 
 
-def show(run: Run, function: Callable, model: nn.Module):
+def show(run: Run, function: Callable, model: nn.Module, *options: object):
     """Call one of the task's functions with the model in evaluation mode, and return the result."""
     device = next(model.parameters()).device
     model.eval()
     # on a CPU, memory is the bottleneck of generation, not arithmetic
     dtype = torch.float32 if device.type == "cpu" else run.dtype
     with autocast(device, dtype):
-        result = function(model, run.dataset)
+        result = function(model, run.dataset, *options)
     model.train()
     return result
 

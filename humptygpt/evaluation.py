@@ -146,7 +146,7 @@ def sample(model: nn.Module, dataset: TokenDataset, max_new_tokens: int) -> str:
     return tokenizer.decode(tokens.tolist()).strip()
 
 
-def sample_line(model: nn.Module, dataset: TokenDataset) -> str:
+def sample_line(model: nn.Module, dataset: TokenDataset, count: int = 1) -> str:
     line = " ".join(sample(model, dataset, LINE_TOKENS).split())
     return f"  > {line[:100]}"
 

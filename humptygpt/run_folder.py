@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -42,9 +43,8 @@ FILES = [
     "ckpt.old",
     "ckpt.pt",
 ]
-# subfolder for a run that replaces another, until the new run has a checkpoint
-NEW = ".new"
-COMPLETE = ".complete"  # name of that subfolder while its files are moved to out_dir
+PREVIOUS = "previous"  # subfolder for the run that --overwrite=True has replaced
+MOVING = ".previous"  # name of that subfolder while files are moved into it
 # {name of a logger: the class or function in loggers.py that starts it}
 LOGGERS = {"tensorboard": "TensorBoard", "wandb": "start_wandb"}
 
@@ -105,6 +105,9 @@ class StepClock:
     def leave_out(self, evaluation: float) -> None:
         """Exclude the time since advance(), which was spent on an evaluation. evaluation: its duration in seconds."""
 
+    def leave_out_line(self, line: float) -> None:
+        """Exclude the time since advance(), in which the model wrote a line. line: how long it took, in seconds."""
+
     def seconds(self) -> float:
         """Seconds that count towards --minutes, including the time before the run was resumed."""
         return 0.0
@@ -129,12 +132,13 @@ class Meter:
         self.logged_seconds = self.progress.seconds
         self.logged_tokens = self.progress.tokens
         self.started = time.perf_counter() - self.progress.seconds
+        self.lines: list[float] = []  # seconds that each line took that the model wrote
 
-    def leave_out_evaluation(self) -> float:
-        """Exclude the time since read(), which was spent on an evaluation. Returns that time in seconds."""
-        evaluation = time.perf_counter() - self.started - self.progress.seconds
-        self.started += evaluation
-        return evaluation
+    def leave_out(self) -> float:
+        """Exclude the time since read(), which was not spent on training. Returns that time in seconds."""
+        seconds = time.perf_counter() - self.started - self.progress.seconds
+        self.started += seconds
+        return seconds
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
         self.unread.append((loss, grad_norm))
@@ -219,7 +223,8 @@ def lock_out_dir(out_dir: Path) -> Iterator[None]:
     """
     advice = "choose another --out_dir, or wait until that run has ended"
     with files.locked(out_dir, f"out_dir={out_dir}", advice):
-        put_in_place(out_dir)
+        if (out_dir / MOVING).exists():
+            move_aside(out_dir)
         yield
 
 
@@ -229,7 +234,7 @@ def refuse_earlier_run(out_dir: Path) -> None:
         source = shlex.quote(f"--init_from={out_dir}")
         raise UserError(
             f"{out_dir} already holds a run; continue it with --init_from=resume, start from it with {source} and"
-            " another --out_dir, or replace it with --overwrite=True"
+            f" another --out_dir, or move it to {out_dir / PREVIOUS} with --overwrite=True"
         )
 
 
@@ -239,32 +244,36 @@ def has_checkpoint(out_dir: Path) -> bool:
     )
 
 
-def put_in_place(out_dir: Path) -> None:
-    """Replace the earlier run with the one in the folder NEW, if that has a checkpoint.
+def move_aside(out_dir: Path) -> None:
+    """Move the run in out_dir to the subfolder PREVIOUS, in place of an older one.
 
-    Even if the process is killed midway, one of the two runs is complete, and the next call finishes the replacement.
-    A plan.py is kept, because it may be the config file of the new run. Raises UserError if files cannot be replaced.
+    If the process is killed midway, the next lock_out_dir() finishes the move. A plan.py is copied, because it may be
+    the config file of the new run. Raises UserError if files cannot be moved.
     """
-    new, complete = out_dir / NEW, out_dir / COMPLETE
+    moving, previous = out_dir / MOVING, out_dir / PREVIOUS
+    plan = out_dir / "plan.py"
     with files.refuse_unwritable(out_dir):
-        if checkpoint.stored(new / "ckpt.pt").exists():
-            for name in FILES:
-                path = out_dir / name
-                # a folder with the name of one of our files may be a run of its own
-                if not (path / "metrics.jsonl").exists():
-                    files.remove(path)
-            new.rename(complete)  # from here on, the earlier run is gone
-        if complete.exists():
-            for path in complete.iterdir():
-                path.replace(out_dir / path.name)
-            complete.rmdir()
+        moving.mkdir(exist_ok=True)
+        if checkpoint.stored(out_dir / "ckpt.pt").exists():
+            files.remove(previous)
+        elif previous.exists():
+            # a run that was killed before its first ckpt.pt must not take the place of a whole one
+            previous.replace(moving / PREVIOUS)
+        for name in FILES:
+            path = out_dir / name
+            # a folder with the name of one of our files may be a run of its own
+            if path.exists() and not (path / "metrics.jsonl").exists():
+                path.replace(moving / name)
+        if plan.exists():
+            shutil.copy(plan, moving)
+        moving.rename(previous)
 
 
 class RunFolder:
     """Writes metrics.jsonl, loss.png, config.json and command.txt of a run, and logs to TensorBoard or wandb.
 
-    A new run that overwrites another writes to the folder NEW until it has a checkpoint. A resumed run drops
-    metrics and snapshots that are newer than its checkpoint. In both cases the run holds the lock from lock_out_dir().
+    A new run first moves an earlier one aside. A resumed run drops metrics and snapshots that are newer than its
+    checkpoint. In both cases the run holds the lock from lock_out_dir().
     """
 
     def __init__(self, run, settings: dict):
@@ -272,10 +281,8 @@ class RunFolder:
 
         Raises UserError if a file cannot be written.
         """
-        self.out_dir = path = Path(run.config.out_dir)
+        self.path = path = Path(run.config.out_dir)
         self.resumed_at = resumed_at = run.progress.iter
-        replaces = not resumed_at and has_checkpoint(path)
-        self.path = path / NEW if replaces else path  # the folder with the run's files
         self.settings = settings
         self.writes = run.process.first
         self.rows = []
@@ -285,11 +292,11 @@ class RunFolder:
             return
         if not importlib.util.find_spec("matplotlib"):
             note("there will be no loss.png, because matplotlib is not installed")
-        if replaces:
-            note(f"the earlier run in {path} is kept until this one has a checkpoint")
+        if not resumed_at and has_checkpoint(path):
+            move_aside(path)
+            note(f"the earlier run in {path} is now in {path / PREVIOUS}")
         with files.refuse_unwritable(path):
-            files.remove(path / NEW)  # from a run that ended before its first checkpoint
-            self.path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
             if resumed_at:
                 # all rows up to the checkpoint, except those written at the end of a run
                 at_the_end = {"end", "whole_val_loss", "test_bleu"}
@@ -298,50 +305,39 @@ class RunFolder:
                     for row in read_metrics(path / "metrics.jsonl")
                     if row["iter"] <= resumed_at and not at_the_end & row.keys()
                 ]
-            for snapshot in self.path.glob("snapshots/*.pt"):
+            for snapshot in path.glob("snapshots/*.pt"):
                 step = snapshot.stem
                 if step.isdecimal() and int(step) >= resumed_at:  # to be taken again
                     snapshot.unlink()
-            files.remove(self.path / "result.json")  # until this run ends
+            files.remove(path / "result.json")  # until this run ends
             files.remove_unfinished(path, [*FILES, "snapshots/*"])
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_text(self.path / "metrics.jsonl", lines)
-        write_text(self.path / "config.json", json.dumps(settings, indent=1))
-        files.append(self.path / "command.txt", self.command)
+        write_text(path / "metrics.jsonl", lines)
+        write_text(path / "config.json", json.dumps(settings, indent=1))
+        files.append(path / "command.txt", self.command)
 
     def record(self, row: dict) -> None:
         """Add a row of metrics."""
         if self.writes:
             self.rows.append(row)
             files.append(self.path / "metrics.jsonl", json.dumps(row))
-            if self.path == self.out_dir:
-                self.log([row])
+            self.log(row)
 
-    def log(self, rows: list[dict]) -> None:
-        """Send rows to the chosen loggers. The first call starts the loggers."""
+    def log(self, row: dict) -> None:
+        """Send a row to the chosen loggers. The first call starts the loggers."""
         if not self.loggers:
             for name in chosen_loggers(self.settings):
                 start = find(f"humptygpt.loggers:{LOGGERS[name]}")
                 self.loggers.append(start(self.path, self.settings, self.resumed_at))
         for logger in self.loggers:
-            for row in rows:
-                # skip the row written at the end of a run, because a resumed run drops it
-                if "end" not in row:
-                    logger.log(row, step=row["iter"])
+            # skip the row written at the end of a run, because a resumed run drops it
+            if "end" not in row:
+                logger.log(row, step=row["iter"])
 
     def draw(self) -> None:
         """Draw loss.png, if matplotlib is installed."""
         if importlib.util.find_spec("matplotlib"):
             draw_losses(self.rows, self.path / "loss.png")
-
-    def checkpointed(self) -> None:
-        """Replace the earlier run with this one once its first checkpoint is complete. Raises UserError on failure."""
-        if self.path == self.out_dir:
-            return
-        self.path = self.out_dir
-        if self.writes:
-            put_in_place(self.out_dir)
-            self.log(self.rows)
 
     def end(self, run, how: str) -> None:
         """Write result.json, from which a program learns how a run ended. run: a train.Run."""

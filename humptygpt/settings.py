@@ -18,6 +18,7 @@ from humptygpt.config import (
     check_above_0,
     check_choices,
     check_least,
+    fields_of,
     note,
     refuse_vain,
 )
@@ -26,14 +27,12 @@ from humptygpt.loading import Loaded, load
 from humptygpt.machine import GIVEN
 from humptygpt.optimizers import OPTIMIZERS, SCHEDULES
 from humptygpt.process import BACKENDS, PARALLEL, launched, restarted
-from humptygpt.run_folder import NEW, chosen_loggers, lock_out_dir, refuse_earlier_run
+from humptygpt.run_folder import MOVING, chosen_loggers, lock_out_dir, refuse_earlier_run
 from humptygpt.tasks import MODELS, make_model_config
 from model import POSITIONS, ModelConfig
 
 # ModelConfig keys that affect only training, not the architecture
 TRAINING_ONLY = {"dropout", "label_smoothing"}
-# keys that cannot change on resume, because they determine the weights or the order of the data
-FIXED = {"seed", "optimizer", "freeze", "lora_rank", "lora_alpha", "lora_targets"}
 # keys that may change on resume if their product does not
 STEP = ("batch_size", "gradient_accumulation_steps")
 # keys whose values in a checkpoint may differ from those in the command that wrote it: a short run's warmup is
@@ -42,6 +41,16 @@ MAY_DIFFER = {"out_dir", "warmup_iters", "input", "vocab_size"}
 MAY_DIFFER |= {"dtype", "muon_dtype", "threads"}
 # keys that control how the text of `input` is read
 OF_INPUT = ("text_key", "encoding_errors", "skip_bad_lines")
+# keys that may change on resume; all others determine the weights or the order of the data
+MAY_CHANGE = {"out_dir", "init_from", "eval_only", "dataset", *STEP}
+MAY_CHANGE |= {"minutes", "max_iters", "learning_rate", "decay_lr", "schedule", "min_lr"}
+MAY_CHANGE |= {"warmup_iters", "lr_decay_iters", "weight_decay", "beta1", "beta2"}
+MAY_CHANGE |= {"muon_learning_rate", "muon_momentum", "muon_dtype", "grad_clip"}
+MAY_CHANGE |= {"ngram_targets", "eval_interval", "eval_iters", "eval_pairs"}
+MAY_CHANGE |= {"early_stopping", "always_save_checkpoint", "snapshots", "log_interval"}
+MAY_CHANGE |= {"checkpoint_activations", "dry_run", "log", "wandb_log", "wandb_project"}
+MAY_CHANGE |= {"wandb_run_name", "device", "dtype", "threads", "compile", "parallel"}
+MAY_CHANGE |= {"backend", *TRAINING_ONLY}
 NOT_ROTARY = tuple(POSITIONS.keys() - {"rotary"})
 # {key: (another key, the values of that other key for which the key has no effect)}
 IN_VAIN = dict.fromkeys(OF_INPUT, ("input", (None,)))
@@ -64,7 +73,7 @@ class TrainConfig:
     # run
     out_dir: str | None = None  # folder of the run; None: out/<dataset>
     init_from: str = "scratch"  # scratch, resume (from out_dir/ckpt.pt), or a model: a run, checkpoint, folder or gpt2
-    overwrite: bool = False  # replace an earlier run in out_dir
+    overwrite: bool = False  # move an earlier run in out_dir to out_dir/previous
     eval_only: bool = False  # evaluate once, with BLEU for translation, and stop
     seed: int = 1337  # seed for initial weights, data order and dropout
     # data
@@ -219,8 +228,8 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     if init_from not in ("scratch", "resume"):
         base = load(init_from)
         settings = GENTLE | given | base_settings(base, given)
-    # while the subfolder NEW exists, ckpt.pt belongs to the run that is being replaced
-    begins = (out_dir / NEW).exists()
+    # while the subfolder MOVING exists, ckpt.pt belongs to the run that is being moved into it
+    begins = (out_dir / MOVING).exists()
     if restarted() and not begins and is_same_run(settings, path):
         note(f"torchrun has restarted this run; resuming {path}")
         init_from = "resume"
@@ -240,9 +249,12 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     for name in chosen_loggers(asdict(config)):  # fail now, not after preparing data
         importlib.import_module(name)
     values = asdict(config) | asdict(model_config) | {"processes": processes}
+    # a config.json sets every key, most of them to the default
+    fields = fields_of(TrainConfig, ModelConfig)
+    chosen = {key for key in given if given[key] != fields[key].default}
     # only noted: a config file may be combined with others, and the same command may run in several processes
     noted = given.keys() - typed | FOR_SEVERAL.keys()
-    refuse_vain(given, values, IN_VAIN | FOR_SEVERAL, noted)
+    refuse_vain(chosen | typed, values, IN_VAIN | FOR_SEVERAL, noted)
     if overwrite and (given.get("init_from") == "resume" or not writes):
         note("overwrite=True has no effect: no new run is written")
     if not saved and "warmup_iters" not in given:
@@ -284,8 +296,7 @@ def data_name(where: str) -> str:
 def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
     """Return the settings of a resumed run. Raises UserError for a key that cannot change.
 
-    Length, learning rates, evaluation and so on may change. Keys that determine the weights or the order of the data
-    may not.
+    Length, learning rates, evaluation and so on may change. All keys that are not in MAY_CHANGE stay as they are.
     """
     if "optimizer" not in saved:
         raise UserError(
@@ -294,7 +305,7 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
     with refuse_other_code(path):
         train_config = configurator.restore(TrainConfig, saved["train_config"])
     own = asdict(train_config) | saved["model_config"]
-    fixed = saved["model_config"].keys() - TRAINING_ONLY | FIXED
+    fixed = own.keys() - MAY_CHANGE
     # the sequences of a step stay the same, but they may be split into more or fewer micro-batches
     if math.prod((own | given)[key] for key in STEP) != math.prod(own[key] for key in STEP):
         fixed |= {*STEP}

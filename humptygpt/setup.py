@@ -178,7 +178,9 @@ def make_model(
         model = adapt_model(base, config, model_config)
     else:
         torch.manual_seed(config.seed)
-        model = build_on_meta(model_config) if sharded else build(model_config)
+        model = (
+            build_on_meta(model_config) if sharded else build(model_config, vars(config))
+        )
     for module in model.modules():
         if isinstance(module, Stack):
             module.checkpoint_activations = config.checkpoint_activations

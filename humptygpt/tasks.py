@@ -104,7 +104,8 @@ class Task:
     dataset: type  # a subclass of humptygpt.data.Dataset
     package: str | None = None  # the package that computes the score
     batches_vary: bool = False  # batches differ in shape
-    evaluation_examples: Show | None = None  # shown after each evaluation
+    # shown after each evaluation; its third argument is the number of examples
+    evaluation_examples: Show | None = None
     final_examples: Show | None = None  # shown at the end of a run
     score: Callable[..., Score] | None = None  # at the end of a run and with --eval_only
     sample_label: str = "more of this"  # label printed before sample_command

@@ -97,7 +97,7 @@ def test_a_fine_tuning_is_resumed_when_torchrun_starts_it_again(other, monkeypat
         assert start.saved is None or start.base is None
     assert train.main(FROM_RUN) == 0
     assert "resuming out/other/ckpt.pt" in capsys.readouterr().err
-    assert not Path("out/other/.new").exists()
+    assert not Path("out/other/previous").exists()
 
 
 @pytest.mark.parametrize(

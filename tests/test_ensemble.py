@@ -41,6 +41,18 @@ def test_the_prediction_is_the_mean_of_the_members_predictions():
     torch.testing.assert_close(loss, -right.log().mean())
 
 
+def test_a_penalty_for_repetition_means_the_same_as_for_a_member_alone():
+    model = ensemble().eval()
+    first = model.members[0]
+    for member in model.members:
+        member.load_state_dict(first.state_dict())
+    alone, together = (
+        sampling.penalize_repetition(one.next_logits(IDX), IDX.tolist(), 2.0).softmax(-1)
+        for one in (first, model)
+    )
+    torch.testing.assert_close(alone, together)
+
+
 def test_under_autocast_the_mean_is_computed_in_float32():
     model = ensemble().eval()
     with torch.autocast("cpu", torch.bfloat16):
@@ -48,7 +60,7 @@ def test_under_autocast_the_mean_is_computed_in_float32():
         each = [member(IDX)[0] for member in model.members]
     assert each[0].dtype == torch.bfloat16
     mean = sum(one.float().softmax(-1) for one in each) / 3
-    torch.testing.assert_close(logits, mean.log())
+    torch.testing.assert_close(logits.log_softmax(-1), mean.log())
 
 
 def test_each_member_learns_as_it_would_alone():

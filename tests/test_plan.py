@@ -23,6 +23,7 @@ from humptygpt import config as configurator
 from humptygpt import machine as cores
 from humptygpt.config import UserError
 from humptygpt.minutes import plan
+from humptygpt.optimizers import trained_parameters
 from humptygpt.settings import TrainConfig, read_settings
 from humptygpt.tasks import MODELS, build_on_meta, make_model_config, model_class
 from model import ModelConfig, Stack, flops_per_token
@@ -208,6 +209,23 @@ def test_a_run_whose_only_evaluation_is_its_last_ends_on_time_also_resumed(tiny,
     assert machine.now == ended
 
 
+def test_a_run_reserves_the_time_that_its_model_takes_for_the_text_at_the_end(
+    tiny, machine
+):
+    def write(seconds: float, model, dataset, count: int = 3) -> str:
+        machine.now += seconds
+        return ""
+
+    task = replace(
+        evaluation.TEXT,
+        evaluation_examples=partial(write, 0.2),
+        final_examples=partial(write, 1.0),
+    )
+    machine.patch.setattr(evaluation, "TEXT", task)
+    machine.run(*TIMED, "--minutes=0.2")
+    assert machine.now == pytest.approx(12 - plan.ENDING, abs=0.11)
+
+
 def test_more_evaluations_than_fit_neither_end_a_run_early_nor_late(tiny, machine):
     machine.evaluation = 1.0
     rows = machine.run(*TIMED, "--minutes=0.2", "--eval_interval=1")
@@ -297,6 +315,12 @@ def test_ngrams_predict_more_of_the_targets_the_more_often_a_text_is_read(choose
     assert choose(10_000, 10, vocab_size=257)[0].ngram_targets == 0.5  # bytes
     assert choose(10_000, 3, vocab_size=8192)[0].ngram_targets == 0.0
     assert choose(10_000, 3, init_from="out/other")[0].ngram_targets == 0.0
+
+
+def test_ngrams_are_counted_only_if_they_fit_into_memory(choose, monkeypatch):
+    for free, share in ((2_700_010, 0.5), (2_699_990, 0.0)):
+        monkeypatch.setattr(plan, "free_memory", lambda device, free=free: free)
+        assert choose(10_000, 3, n_members=1)[0].ngram_targets == share
 
 
 def test_more_time_than_one_model_needs_for_a_text_goes_to_more_members(choose):
@@ -407,6 +431,23 @@ def test_a_trial_trains_as_the_run_will(tiny, monkeypatch):
     assert models
 
 
+def test_a_trial_of_lora_trains_the_added_matrices_only(tiny, small_sizes, monkeypatch):
+    assert train.main([*TINY_RUN, "--out_dir=out/base"]) == 0
+    trained = []
+    make_optimizer = plan.make_optimizer
+    monkeypatch.setattr(
+        plan,
+        "make_optimizer",
+        lambda config, model: (
+            trained.append(trained_parameters(model).keys())
+            or make_optimizer(config, model)
+        ),
+    )
+    argv = ["--init_from=out/base", "--lora_rank=2", "--minutes=100000"]
+    run = train.setup(*read_settings([*TIMED, *argv]))
+    assert trained[0] == trained_parameters(run.model).keys()
+
+
 def test_what_does_not_fit_into_memory_is_not_tried(tiny, machine, fails):
     free = 20_000_000
     tried = []
@@ -461,7 +502,9 @@ def test_a_model_is_chosen_by_trials_of_its_steps(
     looks = itertools.count()  # each look at the clock takes 10 ms
     monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: next(looks) / 100))
     monkeypatch.setattr(cores, "STARTED", 0.0)
-    keys = [f"--model={model}", "--window=8", "--block_size=16", "--batch_size=4"]
+    # a window network of few neurons has a smaller head than its embedding
+    keys = [f"--model={model}", "--window=1", "--n_hidden=8", "--batch_size=4"]
+    keys.append("--block_size=16")
     if model == "number_mlp":
         keys.append("--n_embd=1")
     assert train.main([*SHOWN, *keys, "--minutes=0.04"]) == 0

@@ -4,9 +4,10 @@ import itertools
 import json
 import math
 import shutil
+import signal
 import sys
 import types
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from humptygpt import checkpoint, evaluation
 from humptygpt.evaluation import Loss
 from humptygpt.loggers import TensorBoard
 from humptygpt.metrics import draw_losses
-from humptygpt.run_folder import put_in_place
+from humptygpt.run_folder import lock_out_dir, move_aside
 from humptygpt.settings import read_settings
 
 OUT = Path("out/run")
@@ -37,7 +38,8 @@ def test_a_new_run_in_the_folder_of_another_is_refused_and_one_that_writes_nothi
     before = files_of(OUT)
     line = (
         "out/run already holds a run; continue it with --init_from=resume, start from it with"
-        " --init_from=out/run and another --out_dir, or replace it with --overwrite=True\n"
+        " --init_from=out/run and another --out_dir, or move it to out/run/previous with"
+        " --overwrite=True\n"
     )
     assert fails(train.main, *NEW_RUN) == line
     for key in ("--eval_only=True", "--dry_run=True"):
@@ -58,26 +60,8 @@ class Killed(Exception):
     pass
 
 
-@pytest.fixture
-def killed(monkeypatch):
-    """Overwrite a run, and be killed just before or after the first checkpoint is saved."""
-
-    def run(when: str) -> None:
-        def save(path: Path, entries: dict, save=checkpoint.save) -> None:
-            if path.name != "ckpt.pt" or when == "after":
-                save(path, entries)
-            if path.name == "ckpt.pt":
-                raise Killed
-
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(checkpoint, "save", save)
-            train.main([*TINY_RUN, "--seed=2"])
-
-    return run
-
-
 def die_at(moment: int, patch: pytest.MonkeyPatch) -> None:
-    """Be killed before a file is removed or moved for the moment-th time."""
+    """Be killed before a file is removed, moved or copied for the moment-th time."""
     calls = itertools.count()
 
     def dying(act):
@@ -88,64 +72,98 @@ def die_at(moment: int, patch: pytest.MonkeyPatch) -> None:
 
         return inner
 
-    for name in ("unlink", "rename", "replace", "rmdir"):
+    for name in ("mkdir", "unlink", "rename", "replace", "rmdir"):
         patch.setattr(Path, name, dying(getattr(Path, name)))
+    for name in ("rmtree", "copy"):
+        patch.setattr(shutil, name, dying(getattr(shutil, name)))
 
 
-def test_a_run_that_overwrites_another_changes_nothing_of_it_before_its_first_checkpoint(
-    run_train, killed, monkeypatch, capsys, fails
+@pytest.mark.parametrize("end", ["interrupted", "diverged", "finished"])
+def test_a_run_that_overwrites_another_moves_it_to_previous_however_it_ends_itself(
+    run_train, monkeypatch, capsys, end
 ):
     run_train("--seed=1")
-    before = files_of(OUT)
-    for _ in range(2):  # the second time, the files of the first attempt are there
-        killed("before")
-        now = files_of(OUT)
-        assert {name: now[name] for name in now if not name.startswith(".new/")} == before
+    earlier = files_of(OUT)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "evaluate", lambda *args: Loss(math.nan, 0.1))
-        assert train.main([*TINY_RUN, "--seed=2"]) == 1
-    assert "nothing has been saved yet" in capsys.readouterr().err
-    with monkeypatch.context() as patch:  # torchrun starts the new run again
-        patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-        assert read_settings([*TINY_RUN, "--seed=1"]).saved is None
-    assert "already holds a run" in fails(train.main, *NEW_RUN)
+        if end == "interrupted":
+            patch.setattr(train, "catch_signals", lambda: nullcontext([signal.SIGINT]))
+        if end == "diverged":
+            patch.setattr(evaluation, "evaluate", lambda *args: Loss(math.nan, 0.1))
+        train.main([*TINY_RUN, "--seed=2"])
+    note = "note: the earlier run in out/run is now in out/run/previous\n"
+    assert note in capsys.readouterr().err
+    assert files_of(OUT / "previous") == earlier
+    result = json.loads((OUT / "result.json").read_text())
+    assert result["end"] == end and result["settings"]["seed"] == 2
+    # a run that has ended before its first checkpoint takes the place of no other
+    train.main([*TINY_RUN, "--seed=3"])
+    saved = checkpoint.read(OUT / "previous" / "ckpt.pt")["train_config"]
+    assert saved["seed"] == (1 if end == "diverged" else 2)
+
+
+def test_a_run_that_is_refused_changes_nothing_of_the_earlier_one(run_train, fails, capsys):
+    run_train()
+    before = files_of(OUT)
+    fails(train.main, *TINY_RUN, "--n_head=3")
+    fails(train.main, *TINY_RUN, "--n_embd=1000000")
+    assert files_of(OUT) == before
     assert train.main([*RESUME, "--overwrite=True"]) == 0
     assert "note: overwrite=True has no effect" in capsys.readouterr().err
-    changed = {name: (OUT / name).read_bytes() for name in ("command.txt", "result.json")}
-    assert files_of(OUT) == before | changed
+    assert not (OUT / "previous").exists()
 
 
-def test_a_run_takes_the_place_of_another_whenever_it_is_killed_after_its_first_checkpoint(
-    run_train, killed, monkeypatch
+@pytest.mark.parametrize("ckpt", ["ckpt.pt", "ckpt/.metadata"])
+def test_two_runs_are_whole_whenever_a_third_is_killed_while_it_moves_the_second(
+    ckpt, monkeypatch, capsys
 ):
-    rows = run_train("--seed=2")
-    whole = files_of(OUT)
-    run_train("--seed=1")
-    foreign = {"plan.py", "notes.txt", "best/metrics.jsonl", "best/mine.txt"}
-    for name in {"adapter/of the old run", "tensorboard/of the old run", *foreign}:
-        (OUT / name).parent.mkdir(exist_ok=True)
-        (OUT / name).touch()
-    killed("after")
-    shutil.copytree(OUT, "killed")
-    put_in_place(OUT)
-    expected = files_of(OUT)
-    assert expected.keys() == whole.keys() - {"result.json"} | foreign
-
+    second = {ckpt: b"2", "best.pt": b"2", "result.json": b"2", "snapshots/0.pt": b"2"}
+    foreign = {
+        "plan.py": b"plan",
+        "notes.txt": b"",
+        "best/metrics.jsonl": b"",
+        "best/a": b"",
+    }
+    first = {"ckpt.pt": b"1", "best.pt": b"1", "adapter/weights": b"1"}
+    for name, content in (second | foreign).items():
+        (OUT / name).parent.mkdir(parents=True, exist_ok=True)
+        (OUT / name).write_bytes(content)
+    for name, content in first.items():
+        (OUT / "previous" / name).parent.mkdir(parents=True, exist_ok=True)
+        (OUT / "previous" / name).write_bytes(content)
+    shutil.copytree(OUT, "before")
+    move_aside(OUT)
+    moved = {f"previous/{name}": content for name, content in second.items()}
+    assert files_of(OUT) == moved | {"previous/plan.py": b"plan"} | foreign
+    after = files_of(OUT)
     for moment in itertools.count():
         shutil.rmtree(OUT)
-        shutil.copytree("killed", OUT)
+        shutil.copytree("before", OUT)
         with monkeypatch.context() as patch, suppress(Killed):
             die_at(moment, patch)
-            put_in_place(OUT)
+            move_aside(OUT)
             break
-        assert [*OUT.rglob("ckpt.pt")]
-        put_in_place(OUT)
-        assert files_of(OUT) == expected
-    assert moment > 10
-    shutil.rmtree(OUT)
-    shutil.copytree("killed", OUT)
-    assert train.main(RESUME) == 0
-    assert read_rows(OUT) == rows
+        if moment:
+            with lock_out_dir(OUT):
+                assert files_of(OUT) == after | {".lock": b""}
+    assert moment > 6
+    # until its first ckpt.pt a run has at most a best.pt, and takes the place of no other
+    (OUT / "best.pt").write_bytes(b"3")
+    move_aside(OUT)
+    assert (OUT / "previous/best.pt").read_bytes() == b"3"
+    assert (OUT / "previous/previous/best.pt").read_bytes() == b"2"
+
+
+def test_torchrun_starts_an_overwriting_run_again_and_resumes_only_its_own_checkpoint(
+    run_train, monkeypatch
+):
+    run_train("--seed=1")
+    (OUT / ".previous").mkdir()  # killed while the earlier run was being moved
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert read_settings([*TINY_RUN, "--seed=1"]).saved is None
+    with lock_out_dir(OUT):
+        assert read_settings([*TINY_RUN, "--seed=1"]).saved is None
+    shutil.copy(OUT / "previous/ckpt.pt", OUT)
+    assert read_settings([*TINY_RUN, "--seed=1"]).saved is not None
 
 
 def test_a_metrics_line_that_a_kill_cut_short_is_dropped(run_train):

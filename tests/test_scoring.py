@@ -27,17 +27,21 @@ def test_a_text_is_scored_as_token_by_token_with_as_much_context_as_promised(key
 
 
 @pytest.mark.parametrize(
-    "keys", [{}, {"window": 3, "mlp_conv": 2}, {"position": "alibi"}], ids=str
+    "keys",
+    [{}, {"window": 3, "mlp_conv": 2}, {"position": "alibi"}, {"n_members": 2}],
+    ids=str,
 )
 def test_no_more_logits_are_computed_at_once_than_memory_is_meant_for(keys, monkeypatch):
     model, ids = random_model(**keys).eval(), tokens(1, 60)[0].numpy()
     at_once = []
-    model.lm_head.register_forward_hook(lambda *call: at_once.append(call[-1].numel()))
+    members = model.config.n_members
+    head = model.members[0].lm_head if members > 1 else model.lm_head
+    head.register_forward_hook(lambda *call: at_once.append(members * call[-1].numel()))
     whole = {stride: score_windows(model, ids, stride) for stride in (5, 16)}
     for n_tokens in (1, 6, 40):
         at_once.clear()
-        monkeypatch.setattr(scoring, "LOGITS", 11 * n_tokens + 1, raising=False)
+        monkeypatch.setattr(scoring, "LOGITS", members * 11 * n_tokens + 1, raising=False)
         for stride, expected in whole.items():
             found = score_windows(model, ids, stride)
             np.testing.assert_allclose(found, expected, atol=1e-5)
-        assert max(at_once) <= 11 * n_tokens
+        assert max(at_once) <= members * 11 * n_tokens

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ import model as models
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint, evaluation, run_folder
+from humptygpt import checkpoint, evaluation, run_folder, settings
 from humptygpt.evaluation import Loss
 from humptygpt.memory import ADVICE
 from humptygpt.optimizers import OPTIMIZERS, Optimizer, Rule
@@ -446,6 +446,7 @@ def test_killed_at_any_moment_of_saving_a_run_resumes_exactly(tiny, step):
     rows, whole, snapshots = read_rows(OUT), weights(), kept(OUT)
     assert list(snapshots) == [0, 10, 30]
     for call in range(8, 44, step):
+        shutil.rmtree(OUT)
         assert run(die_at, call) == -signal.SIGKILL
         keys = ["--init_from=resume"] if (OUT / "ckpt.pt").exists() else []
         assert run(quiet_train, *keys) == 0
@@ -480,6 +481,19 @@ def test_what_may_not_change_on_resume_is_refused(run_train, fails):
     for change in FIXED:
         complaint = f"{change} cannot change on resume: the checkpoint has "
         assert complaint in fails(train.main, *RESUME, f"--{change}")
+
+
+def test_a_key_that_nobody_has_thought_about_may_not_change_on_resume(
+    run_train, fails, monkeypatch
+):
+    @dataclass(frozen=True)
+    class Newer(settings.TrainConfig):
+        order: str = "random"
+
+    run_train("--max_iters=1")
+    monkeypatch.setattr(settings, "TrainConfig", Newer)
+    complaint = "order=sorted cannot change on resume: the checkpoint has order=random;"
+    assert fails(train.main, *RESUME, "--order=sorted").startswith(complaint)
 
 
 def test_a_resumed_run_may_take_its_steps_in_smaller_parts(run_train):
@@ -522,9 +536,11 @@ def test_a_run_that_has_no_step_left_says_so(run_train, capsys):
     assert note in capsys.readouterr().err
 
 
-def test_a_run_can_be_run_again_by_its_config_json(run_train, fails):
+def test_a_run_can_be_run_again_by_its_config_json_without_a_note(run_train, fails, capsys):
     rows = run_train("--n_layer=1", "--learning_rate=0.01")
+    capsys.readouterr()
     assert train.main([f"{OUT}/config.json", "--out_dir=out/again"]) == 0
+    assert capsys.readouterr().err == ""
     assert read_rows(Path("out/again")) == rows
     # the name of its dataset is obeyed, unless another input is given
     settings = {"input": "tiny.txt", "dataset": "mine", "_made_up": 1}
@@ -541,6 +557,53 @@ def test_without_a_terminal_each_logged_step_and_evaluation_is_a_line(run_train,
     lines = capsys.readouterr().out.splitlines()
     shown = [line.split(" ")[1] for line in lines if line.startswith("iter ")]
     assert shown == ["2/6:", "3:", "4/6:", "6/6:", "6:"]
+
+
+@pytest.mark.parametrize(
+    ("cost", "steps"),
+    [(0.01, ["0", "25", "50", "100"]), (0.5, ["0", "25"]), (0.7, ["0"])],
+)
+def test_the_model_writes_a_line_at_ever_longer_intervals_in_a_hundredth_of_the_time(
+    run_train, signal_in_step, monkeypatch, capsys, cost, steps
+):
+    now = 0.0
+    train_step = train.train_step
+
+    def step(*args):
+        nonlocal now
+        now += 1
+        return train_step(*args)
+
+    def write(model, dataset, count: int = 3) -> str:
+        nonlocal now
+        now += cost
+        torch.rand(count)
+        return f"  > {count}"
+
+    def written() -> list[str]:
+        return re.findall(r"^iter (\d+):  > 1$", capsys.readouterr().out, re.MULTILINE)
+
+    keys = ["--max_iters=120", "--eval_interval=60", "--log_interval=7", "--dropout=0.5"]
+    without = run_train(*keys)
+    monkeypatch.setattr(train, "train_step", step)
+    clock = SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: now)
+    monkeypatch.setattr(run_folder, "time", clock)
+    monkeypatch.setattr(
+        evaluation, "TEXT", replace(WITHOUT_SAMPLE, evaluation_examples=write)
+    )
+    assert run_train(*keys) == without
+    assert written() == steps
+    assert json.loads((OUT / "result.json").read_text())["seconds"] == 120
+    if cost > 0.1:
+        return
+    # an evaluation has just shown what the model writes
+    run_train("--max_iters=120", "--eval_interval=50")
+    assert written() == ["0", "25"]
+    signal_in_step(30)
+    assert train.main([*TINY_RUN, *keys]) == 128 + signal.SIGTERM
+    assert written() == ["0", "25"]
+    assert resume() == without
+    assert written() == ["50", "100"]
 
 
 def test_result_json_says_how_a_run_ended_and_how_good_its_model_is(

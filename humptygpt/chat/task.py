@@ -8,17 +8,16 @@ from humptygpt.chat.tokens import BEGIN, END
 from humptygpt.sampling import Context, stream_texts
 from humptygpt.tasks import Task
 
-REPLIES = 3  # replies that are shown
-LONGEST = 60  # tokens of each
+LONGEST = 60  # tokens of a reply
 
 
-def show_replies(model: nn.Module, dataset: ChatDataset) -> str:
-    """Answer the first question of some conversations of the validation split greedily."""
+def show_replies(model: nn.Module, dataset: ChatDataset, count: int = 3) -> str:
+    """Answer the first question of up to `count` conversations of the validation split greedily."""
     tokenizer = dataset.tokenizer
     rows = dataset.rows["val"]
     device = next(model.parameters()).device
     lines = []
-    for row in rows[:: len(rows) // REPLIES + 1]:
+    for row in rows[:: len(rows) // count + 1]:
         target = np.argmax(dataset.is_target["val"][row])
         prompt = dataset.ids["val"][row[:target]].tolist()
         context = Context(model, [prompt], device=device)

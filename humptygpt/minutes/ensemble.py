@@ -64,6 +64,10 @@ class Ensemble(nn.Module):
 
 
 def average(logits: list[Tensor]) -> Tensor:
-    """Return the logarithm of the mean of the probabilities that these logits stand for."""
-    each = torch.stack(logits).float().log_softmax(dim=-1)
-    return each.logsumexp(dim=0) - math.log(len(logits))
+    """Return logits for the mean of the probabilities that these logits stand for.
+
+    They are as large as the members' logits, because a penalty for repetition depends on their size.
+    """
+    each = torch.stack(logits).float()
+    sums = each.logsumexp(dim=-1, keepdim=True)
+    return (each - sums).logsumexp(dim=0) - math.log(len(logits)) + sums.mean(dim=0)

@@ -14,7 +14,7 @@ from humptygpt.config import UserError
 from humptygpt.data import TokenDataset
 
 LONGEST = 5  # tokens of context
-MOST_TOKENS = 20_000_000  # counting n-grams takes some 250 bytes for each token of the text
+MOST_TOKENS = 20_000_000  # counting n-grams takes some 270 bytes for each token of the text
 
 
 class Counts(NamedTuple):

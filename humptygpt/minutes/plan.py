@@ -24,7 +24,7 @@ from humptygpt.config import UserError, in_vain
 from humptygpt.convert.huggingface import find_family
 from humptygpt.data import Dataset
 from humptygpt.device import autocast, free_memory, to_device
-from humptygpt.evaluation import cost_of_whole_split
+from humptygpt.evaluation import LINE_TOKENS, SAMPLE_TOKENS, cost_of_whole_split
 from humptygpt.memory import Memory, check_training_fits, model_on_meta, training_memory
 from humptygpt.minutes.ngrams import MOST_TOKENS
 from humptygpt.optimizers import make_optimizer
@@ -59,6 +59,7 @@ FEW_EPOCHS = 4  # with no more than these, n-grams do not help
 MANY_EPOCHS = 10  # from these on, n-grams have their full share of the targets
 # with a larger vocabulary, n-grams take a large share of a step's time
 NGRAM_VOCABULARY = 1024
+NGRAM_BYTES = 270  # memory that counting n-grams takes, for each token of the text
 CHARACTERS = 300  # a larger vocabulary has tokens of several characters
 # seconds reserved at the end of a run to load the best model, sample from it, draw the plot and exit
 ENDING = 1.5
@@ -74,9 +75,12 @@ class Clock:
         self.step = 0.0  # seconds per step, measured before training
         # seconds that the last evaluation took; before the first one, an estimate
         self.evaluation = 0.0
-        # time that the end of a run takes, as a multiple of an evaluation: for the last evaluation, a sample and, in a
-        # long run, an evaluation on the whole validation split
-        self.at_the_end = 2.0
+        self.sample = (
+            0.0  # seconds for the sample at the end, from the last line that was written
+        )
+        # time that the end of a run takes, as a multiple of an evaluation: for the last evaluation and, in a long run,
+        # an evaluation on the whole validation split
+        self.at_the_end = 1.0
 
     def start(self, run) -> None:
         """Start timing the training steps. run: a train.Run.
@@ -95,6 +99,11 @@ class Clock:
         """Seconds until training ends."""
         return self.end - time.monotonic()
 
+    def leave_out_line(self, line: float) -> None:
+        """Exclude the time since the last advance() from the next step. line: seconds that a written line took."""
+        self.sample = line * SAMPLE_TOKENS / LINE_TOKENS
+        self.leave_out(self.evaluation)
+
     def leave_out(self, evaluation: float) -> None:
         """Exclude the time since the last advance() from the next step. evaluation: seconds that an evaluation took."""
         self.evaluation = evaluation
@@ -106,7 +115,8 @@ class Clock:
 
     def seconds_left(self, position: float, config: TrainConfig) -> float:
         """Seconds left for training steps, excluding the remaining evaluations and the end of the run."""
-        left = self.end - time.monotonic() - self.at_the_end * self.evaluation
+        closing = self.at_the_end * self.evaluation + max(self.evaluation, self.sample)
+        left = self.end - time.monotonic() - closing
         before = math.ceil((config.max_iters - position) / config.eval_interval) - 1
         # at least half of the time is kept for steps; evaluations that no longer fit are skipped
         return max(left - before * self.evaluation, left / 2)
@@ -306,7 +316,9 @@ def begin(
     }
     if config.init_from == "scratch":  # more weight decay would make a trained model forget
         chosen["weight_decay"] = decay(config.weight_decay, tokens, text)
-        small = text <= MOST_TOKENS and model_config.vocab_size <= NGRAM_VOCABULARY
+        left = free - model_config.n_members * best.memory.total
+        small = text <= min(MOST_TOKENS, left / NGRAM_BYTES)
+        small = small and model_config.vocab_size <= NGRAM_VOCABULARY
         if epochs > FEW_EPOCHS and small and device.type == "cpu":
             chosen["ngram_targets"] = ngram_targets(epochs, model_config.vocab_size)
     config = replace(config, **{k: v for k, v in chosen.items() if k not in given})
@@ -402,10 +414,11 @@ def candidates(
 
 
 def count_inner(model: nn.Module) -> int:
-    """Count the parameters of one member, excluding embeddings."""
-    config = model.config
-    embeddings = config.vocab_size * config.n_embd * (1 if config.tie_weights else 2)
-    return models.count_parameters(model) // config.n_members - embeddings
+    """Count the parameters of one member, excluding the embedding and the head."""
+    outside = ("wte", "lm_head")
+    named = model.named_parameters()
+    inner = sum(p.numel() for name, p in named if not any(x in name for x in outside))
+    return inner // model.config.n_members
 
 
 def seconds_per_step(

@@ -79,7 +79,8 @@ def log_probabilities(model: nn.Module, sequences: list[np.ndarray]) -> list[np.
     it were alone. sequences: ids, (T,), with T at most block_size + 1.
     """
     device = next(model.parameters()).device
-    at_once = max(1, min(TOKENS, LOGITS // model.config.vocab_size))
+    shape = model.config
+    at_once = max(1, min(TOKENS, LOGITS // (shape.vocab_size * shape.n_members)))
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     found = [None] * len(sequences)
     with tqdm(total=len(sequences), unit="text", delay=5, disable=None) as bar:

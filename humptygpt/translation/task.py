@@ -9,11 +9,11 @@ from humptygpt.translation.data import PairDataset
 NUM_BEAMS = 4  # beam size for the translations that are scored
 
 
-def translate_examples(model: nn.Module, dataset: PairDataset) -> str:
-    """Translate up to three sentences of the validation split greedily. Returns each with its reference, as text."""
+def translate_examples(model: nn.Module, dataset: PairDataset, count: int = 3) -> str:
+    """Translate up to `count` sentences of the validation split greedily. Returns each with its reference, as text."""
     tokenizer = dataset.tokenizer
-    third = len(dataset.pairs["val"]) // 3 + 1
-    sources, references = zip(*dataset.texts("val", third), strict=True)
+    stride = len(dataset.pairs["val"]) // count + 1
+    sources, references = zip(*dataset.texts("val", stride), strict=True)
     lines = []
     translations = translate(model, tokenizer, sources)
     for source, reference, translation in zip(
