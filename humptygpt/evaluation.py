@@ -18,9 +18,8 @@ from humptygpt.tasks import Task
 SAMPLE_TOKENS = 300  # length of the sample at the end of a run
 LINE_TOKENS = 60  # length of the sample after each evaluation
 BLOCKS = 8  # blocks of batches whose means give the standard error of a loss
-BLOCK_BATCHES = (
-    12  # fewest batches in a block, because neighbouring batches of one scene are alike
-)
+# fewest batches for a standard error: a dozen in each block, because neighbouring batches of one scene are alike
+FEWEST_BATCHES = 96
 
 
 class Loss(NamedTuple):
@@ -40,22 +39,18 @@ def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
     process = run.process
     was_training = net.training
     net.eval()
-    losses = []
-    weights = []
+    results = []  # (mean loss, number of targets) of each batch
     batches = run.dataset.val_batches(run.config.batch_size, eval_iters)
     for batch in own_batches(batches, process.rank, process.size):
-        tokens = count_targets(batch)
         with autocast(run.device, run.dtype):
             _, loss = net(**to_device(batch, run.device))
-        losses.append(loss if tokens else torch.zeros_like(loss))
-        weights.append(tokens)
+        results.append((loss, count_targets(batch)))
     net.train(was_training)
     # every process fills its own places, so that the sum has the losses of all batches in their order
-    table = torch.zeros(len(weights), process.size, 2, dtype=torch.float64)
-    table[:, process.rank, 0] = torch.stack(losses).cpu()
-    table[:, process.rank, 1] = torch.tensor(weights)
+    table = torch.zeros(len(results), process.size, 2, dtype=torch.float64)
+    table[:, process.rank] = torch.tensor(results)
     table = process.sum(table).flatten(0, 1)
-    losses, weights = table[table[:, 1] > 0].T.contiguous()
+    losses, weights = table[table[:, 1] > 0].T
     mean = losses @ weights / weights.sum()
     return Loss(mean.item(), standard_error(losses - mean, weights))
 
@@ -66,7 +61,7 @@ def standard_error(deviations: Tensor, weights: Tensor) -> float | None:
     Neighbouring batches are alike, so batches do not count as independent, but long blocks of neighbours do. Returns
     None if there are too few batches for that. deviations: each batch's loss minus the mean, (batches,).
     """
-    if len(weights) < BLOCKS * BLOCK_BATCHES:
+    if len(weights) < FEWEST_BATCHES:
         return None
     blocks = (deviations * weights).tensor_split(BLOCKS)
     sums = torch.stack([block.sum() for block in blocks])
@@ -126,7 +121,7 @@ def measures(run, net: nn.Module, eval_iters: int | None) -> dict[str, float | s
         "val_bits_per_byte": loss.mean * bits_per_nat,
         "val_perplexity": math.exp(min(loss.mean, 700)),  # exp overflows beyond 700
     }
-    if loss.standard_error is not None:
+    if loss.standard_error:
         row["val_standard_error"] = loss.standard_error
         row["val_bits_standard_error"] = loss.standard_error * bits_per_nat
     return row | evaluated(run.dataset, run.config.batch_size, eval_iters)
@@ -136,8 +131,8 @@ def evaluation_line(row: dict[str, float]) -> str:
     """Format an evaluation's metrics, for example: val loss 2.0123 ± 0.0160 (2.903 bits per byte, perplexity 7.48)"""
     bits, perplexity = row["val_bits_per_byte"], row["val_perplexity"]
     text = f"val loss {row['val_loss']:.4f}"
-    if "val_standard_error" in row:
-        text += f" ± {row['val_standard_error']:.4f}"
+    if error := row.get("val_standard_error"):
+        text += f" ± {error:.4f}"
     text += f" ({bits:.3f} bits per byte, perplexity {perplexity:.2f})"
     if "pairs" in row:
         text += f", {row['pairs_accuracy']:.1%} of {row['pairs']:,} pairs"

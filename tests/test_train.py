@@ -173,10 +173,13 @@ def test_a_folder_with_a_space_is_quoted_in_what_to_do_next(tiny, capsys):
 
 def test_evaluating_only_goes_without_dropout_and_writes_nothing(tiny, capsys):
     argv = [*TINY_RUN, "--eval_only=True", "--init=gpt2"]  # init=zero hides dropout
+    argv += ["--eval_iters=None", "--batch_size=1"]
     lines = set()
     for dropout in ("0.0", "0.5"):
         assert train.main([*argv, f"--dropout={dropout}"]) == 0
-        lines.add(capsys.readouterr().out.splitlines()[-1])
+        out = capsys.readouterr().out
+        assert "on 399 of 399 tokens\n" in out
+        lines.add(out.splitlines()[-1])
     assert re.fullmatch(
         r"val loss \d\.\d{4} \(\d\.\d{3} bits per byte, perplexity [\d.]+\) at iter 0",
         *lines,
