@@ -2,7 +2,7 @@
 
     python compare.py out/a out/b                      one row per run, in the order given; also writes out/compare.png
     python compare.py $(ls -dtr out/*)                 the same, sorted by the shell, oldest first
-    python compare.py out/* --json=- > runs.json       the table as JSON, in full precision
+    python compare.py out/* --json=True > runs.json    the table as JSON, in full precision
     python compare.py out/article/*/* --group=True     one group per folder in out/article
 
 A run is a folder written by train.py. Its row shows its lowest validation loss and the settings that differ between the
@@ -14,12 +14,13 @@ training and on all of it at the end, the evaluation at the end counts. If the r
 note says so, and no run is marked as the best.
 
 With --group=True, runs in the same folder that differ only in the seed, such as idea/with-1 and idea/with-2, share one
-row with the mean of their lowest losses. The same goes for idea/with/1 and idea/with/2. Runs with --minutes may also
-differ in the settings that --minutes chooses: steps, members, dropout, weight decay and n-grams. Each row is compared
-in bits per byte with the first row of its group, or with --baseline=NAME. The standard error of the difference, after
-±, shows whether it is meaningful. It is over pairs of runs with the same seed, which begin with the same weights and
-read the same text. Rows keep the order given. The shell sorts by name, so 1-without comes before 2-with and is the
-baseline.
+row with the mean of their lowest losses. The same goes for idea/with/1 and idea/with/2. They may also differ in what
+the machine chose, such as the dtype, which a note reports, and with --minutes in what the clock chose: steps, members,
+dropout, weight decay and n-grams. Each row is compared in bits per byte with the first row of its group, or with
+--baseline=NAME. The difference and its standard error, after ±, are over pairs of runs with the same seed, which begin
+with the same weights and read the same text. p is the probability of a difference at least as large, up or down, if
+only chance made it (Student's t for this number of pairs). Rows keep the order given. The shell sorts by name, so
+1-without comes before 2-with and is the baseline.
 """
 
 import json
@@ -29,11 +30,9 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
 
 from humptygpt import config as configurator
 from humptygpt import machine
@@ -42,6 +41,7 @@ from humptygpt.files import write_whole
 from humptygpt.metrics import read_metrics
 from humptygpt.schema import parse_json
 
+MEASURED = "_measured"  # in config.json: the settings that the machine chose, not the user
 # Settings to ignore, because they do not affect the trained model; _parameters already has its own column.
 IGNORED = {
     "out_dir",
@@ -58,12 +58,13 @@ IGNORED = {
     "wandb_project",
     "wandb_run_name",
     "_parameters",
+    MEASURED,
 }
 # Settings that --minutes chooses to fit the time, apart from the model size and the batch size
 BY_CLOCK = {"max_iters", "eval_interval", "warmup_iters", "dropout", "weight_decay"}
 BY_CLOCK |= {"ngram_targets", "n_members"}
 # the entries of config.json that are checked
-SCHEMA = {"max_iters": range(1, 2**53), "_parameters?": range(2**53)}
+SCHEMA = {"max_iters": range(1, 2**53), "_parameters?": range(2**53), f"{MEASURED}?": [str]}
 EVALUATION = {"val_loss", "val_bits_per_byte"}  # keys of every evaluation's row
 SEED = re.compile(r"[/_-](seed[-_=]?)?\d+$")  # the seed in a path: -1, _seed=1, /1
 BITS = "best_bits_per_byte"
@@ -78,10 +79,9 @@ COLUMNS = {  # key of a row: (heading, number format); numbers are right-aligned
     "best_val_loss": ("val loss", ".4f"),
     "best_iter": ("iter", ".0f"),
     BITS: ("bits/byte", ".3f"),
-    "lowest": ("lowest", ".3f"),
-    "highest": ("highest", ".3f"),
     "difference": ("difference", "+.3f"),
     "difference_error": ("±", ".3f"),
+    "p": ("p", ".3f"),
     "remark": ("", ""),
     "state": ("state", ""),
     "settings": ("settings", ""),
@@ -95,7 +95,7 @@ class CompareConfig:
     group: bool = False  # compare the runs in each folder, averaging over seeds
     baseline: str | None = None  # row that each group is compared with; None: the first
     picture: str | None = "out/compare.png"  # PNG file for a plot; None: no plot
-    json: str | None = None  # JSON file for the table, a list of objects; -: stdout
+    json: bool = False  # print JSON, a list of objects, instead of a table
 
     @classmethod
     def choices(cls) -> dict:
@@ -117,22 +117,17 @@ def main(argv: list[str]) -> None:
         common = os.path.commonpath([run.folder.parent for run in runs])
         groups = {"": [(str(run.folder.relative_to(common)), [run]) for run in runs]}
     tables = {title: make_table(title, rows) for title, rows in groups.items()}
-    data = json.dumps([row for table in tables.values() for row in table], indent=1)
-    if config.json == "-":
-        print(data, flush=True)
+    if config.json:
+        rows = [row for table in tables.values() for row in table]
+        print(json.dumps(rows, indent=1), flush=True)
     else:
         for title, table in tables.items():
             print(format_table(title, table), flush=True)
-        if config.json:
-            write(config.json, lambda file: file.write(f"{data}\n".encode()))
     if config.picture:
         figure = draw_comparison(groups, tables)
-        write(config.picture, lambda file: figure.savefig(file, dpi=130, format="png"))
-
-
-def write(path: str, fill: Callable[[BinaryIO], object]) -> None:
-    write_whole(Path(path), fill)
-    print(f"{path} written", file=sys.stderr)
+        path = Path(config.picture)
+        write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
+        print(f"{path} written", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------
@@ -202,11 +197,11 @@ def read_runs(folders: list[str]) -> list[Run]:
 
 
 def group_seeds(runs: list[Run], baseline: str | None) -> dict[str, Rows]:
-    """Group the runs by folder. Runs in the same folder that differ only in the seed share a row."""
+    """Group the runs by folder. Runs in the same folder share a row if the user chose the same but for the seed."""
     variants = {}
     for run in runs:
         path = Path(SEED.sub("", str(run.folder)))
-        keys = run.settings.keys() - IGNORED - {"seed"}
+        keys = run.settings.keys() - IGNORED - {"seed", *run.settings.get(MEASURED, ())}
         if run.settings.get("minutes"):
             keys -= BY_CLOCK
         learnt = str([(key, run.settings[key]) for key in sorted(keys)])
@@ -217,6 +212,12 @@ def group_seeds(runs: list[Run], baseline: str | None) -> dict[str, Rows]:
         name = path if len(seeds) > 1 else seeds[0].folder
         rows = groups.setdefault(os.path.relpath(folder), [])
         rows.append((str(name.relative_to(folder)), seeds))
+        for key in {*seeds[0].settings.get(MEASURED, ())} - IGNORED:
+            if len({str(run.settings.get(key)) for run in seeds}) > 1:
+                advice = "for a fair comparison, set it"
+                note(
+                    f"the machine chose {key} differently for the runs of {name}; {advice}"
+                )
     for title, rows in groups.items():
         rows.sort(key=lambda row: row[0] != baseline)
         if baseline and rows[0][0] != baseline:
@@ -247,7 +248,7 @@ def make_table(title: str, rows: Rows) -> list[dict]:
                     bits - others[seed] for seed, bits in seeds.items() if seed in others
                 ]
                 if len(pairs) > 1:
-                    row["difference_error"] = statistics.stdev(pairs) / len(pairs) ** 0.5
+                    row |= t_test(pairs)
     elif evaluated:
         problem = "were evaluated on different texts, so none is marked as the best"
         note(f"the runs {f'in {title} ' if title else ''}{problem}")
@@ -260,8 +261,21 @@ def make_table(title: str, rows: Rows) -> list[dict]:
     return table
 
 
+def t_test(pairs: list[float]) -> dict[str, float]:
+    """Compute the mean of these differences, its standard error, and the two-sided p of Student's t-test."""
+    difference = statistics.mean(pairs)
+    error = statistics.stdev(pairs) / len(pairs) ** 0.5
+    freedom = len(pairs) - 1
+    # with t / sqrt(freedom) = tan(angle), the density of Student's distribution over the angle is a power of its cosine
+    steps = 20_000
+    density = [math.cos(i / steps * math.pi / 2) ** (freedom - 1) for i in range(steps)]
+    angle = math.atan2(abs(difference), error * freedom**0.5)
+    p = sum(density[round(angle / math.pi * 2 * steps) :]) / sum(density)
+    return {"difference": difference, "difference_error": error, "p": p}
+
+
 def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
-    """Make one row from runs that differ only in the seed: their means, and their range of bits per byte.
+    """Make one row from runs that differ only in the seed, with their means.
 
     text: checksum of the text whose evaluations count; None: the newest text of each run.
     """
@@ -270,8 +284,11 @@ def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
         run.evaluations.get(text) or next(reversed(run.evaluations.values()), {})
         for run in runs
     ]
-    bits = [row["val_bits_per_byte"] for row in best if row]
-    spread = bits if len(bits) > 1 else []
+    bits = {
+        run.settings.get("seed"): row["val_bits_per_byte"]
+        for run, row in zip(runs, best, strict=True)
+        if row
+    }
     states = Counter(run.state for run in runs)
     seconds = mean(last, "seconds")
     return {
@@ -290,17 +307,11 @@ def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
         "best_iter": mean(best, "iter"),
         "best_val_loss": mean(best, "val_loss"),
         BITS: mean(best, "val_bits_per_byte"),
-        "val_tokens": mean(best, "val_tokens"),
         "seeds": len(bits),
-        "lowest": min(spread, default=None),
-        "highest": max(spread, default=None),
-        "bits_of_seeds": {
-            run.settings.get("seed"): row["val_bits_per_byte"]
-            for run, row in zip(runs, best, strict=True)
-            if row
-        },
+        "bits_of_seeds": bits,
         "difference": None,
         "difference_error": None,
+        "p": None,
         "comparable": text is not None,
         "remark": "",
     }
@@ -363,8 +374,6 @@ def label(row: dict) -> str:
     text = row["run"]
     if row["best_bits_per_byte"]:
         text += f"  {row['best_bits_per_byte']:.3f}"
-    if row["lowest"]:
-        text += f" ({row['lowest']:.3f} to {row['highest']:.3f})"
     return text
 
 
@@ -373,7 +382,7 @@ def curve(runs: list[Run]) -> tuple[list[float], list[float]]:
     read, bits = [], []
     for run in runs:
         for row in run.rows:
-            if per_byte := row.get("val_bits_per_byte"):
+            if (per_byte := row.get("val_bits_per_byte")) and "val_loss" in row:
                 read.append(row["tokens"] * row["val_loss"] / math.log(2) / per_byte)
                 bits.append(per_byte)
         read.append(math.nan)  # a gap between two seeds

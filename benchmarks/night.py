@@ -4,9 +4,9 @@
     python benchmarks/night.py --dtype=bfloat16             keys for all runs, as for train.py
 
 An experiment adds one change to the settings kept so far. It is kept if its bits per byte are lower than those of the
-best experiment so far by more than three standard errors of the difference. (Of three pairs of runs, the standard error
-itself is uncertain.) The decision reads nothing but each run's
-result.json and `compare.py --json=-`. At the end, the whole demo runs with and without what was kept.
+best experiment so far, and p, by Student's t for three pairs of runs, is below 0.02: of a hundred changes that do
+nothing, one is kept. The decision reads nothing but each run's result.json and `compare.py --json=True`. At the end,
+the whole demo runs with and without what was kept.
 
 Runs are in out/night. A run that has finished is not repeated, so the script may be stopped at any moment and started
 again. To try changes of your own, edit CHANGES.
@@ -22,6 +22,7 @@ from statistics import mean
 OUT = Path("out/night")
 SEEDS = (1, 2, 3)
 STEPS = 800  # a third of the demo
+LARGEST_P = 0.02  # of a change that is kept
 CHANGES = """
 learning_rate=4.5e-3
 learning_rate=8e-3
@@ -107,14 +108,18 @@ def is_better(change: str, best: Path, new: Path) -> bool:
         print(f"| {change} | {', '.join(map(str, ends))} | | | no |", flush=True)
         return False
     folders = [str(folder / str(seed)) for folder in (best, new) for seed in SEEDS]
-    command = ["compare.py", *folders, f"--baseline={best.name}", "--json=-"]
+    command = ["compare.py", *folders, f"--baseline={best.name}", "--json=True"]
     command += ["--picture=None"]
     table = subprocess.check_output([sys.executable, *command], text=True)
-    _, row = json.loads(table)
+    rows = json.loads(table)
+    if len(rows) != 2:
+        differ = "; ".join(f"{row['run']}: {row['settings']}" for row in rows)
+        sys.exit(f"seeds of one experiment differ in more than the seed: {differ}")
+    row = rows[1]
     difference, error = row["difference"], row["difference_error"]
-    better = row["comparable"] and difference < -3 * error
+    better = row["comparable"] and difference < 0 and row["p"] < LARGEST_P
     print(
-        f"| {change} | {row['best_bits_per_byte']:.4f} | {difference:+.4f} ± {error:.4f}"
+        f"| {change} | {row['best_bits_per_byte']:.4f} | {difference:+.4f} ± {error:.4f}, p {row['p']:.3f}"
         f" | {mean(result['seconds'] for result in results):.0f} | {'yes' if better else 'no'} |",
         flush=True,
     )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from humptygpt.data import Dataset, TokenDataset, count_targets
 from humptygpt.device import autocast, to_device
@@ -17,15 +17,16 @@ from humptygpt.tasks import Task
 
 SAMPLE_TOKENS = 300  # length of the sample at the end of a run
 LINE_TOKENS = 60  # length of the sample after each evaluation
+BLOCKS = 8  # blocks of batches whose means give the standard error of a loss
+# fewest batches for a standard error: a dozen in each block, because neighbouring batches of one scene are alike
+FEWEST_BATCHES = 96
 
 
 class Loss(NamedTuple):
     """Mean loss in nats per token, over a whole split or a sample of it."""
 
     mean: float
-    # Standard error of the mean; 0 for a single batch. It is estimated from differences between neighbouring batches,
-    # because batches of sentence pairs are ordered by length.
-    standard_error: float
+    standard_error: float | None  # None if there are too few batches to estimate it
 
 
 @torch.no_grad()
@@ -38,29 +39,33 @@ def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
     process = run.process
     was_training = net.training
     net.eval()
-    losses = []
-    weights = []
+    results = []  # (mean loss, number of targets) of each batch
     batches = run.dataset.val_batches(run.config.batch_size, eval_iters)
     for batch in own_batches(batches, process.rank, process.size):
-        tokens = count_targets(batch)
         with autocast(run.device, run.dtype):
             _, loss = net(**to_device(batch, run.device))
-        if tokens:
-            losses.append(loss)
-            weights.append(tokens)
+        results.append((loss, count_targets(batch)))
     net.train(was_training)
-    losses = torch.stack(losses).cpu().double() if losses else torch.zeros(0).double()
-    weights = torch.tensor(weights, dtype=torch.float64)
-    differences = losses.diff().square() / 2
-    sums = (
-        losses @ weights,
-        weights.sum(),
-        weights.square().sum(),
-        differences.sum(),
-        torch.tensor(len(differences), dtype=torch.float64),
-    )
-    loss, total, squares, variance, pairs = process.sum(torch.stack(sums)).tolist()
-    return Loss(loss / total, math.sqrt(variance / max(1, pairs) * squares) / total)
+    # every process fills its own places, so that the sum has the losses of all batches in their order
+    table = torch.zeros(len(results), process.size, 2, dtype=torch.float64)
+    table[:, process.rank] = torch.tensor(results)
+    table = process.sum(table).flatten(0, 1)
+    losses, weights = table[table[:, 1] > 0].T
+    mean = losses @ weights / weights.sum()
+    return Loss(mean.item(), standard_error(losses - mean, weights))
+
+
+def standard_error(deviations: Tensor, weights: Tensor) -> float | None:
+    """Estimate the standard error of a weighted mean loss, taken as that of all text of this kind.
+
+    Neighbouring batches are alike, so batches do not count as independent, but long blocks of neighbours do. Returns
+    None if there are too few batches for that. deviations: each batch's loss minus the mean, (batches,).
+    """
+    if len(weights) < FEWEST_BATCHES:
+        return None
+    blocks = (deviations * weights).tensor_split(BLOCKS)
+    sums = torch.stack([block.sum() for block in blocks])
+    return (sums.std() * BLOCKS**0.5 / weights.sum()).item()
 
 
 def own_batches(batches: Iterable[dict], rank: int, size: int) -> Iterator[dict]:
@@ -111,23 +116,24 @@ def measures(run, net: nn.Module, eval_iters: int | None) -> dict[str, float | s
     """Evaluate, and return a row of metrics: the loss in several units, and a fingerprint of the text."""
     loss = evaluate(run, net, eval_iters)
     bits_per_nat = 1 / math.log(2) / run.dataset.val_bytes_per_token()  # bits per byte
-    return {
+    row = {
         "val_loss": loss.mean,
-        "val_standard_error": loss.standard_error,
         "val_bits_per_byte": loss.mean * bits_per_nat,
-        "val_bits_standard_error": loss.standard_error * bits_per_nat,
         "val_perplexity": math.exp(min(loss.mean, 700)),  # exp overflows beyond 700
-        **evaluated(run.dataset, run.config.batch_size, eval_iters),
     }
+    if loss.standard_error:
+        row["val_standard_error"] = loss.standard_error
+        row["val_bits_standard_error"] = loss.standard_error * bits_per_nat
+    return row | evaluated(run.dataset, run.config.batch_size, eval_iters)
 
 
 def evaluation_line(row: dict[str, float]) -> str:
-    """Format an evaluation's metrics, for example: val loss 2.0123 ± 0.0060 (2.903 bits per byte, perplexity 7.48)"""
+    """Format an evaluation's metrics, for example: val loss 2.0123 ± 0.0160 (2.903 bits per byte, perplexity 7.48)"""
     bits, perplexity = row["val_bits_per_byte"], row["val_perplexity"]
-    text = (
-        f"val loss {row['val_loss']:.4f} ± {row['val_standard_error']:.4f}"
-        f" ({bits:.3f} bits per byte, perplexity {perplexity:.2f})"
-    )
+    text = f"val loss {row['val_loss']:.4f}"
+    if error := row.get("val_standard_error"):
+        text += f" ± {error:.4f}"
+    text += f" ({bits:.3f} bits per byte, perplexity {perplexity:.2f})"
     if "pairs" in row:
         text += f", {row['pairs_accuracy']:.1%} of {row['pairs']:,} pairs"
     return text

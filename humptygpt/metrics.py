@@ -19,6 +19,10 @@ ROW = {
     "val_loss?": float,
     "val_bits_per_byte?": float,
     "val_text?": str,
+    "whole_iter?": range(2**53),
+    "whole_val_loss?": float,
+    "whole_val_bits_per_byte?": float,
+    "whole_val_text?": str,
     "test_bleu?": float,
 }
 

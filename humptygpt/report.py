@@ -23,7 +23,8 @@ def summary(run) -> str:
     """Summarize a train.Run: data, model, steps, evaluation and device."""
     config = run.config
     dataset = run.dataset
-    batch, evaluated = dataset.summary(config.batch_size, config.evaluated_batches())
+    eval_iters = config.eval_iters if config.eval_only else config.evaluated_batches()
+    batch, evaluated = dataset.summary(config.batch_size, eval_iters)
     if config.gradient_accumulation_steps > 1:
         batch = f"{config.gradient_accumulation_steps} times {batch}"
     steps = config.max_iters

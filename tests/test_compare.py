@@ -84,7 +84,7 @@ def run(capsys):
 
 @pytest.fixture
 def data(run):
-    return lambda *argv: json.loads(run(*argv, "--json=-")[0])
+    return lambda *argv: json.loads(run(*argv, "--json=True")[0])
 
 
 def row_of(table: str, name: str) -> str:
@@ -224,7 +224,10 @@ def test_a_row_shows_how_far_its_run_is(run, losses, settings, state):
 
 
 DAMAGED = ["[" * 100_000, "\x00\xff", '{"iter": 150}']
-DAMAGED += ['{"iter": 150, "tokens": 9, "seconds": 9, "val_loss": "low"}']
+TIMES = '{"iter": 150, "tokens": 9, "seconds": 9, '
+DAMAGED += [
+    TIMES + f'"{key}": {{}}}}' for key in ("val_loss", "val_text", "whole_val_loss")
+]
 
 
 @pytest.mark.parametrize("row", DAMAGED, ids=lambda row: row[:40])
@@ -237,6 +240,16 @@ def test_damaged_rows_are_skipped_with_a_note(run, row):
     assert table == expected
     assert errors.startswith(f"note: {path}:4: skipped a damaged row: ")
     assert errors.count("\n") == 1
+
+
+def test_a_row_without_a_loss_is_no_evaluation_and_damage_that_is_not_shown_does_not_matter(
+    run,
+):
+    path = Path(make_run("out/a", 2.0, 1.9), "metrics.jsonl")
+    expected = run("out/a")[0]
+    rows = path.read_text().replace('"val_tokens": 1000', '"val_tokens": "many"')
+    path.write_text(TIMES + '"val_bits_per_byte": 1.0}\n' + rows)
+    assert run("out/a", "--picture=out/x.png") == (expected, "out/x.png written\n")
 
 
 def test_a_last_line_that_is_being_written_is_skipped_without_a_note(run):
@@ -279,12 +292,14 @@ def test_control_characters_of_a_stranger_s_config_are_not_printed(run):
 
 
 def test_bad_arguments_are_one_line(fails):
+    Path("d.png").mkdir()
     make_run("out/a", 2.0)
     for argv, complaint in {
         "": "no runs to compare; try: python compare.py out/*",
         "out/a --pictur=x.png": "unknown key pictur",
         "out/a --picture=x.svg": "picture=x.svg must end in .png",
-        "out/a --json=/": "cannot write /: it is not a regular file; choose another path",
+        "out/a --picture=d.png": "cannot write d.png: it is not a regular file; choose another path",
+        "out/a --json=-": "json='-' must be bool",
         "out/a --baseline=b": "baseline=b is not a row of out; its rows: a",
     }.items():
         assert complaint in fails(compare.main, *argv.split())
@@ -314,16 +329,33 @@ def test_runs_of_a_variant_that_differ_only_in_the_seed_are_one_row_of_means_and
     assert (one["group"], one["run"]) == ("out/heads", "one")
     assert (one["seeds"], one["state"]) == (3, "3 done")
     assert one["best_val_loss"] == pytest.approx(4.9 / 3)
-    bits = [value / math.log(2) for value in (4.9 / 3, 1.4, 2.0)]
-    measured = [one["best_bits_per_byte"], one["lowest"], one["highest"]]
-    assert measured == pytest.approx(bits)
+    assert one["best_bits_per_byte"] == pytest.approx(4.9 / 3 / math.log(2))
     assert (one["seconds"], four["seconds"], four["test_bleu"]) == (200, 210, 31.5)
     assert (one["n_head"], four["n_head"], "seed" in one) == (1, 4, False)
-    assert four["difference"] == pytest.approx((1.4 - 4.9 / 3) / math.log(2))
     pairs = [1.5 - 2.0, 1.3 - 1.4]  # of seeds 1 and 2, in nats
+    assert four["difference"] == pytest.approx(statistics.mean(pairs) / math.log(2))
     expected = statistics.stdev(pairs) / 2**0.5 / math.log(2)
     assert four["difference_error"] == pytest.approx(expected)
+    t = abs(four["difference"]) / expected
+    # the formula for two pairs
+    assert four["p"] == pytest.approx(1 - 2 / math.pi * math.atan(t), abs=1e-4)
     assert one["comparable"] is four["comparable"] is True
+
+
+# (pairs, t): beyond it lie 5 % of Student's distribution, from any printed table
+FIVE_PERCENT = [(2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776), (10, 2.262), (31, 2.042)]
+
+
+@pytest.mark.parametrize(("pairs", "t"), FIVE_PERCENT)
+def test_p_is_that_of_student_s_t_for_the_number_of_pairs(pairs, t):
+    errors = [(-1.0) ** i for i in range(pairs // 2 * 2)] + [0.0] * (pairs % 2)
+    error = statistics.stdev(errors) / pairs**0.5
+    for sign in (1, -1):
+        tested = compare.t_test([sign * t * error + each for each in errors])
+        assert tested["difference_error"] == pytest.approx(error)
+        assert tested["p"] == pytest.approx(0.05, abs=1e-4)
+    assert compare.t_test([0.0] * pairs)["p"] == 1
+    assert compare.t_test([0.1] * pairs)["p"] == pytest.approx(0, abs=1e-9)
 
 
 LAYOUTS = {
@@ -358,6 +390,28 @@ def test_seeds_with_minutes_are_one_row_though_the_clock_chose_their_steps(data)
     runs.append(make_run("out/idea/with-2", 2.2, minutes=1.0, seed=2, **chosen))
     runs.append(make_run("out/idea/with-3", 2.2, minutes=1.0, n_layer=2))
     assert [row["seeds"] for row in data(*runs, "--group=True")] == [2, 1]
+
+
+def test_seeds_for_which_the_machine_chose_differently_are_one_row_and_a_note_says_so(run):
+    measured = {"_measured": ["dtype", "muon_dtype", "threads"], "muon_dtype": "float32"}
+    runs = make_seeds("out/a/old-{}", 2.0, dtype="float32", threads=1, **measured)
+    more = {"dtype": "bfloat16", "threads": 2} | measured
+    runs.append(make_run("out/a/old-2", 2.1, seed=2, **more))
+    runs += make_seeds("out/a/new-{}", 1.5, 1.6, dtype="float32", n_head=1, **measured)
+    # of the runs with a dtype of the user's, none was measured
+    runs += make_seeds("out/a/typed-{}", 2.0, dtype="float16", _measured=["threads"])
+    table, errors = run(*runs, "--group=True", "--json=True")
+    assert [row["seeds"] for row in json.loads(table)] == [2, 2, 1]
+    assert errors == (
+        f"note: the machine chose dtype differently for the runs of {Path('out/a/old').absolute()};"
+        " for a fair comparison, set it\n"
+    )
+    runs.remove("out/a/old-2")
+    assert run(*runs, "--group=True")[1] == ""
+    # of runs from earlier versions it is unknown
+    runs = make_seeds("out/b/old-{}", 2.0, dtype="float32")
+    runs.append(make_run("out/b/old-2", 2.1, seed=2, dtype="bfloat16"))
+    assert len(json.loads(run(*runs, "--group=True", "--json=True")[0])) == 2
 
 
 def test_runs_whose_settings_differ_are_not_merged_whatever_their_names(data):
@@ -402,9 +456,8 @@ def test_a_run_without_an_evaluation_counts_in_no_mean_and_a_group_may_have_none
 def test_json_holds_the_numbers_in_full_and_all_that_differs(run):
     make_run("out/a", 2.123456789)
     make_run("out/b", 1.987654321, 1.9, n_head=1, dataset="has,comma")
-    table, errors = run("out/a", "out/b", "--json=out/t.json")
-    assert errors == "out/t.json written\n"
-    rows = json.loads(Path("out/t.json").read_text())
+    table, _ = run("out/a", "out/b")
+    rows = json.loads(run("out/a", "out/b", "--json=True")[0])
     for row in rows:
         shown = row_of(table, row["run"]).split()
         assert shown[1:3] == [f"{row['parameters']:,}", f"{row['seconds']:,.1f}"]
@@ -419,7 +472,7 @@ def test_the_picture_is_a_png_and_files_are_not_taken_for_runs(run):
     make_run("out/a", 2.0, 1.9)
     for _ in range(2):
         runs = sorted(map(str, Path("out").iterdir()))
-        out, errors = run(*runs, "--json=-", "--picture=out/x.png")
+        out, errors = run(*runs, "--json=True", "--picture=out/x.png")
         assert errors == "out/x.png written\n" and len(json.loads(out)) == 1
     assert Path("out/x.png").read_bytes().startswith(b"\x89PNG")
 
@@ -462,9 +515,9 @@ def test_groups_have_a_panel_each_in_which_the_seeds_of_a_row_are_one_line(draw)
         runs += make_seeds(f"out/{group}/with-{{}}", 1.5)
     panels = draw(*runs, "--group=True")
     assert [panel.get_title() for panel in panels] == ["out/a", "out/b"]
-    mean, low, high, best = (value / math.log(2) for value in (2.05, 2.0, 2.1, 1.5))
+    mean, best = (value / math.log(2) for value in (2.05, 1.5))
     for panel in panels:
-        names = [f"without  {mean:.3f} ({low:.3f} to {high:.3f})", f"with-1  {best:.3f}"]
+        names = [f"without  {mean:.3f}", f"with-1  {best:.3f}"]
         assert texts_of(panel) == names
         bits = panel.lines[0].get_ydata() * math.log(2)
         seeds = [3.0, 2.0, math.nan, 3.0, 2.1, math.nan]

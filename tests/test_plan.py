@@ -143,7 +143,7 @@ def test_a_run_says_how_far_it_is_and_is_done_on_time_whatever_was_planned(
 ):
     def compared() -> dict:
         capsys.readouterr()
-        compare.main([str(OUT), "--picture=None", "--json=-"])
+        compare.main([str(OUT), "--picture=None", "--json=True"])
         return json.loads(capsys.readouterr().out)[0]
 
     machine.step = lambda: step if machine.steps else 0.1

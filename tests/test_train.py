@@ -102,8 +102,8 @@ def test_a_run_leaves_checkpoints_metrics_picture_and_settings(run_train, capsys
     *raw, end = map(json.loads, (OUT / "metrics.jsonl").read_text().splitlines())
     always = {"iter", "tokens", "seconds", "position"}
     logged = {"train_loss", "lr", "grad_norm", "tokens_per_second", "dtype", "threads"}
-    evaluated = {"val_loss", "val_standard_error", "val_bits_per_byte", "val_perplexity"}
-    evaluated |= {"val_tokens", "val_text", "val_bits_standard_error"}
+    evaluated = {"val_loss", "val_bits_per_byte", "val_perplexity"}
+    evaluated |= {"val_tokens", "val_text"}
     for row, measured in zip(raw, [*[logged] * 3, evaluated] * 2, strict=True):
         assert row.keys() == always | measured
     assert end["end"] == "done"
@@ -172,12 +172,15 @@ def test_a_folder_with_a_space_is_quoted_in_what_to_do_next(tiny, capsys):
 
 def test_evaluating_only_goes_without_dropout_and_writes_nothing(tiny, capsys):
     argv = [*TINY_RUN, "--eval_only=True", "--init=gpt2"]  # init=zero hides dropout
+    argv += ["--eval_iters=None", "--batch_size=1"]
     lines = set()
     for dropout in ("0.0", "0.5"):
         assert train.main([*argv, f"--dropout={dropout}"]) == 0
-        lines.add(capsys.readouterr().out.splitlines()[-1])
+        out = capsys.readouterr().out
+        assert "on 399 of 399 tokens\n" in out
+        lines.add(out.splitlines()[-1])
     assert re.fullmatch(
-        r"val loss \d\.\d{4} ± \d\.\d{4} \(\d\.\d{3} bits per byte, perplexity [\d.]+\) at iter 0",
+        r"val loss \d\.\d{4} \(\d\.\d{3} bits per byte, perplexity [\d.]+\) at iter 0",
         *lines,
     )
     assert not Path("out").exists()
@@ -190,26 +193,73 @@ class Given(torch.nn.Module):
         return None, loss
 
 
-def test_the_standard_error_is_that_of_the_mean_over_batches_of_any_size():
-    losses, sizes = torch.tensor([1.0, 3.0, 2.0, 6.0]), [4, 4, 4, 2]
+class OneOfTwo(Process):
+    """One of two processes, whose partner's sum is known."""
+
+    size = 2
+
+    def __init__(self, rank: int, other: torch.Tensor | None = None):
+        super().__init__(torch.device("cpu"))
+        self.rank = rank
+        self.own, self.other = None, other
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        self.own = x.clone()
+        return x if self.other is None else x.add_(self.other)
+
+
+def evaluated(losses: torch.Tensor, sizes: list[int], process: Process) -> evaluation.Loss:
+    """Evaluate batches with these losses and these numbers of targets."""
     batches = [
         {"targets": torch.tensor([1] * size + [-1]), "loss": loss}
         for size, loss in zip(sizes, losses, strict=True)
     ]
-    device = torch.device("cpu")
     run = SimpleNamespace(
         config=TrainConfig(),
         dataset=SimpleNamespace(val_batches=lambda *args: batches),
-        process=Process(device),
-        device=device,
+        process=process,
+        device=torch.device("cpu"),
         dtype=torch.float32,
     )
-    mean, standard_error = evaluation.evaluate(run, Given(), None)
-    assert mean == pytest.approx((4 + 12 + 8 + 12) / 14)
-    deviation = math.hypot(2, 1, 4) / math.sqrt(2 * 3)  # neighbours differ by 2, 1, 4
-    assert standard_error == pytest.approx(deviation * math.hypot(*sizes) / 14)
-    del batches[1:]
-    assert evaluation.evaluate(run, Given(), None) == (1.0, 0.0)
+    return evaluation.evaluate(run, Given(), None)
+
+
+def test_the_standard_error_holds_for_a_text_whose_neighbouring_batches_are_alike():
+    torch.manual_seed(1)
+    found = []
+    for _ in range(60):
+        losses = torch.randn(100)
+        for i in range(1, 100):  # neighbours correlate by 0.6, as scenes do
+            losses[i] = 0.6 * losses[i - 1] + 0.8 * losses[i]
+        found.append(evaluated(losses, [4] * 99 + [2], Process(torch.device("cpu"))))
+    means, errors = torch.tensor(found, dtype=torch.float64).T
+    assert errors.square().mean().sqrt() == pytest.approx(means.std().item(), rel=0.2)
+
+
+def test_two_processes_have_the_mean_and_the_standard_error_of_one():
+    losses, sizes = torch.rand(101), [*range(1, 101), 0]
+    losses[-1] = math.nan  # a batch without targets
+    one = evaluated(losses, sizes, Process(torch.device("cpu")))
+    second = OneOfTwo(1)
+    evaluated(losses, sizes, second)
+    assert evaluated(losses, sizes, OneOfTwo(0, second.own)) == one
+    weights = torch.tensor(sizes[:-1])
+    assert one.mean == pytest.approx((losses[:-1] @ weights.float() / weights.sum()).item())
+
+
+def test_only_an_evaluation_of_many_batches_has_a_standard_error(run_train, capsys):
+    few = evaluated(torch.rand(95), [4] * 95, Process(torch.device("cpu")))
+    assert few.standard_error is None
+    for batch_size, has_one in (4, False), (1, True):  # 400 tokens of validation text
+        options = ["--eval_iters=99", f"--batch_size={batch_size}", "--block_size=4"]
+        last = run_train(*options)[-1]
+        line = re.search(
+            r"iter 6: val loss \d\.\d{4}( ± \d\.\d{4})? \(", capsys.readouterr().out
+        )
+        assert bool(line[1]) is has_one
+        assert {"val_standard_error" in last, "val_bits_standard_error" in last} == {
+            has_one
+        }
 
 
 @pytest.mark.parametrize(

@@ -177,12 +177,28 @@ def test_eval_iters_batches_of_all_lengths_are_evaluated_always_the_same(
     )
     assert len(whole) > 6 and len(some) == 3 and all(batch in whole for batch in some)
     # each is from another third of the lengths
-    first, middle, last = (whole.index(batch) * 3 // len(whole) for batch in some)
-    assert (first, middle, last) == (0, 1, 2)
+    by_length = [
+        texts_in(data, data.pairs_batch("val", b)) for b in batches(data, "val", 1)
+    ]
+    places = [list(map(sorted, by_length)).index(batch) for batch in some]
+    assert [place * 3 // len(whole) for place in places] == [0, 1, 2]
     other = open_pairs(with_encoder, seed=2)
     assert some == [sorted(texts_in(data, batch)) for batch in other.val_batches(1, 3)]
     assert [sorted(texts_in(data, batch)) for batch in data.val_batches(1, 999)] == whole
     assert data.summary(1, 3)[1] == f"{sum(map(len, some))} of {sum(map(len, whole))} pairs"
+
+
+@both_ways
+def test_each_block_of_an_evaluation_s_batches_has_pairs_of_all_lengths(
+    folder, with_encoder
+):
+    rows = [(f"{i:0{3 + i % 60}}", "t" * (3 + i % 60)) for i in range(3000)]
+    prepare_bytes(rows, "--val_fraction=0.4")
+    data = PairDataset(Path("data/pairs"), 130, 1, with_encoder)
+    lengths = np.array([batch["idx"].shape[1] for batch in data.val_batches(2, 99)])
+    blocks = np.array_split(lengths, evaluation.BLOCKS)
+    assert len(lengths) == 99 and lengths.std() > 10
+    assert np.ptp([block.mean() for block in blocks]) < 5
 
 
 def test_bits_per_byte_count_the_translation_only(pairs):

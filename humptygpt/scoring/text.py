@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from humptygpt.config import UserError
+from humptygpt.evaluation import BLOCKS
 from humptygpt.tokenizers import Tokenizer
 
 LOGITS = 2**26  # compute at most this many logits at once: 256 MB
@@ -33,12 +34,12 @@ def score_text(
             f"stride={stride} would skip tokens; it must be at most block_size={block_size}"
         )
     nats = -score_windows(model, ids, stride).astype(np.float64)
-    # the tokens of a window depend on each other
-    windows = np.array_split(nats, max(1, len(nats) // block_size))
+    # neighbouring tokens depend on each other, but long parts of a text hardly do
+    parts = np.array_split(nats, min(BLOCKS, len(nats)))
     size = int(tokenizer.token_bytes()[ids[1:]].sum())
     row = {
         "nats_per_token": nats.mean(),
-        "standard_error": standard_error(np.array([window.mean() for window in windows])),
+        "standard_error": standard_error(np.array([part.mean() for part in parts])),
         "bits_per_byte": nats.sum() / np.log(2) / size,
         "perplexity": np.exp(nats.mean()),
         "nats": nats.sum(),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from humptygpt.config import UserError
 from humptygpt.data import Dataset, next_tokens, permute, random_key
+from humptygpt.evaluation import BLOCKS
 from humptygpt.token_files import how_to
 
 
@@ -85,10 +86,13 @@ class PairDataset(Dataset):
     def val_batches(
         self, batch_size: int, eval_iters: int | None
     ) -> Iterator[dict[str, Tensor]]:
-        """Yield the fixed evaluation set: batches that cover all lengths. eval_iters: number of batches; None: all."""
+        """Yield the fixed evaluation set: batches that cover all lengths. eval_iters: number of batches; None: all.
+
+        The standard error of the loss is computed from blocks of batches, so each block covers all lengths as well.
+        """
         found = batches(self, "val", batch_size)
         count = min(eval_iters or len(found), len(found))
-        for i in range(count):
+        for i in sorted(range(count), key=lambda i: i % BLOCKS):
             yield self.pairs_batch("val", found[int((i + 0.5) * len(found) / count)])
 
     def texts(self, split: str, step: int = 1) -> Iterator[tuple[np.ndarray, str]]:
