@@ -3,6 +3,7 @@
 It runs in Jinja's sandbox, as in transformers, so that it can do nothing but make text.
 """
 
+import re
 import time
 from collections.abc import Iterable
 
@@ -16,6 +17,7 @@ from humptygpt.convert.read_huggingface import read_settings
 from humptygpt.loading import Loaded
 from humptygpt.schema import parse_json
 
+SIGN = "\ufdd0"  # a noncharacter of Unicode, which no text needs
 GENERATION = {"eos_token_id?": (int, [int], None)}
 
 
@@ -58,13 +60,21 @@ class TemplateTokenizer(PretrainedTokenizer):
 
     def encode_turns(self, turns: Iterable[Turn], reply: bool = False) -> np.ndarray:
         """Encode turns. reply: also the beginning of the assistant's next one. Raises UserError if that fails."""
-        messages = [turn._asdict() for turn in turns]
+        messages, hidden = [], {}
+        for role, content in turns:
+            # the template gets a placeholder for a text in which a special token would be recognised
+            plain = self.encode_plain(content)
+            if SIGN in content or not np.array_equal(self.encode_rest(content), plain):
+                hidden[content := f"{SIGN}{len(hidden)}{SIGN}"] = plain
+            messages.append({"role": role, "content": content})
         try:
             template = self.environment.from_string(self.settings["chat_template"])
             text = template.render(
                 self.settings, messages=messages, tools=None, add_generation_prompt=reply
             )
-            return self.encode(text)
+            first, *rest = re.split(f"({SIGN}[0-9]+{SIGN})", text)
+            ids = [hidden[x] if x in hidden else self.encode_rest(x) for x in rest]
+            return np.concatenate([self.encode(first), *ids])
         except Exception as error:  # a template is a program, so it can fail in any way
             raise UserError(
                 f"the model's chat template failed: {one_line(error)}"

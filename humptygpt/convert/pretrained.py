@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
+from humptygpt.chat.tokens import BEGIN, END
 from humptygpt.tokenizers import (
     Tokenizer,
     pack,
@@ -21,8 +22,9 @@ SENTENCEPIECE_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace
 class PretrainedTokenizer(Tokenizer):
     """A tokenizer read from a tokenizer.json and run by Hugging Face's tokenizers library, so its results are the same.
 
-    Unlike those of our own tokenizers, its special tokens are recognised in a text. Only byte-level and sentencepiece
-    decoders are supported, because they decode each token on its own.
+    Unlike those of our own tokenizers, its special tokens are recognised in a text, except by encode_plain(), which is
+    for what somebody says in a conversation. Only byte-level and sentencepiece decoders are supported,
+    because they decode each token on its own.
 
     content: the JSON. eot, bos: ids of the end-of-text and start-of-text tokens; None if there is none.
     """
@@ -58,6 +60,24 @@ class PretrainedTokenizer(Tokenizer):
 
     def encode_rest(self, text: str) -> np.ndarray:
         return encode_with(self._rest, [text])[0]
+
+    @cached_property
+    def _plain(self):
+        """An engine for which special tokens are text, and so are the others that end a text or mark a turn."""
+        engine = load_rest(self.content)
+        ends = [engine.id_to_token(i) for i in (self.eot, self.bos) if i is not None]
+        marks = [mark for mark in (BEGIN, END) if engine.token_to_id(mark) is not None]
+        engine.add_special_tokens(ends + marks)
+        engine.encode_special_tokens = True
+        return engine
+
+    def encode_plain(self, text: str) -> np.ndarray:
+        (ids,) = encode_with(self._plain, [text])
+        added = self._plain.get_added_tokens_decoder()
+        if any(added[i].special for i in added.keys() & {*ids.tolist()}):
+            # in a unigram model, a special token is also a piece of text; no character is
+            ids = np.concatenate(encode_with(self._plain, text))
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._engine.decode([int(i) for i in ids], skip_special_tokens=False)
