@@ -3,11 +3,17 @@
 It runs in Jinja's sandbox, as in transformers, so that it can do nothing but make text.
 """
 
+import json
 import re
 import time
 from collections.abc import Iterable
+from functools import partial
+from typing import ClassVar
 
 import numpy as np
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from humptygpt.chat.tokens import Turn
@@ -15,10 +21,11 @@ from humptygpt.config import UserError, one_line, refuse
 from humptygpt.convert.pretrained import PretrainedTokenizer
 from humptygpt.convert.read_huggingface import read_settings
 from humptygpt.loading import Loaded
-from humptygpt.schema import parse_json
+from humptygpt.schema import check_schema, parse_json
 
 SIGN = "\ufdd0"  # a noncharacter of Unicode, which no text needs
 GENERATION = {"eos_token_id?": (int, [int], None)}
+SETTINGS = {"chat_template?": (str, [{"name": str, "template": str}])}
 
 
 def with_template(loaded: Loaded) -> Loaded:
@@ -31,10 +38,25 @@ def with_template(loaded: Loaded) -> Loaded:
             settings["chat_template"] = template.read_text(encoding="utf-8")
         if generation.is_file():
             settings |= parse_json(generation.read_bytes(), GENERATION)
-    if not settings.get("chat_template"):
+        check_schema(settings, SETTINGS)
+    named = settings.get("chat_template")
+    if isinstance(named, list):
+        named = {entry["name"]: entry["template"] for entry in named}.get("default")
+    if not named:
         return loaded
+    settings["chat_template"] = named
     tokenizer = TemplateTokenizer(loaded.tokenizer, settings)
     return loaded._replace(tokenizer=tokenizer, task="chat")
+
+
+class Generation(Extension):
+    """The tag {% generation %} around what the model writes; it has no effect on the text."""
+
+    tags: ClassVar = {"generation"}
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class TemplateTokenizer(PretrainedTokenizer):
@@ -50,8 +72,10 @@ class TemplateTokenizer(PretrainedTokenizer):
         ends = settings.get("eos_token_id")
         self.ends = ends if isinstance(ends, list) else [ends]
         self.environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
         )
+        # Jinja's own is for HTML
+        self.environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         self.environment.globals |= {
             "raise_exception": raise_exception,
             "strftime_now": time.strftime,
@@ -61,13 +85,13 @@ class TemplateTokenizer(PretrainedTokenizer):
     def encode_turns(self, turns: Iterable[Turn], reply: bool = False) -> np.ndarray:
         """Encode turns. reply: also the beginning of the assistant's next one. Raises UserError if that fails."""
         messages, hidden = [], {}
-        for role, content in turns:
-            # the template gets a placeholder for a text in which a special token would be recognised
-            plain = self.encode_plain(content)
-            if SIGN in content or not np.array_equal(self.encode_rest(content), plain):
-                hidden[content := f"{SIGN}{len(hidden)}{SIGN}"] = plain
-            messages.append({"role": role, "content": content})
         try:
+            for role, content in turns:
+                # the template gets a placeholder for a text in which a special token would be recognised
+                plain = self.encode_plain(content)
+                if SIGN in content or not np.array_equal(self.encode_rest(content), plain):
+                    hidden[content := f"{SIGN}{len(hidden)}{SIGN}"] = plain
+                messages.append({"role": role, "content": content})
             template = self.environment.from_string(self.settings["chat_template"])
             text = template.render(
                 self.settings, messages=messages, tools=None, add_generation_prompt=reply
