@@ -235,7 +235,10 @@ STRICT = """{%- if tools is not none %}tools{% endif %}{{ bos_token }}
 {% endfor %}"""
 LOOPS = """{{ strftime_now('%Y')[:0] }}{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}
 {{ m.role }}: {{ m.content }}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
-LIST = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": LOOPS}]
+LIST = [
+    {"name": "tool_use", "template": "{{ tools }}"},
+    {"name": "default", "template": LOOPS},
+]
 GENERATION = """{% for m in messages %}{{ m | tojson }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}
 {{- eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
 TEMPLATES = {"Llama 3": LLAMA3, "strict": STRICT, "loops": LOOPS}
