@@ -2,7 +2,7 @@
 
 import json
 import re
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,8 @@ from conftest import TINY_RUN, read_rows
 import prepare_data
 import sample
 import train
+from humptygpt import interactive
+from humptygpt.chat.api import Api
 from humptygpt.chat.compose import Composer, Values
 from humptygpt.chat.conversations import parse
 from humptygpt.chat.data import ChatDataset, best_fit
@@ -288,6 +290,49 @@ def test_a_message_longer_than_the_context_is_one_line_and_the_talk_goes_on(
     assert printed.err.count("more than fit into block_size=128") == 1
     first, again = printed.out.splitlines()
     assert first and again
+
+
+def test_a_question_is_stripped_as_in_the_api_and_never_forgotten_within_its_reply(talker):
+    talk, said = Talk(talker), "egg " * 22  # more than half of the context
+    keys = {"temperature": 0, "max_new_tokens": 50}
+    reply = "".join(talk.reply(f" \t{said}", 0, **keys))
+    seen = talker.tokenizer.decode(talk.context.texts[0])
+    assert seen.startswith(f"{BEGIN}user\n{said.strip()}{END}")
+    asked = {"messages": chat(said)["messages"], "max_tokens": 50, "temperature": 0}
+    *_, answer = Api(talker, "x").chat(json.dumps(asked).encode())
+    assert json.loads(answer)["choices"][0]["message"]["content"] == reply
+    assert replies(Talk(talker, " Be brief.\n"), "egg", " ") == [
+        *replies(Talk(talker, "Be brief."), "egg"),
+        "",
+    ]
+
+
+@pytest.mark.usefixtures("talker", "silent")
+def test_a_line_that_is_not_utf_8_is_one_line(fails, monkeypatch, capsys):
+    def type_in(errors: str) -> None:
+        typed = TextIOWrapper(BytesIO(b"egg\n\xff\negg\n"), "utf-8", errors)
+        monkeypatch.setattr("sys.stdin", typed)
+
+    argv = ["--out_dir=out/run", "--interactive=True"]
+    type_in("strict")
+    assert fails(sample.main, *argv) == "standard input is not valid UTF-8\n"
+    type_in("surrogateescape")  # so in a C locale
+    sample.main(argv)
+    assert "surrogates not allowed" in capsys.readouterr().err
+
+
+@pytest.fixture
+def silent(monkeypatch):
+    """sample.py prints nothing, so that a complaint is all that is printed."""
+    for module in (sample, interactive):
+        monkeypatch.setattr(module, "print", lambda *args, **keys: None, raising=False)
+
+
+@pytest.mark.usefixtures("run_dir", "silent")
+@pytest.mark.parametrize("key", ["logprobs=0", "num_samples=2"])
+def test_keys_without_effect_on_what_is_interactive_are_refused(fails, key):
+    argv = ["--out_dir=out/run", "--interactive=True", f"--{key}"]
+    assert f"{key} has no effect with interactive=True" in fails(sample.main, *argv)
 
 
 # --------------------------------------------------------------------------------------
