@@ -212,7 +212,8 @@ def setup(
     elif not config.eval_only:
         check_training_fits(config, model_config, device, dtype, process.size)
 
-    model = make_model(config, model_config, saved, base, process.sharded)
+    tokens = dataset.tokenizer.vocab_size
+    model = make_model(config, model_config, saved, base, process.sharded, tokens)
     if config.lora_rank and dataset.tokenizer.marks:
         find(TRAIN_ROWS)(model, dataset.tokenizer.marks)
     batches = dataset

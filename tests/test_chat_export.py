@@ -461,9 +461,14 @@ def base(folder):
 FINETUNED = "--init_from=out/base --dataset=mine --out_dir=out/tuned"
 
 
-@pytest.mark.parametrize("name", BASES)
-def test_the_vocabulary_grows_by_rows_that_are_the_mean_of_the_others(name, base):
-    base(BASES[name])
+@pytest.mark.parametrize(
+    "name, padding", [*((name, 0) for name in BASES), ("bpe", 1), ("byte", 40)]
+)
+def test_the_rows_of_new_tokens_start_as_the_mean_of_those_of_the_others(
+    name, padding, base
+):
+    tokens = {"byte": 256, "char": 59, "bpe": 300, "sentencepiece": 320}[name]
+    base(BASES[name], f"--vocab_size={tokens + padding}")
     before = load("out/base")
     run = train.setup(*read_settings([*BRIEFLY.split(), *FINETUNED.split()]))
     known, tokens = before.tokenizer.vocab_size, run.dataset.tokenizer.vocab_size
@@ -471,9 +476,10 @@ def test_the_vocabulary_grows_by_rows_that_are_the_mean_of_the_others(name, base
     assert tokens - known == (3 if name in ("byte", "char") else 2)
     for layer in ("wte", "lm_head"):
         had, has = (getattr(model, layer).weight for model in (before.model, run.model))
-        assert len(has) == tokens and torch.equal(has[:known], had)
-        mean = had.mean(dim=0).expand(tokens - known, -1)
-        torch.testing.assert_close(has[known:], mean)
+        assert len(has) == max(tokens, len(had)) and torch.equal(has[:known], had[:known])
+        mean = had[:known].mean(dim=0).expand(tokens - known, -1)
+        torch.testing.assert_close(has[known:tokens], mean)
+        assert torch.equal(has[tokens:], had[tokens:])
 
 
 def test_a_text_model_that_is_fine_tuned_on_conversations_talks(base):
