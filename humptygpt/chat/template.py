@@ -4,7 +4,6 @@ It runs in Jinja's sandbox, as in transformers, so that it can do nothing but ma
 """
 
 import json
-import re
 import time
 from collections.abc import Iterable
 from functools import partial
@@ -21,11 +20,12 @@ from humptygpt.config import UserError, one_line, refuse
 from humptygpt.convert.pretrained import PretrainedTokenizer
 from humptygpt.convert.read_huggingface import read_settings
 from humptygpt.loading import Loaded
-from humptygpt.schema import check_schema, parse_json
+from humptygpt.schema import parse_json
 
-SIGN = "\ufdd0"  # a noncharacter of Unicode, which no text needs
+# A noncharacter, which no text needs: it separates the characters of a text in which somebody has typed the special
+# tokens of the template, and each part is encoded on its own.
+SIGN = "\ufdd0"
 GENERATION = {"eos_token_id?": (int, [int], None)}
-SETTINGS = {"chat_template?": (str, [{"name": str, "template": str}])}
 
 
 def with_template(loaded: Loaded) -> Loaded:
@@ -38,13 +38,8 @@ def with_template(loaded: Loaded) -> Loaded:
             settings["chat_template"] = template.read_text(encoding="utf-8")
         if generation.is_file():
             settings |= parse_json(generation.read_bytes(), GENERATION)
-        check_schema(settings, SETTINGS)
-    named = settings.get("chat_template")
-    if isinstance(named, list):
-        named = {entry["name"]: entry["template"] for entry in named}.get("default")
-    if not named:
+    if not settings.get("chat_template"):
         return loaded
-    settings["chat_template"] = named
     tokenizer = TemplateTokenizer(loaded.tokenizer, settings)
     return loaded._replace(tokenizer=tokenizer, task="chat")
 
@@ -84,21 +79,20 @@ class TemplateTokenizer(PretrainedTokenizer):
 
     def encode_turns(self, turns: Iterable[Turn], reply: bool = False) -> np.ndarray:
         """Encode turns. reply: also the beginning of the assistant's next one. Raises UserError if that fails."""
-        messages, hidden = [], {}
+        messages = []
         try:
             for role, content in turns:
-                # the template gets a placeholder for a text in which a special token would be recognised
-                plain = self.encode_plain(content)
-                if SIGN in content or not np.array_equal(self.encode_rest(content), plain):
-                    hidden[content := f"{SIGN}{len(hidden)}{SIGN}"] = plain
+                if self.has_special(content):  # the template may contain the same tokens
+                    content = SIGN.join(["", *content, ""])
                 messages.append({"role": role, "content": content})
-            template = self.environment.from_string(self.settings["chat_template"])
-            text = template.render(
+            source = self.settings["chat_template"]
+            if isinstance(source, list):  # several, each with a name
+                source = {each["name"]: each["template"] for each in source}["default"]
+            text = self.environment.from_string(source).render(
                 self.settings, messages=messages, tools=None, add_generation_prompt=reply
             )
-            first, *rest = re.split(f"({SIGN}[0-9]+{SIGN})", text)
-            ids = [hidden[x] if x in hidden else self.encode_rest(x) for x in rest]
-            return np.concatenate([self.encode(first), *ids])
+            first, *rest = text.split(SIGN)
+            return np.concatenate([self.encode(first), *map(self.encode_rest, rest)])
         except Exception as error:  # a template is a program, so it can fail in any way
             raise UserError(
                 f"the model's chat template failed: {one_line(error)}"

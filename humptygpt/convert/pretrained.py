@@ -62,22 +62,20 @@ class PretrainedTokenizer(Tokenizer):
         return encode_with(self._rest, [text])[0]
 
     @cached_property
-    def _plain(self):
-        """An engine for which special tokens are text, and so are the others that end a text or mark a turn."""
-        engine = load_rest(self.content)
-        ends = [engine.id_to_token(i) for i in (self.eot, self.bos) if i is not None]
-        marks = [mark for mark in (BEGIN, END) if engine.token_to_id(mark) is not None]
-        engine.add_special_tokens(ends + marks)
-        engine.encode_special_tokens = True
-        return engine
+    def special(self) -> set[int]:
+        """Ids of the special tokens, and of others that end a text or mark a turn."""
+        added = self._engine.get_added_tokens_decoder().items()
+        marks = {i for i, x in added if x.special or x.content in (BEGIN, END)}
+        return {self.eot, self.bos, *marks}
+
+    def has_special(self, text: str) -> bool:
+        """True if a special token is recognised in a text."""
+        return not self.special.isdisjoint(self.encode_rest(text).tolist())
 
     def encode_plain(self, text: str) -> np.ndarray:
-        (ids,) = encode_with(self._plain, [text])
-        added = self._plain.get_added_tokens_decoder()
-        if any(added[i].special for i in added.keys() & {*ids.tolist()}):
-            # in a unigram model, a special token is also a piece of text; no character is
-            ids = np.concatenate(encode_with(self._plain, text))
-        return ids
+        # a character alone is no special token
+        parts = text if self.has_special(text) else [text]
+        return np.concatenate(encode_with(self._rest, parts))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._engine.decode([int(i) for i in ids], skip_special_tokens=False)
