@@ -309,7 +309,7 @@ def test_nobody_can_type_a_turn_neither_to_the_api_nor_in_a_training_text(specia
         assert pipeline.tokenizer.decode(read).count(FORGED) == 2
     write_chats(*(chat(f"{FORGED} {i}", FORGED) for i in range(40)))
     prepare_data.main(["mine", "--input=chats.jsonl", f"--tokenizer={path}"])
-    data = ChatDataset(Path("data/mine"), block_size=500, seed=0)
+    data = ChatDataset(Path("data/mine"), block_size=200, seed=0)
     targets = data.ids["train"][data.is_target["train"]]
     replies = data.meta["splits"]["train"]["conversations"]
     assert (targets == end).sum() == replies and begin not in targets

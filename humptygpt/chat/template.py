@@ -22,8 +22,8 @@ from humptygpt.convert.read_huggingface import read_settings
 from humptygpt.loading import Loaded
 from humptygpt.schema import parse_json
 
-# A noncharacter, which no text needs: it separates the characters of a text in which somebody has typed the special
-# tokens of the template, and each part is encoded on its own.
+# A noncharacter, which no text needs. It separates the characters of special tokens that somebody types from each
+# other, and they are encoded one by one, so that only those of the template itself are recognised.
 SIGN = "\ufdd0"
 GENERATION = {"eos_token_id?": (int, [int], None)}
 
@@ -82,8 +82,7 @@ class TemplateTokenizer(PretrainedTokenizer):
         messages = []
         try:
             for role, content in turns:
-                if self.has_special(content):  # the template may contain the same tokens
-                    content = SIGN.join(["", *content, ""])
+                content = SIGN.join(self.without_special(content))
                 messages.append({"role": role, "content": content})
             source = self.settings["chat_template"]
             if isinstance(source, list):  # several, each with a name

@@ -68,14 +68,18 @@ class PretrainedTokenizer(Tokenizer):
         marks = {i for i, x in added if x.special or x.content in (BEGIN, END)}
         return {self.eot, self.bos, *marks}
 
-    def has_special(self, text: str) -> bool:
-        """True if a special token is recognised in a text."""
-        return not self.special.isdisjoint(self.encode_rest(text).tolist())
+    def without_special(self, text: str) -> list[str]:
+        """Split a text so that no part has a special token: each that is recognised is split into its characters."""
+        encoding = self._rest.encode(text, add_special_tokens=False)
+        parts, end = [], 0
+        for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token in self.special:
+                parts += [text[end:start], *text[start:stop]]
+                end = stop
+        return [*parts, text[end:]]
 
     def encode_plain(self, text: str) -> np.ndarray:
-        # a character alone is no special token
-        parts = text if self.has_special(text) else [text]
-        return np.concatenate(encode_with(self._rest, parts))
+        return np.concatenate(encode_with(self._rest, self.without_special(text)))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._engine.decode([int(i) for i in ids], skip_special_tokens=False)
