@@ -65,6 +65,7 @@ for key in ("num_beams", "length_penalty"):
     IN_VAIN[key] = ("task", ("language modelling", "chat"))
 IN_VAIN["system"] = ("task", ("language modelling", "translation"))
 IN_VAIN["dtype"] = ("quantize", ("int8",))
+ONE_BY_ONE = dict.fromkeys(("num_samples", "logprobs"), ("interactive", (True,)))
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ class Pipeline:
 def main(argv: list[str]) -> None:
     given = configurator.read(argv, SampleConfig)
     config = configurator.make(SampleConfig, given)
+    refuse_vain(given, vars(config), ONE_BY_ONE)
     source = loading.chosen_source(config, given)
     keys = config.select("device dtype quantize compile")
     loaded = load(source, config.checkpoint, talks=config.interactive, **keys)

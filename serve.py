@@ -10,12 +10,14 @@ programs on this machine can reach the server, unless --host says otherwise. It 
 
 import json
 import re
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock
+from queue import SimpleQueue
+from threading import Event, Lock, Thread
 
 from humptygpt import machine
 
@@ -26,7 +28,7 @@ import sample
 from humptygpt import config as configurator
 from humptygpt import loading
 from humptygpt.chat.api import Api
-from humptygpt.config import UserError, check_choices, refuse_vain
+from humptygpt.config import UserError, check_choices, first_line, refuse_vain
 from humptygpt.decoding import choose_threads
 
 PAGE = Path(__file__).parent / "humptygpt/chat/page.html"
@@ -77,11 +79,30 @@ def main(argv: list[str]) -> None:
 
 
 class Server(ThreadingHTTPServer):
-    """Waits for clients. Each has a thread, but only one thread at a time uses the model."""
+    """Waits for clients. Each has a thread that writes its answer, and another one that generates it.
+
+    Only one thread at a time uses the model, and it never waits for a client: it queues the parts of an answer, which
+    are a few thousand at most.
+    """
 
     request_queue_size = 128  # clients that may wait until they are accepted
     api: Api
     turn: Lock  # held by the thread that uses the model
+
+    def generate(
+        self, method: Callable, body: bytes, parts: SimpleQueue, left: Event
+    ) -> None:
+        """Queue the parts of an answer, then None or the exception that ended it. left: set if the client has left."""
+        end = None
+        try:
+            with self.turn:
+                for part in method(body):
+                    parts.put(part)
+                    if left.is_set():
+                        break
+        except Exception as error:
+            end = error
+        parts.put(end)
 
 
 def listen(host: str, port: int, api: Api) -> Server:
@@ -132,17 +153,32 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, method: Callable) -> None:
         """Send the answer of one of the API's methods, part by part."""
+        kind = None
+        parts, left = SimpleQueue(), Event()
         try:
-            body = self.read_body()
-            with self.server.turn:
-                parts = method(body)
-                first = next(parts)  # if this fails, an error can still be sent
-                kind = "text/event-stream" if first.startswith("data:") else JSON
-                self.send(200, kind, first.encode())
-                for part in parts:
-                    self.wfile.write(part.encode())
-        except (UserError, ValueError) as error:
-            self.send_error(400, str(error))
+            given = (method, self.read_body(), parts, left)
+            Thread(target=self.server.generate, args=given, daemon=True).start()
+            while (part := parts.get()) is not None:
+                if isinstance(part, Exception):
+                    raise part
+                if kind is None:
+                    kind = "text/event-stream" if part.startswith("data:") else JSON
+                    self.send(200, kind)
+                self.wfile.write(part.encode())
+        except OSError:  # the client has left, or reads nothing
+            raise
+        except Exception as error:
+            status, message = 400, str(error)
+            if not isinstance(error, UserError | ValueError):
+                traceback.print_exc()
+                status, message = 500, f"{type(error).__name__}: {first_line(error)}"
+            if kind is None:
+                self.send_error(status, message)
+            else:
+                content = error_of(status, message)
+                self.wfile.write(content if kind == JSON else b"data: %s\n\n" % content)
+        finally:
+            left.set()
 
     def read_body(self) -> bytes:
         size = int(self.headers.get("Content-Length", 0))
@@ -152,7 +188,7 @@ class Handler(BaseHTTPRequestHandler):
             size -= LARGEST  # a client reads the error once it has sent everything
         raise UserError(f"Content-Length must be from 1 to {LARGEST:,}")
 
-    def send(self, status: int, kind: str, content: bytes) -> None:
+    def send(self, status: int, kind: str, content: bytes = b"") -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.end_headers()
@@ -160,13 +196,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, status: int, message: str = "", *_: object) -> None:
         """Send an error in OpenAI's form. The base class calls this, too."""
-        error = {
-            "message": message or self.responses[status][0],
-            "type": "invalid_request_error",
-            "param": None,
-            "code": None,
-        }
-        self.send(status, JSON, json.dumps({"error": error}).encode())
+        self.send(status, JSON, error_of(status, message or self.responses[status][0]))
+
+
+def error_of(status: int, message: str) -> bytes:
+    """Describe an error as OpenAI's API does."""
+    kind = "server_error" if status == 500 else "invalid_request_error"
+    error = {"message": message, "type": kind, "param": None, "code": None}
+    return json.dumps({"error": error}).encode()
 
 
 if __name__ == "__main__":

@@ -220,7 +220,8 @@ def setup(
     elif not config.eval_only:
         check_training_fits(config, model_config, device, dtype, process.size)
 
-    model = make_model(config, model_config, saved, base, process.sharded)
+    tokens = dataset.tokenizer.vocab_size
+    model = make_model(config, model_config, saved, base, process.sharded, tokens)
     check_model(model)
     if config.lora_rank and dataset.tokenizer.marks:
         find(TRAIN_ROWS)(model, dataset.tokenizer.marks)

@@ -3,7 +3,7 @@
 #   python train.py config/humpty_chat.py
 #   python sample.py --out_dir=out/humpty_chat
 #
-# It has 1.33 million parameters and takes about 14 minutes on 2 CPU cores. docs/chat.md says what it can do.
+# It has 1.33 million parameters and takes 6 to 14 minutes on 2 CPU cores. docs/chat.md says what it can do.
 
 out_dir = "out/humpty_chat"
 dataset = "humpty_chat"  # 85,000 conversations

@@ -18,6 +18,8 @@ def typed_lines(advice: str = "") -> Iterator[str]:
             yield input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise UserError("standard input is not valid UTF-8") from error
 
 
 def converse(config, loaded, sampling: dict) -> None:
@@ -34,7 +36,7 @@ def converse(config, loaded, sampling: dict) -> None:
             for text in partner.reply(line, turn, **sampling):
                 print(text, end="", flush=True)
             print(flush=True)
-        except UserError as error:
+        except (UserError, UnicodeEncodeError) as error:
             note(str(error))
 
 

@@ -170,12 +170,16 @@ def make_model(
     saved: dict | None = None,
     base: Loaded | None = None,
     sharded: bool = False,
+    tokens: int = 0,
 ) -> nn.Module:
-    """Return the model to train, on the CPU. sharded: do not allocate the weights of a new model yet."""
+    """Return the model to train, on the CPU. sharded: do not allocate the weights of a new model yet.
+
+    tokens: vocabulary size of the data, if there is a base model.
+    """
     if saved:
         model = checkpoint.restore_model(saved["model"], model_config, vars(config))
     elif base:
-        model = adapt_model(base, config, model_config)
+        model = adapt_model(base, config, model_config, tokens)
     else:
         torch.manual_seed(config.seed)
         model = (
@@ -188,17 +192,22 @@ def make_model(
     return model
 
 
-def adapt_model(base: Loaded, config: TrainConfig, model_config: ModelConfig) -> nn.Module:
+def adapt_model(
+    base: Loaded, config: TrainConfig, model_config: ModelConfig, tokens: int
+) -> nn.Module:
     """Return the base model, adapted to this config: fewer positions, more tokens, different dropout, LoRA."""
     weights = dict(base.model.state_dict())
+    known = base.tokenizer.vocab_size
     for name, x in weights.items():
         if name.endswith("position.wpe.weight"):
             # keep the first positions, as nanoGPT does
             weights[name] = x[: model_config.block_size].clone()
-        new = model_config.vocab_size - base.model.config.vocab_size
-        if new and name.endswith(("wte.weight", "lm_head.weight")):
-            # the vectors of a new token start as the mean of the others
-            weights[name] = torch.cat([x, x.mean(dim=0).expand(new, -1)])
+        if name.endswith(("wte.weight", "lm_head.weight")):
+            # the vectors of a new token, which may have been padding, start as the mean of the others
+            mean = x[:known].mean(dim=0)
+            weights[name] = grown = mean.repeat(model_config.vocab_size, 1)
+            grown[: len(x)] = x
+            grown[known:tokens] = mean
     model = checkpoint.restore_model(weights, model_config)
     torch.manual_seed(config.seed)
     return find(LORA)(model, vars(config)) if config.lora_rank else model

@@ -64,6 +64,10 @@ class Tokenizer:
         """Encode the continuation of another text, without the leading space that some tokenizers add."""
         return self.encode(text)
 
+    def encode_plain(self, text: str) -> np.ndarray:
+        """Encode the continuation of another text, in which no special token is recognised."""
+        return self.encode_rest(text)
+
     def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,15 @@ from conftest import TINY_RUN, read_rows
 import prepare_data
 import sample
 import train
+from humptygpt import interactive
+from humptygpt.chat.api import Api
 from humptygpt.chat.compose import Composer, Values
 from humptygpt.chat.conversations import parse
 from humptygpt.chat.data import ChatDataset, best_fit
 from humptygpt.chat.talk import Talk
 from humptygpt.chat.tokens import BEGIN, END, ChatTokenizer, Turn
 from humptygpt.sampling import Context, stream_texts
+from humptygpt.token_files import read_meta
 from humptygpt.tokenizers import ByteTokenizer, from_state
 
 TURNS = [Turn("user", "Who?"), Turn("assistant", "An egg."), Turn("user", "Why?")]
@@ -134,6 +137,13 @@ def test_conversations_without_a_reply_are_counted_and_if_there_are_no_others_re
     )
 
 
+def test_conversations_that_share_a_long_system_message_are_in_both_splits(folder):
+    write_chats(*(chat(f"a{i}", "b", system="Be brief. " * 500) for i in range(40)))
+    prepare_data.main(["--input=chats.jsonl", "--name=tiny", "--tokenizer=byte"])
+    splits = read_meta(Path("data/tiny"))["splits"]
+    assert 1 <= splits["val"]["conversations"] <= 10
+
+
 # --------------------------------------------------------------------------------------
 # Tokens, rows and targets
 
@@ -156,7 +166,7 @@ def test_the_targets_are_the_replies_and_their_ends_and_nothing_else(chats):
         text = dataset.tokenizer.decode(dataset.ids[split][dataset.is_target[split]])
         replies = [
             part.partition("\n")[2]
-            for part in dataset.tokenizer.decode(dataset.ids[split]).split(BEGIN)
+            for part in text_of(dataset, split).split(BEGIN)
             if part.startswith("assistant\n")
         ]
         assert text == "".join(reply.split(END)[0] + END for reply in replies)
@@ -164,29 +174,41 @@ def test_the_targets_are_the_replies_and_their_ends_and_nothing_else(chats):
     assert tokens == dataset.is_target["train"].sum()
 
 
-@pytest.mark.parametrize("block_size", [24, 30, 64, 200])
-def test_rows_hold_whole_conversations_or_are_cut_at_a_turn_and_none_lacks_a_target(
+@pytest.mark.parametrize("block_size", [30, 36, 64, 200])
+def test_each_reply_in_a_row_follows_its_question_and_only_its_end_may_be_missing(
     chats, block_size
 ):
     dataset = ChatDataset(chats, block_size=block_size, seed=0)
     ids, rows = dataset.ids["train"], dataset.rows["train"]
     eot, begin = dataset.tokenizer.base.eot, dataset.tokenizer.begin
-    seen = []
+    is_target = dataset.is_target["train"]
+    seen, shortened = [], 0
     for row in rows:
         positions = row[row >= 0]
         pieces = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
         for piece in pieces:
-            assert ids[piece[0]] == begin and dataset.is_target["train"][piece[1:]].any()
+            text = dataset.tokenizer.decode(ids[piece])
+            assert text.startswith(f"{BEGIN}user\n") and is_target[piece].any()
             whole = ids[piece[-1]] == eot or ids[piece[-1] + 1] == begin
-            assert whole or len(piece) == block_size + 1
+            assert whole or (len(piece) == block_size + 1 and text.count(BEGIN) == 2)
+            shortened += int(not whole and is_target[piece[-1] + 1])
         seen += positions.tolist()
     assert len(seen) == len(set(seen))
-    if block_size == 200:
+    summary, _ = dataset.summary(1, None)
+    replies = text_of(dataset, "train").count(f"{BEGIN}assistant")
+    kept = sum(ids[row].tolist().count(begin) for row in rows) // 2
+    assert (f"; {shortened:,} replies lose their end" in summary) == (block_size < 64)
+    assert (f"; {replies - kept:,} replies are left out" in summary) == (block_size == 30)
+    if block_size >= 64:  # no exchange is longer
         assert sorted(seen) == list(range(len(ids)))
     for index in range(len(rows)):
         assert (dataset.batch(index, 1)["targets"] >= 0).any()
     visited = {tuple(dataset.batch(i, 1)["idx"][0].tolist()) for i in range(len(rows))}
     assert visited == {tuple(ids[row[:-1]]) for row in rows}
+
+
+def text_of(dataset: ChatDataset, split: str) -> str:
+    return dataset.tokenizer.decode(dataset.ids[split])
 
 
 def test_a_text_goes_into_the_fullest_row_that_has_room_for_it():
@@ -210,7 +232,7 @@ def test_the_loss_is_finite_whatever_the_lengths(folder, kind, capsys):
     prepare_data.main(
         ["--input=chats.jsonl", "--name=tiny", "--tokenizer=byte", "--val_fraction=0.3"]
     )
-    assert train.main(TINY_RUN) == 0
+    assert train.main([*TINY_RUN, "--block_size=32"]) == 0
     assert all(
         np.isfinite(row["val_loss"])
         for row in read_rows(Path("out/run"))
@@ -268,6 +290,49 @@ def test_a_message_longer_than_the_context_is_one_line_and_the_talk_goes_on(
     assert printed.err.count("more than fit into block_size=128") == 1
     first, again = printed.out.splitlines()
     assert first and again
+
+
+def test_a_question_is_stripped_as_in_the_api_and_never_forgotten_within_its_reply(talker):
+    talk, said = Talk(talker), "egg " * 22  # more than half of the context
+    keys = {"temperature": 0, "max_new_tokens": 50}
+    reply = "".join(talk.reply(f" \t{said}", 0, **keys))
+    seen = talker.tokenizer.decode(talk.context.texts[0])
+    assert seen.startswith(f"{BEGIN}user\n{said.strip()}{END}")
+    asked = {"messages": chat(said)["messages"], "max_tokens": 50, "temperature": 0}
+    *_, answer = Api(talker, "x").chat(json.dumps(asked).encode())
+    assert json.loads(answer)["choices"][0]["message"]["content"] == reply
+    assert replies(Talk(talker, " Be brief.\n"), "egg", " ") == [
+        *replies(Talk(talker, "Be brief."), "egg"),
+        "",
+    ]
+
+
+@pytest.mark.usefixtures("talker", "silent")
+def test_a_line_that_is_not_utf_8_is_one_line(fails, monkeypatch, capsys):
+    def type_in(errors: str) -> None:
+        typed = TextIOWrapper(BytesIO(b"egg\n\xff\negg\n"), "utf-8", errors)
+        monkeypatch.setattr("sys.stdin", typed)
+
+    argv = ["--out_dir=out/run", "--interactive=True"]
+    type_in("strict")
+    assert fails(sample.main, *argv) == "standard input is not valid UTF-8\n"
+    type_in("surrogateescape")  # so in a C locale
+    sample.main(argv)
+    assert "surrogates not allowed" in capsys.readouterr().err
+
+
+@pytest.fixture
+def silent(monkeypatch):
+    """sample.py prints nothing, so that a complaint is all that is printed."""
+    for module in (sample, interactive):
+        monkeypatch.setattr(module, "print", lambda *args, **keys: None, raising=False)
+
+
+@pytest.mark.usefixtures("run_dir", "silent")
+@pytest.mark.parametrize("key", ["logprobs=0", "num_samples=2"])
+def test_keys_without_effect_on_what_is_interactive_are_refused(fails, key):
+    argv = ["--out_dir=out/run", "--interactive=True", f"--{key}"]
+    assert f"{key} has no effect with interactive=True" in fails(sample.main, *argv)
 
 
 # --------------------------------------------------------------------------------------

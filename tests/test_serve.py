@@ -12,6 +12,7 @@ import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Queue
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,6 +32,7 @@ import sample
 import serve
 import train
 from humptygpt import evaluation, run_folder
+from humptygpt.chat import api
 from humptygpt.chat.api import Api
 from humptygpt.chat.tokens import ChatTokenizer, Turn
 from humptygpt.scoring import pairs
@@ -239,8 +241,8 @@ def test_without_a_seed_two_answers_differ(served_text):
     assert seeded[0] == seeded[1]
 
 
-def test_echo_gives_the_log_probability_of_every_token_of_a_prompt_of_token_ids(
-    served_text,
+def test_echo_gives_the_log_probability_of_every_token_of_a_prompt_some_at_a_time(
+    served_text, monkeypatch
 ):
     loaded = served_text.loaded
     ids = loaded.tokenizer.encode("Akis unat osal").tolist()
@@ -260,6 +262,13 @@ def test_echo_gives_the_log_probability_of_every_token_of_a_prompt_of_token_ids(
         "completion_tokens": 2,
         "total_tokens": len(ids) + 2,
     }
+    computed = []
+    head = loaded.model.head
+    monkeypatch.setattr(loaded.model, "head", lambda x: computed.append(x.shape) or head(x))
+    monkeypatch.setattr(api, "ECHOED", 4)
+    again = ask_well(served_text, TEXT, request | {"seed": 1})["choices"][0]["logprobs"]
+    assert again["token_logprobs"][1 : len(ids)] == pytest.approx(expected, abs=1e-5)
+    assert [shape[1] for shape in computed[:4]] == [4, 4, 4, 2]
     request = {"prompt": ids, "echo": True, "max_tokens": 0}
     assert ask_well(served_text, TEXT, request)["choices"][0]["text"] == "Akis unat osal"
 
@@ -319,7 +328,10 @@ BAD = {
     "messages[0].role must be assistant or": {"messages": [{"role": "x", "content": ""}]},
     "temperature must be from 0 to 2": HELLO | {"temperature": -1},
     "temperature must be float": HELLO | {"temperature": "hot"},
-    "top_p must be from 0 to 1": HELLO | {"top_p": 1.5},
+    "top_p must be above 0 and at most 1": HELLO | {"top_p": 1.5},
+    "top_p must be above": HELLO | {"top_p": 0},
+    "stop must not be empty": HELLO | {"stop": ["a", ""]},
+    "stop must not be": HELLO | {"stop": ""},
     "max_tokens must be an int from 0 to 4,096": HELLO | {"max_tokens": 10**9},
     "n must be an int from 1 to 1": HELLO | {"n": 2},
     "seed must be an int from 0": HELLO | {"seed": -1},
@@ -333,7 +345,7 @@ BAD = {
     "Expecting": b'{"messages": [',
     "nested too deeply": b"[" * 10**5,
     "must be from 0": b'{"messages": [], "temperature": NaN}',
-    "must be from 0 to 1": b'{"messages": [], "top_p": 1e999}',
+    "at most 1": b'{"messages": [], "top_p": 1e999}',
     "Exceeds the limit": b'{"messages": [], "seed": ' + b"9" * 5000 + b"}",
     "can't decode": b'"\xff"',
     "from 1 to 1,000,000": b"",
@@ -448,21 +460,24 @@ def test_a_page_of_another_site_is_refused(reciter, status, headers):
 # Several clients
 
 
+def request_of(body: dict) -> bytes:
+    content = json.dumps(HELLO | body).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}"
+    return f"{head}\r\n\r\n".encode() + content
+
+
 def connect(server, body: dict) -> socket.socket:
     """Send a chat request without reading the answer."""
-    content = json.dumps(HELLO | body).encode()
     connection = socket.create_connection(("127.0.0.1", server.server_port), timeout=30)
-    head = (
-        f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
-    )
-    connection.sendall(head.encode() + content)
+    connection.sendall(request_of(body))
     return connection
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_place_for_the_next(reciter, stream):
-    gate = close_gate(reciter)
+    gate, handlers = close_gate(reciter), handlers_of(reciter)
     leaving = connect(reciter, {"stream": stream})
+    handler = handlers.get(timeout=20)
     if stream:
         gate.release()
         leaving.recv(100)
@@ -472,10 +487,76 @@ def test_a_client_that_leaves_frees_its_place_for_the_next(reciter, stream):
         target=lambda: answers.append(content(ask_well(reciter, CHAT, HELLO)))
     )
     waiting.start()
-    needed = len(reciter.api.model.script)
-    gate.release(needed + 4)  # the one that has left takes a few of them, and no more
+    taken = 0
+    while handler.is_alive():
+        gate.release()
+        taken += 1
+        handler.join(0.5)
+    assert taken < 20  # of a longer reply
+    open_gate(reciter)
     waiting.join(20)
     assert answers == [REPLY]
+
+
+def handlers_of(server) -> Queue:
+    """The threads that will answer requests."""
+    handlers, answer = Queue(), server.process_request_thread
+
+    def process(*given) -> None:
+        handlers.put(threading.current_thread())
+        answer(*given)
+
+    server.process_request_thread = process
+    return handlers
+
+
+@pytest.mark.parametrize("patience", [20, 0.2])
+def test_a_client_that_does_not_read_holds_up_nobody_and_is_dropped_in_the_end(
+    reciter, monkeypatch, patience
+):
+    monkeypatch.setattr(serve.Handler, "timeout", patience)
+    # the system holds back little of an answer
+    reciter.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    handlers = handlers_of(reciter)
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        slow.connect(("127.0.0.1", reciter.server_port))
+        slow.sendall(request_of({"logprobs": True, "top_logprobs": 20, "stream": True}))
+        slow.recv(1)
+        handler = handlers.get(timeout=20)
+        if patience < 1:
+            handler.join(20)
+            assert not handler.is_alive()
+        assert content(ask_well(reciter, CHAT, HELLO)) == REPLY
+        if patience > 1:
+            assert handler.is_alive()  # it still waits for the slow one
+
+
+@pytest.mark.parametrize("written", [0, 2])
+def test_an_error_of_the_model_is_500_or_within_a_stream_an_event_that_openais_client_raises(
+    reciter, written, monkeypatch
+):
+    openai = pytest.importorskip("openai", reason="needs openai: pip install openai")
+    model, compute = reciter.api.model, reciter.api.model.next_logits
+    left = [None] * written
+
+    def fail(idx):
+        if not left:
+            raise RuntimeError("out of memory\nat line 1")
+        left.pop()
+        return compute(idx)
+
+    monkeypatch.setattr(model, "next_logits", fail)
+    stream = {"stream": True} if written else {}
+    with pytest.raises(openai.APIError, match="RuntimeError: out of memory") as raised:
+        list(client_of(reciter).chat.completions.create(model="tiny", **stream, **HELLO))
+    assert isinstance(raised.value, openai.InternalServerError) == (not written)
+    left += [None] * written
+    answer = raw(reciter, request_of({})).decode()
+    body = json.loads(answer.partition("\r\n\r\n")[2])
+    assert body["error"]["type"] == "server_error" and answer.count("HTTP/1.0") == 1
+    monkeypatch.undo()
+    assert content(ask_well(reciter, CHAT, HELLO)) == REPLY
 
 
 def test_a_client_that_sends_half_a_request_holds_up_nobody(reciter):

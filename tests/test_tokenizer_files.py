@@ -197,6 +197,9 @@ def test_pieces_joined_are_the_text_and_continue_a_prompt_with_its_spaces(kind, 
     assert b"".join(ours.pieces[i] for i in rest) == b" the dog"
     assert ours.token_bytes()[ids].sum() == len(text.encode())
     assert ids.dtype == np.int64
+    typed = "".join(SIGNS)  # among them, special tokens
+    marks = {ours.eot, ours.bos}
+    assert marks & {*ours.encode(typed)} and not marks & {*ours.encode_plain(typed)}
 
 
 def test_the_ends_of_texts_are_the_models_own(made):

@@ -6,8 +6,10 @@ Source: OpenAI's API reference for /v1/models, /v1/chat/completions and /v1/comp
 import json
 import time
 from collections.abc import Iterator
+from itertools import repeat
 
 import torch
+from torch import Tensor
 
 from humptygpt.chat.tokens import MESSAGES, Turn
 from humptygpt.config import UserError
@@ -16,6 +18,7 @@ from humptygpt.sampling import Context, Piece, TextStream, encode_prompt, stream
 from humptygpt.schema import check_schema, parse_json
 
 CHAT, TEXT = "chat.completion", "text_completion"
+ECHOED = 128  # tokens of a prompt whose logits are computed at once
 COMMON = {  # other keys are ignored, as other servers do
     "stream?": bool,
     "max_tokens?": range(4097),
@@ -134,11 +137,9 @@ class Api:
         """Continue a prompt. With "echo", the pieces begin with the prompt's own tokens."""
         tokenizer = self.tokenizer
         if request.get("echo"):
-            idx = torch.tensor([prompt], device=self.device)
-            logits = self.model(idx)[0][0, :, : tokenizer.vocab_size].float()
+            rows = self.logits(prompt) if "logprobs" in request else repeat(None)
             decode = TextStream(tokenizer).decoder.decode
-            # nothing precedes the first token
-            for token, row in zip(prompt, [None, *logits], strict=False):
+            for token, row in zip(prompt, rows, strict=False):
                 yield Piece(0, decode(tokenizer.pieces[token]), token, row)
         yield from stream_texts(
             Context(self.model, [prompt], device=self.device),
@@ -150,6 +151,17 @@ class Api:
             temperature=request.get("temperature", 1),
             top_p=request.get("top_p"),
         )
+
+    def logits(self, prompt: list[int]) -> Iterator[Tensor | None]:
+        """Yield the logits, (V,), that predict each token of a prompt; None for the first, which follows nothing."""
+        yield None
+        cache = {"cache": self.model.make_cache()} if self.model.has_cache else {}
+        for idx in torch.tensor([prompt], device=self.device).split(
+            ECHOED if cache else len(prompt), dim=1
+        ):
+            yield from self.model(idx, **cache)[0][
+                0, :, : self.tokenizer.vocab_size
+            ].float()
 
     def describe(self, piece: Piece, likeliest: int) -> dict:
         """Return a token's entry in a chat's logprobs. likeliest: how many others to list."""
@@ -175,11 +187,15 @@ def read(body: bytes, schema: dict) -> dict:
     request = parse_json(body, {})
     request = {key: value for key, value in request.items() if value is not None}
     check_schema(request, COMMON | schema)
-    for key, most in (("temperature", 2), ("top_p", 1)):
-        if not 0 <= request.get(key, 0) <= most:
-            raise UserError(f"{key} must be from 0 to {most}")
+    if not 0 <= request.get("temperature", 0) <= 2:
+        raise UserError("temperature must be from 0 to 2")
+    if not 0 < request.get("top_p", 1) <= 1:
+        raise UserError("top_p must be above 0 and at most 1")
     stop = request.get("stop", [])
-    return request | {"stop": [stop] if isinstance(stop, str) else stop}
+    stop = [stop] if isinstance(stop, str) else stop
+    if "" in stop:  # every text begins with it
+        raise UserError("stop must not be empty")
+    return request | {"stop": stop}
 
 
 def choice(

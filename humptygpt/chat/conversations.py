@@ -17,7 +17,7 @@ from humptygpt.config import refuse
 from humptygpt.prepare.corpus import Corpus, draw
 from humptygpt.prepare.documents import read_lines
 from humptygpt.schema import parse_json
-from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
+from humptygpt.tokenizers import Tokenizer
 
 SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of the roles
 FIRST_LINE = r'\s*\{.*"(messages|conversations|instruction)"\s*:'
@@ -71,7 +71,7 @@ class Conversations(Corpus):
         self, conversation: Conversation, number: int
     ) -> list[tuple[str, Conversation]]:
         """Return [(split, conversation)]: equal conversations are in the same split."""
-        drawn = draw("\n".join(conversation.texts))
+        drawn = draw("\n".join(conversation.texts), hashed=None)
         return [("val" if drawn <= self.config.val_fraction else "train", conversation)]
 
     def encode(
@@ -100,7 +100,8 @@ class Conversations(Corpus):
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
         """Return the entries of meta.json that are specific to conversations. first_text: as for Pairs."""
-        first = first_text.partition(END_OF_TEXT)[0]
+        # after a conversation's last turn comes the token that separates conversations, whatever its text is
+        first = re.split(rf"(?<={re.escape(END)}\n)(?!{re.escape(BEGIN)})", first_text)[0]
         return {
             "without_reply": sum(splits.values(), Counter())["without_reply"],
             "longest": max(counted["longest"] for counted in splits.values()),
@@ -109,7 +110,7 @@ class Conversations(Corpus):
 
     def summary(self, meta: dict) -> dict[str, str]:
         """Return the summary lines that are specific to conversations, as {title: text}."""
-        longest = f"{meta['longest']:,} tokens; train.py cuts longer ones than block_size at a turn"
+        longest = f"{meta['longest']:,} tokens; train.py cuts longer ones than block_size before a question"
         lines = {"longest": longest}
         if meta["without_reply"]:
             lines["left out"] = f"{meta['without_reply']:,} without a reply"

@@ -1,6 +1,7 @@
 """Read token files of conversations, and pack whole conversations into rows."""
 
 from bisect import bisect_left, insort
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -14,34 +15,49 @@ class ChatDataset(TokenDataset):
     """Conversations, stored as `turn turn ... eot`. Only the assistant's replies and their ends are predicted.
 
     Rows of block_size + 1 tokens are filled with whole conversations. A conversation that is longer than a row is cut
-    at a turn, and a turn that is longer is cut at the end of its row. A conversation or part of one without a target is
-    left out. Raises UserError if none has a target.
+    into parts, each of which begins with a question. An exchange that is longer loses the end of its reply, or is left
+    out if its question alone fills the row. Raises UserError if no reply is left.
 
     is_target: {split: which tokens are targets, (T,)}. rows: {split: positions of each row's tokens}; see pack().
+    cut: {split: Counter of what happened to replies that do not fit}.
     """
 
     task = "chat"
 
     def set_up(self) -> None:
-        self.ids, self.is_target, self.rows = {}, {}, {}
+        self.ids, self.is_target, self.rows, self.cut = {}, {}, {}, {}
         for split in self.splits:
             self.ids[split] = np.concatenate([ids for _, ids in self.chunks(split)])
-            self.is_target[split] = self.find_targets(self.ids[split])
-            self.rows[split] = self.pack(split)
+            self.is_target[split], exchanges = self.find_targets(self.ids[split])
+            self.rows[split] = self.pack(split, exchanges)
 
-    def find_targets(self, ids: np.ndarray) -> np.ndarray:
-        """Find the tokens of the assistant's turns, each with its end and without its first line. Returns (T,) bool."""
+    def find_targets(self, ids: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        """Find the tokens of the assistant's turns, each with its end and without its first line.
+
+        Returns whether each token is one of them, (T,) bool, and where each exchange starts: a turn that begins a
+        conversation or follows a reply.
+        """
         header = [self.tokenizer.begin, *self.tokenizer.encode("assistant\n")]
         is_target = np.zeros(len(ids), dtype=bool)
-        # each turn has one of either
+        exchanges = []
         starts, ends = (np.flatnonzero(ids == mark) for mark in self.tokenizer.marks)
-        for start, end in zip(starts, ends, strict=True):
+        # there may be more ends, because the token that separates conversations may be the same
+        ends = ends[np.searchsorted(ends, starts)]
+        follows_reply = False
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
             first = start + len(header)
-            if ids[start:first].tolist() == header:
-                is_target[first : end + 1] = True
-        return is_target
+            is_reply = ids[start:first].tolist() == header
+            is_target[first : end + 1] = is_reply
+            if self.begins(ids, start) or (follows_reply and not is_reply):
+                exchanges.append(start)
+            follows_reply = is_reply
+        return is_target, exchanges
 
-    def pack(self, split: str) -> np.ndarray:
+    def begins(self, ids: np.ndarray, start: int) -> bool:
+        """True if a conversation begins here: it follows an eot, and the first one is preceded by the last token."""
+        return ids[start - 1] == self.tokenizer.base.eot
+
+    def pack(self, split: str, exchanges: list[int]) -> np.ndarray:
         """Group the pieces of a split into rows.
 
         Returns where the tokens of each row are, int32 (rows, block_size + 1). The rest of a row is -1: the last token
@@ -49,12 +65,15 @@ class ChatDataset(TokenDataset):
         """
         size = self.block_size + 1
         is_target = self.is_target[split]
-        # the first token of a row is not predicted
-        pieces = [
-            piece
-            for piece in self.pieces(self.ids[split])
-            if is_target[piece.start + 1 : piece.stop].any()
-        ]
+        self.cut[split] = cut = Counter()
+        pieces = []
+        for piece in self.pieces(self.ids[split], exchanges):
+            # the first token of a row is not predicted
+            if is_target[piece.start + 1 : piece.stop].any():
+                pieces.append(piece)
+                cut["lose their end"] += is_target[piece.stop % len(is_target)]
+            else:
+                cut["are left out"] += 1
         if not pieces:
             raise UserError(
                 f"no reply in {self.folder / split}.bin begins within block_size={self.block_size}; use a larger one"
@@ -66,15 +85,12 @@ class ChatDataset(TokenDataset):
             row[: len(positions)] = positions
         return rows
 
-    def pieces(self, ids: np.ndarray) -> list[range]:
+    def pieces(self, ids: np.ndarray, exchanges: list[int]) -> list[range]:
         """Find the positions of each conversation, or of its parts if it is longer than a row."""
         size = self.block_size + 1
-        turns = np.flatnonzero(ids == self.tokenizer.begin).tolist()
         pieces = []
-        for start, end in pairwise([*turns, len(ids)]):
-            # each conversation follows an eot; for the first, this is the last token of the split
-            begins = ids[start - 1] == self.tokenizer.base.eot
-            if begins or end - pieces[-1].start > size:
+        for start, end in pairwise([*exchanges, len(ids)]):
+            if self.begins(ids, start) or end - pieces[-1].start > size:
                 pieces.append(range(start, start))
             first = pieces[-1].start
             pieces[-1] = range(first, min(end, first + size))
@@ -115,7 +131,9 @@ class ChatDataset(TokenDataset):
         each = self.meta["splits"]["train"]["conversations"] / rows
         batch = f"{batch_size} rows of {self.block_size} tokens, with {each:.1f} conversations in a row"
         if self.meta["longest"] > self.block_size + 1:
-            batch += "; longer ones are cut at a turn"
+            batch += "; longer ones are cut before a question"
+        for what, count in self.cut["train"].items():
+            batch += f"; {count:,} replies {what}" if count else ""
         return batch, f"{len(self.val_starts(batch_size, eval_iters)):,} of {total:,} rows"
 
     def val_bytes_per_token(self) -> float:

@@ -20,7 +20,7 @@ class Talk:
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
         self.device = loaded.device
-        self.system = [] if system is None else [Turn("system", system)]
+        self.system = [] if system is None else [Turn("system", system.strip())]
         self.exchanges: list[list[Turn]] = []  # what was said and replied
         self.context: Context | None = None
 
@@ -31,12 +31,12 @@ class Talk:
 
         Raises UserError if a turn cannot be encoded, or leaves no room for a reply.
         """
-        if not said:
+        new = Turn("user", said.strip())
+        if not new.content:
             return
         block_size = self.model.config.block_size
-        # up to half of the context is for the reply
+        # up to half of the context is for the reply, unless the question alone takes more
         room = min(max_new_tokens, block_size // 2)
-        new = Turn("user", said)
         for dropped in range(len(self.exchanges) + 1):
             kept = self.exchanges[dropped:]
             turns = [*sum(kept, self.system), new]
@@ -47,6 +47,7 @@ class Talk:
             raise UserError(
                 f"this takes {len(ids):,} tokens, more than fit into block_size={block_size}"
             )
+        room = min(room, block_size - len(ids))
         if dropped:
             note(f"the context is full; forgetting the oldest exchanges: {dropped}")
         if self.context and ids[: len(known := self.context.texts[0])] == known:

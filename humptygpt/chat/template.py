@@ -3,10 +3,16 @@
 It runs in Jinja's sandbox, as in transformers, so that it can do nothing but make text.
 """
 
+import json
 import time
 from collections.abc import Iterable
+from functools import partial
+from typing import ClassVar
 
 import numpy as np
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from humptygpt.chat.tokens import Turn
@@ -16,6 +22,9 @@ from humptygpt.convert.read_huggingface import read_settings
 from humptygpt.loading import Loaded
 from humptygpt.schema import parse_json
 
+# A noncharacter, which no text needs. It separates the characters of special tokens that somebody types from each
+# other, and they are encoded one by one, so that only those of the template itself are recognised.
+SIGN = "\ufdd0"
 GENERATION = {"eos_token_id?": (int, [int], None)}
 
 
@@ -35,6 +44,16 @@ def with_template(loaded: Loaded) -> Loaded:
     return loaded._replace(tokenizer=tokenizer, task="chat")
 
 
+class Generation(Extension):
+    """The tag {% generation %} around what the model writes; it has no effect on the text."""
+
+    tags: ClassVar = {"generation"}
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class TemplateTokenizer(PretrainedTokenizer):
     """A tokenizer that encodes conversations as a chat template writes them. Everything else it shares with its base.
 
@@ -48,8 +67,10 @@ class TemplateTokenizer(PretrainedTokenizer):
         ends = settings.get("eos_token_id")
         self.ends = ends if isinstance(ends, list) else [ends]
         self.environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
         )
+        # Jinja's own is for HTML
+        self.environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         self.environment.globals |= {
             "raise_exception": raise_exception,
             "strftime_now": time.strftime,
@@ -58,13 +79,19 @@ class TemplateTokenizer(PretrainedTokenizer):
 
     def encode_turns(self, turns: Iterable[Turn], reply: bool = False) -> np.ndarray:
         """Encode turns. reply: also the beginning of the assistant's next one. Raises UserError if that fails."""
-        messages = [turn._asdict() for turn in turns]
+        messages = []
         try:
-            template = self.environment.from_string(self.settings["chat_template"])
-            text = template.render(
+            for role, content in turns:
+                content = SIGN.join(self.without_special(content))
+                messages.append({"role": role, "content": content})
+            source = self.settings["chat_template"]
+            if isinstance(source, list):  # several, each with a name
+                source = {each["name"]: each["template"] for each in source}["default"]
+            text = self.environment.from_string(source).render(
                 self.settings, messages=messages, tools=None, add_generation_prompt=reply
             )
-            return self.encode(text)
+            first, *rest = text.split(SIGN)
+            return np.concatenate([self.encode(first), *map(self.encode_rest, rest)])
         except Exception as error:  # a template is a program, so it can fail in any way
             raise UserError(
                 f"the model's chat template failed: {one_line(error)}"

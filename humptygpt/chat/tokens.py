@@ -54,7 +54,7 @@ class ChatTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         """Encode a part of a turn. It follows BEGIN, so no space is added before it."""
-        return self.base.encode_rest(text)
+        return self.base.encode_plain(text)
 
     def start(self) -> np.ndarray:
         return np.array([self.begin])

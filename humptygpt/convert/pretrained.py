@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
+from humptygpt.chat.tokens import BEGIN, END
 from humptygpt.tokenizers import (
     Tokenizer,
     pack,
@@ -21,8 +22,9 @@ SENTENCEPIECE_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace
 class PretrainedTokenizer(Tokenizer):
     """A tokenizer read from a tokenizer.json and run by Hugging Face's tokenizers library, so its results are the same.
 
-    Unlike those of our own tokenizers, its special tokens are recognised in a text. Only byte-level and sentencepiece
-    decoders are supported, because they decode each token on its own.
+    Unlike those of our own tokenizers, its special tokens are recognised in a text, except by encode_plain(), which is
+    for what somebody says in a conversation. Only byte-level and sentencepiece decoders are supported,
+    because they decode each token on its own.
 
     content: the JSON. eot, bos: ids of the end-of-text and start-of-text tokens; None if there is none.
     """
@@ -58,6 +60,26 @@ class PretrainedTokenizer(Tokenizer):
 
     def encode_rest(self, text: str) -> np.ndarray:
         return encode_with(self._rest, [text])[0]
+
+    @cached_property
+    def special(self) -> set[int]:
+        """Ids of the special tokens, and of others that end a text or mark a turn."""
+        added = self._engine.get_added_tokens_decoder().items()
+        marks = {i for i, x in added if x.special or x.content in (BEGIN, END)}
+        return {self.eot, self.bos, *marks}
+
+    def without_special(self, text: str) -> list[str]:
+        """Split a text so that no part has a special token: each that is recognised is split into its characters."""
+        encoding = self._rest.encode(text, add_special_tokens=False)
+        parts, end = [], 0
+        for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token in self.special:
+                parts += [text[end:start], *text[start:stop]]
+                end = stop
+        return [*parts, text[end:]]
+
+    def encode_plain(self, text: str) -> np.ndarray:
+        return np.concatenate(encode_with(self._rest, self.without_special(text)))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._engine.decode([int(i) for i in ids], skip_special_tokens=False)

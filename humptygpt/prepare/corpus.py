@@ -219,9 +219,9 @@ def units(
         yield entries, position
 
 
-def draw(text: str, salt: str = "split") -> float:
-    """Derive a pseudorandom number in [0, 1) from a text: a hash of salt and of its first HASHED characters."""
-    start = f"{salt}\n{text[:HASHED]}".encode("utf-8", "surrogatepass")
+def draw(text: str, salt: str = "split", hashed: int | None = HASHED) -> float:
+    """Derive a pseudorandom number in [0, 1) from a text: a hash of salt and of its first characters; None: of all."""
+    start = f"{salt}\n{text[:hashed]}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(start, digest_size=6).digest(), "little") / 2**48
 
 
