@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch._dynamo
 from conftest import PLAIN, TINY_RUN, assert_same_weights, read_rows
+from test_chat import prepare_chats
 
 import prepare_data
 import train
@@ -129,6 +130,22 @@ def test_several_processes_have_the_losses_of_one_on_sentence_pairs(
     assert end_of_several["test_bleu"] == end["test_bleu"]
 
 
+@every_parallel
+@pytest.mark.parametrize("count", [1, 2])
+def test_several_processes_have_the_losses_of_one_on_conversations(
+    made_once, parallel, count
+):
+    """Rows have different numbers of targets. One micro-batch is divided by rows; of two, each rank has one."""
+    made_once(prepare_chats)
+    argv = [*UNEVEN, *STEPS, "--block_size=64", f"{ACCUMULATE}{count}"]
+    assert train.main(argv) == 0
+    one = read_rows(OUT)
+    assert launch(2, *argv, f"--parallel={parallel}") == [0, 0]
+    several = read_rows(OUT)
+    assert [row["tokens"] for row in several] == [row["tokens"] for row in one]
+    assert losses(several) == pytest.approx(losses(one), rel=1e-5)
+
+
 # --------------------------------------------------------------------------------------
 # How a step is divided
 
@@ -142,7 +159,6 @@ def test_each_row_of_a_step_counts_in_one_process_once(monkeypatch, size, micro_
     run = SimpleNamespace(
         config=TrainConfig(batch_size=6, gradient_accumulation_steps=micro_batches),
         batches=SimpleNamespace(batch=batch),
-        task=SimpleNamespace(batches_vary=False),
     )
     monkeypatch.setattr(DataParallel, "sum", lambda self, x: x)
     found = []

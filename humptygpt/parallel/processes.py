@@ -171,13 +171,10 @@ class DataParallel(Process):
         parts = max(1, self.size // run.config.gradient_accumulation_steps)
         if parts > 1:
             shares = [self.part(share, parts) for share in shares]
+        # Ranks with equally many rows may have different numbers of targets. The sum also shows in one line that a rank
+        # has died, before the forward pass of a sharded model fails because of that.
         tokens = sum(share.tokens for share in shares)
-        # If all ranks have equally many rows of text, they also have equally many tokens, so the sum needs no
-        # communication. Sharded ranks communicate anyway, so that the death of a rank is reported in one line here,
-        # before it makes the forward pass fail.
-        if run.config.batch_size % parts or run.task.batches_vary or self.sharded:
-            return shares, int(self.sum(torch.tensor(tokens)))
-        return shares, tokens * self.size
+        return shares, int(self.sum(torch.tensor(tokens)))
 
     def part(self, share: Share, parts: int) -> Share:
         """Return this rank's rows of a micro-batch that several ranks share."""
