@@ -196,6 +196,35 @@ def test_each_process_orthogonalizes_some_whole_matrices_and_none_is_done_twice(
     assert sum(counts) == 6 * 3 * 6 and min(counts) >= 6 * 6
 
 
+def count_sent(argv: list[str]) -> int:
+    """Train, and write how many bytes of matrices this process sends during the optimizer's steps."""
+    sent = []
+
+    def counting(collective):
+        def call(*tensors, **keys):
+            sent.append(tensors[-1].nbytes if tensors[-1].dim() == 3 else 0)
+            return collective(*tensors, **keys)
+
+        return call
+
+    for name in ("all_reduce", "all_gather"):
+        setattr(distributed.dist, name, counting(getattr(distributed.dist, name)))
+    code = train.main(argv)
+    Path(f"sent{os.environ['RANK']}").write_text(str(sum(sent)))
+    return code
+
+
+def test_each_process_sends_only_the_matrices_that_it_orthogonalized_in_the_dtype_of_their_products(
+    tiny,
+):
+    argv = [*UNEVEN, "--optimizer=muon", "--muon_dtype=bfloat16"]
+    assert launch(2, *argv, main=count_sent) == [0, 0]
+    elements = 4 * 34 * 34 + 2 * 34 * 136  # attention and feed-forward network of a layer
+    for rank in (0, 1):
+        # steps x layers x elements x bytes of each, half of them in each process
+        assert int(Path(f"sent{rank}").read_text()) == 6 * 2 * elements * 2 / 2
+
+
 # --------------------------------------------------------------------------------------
 # One process reports; a signal ends all; mistakes are one line
 

@@ -13,6 +13,7 @@ covered by its watchdog, a thread that ends the process if one of them fails or 
 """
 
 import datetime
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -76,11 +77,19 @@ class SharedOptimizer(Optimizer):
         super().__init__(groups)
         self.process = process
 
+    @raise_if_rank_died()
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-        computed = torch.zeros_like(x)
-        own = slice(self.process.rank, None, self.process.size)
-        computed[own] = function(x[own])
-        return self.process.sum(computed)
+        """Apply a function to matrices of which rank i computes numbers i, i + size, and so on. Returns all of them.
+
+        Each rank sends equally many matrices to the others; some of them may be padding.
+        """
+        size = self.process.size
+        computed = function(x[self.process.rank :: size])
+        own = computed.new_zeros(math.ceil(len(x) / size), *x.shape[1:])
+        own[: len(computed)] = computed
+        every = [torch.empty_like(own) for _ in range(size)]
+        dist.all_gather(every, own)
+        return torch.stack(every, dim=1).flatten(0, 1)[: len(x)]
 
 
 class DataParallel(Process):
