@@ -5,7 +5,7 @@
     python bench.py --what=profile                        the time of each part of a training step
     python bench.py --what=sample --nanogpt=../nanoGPT    generation on a CPU, with every other program installed
     python bench.py --what=page --page=PAGE.html          keystrokes in a page made by explain.py, in Chromium
-    python bench.py --what=gpu --nanogpt=../nanoGPT       five minutes on a GPU, reported as one table for RECORDS.md
+    python bench.py --what=gpu --nanogpt=../nanoGPT       fifteen minutes on a GPU, reported as one table for RECORDS.md
     python bench.py --what=machine                        the demo with each dtype, number of threads and way of waiting
 
 train: both programs use the same shapes, math (nanoGPT's CPU preset and AdamW, or a --config) and text. The figures are
@@ -26,10 +26,11 @@ can only sample. HumptyGPT, nanoGPT and transformers stop after 20 seconds.
 page: milliseconds from a key press until the page is painted, as medians and 95th percentiles. A character is appended
 to a text or inserted at a random position. The text has 64 tokens, fills the context, or exceeds it by one token. The
 run must use a character tokenizer. `pip install playwright` installs the package that drives the browser.
-gpu: the time that the demo takes to reach its loss, including data preparation and compilation; tokens/s, MFU and peak
-memory of training GPT-2 124M and 350M, next to the estimated memory, and the same for nanoGPT if a checkout is given;
-tokens/s of decoding, next to the limit set by the memory bandwidth. The device, dtype, compile and evaluation settings
-of a config are ignored.
+gpu: the time that the demo takes to reach its loss, including data preparation; milliseconds per step, tokens/s, MFU
+and peak memory, next to the estimated memory, of training GPT-2 124M and 350M, 124M with 8 micro-batches a step, 124M
+with NorMuon, and the demo, compiled and uncompiled; nanoGPT's speed if a checkout is given; tokens/s of decoding,
+uncompiled and compiled, next to the limit set by the memory bandwidth. The device, dtype, compile and evaluation
+settings of a config are ignored.
 machine: the demo's tokens/s on a CPU, in training and of one text, alone and while a second process does the same. The
 threads spin for different times before they sleep. The line of the choices that train.py makes is marked. `ratio` is
 its speed divided by that of the fastest line.

@@ -1,4 +1,4 @@
-"""bench.py --what=gpu: the demo, GPT-2 in training and GPT-2 generating on a card, as one table.
+"""bench.py --what=gpu: the demo, training and generation on a card, as one table.
 
 --short=True does the same with small models and few steps, to show that all of it runs.
 """
@@ -29,7 +29,15 @@ from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig, flops_per_token
 
-SIZES = ("gpt2_124m", "gpt2_350m")
+TRAININGS = {  # {name: (config, settings)}; all others have one micro-batch a step, compiled
+    "gpt2_124m": ("gpt2_124m", {}),
+    "gpt2_350m": ("gpt2_350m", {}),
+    "gpt2_124m, 8 micro-batches": ("gpt2_124m", {"gradient_accumulation_steps": 8}),
+    "fineweb_normuon": ("fineweb_normuon", {}),
+    "the demo": ("shakespeare_char", {}),
+    "the demo, uncompiled": ("shakespeare_char", {"compile": False}),
+}
+COMPARED = ("gpt2_124m", "gpt2_350m")  # with nanoGPT, which has no NorMuon
 WARMUP = 5  # steps before the counted ones
 TIMED = 50
 SHORT = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "vocab_size": 512}
@@ -41,13 +49,18 @@ def bench(config: BenchConfig) -> dict:
         f"| what | measured | computed, or for comparison |\n|---|---|---|\n| {versions(device)} | | |"
     )
     figures = {"demo": demo(config)}
-    for size in SIZES:
-        figures[size] = training(config, size, device)
+    for name in TRAININGS:
+        figures[name] = training(config, name, device)
     bandwidth = copy_bandwidth(device, 2**24 if config.short else 2**30)
     figures["bandwidth"] = bandwidth
     row("copying memory", f"{bandwidth / 1e9:.0f} GB/s", "read and written")
     for texts in (1, 16):
         figures[f"decode_{texts}"] = decoding(config, device, texts, bandwidth)
+        if device.type == "cuda":  # compiled for a CPU, it would be slower
+            compiling = replace(config, compile=True)
+            figures[f"decode_{texts}_compiled"] = decoding(
+                compiling, device, texts, bandwidth
+            )
     return figures
 
 
@@ -100,44 +113,49 @@ class OurTrainerWithMemory(OurTrainer):
         return torch.cuda.max_memory_allocated(self.device) if on_gpu else 0
 
 
-def training(config: BenchConfig, size: str, device: torch.device) -> dict:
-    """Time steps of one micro-batch of GPT-2 on the demo's text, also for nanoGPT if a checkout is given."""
-    keys = configurator.read([str(DEMO.parent / f"{size}.py")], ModelConfig, TrainConfig)
+def training(config: BenchConfig, name: str, device: torch.device) -> dict:
+    """Time steps of one of TRAININGS on the demo's text, also for nanoGPT if a checkout is given."""
+    file, settings = TRAININGS[name]
+    keys = configurator.read([str(DEMO.parent / f"{file}.py")], ModelConfig, TrainConfig)
     keys |= {"dataset": "shakespeare_char", "gradient_accumulation_steps": 1}
-    keys |= {"device": config.device, "eval_iters": None}
+    keys |= {"device": config.device, "eval_iters": None, "compile": device.type == "cuda"}
+    keys |= settings
+    keys.setdefault("vocab_size", 65)
     if config.short:
         keys |= SHORT | {"batch_size": 2}
     train_config = configurator.make(TrainConfig, keys)
     model_config = configurator.make(ModelConfig, keys)
     steps = 3 if config.short else TIMED
     tokens = train_config.batch_size * model_config.block_size
+    tokens *= train_config.gradient_accumulation_steps
     try:
         trainer = Isolated(OurTrainerWithMemory, train_config, model_config)
         seconds = median_step(trainer, steps)
         peak = trainer.call("peak_memory")
         trainer.end()
     except (UserError, torch.OutOfMemoryError) as error:
-        row(f"{size}, training", f"not measured: {str(error).splitlines()[0]}")
+        row(f"{name}, training", f"not measured: {str(error).splitlines()[0]}")
         return {}
     figures = {"tokens_per_second": round(tokens / seconds), "peak_memory": peak}
+    figures["ms_per_step"] = round(1000 * seconds, 2)
     beside = []
     model = build_on_meta(model_config)
     if flops := peak_flops(device):
         figures["mfu"] = flops_per_token(model) * tokens / seconds / flops
         beside.append(f"MFU {figures['mfu']:.1%}")
-    if config.nanogpt:
+    if config.nanogpt and name in COMPARED:
         shape = ModelConfig(**{key: getattr(model_config, key) for key in KEYS})
         theirs = Isolated(NanoGPTTrainer, train_config, shape, config.nanogpt)
         nanogpt = tokens / median_step(theirs, steps)
         theirs.end()
         figures["nanogpt_tokens_per_second"] = round(nanogpt)
         beside.append(f"nanoGPT {nanogpt:,.0f} tokens/s")
-    speed = f"{figures['tokens_per_second']:,} tokens/s"
-    row(f"{size}, training, batch {train_config.batch_size}", speed, ", ".join(beside))
+    speed = f"{figures['tokens_per_second']:,} tokens/s, {figures['ms_per_step']} ms a step"
+    row(f"{name}, training, batch {train_config.batch_size}", speed, ", ".join(beside))
     dtype = pick_dtype("auto", device)
     computed = training_memory(train_config, model, device, dtype).total
     measured = f"{peak / 1e9:.2f} GB" if device.type == "cuda" else "not on a CPU"
-    row(f"{size}, peak memory", measured, f"{computed / 1e9:.2f} GB, uncompiled")
+    row(f"{name}, peak memory", measured, f"{computed / 1e9:.2f} GB, uncompiled")
     return figures | {"computed_memory": computed}
 
 
@@ -188,5 +206,6 @@ def decoding(
     }
     speed = f"{figures['tokens_per_second']:,} tokens/s"
     beside = f"weights at {read / seconds / 1e9:.1f} GB/s"
-    row(f"gpt2_124m, decode, {name}, {texts} texts", speed, beside)
+    compiled = ", compiled" if config.compile else ""
+    row(f"gpt2_124m, decode, {name}, {texts} texts{compiled}", speed, beside)
     return figures

@@ -61,7 +61,8 @@ def read_configs(
     dtype = config.dtype or "auto"
     if config.what == "train" and not config.dtype and pick_device(config.device) == CPU:
         dtype = "float32"  # nanoGPT has no other dtype on a CPU
-    train_config = replace(train_config, device=config.device, dtype=dtype, compile=None)
+    on_gpu = pick_device(config.device).type == "cuda"  # where nanoGPT compiles
+    train_config = replace(train_config, device=config.device, dtype=dtype, compile=on_gpu)
     prepare_missing(train_config)
     folder = Path("data") / train_config.dataset
     dataset = open_prepared(folder, model_config, train_config.seed)

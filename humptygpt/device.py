@@ -20,8 +20,10 @@ from humptygpt.machine import GIVEN, available_memory, fastest, read
 THREADS = torch.get_num_threads()  # as many as there are cores
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# dense bfloat16 or float16 peak in FLOP/s, from data sheets; the first entry found in the card's name is used
+# peak in FLOP/s of dense bfloat16 or float16 products summed in float32, from data sheets; the first entry found in the
+# card's name is used
 PEAK_FLOPS = {
+    "GB200": 2500e12,
     "B200": 2250e12,
     "GH200": 989e12,
     "H200": 989e12,
@@ -29,13 +31,18 @@ PEAK_FLOPS = {
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
+    "A10G": 70e12,
     "A10": 125e12,
+    "A6000": 155e12,
     "V100": 125e12,
     "T4": 65e12,
     "5090": 209e12,
     "4090": 165e12,
+    "4080": 97.5e12,
     "3090": 71e12,
+    "3060": 25.5e12,
 }
 
 
@@ -187,10 +194,11 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next(
-        (peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)),
-        None,
-    )
+    for words, peak in PEAK_FLOPS.items():
+        # variants of a card have peaks of their own
+        if re.search(rf"\b{words}\b(?! (Ti|SUPER|D|Laptop))", name):
+            return peak
+    return None
 
 
 def free_memory(device: torch.device) -> int:

@@ -176,7 +176,7 @@ def muon(
         # Nesterov momentum
         gradients.lerp_(torch.stack(momentum), group["momentum"])
         function = partial(orthogonalize, dtype=group["dtype"])
-        updates = optimizer.spread(function, gradients, rows)
+        updates = optimizer.spread(function, gradients, rows).to(gradients.dtype)
         if normalize:
             moment = [slot.state["second_moment_buffer"] for slot in alike]
             beta = group["betas"][1]
@@ -217,12 +217,11 @@ def normalize_neurons(
 
 
 def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Replace each matrix U S V^T in x with approximately U V^T. x: (n, rows, columns). dtype: of the products.
+    """Replace each matrix U S V^T in x with approximately U V^T, in dtype. x: (n, rows, columns).
 
     Singular values of the result are between about 0.7 and 1.2. This is a Newton-Schulz iteration with Jordan's
     coefficients: each step applies a polynomial that moves singular values towards 1.
     """
-    result = x.dtype
     tall = x.shape[1] > x.shape[2]
     x = x.to(dtype)  # bfloat16 is accurate enough
     if tall:
@@ -233,7 +232,7 @@ def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         a = x @ x.mT
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, b, x, beta=3.4445)
-    return (x.mT if tall else x).to(result)
+    return x.mT if tall else x
 
 
 def whole(p: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ from humptygpt.settings import OF_INPUT, TrainConfig
 from humptygpt.tasks import LORA, build, build_on_meta, find_task, model_class
 from humptygpt.token_files import COMMAND, is_command, made_by, read_meta
 from humptygpt.tokenizers import from_state
-from model import ModelConfig, Stack, count_parameters
+from model import ModelConfig, Stack, count_parameters, flops_per_token
+
+LONG = 300  # seconds of an uncompiled run above which compiling, which takes a minute, pays
 
 MEASURED = ("dtype", "muon_dtype", "threads")
 
@@ -217,7 +219,10 @@ def make_net(run) -> nn.Module:
     """Wrap the model of a train.Run for training, compiled if the settings and the machine allow it."""
     config = run.config
     dynamic = run.task.batches_vary
-    if config.compile or (config.compile is None and run.device.type == "cuda"):
+    compiles = config.compile
+    if compiles is None:
+        compiles = run.device.type == "cuda" and estimate_seconds(run) > LONG
+    if compiles:
         print("compiling: this takes about a minute", flush=True)
         try:
             net = run.process.wrap(run.model, compiled=True, dynamic=dynamic)
@@ -230,6 +235,18 @@ def make_net(run) -> nn.Module:
         for module in run.model.modules():
             vars(module).pop("forward", None)  # remove the compiled forward
     return run.process.wrap(run.model, compiled=False, dynamic=dynamic)
+
+
+def estimate_seconds(run) -> float:
+    """Estimate the time of a train.Run's remaining steps on a GPU, uncompiled: computed, not measured.
+
+    A micro-batch takes a millisecond for the kernels of each layer or, if that is longer, its FLOPs at 100 TFLOP/s.
+    """
+    config, shape = run.config, run.model.config
+    flops = flops_per_token(run.model) * config.batch_size * shape.block_size
+    steps = config.max_iters - run.progress.position
+    micro_batches = steps * config.gradient_accumulation_steps / run.process.size
+    return micro_batches * max(shape.n_layer / 1000, flops / 1e14)
 
 
 def compile_now(run, net: nn.Module) -> None:

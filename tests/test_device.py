@@ -116,8 +116,20 @@ def test_peak_flops_are_found_by_the_name_of_the_card(monkeypatch):
     for name, peak in {
         "NVIDIA H100 80GB HBM3": 989e12,
         "NVIDIA L4": 121e12,
-        "NVIDIA L40": None,
+        "NVIDIA L40": 181e12,
+        "NVIDIA L40S": 362e12,
+        "NVIDIA A10": 125e12,
+        "NVIDIA A10G": 70e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA RTX A6000": 155e12,
+        "NVIDIA B200": 2250e12,
+        "NVIDIA GB200": 2500e12,
         "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA GeForce RTX 3060": 25.5e12,
+        "NVIDIA GeForce RTX 4080": 97.5e12,
+        "NVIDIA GeForce RTX 4080 SUPER": None,
+        "NVIDIA GeForce RTX 4090 Laptop GPU": None,
+        "Quadro RTX 6000": None,
     }.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(cuda) == peak

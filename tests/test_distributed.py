@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch._dynamo
 from conftest import PLAIN, TINY_RUN, assert_same_weights, read_rows
+from test_chat import prepare_chats
 
 import prepare_data
 import train
@@ -129,6 +130,22 @@ def test_several_processes_have_the_losses_of_one_on_sentence_pairs(
     assert end_of_several["test_bleu"] == end["test_bleu"]
 
 
+@every_parallel
+@pytest.mark.parametrize("count", [1, 2])
+def test_several_processes_have_the_losses_of_one_on_conversations(
+    made_once, parallel, count
+):
+    """Rows have different numbers of targets. One micro-batch is divided by rows; of two, each rank has one."""
+    made_once(prepare_chats)
+    argv = [*UNEVEN, *STEPS, "--block_size=64", f"{ACCUMULATE}{count}"]
+    assert train.main(argv) == 0
+    one = read_rows(OUT)
+    assert launch(2, *argv, f"--parallel={parallel}") == [0, 0]
+    several = read_rows(OUT)
+    assert [row["tokens"] for row in several] == [row["tokens"] for row in one]
+    assert losses(several) == pytest.approx(losses(one), rel=1e-5)
+
+
 # --------------------------------------------------------------------------------------
 # How a step is divided
 
@@ -142,7 +159,6 @@ def test_each_row_of_a_step_counts_in_one_process_once(monkeypatch, size, micro_
     run = SimpleNamespace(
         config=TrainConfig(batch_size=6, gradient_accumulation_steps=micro_batches),
         batches=SimpleNamespace(batch=batch),
-        task=SimpleNamespace(batches_vary=False),
     )
     monkeypatch.setattr(DataParallel, "sum", lambda self, x: x)
     found = []
@@ -178,6 +194,35 @@ def test_each_process_orthogonalizes_some_whole_matrices_and_none_is_done_twice(
     counts = [int(Path(f"count{rank}").read_text()) for rank in (0, 1)]
     # steps x layers x matrices in a layer
     assert sum(counts) == 6 * 3 * 6 and min(counts) >= 6 * 6
+
+
+def count_sent(argv: list[str]) -> int:
+    """Train, and write how many bytes of matrices this process sends during the optimizer's steps."""
+    sent = []
+
+    def counting(collective):
+        def call(*tensors, **keys):
+            sent.append(tensors[-1].nbytes if tensors[-1].dim() == 3 else 0)
+            return collective(*tensors, **keys)
+
+        return call
+
+    for name in ("all_reduce", "all_gather"):
+        setattr(distributed.dist, name, counting(getattr(distributed.dist, name)))
+    code = train.main(argv)
+    Path(f"sent{os.environ['RANK']}").write_text(str(sum(sent)))
+    return code
+
+
+def test_each_process_sends_only_the_matrices_that_it_orthogonalized_in_the_dtype_of_their_products(
+    tiny,
+):
+    argv = [*UNEVEN, "--optimizer=muon", "--muon_dtype=bfloat16"]
+    assert launch(2, *argv, main=count_sent) == [0, 0]
+    elements = 4 * 34 * 34 + 2 * 34 * 136  # attention and feed-forward network of a layer
+    for rank in (0, 1):
+        # steps x layers x elements x bytes of each, half of them in each process
+        assert int(Path(f"sent{rank}").read_text()) == 6 * 2 * elements * 2 / 2
 
 
 # --------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ import model as models
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint, evaluation, run_folder, settings
+from humptygpt import checkpoint, evaluation, run_folder, settings, setup
 from humptygpt.evaluation import Loss
 from humptygpt.memory import ADVICE
 from humptygpt.optimizers import OPTIMIZERS, Optimizer, Rule
@@ -386,6 +386,30 @@ def test_a_run_that_cannot_be_compiled_trains_uncompiled(run_train, monkeypatch,
     note = "note: torch.compile failed (no compiler here); training without it\n"
     assert note in capsys.readouterr().err
     assert rows == run_train("--compile=False")
+
+
+@pytest.mark.parametrize(
+    "argv, compiled",
+    [
+        (["--max_iters=2400"], False),  # 2 layers: 2 ms a step
+        (["--max_iters=200000"], True),
+        (["--max_iters=2400", "--gradient_accumulation_steps=100"], True),
+        (["--max_iters=2400", "--batch_size=20000000"], True),
+        (["--max_iters=2400", "--compile=True"], True),
+        (["--max_iters=200000", "--compile=False"], False),
+    ],
+)
+def test_on_a_gpu_a_run_is_compiled_if_it_is_long(tiny, monkeypatch, argv, compiled):
+    found = []
+    monkeypatch.setattr(setup, "compile_now", lambda *args: None)
+    monkeypatch.setattr(train, "check_training_fits", lambda *args: None)
+    run = train.setup(*train.read_settings([*TINY_RUN, "--compile=False", *argv]))
+    run.device = torch.device("cuda")
+    if "compile" not in argv[-1]:
+        run.config = replace(run.config, compile=None)
+    run.process.wrap = lambda model, compiled, dynamic: found.append(compiled)
+    setup.make_net(run)
+    assert found == [compiled]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from humptygpt import checkpoint
@@ -85,8 +85,7 @@ class FullySharded(DataParallel):
     def place(self, run) -> None:
         """Move this rank's part of each parameter to the device, and drop the rest. Blocks are gathered one by one.
 
-        Weights are gathered in float32, and autocast converts them as it does for a single process. Raises UserError if
-        the settings are not supported, or the ranks cannot train together.
+        Raises UserError if the settings are not supported, or the ranks cannot train together.
         """
         config = run.config
         if config.lora_rank or config.snapshots or run.dtype == torch.float16:
@@ -97,8 +96,12 @@ class FullySharded(DataParallel):
         model = run.model
         share_dropout(model)
         self.mesh = init_device_mesh(self.device.type, (self.size,))
+        policy = precision(self.device, run.dtype)
+        for block in blocks(model):
+            fully_shard(block, mesh=self.mesh, mp_policy=policy)
+        # the rest in float32, because the embedding starts a float32 residual stream
+        fully_shard(model, mesh=self.mesh)
         for module in (*blocks(model), model):
-            fully_shard(module, mesh=self.mesh)
             module.set_force_sum_reduction_for_comms(True)  # gloo supports only sums
         for module in model.modules():
             if any(p.is_meta for p in module.parameters(recurse=False)):
@@ -131,6 +134,18 @@ class FullySharded(DataParallel):
         sharded.save(path.with_suffix(""), {"format": checkpoint.FORMAT, **entries})
         if self.first:
             remove(path)
+
+
+def precision(device: torch.device, dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """On CUDA, gather a block's weights in the dtype of its products. Gradients are summed in float32.
+
+    All of its weights are converted. CUDA's autocast computes norms in float32 again; a CPU's layer norm would refuse.
+    """
+    return MixedPrecisionPolicy(
+        param_dtype=dtype if device.type == "cuda" else torch.float32,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # the residual stream stays float32
+    )
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

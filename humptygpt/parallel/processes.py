@@ -13,6 +13,7 @@ covered by its watchdog, a thread that ends the process if one of them fails or 
 """
 
 import datetime
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -76,11 +77,19 @@ class SharedOptimizer(Optimizer):
         super().__init__(groups)
         self.process = process
 
+    @raise_if_rank_died()
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-        computed = torch.zeros_like(x)
-        own = slice(self.process.rank, None, self.process.size)
-        computed[own] = function(x[own])
-        return self.process.sum(computed)
+        """Apply a function to matrices of which rank i computes numbers i, i + size, and so on. Returns all of them.
+
+        Each rank sends equally many matrices to the others; some of them may be padding.
+        """
+        size = self.process.size
+        computed = function(x[self.process.rank :: size])
+        own = computed.new_zeros(math.ceil(len(x) / size), *x.shape[1:])
+        own[: len(computed)] = computed
+        every = [torch.empty_like(own) for _ in range(size)]
+        dist.all_gather(every, own)
+        return torch.stack(every, dim=1).flatten(0, 1)[: len(x)]
 
 
 class DataParallel(Process):
@@ -171,13 +180,10 @@ class DataParallel(Process):
         parts = max(1, self.size // run.config.gradient_accumulation_steps)
         if parts > 1:
             shares = [self.part(share, parts) for share in shares]
+        # Ranks with equally many rows may have different numbers of targets. The sum also shows in one line that a rank
+        # has died, before the forward pass of a sharded model fails because of that.
         tokens = sum(share.tokens for share in shares)
-        # If all ranks have equally many rows of text, they also have equally many tokens, so the sum needs no
-        # communication. Sharded ranks communicate anyway, so that the death of a rank is reported in one line here,
-        # before it makes the forward pass fail.
-        if run.config.batch_size % parts or run.task.batches_vary or self.sharded:
-            return shares, int(self.sum(torch.tensor(tokens)))
-        return shares, tokens * self.size
+        return shares, int(self.sum(torch.tensor(tokens)))
 
     def part(self, share: Share, parts: int) -> Share:
         """Return this rank's rows of a micro-batch that several ranks share."""

@@ -31,8 +31,7 @@ from humptygpt.parallel.processes import raise_if_rank_died
 from humptygpt.schema import check_schema
 
 ENTRIES = "entries.pt"
-# metadata: SHA-256 of .metadata. tied, only in old checkpoints: {name of a tied tensor: name under which it is stored}.
-SCHEMA = {"metadata": str, "tied?": {str: str}}
+SCHEMA = {"metadata": str}  # SHA-256 of .metadata
 # what .metadata may contain; some of these names are private to torch
 CLASSES = {
     "torch.Size",
@@ -178,10 +177,7 @@ def load(path: Path, entries: dict) -> None:
     If one of them finds a damaged file, all raise UserError.
     """
     _, reader = open_folder(path)
-    # old checkpoints store tied weights under only one of their names
-    stored = reader.metadata.state_dict_metadata
-    tensors = {name: tensor for name, tensor in flat(entries).items() if name in stored}
-    fill(path, tensors, reader)
+    fill(path, flat(entries), reader)
 
 
 def fill(
@@ -200,15 +196,12 @@ def fill(
 
 def add_tensors(entries: dict, tensors: dict[str, Tensor]) -> None:
     """Add tensors to the entries of a checkpoint: the inverse of flat()."""
-    tied = entries.pop("tied", {})
     for name, tensor in tensors.items():
         *path, last = name.replace("optimizer/", "optimizer/state/").split("/")
         place = entries
         for key in path:
             place = place.setdefault(key, {})
         place[last] = tensor
-    for name, first in tied.items():
-        entries["model"][name] = entries["model"][first]
 
 
 def open_folder(path: Path) -> tuple[dict, Reader]:
