@@ -2,6 +2,7 @@
 
 /* The drawer: how the selected number was computed. */
 const LARGEST = 8; // terms that are spelled out
+const TRAINED = ": weights. They were learned in training and computed from nothing: a chain ends here.";
 const ROUNDED = "The page has the weights in 16 bits: a checkpoint's number can differ in the fourth decimal.";
 
 /** The arithmetic of the selected number, term by term. Each operand leads to its own arithmetic. */
@@ -55,7 +56,10 @@ class Drawer {
     const rows = h("table", { class: "terms" }, h("tbody", {}, this.chosenTerms(y)));
     const value = h("p", { class: "value", "data-value": y.value }, digits(y.value));
     const formula = h("p", { class: "formula" }, y.formula);
-    const more = [...this.more(y, wasOpen), h("p", { class: "rounded" }, ROUNDED)];
+    const trained = operandsOf(y).some(({ weight }) => weight);
+    const ends = trained && [h("b", { class: "weight" }, "Numbers in this colour"), TRAINED, " "];
+    const more = [...this.more(y, wasOpen), h("p", { class: "rounded" }, ends || null, ROUNDED)];
+    if (y.why) more.unshift(h("p", { class: "rounded" }, y.why));
     this.body.replaceChildren(head, value, formula, rows, ...more);
     if (focused) this.body.querySelector("button:not([disabled])")?.focus({ preventScroll: true });
   }
@@ -66,7 +70,7 @@ class Drawer {
     if (path === "logits" || path === "probs") return `${y.title}: “${shown(tokenizer, at[1])}”`;
     const source = path.startsWith("source") || path.includes(".context.");
     const name = (t, ofSource) => `“${shown(tokenizer, (ofSource ? trace.source.idx : trace.idx)[t])}”`;
-    if (at.length === 2) return `${y.title} (${name(at[0], source)})`;
+    if (at.length < 3) return `${y.title} (${name(at[0], source)})`;
     return `${y.title} (${name(at[1], source)} to ${name(at[2], source || path.includes("cross_attn"))})`;
   }
 
@@ -79,18 +83,17 @@ class Drawer {
     if (others.length) rows.push(this.line(`the other ${others.length}`, addUp(others)));
     rows.push(...bias.map((term) => this.row(term)));
     if (y.terms.length > 1) rows.push(this.line("sum", y.sum, "sum"));
-    rows.push(...y.steps.map(({ text, value }) => this.line(text, value, "sum")));
+    rows.push(...y.steps.map(({ text, value, operand }) => this.line(text, value, "sum", operand)));
     return rows;
   }
 
-  row({ name, factors, value, exp }) {
-    const parts = factors.flatMap((factor, i) => [i ? " × " : null, this.factor(factor)]);
-    const what = exp === undefined ? parts : [...parts, ` → exp(${digits(exp)})`];
+  row({ name, parts, value }) {
+    const spelled = parts.map((part) => (typeof part === "string" ? part : this.operand(part)));
     return h(
       "tr",
       { "data-term": value },
       h("th", { scope: "row" }, this.named(name)),
-      h("td", {}, what),
+      h("td", {}, spelled),
       h("td", { class: "number" }, digits(value)),
     );
   }
@@ -106,7 +109,7 @@ class Drawer {
     return `${name} “${shown(tokenizer, keys[+i])}”`;
   }
 
-  factor({ value, address, name, weight }) {
+  operand({ value, address, name, weight }) {
     const text = digits(value);
     if (weight) return h("b", { class: "weight", title: name }, text);
     if (!address) return h("span", { title: name }, text);
@@ -117,11 +120,12 @@ class Drawer {
     });
   }
 
-  line(text, value, kind = "") {
+  line(text, value, kind = "", operand = null) {
     return h(
       "tr",
       { class: kind, "data-term": kind ? null : value },
-      h("th", { scope: "row", colspan: 2 }, text),
+      h("th", { scope: "row", colspan: operand ? 1 : 2 }, text),
+      operand && h("td", {}, this.operand(operand)),
       h("td", { class: "number" }, digits(value)),
     );
   }

@@ -378,7 +378,10 @@ function writingPanel(app) {
     sentence(() => {
       const { greedy, temperature } = app.state.sampling;
       if (greedy) return "Greedy: the most probable token is appended. It soon repeats itself.";
-      return `A token is drawn, at temperature ${temperature}: the section on softmax has it, and filters.`;
+      return (
+        `A token is drawn at random, each with its probability at temperature ${temperature}. The section on softmax ` +
+        `explains the temperature, and filters that leave out unlikely tokens.`
+      );
     }),
     sentence(() => windowText(app)),
     drawn(() => table("The last tokens of the context", ["position", "token", "id"], contextRows(app), [0, 2])),
@@ -609,8 +612,9 @@ function softmaxPanel(app) {
 }
 
 const FILTERS =
-  "Logits are divided by the temperature: below 1 the likely become likelier. Top-k keeps the k likeliest tokens, " +
-  "top-p the likeliest that together have p, min-p those that have min-p times the most of any.";
+  "Logits are divided by the temperature: below 1 the likely become likelier. Top-k keeps only the k likeliest tokens. " +
+  "Top-p keeps the fewest of the likeliest whose probabilities add up to p. Min-p keeps the tokens that are at least " +
+  "min-p times as probable as the likeliest one.";
 
 function softmaxText(app) {
   const logits = Array.from(app.logits().subarray(0, app.model.tokenizer_vocab_size));
@@ -804,7 +808,7 @@ function normPanel(app) {
   const path = () => blockPath(app, norms[chosen]);
   const parts = [
     rowStrip(app, "before", () => `${path()}.input`),
-    sentence(() => normText(app, lookUp(app.trace, path()))),
+    sentence(() => normText(app, path())),
     weightStrip(app, "trained gain: a factor for each feature", "weight", path),
     ...(app.config.bias && app.config.norm === "layernorm" ? [weightStrip(app, "trained bias", "bias", path)] : []),
     rowStrip(app, "after", () => `${path()}.output`),
@@ -821,18 +825,21 @@ function normPanel(app) {
   return assemble(controlRow(layerPicker(app), choose), ...parts);
 }
 
-function normText(app, norm) {
+function normText(app, path) {
   const { t } = app.at;
-  if (norm.mean)
-    return (
-      `Mean ${digits(norm.mean[t])}, standard deviation ${digits(norm.std[t])}: from each feature the mean is ` +
-      `subtracted, then it is divided by the deviation and multiplied by its trained ` +
-      `gain${app.config.bias ? " and given its bias" : ""}.`
-    );
-  return (
-    `Root mean square ${digits(norm.rms[t])}: each feature is divided by it and multiplied by its trained ` +
-    `gain. RMSNorm subtracts no mean.`
-  );
+  const norm = lookUp(app.trace, path);
+  const link = (name) =>
+    button(digits(norm[name][t]), () => app.open(`${path}.${name}:${t}`), { class: "operand" });
+  if (!norm.mean)
+    return [
+      ...["Root mean square ", link("rms"), ": each feature is divided by it and multiplied by its trained gain. "],
+      "RMSNorm subtracts no mean.",
+    ];
+  return [
+    ...["Mean ", link("mean"), ", standard deviation ", link("std"), ": from each feature the mean is subtracted, "],
+    "then it is divided by the deviation and multiplied by its trained gain",
+    app.config.bias ? " and given its bias." : ".",
+  ];
 }
 
 function needsNorm(app) {
@@ -1113,7 +1120,7 @@ const PANELS = [
     build: leafPanel,
     intro:
       "A toy, not your model: the first network of the article “Understanding LLMs from Scratch Using Middle " +
-      "School Math”, which tells leaves from flowers. Your model is made of the same sums, of more. Select a neuron.",
+      "School Math”, which tells leaves from flowers. Your model consists of sums like these, only of many more. Select a neuron.",
   },
   {
     id: "training",

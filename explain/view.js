@@ -253,11 +253,13 @@ class App {
 
   /** The paths of the numbers that a part is computed from. */
   operandsOf(part) {
-    const sizes = /\.(scores|weights)$/.test(part) ? [this.at.head, this.at.t, 0] : [this.at.t, 0];
+    let at = [this.at.t, 0];
+    if (/\.(scores|weights)$/.test(part)) at = [this.at.head, ...at];
+    if (/\.(mean|std|rms)$/.test(part)) at = [this.at.t];
     try {
-      const { terms } = explainNumber(this.model, this.trace, `${part}:${sizes}`);
-      const factors = terms.flatMap((term) => term.factors).filter(({ address }) => address);
-      return [...new Set(factors.map(({ address }) => this.resolvePath(parseAddress(address).path)))];
+      const operands = operandsOf(explainNumber(this.model, this.trace, `${part}:${at}`));
+      const addresses = operands.map(({ address }) => address).filter(Boolean);
+      return [...new Set(addresses.map((address) => this.resolvePath(parseAddress(address).path)))];
     } catch {
       return []; // the part belongs to another text until its strip is redrawn
     }
