@@ -29,7 +29,7 @@ class Drawer {
 
   update() {
     const { app } = this;
-    const number = app.trace && app.at.number;
+    const { number } = app.at;
     element("drawer").classList.toggle("open", Boolean(number));
     document.body.classList.toggle("drawn-out", Boolean(number));
     opened = number ? app.resolvePath(parseAddress(number).path) : null;

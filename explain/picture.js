@@ -73,11 +73,6 @@ class Picture {
 
   update() {
     const { app } = this;
-    element("model").classList.toggle("empty", !app.trace);
-    if (!app.trace) {
-      element("picture-title").textContent = "Greyed: the last text that could be read";
-      return;
-    }
     this.most = this.largestOfStream();
     this.addUp();
     for (const part of this.parts.values()) part.paint?.(part);

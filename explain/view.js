@@ -19,7 +19,7 @@ async function main() {
   else new App(desk, data, model, makeTokenizer(data.tokenizer)).start();
 }
 
-/** state: as requested; at: the state limited to the trace; trace: of the texts in `read`, null if they have none. */
+/** state: as requested; at: the state limited to the trace; trace: of the texts in `read`, null before the first. */
 class App {
   constructor(desk, data, model, tokenizer) {
     Object.assign(this, { desk, data, model, tokenizer, config: model.config });
@@ -111,15 +111,17 @@ class App {
     return this.settled;
   }
 
-  take({ problem = "", ids, lost }, begin) {
+  take({ problem, ids, lost, skipped }, begin) {
     const { text, source } = this.state;
     this.pending = false;
     this.rest();
-    this.read = problem ? null : { text, source, ids, lost };
-    this.trace = problem ? null : this.desk.trace;
-    this.tell(problem || this.lostText());
+    if (problem) return this.tell(problem);
+    this.read = { text, source, ids, lost, skipped };
+    this.trace = this.desk.trace;
+    for (const id of ["text", "source"]) element(id).setAttribute("aria-invalid", skipped[id].length > 0);
+    this.tell(`${this.skippedText()} ${this.lostText()}`.trim());
     this.draw();
-    if (!problem) this.measure(begin);
+    this.measure(begin);
   }
 
   /** Mark the page as at rest if nothing is under way. */
@@ -128,13 +130,21 @@ class App {
     element("page").ariaBusy = !this.complete || this.pending || Boolean(this.going) || open;
   }
 
-  /** Explain below the field why its text has no tokens, or which part of it is not read. */
+  /** Explain below the field which part of its text is not read, or why none is. */
   tell(text) {
     element("problem").textContent = text;
     element("problem").hidden = !text;
-    const failed = !this.trace;
-    for (const id of ["text", "source"]) element(id).setAttribute("aria-invalid", failed);
-    document.body.classList.toggle("no-numbers", failed);
+  }
+
+  skippedText() {
+    const { text, source } = this.read.skipped;
+    const unknown = [...new Set([...source, ...text].map(({ char }) => `“${signs(char)}”`))];
+    if (!unknown.length) return "";
+    const alphabet = this.tokenizer.pieces.map((_, id) => shown(this.tokenizer, id));
+    return (
+      `This model does not know ${firstOf(unknown, ", ")}: ${unknown.length === 1 ? "it is" : "they are"} skipped. ` +
+      `Its ${count(alphabet.length)} characters: ${firstOf(alphabet, " ")}`
+    );
   }
 
   lostText() {
@@ -416,7 +426,8 @@ class App {
 
   draw() {
     element("greedy").checked = this.state.sampling.greedy;
-    if (this.trace) this.resolve();
+    if (!this.trace) return;
+    this.resolve();
     showTokens(this);
     showBars(this);
     this.picture.update();
@@ -446,7 +457,6 @@ class App {
       panel.built = missing ? { nodes: [missingNote(missing)], update() {} } : panel.build(this);
       const chapter = panel.chapter && ` In plain Python: “${panel.chapter}” in from_scratch.py.`;
       panel.body.replaceChildren(h("p", { class: "intro" }, panel.intro, chapter), ...panel.built.nodes);
-      panel.root.classList.toggle("of-text", !missing && !panel.alone);
     }
     if (!this.trace) return;
     panel.dirty = false;
@@ -524,6 +534,8 @@ class App {
   }
 }
 
+/** The first of many texts. */
+const firstOf = (texts, separator) => texts.slice(0, 100).join(separator) + (texts.length > 100 ? " …" : "");
 const counted = (n, what) => `${n.toLocaleString("en")} ${what}${n === 1 ? "" : "s"}`;
 const tokens = (n) => counted(n, "token");
 
@@ -554,9 +566,11 @@ function missingNote([text, config]) {
   return h("div", { class: "missing" }, h("p", {}, text), h("p", {}, "A run that has it: ", command));
 }
 
+const signs = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+
 /** The text of a token, with signs for invisible characters, and bytes that are no character by themselves in hex. */
 function shown(tokenizer, id) {
-  const text = tokenizer.decode([id]).replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+  const text = signs(tokenizer.decode([id]));
   if (!/[\ufffd\p{Cc}]/u.test(text)) return text;
   const hexadecimal = (byte) => `x${byte.toString(16).toUpperCase().padStart(2, "0")}`;
   return Array.from(tokenizer.pieces[id], hexadecimal).join(" ");
@@ -573,11 +587,11 @@ function likeliest(probs, n) {
   return best;
 }
 
-/** The tokens, one of which is selected. */
+/** The tokens, one of which is selected, and the characters that were skipped between them. */
 function showTokens(app) {
   const { tokenizer, trace, at } = app;
   const list = element("tokens");
-  if (!trace) return list.replaceChildren();
+  for (const skipped of list.querySelectorAll("s")) skipped.remove();
   while (list.children.length > trace.idx.length) list.lastChild.remove();
   trace.idx.forEach((id, t) => {
     const item = list.children[t] ?? list.appendChild(h("button", { type: "button" }, " "));
@@ -592,22 +606,34 @@ function showTokens(app) {
     if (item.ariaPressed !== `${chosen}`) item.ariaPressed = chosen;
   });
   const chosen = list.children[at.t];
+  showSkipped(app, [...list.children]);
   list.scrollTop = chosen.offsetTop - list.offsetTop - list.clientHeight + chosen.offsetHeight + 8;
   list.scrollLeft = chosen.offsetLeft - list.offsetLeft - list.clientWidth + chosen.offsetWidth + 8;
+}
+
+function showSkipped({ read, trace }, items) {
+  const begin = trace.idx.length + (read.lost?.target ?? 0) - read.ids.length; // where the field's first token is
+  for (const { char, at } of read.skipped.text) {
+    const place = begin + at;
+    if (place < 0 || place > items.length) continue; // beyond the context
+    element("tokens").insertBefore(h("s", { title: "unknown to this model: skipped" }, signs(char)), items[place] ?? null);
+  }
 }
 
 /** A click selects a token, and the arrow keys move the selection. The list listens, since a text has many tokens. */
 function listenToTokens(app) {
   const list = element("tokens");
-  list.onclick = ({ target }) => target !== list && app.select({ t: [...list.children].indexOf(target) });
-  list.onpointerover = ({ target }) => target !== list && (target.title = target.ariaLabel);
+  const items = list.getElementsByTagName("button");
+  const tokenAt = ({ target }) => [...items].indexOf(target);
+  list.onclick = (event) => tokenAt(event) >= 0 && app.select({ t: tokenAt(event) });
+  list.onpointerover = (event) => tokenAt(event) >= 0 && (event.target.title = event.target.ariaLabel);
   list.onkeydown = (event) => {
     const { t } = app.at;
-    const to = { ArrowLeft: t - 1, ArrowRight: t + 1, Home: 0, End: list.children.length - 1 }[event.key];
-    if (!list.children[to]) return;
+    const to = { ArrowLeft: t - 1, ArrowRight: t + 1, Home: 0, End: items.length - 1 }[event.key];
+    if (!items[to]) return;
     event.preventDefault();
     app.select({ t: to });
-    list.children[to].focus();
+    items[to].focus();
   };
 }
 
@@ -615,7 +641,6 @@ function listenToTokens(app) {
 function showBars(app) {
   const { tokenizer, at } = app;
   const list = element("bars");
-  if (!app.trace) return list.replaceChildren();
   const best = likeliest(app.probs(), SHOWN);
   const last = at.t === app.trace.idx.length - 1;
   element("bars-title").textContent = last ? "Next token" : `After position ${at.t}`;

@@ -144,12 +144,8 @@ const answers = {
   encode({ data, texts }) {
     const tokenizer = makeTokenizer(data);
     return texts.map((text) => {
-      try {
-        const ids = tokenizer.encode(text);
-        return { ids, decoded: tokenizer.decode(ids), parts: tokenizer.split(text) };
-      } catch (error) {
-        return { error: error.message };
-      }
+      const ids = tokenizer.encode(text);
+      return { ids, decoded: tokenizer.decode(ids), parts: tokenizer.split(text), skipped: tokenizer.skipped(text) };
     });
   },
   decode({ data, batch }) {
@@ -854,18 +850,16 @@ def test_any_ids_are_decoded_as_python_decodes_them(node, tokenizers, name):
     )
 
 
-def test_text_without_tokens_is_refused_with_the_reason(node):
+def test_a_character_without_a_token_is_skipped_and_half_of_one_becomes_the_sign_for_it(node):
     data = page_data.tokenizer_data(CharTokenizer("ab\ud800"))
-    unknown, half = node.ask("encode", data=data, texts=["a🙂b", "a\ud800"])
-    assert unknown == {
-        "error": "character '🙂' (U+1F642) is not among the 3 characters of this tokenizer"
-    }
-    assert half["ids"] == [0, 2]
+    unknown, half = node.ask("encode", data=data, texts=["a🙂b!", "a\ud800"])
+    assert unknown["ids"] == [0, 1]
+    assert unknown["skipped"] == [{"char": "🙂", "at": 1}, {"char": "!", "at": 2}]
+    assert half["ids"] == [0, 2] and half["skipped"] == []
     for name in ("byte", "bpe", "sentencepiece", "unigram"):
-        (found,) = node.ask(
-            "encode", data=page_data.tokenizer_data(EVERY[name]), texts=["a\udcff"]
-        )
-        assert found == {"error": "U+DCFF is not valid UTF-8"}
+        data = page_data.tokenizer_data(EVERY[name])
+        (found,) = node.ask("encode", data=data, texts=["a\udcff"])
+        assert found["decoded"] == "a\ufffd" and found["skipped"] == []
 
 
 # --------------------------------------------------------------------------------------
