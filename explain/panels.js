@@ -1116,6 +1116,7 @@ const PANELS = [
     id: "leaf",
     alone: true,
     title: "Start from zero",
+    short: "Start",
     chapter: "A simple neural network",
     build: leafPanel,
     intro:

@@ -59,8 +59,10 @@ class App {
     element("greedy").onchange = ({ target }) =>
       this.change({ sampling: { ...this.state.sampling, greedy: target.checked } });
     element("write-one").onclick = () => this.writeOne();
+    element("skip").onclick = () => this.goTo(this.sections[1]);
     element("go-on").onclick = () => (this.going ? this.stop() : this.goOn());
     listenToTokens(this);
+    this.enterBars = walkable(element("bars"), { across: 2 });
     this.picture = new Picture(this);
     this.drawer = new Drawer(this);
     this.buildPanels();
@@ -281,9 +283,8 @@ class App {
   buildPanels() {
     const nav = element("sections");
     const chip = (id, number, title, name) => {
-      const label = [h("span", { class: "chip-number" }, number), name];
-      const attributes = { "aria-label": number ? `${number}: ${title}` : title };
-      return nav.appendChild(button(label, () => this.goTo(id), attributes));
+      const label = [h("span", { class: "chip-number" }, number), ` ${name}`];
+      return nav.appendChild(button(label, () => this.goTo(id), { title: title === name ? null : title }));
     };
     const add = (panel, pressed, place, [tag, level], ...number) => {
       const heading = h(level, { id: `title-${panel.id}`, tabindex: -1 }, ...number, panel.title);
@@ -292,7 +293,7 @@ class App {
       place.append(root);
       this.panels.push({ ...panel, root, heading, body, chip: pressed, built: null, visible: false, dirty: true });
     };
-    this.overview = chip("model", "", "The model", "The model");
+    this.overview = chip("model", "", "The model", "Model");
     const missing = PANELS.filter((panel) => panel.missing?.(this));
     const present = PANELS.filter((panel) => !missing.includes(panel));
     present.forEach((panel, i) => {
@@ -300,11 +301,13 @@ class App {
       add(panel, pressed, element("panels"), ["section", "h2"], h("span", { class: "count" }, i + 1));
     });
     if (missing.length) {
-      const pressed = chip(missing[0].id, "", ELSEWHERE, ELSEWHERE);
+      const pressed = chip(missing[0].id, "", ELSEWHERE, "Missing here");
       const end = h("section", { class: "elsewhere" }, h("h2", {}, ELSEWHERE));
       element("panels").append(end);
       for (const panel of missing) add(panel, pressed, end, ["article", "h3"]);
     }
+    this.enterSections = walkable(nav, { entry: () => this.chipOfNow() });
+    hintAtMore(nav);
     const watch = new IntersectionObserver((entries) => this.scrolled(entries), { rootMargin: "150px 0px" });
     const sizes = new ResizeObserver((entries) => this.keepPlace(entries));
     for (const { root } of this.panels) {
@@ -390,8 +393,13 @@ class App {
     this.keepSoon();
   }
 
+  chipOfNow() {
+    return this.panels.find(({ id }) => id === this.state.section)?.chip ?? this.overview;
+  }
+
   markSection() {
-    const current = this.panels.find(({ id }) => id === this.state.section)?.chip ?? this.overview;
+    const current = this.chipOfNow();
+    this.enterSections();
     for (const chip of element("sections").children) chip.setAttribute("aria-current", chip === current);
     element("sections").scrollLeft = current.offsetLeft - element("sections").offsetLeft - 60;
   }
@@ -637,6 +645,20 @@ function listenToTokens(app) {
   };
 }
 
+/** Buttons that scroll a list, if it is wider than its place. */
+function hintAtMore(list) {
+  const [back, on] = list.parentElement.querySelectorAll(".more");
+  const mark = () => {
+    list.parentElement.classList.toggle("wide", list.scrollWidth > list.parentElement.clientWidth);
+    back.disabled = list.scrollLeft < 1;
+    on.disabled = list.scrollLeft + list.clientWidth > list.scrollWidth - 1;
+  };
+  back.onclick = () => list.scrollBy(-0.8 * list.clientWidth, 0);
+  on.onclick = () => list.scrollBy(0.8 * list.clientWidth, 0);
+  list.addEventListener("scroll", mark, { passive: true });
+  new ResizeObserver(mark).observe(list);
+}
+
 /** The most probable next tokens. A bar appends its token, and its number leads to its sum. */
 function showBars(app) {
   const { tokenizer, at } = app;
@@ -648,8 +670,8 @@ function showBars(app) {
   best.forEach((id, i) => {
     const [choose, number] = (list.children[i] ?? list.appendChild(barItem(app))).children;
     const p = app.probs()[id];
-    const text = shown(tokenizer, id);
-    choose.firstChild.textContent = { "⏎": "⏎ new line", "␣": "␣ space" }[text] ?? text;
+    const text = { "⏎": "⏎ new line", "␣": "␣ space" }[shown(tokenizer, id)] ?? shown(tokenizer, id);
+    choose.firstChild.textContent = text;
     choose.lastChild.firstChild.style.width = `${100 * p}%`;
     choose.setAttribute("aria-label", last ? `append ${text}` : `go on with ${text} after position ${at.t}`);
     number.textContent = percent(p);
@@ -657,6 +679,7 @@ function showBars(app) {
     number.setAttribute("aria-pressed", id === at.next);
     for (const press of [choose, number]) Object.assign(press.dataset, { id, p });
   });
+  app.enterBars();
 }
 
 function barItem(app) {

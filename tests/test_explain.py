@@ -850,7 +850,9 @@ def test_any_ids_are_decoded_as_python_decodes_them(node, tokenizers, name):
     )
 
 
-def test_a_character_without_a_token_is_skipped_and_half_of_one_becomes_the_sign_for_it(node):
+def test_a_character_without_a_token_is_skipped_and_half_of_one_becomes_the_sign_for_it(
+    node,
+):
     data = page_data.tokenizer_data(CharTokenizer("ab\ud800"))
     unknown, half = node.ask("encode", data=data, texts=["a🙂b!", "a\ud800"])
     assert unknown["ids"] == [0, 1]

@@ -287,7 +287,7 @@ def test_back_leads_through_numbers_and_sections_and_escape_closes_the_drawer(op
     assert not view.page.locator("#drawer.open").count()
     for _ in range(3):
         back(view)
-    assert view.page.inner_text("#sections [aria-current=true]") == "The model"
+    assert view.page.inner_text("#sections [aria-current=true]").strip() == "Model"
     view.page.evaluate("history.go(1)")
     view.until("location.hash.includes('temperature=0.5')")
 
@@ -477,7 +477,7 @@ def test_the_leaf_network_is_trained_to_95_percent_stops_and_explodes_with_a_rea
     assert "Exploded" in panel.locator(".status").inner_text()
 
 
-CONTROLS = "button:not([disabled], #tokens *), select, input, textarea, summary, canvas[tabindex], .scroll"
+CONTROLS = "button:not([disabled], #skip, .more, #tokens *), select, input, textarea, summary, canvas[tabindex], .scroll"
 ONCE = {"button": "Enter", "summary": "Enter", "checkbox": " ", "textarea": "k"}
 KEYS = {kind: (key,) for kind, key in ONCE.items()} | {
     "div": ("ArrowRight",),
@@ -514,12 +514,11 @@ def test_tab_leads_to_every_control_and_each_obeys_its_keys_and_keeps_the_focus(
     # the selected token, what sections have more when they come into view, and once around
     for _ in range(ask(WATCH, CONTROLS) + 40):
         press("Tab")
-    assert (
-        ask(
-            "visible().filter((control) => !control.seen).map((control) => control.outerHTML)"
-        )
-        == []
+    # of several sections, the one that is being read is the stop
+    missed = (
+        "visible().filter((it) => !it.seen && it.tabIndex >= 0 && !it.closest('#sections'))"
     )
+    assert ask(f"{missed}.map((control) => control.outerHTML)") == []
     for number in range(1000):
         kind, label, before = ask(FOCUS, number)
         if not kind:
@@ -534,6 +533,63 @@ def test_tab_leads_to_every_control_and_each_obeys_its_keys_and_keeps_the_focus(
         if text == "Stop":
             press("Enter")
     assert number > 60
+
+
+FOCUSED = "document.activeElement.textContent"
+
+
+def test_a_few_tabs_or_a_skip_lead_past_the_picture_and_arrow_keys_through_it(opened):
+    view = opened()
+    press, ask = view.page.keyboard.press, view.page.evaluate
+    press("Tab")
+    assert ask(FOCUSED) == "Skip to section 1" and view.page.is_visible("#skip")
+    press("Enter")
+    assert ask("document.activeElement.id") == "title-leaf"
+    ask("scrollTo(0, 0)")
+    view.page.focus("#text")
+    for stop in (
+        "#tokens",
+        "#write-one",
+        "#go-on",
+        "#greedy",
+        "#flow",
+        "#bars",
+        "#sections",
+    ):
+        press("Tab")
+        assert ask(f"document.activeElement.closest('{stop}') !== null"), stop
+        walked = view.page.locator(f"{stop} button").all_text_contents()
+        if stop in ("#flow", "#bars", "#sections"):
+            press("Home")
+            for text in walked:
+                assert ask(FOCUSED) == text
+                press("ArrowRight")
+    press("Tab")
+    assert ask("document.activeElement.closest('main') !== null")
+
+
+IN_SIGHT = """[...document.querySelectorAll("#sections button")].filter((chip) => {
+  const { left, right } = chip.getBoundingClientRect();
+  const room = document.getElementById("sections").getBoundingClientRect();
+  return left >= room.left && right <= room.right;
+}).map((chip) => chip.textContent)"""
+
+
+def test_every_section_is_in_sight_or_a_button_shows_that_there_are_more(opened):
+    wide = opened()
+    chips = wide.page.locator("#sections button").all_text_contents()
+    assert wide.page.evaluate(IN_SIGHT) == chips and len(chips) == 17
+    assert not wide.page.is_visible(".more")
+    phone = opened(viewport={"width": 390, "height": 844})
+    seen = phone.page.evaluate(IN_SIGHT)
+    assert len(seen) < 17
+    for _ in range(17):
+        if not phone.page.is_enabled(".more >> nth=1"):
+            break
+        phone.page.click(".more >> nth=1")
+        phone.settle()
+        seen += phone.page.evaluate(IN_SIGHT)
+    assert set(seen) == set(chips)
 
 
 def test_nothing_moves_where_reduced_motion_is_asked_for(opened):
@@ -577,7 +633,8 @@ def test_axe_finds_nothing(opened, run, scheme):
 
 
 def assert_axe_finds_nothing(axe, view: Opened) -> None:
-    found = axe.Axe().run(view.page).response["violations"]
+    named = {"rules": {"label-content-name-mismatch": {"enabled": True}}}
+    found = axe.Axe().run(view.page, options=named).response["violations"]
     assert {
         rule["id"]: [node["html"][:120] for node in rule["nodes"][:3]] for rule in found
     } == {}
