@@ -198,7 +198,7 @@ COMPUTER = """async () => {
   };
   const computer = new Computer((answer) => answers.push(answer));
   let id = 0;
-  const ask = (topic, message) => computer.answer({ topic, id: id++, ...message });
+  const ask = (topic, message) => computer.answer({ topic, id: id++, source: "", ...message });
   await ask("open", { text, checksum: dataset.checksum });
   const full = "Akis osal ".repeat(3) + "Ak";
   await ask("read", { text: full });
@@ -477,7 +477,10 @@ def test_the_leaf_network_is_trained_to_95_percent_stops_and_explodes_with_a_rea
     assert "Exploded" in panel.locator(".status").inner_text()
 
 
-CONTROLS = "button:not([disabled], #skip, .more, #tokens *), select, input, textarea, summary, canvas[tabindex], .scroll"
+CONTROLS = (
+    "button:not([disabled], #skip, .more, #tokens *), select, input, textarea, summary"
+)
+CONTROLS += ", canvas[tabindex], .scroll"
 ONCE = {"button": "Enter", "summary": "Enter", "checkbox": " ", "textarea": "k"}
 KEYS = {kind: (key,) for kind, key in ONCE.items()} | {
     "div": ("ArrowRight",),
