@@ -653,8 +653,8 @@ function hintAtMore(list) {
     back.disabled = list.scrollLeft < 1;
     on.disabled = list.scrollLeft + list.clientWidth > list.scrollWidth - 1;
   };
-  back.onclick = () => list.scrollBy(-0.8 * list.clientWidth, 0);
-  on.onclick = () => list.scrollBy(0.8 * list.clientWidth, 0);
+  back.onclick = () => list.scrollBy(-0.6 * list.clientWidth, 0);
+  on.onclick = () => list.scrollBy(0.6 * list.clientWidth, 0);
   list.addEventListener("scroll", mark, { passive: true });
   new ResizeObserver(mark).observe(list);
 }
