@@ -5,6 +5,21 @@ const LARGEST = 8; // terms that are spelled out
 const TRAINED = ": weights. They were learned in training and computed from nothing: a chain ends here.";
 const ROUNDED = "The page has the weights in 16 bits: a checkpoint's number can differ in the fourth decimal.";
 
+/** The section that shows the numbers of a path: the first that matches. */
+const PLACES = [
+  [/^source/, "transformer"],
+  [/(attn|cross|mlp)_norm/, "norm"],
+  [/cross/, "transformer"],
+  [/^(logits|probs)/, "softmax"],
+  [/^(window|layers)/, "writing"],
+  [/^wte/, "embeddings"],
+  [/position/, "positions"],
+  [/feed_forward/, "mlp"],
+  [/\.attn\./, "attention"],
+  [/blocks|embed/, "residual"],
+  [/./, "gpt"],
+];
+
 /** The arithmetic of the selected number, term by term. Each operand leads to its own arithmetic. */
 class Drawer {
   constructor(app) {
@@ -54,7 +69,12 @@ class Drawer {
       ),
     );
     const rows = h("table", { class: "terms" }, h("tbody", {}, this.chosenTerms(y)));
-    const value = h("p", { class: "value", "data-value": y.value }, digits(y.value));
+    const value = h(
+      "div",
+      { class: "drawer-head" },
+      h("p", { class: "value", "data-value": y.value }, digits(y.value)),
+      h("span", {}, this.place(parseAddress(y.address).path)),
+    );
     const formula = h("p", { class: "formula" }, y.formula);
     const trained = operandsOf(y).some(({ weight }) => weight);
     const ends = trained && [h("b", { class: "weight" }, "Numbers in this colour"), TRAINED, " "];
@@ -62,6 +82,28 @@ class Drawer {
     if (y.why) more.unshift(h("p", { class: "rounded" }, y.why));
     this.body.replaceChildren(head, value, formula, rows, ...more);
     if (focused) this.body.querySelector("button:not([disabled])")?.focus({ preventScroll: true });
+  }
+
+  /** A button that leads to the section of a path. */
+  place(path) {
+    const [, id] = PLACES.find(([pattern]) => pattern.test(path));
+    const panel = this.app.panels.find((each) => each.id === id);
+    const [number, ...name] = panel.chip.textContent.split(" ");
+    return button(`Show in section ${number} (${name.join(" ")})`, () => this.show(panel));
+  }
+
+  /** Go to a section, to the strip of numbers that the selected number is in, if there is one. */
+  async show(panel) {
+    const { number, trail } = this.app.state;
+    this.app.goTo(panel.id, { ...changesTo(number), trail });
+    for (let frame = 0; frame < 3; frame++) await new Promise(requestAnimationFrame); // until it is painted
+    const shows = ({ options, root, selected }) =>
+      options.part === opened && selected >= 0 && panel.root.contains(root) && !root.hidden;
+    const strip = [...strips].find(shows);
+    if (!strip) return;
+    strip.root.scrollIntoView({ block: "nearest", behavior: "instant" });
+    strip.canvas.focus({ preventScroll: true });
+    this.reveal();
   }
 
   title(y) {

@@ -291,7 +291,8 @@ class App {
       const body = h("div", { class: "panel-body" });
       const root = h(tag, { id: panel.id, "aria-labelledby": `title-${panel.id}` }, heading, body);
       place.append(root);
-      this.panels.push({ ...panel, root, heading, body, chip: pressed, built: null, visible: false, dirty: true });
+      const made = { root, heading, body, chip: pressed, built: null, visible: false, dirty: true };
+      this.panels.push({ ...panel, ...made });
     };
     this.overview = chip("model", "", "The model", "Model");
     const missing = PANELS.filter((panel) => panel.missing?.(this));
@@ -520,6 +521,7 @@ class App {
     }
     const { complete } = this;
     this.complete = false; // the page is not at rest until its sections have the new text
+    for (const panel of this.panels) panel.dirty = true;
     if (wanted() || !this.going) this.stop();
     await this.renderAll();
     this.complete ||= complete;
@@ -666,6 +668,8 @@ function showBars(app) {
   const best = likeliest(app.probs(), SHOWN);
   const last = at.t === app.trace.idx.length - 1;
   element("bars-title").textContent = last ? "Next token" : `After position ${at.t}`;
+  const bar = last ? "A bar appends its token." : "A bar goes on from here with its token.";
+  element("bars-key").textContent = `${bar} A percentage shows how it was computed.`;
   while (list.children.length > best.length) list.lastChild.remove();
   best.forEach((id, i) => {
     const [choose, number] = (list.children[i] ?? list.appendChild(barItem(app))).children;

@@ -134,6 +134,21 @@ def test_the_bars_are_the_models_probabilities_and_change_with_each_keystroke(op
     assert view.state()["text"] == "Akis" and len(view.state()["bars"]) == 8
 
 
+def test_the_page_says_that_a_bar_appends_its_token_and_what_its_percentage_does(opened):
+    view = opened()
+    hint = view.page.locator("#prediction p")
+    assert (
+        hint.inner_text()
+        == "A bar appends its token. A percentage shows how it was computed."
+    )
+    view.page.locator("#tokens button").nth(0).click()
+    assert hint.inner_text().startswith("A bar goes on from here with its token.")
+    view.page.locator("#bars .choose").nth(0).click()
+    view.settle()
+    text = view.page.input_value("#text")
+    assert len(text) == 2 and text[0] == START[0]
+
+
 def test_of_several_members_it_shows_the_first_and_says_so(opened, runs):
     view = opened("members")
     model, tokenizer = load(runs, "members")
@@ -304,6 +319,41 @@ def test_a_translation_is_written_on_opening_and_says_what_it_does_not_read(open
     assert view.page.inner_text("#problem").startswith(
         "The context has no room for the last 60 tokens of the sentence: they are not read."
     )
+
+
+SHOWN_IN = {
+    "stack.blocks.1.attn_norm.mean:1": ("norm", None),
+    "stack.blocks.1.mlp_norm.output:1,3": ("norm", "after"),
+    "stack.blocks.1.feed_forward.up_proj:1,3": ("mlp", "neurons, before activation"),
+    "stack.blocks.1.attn.scores:1,1,0": ("attention", None),
+    "stack.blocks.1.attn.o_proj:1,3": ("attention", "after the projection"),
+    "stack.blocks.0.after_mlp:1,3": ("residual", "after MLP"),
+    "wte:1,3": ("embeddings", "token embedding"),
+    "logits:1,3": ("softmax", None),
+    "stack.norm.output:1,3": ("gpt", "what the head reads"),
+}
+
+
+@pytest.mark.parametrize("number", SHOWN_IN)
+def test_the_drawer_leads_to_the_section_that_shows_its_number(opened, number):
+    section, strip = SHOWN_IN[number]
+    view = opened(hash=f"#section=leaf&text=Akis&number={number}")
+    title = view.page.inner_text("#arithmetic h3")
+    link = view.page.locator("#arithmetic button", has_text="Show in section")
+    chip = view.page.locator(f"#sections button:has-text('{link.inner_text().split()[3]}')")
+    link.click()
+    view.settle()
+    assert view.page.locator("#sections [aria-current=true]").inner_text() == (
+        chip.first.inner_text()
+    )
+    assert view.page.inner_text("#arithmetic h3") == title
+    panel = view.page.locator(f"#{section}")
+    assert view.page.evaluate(f"location.hash.includes('section={section}&')")
+    if strip:
+        shown = panel.locator(".strip", has_text=strip).filter(has_text="3: ")
+        shown.first.wait_for()
+        box, size = shown.first.bounding_box(), view.page.viewport_size
+        assert 100 < box["y"] < size["height"] - 30
 
 
 INTO_VIEW = """async ([selector, random]) => {
@@ -723,6 +773,36 @@ def test_a_slider_goes_through_the_training_from_its_first_step_to_the_model_of_
         view.page.keyboard.press("Home")
         view.page.keyboard.press("ArrowRight")
         assert strip.get_attribute("aria-valuetext") == f"“k”: {-first[ids[0, 1]]:.4f}"
+
+
+def test_what_a_step_of_training_knew_of_a_text_follows_the_text_while_it_is_written(
+    opened, runs
+):
+    model, tokenizer = load(runs)
+    view = opened("run", f"#section=learned&text={START}")
+    slide(view, "learned", 1)
+    status(view, "learned", "After step 6 ")
+    view.page.evaluate(
+        """() => {
+      const [panel, text] = ["learned", "text"].map((id) => document.getElementById(id));
+      window.seen = [];
+      window.end = false;
+      new MutationObserver(() => {
+        if (text.value.length > 60) return (window.end = true);
+        if (document.getElementById("go-on").textContent === "Stop")
+          seen.push([panel.querySelector(".losses").textContent, panel.querySelector("[role=status]").dataset.loss]);
+      }).observe(document.getElementById("page"), { childList: true, subtree: true });
+    }"""
+    )
+    view.page.click("#go-on")
+    view.until("end")
+    view.page.click("#go-on")
+    shown = {text: float(loss) for text, loss in view.page.evaluate("seen") if loss}
+    assert len(shown) > 1
+    for text, loss in shown.items():
+        ids = tensor_of(tokenizer, text.replace("␣", " ").replace("⏎", "\n"))
+        with torch.no_grad():
+            assert loss == pytest.approx(mean_loss(model, ids).item(), abs=1e-4)
 
 
 def test_a_step_of_gradient_descent_on_the_text_is_pytorchs_and_can_be_undone(opened, runs):
