@@ -39,6 +39,7 @@ function answered(app, topic, question, draw) {
   const result = drawn(() => draw(answer, then));
   const take = (...taken) => {
     [answer, then, drawnFor] = taken;
+    waiting = false;
     result.root.classList.remove("outdated");
     result.update();
   };
@@ -60,7 +61,6 @@ function answered(app, topic, question, draw) {
     waiting = true;
     const found = await app.desk.ask(topic, now);
     if (asked !== text) return;
-    waiting = false;
     take(found, view, text);
   };
   return { root: result.root, update };

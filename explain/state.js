@@ -49,7 +49,7 @@ function readAddress(hash, sections, texts) {
   return state;
 }
 
-const ADDRESS = /^\w+(\.\w+)*:\d+(,\d+){0,2}$/;
+const ADDRESS = /^\w+(\.\w+)*(:\d+(,\d+){1,2}|\.(mean|std|rms):\d+)$/;
 
 /** The address of a state: its texts, and its differences from the initial state. */
 function writeAddress(state) {
