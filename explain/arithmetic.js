@@ -6,11 +6,12 @@ An address names a number: the path of its rows in the trace, and its indices: "
 feature 17 of token 5; of scores and weights they are head, query and key. explainNumber() returns
 
   address, value      of the number itself; a number with two names is explained under the first
-  title, formula      in words and in signs
-  terms               of a sum: name, factors (value; name; address, where it is a number of the trace; weight: true
-                      where it is a trained one) and value, their product
+  title, formula      in words and in signs; why: a reason for the formula, if it needs one
+  terms               of a sum: name, value, and parts, which spell it out: texts and operands
   sum                 of all terms
-  steps               what is done with the sum, or without one: text and value, the last being the number
+  steps               what is done with the sum: text, value, and operand, if there is one; the last has the number
+
+An operand has a value; a name; an address, if it is a number of the trace; weight: true if it is a trained one.
 
 model.js is needed: head(), headSize(), ACTIVATIONS, GAIN. */
 
@@ -125,8 +126,16 @@ function trained(value, name) {
   return { value, name, weight: true };
 }
 
+/** A product. */
 function term(name, ...factors) {
-  return { name, factors, value: factors.reduce((product, factor) => product * factor.value, 1) };
+  const parts = factors.flatMap((factor, i) => (i ? [" × ", factor] : [factor]));
+  return { name, parts, value: factors.reduce((product, factor) => product * factor.value, 1) };
+}
+
+/** The operands of a number's terms and steps. */
+function operandsOf({ terms, steps }) {
+  const all = [...terms.flatMap(({ parts }) => parts), ...steps.map((step) => step.operand)];
+  return all.filter((part) => part?.value !== undefined);
 }
 
 /** The sum of a row of weights times the inputs, and a bias term. */
@@ -143,16 +152,73 @@ function linearRule(c, input, layer, at) {
 
 function normRule(c, norm, layer) {
   const [t, i] = c.at;
-  const { mean, std, rms } = lookUp(c.trace, norm);
-  const x = operand(c.trace, `${norm}.input`, [t, i]);
-  const scaled = mean ? (x.value - mean[t]) / std[t] : x.value / rms[t];
-  const text = mean ? `(${digits(x.value)} − ${digits(mean[t])}) / ${digits(std[t])}` : null;
-  const first = { ...x, value: scaled, name: text ?? `${digits(x.value)} / ${digits(rms[t])}` };
-  const terms = [term("scaled", first, trained(layer.weight.data[i], `weight[${i}]`))];
-  if (layer.bias) terms.push(term("bias", trained(layer.bias.data[i], `bias[${i}]`)));
-  const formula = mean ? "(x − mean) / deviation × weight" : "x / root mean square × weight";
-  return { formula: layer.bias ? `${formula} + bias` : formula, terms };
+  const { mean } = lookUp(c.trace, norm);
+  const terms = [term("x", operand(c.trace, `${norm}.input`, [t, i]))];
+  if (mean) {
+    const center = operand(c.trace, `${norm}.mean`, [t]);
+    terms.push({ name: "mean", parts: ["− ", center], value: -center.value });
+  }
+  const scale = operand(c.trace, `${norm}.${mean ? "std" : "rms"}`, [t]);
+  const gain = trained(layer.weight.data[i], `gain[${i}]`);
+  let value = addUp(terms) / scale.value;
+  const name = mean ? "deviation" : "root mean square";
+  const steps = [{ text: `/ ${name}`, operand: scale, value }];
+  steps.push({ text: "× gain", operand: gain, value: (value *= gain.value) });
+  if (layer.bias) {
+    const bias = trained(layer.bias.data[i], `bias[${i}]`);
+    steps.push({ text: "+ bias", operand: bias, value: value + bias.value });
+  }
+  const formula = `${mean ? "(x − mean)" : "x"} / ${name} × gain`;
+  return { formula: layer.bias ? `${formula} + bias` : formula, terms, steps };
 }
+
+const perFeature = (n) => `/ ${n}, the number of features`;
+
+function meanRule(c, norm) {
+  const terms = Array.from(lookUp(c.trace, `${norm}.input`)[c.at[0]], (_, i) =>
+    term(`x[${i}]`, operand(c.trace, `${norm}.input`, [c.at[0], i])),
+  );
+  const step = { text: perFeature(terms.length), value: addUp(terms) / terms.length };
+  return { formula: "Σ x / number of features", terms, steps: [step] };
+}
+
+/** The root of a mean of squares, and of a small number that keeps a norm from dividing by 0. */
+function rootOfMean(terms, eps) {
+  const mean = addUp(terms) / terms.length;
+  return [
+    { text: perFeature(terms.length), value: mean },
+    { text: `√(this + ${digits(eps)}, so that it is never 0)`, value: Math.sqrt(mean + eps) },
+  ];
+}
+
+function deviationRule(c, norm) {
+  const mean = operand(c.trace, `${norm}.mean`, c.at);
+  const terms = Array.from(lookUp(c.trace, `${norm}.input`)[c.at[0]], (_, i) => {
+    const x = operand(c.trace, `${norm}.input`, [c.at[0], i]);
+    return { name: `x[${i}]`, parts: ["(", x, " − ", mean, ")²"], value: (x.value - mean.value) ** 2 };
+  });
+  const steps = rootOfMean(terms, c.model.config.norm_eps);
+  return { formula: "√(Σ (x − mean)² / number of features)", terms, steps };
+}
+
+/** The root mean square of n numbers of row t, beginning with number `from`. */
+function rootMeanSquareRule(c, path, { t, from, n, eps }) {
+  const terms = Array.from({ length: n }, (_, i) => {
+    const x = operand(c.trace, path, [t, from + i]);
+    return { name: `x[${i}]`, parts: [x, "²"], value: x.value ** 2 };
+  });
+  return { formula: "√(Σ x² / number of features)", terms, steps: rootOfMean(terms, eps) };
+}
+
+const NORM_RULES = {
+  output: (c, norm) => normRule(c, norm, lookUp(c.model.weights, norm.replace("source.", ""))),
+  mean: meanRule,
+  std: deviationRule,
+  rms(c, norm) {
+    const size = { t: c.at[0], from: 0, n: c.model.config.n_embd, eps: c.model.config.norm_eps };
+    return rootMeanSquareRule(c, `${norm}.input`, size);
+  },
+};
 
 /** Two numbers of the residual stream: what was there, and what a branch adds. */
 function residualRule(c, block, branch) {
@@ -184,13 +250,19 @@ function rotaryRule(c, attention, name) {
 function headNormRule(c, from) {
   const [t, j] = c.at;
   const D = headSize(c.model.config);
-  const head = lookUp(c.trace, from)[t].subarray(j - (j % D), j - (j % D) + D);
-  const rms = rootMeanSquare(head, FLOAT32_EPS);
+  const x = operand(c.trace, from, c.at);
+  const rms = operand(c.trace, from.replace("_proj", "_rms"), [t, Math.floor(j / D)]);
   return {
     formula: "x / root mean square of its head",
-    terms: [term("x", operand(c.trace, from, c.at))],
-    steps: [{ text: `/ ${digits(rms)}, the root mean square`, value: head[j % D] / rms }],
+    terms: [term("x", x)],
+    steps: [{ text: "/ root mean square", operand: rms, value: x.value / rms.value }],
   };
+}
+
+function headRootRule(c, from) {
+  const [t, h] = c.at;
+  const D = headSize(c.model.config);
+  return rootMeanSquareRule(c, from, { t, from: h * D, n: D, eps: FLOAT32_EPS });
 }
 
 /** The head of keys and values that head h reads, and the index in a row at which it begins. */
@@ -200,6 +272,10 @@ function keyStart(config, h) {
 }
 
 const keysOf = (attention) => (attention.endsWith("cross_attn") ? `${attention}.context` : attention);
+
+const WHY_ROOT =
+  "Why / √D: q·k is a sum of D products, one for each feature of the head, and about √D times as large as one of " +
+  "them. If scores are large, softmax gives nearly all to a single key, and little is learned.";
 
 function scoreRule(c, attention) {
   const [h, t, s] = c.at;
@@ -213,16 +289,17 @@ function scoreRule(c, attention) {
     ),
   );
   const sum = addUp(terms);
-  return { formula: "Σ q · k / √D", terms, steps: [{ text: `/ √${D}`, value: sum / Math.sqrt(D) }] };
+  const step = { text: `/ √${D}`, value: sum / Math.sqrt(D) };
+  return { formula: "Σ q · k / √D", terms, steps: [step], why: WHY_ROOT };
 }
 
 /** Softmax of one number of a row: its exp divided by the sum of all exp. */
 function softmaxRule(numbers, own, factor, names) {
   const largest = Math.max(...numbers);
   const terms = numbers.map((x, i) => ({
-    ...term(names(i), factor(i)),
+    name: names(i),
+    parts: [factor(i), ` → exp(${digits(x - largest)})`],
     value: Math.exp(x - largest),
-    exp: x - largest,
   }));
   const part = Math.exp(numbers[own] - largest) / addUp(terms);
   return {
@@ -311,7 +388,8 @@ function tokenRule(c) {
     const text = `(${id} + 1) / ${c.model.config.vocab_size}`;
     return { formula: "(id + 1) / V", terms: [term(`token ${id}`, { value, name: text })] };
   }
-  return { formula: "a row of the embedding table", terms: [term(`token ${id}`, trained(value, `wte[${id}, ${i}]`))] };
+  const weight = trained(value, `wte[${id}, ${i}]`);
+  return { formula: "a weight, learned in training: a row of the embedding table", terms: [term(`token ${id}`, weight)] };
 }
 
 function positionRule(c) {
@@ -319,7 +397,7 @@ function positionRule(c) {
   const value = valueAt(c.trace, c.address);
   if (c.model.config.position === "learned") {
     return {
-      formula: "a row of the position table",
+      formula: "a weight, learned in training: a row of the position table",
       terms: [term(`position ${t}`, trained(value, `wpe[${t}, ${i}]`))],
     };
   }
@@ -366,8 +444,8 @@ function applyRule(c) {
   if (kind === "activation") return activationRule(c, `layers.${layer}.linear`);
   if (kind)
     return linearRule(c, +layer ? `layers.${layer - 1}.activation` : "window", c.model.weights.layers[layer], c.at);
-  const norm = c.path.match(/^(.*_?norm)\.output$/)?.[1];
-  if (norm) return normRule(c, norm, lookUp(c.model.weights, norm.replace("source.", "")));
+  const [, norm, number] = c.path.match(/^(.*norm)\.(output|mean|std|rms)$/) ?? [];
+  if (norm) return NORM_RULES[number](c, norm);
   const stack = stackOf(c.path);
   if (c.path === `${stack}.embed`) return embedRule(c, stack);
   if (c.path === `${stack}.position.vectors`) return positionRule(c);
@@ -390,6 +468,7 @@ function blockRule(c) {
     return linearRule(c, part.endsWith("context") ? "source.encoder.norm.output" : own, layers[name], c.at);
   }
   if (name.endsWith("_norm")) return headNormRule(c, c.path.replace("_norm", "_proj"));
+  if (name.endsWith("_rms")) return headRootRule(c, c.path.replace("_rms", "_proj"));
   return (
     { scores: scoreRule, weights: weightRule, heads: headsRule }[name]?.(c, attention) ?? rotaryRule(c, attention, name)
   );
@@ -441,6 +520,11 @@ const NAMES = {
   v: "value",
   q_norm: "query, normalised",
   k_norm: "key, normalised",
+  q_rms: "root mean square of a query",
+  k_rms: "root mean square of a key",
+  mean: "norm's mean",
+  std: "norm's standard deviation",
+  rms: "norm's root mean square",
   scores: "score",
   weights: "attention weight",
   heads: "output of a head",
@@ -479,6 +563,8 @@ function titleOf(path, at, config) {
   const where = layer ? `, layer ${+layer[1] + 1}` : "";
   const side = path.startsWith("source") ? ", encoder" : "";
   if (at.length === 3) return `${what}${side}${where}, head ${at[0] + 1}, position ${at[1]} to ${at[2]}`;
+  if (at.length === 1) return `${what}${side}${where}, position ${at[0]}`;
+  if (name.endsWith("_rms")) return `${what}${side}${where}, position ${at[0]}, head ${at[1] + 1}`;
   const unit =
     { logits: "id", probs: "id" }[name] ??
     (/up_proj|gate_proj|activation|hidden|linear/.test(name) ? "neuron" : "feature");
@@ -605,6 +691,7 @@ if (typeof module !== "undefined") {
     explainNumber,
     logitLens,
     lookUp,
+    operandsOf,
     parseAddress,
     resolveAddress,
     valueAt,

@@ -278,9 +278,10 @@ function attentionPanel(app) {
         `${tokenName(app, Math.min(app.at.key, app.at.t))}. Select a cell, or walk with the arrow keys.`,
     ),
     ...pairStrips(app),
+    h("p", {}, WHY_ROOT),
     drawn(() =>
       table(
-        "One query, step by step; D: features of a head; the mask: −∞ for later tokens",
+        "One query, step by step; the mask: −∞ for later tokens",
         ["key", "q·k", "/ √D", "+ mask", "softmax"],
         queryRows(app),
         [1, 2, 3, 4],

@@ -2,7 +2,23 @@
 
 /* The drawer: how the selected number was computed. */
 const LARGEST = 8; // terms that are spelled out
+const TRAINED = ": weights. They were learned in training and computed from nothing: a chain ends here.";
 const ROUNDED = "The page has the weights in 16 bits: a checkpoint's number can differ in the fourth decimal.";
+
+/** The section that shows the numbers of a path: the first that matches. */
+const PLACES = [
+  [/^source/, "transformer"],
+  [/(attn|cross|mlp)_norm/, "norm"],
+  [/cross/, "transformer"],
+  [/^(logits|probs)/, "softmax"],
+  [/^(window|layers)/, "writing"],
+  [/^wte/, "embeddings"],
+  [/position/, "positions"],
+  [/feed_forward/, "mlp"],
+  [/\.attn\./, "attention"],
+  [/blocks|embed/, "residual"],
+  [/./, "gpt"],
+];
 
 /** The arithmetic of the selected number, term by term. Each operand leads to its own arithmetic. */
 class Drawer {
@@ -28,7 +44,7 @@ class Drawer {
 
   update() {
     const { app } = this;
-    const number = app.trace && app.at.number;
+    const { number } = app.at;
     element("drawer").classList.toggle("open", Boolean(number));
     document.body.classList.toggle("drawn-out", Boolean(number));
     opened = number ? app.resolvePath(parseAddress(number).path) : null;
@@ -53,11 +69,41 @@ class Drawer {
       ),
     );
     const rows = h("table", { class: "terms" }, h("tbody", {}, this.chosenTerms(y)));
-    const value = h("p", { class: "value", "data-value": y.value }, digits(y.value));
+    const value = h(
+      "div",
+      { class: "drawer-head" },
+      h("p", { class: "value", "data-value": y.value }, digits(y.value)),
+      h("span", {}, this.place(parseAddress(y.address).path)),
+    );
     const formula = h("p", { class: "formula" }, y.formula);
-    const more = [...this.more(y, wasOpen), h("p", { class: "rounded" }, ROUNDED)];
+    const trained = operandsOf(y).some(({ weight }) => weight);
+    const ends = trained && [h("b", { class: "weight" }, "Numbers in this colour"), TRAINED, " "];
+    const more = [...this.more(y, wasOpen), h("p", { class: "rounded" }, ends || null, ROUNDED)];
+    if (y.why) more.unshift(h("p", { class: "rounded" }, y.why));
     this.body.replaceChildren(head, value, formula, rows, ...more);
     if (focused) this.body.querySelector("button:not([disabled])")?.focus({ preventScroll: true });
+  }
+
+  /** A button that leads to the section of a path. */
+  place(path) {
+    const [, id] = PLACES.find(([pattern]) => pattern.test(path));
+    const panel = this.app.panels.find((each) => each.id === id);
+    const [number, ...name] = panel.chip.textContent.split(" ");
+    return button(`Show in section ${number} (${name.join(" ")})`, () => this.show(panel));
+  }
+
+  /** Go to a section, to the strip of numbers that the selected number is in, if there is one. */
+  async show(panel) {
+    const { number, trail } = this.app.state;
+    this.app.goTo(panel.id, { ...changesTo(number), trail });
+    for (let frame = 0; frame < 3; frame++) await new Promise(requestAnimationFrame); // until it is painted
+    const shows = ({ options, root, selected }) =>
+      options.part === opened && selected >= 0 && panel.root.contains(root) && !root.hidden;
+    const strip = [...strips].find(shows);
+    if (!strip) return;
+    strip.root.scrollIntoView({ block: "nearest", behavior: "instant" });
+    strip.canvas.focus({ preventScroll: true });
+    this.reveal();
   }
 
   title(y) {
@@ -66,7 +112,7 @@ class Drawer {
     if (path === "logits" || path === "probs") return `${y.title}: “${shown(tokenizer, at[1])}”`;
     const source = path.startsWith("source") || path.includes(".context.");
     const name = (t, ofSource) => `“${shown(tokenizer, (ofSource ? trace.source.idx : trace.idx)[t])}”`;
-    if (at.length === 2) return `${y.title} (${name(at[0], source)})`;
+    if (at.length < 3) return `${y.title} (${name(at[0], source)})`;
     return `${y.title} (${name(at[1], source)} to ${name(at[2], source || path.includes("cross_attn"))})`;
   }
 
@@ -79,18 +125,17 @@ class Drawer {
     if (others.length) rows.push(this.line(`the other ${others.length}`, addUp(others)));
     rows.push(...bias.map((term) => this.row(term)));
     if (y.terms.length > 1) rows.push(this.line("sum", y.sum, "sum"));
-    rows.push(...y.steps.map(({ text, value }) => this.line(text, value, "sum")));
+    rows.push(...y.steps.map(({ text, value, operand }) => this.line(text, value, "sum", operand)));
     return rows;
   }
 
-  row({ name, factors, value, exp }) {
-    const parts = factors.flatMap((factor, i) => [i ? " × " : null, this.factor(factor)]);
-    const what = exp === undefined ? parts : [...parts, ` → exp(${digits(exp)})`];
+  row({ name, parts, value }) {
+    const spelled = parts.map((part) => (typeof part === "string" ? part : this.operand(part)));
     return h(
       "tr",
       { "data-term": value },
       h("th", { scope: "row" }, this.named(name)),
-      h("td", {}, what),
+      h("td", {}, spelled),
       h("td", { class: "number" }, digits(value)),
     );
   }
@@ -106,7 +151,7 @@ class Drawer {
     return `${name} “${shown(tokenizer, keys[+i])}”`;
   }
 
-  factor({ value, address, name, weight }) {
+  operand({ value, address, name, weight }) {
     const text = digits(value);
     if (weight) return h("b", { class: "weight", title: name }, text);
     if (!address) return h("span", { title: name }, text);
@@ -117,11 +162,12 @@ class Drawer {
     });
   }
 
-  line(text, value, kind = "") {
+  line(text, value, kind = "", operand = null) {
     return h(
       "tr",
       { class: kind, "data-term": kind ? null : value },
-      h("th", { scope: "row", colspan: 2 }, text),
+      h("th", { scope: "row", colspan: operand ? 1 : 2 }, text),
+      operand && h("td", {}, this.operand(operand)),
       h("td", { class: "number" }, digits(value)),
     );
   }

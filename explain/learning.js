@@ -14,32 +14,34 @@ function needsSnapshots(app) {
 function learnedPanel(app) {
   const { steps } = app.data;
   let number = Math.min(2, steps.length - 2); // the first snapshot that shows some learning
+  let then = app; // with the text that is shown
   const value = (t) => (t ? digits(loss.values[t]) : "nothing predicts it");
   const loss = new Strip({
     label: "Loss of each token, in nats: −ln of the probability that it had",
-    describe: (t) => `${tokenName(app, t)}: ${value(t)}`,
+    describe: (t) => `${tokenName(then, t)}: ${value(t)}`,
   });
   const attention = new Strip({
     label: "Attention of the selected token",
-    describe: (s) => `to ${tokenName(app, s)}: ${percent(attention.values[s])}`,
+    describe: (s) => `to ${tokenName(then, s)}: ${percent(attention.values[s])}`,
   });
   const embedding = new Strip({ label: "Embedding of the selected token" });
   const question = () => {
     const { t, layer, head } = app.at;
     return { number, idx: app.trace.idx, source: app.source ?? null, t, layer, head };
   };
-  const result = answered(app, "learned", question, (answer) => {
+  const result = answered(app, "learned", question, (answer, asked) => {
+    then = asked;
     // show the present model until there is an answer, so that nothing moves
-    const { losses, probs, attention: weights, wte } = answer ?? presentNumbers(app);
+    const { losses, probs, attention: weights, wte } = answer ?? presentNumbers(then);
     loss.show([NaN, ...losses]);
     if (weights) attention.show(Array.from(weights));
     embedding.show(Array.from(wte));
     const heads = [`after step ${count(steps[number])}`, "now"];
     return [
       h("p", { role: "status", "data-loss": meanOf(losses) }, answer ? learnedText(app, steps[number], losses) : "…"),
-      lossRow(app, losses),
+      lossRow(then, losses),
       loss.root,
-      comparison(app, `Next token after position ${app.at.t}`, heads, [probs, app.probs()]),
+      comparison(then, `Next token after position ${then.at.t}`, heads, [probs, then.probs()]),
       weights ? attention.root : null,
       embedding.root,
     ];

@@ -23,6 +23,7 @@ forward() returns a trace, all that was computed on the way, under the names of 
       input               (T, C), the residual stream that enters
       attn_norm           a norm: input, output (T, C), and T numbers: mean and std of layernorm, rms of rmsnorm
       attn                q_proj, k_proj, v_proj; q_norm, k_norm with qk_norm; q, k (rotated, if they are) and v;
+                          with qk_norm also q_rms, k_rms (T, H), by which q_norm and k_norm are divided;
                           scores = q k / sqrt(D) and weights (H, T, S); heads (T, H D), side by side; o_proj (T, C)
       after_attn          (T, C), the residual stream
       cross_norm, cross_attn, after_cross     the same of a decoder; context has k_proj, v_proj, k_norm, k, v: (S, ...)
@@ -366,29 +367,32 @@ function weightedMean(weights, v, from, sums) {
 
 function queries(x, weights, config) {
   const q_proj = linear(x, weights.q_proj);
-  const q_norm = config.qk_norm ? normHeads(q_proj, config) : null;
-  return { q_proj, q_norm, q: q_norm ?? q_proj };
+  if (!config.qk_norm) return { q_proj, q: q_proj };
+  const [q_norm, q_rms] = normHeads(q_proj, config);
+  return { q_proj, q_rms, q_norm, q: q_norm };
 }
 
 function keysAndValues(x, weights, config) {
   const k_proj = linear(x, weights.k_proj);
   const v_proj = linear(x, weights.v_proj);
-  const k_norm = config.qk_norm ? normHeads(k_proj, config) : null;
-  return { k_proj, v_proj, k_norm, k: k_norm ?? k_proj, v: v_proj };
+  if (!config.qk_norm) return { k_proj, v_proj, k: k_proj, v: v_proj };
+  const [k_norm, k_rms] = normHeads(k_proj, config);
+  return { k_proj, v_proj, k_rms, k_norm, k: k_norm, v: v_proj };
 }
 
-/** qk_norm: the RMS norm of each head, without a trained scale. */
+/** qk_norm: the RMS norm of each head, without a trained scale, and the root mean squares, (T, H). */
 function normHeads(x, config) {
   const D = headSize(config);
   const y = makeRows(lengthsOf(x));
+  const rms = makeRows(x.map((row) => row.length / D));
   x.forEach((row, t) => {
     for (let from = 0; from < row.length; from += D) {
       const head = row.subarray(from, from + D);
-      const rms = rootMeanSquare(head, FLOAT32_EPS);
-      for (let i = 0; i < D; i++) y[t][from + i] = head[i] / rms;
+      const root = (rms[t][from / D] = rootMeanSquare(head, FLOAT32_EPS));
+      for (let i = 0; i < D; i++) y[t][from + i] = head[i] / root;
     }
   });
-  return y;
+  return [y, rms];
 }
 
 /** x: (T, C), which follow the tokens of `before`, the trace of this function for them. */

@@ -28,25 +28,40 @@ function renewed(old, fresh) {
   return old;
 }
 
-/** An element that draw(answer) draws from the worker's answer to question(), or draw(null) before there is one. */
+/** An element that draw(answer, then) draws from the worker's answer to question(), or from null before there is one.
+
+then: the app with the text and the selection that the question was about. While the model writes, answers come later
+than tokens, and each is drawn with its own text. */
 function answered(app, topic, question, draw) {
-  let answer = null;
-  let asked = "null";
-  const result = drawn(() => draw(answer));
+  let [answer, then] = [null, app];
+  let [asked, drawnFor] = ["null", "null"];
+  let waiting = false;
+  const result = drawn(() => draw(answer, then));
+  const take = (...taken) => {
+    [answer, then, drawnFor] = taken;
+    waiting = false;
+    result.root.classList.remove("outdated");
+    result.update();
+  };
   const update = async () => {
     const now = question() || null;
     const text = JSON.stringify(now);
-    if (text === asked) return result.update();
-    asked = text;
-    if (!now) answer = null;
-    else {
-      if (!result.root.hasChildNodes()) result.update();
-      const found = await app.desk.ask(topic, now);
-      if (asked !== text) return;
-      if (!app.trace || JSON.stringify(question() || null) !== text) return void (asked = ""); // ask it again later
-      answer = found;
+    const view = Object.assign(Object.create(app), { trace: app.trace, at: app.at });
+    if (!now || text === drawnFor) {
+      asked = text;
+      return take(now && answer, view, text);
     }
-    result.update();
+    if (!answer) {
+      then = view;
+      result.update();
+    }
+    result.root.classList.add("outdated");
+    if (text === asked || (waiting && app.going)) return; // a newer question would drop this one
+    asked = text;
+    waiting = true;
+    const found = await app.desk.ask(topic, now);
+    if (asked !== text) return;
+    take(found, view, text);
   };
   return { root: result.root, update };
 }
@@ -378,7 +393,10 @@ function writingPanel(app) {
     sentence(() => {
       const { greedy, temperature } = app.state.sampling;
       if (greedy) return "Greedy: the most probable token is appended. It soon repeats itself.";
-      return `A token is drawn, at temperature ${temperature}: the section on softmax has it, and filters.`;
+      return (
+        `A token is drawn at random, each with its probability at temperature ${temperature}. The section on softmax ` +
+        `explains the temperature, and filters that leave out unlikely tokens.`
+      );
     }),
     sentence(() => windowText(app)),
     drawn(() => table("The last tokens of the context", ["position", "token", "id"], contextRows(app), [0, 2])),
@@ -609,8 +627,9 @@ function softmaxPanel(app) {
 }
 
 const FILTERS =
-  "Logits are divided by the temperature: below 1 the likely become likelier. Top-k keeps the k likeliest tokens, " +
-  "top-p the likeliest that together have p, min-p those that have min-p times the most of any.";
+  "Logits are divided by the temperature: below 1 the likely become likelier. Top-k keeps only the k likeliest tokens. " +
+  "Top-p keeps the fewest of the likeliest whose probabilities add up to p. Min-p keeps the tokens that are at least " +
+  "min-p times as probable as the likeliest one.";
 
 function softmaxText(app) {
   const logits = Array.from(app.logits().subarray(0, app.model.tokenizer_vocab_size));
@@ -729,10 +748,10 @@ function branchSwitches(app, off, result) {
 
 function switchedOff(app, off) {
   const question = () => off.size && { names: [...off], ...untilSelected(app) };
-  return answered(app, "off", question, (answer) => {
+  return answered(app, "off", question, (answer, then) => {
     if (!answer) return h("p", { class: "quiet" }, "All branches are on.");
     const caption = "Next token with all branches, and with what is left";
-    return comparison(app, caption, ["all", "left"], [app.probs(), answer.probs]);
+    return comparison(app, caption, ["all", "left"], [then.probs(), answer.probs]);
   });
 }
 
@@ -804,12 +823,12 @@ function normPanel(app) {
   const path = () => blockPath(app, norms[chosen]);
   const parts = [
     rowStrip(app, "before", () => `${path()}.input`),
-    sentence(() => normText(app, lookUp(app.trace, path()))),
+    sentence(() => normText(app, path())),
     weightStrip(app, "trained gain: a factor for each feature", "weight", path),
     ...(app.config.bias && app.config.norm === "layernorm" ? [weightStrip(app, "trained bias", "bias", path)] : []),
     rowStrip(app, "after", () => `${path()}.output`),
   ];
-  const choose = picker(
+  const root = picker(
     "Norm",
     norms.map((name) => `${where} ${BRANCH_NAMES[name.replace("_norm", "")]}`),
     0,
@@ -818,21 +837,30 @@ function normPanel(app) {
       parts.forEach((part) => part.update());
     },
   );
-  return assemble(controlRow(layerPicker(app), choose), ...parts);
+  let followed = null;
+  const follow = () => {
+    const of = norms.findIndex((name) => app.at.number?.includes(`.${name}.`));
+    if (of >= 0 && followed !== app.at.number) root.set((chosen = of));
+    followed = app.at.number;
+  };
+  return assemble(controlRow(layerPicker(app), { root, update: follow }), ...parts);
 }
 
-function normText(app, norm) {
+function normText(app, path) {
   const { t } = app.at;
-  if (norm.mean)
-    return (
-      `Mean ${digits(norm.mean[t])}, standard deviation ${digits(norm.std[t])}: from each feature the mean is ` +
-      `subtracted, then it is divided by the deviation and multiplied by its trained ` +
-      `gain${app.config.bias ? " and given its bias" : ""}.`
-    );
-  return (
-    `Root mean square ${digits(norm.rms[t])}: each feature is divided by it and multiplied by its trained ` +
-    `gain. RMSNorm subtracts no mean.`
-  );
+  const norm = lookUp(app.trace, path);
+  const link = (name) =>
+    button(digits(norm[name][t]), () => app.open(`${path}.${name}:${t}`), { class: "operand" });
+  if (!norm.mean)
+    return [
+      ...["Root mean square ", link("rms"), ": each feature is divided by it and multiplied by its trained gain. "],
+      "RMSNorm subtracts no mean.",
+    ];
+  return [
+    ...["Mean ", link("mean"), ", standard deviation ", link("std"), ": from each feature the mean is subtracted, "],
+    "then it is divided by the deviation and multiplied by its trained gain",
+    app.config.bias ? " and given its bias." : ".",
+  ];
 }
 
 function needsNorm(app) {
@@ -850,13 +878,13 @@ function dropoutPanel(app) {
     if (state.drawnFor !== JSON.stringify(asked)) return null;
     return { ...asked, p: state.p, seeds: Array.from({ length: THINNED }, (_, i) => state.seed + i) };
   };
-  const results = answered(app, "thinned", question, (answer) => {
+  const results = answered(app, "thinned", question, (answer, then) => {
     if (!answer) return h("p", { class: "quiet" }, "Draw thinned networks to see what each of them predicts.");
     const { results } = answer;
     const mean = results[0].map((_, id) => results.reduce((sum, probs) => sum + probs[id], 0) / THINNED);
     const caption = `Next token by ${THINNED} thinned networks, by their mean, and by the whole network`;
     const heads = [...results.map((_, i) => `${i + 1}`), "mean", "whole"];
-    return comparison(app, caption, heads, [...results, mean, app.probs()]);
+    return comparison(app, caption, heads, [...results, mean, then.probs()]);
   });
   const draw = () => {
     state.seed += THINNED;
@@ -989,23 +1017,23 @@ const POSITION_PARTS = { learned: positionHeat, sinusoidal: positionHeat, rotary
 
 /** The prediction with the selected token and the one before it swapped. */
 function swapTokens(app) {
-  const place = () => Math.min(app.at.t, app.trace.idx.length - 2);
+  const place = ({ at, trace }) => Math.min(at.t, trace.idx.length - 2);
   const question = () => {
     const idx = [...app.trace.idx];
-    const t = place();
+    const t = place(app);
     if (t < 1 || idx[t] === idx[t - 1]) return null;
     [idx[t - 1], idx[t]] = [idx[t], idx[t - 1]];
     return { idx, source: app.source ?? null };
   };
-  return answered(app, "other", question, (answer) => {
-    const t = place();
+  return answered(app, "other", question, (answer, then) => {
+    const t = place(then);
     if (!answer)
       return h("p", { class: "quiet" }, "Select a token that differs from the one before it, with one after it.");
-    const last = app.trace.idx.length - 1;
-    app.ensureLogits(last);
-    const names = [t - 1, t].map((i) => `${i} ${tokenName(app, i)}`).join(" and ");
+    const last = then.trace.idx.length - 1;
+    then.ensureLogits(last);
+    const names = [t - 1, t].map((i) => `${i} ${tokenName(then, i)}`).join(" and ");
     const caption = `Next token after the text, and after the same with tokens ${names} swapped`;
-    return comparison(app, caption, ["as typed", "swapped"], [app.trace.probs[last], answer.probs]);
+    return comparison(app, caption, ["as typed", "swapped"], [then.trace.probs[last], answer.probs]);
   });
 }
 
@@ -1109,11 +1137,12 @@ const PANELS = [
     id: "leaf",
     alone: true,
     title: "Start from zero",
+    short: "Start",
     chapter: "A simple neural network",
     build: leafPanel,
     intro:
       "A toy, not your model: the first network of the article “Understanding LLMs from Scratch Using Middle " +
-      "School Math”, which tells leaves from flowers. Your model is made of the same sums, of more. Select a neuron.",
+      "School Math”, which tells leaves from flowers. Your model consists of sums like these, only of many more. Select a neuron.",
   },
   {
     id: "training",

@@ -25,6 +25,7 @@ class Picture {
     if (app.encodes) this.stage("Encoder", this.part("encoder", "read once", "transformer", encoded));
     for (let i = 0; i < config.n_layer; i++) this.layer(i);
     this.stage("Output", this.part("head", stack ? "norm, head" : "head", "softmax", (part) => this.paintHead(part)));
+    walkable(this.flow)();
     onLight = (origin, read) => this.light(origin, read);
   }
 
@@ -34,10 +35,8 @@ class Picture {
     const adds = h("span", { class: "adds" });
     const where = layer === null ? "" : `Layer ${layer + 1}: `;
     const press = () => this.app.goTo(section, layer === null ? {} : { layer, key: -1 });
-    const root = button([canvas, h("span", { class: "part-name" }, label, adds)], press, {
-      class: `part ${name.replace(/^\d+\./, "")}`,
-      "aria-label": `${where}${label}`,
-    });
+    const title = h("span", { class: "part-name" }, h("span", { class: "unseen" }, where), `${label} `, adds);
+    const root = button([canvas, title], press, { class: `part ${name.replace(/^\d+\./, "")}` });
     const made = { root, canvas, adds, paint };
     this.parts.set(name, made);
     return root;
@@ -73,11 +72,6 @@ class Picture {
 
   update() {
     const { app } = this;
-    element("model").classList.toggle("empty", !app.trace);
-    if (!app.trace) {
-      element("picture-title").textContent = "Greyed: the last text that could be read";
-      return;
-    }
     this.most = this.largestOfStream();
     this.addUp();
     for (const part of this.parts.values()) part.paint?.(part);

@@ -49,7 +49,7 @@ function readAddress(hash, sections, texts) {
   return state;
 }
 
-const ADDRESS = /^\w+(\.\w+)*:\d+(,\d+){1,2}$/;
+const ADDRESS = /^\w+(\.\w+)*(:\d+(,\d+){1,2}|\.(mean|std|rms):\d+)$/;
 
 /** The address of a state: its texts, and its differences from the initial state. */
 function writeAddress(state) {
@@ -92,8 +92,8 @@ function changesTo(address) {
   if (layer) changes.layer = +layer[1];
   const ofSource = path.startsWith("source") || path.includes(".context.");
   if (at.length === 3) Object.assign(changes, { head: at[0], key: at[2] });
-  if (!ofSource) changes.t = at.at(-2);
-  else if (at.length === 2) changes.key = at[0];
+  if (!ofSource) changes.t = at.at(-2) ?? at[0];
+  else if (at.length < 3) changes.key = at[0];
   if (path === "logits" || path === "probs") changes.next = at[1];
   return changes;
 }

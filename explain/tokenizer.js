@@ -3,13 +3,15 @@
 /* Text -> token ids -> text, as humptygpt/tokenizers.py and the libraries that it uses do it, step by step.
 
 makeTokenizer(data) returns
-  encode(text)    token ids; throws an Error, with the reason, for text that it has no tokens for
+  encode(text)    token ids; a character that has none is left out
+  skipped(text)   the characters that are left out: char, and at, the number of tokens before it
   split(text)     how it came to them: the parts of the text that are encoded by themselves, each
                     symbols    what it starts with: characters, or single bytes
                     merges     the merges, in their order: at (number of the left symbol), piece (what the two become),
                                rank (the lowest is merged first; of equal ones the leftmost)
                     scores     of unigram instead: log-probability of each token
-                    tokens     the result: piece and ids, which are several where a character is spelled in bytes
+                    tokens     the result: piece and ids: none for a character that is left out, several for one that
+                               is spelled in bytes
   decode(ids)     text; bytes that are not UTF-8 become U+FFFD
   pieces, vocab_size, eot, start    as in tokenizer.py
 Bytes are written as strings of characters up to U+00FF. Text is taken by code points: for..of and [...text]. */
@@ -29,6 +31,12 @@ function makeTokenizer(data) {
     start: [data.eot ?? Math.max(lineBreak, 0)],
     split,
     encode: (text) => split(text).flatMap((part) => part.tokens.flatMap((token) => token.ids)),
+    skipped(text) {
+      let at = 0;
+      return split(text).flatMap(({ tokens }) =>
+        tokens.flatMap(({ piece, ids }) => ((at += ids.length), ids.length ? [] : [{ char: piece, at }])),
+      );
+    },
     decode: (ids) => decodeBytes(ids.map((id) => pieces[id])),
   };
 }
@@ -45,18 +53,7 @@ function decodeBytes(pieces) {
   return pieces.map((piece) => decoder.decode(piece, { stream: true })).join("") + decoder.decode();
 }
 
-function codePoint(char) {
-  return `U+${char.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
-}
-
-/** Return the text. Throws an Error if it has half of a pair of UTF-16 units, which is no character. */
-function checked(text) {
-  const lone = text.match(/\p{Surrogate}/u);
-  if (lone) throw new Error(`${codePoint(lone[0])} is not valid UTF-8`);
-  return text;
-}
-
-/** The bytes of a text in UTF-8, as a string of as many characters. */
+/** The bytes of a text in UTF-8, as a string of as many characters. Half of a pair of UTF-16 units becomes U+FFFD. */
 function utf8(text) {
   return Array.from(new TextEncoder().encode(text), (byte) => String.fromCharCode(byte)).join("");
 }
@@ -66,17 +63,13 @@ function utf8(text) {
 
 function charTokenizer({ alphabet }) {
   const ids = new Map([...alphabet].map((char, id) => [char, id]));
-  const token = (char) => {
-    if (ids.has(char)) return { piece: char, ids: [ids.get(char)] };
-    const known = `the ${ids.size} characters of this tokenizer`;
-    throw new Error(`character '${char}' (${codePoint(char)}) is not among ${known}`);
-  };
+  const token = (char) => ({ piece: char, ids: ids.has(char) ? [ids.get(char)] : [] });
   return (text) => [{ symbols: [...text], merges: [], tokens: Array.from(text, token) }];
 }
 
 function byteTokenizer() {
   const token = (char) => ({ piece: char, ids: Array.from(utf8(char), (byte) => byte.charCodeAt(0)) });
-  return (text) => [{ symbols: [...checked(text)], merges: [], tokens: Array.from(text, token) }];
+  return (text) => [{ symbols: [...text], merges: [], tokens: Array.from(text, token) }];
 }
 
 // --------------------------------------------------------------------------------------
@@ -123,7 +116,7 @@ function bytePairTokenizer(data, pieces) {
     const found = ids.has(word) ? [word] : left;
     return { symbols, merges, tokens: found.map((piece) => ({ piece, ids: [ids.get(piece)] })) };
   };
-  return (text) => (checked(text).match(GPT2_PATTERN) ?? []).map(encodeWord);
+  return (text) => (text.match(GPT2_PATTERN) ?? []).map(encodeWord);
 }
 
 // --------------------------------------------------------------------------------------
@@ -137,7 +130,7 @@ function sentencePieceTokenizer({ model_type, scores, byte_ids }, pieces) {
   const token = (piece) => (ids.has(piece) ? { piece, ids: [ids.get(piece)] } : spelled(piece));
   const encodePart = { bpe: encodeByMerges, unigram: encodeByScores }[model_type](ids, scores.map(Math.fround), token);
   return (text) =>
-    checked(text)
+    text
       .split(/([\n▁])/)
       .filter((part) => part)
       .map((part) => {

@@ -19,7 +19,7 @@ async function main() {
   else new App(desk, data, model, makeTokenizer(data.tokenizer)).start();
 }
 
-/** state: as requested; at: the state limited to the trace; trace: of the texts in `read`, null if they have none. */
+/** state: as requested; at: the state limited to the trace; trace: of the texts in `read`, null before the first. */
 class App {
   constructor(desk, data, model, tokenizer) {
     Object.assign(this, { desk, data, model, tokenizer, config: model.config });
@@ -59,8 +59,10 @@ class App {
     element("greedy").onchange = ({ target }) =>
       this.change({ sampling: { ...this.state.sampling, greedy: target.checked } });
     element("write-one").onclick = () => this.writeOne();
+    element("skip").onclick = () => this.goTo(this.sections[1]);
     element("go-on").onclick = () => (this.going ? this.stop() : this.goOn());
     listenToTokens(this);
+    this.enterBars = walkable(element("bars"), { across: 2 });
     this.picture = new Picture(this);
     this.drawer = new Drawer(this);
     this.buildPanels();
@@ -111,15 +113,17 @@ class App {
     return this.settled;
   }
 
-  take({ problem = "", ids, lost }, begin) {
+  take({ problem, ids, lost, skipped }, begin) {
     const { text, source } = this.state;
     this.pending = false;
     this.rest();
-    this.read = problem ? null : { text, source, ids, lost };
-    this.trace = problem ? null : this.desk.trace;
-    this.tell(problem || this.lostText());
+    if (problem) return this.tell(problem);
+    this.read = { text, source, ids, lost, skipped };
+    this.trace = this.desk.trace;
+    for (const id of ["text", "source"]) element(id).setAttribute("aria-invalid", skipped[id].length > 0);
+    this.tell(`${this.skippedText()} ${this.lostText()}`.trim());
     this.draw();
-    if (!problem) this.measure(begin);
+    this.measure(begin);
   }
 
   /** Mark the page as at rest if nothing is under way. */
@@ -128,13 +132,21 @@ class App {
     element("page").ariaBusy = !this.complete || this.pending || Boolean(this.going) || open;
   }
 
-  /** Explain below the field why its text has no tokens, or which part of it is not read. */
+  /** Explain below the field which part of its text is not read, or why none is. */
   tell(text) {
     element("problem").textContent = text;
     element("problem").hidden = !text;
-    const failed = !this.trace;
-    for (const id of ["text", "source"]) element(id).setAttribute("aria-invalid", failed);
-    document.body.classList.toggle("no-numbers", failed);
+  }
+
+  skippedText() {
+    const { text, source } = this.read.skipped;
+    const unknown = [...new Set([...source, ...text].map(({ char }) => `“${signs(char)}”`))];
+    if (!unknown.length) return "";
+    const alphabet = this.tokenizer.pieces.map((_, id) => shown(this.tokenizer, id));
+    return (
+      `This model does not know ${firstOf(unknown, ", ")}: ${unknown.length === 1 ? "it is" : "they are"} skipped. ` +
+      `Its ${count(alphabet.length)} characters: ${firstOf(alphabet, " ")}`
+    );
   }
 
   lostText() {
@@ -253,11 +265,13 @@ class App {
 
   /** The paths of the numbers that a part is computed from. */
   operandsOf(part) {
-    const sizes = /\.(scores|weights)$/.test(part) ? [this.at.head, this.at.t, 0] : [this.at.t, 0];
+    let at = [this.at.t, 0];
+    if (/\.(scores|weights)$/.test(part)) at = [this.at.head, ...at];
+    if (/\.(mean|std|rms)$/.test(part)) at = [this.at.t];
     try {
-      const { terms } = explainNumber(this.model, this.trace, `${part}:${sizes}`);
-      const factors = terms.flatMap((term) => term.factors).filter(({ address }) => address);
-      return [...new Set(factors.map(({ address }) => this.resolvePath(parseAddress(address).path)))];
+      const operands = operandsOf(explainNumber(this.model, this.trace, `${part}:${at}`));
+      const addresses = operands.map(({ address }) => address).filter(Boolean);
+      return [...new Set(addresses.map((address) => this.resolvePath(parseAddress(address).path)))];
     } catch {
       return []; // the part belongs to another text until its strip is redrawn
     }
@@ -269,18 +283,18 @@ class App {
   buildPanels() {
     const nav = element("sections");
     const chip = (id, number, title, name) => {
-      const label = [h("span", { class: "chip-number" }, number), name];
-      const attributes = { "aria-label": number ? `${number}: ${title}` : title };
-      return nav.appendChild(button(label, () => this.goTo(id), attributes));
+      const label = [h("span", { class: "chip-number" }, number), ` ${name}`];
+      return nav.appendChild(button(label, () => this.goTo(id), { title: title === name ? null : title }));
     };
     const add = (panel, pressed, place, [tag, level], ...number) => {
       const heading = h(level, { id: `title-${panel.id}`, tabindex: -1 }, ...number, panel.title);
       const body = h("div", { class: "panel-body" });
       const root = h(tag, { id: panel.id, "aria-labelledby": `title-${panel.id}` }, heading, body);
       place.append(root);
-      this.panels.push({ ...panel, root, heading, body, chip: pressed, built: null, visible: false, dirty: true });
+      const made = { root, heading, body, chip: pressed, built: null, visible: false, dirty: true };
+      this.panels.push({ ...panel, ...made });
     };
-    this.overview = chip("model", "", "The model", "The model");
+    this.overview = chip("model", "", "The model", "Model");
     const missing = PANELS.filter((panel) => panel.missing?.(this));
     const present = PANELS.filter((panel) => !missing.includes(panel));
     present.forEach((panel, i) => {
@@ -288,11 +302,13 @@ class App {
       add(panel, pressed, element("panels"), ["section", "h2"], h("span", { class: "count" }, i + 1));
     });
     if (missing.length) {
-      const pressed = chip(missing[0].id, "", ELSEWHERE, ELSEWHERE);
+      const pressed = chip(missing[0].id, "", ELSEWHERE, "Missing here");
       const end = h("section", { class: "elsewhere" }, h("h2", {}, ELSEWHERE));
       element("panels").append(end);
       for (const panel of missing) add(panel, pressed, end, ["article", "h3"]);
     }
+    this.enterSections = walkable(nav, { entry: () => this.chipOfNow() });
+    hintAtMore(nav);
     const watch = new IntersectionObserver((entries) => this.scrolled(entries), { rootMargin: "150px 0px" });
     const sizes = new ResizeObserver((entries) => this.keepPlace(entries));
     for (const { root } of this.panels) {
@@ -378,8 +394,13 @@ class App {
     this.keepSoon();
   }
 
+  chipOfNow() {
+    return this.panels.find(({ id }) => id === this.state.section)?.chip ?? this.overview;
+  }
+
   markSection() {
-    const current = this.panels.find(({ id }) => id === this.state.section)?.chip ?? this.overview;
+    const current = this.chipOfNow();
+    this.enterSections();
     for (const chip of element("sections").children) chip.setAttribute("aria-current", chip === current);
     element("sections").scrollLeft = current.offsetLeft - element("sections").offsetLeft - 60;
   }
@@ -414,7 +435,8 @@ class App {
 
   draw() {
     element("greedy").checked = this.state.sampling.greedy;
-    if (this.trace) this.resolve();
+    if (!this.trace) return;
+    this.resolve();
     showTokens(this);
     showBars(this);
     this.picture.update();
@@ -444,7 +466,6 @@ class App {
       panel.built = missing ? { nodes: [missingNote(missing)], update() {} } : panel.build(this);
       const chapter = panel.chapter && ` In plain Python: “${panel.chapter}” in from_scratch.py.`;
       panel.body.replaceChildren(h("p", { class: "intro" }, panel.intro, chapter), ...panel.built.nodes);
-      panel.root.classList.toggle("of-text", !missing && !panel.alone);
     }
     if (!this.trace) return;
     panel.dirty = false;
@@ -500,6 +521,7 @@ class App {
     }
     const { complete } = this;
     this.complete = false; // the page is not at rest until its sections have the new text
+    for (const panel of this.panels) panel.dirty = true;
     if (wanted() || !this.going) this.stop();
     await this.renderAll();
     this.complete ||= complete;
@@ -522,6 +544,8 @@ class App {
   }
 }
 
+/** The first of many texts. */
+const firstOf = (texts, separator) => texts.slice(0, 100).join(separator) + (texts.length > 100 ? " …" : "");
 const counted = (n, what) => `${n.toLocaleString("en")} ${what}${n === 1 ? "" : "s"}`;
 const tokens = (n) => counted(n, "token");
 
@@ -552,9 +576,11 @@ function missingNote([text, config]) {
   return h("div", { class: "missing" }, h("p", {}, text), h("p", {}, "A run that has it: ", command));
 }
 
+const signs = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+
 /** The text of a token, with signs for invisible characters, and bytes that are no character by themselves in hex. */
 function shown(tokenizer, id) {
-  const text = tokenizer.decode([id]).replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+  const text = signs(tokenizer.decode([id]));
   if (!/[\ufffd\p{Cc}]/u.test(text)) return text;
   const hexadecimal = (byte) => `x${byte.toString(16).toUpperCase().padStart(2, "0")}`;
   return Array.from(tokenizer.pieces[id], hexadecimal).join(" ");
@@ -571,11 +597,11 @@ function likeliest(probs, n) {
   return best;
 }
 
-/** The tokens, one of which is selected. */
+/** The tokens, one of which is selected, and the characters that were skipped between them. */
 function showTokens(app) {
   const { tokenizer, trace, at } = app;
   const list = element("tokens");
-  if (!trace) return list.replaceChildren();
+  for (const skipped of list.querySelectorAll("s")) skipped.remove();
   while (list.children.length > trace.idx.length) list.lastChild.remove();
   trace.idx.forEach((id, t) => {
     const item = list.children[t] ?? list.appendChild(h("button", { type: "button" }, " "));
@@ -590,39 +616,66 @@ function showTokens(app) {
     if (item.ariaPressed !== `${chosen}`) item.ariaPressed = chosen;
   });
   const chosen = list.children[at.t];
+  showSkipped(app, [...list.children]);
   list.scrollTop = chosen.offsetTop - list.offsetTop - list.clientHeight + chosen.offsetHeight + 8;
   list.scrollLeft = chosen.offsetLeft - list.offsetLeft - list.clientWidth + chosen.offsetWidth + 8;
+}
+
+function showSkipped({ read, trace }, items) {
+  const begin = trace.idx.length + (read.lost?.target ?? 0) - read.ids.length; // where the field's first token is
+  for (const { char, at } of read.skipped.text) {
+    const place = begin + at;
+    if (place < 0 || place > items.length) continue; // beyond the context
+    element("tokens").insertBefore(h("s", { title: "unknown to this model: skipped" }, signs(char)), items[place] ?? null);
+  }
 }
 
 /** A click selects a token, and the arrow keys move the selection. The list listens, since a text has many tokens. */
 function listenToTokens(app) {
   const list = element("tokens");
-  list.onclick = ({ target }) => target !== list && app.select({ t: [...list.children].indexOf(target) });
-  list.onpointerover = ({ target }) => target !== list && (target.title = target.ariaLabel);
+  const items = list.getElementsByTagName("button");
+  const tokenAt = ({ target }) => [...items].indexOf(target);
+  list.onclick = (event) => tokenAt(event) >= 0 && app.select({ t: tokenAt(event) });
+  list.onpointerover = (event) => tokenAt(event) >= 0 && (event.target.title = event.target.ariaLabel);
   list.onkeydown = (event) => {
     const { t } = app.at;
-    const to = { ArrowLeft: t - 1, ArrowRight: t + 1, Home: 0, End: list.children.length - 1 }[event.key];
-    if (!list.children[to]) return;
+    const to = { ArrowLeft: t - 1, ArrowRight: t + 1, Home: 0, End: items.length - 1 }[event.key];
+    if (!items[to]) return;
     event.preventDefault();
     app.select({ t: to });
-    list.children[to].focus();
+    items[to].focus();
   };
+}
+
+/** Buttons that scroll a list, if it is wider than its place. */
+function hintAtMore(list) {
+  const [back, on] = list.parentElement.querySelectorAll(".more");
+  const mark = () => {
+    list.parentElement.classList.toggle("wide", list.scrollWidth > list.parentElement.clientWidth);
+    back.disabled = list.scrollLeft < 1;
+    on.disabled = list.scrollLeft + list.clientWidth > list.scrollWidth - 1;
+  };
+  back.onclick = () => list.scrollBy(-0.6 * list.clientWidth, 0);
+  on.onclick = () => list.scrollBy(0.6 * list.clientWidth, 0);
+  list.addEventListener("scroll", mark, { passive: true });
+  new ResizeObserver(mark).observe(list);
 }
 
 /** The most probable next tokens. A bar appends its token, and its number leads to its sum. */
 function showBars(app) {
   const { tokenizer, at } = app;
   const list = element("bars");
-  if (!app.trace) return list.replaceChildren();
   const best = likeliest(app.probs(), SHOWN);
   const last = at.t === app.trace.idx.length - 1;
   element("bars-title").textContent = last ? "Next token" : `After position ${at.t}`;
+  const bar = last ? "A bar appends its token." : "A bar goes on from here with its token.";
+  element("bars-key").textContent = `${bar} A percentage shows how it was computed.`;
   while (list.children.length > best.length) list.lastChild.remove();
   best.forEach((id, i) => {
     const [choose, number] = (list.children[i] ?? list.appendChild(barItem(app))).children;
     const p = app.probs()[id];
-    const text = shown(tokenizer, id);
-    choose.firstChild.textContent = { "⏎": "⏎ new line", "␣": "␣ space" }[text] ?? text;
+    const text = { "⏎": "⏎ new line", "␣": "␣ space" }[shown(tokenizer, id)] ?? shown(tokenizer, id);
+    choose.firstChild.textContent = text;
     choose.lastChild.firstChild.style.width = `${100 * p}%`;
     choose.setAttribute("aria-label", last ? `append ${text}` : `go on with ${text} after position ${at.t}`);
     number.textContent = percent(p);
@@ -630,6 +683,7 @@ function showBars(app) {
     number.setAttribute("aria-pressed", id === at.next);
     for (const press of [choose, number]) Object.assign(press.dataset, { id, p });
   });
+  app.enterBars();
 }
 
 function barItem(app) {

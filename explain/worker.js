@@ -118,7 +118,8 @@ const TOPICS = {
     const trace = await computer.trace(read.idx, options, wanted, computer.nearest(read.idx, read.source));
     if (!trace) return null;
     computer.read = read;
-    return { ids: read.ids, lost: read.lost, news: computer.news(trace) };
+    const skipped = { text: computer.tokenizer.skipped(text), source: computer.tokenizer.skipped(source) };
+    return { ids: read.ids, lost: read.lost, skipped, news: computer.news(trace) };
   },
 
   /** The prediction after these tokens with branches switched off. names: as dropout() of forward() gives them. */
