@@ -50,6 +50,19 @@ def test_a_shipped_config_has_the_settings_that_its_figures_were_measured_with(c
     assert different == recorded[in_config(config)]
 
 
+LADDER = sorted((ROOT / "config/article").glob("*"))
+
+
+@pytest.mark.parametrize("folder", LADDER, ids=lambda folder: folder.name)
+def test_the_runs_of_an_experiment_compute_in_the_same_dtypes(folder):
+    """The fastest dtype is not the same for each of them, nor on each machine."""
+    for config in folder.glob("*.py"):
+        keys = configurator.read([str(config)], ModelConfig, TrainConfig)
+        settings = vars(TrainConfig()) | keys
+        assert settings["dtype"] == "float32"
+        assert settings["optimizer"] == "adamw" or settings["muon_dtype"] == "float32"
+
+
 @pytest.mark.long
 def test_the_nursery_rhyme_is_memorised(capsys):
     config = str(ROOT / "config/humpty_dumpty.py")
