@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,18 @@ def test_the_runs_of_an_experiment_compute_in_the_same_dtypes(folder):
         settings = vars(TrainConfig()) | keys
         assert settings["dtype"] == "float32"
         assert settings["optimizer"] == "adamw" or settings["muon_dtype"] == "float32"
+
+
+def requirements(path: str) -> list[str]:
+    lines = (ROOT / path).read_text().splitlines()
+    return [x for line in lines if (x := re.sub(r"(^| +)#.*|^-r .*", "", line))]
+
+
+def test_pyproject_has_the_packages_of_the_requirements_files():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = project["optional-dependencies"]
+    assert requirements("requirements.txt") == project["dependencies"] + extra["all"]
+    assert ["humptygpt[all]", *requirements("requirements-dev.txt")] == extra["dev"]
 
 
 @pytest.mark.long
