@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from humptygpt.files import write_whole
 from humptygpt.tokenizers import Tokenizer
 
+# letters and digits, or signs; in UTF-8, a letter beyond ASCII has bytes from 0x80 on
+WORD = re.compile(rb"[\w'\x80-\xff]+|[^\w\s\x80-\xff]+")
 WORDS = 15  # words shown
 SHOWN = 45  # characters of text shown up to the end of each word
 
@@ -40,17 +42,19 @@ def surprising_words(
 ) -> list[tuple[str, float]]:
     """Find the words with the largest sum of nats, largest first. Returns (the text up to a word's end, its nats).
 
-    ids, nats: (T,). A word lies between spaces; a token that is partly in it counts for it.
+    ids, nats: (T,). A token that is partly in a word counts for it. Of a repeated word, only the largest sum is shown.
     """
     data = b"".join(tokenizer.pieces[i] for i in ids)
     ends = np.cumsum([len(tokenizer.pieces[i]) for i in ids])
-    spans = np.array([word.span() for word in re.finditer(rb"\S+", data)])
+    spans = np.array([word.span() for word in WORD.finditer(data)])
     first, last = np.searchsorted(ends, spans - [0, 1], "right").T
     total = np.append(0, np.cumsum(nats))
     sums = total[last + 1] - total[first]
-    words = []
-    for i in np.argsort(-sums)[:WORDS]:
-        _, end = spans[i]
+    words = {}
+    for i in np.argsort(-sums):
+        start, end = spans[i]
         shown = data[max(0, end - 2 * SHOWN) : end].decode("utf-8", "ignore")
-        words.append((" ".join(shown.split())[-SHOWN:], float(sums[i])))
-    return words
+        words.setdefault(data[start:end], (" ".join(shown.split())[-SHOWN:], sums[i]))
+        if len(words) == WORDS:
+            break
+    return [*words.values()]
