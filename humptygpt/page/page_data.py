@@ -141,9 +141,7 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict:
 
 def sentencepiece_data(tokenizer: SentencePieceTokenizer) -> dict:
     """Return the model_type, the score of each token (None if no text encodes to it), and the ids of bytes 0 to 255."""
-    from sentencepiece import SentencePieceProcessor
-
-    model = SentencePieceProcessor(model_proto=tokenizer.proto)
+    model = tokenizer.model
     scores = {i: model.get_score(i) for i in normal_ids(model)}
     merged = all(score.is_integer() for score in scores.values())
     return {

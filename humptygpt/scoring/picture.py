@@ -9,8 +9,6 @@ from matplotlib.figure import Figure
 from humptygpt.files import write_whole
 from humptygpt.tokenizers import Tokenizer
 
-# letters and digits, or signs; in UTF-8, a letter beyond ASCII has bytes from 0x80 on
-WORD = re.compile(rb"[\w'\x80-\xff]+|[^\w\s\x80-\xff]+")
 WORDS = 15  # words shown
 SHOWN = 45  # characters of text shown up to the end of each word
 
@@ -46,15 +44,17 @@ def surprising_words(
     """
     data = b"".join(tokenizer.pieces[i] for i in ids)
     ends = np.cumsum([len(tokenizer.pieces[i]) for i in ids])
-    spans = np.array([word.span() for word in WORD.finditer(data)])
+    # letters and digits, or signs; in UTF-8, a letter beyond ASCII has bytes from 0x80 on
+    words = re.finditer(rb"[\w'\x80-\xff]+|[^\w\s\x80-\xff]+", data)
+    spans = np.array([word.span() for word in words])
     first, last = np.searchsorted(ends, spans - [0, 1], "right").T
     total = np.append(0, np.cumsum(nats))
     sums = total[last + 1] - total[first]
-    words = {}
+    shown = {}
     for i in np.argsort(-sums):
         start, end = spans[i]
-        shown = data[max(0, end - 2 * SHOWN) : end].decode("utf-8", "ignore")
-        words.setdefault(data[start:end], (" ".join(shown.split())[-SHOWN:], sums[i]))
-        if len(words) == WORDS:
+        text = data[max(0, end - 2 * SHOWN) : end].decode("utf-8", "ignore")
+        shown.setdefault(data[start:end], (" ".join(text.split())[-SHOWN:], sums[i]))
+        if len(shown) == WORDS:
             break
-    return [*words.values()]
+    return [*shown.values()]
