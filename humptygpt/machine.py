@@ -261,7 +261,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         sys.stdout = None  # otherwise Python would fail again when it flushes at exit
         sys.exit(128 + 13)  # 13: SIGPIPE
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
+        # tiktoken_ext comes with tiktoken
+        package = (error.name or "").partition(".")[0].removesuffix("_ext")
         if package not in OPTIONAL:
             raise
         complain(f"this needs the package {package}: pip install {package}")

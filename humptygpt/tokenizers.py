@@ -171,7 +171,7 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         self.proto = proto
-        self._model = model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        self.model = model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         self.pieces = [
             sentencepiece_bytes(model.id_to_piece(i), model.is_byte(i))
             for i in range(1, model.vocab_size())
@@ -191,7 +191,7 @@ class SentencePieceTokenizer(Tokenizer):
         """Encode all texts in a single call to sentencepiece. A call for each sentence would take ten times as long."""
         split = [re.split("([\n▁])", text) for text in texts]
         plain = [part for part in chain(*split) if part not in self._separators]
-        encoded = iter(self._model.encode(plain, num_threads=1))
+        encoded = iter(self.model.encode(plain, num_threads=1))
         ids = (
             [self._separators.get(part) or next(encoded) for part in parts]
             for parts in split
@@ -204,7 +204,7 @@ class SentencePieceTokenizer(Tokenizer):
         return sum(
             counts[i]
             for i, piece in enumerate(self.pieces)
-            if self._model.is_byte(i + 1) and not 0x80 <= piece[0] < 0xC0
+            if self.model.is_byte(i + 1) and not 0x80 <= piece[0] < 0xC0
         )
 
     def state(self) -> dict:

@@ -65,7 +65,7 @@ def run_without(packages, *argv: str):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_training_and_sampling_need_only_torch_numpy_and_tqdm(folder):
+def test_training_by_the_clock_too_sampling_and_the_page_need_no_optional_package(folder):
     Path("own.txt").write_text(make_text())
     shape = ["--n_layer=1", "--n_embd=32", "--block_size=16", "--max_iters=2"]
     done = run_without(machine.OPTIONAL, "train.py", "--input=own.txt", *shape)
@@ -73,18 +73,20 @@ def test_training_and_sampling_need_only_torch_numpy_and_tqdm(folder):
     assert "no loss.png, because matplotlib is not installed" in done.stderr
     assert not Path("out/own/loss.png").exists()
     argv = ["sample.py", "--out_dir=out/own", "--num_samples=1", "--max_new_tokens=5"]
-    done = run_without(machine.OPTIONAL, *argv)
-    assert done.returncode == 0, done.stderr
+    page = ["explain.py", "--out_dir=out/own"]
+    for command in (argv, page, ["humptygpt/minutes/plan.py"]):
+        done = run_without(machine.OPTIONAL, *command)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
     ("package", "argv"),
     [
-        ("tiktoken", "prepare_data.py a --input=own.txt --tokenizer=gpt2"),
         (
             "tokenizers",
             "prepare_data.py a --input=own.txt --tokenizer=bpe --vocab_size=300",
         ),
+        ("tiktoken,tiktoken_ext", "prepare_data.py a --input=own.txt --tokenizer=gpt2"),
         ("pyarrow", "prepare_data.py a --input=own.parquet"),
         ("matplotlib", "compare.py out/run"),
     ],
@@ -94,5 +96,6 @@ def test_a_missing_package_is_named_in_one_line(run_train, capsys, package, argv
     Path("own.txt").write_text(make_text())
     Path("own.parquet").write_bytes(b"PAR1")
     done = run_without([package], *argv.split())
+    package = package.split(",")[0]
     line = f"{argv.split()[0]}: this needs the package {package}: pip install {package}\n"
     assert (done.returncode, done.stderr.endswith(line)) == (2, True), done.stderr

@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,31 @@ def test_a_shipped_config_has_the_settings_that_its_figures_were_measured_with(c
     settings = defaults | (GENTLE if "init_from" in keys else {}) | keys
     different = {key: x for key, x in settings.items() if x != defaults[key]}
     assert different == recorded[in_config(config)]
+
+
+LADDER = sorted((ROOT / "config/article").glob("*"))
+
+
+@pytest.mark.parametrize("folder", LADDER, ids=lambda folder: folder.name)
+def test_the_runs_of_an_experiment_compute_in_the_same_dtypes(folder):
+    """The fastest dtype is not the same for each of them, nor on each machine."""
+    for config in folder.glob("*.py"):
+        keys = configurator.read([str(config)], ModelConfig, TrainConfig)
+        settings = vars(TrainConfig()) | keys
+        assert settings["dtype"] == "float32"
+        assert settings["optimizer"] == "adamw" or settings["muon_dtype"] == "float32"
+
+
+def requirements(path: str) -> list[str]:
+    lines = (ROOT / path).read_text().splitlines()
+    return [x for line in lines if (x := re.sub(r"(^| +)#.*|^-r .*", "", line))]
+
+
+def test_pyproject_has_the_packages_of_the_requirements_files():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = project["optional-dependencies"]
+    assert requirements("requirements.txt") == project["dependencies"] + extra["all"]
+    assert ["humptygpt[all]", *requirements("requirements-dev.txt")] == extra["dev"]
 
 
 @pytest.mark.long

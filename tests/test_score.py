@@ -221,6 +221,16 @@ def test_a_word_counts_all_its_tokens_and_the_one_before_it_that_has_its_first_l
     assert words == [("ab c bb a", 5), ("ab c", 4), ("ab", 3), ("ab c bb", 1)]
 
 
+def test_the_words_of_an_address_are_words_and_each_is_shown_once():
+    tokenizer = CharTokenizer("ab:/. é")
+    text = "a://b.éa a://b.éa"
+    nats = np.arange(float(len(text)))
+    words = surprising_words(tokenizer, tokenizer.encode(text), nats)
+    shown = [(label.rpartition(" ")[2], nats) for label, nats in words]
+    signs, end = ("a://", 10 + 11 + 12), ("a://b.éa", 15 + 16)
+    assert shown == [signs, end, ("a://b.", 14), ("a://b", 13), ("a", 9)]
+
+
 def test_pairs_are_tested_at_each_evaluation_of_a_run(run_train, capsys, fails):
     write_lines("more.jsonl", {"good": "lal", "bad": "lla"}, {"good": "à", "bad": "è"})
     rows = run_train("--eval_pairs=more.jsonl")

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -252,7 +251,9 @@ def write_files(folder: Path, contents: dict[str, str | dict]) -> None:
     """
     for name, content in sorted(contents.items(), reverse=True):
         if name.endswith(".safetensors"):
-            data = safetensors.torch.save(content, {"format": "pt"})
+            from safetensors.torch import save
+
+            data = save(content, {"format": "pt"})
         elif isinstance(content, str):
             data = content.encode()
         else:

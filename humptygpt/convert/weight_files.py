@@ -6,7 +6,6 @@ Reading a file never runs code from it.
 
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor, strided
 
 from humptygpt.checkpoint import load_plain, refuse_damaged
@@ -32,6 +31,8 @@ def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Weights:
 
 
 def open_file(path: Path) -> Weights:
+    from safetensors.torch import load_file
+
     path.open("rb").close()  # raises OSError if the file cannot be read
     problem = "is truncated or damaged, or holds more than tensors and plain data"
     with refuse_damaged(path, problem):

@@ -8,7 +8,6 @@ several bytes that are not valid UTF-8, each becomes a U+FFFD, whereas ours writ
 from functools import singledispatch
 
 import tokenizers
-from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from humptygpt.chat.tokens import BEGIN, END, ChatTokenizer
@@ -101,8 +100,7 @@ def _(tokenizer: ByteTokenizer | BytePairTokenizer) -> tokenizers.Tokenizer:
 @convert.register
 def _(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
     """Write spaces in pieces as spaces, not as sentencepiece's ▁, so that a ▁ in a text is encoded as bytes."""
-    processor = SentencePieceProcessor(model_proto=tokenizer.proto)
-    theirs = tokenizers.Tokenizer(subword_model(processor, " ", first=1))
+    theirs = tokenizers.Tokenizer(subword_model(tokenizer.model, " ", first=1))
     if isinstance(theirs.model, models.Unigram):
         # split such texts: otherwise "<0x41>" would be encoded as the byte 0x41
         byte_like = Regex("<(?=0x[0-9A-F]{2}>)")

@@ -4,7 +4,6 @@ import base64
 import math
 from pathlib import Path
 
-from sentencepiece import SentencePieceProcessor
 from torch import nn
 
 from humptygpt import checkpoint
@@ -142,7 +141,7 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict:
 
 def sentencepiece_data(tokenizer: SentencePieceTokenizer) -> dict:
     """Return the model_type, the score of each token (None if no text encodes to it), and the ids of bytes 0 to 255."""
-    model = SentencePieceProcessor(model_proto=tokenizer.proto)
+    model = tokenizer.model
     scores = {i: model.get_score(i) for i in normal_ids(model)}
     merged = all(score.is_integer() for score in scores.values())
     return {

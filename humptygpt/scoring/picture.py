@@ -41,20 +41,24 @@ def surprising_words(
 ) -> list[tuple[str, float]]:
     """Find the words with the largest sum of nats, largest first. Returns (the text up to a word's end, its nats).
 
-    ids, nats: (T,). A word lies between spaces; a token that is partly in it counts for it. Raises UserError if there
-    is no word.
+    ids, nats: (T,). A token that is partly in a word counts for it. Of a repeated word, only the largest sum is shown.
+    Raises UserError if there is no word.
     """
     data = b"".join(tokenizer.pieces[i] for i in ids)
     ends = np.cumsum([len(tokenizer.pieces[i]) for i in ids])
-    spans = np.array([word.span() for word in re.finditer(rb"\S+", data)])
+    # letters and digits, or signs; in UTF-8, a letter beyond ASCII has bytes from 0x80 on
+    words = re.finditer(rb"[\w'\x80-\xff]+|[^\w\s\x80-\xff]+", data)
+    spans = np.array([word.span() for word in words])
     if not len(spans):
         raise UserError("the text has no words; leave out --picture")
     first, last = np.searchsorted(ends, spans - [0, 1], "right").T
     total = np.append(0, np.cumsum(nats))
     sums = total[last + 1] - total[first]
-    words = []
-    for i in np.argsort(-sums)[:WORDS]:
-        _, end = spans[i]
-        shown = data[max(0, end - 2 * SHOWN) : end].decode("utf-8", "ignore")
-        words.append((" ".join(shown.split())[-SHOWN:], float(sums[i])))
-    return words
+    shown = {}
+    for i in np.argsort(-sums):
+        start, end = spans[i]
+        text = data[max(0, end - 2 * SHOWN) : end].decode("utf-8", "ignore")
+        shown.setdefault(data[start:end], (" ".join(text.split())[-SHOWN:], sums[i]))
+        if len(shown) == WORDS:
+            break
+    return [*shown.values()]

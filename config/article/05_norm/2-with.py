@@ -35,4 +35,5 @@ schedule = "linear"
 min_lr = 0.0
 warmup_iters = 50
 grad_clip = 1.0
+dtype = "float32"  # the fastest can differ from run to run
 eval_interval = 800

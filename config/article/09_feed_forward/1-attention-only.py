@@ -37,5 +37,7 @@ schedule = "linear"
 min_lr = 0.0
 warmup_iters = 20
 grad_clip = 1.0
+dtype = "float32"  # the fastest can differ from run to run
+muon_dtype = "float32"
 eval_interval = 180
 eval_iters = 75  # as many batches per evaluation as in the other two configs
