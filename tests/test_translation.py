@@ -283,7 +283,8 @@ def test_evaluations_show_translations_and_the_end_has_the_bleu_of_the_best_chec
     assert train.main(TINY) == 0
     out = capsys.readouterr().out
     source, target = pairs_of(open_pairs(), "val")[0]
-    assert out.count(f"    {source}\n  = {target}\n  > ") == 2  # one for each evaluation
+    # one before the first step, and one for each evaluation
+    assert out.count(f"    {source}\n  = {target}\n  > ") == 3
     assert "pairs of the test split" in out and "BLEU" in out and "chrF" in out
     assert out.count("nrefs:1|") == 2
     row = read_rows(Path("out/run"))[-1]
@@ -322,8 +323,8 @@ def test_it_translates_without_dropout_and_never_chooses_ids_that_only_pad_the_v
 
     monkeypatch.setattr(beam_search, "beam_search", watched)
     assert train.main([*TINY, "--dropout=0.1", "--vocab_size=300"]) == 0
-    # shown twice, then scored
-    assert calls == [(False, 1, 257), (False, 1, 257), (False, 4, 257)]
+    # shown three times, then scored
+    assert calls == [*[(False, 1, 257)] * 3, (False, 4, 257)]
 
 
 def test_without_a_test_split_the_validation_split_is_scored(folder, capsys):
