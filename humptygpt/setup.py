@@ -219,10 +219,8 @@ def make_net(run) -> nn.Module:
     """Wrap the model of a train.Run for training, compiled if the settings and the machine allow it."""
     config = run.config
     dynamic = run.task.batches_vary
-    compiles = config.compile
-    if compiles is None:
-        compiles = run.device.type == "cuda" and estimate_seconds(run) > LONG
-    if compiles:
+    pays = run.device.type == "cuda" and estimate_seconds(run) > LONG
+    if config.compile or (config.compile is None and pays):
         print("compiling: this takes about a minute", flush=True)
         try:
             net = run.process.wrap(run.model, compiled=True, dynamic=dynamic)
@@ -238,15 +236,15 @@ def make_net(run) -> nn.Module:
 
 
 def estimate_seconds(run) -> float:
-    """Estimate the time of a train.Run's remaining steps on a GPU, uncompiled: computed, not measured.
+    """Estimate the time of a whole train.Run on a GPU, uncompiled: computed, not measured.
 
     A micro-batch takes a millisecond for the kernels of each layer or, if that is longer, its FLOPs at 100 TFLOP/s.
+    The steps of a resumed run that are done count as well, so that it is compiled if the uninterrupted run is.
     """
     config, shape = run.config, run.model.config
     flops = flops_per_token(run.model) * config.batch_size * shape.block_size
-    steps = config.max_iters - run.progress.position
-    micro_batches = steps * config.gradient_accumulation_steps / run.process.size
-    return micro_batches * max(shape.n_layer / 1000, flops / 1e14)
+    micro_batches = config.max_iters * config.gradient_accumulation_steps
+    return micro_batches / run.process.size * max(shape.n_layer / 1000, flops / 1e14)
 
 
 def compile_now(run, net: nn.Module) -> None:
