@@ -4,20 +4,21 @@
     curl http://127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Who are you?"}]}'
 
 The API is OpenAI's: /v1/models, /v1/completions and, for a chat model, /v1/chat/completions. In Python:
-openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none"). Requests are answered one after another. Only
+openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none"). Answers to several clients take turns. Only
 programs on this machine can reach the server, unless --host says otherwise. It has no passwords and no encryption.
 """
 
 import json
 import re
 import traceback
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Event, Lock, Thread
+from threading import Condition, Event, Thread
 
 from humptygpt import machine
 
@@ -78,16 +79,35 @@ def main(argv: list[str]) -> None:
     server.serve_forever()
 
 
+class Turn:
+    """A lock that threads get in the order in which they asked. Python's own prefers a thread that has just held it."""
+
+    def __init__(self):
+        self.changed = Condition()
+        self.waiting: deque[object] = deque()  # the first one has the lock
+
+    def __enter__(self) -> None:
+        ticket = object()
+        with self.changed:
+            self.waiting.append(ticket)
+            self.changed.wait_for(lambda: self.waiting[0] is ticket)
+
+    def __exit__(self, *_: object) -> None:
+        with self.changed:
+            self.waiting.popleft()
+            self.changed.notify_all()
+
+
 class Server(ThreadingHTTPServer):
     """Waits for clients. Each has a thread that writes its answer, and another one that generates it.
 
-    Only one thread at a time uses the model, and it never waits for a client: it queues the parts of an answer, which
-    are a few thousand at most.
+    The threads that generate take turns: each computes one part of its answer. They never wait for a client, but queue
+    the parts, which are a few thousand at most.
     """
 
     request_queue_size = 128  # clients that may wait until they are accepted
     api: Api
-    turn: Lock  # held by the thread that uses the model
+    turn: Turn
 
     def generate(
         self, method: Callable, body: bytes, parts: SimpleQueue, left: Event
@@ -95,11 +115,13 @@ class Server(ThreadingHTTPServer):
         """Queue the parts of an answer, then None or the exception that ended it. left: set if the client has left."""
         end = None
         try:
-            with self.turn:
-                for part in method(body):
-                    parts.put(part)
-                    if left.is_set():
-                        break
+            answer = method(body)
+            while not left.is_set():
+                with self.turn:
+                    part = next(answer)
+                parts.put(part)
+        except StopIteration:
+            pass
         except Exception as error:
             end = error
         parts.put(end)
@@ -110,7 +132,7 @@ def listen(host: str, port: int, api: Api) -> Server:
         server = Server((host, port), Handler)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen on {host}, port {port}: {error}") from error
-    server.api, server.turn = api, Lock()
+    server.api, server.turn = api, Turn()
     return server
 
 

@@ -498,6 +498,20 @@ def test_a_client_that_leaves_frees_its_place_for_the_next(reciter, stream):
     assert answers == [REPLY]
 
 
+def test_a_short_answer_does_not_wait_for_the_end_of_a_long_one(reciter):
+    gate, handlers = close_gate(reciter), handlers_of(reciter)
+    first = connect(reciter, {"stream": True})
+    gate.release()
+    first.recv(100)
+    second = connect(reciter, {"max_tokens": 3})
+    handler = [handlers.get(timeout=20) for _ in range(2)][1]
+    while len(reciter.turn.waiting) < 2:  # the second one asks for its turn
+        handler.join(0.01)
+    gate.release(10)  # tokens, of which the first one would need forty
+    assert b"200 OK" in second.recv(100)
+    open_gate(reciter)
+
+
 def handlers_of(server) -> Queue:
     """The threads that will answer requests."""
     handlers, answer = Queue(), server.process_request_thread
