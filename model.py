@@ -34,8 +34,9 @@ from torch.utils.checkpoint import checkpoint
 
 # {rule: (names of the settings that it applies to, function that checks a value)}
 RANGES = {
+    "at least 1 and at most 4096": ("n_members n_layer", lambda x: 1 <= x <= 2**12),
     "at least 1 and at most 1048576": (
-        "n_members n_layer n_head n_kv_head n_embd head_size n_hidden block_size vocab_size",
+        "n_head n_kv_head n_embd head_size n_hidden block_size vocab_size",
         lambda x: 1 <= x <= 2**20,
     ),
     "at least 0": ("mlp_conv logit_soft_cap", lambda x: 0 <= x < math.inf),

@@ -4,12 +4,11 @@ Everything is computed from the run's model on the meta device, before any tenso
 would be exact, but torch's tracing takes a second and 70 MB to load, and every run starts with this estimate.
 """
 
-from dataclasses import replace
 from itertools import dropwhile
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import model as models
 from humptygpt.device import free_memory
@@ -22,7 +21,6 @@ ADVICE = (
     "use a smaller --batch_size with more --gradient_accumulation_steps, --checkpoint_activations=True, or a smaller"
     " model (--n_embd, --n_layer)"
 )
-MANY_LAYERS = 100
 FLOAT = 4  # bytes in a float32, the dtype of weights, gradients and optimizer state for any --dtype
 
 
@@ -151,28 +149,10 @@ def check_training_fits(
     processes: int = 1,
 ) -> None:
     """Raise UserError if a run needs more memory than is free. config: a TrainConfig."""
-    parameters, least = least_memory(config, model_config, device, dtype, processes)
+    model = model_on_meta(config, model_config)
     training = (
-        f"training {parameters:,.0f} parameters with batch_size={config.batch_size} and"
+        f"training {models.count_parameters(model):,} parameters with batch_size={config.batch_size} and"
         f" block_size={model_config.block_size} takes at least"
     )
+    least = training_memory(config, model, device, dtype, processes).least
     check_fits(training, least, free_memory(device), ADVICE)
-
-
-def least_memory(config, model_config: ModelConfig, *where) -> list[float]:
-    """Return the number of parameters, and a lower bound of the memory in bytes. where: as in check_training_fits().
-
-    A model of very many layers takes minutes to build, even without weights, so from MANY_LAYERS on each layer is
-    assumed to need as much as the one before it.
-    """
-
-    def needs(n_layer: int) -> Tensor:
-        model = model_on_meta(config, replace(model_config, n_layer=n_layer))
-        least = training_memory(config, model, *where).least
-        return torch.tensor([models.count_parameters(model), least], dtype=torch.float64)
-
-    built = min(model_config.n_layer, MANY_LAYERS)
-    needed = needs(built)
-    if more := model_config.n_layer - built:
-        needed += more * (needed - needs(built - 1))
-    return needed.tolist()

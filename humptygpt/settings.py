@@ -126,7 +126,7 @@ class TrainConfig:
     device: str = "auto"  # auto: the GPU if there is one; cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto: the fastest on this machine, measured once
     threads: int | None = None  # CPU threads; None: the fastest, measured at the start
-    compile: bool | None = None  # compile; None: on CUDA if max_iters takes over 5 minutes
+    compile: bool | None = None  # use torch.compile; None: for long runs on CUDA
     parallel: str = "ddp"  # for several processes: ddp, or fsdp to shard the model
     backend: str = "auto"  # for several processes: auto is nccl on CUDA, gloo on a CPU
 

@@ -27,9 +27,9 @@ from humptygpt.settings import OF_INPUT, TrainConfig
 from humptygpt.tasks import LORA, build, build_on_meta, find_task, model_class
 from humptygpt.token_files import COMMAND, is_command, made_by, read_meta
 from humptygpt.tokenizers import from_state
-from model import ModelConfig, Stack, count_parameters, flops_per_token
+from model import ModelConfig, Stack, count_parameters
 
-LONG = 300  # seconds of an uncompiled run above which compiling, which takes a minute, pays
+LONG = 20_000  # micro-batches from which on compiling, which takes a minute, should pay on a GPU
 
 MEASURED = ("dtype", "muon_dtype", "threads")
 
@@ -219,8 +219,11 @@ def make_net(run) -> nn.Module:
     """Wrap the model of a train.Run for training, compiled if the settings and the machine allow it."""
     config = run.config
     dynamic = run.task.batches_vary
-    pays = run.device.type == "cuda" and estimate_seconds(run) > LONG
-    if config.compile or (config.compile is None and pays):
+    compiles = config.compile
+    if compiles is None:
+        micro_batches = config.max_iters * config.gradient_accumulation_steps
+        compiles = run.device.type == "cuda" and micro_batches >= LONG
+    if compiles:
         print("compiling: this takes about a minute", flush=True)
         try:
             net = run.process.wrap(run.model, compiled=True, dynamic=dynamic)
@@ -233,18 +236,6 @@ def make_net(run) -> nn.Module:
         for module in run.model.modules():
             vars(module).pop("forward", None)  # remove the compiled forward
     return run.process.wrap(run.model, compiled=False, dynamic=dynamic)
-
-
-def estimate_seconds(run) -> float:
-    """Estimate the time of a whole train.Run on a GPU, uncompiled: computed, not measured.
-
-    A micro-batch takes a millisecond for the kernels of each layer or, if that is longer, its FLOPs at 100 TFLOP/s.
-    The steps of a resumed run that are done count as well, so that it is compiled if the uninterrupted run is.
-    """
-    config, shape = run.config, run.model.config
-    flops = flops_per_token(run.model) * config.batch_size * shape.block_size
-    micro_batches = config.max_iters * config.gradient_accumulation_steps
-    return micro_batches / run.process.size * max(shape.n_layer / 1000, flops / 1e14)
 
 
 def compile_now(run, net: nn.Module) -> None:

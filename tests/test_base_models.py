@@ -256,9 +256,9 @@ DAMAGES = {
         vocab_size=12
     ),
     "n_layer='2' must be int": lambda saved: saved["model_args"].update(n_layer="2"),
-    "n_layer=1048576 and n_embd=.* do not match its weights": lambda saved: saved[
+    "n_layer=4096 and n_embd=.* do not match its weights": lambda saved: saved[
         "model_args"
-    ].update(n_layer=2**20),
+    ].update(n_layer=2**12),
 }
 
 
