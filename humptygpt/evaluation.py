@@ -39,16 +39,21 @@ def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
     process = run.process
     was_training = net.training
     net.eval()
-    results = []  # (mean loss, number of targets) of each batch
+    losses, weights = (
+        [],
+        [],
+    )  # of each batch: its mean loss, on the device, and the number of its targets
     batches = run.dataset.val_batches(run.config.batch_size, eval_iters)
     for batch in own_batches(batches, process.rank, process.size):
         with autocast(run.device, run.dtype):
             _, loss = net(**to_device(batch, run.device))
-        results.append((loss, count_targets(batch)))
+        losses.append(loss)
+        weights.append(count_targets(batch))
     net.train(was_training)
     # every process fills its own places, so that the sum has the losses of all batches in their order
-    table = torch.zeros(len(results), process.size, 2, dtype=torch.float64)
-    table[:, process.rank] = torch.tensor(results)
+    table = torch.zeros(len(losses), process.size, 2, dtype=torch.float64)
+    table[:, process.rank, 0] = torch.stack(losses).cpu().double()
+    table[:, process.rank, 1] = torch.tensor(weights)
     table = process.sum(table).flatten(0, 1)
     losses, weights = table[table[:, 1] > 0].T
     mean = losses @ weights / weights.sum()

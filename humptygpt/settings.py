@@ -42,7 +42,7 @@ MAY_DIFFER |= {"dtype", "muon_dtype", "threads"}
 # keys that control how the text of `input` is read
 OF_INPUT = ("text_key", "encoding_errors", "skip_bad_lines")
 # keys that may change on resume; all others determine the weights or the order of the data
-MAY_CHANGE = {"out_dir", "init_from", "eval_only", "dataset", *STEP}
+MAY_CHANGE = {"out_dir", "init_from", "eval_only", "dataset", "input", *OF_INPUT, *STEP}
 MAY_CHANGE |= {"minutes", "max_iters", "learning_rate", "decay_lr", "schedule", "min_lr"}
 MAY_CHANGE |= {"warmup_iters", "lr_decay_iters", "weight_decay", "beta1", "beta2"}
 MAY_CHANGE |= {"muon_learning_rate", "muon_momentum", "muon_dtype", "grad_clip"}

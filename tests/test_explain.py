@@ -1082,7 +1082,9 @@ def test_a_model_that_the_page_would_compute_otherwise_is_refused(
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, edited(getattr(owner, name)))
             complaint = fails(explain.main, "--out_dir=out/run")
-            assert complaint.startswith("a page would not give the same results as")
+            assert complaint.startswith(
+                "a page computes the formulas that model.py came with, but"
+            )
     # edits of code that this run does not use, or only in training
     monkeypatch.setattr(models.GatedMLP, "forward", None)
     monkeypatch.setattr(models.Dropout, "forward", lambda self, x: x)

@@ -299,14 +299,14 @@ def test_at_its_end_a_run_evaluates_the_whole_split_if_that_takes_little(
 def test_what_a_run_writes_is_written_without_dropout(run_train, monkeypatch):
     modes = []
 
-    def write(model, dataset):
+    def write(model, dataset, count=3):
         modes.append(model.training)
         return ""
 
     task = replace(WITHOUT_SAMPLE, evaluation_examples=write, final_examples=write)
     monkeypatch.setattr(evaluation, "TEXT", task)
     run_train("--dropout=0.5")
-    assert modes == [False] * 3
+    assert modes == [False] * 4  # before the first step, at two evaluations, at the end
 
 
 def test_a_larger_vocabulary_pads_the_model(run_train):
