@@ -14,16 +14,16 @@ text are skipped and listed. Carriage returns become line breaks, and an end-of-
 document's split, train or val, depends only on its text, so adding files does not move existing documents to the other
 split. A single text file is cut in two instead, and so is each file if there are few documents. A pair's split, train,
 val or test, depends only on its source; both sides share one vocabulary.
-Files are streamed and never held in memory. To resume a preparation that was stopped, run the same command again.
+Files are streamed and never held in memory.
 """
 
+import json
 import os
 import runpy
 import shlex
 import shutil
 import sys
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -44,10 +44,18 @@ from humptygpt.config import (
     refuse_vain,
 )
 from humptygpt.convert.hub import repository
-from humptygpt.files import cannot_write, locked
+from humptygpt.files import (
+    locked,
+    refuse_unwritable,
+    remove,
+    remove_unfinished,
+    whole,
+    write_text,
+    write_whole,
+)
 from humptygpt.prepare.corpus import Corpus, Documents
-from humptygpt.prepare.documents import file_format, find_files, write_if_changed
-from humptygpt.prepare.encoding import encode, read_json, write_json
+from humptygpt.prepare.documents import file_format, find_files
+from humptygpt.prepare.encoding import encode
 from humptygpt.prepare.folder import (
     check_splits,
     data_id,
@@ -55,17 +63,18 @@ from humptygpt.prepare.folder import (
     install,
     is_whole,
     make_meta,
+    read_json,
     refuse_to_replace,
     verify,
 )
 from humptygpt.prepare.sources import SOURCES, Source
 from humptygpt.prepare.vocabulary import CHOICES
-from humptygpt.token_files import is_nanogpts, read_meta
+from humptygpt.token_files import COMMAND, is_nanogpts, read_meta
 from humptygpt.tokenizers import TOKENIZERS, Tokenizer
 from humptygpt.translation.pairs import PairFiles, Pairs
 
+PREPARING = "preparing"  # folder of new data that is complete, but not yet installed
 STREAM = "standard_input.txt"  # copy of stdin, made because the text is read several times
-RESUME = "run the same command again to resume"
 # keys that do not affect the output, and name, which is positional
 NOT_IN_COMMAND = ("name", "workers", "verify", "overwrite")
 TEXT_DEFAULTS = {
@@ -167,7 +176,9 @@ def main(argv: list[str]) -> None:
 def prepare(config: PrepareConfig) -> dict:
     """Write data/<name>, print a summary and return meta.json, which is written last and marks the folder complete."""
     folder = Path("data") / config.name
-    with one_writer(folder):
+    advice = "wait until it has finished, or choose another --name"
+    with locked(folder, str(folder), advice), refuse_unwritable(folder):
+        remove_unfinished(folder, [PREPARING, STREAM])
         corpus = find_corpus(config, folder)
         meta = make_data(corpus, folder, config)
         (folder / STREAM).unlink(missing_ok=True)
@@ -175,23 +186,9 @@ def prepare(config: PrepareConfig) -> dict:
     return meta
 
 
-@contextmanager
-def one_writer(folder: Path) -> Iterator[None]:
-    """Lock a folder. If writing fails, the UserError says how to resume. Ctrl-C prints the same advice."""
-    advice = "wait until it has finished, or choose another --name"
-    try:
-        with locked(folder, str(folder), advice):
-            yield
-    except OSError as error:
-        raise cannot_write(error.filename or folder, error, f"; {RESUME}") from error
-    except KeyboardInterrupt:
-        print(RESUME, file=sys.stderr)
-        raise
-
-
 def make_data(corpus: Corpus, folder: Path, config: PrepareConfig) -> dict:
     """Write the folder unless it already has this data. Returns its meta.json. config: as given by the user."""
-    preparing = folder / "preparing"
+    preparing = folder / PREPARING
     command = command_text(config)
     made_from = data_id(corpus, command)
     old = read_json(folder / "meta.json")
@@ -204,11 +201,15 @@ def make_data(corpus: Corpus, folder: Path, config: PrepareConfig) -> dict:
         if other and not config.overwrite:  # refuse now rather than after hours of work
             refuse_to_replace(folder, command)
         corpus.survey()
-        progress = encode(corpus, preparing, made_from, command)
-        check_splits(progress)
-        new = make_meta(corpus, progress, preparing)
-        new |= {"command": command, "made_from": made_from}
-        write_json(preparing / "meta.json", new)
+        remove(preparing)
+        with whole(preparing) as temporary:
+            temporary.mkdir()
+            encoded = encode(corpus, temporary)
+            check_splits(encoded)
+            new = make_meta(corpus, encoded, temporary)
+            new |= {"command": command, "made_from": made_from}
+            write_text(temporary / COMMAND, f"{command}\n")
+            write_text(temporary / "meta.json", json.dumps(new, indent=1))
     if not config.overwrite and holds_other_data(folder, old, new):
         refuse_to_replace(folder, command)
     install(preparing, folder, new)
@@ -263,7 +264,7 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | Path | PairFi
         paths = (Path(config.source), Path(config.target))
         return [(None, paths)], f"{config.source} and {config.target}"
     if config.input == "-":
-        write_if_changed(
+        write_whole(
             folder / STREAM, lambda file: shutil.copyfileobj(sys.stdin.buffer, file)
         )
         return folder / STREAM, "standard input"

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path, PureWindowsPath
-from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -158,9 +157,9 @@ def load_plain(path: Path, legacy: bool = False) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def check_records(source: Path | BinaryIO) -> None:
+def check_records(path: Path) -> None:
     """Verify the checksum of each record in a torch.save file. Raises ValueError if one is damaged."""
-    with zipfile.ZipFile(source) as file:
+    with zipfile.ZipFile(path) as file:
         damaged = file.testzip() is not None
         # torch.load treats a record that is marked as a directory as empty, and leaves its tensor uninitialized
         if damaged or any(info.external_attr & 0x10 for info in file.infolist()):

@@ -53,6 +53,10 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             raise
 
 
+def write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
 def cannot_write(path: Path | str, error: Exception, advice: str = "") -> UserError:
     """Describe a failed write in one line. If the disk is full, name its mount point and its free space."""
     # errors from numpy and torch do not give the reason
@@ -76,10 +80,10 @@ def refuse_unwritable(path: Path, advice: str = "") -> Iterator[None]:
 
 
 def remove_unfinished(folder: Path, names: list[str]) -> None:
-    """Remove temporary files left behind by a process killed in whole(). No other process may be writing there."""
+    """Remove what a process killed in whole() left behind. No other process may be writing there."""
     for name in names:
         for path in folder.glob(f"{name}.????????.tmp"):
-            path.unlink()
+            remove(path)
 
 
 def remove(path: Path) -> None:

@@ -4,7 +4,7 @@ import secrets
 from pathlib import Path
 
 from humptygpt.config import note
-from humptygpt.run_folder import write_text
+from humptygpt.files import write_text
 
 
 class TensorBoard:

@@ -312,8 +312,8 @@ class RunFolder:
             files.remove(path / "result.json")  # until this run ends
             files.remove_unfinished(path, [*FILES, "snapshots/*"])
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_text(path / "metrics.jsonl", lines)
-        write_text(path / "config.json", json.dumps(settings, indent=1))
+        files.write_text(path / "metrics.jsonl", lines)
+        files.write_text(path / "config.json", json.dumps(settings, indent=1))
         files.append(path / "command.txt", self.command)
 
     def record(self, row: dict) -> None:
@@ -363,15 +363,11 @@ class RunFolder:
             "model.py": self.settings["_model.py"],
             "data": run.dataset.identity,
         }
-        write_text(self.path / "result.json", json.dumps(result, indent=1))
+        files.write_text(self.path / "result.json", json.dumps(result, indent=1))
 
     def close(self) -> None:
         for logger in self.loggers:
             logger.finish()
-
-
-def write_text(path: Path, text: str) -> None:
-    files.write_whole(path, lambda file: file.write(text.encode()))
 
 
 # --------------------------------------------------------------------------------------

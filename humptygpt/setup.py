@@ -49,12 +49,10 @@ def prepare_missing(config: TrainConfig) -> None:
     keys = {}
     if config.input:
         keys = input_keys(config, folder)
-    else:
-        stopped = "preparing" in names and config.dataset in prepare_data.SOURCES
-        # Do not overwrite existing data: a train.bin without a meta.json is probably nanoGPT's, and a command.txt
-        # means that this folder was prepared here before.
-        if not stopped and names & {"preparing", "train.bin", COMMAND}:
-            return
+    # Do not overwrite existing data: a train.bin without a meta.json is probably nanoGPT's, and a command.txt
+    # means that this folder was prepared here before.
+    elif names & {"train.bin", COMMAND}:
+        return
     keys["name"] = config.dataset
     prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, keys))
 

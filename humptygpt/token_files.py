@@ -161,12 +161,11 @@ def how_to(folder: Path) -> str:
 
 
 def made_by(folder: Path) -> str | None:
-    """Read the command that made a folder, or began to. Returns None if there is no command or it cannot be read."""
-    for path in (folder / COMMAND, folder / "preparing" / COMMAND):
-        with suppress(OSError, ValueError), path.open(encoding="utf-8") as file:
-            text = file.read(10_000).strip()
-            if is_command(text):
-                return text
+    """Read the command that made a folder. Returns None if there is no command or it cannot be read."""
+    with suppress(OSError, ValueError), (folder / COMMAND).open(encoding="utf-8") as file:
+        text = file.read(10_000).strip()
+        if is_command(text):
+            return text
     return None
 
 

@@ -22,11 +22,11 @@ def write_own(text: str) -> None:
     Path("own.txt").write_text(text, encoding="utf-8")
 
 
-def save_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Save the progress after every 500 characters."""
+def write_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encode and write 500 characters at a time."""
     monkeypatch.setattr(documents, "PIECE", 500)
     monkeypatch.setattr(corpus, "UNIT", 500)
-    monkeypatch.setattr(encoding, "SAVE_UNITS", 1)
+    monkeypatch.setattr(encoding, "UNITS_AT_ONCE", 1)
 
 
 def meta(name: str) -> dict:

@@ -13,7 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from conftest import TINY_RUN
-from prepared import contents, meta, prepare, save_often, texts_of, tokenizer_of, write_own
+from prepared import contents, meta, prepare, texts_of, tokenizer_of, write_often, write_own
 from test_documents import write
 from texts import make_text
 
@@ -118,7 +118,7 @@ def test_validation_has_about_its_tenth_however_few_and_unequal_the_documents(
 
 @pytest.mark.parametrize("size", [3000, 5000])  # 5000: the cut is between two pieces
 def test_a_cut_in_a_long_file_ends_its_training_part(folder, monkeypatch, size):
-    save_often(monkeypatch)
+    write_often(monkeypatch)
     Path("few").mkdir()
     for name in "ab":
         write(f"few/{name}.txt", [size * name])
@@ -183,7 +183,9 @@ def killed_at(number: int):
             # this process would keep a lock that it does not release
             if ".lock" not in str(path):
                 calls.append(call)
-                if len(calls) == number:
+                # nothing is tidied up after a kill
+                tidies = number and len(calls) > number and ".tmp" in str(path)
+                if len(calls) == number or tidies:
                     raise Killed
             return call(path, *args, **keys)
 
@@ -205,10 +207,10 @@ NEVER = 0
 
 @pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("replaces", [False, True])
-def test_stopped_at_any_moment_and_run_again_it_writes_the_same_bytes(
+def test_killed_at_any_moment_and_run_again_it_writes_the_same_bytes(
     corpus, monkeypatch, replaces, every
 ):
-    save_often(monkeypatch)
+    write_often(monkeypatch)
     command = f"{PREPARE} --overwrite=True"
     with killed_at(NEVER) as calls:
         prepare(command)
@@ -225,10 +227,15 @@ def test_stopped_at_any_moment_and_run_again_it_writes_the_same_bytes(
         if not Path("data/mine/meta.json").exists():  # an incomplete folder is refused
             with pytest.raises(prepare_data.UserError, match=r"has no meta\.json, "):
                 TokenDataset(Path("data/mine"), 8, seed=1)
-        elif replaces and Path("data/mine/train_0000.bin").exists():
-            assert first.items() <= contents("mine").items()
+        if replaces:
+            found = contents("mine")
+            old = first.items() <= found.items()
+            if Path("data/mine/preparing").exists():
+                found |= contents("mine/preparing")
+            assert old or whole.items() <= found.items()
         prepare(command)
-        assert contents("mine") == whole, f"stopped at call {call} of {count}"
+        assert contents("mine") == whole, f"killed at call {call} of {count}"
+        assert not list(Path("data/mine").glob("*.tmp"))
 
 
 def test_several_threads_write_the_same_bytes_as_one(corpus, monkeypatch):
@@ -266,25 +273,13 @@ def test_shards_are_read_as_one(corpus, shard_tokens):
     assert files == [f"train_{number:04d}.bin" for number in range(shards)]
 
 
-@pytest.mark.parametrize("change", ["settings", "files"])
-def test_other_settings_or_files_start_over(corpus, capsys, change):
-    with full_disk(1):
+def test_a_full_disk_is_one_line_and_gets_its_space_back(corpus, monkeypatch):
+    write_often(monkeypatch)
+    with full_disk(3) as error:
         prepare(PREPARE)
-    if change == "files":
-        write("corpus/b.jsonl", corpus[5:10])
-    prepare(PREPARE + " --shard_tokens=1000" * (change == "settings"))
-    changed = "the files or settings have changed since the interrupted preparation; starting over"
-    assert changed in capsys.readouterr().err
-
-
-def test_a_full_disk_is_one_line_that_says_how_to_resume(corpus):
-    with full_disk(1) as error:
-        prepare(PREPARE)
-    assert re.fullmatch(
-        "cannot write data/mine/preparing/train.bin: No space left on device"
-        r" \(the disk /.*\); run the same command again to resume",
-        str(error.value),
-    )
+    problem = "cannot write data/mine/preparing: No space left on device"
+    assert re.fullmatch(rf"{problem} \(the disk /.*\)", str(error.value))
+    assert not Path("data/mine").exists()
 
 
 def files_of(folder: str) -> dict[str, tuple[bytes, int]]:
@@ -322,6 +317,22 @@ def test_other_data_of_the_same_name_is_refused_and_replaced_whole_with_overwrit
     assert set(contents("mine")) == WHOLE
     assert "--overwrite" not in meta("mine")["command"]
     prepare(command)  # is the same now
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_was_refused_is_installed_with_overwrite_unless_its_text_changes_again(
+    corpus, fails, monkeypatch, again
+):
+    prepare(PREPARE)
+    write("corpus/b.jsonl", corpus[10:15])
+    assert "already holds" in fails(prepare_data.main, *PREPARE.split())
+    if again:
+        write("corpus/b.jsonl", corpus[10:14])
+    else:
+        monkeypatch.setattr(prepare_data, "encode", None)
+    prepare(f"{PREPARE} --overwrite=True")
+    assert meta("mine")["documents"] == (34 if again else 35)
+    assert not Path("data/mine/preparing").exists()
 
 
 def test_the_same_settings_and_text_leave_the_data_as_it_is(corpus, capsys, monkeypatch):
@@ -379,7 +390,7 @@ def test_training_and_sampling_handle_the_end_of_text_token(corpus, capsys):
 def test_files_of_a_folder_that_are_no_text_are_skipped_in_every_pass_named_and_counted(
     folder, capsys, monkeypatch
 ):
-    save_often(monkeypatch)
+    write_often(monkeypatch)
     Path("mixed").mkdir()
     for name in ("a", "g", "h"):
         Path(f"mixed/{name}.txt").write_text(name + make_text(3000, seed=ord(name)))
@@ -389,13 +400,11 @@ def test_files_of_a_folder_that_are_no_text_are_skipped_in_every_pass_named_and_
     Path("mixed/d.gz").write_text("plain")
     Path("mixed/e.txt").write_bytes(b"\xef\xbb\xbf")  # only a byte order mark
     Path("mixed/f.txt").write_bytes(b"\xff\xfea\0\0")
-    with full_disk(10):
-        prepare("mine --input=mixed/* --tokenizer=char")
     prepare("mine --input=mixed/* --tokenizer=char")
     out, err = capsys.readouterr()
     assert "note: skipped files: 5; mixed/b.txt is not valid utf-8; " in err
     assert "; mixed/c.txt.gz is damaged: " in err and "; mixed/e.txt has no text" in err
-    assert "resuming" in err and "mine: 3 files: mixed/*\n" in out
+    assert "mine: 3 files: mixed/*\n" in out
     train_texts, _ = documents_of("mine")
     assert [text[0] for text in train_texts] == [*"agh"]  # each is cut
     prepare("mine --input=mixed --encoding_errors=replace --overwrite=True")
@@ -419,19 +428,13 @@ def pipe(monkeypatch, data: bytes) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
 
 
-@pytest.mark.parametrize("more", [b"", b"x"])
-def test_a_stream_is_prepared_and_resumed_when_the_same_stream_is_read(
-    folder, monkeypatch, capsys, more
-):
-    save_often(monkeypatch)
-    text = make_text(9000).encode()
-    pipe(monkeypatch, text)
-    with full_disk(10):
-        prepare("mine --input=-")
-    pipe(monkeypatch, text + more)
+def test_a_stream_is_prepared_and_no_copy_of_it_stays(folder, monkeypatch):
+    text = make_text(9000)
+    Path("data/mine").mkdir(parents=True)
+    Path("data/mine/standard_input.txt.0123abcd.tmp").touch()  # left behind by a kill
+    pipe(monkeypatch, text.encode())
     prepare("mine --input=-")
-    assert ("resuming after" in capsys.readouterr().err) == (more == b"")
-    assert "".join(texts_of("mine")).encode() == text + more
+    assert "".join(texts_of("mine")) == text
     assert meta("mine")["source"] == "standard input" and set(contents("mine")) == WHOLE
 
 

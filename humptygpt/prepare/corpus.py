@@ -9,7 +9,6 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -197,26 +196,20 @@ def read_all(corpus, what: str) -> Iterator[tuple[int, NamedTuple]]:
                 yield number, item
 
 
-def units(
-    corpus, what: str, start: int = 0
-) -> Iterator[tuple[dict[str, list[NamedTuple]], int]]:
-    """Group pieces or pairs into units of about UNIT characters. Yields ({split: items}, number of items read so far).
-
-    start: number of items to skip.
-    """
+def units(corpus) -> Iterator[dict[str, list[NamedTuple]]]:
+    """Group pieces or pairs into units of about UNIT characters. Yields {split: items}."""
     entries = defaultdict(list)
     length = 0
-    items = islice(read_all(corpus, what), start, None)
-    for position, (number, item) in enumerate(items, start=start + 1):
+    for number, item in read_all(corpus, "encoding"):
         for split, entry in corpus.assign(item, number):
             entries[split].append(entry)
             length += sum(map(len, entry.texts))
         if length >= UNIT:
-            yield entries, position
+            yield entries
             entries = defaultdict(list)
             length = 0
     if entries:
-        yield entries, position
+        yield entries
 
 
 def draw(text: str, salt: str = "split", hashed: int | None = HASHED) -> float:

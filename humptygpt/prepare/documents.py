@@ -5,24 +5,21 @@ text.
 """
 
 import csv
-import filecmp
 import glob
 import gzip
 import json
 import re
-import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 from tqdm import tqdm
 
 from humptygpt.config import UserError, nearest_path
-from humptygpt.files import whole
 
 try:
     from compression import zstd
@@ -119,18 +116,6 @@ def read_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         near = nearest_path(str(path)) if isinstance(error, FileNotFoundError) else ""
         raise UserError(f"cannot read {path}: {error.strerror or error}{near}") from error
-
-
-def write_if_changed(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file with write(file), but keep its modification time if the content is the same as before.
-
-    An interrupted preparation is resumed only if the modification times of its files are unchanged.
-    """
-    with whole(path) as new:
-        with new.open("xb") as file:
-            write(file)
-        if path.exists() and filecmp.cmp(new, path, shallow=False):
-            shutil.copystat(path, new)
 
 
 # --------------------------------------------------------------------------------------

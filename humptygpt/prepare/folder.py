@@ -10,7 +10,7 @@ import numpy as np
 
 from humptygpt.config import UserError
 from humptygpt.prepare.documents import read_errors
-from humptygpt.prepare.encoding import Progress, token_dtype
+from humptygpt.prepare.encoding import Encoded, token_dtype
 from humptygpt.prepare.vocabulary import CHOICES, load_tokenizer
 from humptygpt.token_files import (
     COMMAND,
@@ -21,6 +21,14 @@ from humptygpt.token_files import (
 from humptygpt.tokenizers import SentencePieceTokenizer, from_state
 
 OURS = re.compile(r"meta\.pkl|(train|val|test)(_\d+)?\.bin")
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file that we have written. Returns {} if it is missing or damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def verify(folder: Path, meta: dict) -> int:
@@ -51,9 +59,9 @@ def data_id(corpus, command: str) -> str:
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
 
-def check_splits(progress: Progress) -> None:
+def check_splits(encoded: Encoded) -> None:
     """Raise UserError if a split has too few tokens."""
-    for split, counted in progress.splits.items():
+    for split, counted in encoded.splits.items():
         if counted["tokens"] < 2:
             raise UserError(
                 f"{split}.bin would have {counted['tokens']} tokens, but needs at least 2; change --val_fraction"
@@ -61,13 +69,14 @@ def check_splits(progress: Progress) -> None:
             )
 
 
-def make_meta(corpus, progress: Progress, preparing: Path) -> dict:
-    """Build the content of meta.json, which describes the token files in `preparing`. Long entries come last."""
-    tokenizer = from_state(progress.tokenizer)
+def make_meta(corpus, encoded: Encoded, folder: Path) -> dict:
+    """Build the content of meta.json, which describes the token files in a folder. Long entries come last."""
+    tokenizer = encoded.tokenizer
     dtype = token_dtype(tokenizer)
+    counts = encoded.counts.tolist()
     splits = {}
-    for split, counted in progress.splits.items():
-        paths = sorted(preparing.glob(f"{split}*.bin"))
+    for split, counted in encoded.splits.items():
+        paths = sorted(folder.glob(f"{split}*.bin"))
         splits[split] = {key: counted[key] for key in corpus.counts} | {
             "files": [
                 {"name": path.name, "tokens": path.stat().st_size // dtype.itemsize}
@@ -82,12 +91,12 @@ def make_meta(corpus, progress: Progress, preparing: Path) -> dict:
             "text": tokenizer.decode([i]),
             "share": round(count / total["tokens"], 4),
         }
-        for i, count in Counter(dict(enumerate(progress.counts))).most_common(10)
+        for i, count in Counter(dict(enumerate(counts))).most_common(10)
     ]
     spelled = {}
     if isinstance(tokenizer, SentencePieceTokenizer):
-        spelled = {"characters_spelled_in_bytes": tokenizer.spelled(progress.counts)}
-    first_file = preparing / splits["train"]["files"][0]["name"]
+        spelled = {"characters_spelled_in_bytes": tokenizer.spelled(counts)}
+    first_file = folder / splits["train"]["files"][0]["name"]
     first_text = tokenizer.decode(np.fromfile(first_file, dtype, count=1000))
     return {
         "format": META_FORMAT,
@@ -97,12 +106,12 @@ def make_meta(corpus, progress: Progress, preparing: Path) -> dict:
         **total,
         "bytes_per_token": round(total["bytes"] / total["tokens"], 4),
         "vocab_size": tokenizer.vocab_size,
-        "vocabulary_used": sum(count > 0 for count in progress.counts),
+        "vocabulary_used": sum(count > 0 for count in counts),
         **spelled,
-        **corpus.extra_meta(progress.splits, first_text),
+        **corpus.extra_meta(encoded.splits, first_text),
         "commonest": commonest,
         "splits": splits,
-        "tokenizer": progress.tokenizer,
+        "tokenizer": tokenizer.state(),
     }
 
 
@@ -126,7 +135,6 @@ def refuse_to_replace(folder: Path, command: str) -> None:
 
 def install(preparing: Path, folder: Path, meta: dict) -> None:
     """Move the prepared files into the data folder. If this is interrupted, repeating the command moves the rest."""
-    (preparing / "progress.json").unlink(missing_ok=True)  # replaced by meta.json
     # without meta.json the folder counts as incomplete; the new one is moved last
     (folder / "meta.json").unlink(missing_ok=True)
     files = [file["name"] for split in meta["splits"].values() for file in split["files"]]

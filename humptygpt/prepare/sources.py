@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from humptygpt.config import UserError, note, one_line
-from humptygpt.files import whole
+from humptygpt.files import whole, write_whole
 from humptygpt.prepare.corpus import draw, normalised
-from humptygpt.prepare.documents import write_if_changed
 from humptygpt.prepare.download import download, package
 from humptygpt.translation.pairs import PairFiles, read_pairs
 
@@ -60,9 +59,14 @@ class Source(NamedTuple):
 
 
 def keep(name: str, text: str) -> Path:
-    """Write a text to a file in data/downloads. Returns the path of the file."""
+    """Write a text to a file in data/downloads. Returns the path of the file.
+
+    If the file has this text already, its modification time stays, so that the data made from it is not made again.
+    """
     path = DOWNLOADS / name
-    write_if_changed(path, lambda file: file.write(text.encode()))
+    content = text.encode()
+    if not path.exists() or path.read_bytes() != content:
+        write_whole(path, lambda file: file.write(content))
     return path
 
 
@@ -89,7 +93,7 @@ def fetch_plays(path: Path) -> None:
     ):
         plays = [file for file in sorted(tar.getnames()) if PLAY.search(file)]
         texts = [tar.extractfile(play).read() for play in plays]
-    write_if_changed(path, lambda file: file.write(b"\n".join(texts)))
+    write_whole(path, lambda file: file.write(b"\n".join(texts)))
 
 
 def sotu(config) -> tuple[Path, str]:
