@@ -64,8 +64,8 @@ IGNORED = {
 BY_CLOCK = {"max_iters", "eval_interval", "warmup_iters", "dropout", "weight_decay"}
 BY_CLOCK |= {"ngram_targets", "n_members"}
 # the entries of config.json that are checked
-SCHEMA = {"max_iters": range(1, 2**53), "_parameters?": range(2**53), f"{MEASURED}?": [str]}
-EVALUATION = {"val_loss", "val_bits_per_byte"}  # keys of every evaluation's row
+SCHEMA = {"max_iters": range(1, 2**53), "_parameters": range(2**53), MEASURED: [str]}
+EVALUATION = {"val_loss", "val_bits_per_byte", "val_text"}  # keys of every evaluation's row
 SEED = re.compile(r"[/_-](seed[-_=]?)?\d+$")  # the seed in a path: -1, _seed=1, /1
 BITS = "best_bits_per_byte"
 # The rows of a table. Each is (name, runs that share the row because they differ only in the seed).
@@ -143,7 +143,7 @@ class Run:
     @cached_property
     def last(self) -> dict:
         """The latest value of each metric."""
-        last = {"iter": 0, "tokens": 0, "seconds": 0}
+        last = {"iter": 0, "tokens": 0, "seconds": 0, "position": 0}
         for row in self.rows:
             last |= row
         return last
@@ -158,20 +158,16 @@ class Run:
         for row in self.rows:
             row = {key.removeprefix("whole_"): value for key, value in row.items()}
             if row.keys() >= EVALUATION and row["iter"]:
-                # runs from earlier versions have no checksum of the text
-                text = row.get("val_text", str(self.settings.get("dataset")))
+                text = row["val_text"]
                 earlier = best.pop(text, row)
                 best[text] = min(earlier, row, key=lambda each: each["val_loss"])
         return best
 
     @property
     def state(self) -> str:
-        steps = self.settings["max_iters"]
-        # runs from earlier versions record neither their position nor their end
-        position = self.last.get("position", self.last["iter"])
-        if position >= steps or self.last.get("end") == "done":
+        if self.last.get("end") == "done":
             return "done"
-        return f"at {100 * position // steps:.0f} %"
+        return f"at {100 * self.last['position'] // self.settings['max_iters']:.0f} %"
 
 
 def read_runs(folders: list[str]) -> list[Run]:
@@ -201,7 +197,7 @@ def group_seeds(runs: list[Run], baseline: str | None) -> dict[str, Rows]:
     variants = {}
     for run in runs:
         path = Path(SEED.sub("", str(run.folder)))
-        keys = run.settings.keys() - IGNORED - {"seed", *run.settings.get(MEASURED, ())}
+        keys = run.settings.keys() - IGNORED - {"seed", *run.settings[MEASURED]}
         if run.settings.get("minutes"):
             keys -= BY_CLOCK
         learnt = str([(key, run.settings[key]) for key in sorted(keys)])
@@ -212,7 +208,7 @@ def group_seeds(runs: list[Run], baseline: str | None) -> dict[str, Rows]:
         name = path if len(seeds) > 1 else seeds[0].folder
         rows = groups.setdefault(os.path.relpath(folder), [])
         rows.append((str(name.relative_to(folder)), seeds))
-        for key in {*seeds[0].settings.get(MEASURED, ())} - IGNORED:
+        for key in {*seeds[0].settings[MEASURED]} - IGNORED:
             if len({str(run.settings.get(key)) for run in seeds}) > 1:
                 advice = "for a fair comparison, set it"
                 note(
@@ -298,7 +294,7 @@ def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
         "state": ", ".join(
             f"{count} {state}" if title else state for state, count in states.items()
         ),
-        "parameters": runs[0].settings.get("_parameters"),
+        "parameters": runs[0].settings["_parameters"],
         "iter": mean(last, "iter"),
         "tokens": mean(last, "tokens"),
         "seconds": seconds,

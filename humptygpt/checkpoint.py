@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from humptygpt import config as configurator
 from humptygpt import machine, tokenizers
-from humptygpt.config import UserError, nearest_path, note, one_line, refuse
+from humptygpt.config import UserError, note, one_line, our_configs, refuse
 from humptygpt.schema import check_schema
 from humptygpt.tasks import build_on_meta, config_class, model_class
 from model import GPT, ModelConfig
@@ -120,7 +120,7 @@ def check_there(path: Path) -> None:
 
 
 def suggest_run(out_dir: Path) -> str:
-    """For a folder without this checkpoint, suggest its other one, a similar run, or the command that trains one.
+    """For a folder without this checkpoint, suggest its other one, another run, or the command that trains one.
 
     Returns "; ...", the end of a message.
     """
@@ -135,9 +135,8 @@ def suggest_run(out_dir: Path) -> str:
     if runs:
         newest = max(runs, key=lambda path: path.stat().st_mtime).parent
         return f"; did you mean {shlex.quote(f'--out_dir={newest}')}?"
-    command = f"python train.py {shlex.quote(f'--out_dir={out_dir}')}"
-    near = "" if os.path.exists(out_dir) else nearest_path(str(out_dir))
-    return near or f"; train first: {command}"
+    words = ["python", "train.py", our_configs().get(out_dir.name), f"--out_dir={out_dir}"]
+    return f"; train first: {shlex.join(filter(None, words))}"
 
 
 # --------------------------------------------------------------------------------------

@@ -306,7 +306,6 @@ def other_argument(path: str, fields: Fields, before: str) -> str:
     """
     if "=" in path:
         return f"; to set a key, write {shlex.quote('--' + path.lstrip('-'))}"
-    ours = our_configs()
     if os.path.exists(path):
         folder = Path(path).parent if os.path.isfile(path) else Path(path)
         if "out_dir" in fields and any(folder.glob("*.pt")):
@@ -315,33 +314,22 @@ def other_argument(path: str, fields: Fields, before: str) -> str:
             return f"; to use the run in it, write {resume}{key}"
         key = shlex.quote(f"--input={path}")
         return f"; to train on it, write {key}" if "input" in fields else ""
-    if before and "." not in path and path not in ours:
+    configs = our_configs()
+    if before and "." not in path and path not in configs:
         return f"; a text with spaces needs quotes: {shlex.quote(f'{before} {path} ...')}"
-    if near := nearest_path(path):
-        return near
-    name = nearest(Path(path).stem, ours)
-    return f"; did you mean {shlex.quote(ours[name])}?" if name else ""
+    name = nearest(path.removeprefix("config/").removesuffix(".py"), configs)
+    return f"; did you mean {shlex.quote(configs[name])}?" if name else ""
 
 
 def our_configs() -> dict[str, str]:
-    """Find this project's own config files. Returns {name: path}."""
-    return {file.stem: os.path.relpath(file) for file in sorted(CONFIGS.rglob("*.py"))}
+    """Find the config files in config/. Returns {name: path}, for example with the name article/07_heads/1-one."""
+    files = {path.relative_to(CONFIGS): path for path in CONFIGS.rglob("*.py")}
+    return {name.as_posix()[:-3]: os.path.relpath(path) for name, path in files.items()}
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
     """Find the known name most similar to a mistyped one. Returns None if none is similar."""
     return next(iter(difflib.get_close_matches(name, known, n=1)), None)
-
-
-def nearest_path(path: str) -> str:
-    """Suggest an existing path similar to a missing one. Returns "; did you mean ...?", or "" if there is none."""
-    folder, name = os.path.split(path.rstrip("/"))
-    try:
-        names = os.listdir(folder or ".")  # noqa: PTH208, since the suggestion spells the folder as the user did
-    except (OSError, ValueError):
-        return ""
-    near = nearest(name, names)
-    return f"; did you mean {shlex.quote(os.path.join(folder, near))}?" if near else ""  # noqa: PTH118
 
 
 # --------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import math
 import os
-import shlex
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import nn
 
 import model as models
 from humptygpt import checkpoint, tokenizers
-from humptygpt.config import UserError, find, nearest_path, note, our_configs
+from humptygpt.config import UserError, find, note, our_configs
 from humptygpt.schema import parse_json
 from humptygpt.tasks import make_model_config
 from humptygpt.tokenizers import Tokenizer
@@ -124,11 +123,12 @@ def find_source(source: str | Path, which: str = "best", key: str = "init_from")
         fetch = "fetch" if key == "tokenizer" else "fetch_model"
         return find(f"{HUB}:{fetch}")(repo)
     run = Path("out", source)
-    near = f"; did you mean {run}?" if os.path.isdir(run) else nearest_path(str(source))
-    if not near and (config := our_configs().get(str(source))):
-        command = f"python train.py {shlex.quote(config)}"
-        near = f"; train it first: {command} --out_dir={run}"
-    raise UserError(f"{key}={source}: there is no such file or folder{near}")
+    advice = ""
+    if os.path.isdir(run):
+        advice = f"; did you mean {run}?"
+    elif str(source) in our_configs():
+        advice = checkpoint.suggest_run(run)
+    raise UserError(f"{key}={source}: there is no such file or folder{advice}")
 
 
 def is_folder(path: Path) -> bool:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from humptygpt.config import UserError, nearest_path, note, refuse
+from humptygpt.config import UserError, note, refuse
 from humptygpt.device import free_memory
 from humptygpt.machine import check_fits
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
@@ -86,8 +86,7 @@ def read_text(path: str) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {path}: it is not valid UTF-8") from error
     except OSError as error:
-        near = nearest_path(path) if isinstance(error, FileNotFoundError) else ""
-        raise UserError(f"cannot read {path}: {error.strerror}{near}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 # --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from train import TrainConfig
 
 SHAPE = ModelConfig(**GPT2, n_head=4, block_size=64, vocab_size=65)
 DEFAULTS = asdict(TrainConfig(max_iters=200)) | asdict(SHAPE)
-DEFAULTS |= {"_parameters": 804_096, "_model.py": "89abcdef"}
+DEFAULTS |= {"_parameters": 804_096, "_model.py": "89abcdef", "_measured": []}
 
 
 def make_run(
@@ -188,18 +188,6 @@ def test_a_run_with_settings_of_another_version_is_listed(run):
     table, _ = run("out/a", "out/newer")
     assert row_of(table, "newer").endswith("  n_experts=8 position=quantum")
     assert row_of(table, "a").endswith("  n_experts=None position=learned")
-
-
-def test_a_run_of_an_earlier_version_compares_by_its_data_set(run):
-    for name, changes in (("a", {}), ("b", {}), ("c", {"dataset": "other"})):
-        path = Path(make_run(f"out/{name}", 2.0, 1.9, **changes), "metrics.jsonl")
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        for row in rows:
-            row.pop("position", None)
-            row.pop("val_text", None)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert " best  done" in row_of(run("out/a", "out/b")[0], "a")
-    assert "different texts" in run("out/a", "out/c")[1]
 
 
 # --------------------------------------------------------------------------------------
@@ -408,7 +396,7 @@ def test_seeds_for_which_the_machine_chose_differently_are_one_row_and_a_note_sa
     )
     runs.remove("out/a/old-2")
     assert run(*runs, "--group=True")[1] == ""
-    # of runs from earlier versions it is unknown
+    # a dtype that the user set is not ignored
     runs = make_seeds("out/b/old-{}", 2.0, dtype="float32")
     runs.append(make_run("out/b/old-2", 2.1, seed=2, dtype="bfloat16"))
     assert len(json.loads(run(*runs, "--group=True", "--json=True")[0])) == 2

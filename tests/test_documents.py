@@ -246,7 +246,7 @@ BAD = {
     "text_key=body has no effect, since latin1.txt has no records with keys or columns": (
         "latin1.txt --text_key=body --encoding_errors=replace"
     ),
-    "cannot read latin.txt: No such file or directory; did you mean latin1.txt?": "latin.txt",
+    "cannot read latin.txt: No such file or directory": "latin.txt",
     "utf16.txt is not valid utf-16": "utf16.txt",
     "no text files found at nothing*.txt": "nothing*.txt",
     "empty.txt has no text": "empty.txt",

@@ -249,7 +249,7 @@ BAD = {
     "the regular expression 'c_(a|b)'; only layer names are": lambda: change_config(
         alpha_pattern={"c_(a|b)": 3}
     ),
-    "thei: there is no such file or folder; did you mean theirs?": lambda: change_config(
+    "thei: there is no such file or folder": lambda: change_config(
         base_model_name_or_path="thei"
     ),
     "adapter: the adapter is its own base model": lambda: change_config(

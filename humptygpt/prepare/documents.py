@@ -19,7 +19,7 @@ from typing import NamedTuple, TextIO
 
 from tqdm import tqdm
 
-from humptygpt.config import UserError, nearest_path
+from humptygpt.config import UserError
 
 try:
     from compression import zstd
@@ -114,8 +114,7 @@ def read_errors(path: Path) -> Iterator[None]:
     except DAMAGE as error:
         raise BadFile(f"{path} is damaged: {error}") from error
     except OSError as error:
-        near = nearest_path(str(path)) if isinstance(error, FileNotFoundError) else ""
-        raise UserError(f"cannot read {path}: {error.strerror or error}{near}") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 # --------------------------------------------------------------------------------------
