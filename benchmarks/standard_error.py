@@ -49,7 +49,8 @@ def main() -> None:
         spread = texts.mean(2).var(1).mean().sqrt()
         weights = torch.ones(texts.shape[2])
         errors = [
-            standard_error(text - text.mean(), weights) for text in texts.flatten(0, 1)
+            standard_error((text - text.mean()).numpy(), weights.numpy())
+            for text in texts.flatten(0, 1)
         ]
         single = texts.var(2).mean().sqrt() / texts.shape[2] ** 0.5
         error = torch.tensor(errors).square().mean().sqrt()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from humptygpt.data import Dataset, TokenDataset, count_targets
 from humptygpt.device import autocast, to_device
@@ -54,13 +54,13 @@ def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
     table = torch.zeros(len(losses), process.size, 2, dtype=torch.float64)
     table[:, process.rank, 0] = torch.stack(losses).cpu().double()
     table[:, process.rank, 1] = torch.tensor(weights)
-    table = process.sum(table).flatten(0, 1)
-    losses, weights = table[table[:, 1] > 0].T
+    rows = process.sum(table).flatten(0, 1).tolist()
+    losses, weights = np.array([row for row in rows if row[1]]).T
     mean = losses @ weights / weights.sum()
-    return Loss(mean.item(), standard_error(losses - mean, weights))
+    return Loss(float(mean), standard_error(losses - mean, weights))
 
 
-def standard_error(deviations: Tensor, weights: Tensor) -> float | None:
+def standard_error(deviations: np.ndarray, weights: np.ndarray) -> float | None:
     """Estimate the standard error of a weighted mean loss, taken as that of all text of this kind.
 
     Neighbouring batches are alike, so batches do not count as independent, but long blocks of neighbours do. Returns
@@ -68,9 +68,9 @@ def standard_error(deviations: Tensor, weights: Tensor) -> float | None:
     """
     if len(weights) < FEWEST_BATCHES:
         return None
-    blocks = (deviations * weights).tensor_split(BLOCKS)
-    sums = torch.stack([block.sum() for block in blocks])
-    return (sums.std() * BLOCKS**0.5 / weights.sum()).item()
+    blocks = np.array_split(deviations * weights, BLOCKS)
+    sums = np.array([block.sum() for block in blocks])
+    return float(sums.std(ddof=1) * BLOCKS**0.5 / weights.sum())
 
 
 def own_batches(batches: Iterable[dict], rank: int, size: int) -> Iterator[dict]:
