@@ -100,7 +100,7 @@ def test_train_py_says_in_a_line_what_an_edit_breaks(edit, tiny, monkeypatch, ca
     name, edited = edit
     where = {"attend": models, "forward": SelfAttention, "block": BLOCKS["pre_norm"]}[name]
     monkeypatch.setattr(where, "forward" if name == "block" else name, edited)
-    train.main([*TINY_RUN, "--max_iters=1"])
+    train.main([*TINY_RUN, "--block_size=32", "--max_iters=1"])
     notes = re.findall("^note: (.*)$", capsys.readouterr().err, re.MULTILINE)
     assert sum(note.startswith(EDITS[edit]) for note in notes) == 1, notes
 
@@ -113,6 +113,7 @@ def test_what_the_edit_does_not_break_is_not_mentioned(capsys):
         {"init": "zero", "tie_weights": False},
         {"mlp_conv": 2, "n_kv_head": 1, "window": 3, "dropout": 0.5, "attn_bias": True},
         {"n_members": 3, "block_size": 2},
+        {"norm": "none", "n_layer": 12},
     ):
         keys = keys | ({"n_embd": 1} if keys.get("model") == "number_mlp" else {})
         model = random_model(**keys)

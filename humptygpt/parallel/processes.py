@@ -166,10 +166,10 @@ class DataParallel(Process):
     def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
         """Wrap the model in DDP, which copies rank 0's weights to all ranks and averages gradients over them."""
         net = super().wrap(model, compiled, dynamic)
-        # buffers are constant tables, so they need no broadcast
-        return DistributedDataParallel(
-            net, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+        # Buffers are constant tables, so no step broadcasts them. As an argument, this would print a warning.
+        net.broadcast_buffers = False
+        return net
 
     def shares(self, run, step: int) -> tuple[list[Share], int]:
         """Return this rank's shares of a step, and the number of tokens in the whole step.
