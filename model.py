@@ -339,9 +339,8 @@ POSITIONS = {
 Mask = tuple[Tensor | None, bool]
 # For cross-attention: (encoder output, mask). The output is (B, S, C), or None once the cache holds its keys and values
 Context = tuple[Tensor | None, Mask]
-EXPLICIT_SCORES = (
-    2**25
-)  # a CPU uses the formula in sight up to this many scores: 128 MB in float32
+# A CPU computes the formula in sight, attend(), for up to this many scores of a layer: 128 MB in float32
+EXPLICIT_SCORES = 2**25
 
 
 class Shared(NamedTuple):
@@ -397,12 +396,11 @@ class SelfAttention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-        """Choose between attend() and fused_attend(). The second is faster on a GPU and for many scores."""
-        few = q.shape[:3].numel() * k.shape[2] <= EXPLICIT_SCORES
-        copies = (
-            q.shape[2] == 1 and q.shape[1] != k.shape[1]
-        )  # attend() repeats the whole cache
-        if self.fuses and (q.device.type != "cpu" or not few or copies):
+        """Compute attend(), or fused_attend() where that is faster. Parameters as for attend()."""
+        many = q.shape[:3].numel() * k.shape[2] > EXPLICIT_SCORES
+        # for each new token, attend() would repeat all cached keys and values
+        repeats = q.shape[2] == 1 and q.shape[1] != k.shape[1]
+        if self.fuses and (q.device.type != "cpu" or many or repeats):
             return fused_attend(q, k, v, mask)
         return attend(q, k, v, mask)
 
@@ -891,10 +889,8 @@ class GPT(nn.Module):
         cache = self.make_cache() if self.has_cache else None
         new = idx[:, -block_size:]
         for _ in range(max_new_tokens):
-            if (
-                cache and cache.length + new.shape[1] > block_size
-            ):  # full: keep only the newest half
-                cache.clear()
+            if cache and cache.length + new.shape[1] > block_size:
+                cache.clear()  # it is full: keep only the newest half
                 new = idx[:, -(block_size + 1) // 2 :]
             logits = self.next_logits(new, cache).float() / temperature
             if top_k:

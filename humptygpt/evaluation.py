@@ -39,10 +39,8 @@ def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
     process = run.process
     was_training = net.training
     net.eval()
-    losses, weights = (
-        [],
-        [],
-    )  # of each batch: its mean loss, on the device, and the number of its targets
+    losses = []  # mean loss of each batch, on the device
+    weights = []  # number of targets of each batch
     batches = run.dataset.val_batches(run.config.batch_size, eval_iters)
     for batch in own_batches(batches, process.rank, process.size):
         with autocast(run.device, run.dtype):
