@@ -339,9 +339,8 @@ POSITIONS = {
 Mask = tuple[Tensor | None, bool]
 # For cross-attention: (encoder output, mask). The output is (B, S, C), or None once the cache holds its keys and values
 Context = tuple[Tensor | None, Mask]
-EXPLICIT_SCORES = (
-    2**25
-)  # a CPU uses the formula in sight up to this many scores: 128 MB in float32
+# A CPU uses the formula in attend() for up to this many scores: 128 MB in float32
+EXPLICIT_SCORES = 2**25
 
 
 class Shared(NamedTuple):
@@ -399,9 +398,8 @@ class SelfAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """Choose between attend() and fused_attend(). The second is faster on a GPU and for many scores."""
         few = q.shape[:3].numel() * k.shape[2] <= EXPLICIT_SCORES
-        copies = (
-            q.shape[2] == 1 and q.shape[1] != k.shape[1]
-        )  # attend() repeats the whole cache
+        # with fewer heads of keys, attend() repeats them: for a single token, the whole cache
+        copies = q.shape[2] == 1 and q.shape[1] != k.shape[1]
         if self.fuses and (q.device.type != "cpu" or not few or copies):
             return fused_attend(q, k, v, mask)
         return attend(q, k, v, mask)
@@ -434,7 +432,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 
 def fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """attend() by a kernel of PyTorch that keeps no scores: for GPUs and long contexts."""
+    """Compute the same as attend() with PyTorch's fused kernel, which keeps no scores: for GPUs and long contexts."""
     bias, is_causal = mask
     q, k = q.to(v.dtype), k.to(v.dtype)
     bias = None if bias is None else bias.to(v.dtype)
@@ -445,7 +443,7 @@ def fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 @torch.no_grad()
 def fused_attend_agrees() -> bool:
-    """True if fused_attend() computes what attend() does. If you edit attend(), it does not, and stays unused."""
+    """True if fused_attend() computes what attend() does. If you edit attend(), it does not, and is not used."""
     random = torch.Generator().manual_seed(0)
     q = torch.randn(1, 2, 5, 4, generator=random, device="cpu")
     k, v = torch.randn(2, 1, 1, 5, 4, generator=random, device="cpu")
@@ -891,10 +889,8 @@ class GPT(nn.Module):
         cache = self.make_cache() if self.has_cache else None
         new = idx[:, -block_size:]
         for _ in range(max_new_tokens):
-            if (
-                cache and cache.length + new.shape[1] > block_size
-            ):  # full: keep only the newest half
-                cache.clear()
+            if cache and cache.length + new.shape[1] > block_size:
+                cache.clear()  # it is full: keep only the newest half
                 new = idx[:, -(block_size + 1) // 2 :]
             logits = self.next_logits(new, cache).float() / temperature
             if top_k:
