@@ -432,7 +432,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 
 def fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """attend() by a kernel of PyTorch that keeps no scores: for GPUs and long contexts."""
+    """Compute the same as attend() with PyTorch's fused kernel, which keeps no scores: for GPUs and long contexts."""
     bias, is_causal = mask
     q, k = q.to(v.dtype), k.to(v.dtype)
     bias = None if bias is None else bias.to(v.dtype)
@@ -443,7 +443,7 @@ def fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 @torch.no_grad()
 def fused_attend_agrees() -> bool:
-    """True if fused_attend() computes what attend() does. If you edit attend(), it does not, and stays unused."""
+    """True if fused_attend() computes what attend() does. If you edit attend(), it does not, and is not used."""
     random = torch.Generator().manual_seed(0)
     q = torch.randn(1, 2, 5, 4, generator=random, device="cpu")
     k, v = torch.randn(2, 1, 1, 5, 4, generator=random, device="cpu")

@@ -11,14 +11,13 @@ programs on this machine can reach the server, unless --host says otherwise. It 
 import json
 import re
 import traceback
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Condition, Event, Thread
+from threading import Event, Thread
 
 from humptygpt import machine
 
@@ -79,52 +78,29 @@ def main(argv: list[str]) -> None:
     server.serve_forever()
 
 
-class Turn:
-    """A lock that threads get in the order in which they asked. Python's own prefers a thread that has just held it."""
-
-    def __init__(self):
-        self.changed = Condition()
-        self.waiting: deque[object] = deque()  # the first one has the lock
-
-    def __enter__(self) -> None:
-        ticket = object()
-        with self.changed:
-            self.waiting.append(ticket)
-            self.changed.wait_for(lambda: self.waiting[0] is ticket)
-
-    def __exit__(self, *_: object) -> None:
-        with self.changed:
-            self.waiting.popleft()
-            self.changed.notify_all()
-
-
 class Server(ThreadingHTTPServer):
-    """Waits for clients. Each has a thread that writes its answer, and another one that generates it.
+    """Waits for clients. Each has a thread that sends its answer. One more thread generates all answers in turn.
 
-    The threads that generate take turns: each computes one part of its answer. They never wait for a client, but queue
-    the parts, which are a few thousand at most.
+    It never waits for a client, but queues the parts of an answer, which are a few thousand at most.
     """
 
     request_queue_size = 128  # clients that may wait until they are accepted
     api: Api
-    turn: Turn
+    unfinished: SimpleQueue  # answers: (generator, queue of its parts, Event that is set when the client has left)
 
-    def generate(
-        self, method: Callable, body: bytes, parts: SimpleQueue, left: Event
-    ) -> None:
-        """Queue the parts of an answer, then None or the exception that ended it. left: set if the client has left."""
-        end = None
-        try:
-            answer = method(body)
-            while not left.is_set():
-                with self.turn:
-                    part = next(answer)
-                parts.put(part)
-        except StopIteration:
-            pass
-        except Exception as error:
-            end = error
-        parts.put(end)
+    def generate(self) -> None:
+        """Compute the next part of each answer in turn. Its last part is None, or the exception that ended it."""
+        while True:
+            answer, parts, left = self.unfinished.get()
+            if left.is_set():
+                continue
+            try:
+                part = next(answer, None)
+            except Exception as error:
+                part = error
+            parts.put(part)
+            if isinstance(part, str):
+                self.unfinished.put((answer, parts, left))
 
 
 def listen(host: str, port: int, api: Api) -> Server:
@@ -132,7 +108,8 @@ def listen(host: str, port: int, api: Api) -> Server:
         server = Server((host, port), Handler)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen on {host}, port {port}: {error}") from error
-    server.api, server.turn = api, Turn()
+    server.api, server.unfinished = api, SimpleQueue()
+    Thread(target=server.generate, daemon=True).start()
     return server
 
 
@@ -178,8 +155,8 @@ class Handler(BaseHTTPRequestHandler):
         kind = None
         parts, left = SimpleQueue(), Event()
         try:
-            given = (method, self.read_body(), parts, left)
-            Thread(target=self.server.generate, args=given, daemon=True).start()
+            answer = method(self.read_body())
+            self.server.unfinished.put((answer, parts, left))
             while (part := parts.get()) is not None:
                 if isinstance(part, Exception):
                     raise part

@@ -341,8 +341,8 @@ def train(run: Run, folder: RunFolder) -> int | None:
 def write_line(run: Run, meter: Meter, bar: tqdm) -> None:
     """Show what the model writes after 0, 25, 50, 100, 200 steps and so on.
 
-    All lines together take at most 1 % of the run's time. Only the first is always written, because how long one takes
-    is not known before.
+    All lines together take at most 1 % of the run's time. The first is always written, because nobody knows beforehand
+    how long it takes.
     """
     progress = run.progress
     if progress.iter not in LINES:

@@ -98,12 +98,11 @@ def without_gradient(small: nn.Module, text: dict[str, Tensor]) -> list[str]:
 
 def cache_problem(small: nn.Module, text: dict[str, Tensor], logits: Tensor) -> str:
     """Read a text in pieces with a cache, and say so if the last logits are not those of the whole text."""
-    sources = {key: value for key, value in text.items() if key == "source"}
+    idx, *source = text.values()
     try:
-        cache = small.make_cache(**sources)
-        T = text["idx"].shape[1]
-        singles = min(3, T - 1)
-        for piece in text["idx"].split([T - singles, *[1] * singles], dim=1):
+        cache = small.make_cache(*source)
+        singles = min(3, idx.shape[1] - 1)
+        for piece in idx.split([idx.shape[1] - singles, *[1] * singles], dim=1):
             found = small.next_logits(piece, cache)
     except Exception as error:
         return describe(error)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt.config import UserError, note
-from humptygpt.files import write_whole
+from humptygpt.files import write_text
 from humptygpt.machine import GIVEN, available_memory, fastest, read
+from humptygpt.schema import parse_json
 
 THREADS = torch.get_num_threads()  # as many as there are cores
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -95,30 +96,29 @@ def faster(what: str, choices: Sequence[str]) -> str:
     """
     from filelock import FileLock  # late import: most scripts take no lock
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache / "humptygpt" / "measured.json"
     key = measured_key(what)
+    kept = {}
     try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        path = cache / "humptygpt" / "measured.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # of two runs that start at once, the second waits
-            kept = {}
             with suppress(OSError, ValueError):
-                kept = dict(json.loads(path.read_bytes()))
+                kept = parse_json(path.read_bytes(), {})
             if kept.get(key) not in choices:
                 kept[key] = fastest_training(choices)
-                text = json.dumps(kept, indent=1).encode()
-                write_whole(path, lambda file: file.write(text))
+                write_text(path, json.dumps(kept, indent=1))
                 note(f"{kept[key]} trains fastest on this machine; this is kept in {path}")
-            return kept[key]
-    except (OSError, UserError) as error:
+    # a RuntimeError if there is no home folder, or a file system without locks
+    except (OSError, RuntimeError, UserError) as error:
         note(
             f"the fastest {what} is measured at each start, because it cannot be kept: {error}"
         )
-        return fastest_training(choices)
+    return kept.get(key) or fastest_training(choices)
 
 
 def fastest_training(choices: Sequence[str]) -> str:
-    """Time a training step of feed-forward networks of three sizes on each device or in each dtype, on one thread.
+    """Find the device or dtype in which feed-forward networks of three sizes train fastest, on one thread.
 
     The shortest times are compared, because other programs can only make a step slower.
     """

@@ -59,7 +59,7 @@ def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
 
 
 def standard_error(deviations: np.ndarray, weights: np.ndarray) -> float | None:
-    """Estimate the standard error of a weighted mean loss, taken as that of all text of this kind.
+    """Estimate the standard error of a weighted mean loss, as a measure of the loss on all text of this kind.
 
     Neighbouring batches are alike, so batches do not count as independent, but long blocks of neighbours do. Returns
     None if there are too few batches for that. deviations: each batch's loss minus the mean, (batches,).

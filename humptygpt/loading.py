@@ -82,12 +82,15 @@ def code_checksum() -> str:
 
 def note_edits(out_dir: Path) -> None:
     """Print a note if model.py has changed since a run recorded its checksum."""
+    if recorded(out_dir, "_model.py", str) not in (None, code_checksum()):
+        note(f"model.py has changed since the run in {out_dir}, whose losses may not hold")
+
+
+def recorded(out_dir: Path, key: str, schema: object) -> object:
+    """Return an entry of a run's config.json that fits a schema; None if there is none."""
     with suppress(OSError, ValueError):
-        text = (out_dir / "config.json").read_text("utf-8")
-        if parse_json(text, {"_model.py": str})["_model.py"] != code_checksum():
-            note(
-                f"model.py has changed since the run in {out_dir}, whose losses may not hold"
-            )
+        return parse_json((out_dir / "config.json").read_bytes(), {key: schema})[key]
+    return None
 
 
 # --------------------------------------------------------------------------------------

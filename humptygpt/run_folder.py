@@ -132,7 +132,7 @@ class Meter:
         self.logged_seconds = self.progress.seconds
         self.logged_tokens = self.progress.tokens
         self.started = time.perf_counter() - self.progress.seconds
-        self.lines: list[float] = []  # seconds that each line took that the model wrote
+        self.lines: list[float] = []  # seconds that it took the model to write each line
 
     def leave_out(self) -> float:
         """Exclude the time since read(), which was not spent on training. Returns that time in seconds."""

@@ -5,7 +5,6 @@ import importlib.util
 import math
 import shlex
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,20 +16,20 @@ from humptygpt import config as configurator
 from humptygpt.config import UserError, find, first_line, note
 from humptygpt.data import Dataset
 from humptygpt.device import autocast, pick_device, pick_dtype, to_device
-from humptygpt.loading import Loaded, code_checksum, load, note_edits
+from humptygpt.loading import Loaded, code_checksum, load, note_edits, recorded
 from humptygpt.memory import memory_report
 from humptygpt.optimizers import freeze
 from humptygpt.process import launched
 from humptygpt.run_folder import Progress
-from humptygpt.schema import parse_json
 from humptygpt.settings import OF_INPUT, TrainConfig
 from humptygpt.tasks import LORA, build, build_on_meta, find_task, model_class
 from humptygpt.token_files import COMMAND, is_command, made_by, read_meta
 from humptygpt.tokenizers import from_state
 from model import ModelConfig, Stack, count_parameters
 
-LONG = 20_000  # micro-batches from which on compiling, which takes a minute, should pay on a GPU
-
+# on a GPU, a run of at least this many micro-batches is compiled, which takes a minute
+LONG = 20_000
+# settings that the machine chooses if the user does not
 MEASURED = ("dtype", "muon_dtype", "threads")
 
 # --------------------------------------------------------------------------------------
@@ -264,13 +263,11 @@ def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:
 
 def left_open(config: TrainConfig, saved: dict | None, given: Collection[str]) -> list[str]:
     """List the settings that the machine chooses, for config.json: those that the user never set."""
-    keys = [*MEASURED]
     if saved:
-        with suppress(OSError, ValueError):
-            text = Path(config.out_dir, "config.json").read_text("utf-8")
-            keys = parse_json(text, {"_measured": [str]})["_measured"]
+        before = recorded(Path(config.out_dir), "_measured", [str])
+        keys = MEASURED if before is None else before
         return [key for key in keys if key not in given]
-    return [key for key in keys if getattr(config, key) in ("auto", None)]
+    return [key for key in MEASURED if getattr(config, key) in ("auto", None)]
 
 
 def recorded_settings(run) -> dict[str, object]:

@@ -23,8 +23,8 @@ def tune(config: TrainConfig, model_config: ModelConfig, process: Process) -> Tr
     """Return the config with the fastest dtypes and number of CPU threads, and set the number of threads.
 
     What the user has set stays. The dtypes are the same in all runs on a machine. The number of threads follows the
-    load: all of them, unless fewer are clearly faster for one layer of the model at this moment, as they are beside
-    another training. In a run of several processes, the first one decides.
+    load: all of them, unless fewer are clearly faster for one layer of the model at this moment, as they are while
+    another training runs. In a run of several processes, the first one decides.
     """
     device = process.device
 
@@ -34,12 +34,10 @@ def tune(config: TrainConfig, model_config: ModelConfig, process: Process) -> Tr
 
     dtype, muon_dtype = config.dtype, config.muon_dtype
     if "auto" in (dtype, muon_dtype):
-        if device.type == "cpu":
-            best = choose(["float32", "bfloat16"], lambda: training_dtype(device))
-        else:
-            best = training_dtype(device)
+        best = choose(["float32", "bfloat16"], lambda: training_dtype(device))
         muon_dtype = best if muon_dtype == "auto" else muon_dtype
-        dtype = best if device.type == "cpu" and dtype == "auto" else dtype
+        if device.type == "cpu" and dtype == "auto":
+            dtype = best
     dtype = str(pick_dtype(dtype, device)).removeprefix("torch.")
 
     counts = [min(config.threads, usable_cores())] if config.threads else thread_counts()

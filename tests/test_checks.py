@@ -133,6 +133,20 @@ def test_samples_printed_in_training_are_those_of_a_model_without_a_cache_if_its
     assert capsys.readouterr().err.count("generating without a cache") == 1
 
 
+def test_an_edit_that_fails_in_a_tiny_model_is_sampled_from_without_faster_layers(
+    run_train, monkeypatch, capsys
+):
+    def only_16_features(self, x, shared, cache=None):
+        return ORIGINAL["forward"](self, x, shared, cache) * torch.ones(16)
+
+    run_train("--n_embd=16", "--n_head=2")
+    monkeypatch.setattr(SelfAttention, "forward", only_16_features)
+    sample.main(["--out_dir=out/run", "--max_new_tokens=3", "--device=cpu"])
+    notes = capsys.readouterr().err
+    assert "a tiny model like this one fails: RuntimeError" in notes
+    assert "not using faster layers" in notes
+
+
 def test_sampling_and_resuming_say_that_model_py_has_changed_since(
     run_train, monkeypatch, capsys
 ):

@@ -156,12 +156,10 @@ class Api:
         """Yield the logits, (V,), that predict each token of a prompt; None for the first, which follows nothing."""
         yield None
         cache = {"cache": self.model.make_cache()} if self.model.has_cache else {}
-        for idx in torch.tensor([prompt], device=self.device).split(
-            ECHOED if cache else len(prompt), dim=1
-        ):
-            yield from self.model(idx, **cache)[0][
-                0, :, : self.tokenizer.vocab_size
-            ].float()
+        at_once = ECHOED if cache else len(prompt)
+        for idx in torch.tensor([prompt], device=self.device).split(at_once, dim=1):
+            logits, _ = self.model(idx, **cache)
+            yield from logits[0, :, : self.tokenizer.vocab_size].float()
 
     def describe(self, piece: Piece, likeliest: int) -> dict:
         """Return a token's entry in a chat's logprobs. likeliest: how many others to list."""

@@ -75,7 +75,7 @@ class Clock:
         self.step = 0.0  # seconds per step, measured before training
         # seconds that the last evaluation took; before the first one, an estimate
         self.evaluation = 0.0
-        # seconds for the sample at the end, from the last line that was written
+        # seconds for the sample at the end, estimated from the last line that the model wrote
         self.sample = 0.0
         # time that the end of a run takes, as a multiple of an evaluation: for the last evaluation and, in a long run,
         # an evaluation on the whole validation split
