@@ -111,7 +111,7 @@ class TrainConfig:
     eval_iters: int | None = None  # batches per evaluation; None: about 10% of the run time
     eval_pairs: str | None = None  # pairs to test at each evaluation: a file or a suite
     early_stopping: int = 0  # stop after this many evaluations without a new best; 0: never
-    always_save_checkpoint: bool = True  # False: save only on a new best loss
+    always_save_checkpoint: bool = True  # False: save only a new best and at the end
     snapshots: bool | None = None  # save weight snapshots for explain.py; None: if < 10 MB
     log_interval: int = 10  # steps between training loss reports
     # memory
@@ -123,7 +123,7 @@ class TrainConfig:
     wandb_project: str = "humptygpt"  # project on Weights & Biases
     wandb_run_name: str | None = None  # run name on Weights & Biases; None: name of out_dir
     # system
-    device: str = "auto"  # auto: the GPU if there is one; cpu, cuda, cuda:1, mps
+    device: str = "auto"  # auto: the fastest there is; cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto: the fastest on this machine, measured once
     threads: int | None = None  # CPU threads; None: the fastest, measured at the start
     compile: bool | None = None  # use torch.compile; None: for long runs on CUDA
