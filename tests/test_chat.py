@@ -197,8 +197,8 @@ def test_each_reply_in_a_row_follows_its_question_and_only_its_end_may_be_missin
     summary, _ = dataset.summary(1, None)
     replies = text_of(dataset, "train").count(f"{BEGIN}assistant")
     kept = sum(ids[row].tolist().count(begin) for row in rows) // 2
-    assert (f"; {shortened:,} replies lose their end" in summary) == (block_size < 64)
-    assert (f"; {replies - kept:,} replies are left out" in summary) == (block_size == 30)
+    assert (f"; replies cut short: {shortened:,}" in summary) == (block_size < 64)
+    assert (f"; replies left out: {replies - kept:,}" in summary) == (block_size == 30)
     if block_size >= 64:  # no exchange is longer
         assert sorted(seen) == list(range(len(ids)))
     for index in range(len(rows)):

@@ -71,9 +71,9 @@ class ChatDataset(TokenDataset):
             # the first token of a row is not predicted
             if is_target[piece.start + 1 : piece.stop].any():
                 pieces.append(piece)
-                cut["lose their end"] += is_target[piece.stop % len(is_target)]
+                cut["replies cut short"] += is_target[piece.stop % len(is_target)]
             else:
-                cut["are left out"] += 1
+                cut["replies left out"] += 1
         if not pieces:
             raise UserError(
                 f"no reply in {self.folder / split}.bin begins within block_size={self.block_size}; use a larger one"
@@ -133,7 +133,7 @@ class ChatDataset(TokenDataset):
         if self.meta["longest"] > self.block_size + 1:
             batch += "; longer ones are cut before a question"
         for what, count in self.cut["train"].items():
-            batch += f"; {count:,} replies {what}" if count else ""
+            batch += f"; {what}: {count:,}" if count else ""
         return batch, f"{len(self.val_starts(batch_size, eval_iters)):,} of {total:,} rows"
 
     def val_bytes_per_token(self) -> float:
