@@ -64,7 +64,7 @@ IGNORED = {
 BY_CLOCK = {"max_iters", "eval_interval", "warmup_iters", "dropout", "weight_decay"}
 BY_CLOCK |= {"ngram_targets", "n_members"}
 # the entries of config.json that are checked
-SCHEMA = {"max_iters": range(1, 2**53), "_parameters": range(2**53), MEASURED: [str]}
+SCHEMA = {"max_iters": range(1, 2**53), "_parameters": range(2**53), f"{MEASURED}?": [str]}
 EVALUATION = {"val_loss", "val_bits_per_byte", "val_text"}  # keys of every evaluation's row
 SEED = re.compile(r"[/_-](seed[-_=]?)?\d+$")  # the seed in a path: -1, _seed=1, /1
 BITS = "best_bits_per_byte"
@@ -197,7 +197,7 @@ def group_seeds(runs: list[Run], baseline: str | None) -> dict[str, Rows]:
     variants = {}
     for run in runs:
         path = Path(SEED.sub("", str(run.folder)))
-        keys = run.settings.keys() - IGNORED - {"seed", *run.settings[MEASURED]}
+        keys = run.settings.keys() - IGNORED - {"seed", *run.settings.get(MEASURED, ())}
         if run.settings.get("minutes"):
             keys -= BY_CLOCK
         learnt = str([(key, run.settings[key]) for key in sorted(keys)])
@@ -208,7 +208,7 @@ def group_seeds(runs: list[Run], baseline: str | None) -> dict[str, Rows]:
         name = path if len(seeds) > 1 else seeds[0].folder
         rows = groups.setdefault(os.path.relpath(folder), [])
         rows.append((str(name.relative_to(folder)), seeds))
-        for key in {*seeds[0].settings[MEASURED]} - IGNORED:
+        for key in {*seeds[0].settings.get(MEASURED, ())} - IGNORED:
             if len({str(run.settings.get(key)) for run in seeds}) > 1:
                 advice = "for a fair comparison, set it"
                 note(

@@ -103,6 +103,16 @@ def test_a_row_shows_name_size_time_speed_the_lowest_loss_and_state(run):
     assert row_of(run("out/a")[0], "a").split() == row.split()
 
 
+def test_a_run_that_does_not_say_what_the_machine_chose_is_compared(data):
+    """Earlier versions did not record it."""
+    for path in map(Path, make_seeds("out/idea/{}", 2.0, 2.2)):
+        settings = json.loads((path / "config.json").read_text())
+        del settings["_measured"]
+        (path / "config.json").write_text(json.dumps(settings))
+    (row,) = data("out/idea/1", "out/idea/2", "--group=True")
+    assert len(row["bits_of_seeds"]) == 2
+
+
 def test_settings_that_differ_are_shown_but_for_those_that_do_not_matter(run):
     make_run("out/a", 2.0)
     make_run("out/b", 2.0, position="none", n_head=1)
