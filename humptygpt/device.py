@@ -21,8 +21,8 @@ from humptygpt.schema import parse_json
 THREADS = torch.get_num_threads()  # as many as there are cores
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# peak in FLOP/s of dense bfloat16 or float16 products summed in float32, from data sheets; the first entry found in the
-# card's name is used
+# peak in FLOP/s of dense bfloat16 or float16 products summed in float32, from data sheets, except for GB200, L40, A10G,
+# A6000, 4080 and 3060, whose figures are still to be checked; the first entry found in the card's name is used
 PEAK_FLOPS = {
     "GB200": 2500e12,
     "B200": 2250e12,

@@ -23,8 +23,8 @@ class PretrainedTokenizer(Tokenizer):
     """A tokenizer read from a tokenizer.json and run by Hugging Face's tokenizers library, so its results are the same.
 
     Unlike those of our own tokenizers, its special tokens are recognised in a text, except by encode_plain(), which is
-    for what somebody says in a conversation. Only byte-level and sentencepiece decoders are supported,
-    because they decode each token on its own.
+    for what somebody says in a conversation. Only byte-level and sentencepiece decoders are supported, because they
+    decode each token on its own.
 
     content: the JSON. eot, bos: ids of the end-of-text and start-of-text tokens; None if there is none.
     """
