@@ -47,8 +47,8 @@ from humptygpt import machine
 if __name__ == "__main__":
     machine.start()  # before numpy and torch are loaded
 
-from humptygpt import config as configurator
-from humptygpt.config import check_above_0, check_choices, check_least
+from humptygpt import cli
+from humptygpt.cli import check_above_0, check_choices, check_least
 
 MODES = {  # {mode: the module in benchmarks/ whose bench() measures it}
     "train": "step_time",
@@ -113,7 +113,7 @@ class BenchConfig:
 
 
 def main(argv: list[str]) -> None:
-    config = configurator.make(BenchConfig, configurator.read(argv, BenchConfig))
+    config = cli.make(BenchConfig, cli.read(argv, BenchConfig))
     mode = importlib.import_module(f"benchmarks.{MODES[config.what]}")
     print(json.dumps(mode.bench(config)))
 

@@ -34,12 +34,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from humptygpt import config as configurator
-from humptygpt import machine
-from humptygpt.config import UserError, note, one_line
-from humptygpt.files import write_whole
-from humptygpt.metrics import read_metrics
-from humptygpt.schema import parse_json
+from humptygpt import cli, machine
+from humptygpt.cli import UserError, note, one_line
+from humptygpt.files import parse_json, write_whole
 
 MEASURED = "_measured"  # in config.json: the settings that the machine chose, not the user
 # Settings to ignore, because they do not affect the trained model; _parameters already has its own column.
@@ -107,8 +104,8 @@ class CompareConfig:
 
 
 def main(argv: list[str]) -> None:
-    given = configurator.read(argv, CompareConfig, positional="runs")
-    config = configurator.make(CompareConfig, given)
+    given = cli.read(argv, CompareConfig, positional="runs")
+    config = cli.make(CompareConfig, given)
     # out/* also matches files such as compare.png, written by an earlier call
     runs = read_runs([path for path in config.runs if not os.path.isfile(path)])
     if config.group or config.baseline:
@@ -172,6 +169,10 @@ class Run:
 
 def read_runs(folders: list[str]) -> list[Run]:
     """Read the runs; a folder that is not a run is reported and skipped. Raises UserError if there are no runs."""
+    from humptygpt.run import (
+        read_metrics,
+    )  # late import: it loads torch, which takes a second
+
     runs = []
     for folder in folders:
         try:

@@ -13,9 +13,8 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from humptygpt import config as configurator
-from humptygpt import machine
-from humptygpt.config import check_choices
+from humptygpt import cli, machine
+from humptygpt.cli import check_choices
 from humptygpt.files import write_whole
 
 # torch takes seconds to import. main() imports it last, so that a misspelt key is reported at once.
@@ -41,7 +40,7 @@ class ExplainConfig:
 
 
 def main(argv: list[str]) -> None:
-    config = configurator.make(ExplainConfig, configurator.read(argv, ExplainConfig))
+    config = cli.make(ExplainConfig, cli.read(argv, ExplainConfig))
     from humptygpt.page.page_data import page_data
 
     page = fill(to_text(page_data(config)))

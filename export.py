@@ -16,9 +16,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from humptygpt import config as configurator
-from humptygpt import machine
-from humptygpt.config import UserError, check_choices
+from humptygpt import cli, machine
+from humptygpt.cli import UserError, check_choices
 from humptygpt.files import whole
 
 # torch takes seconds to import. Only the functions that need it import it, so a misspelt key is reported at once.
@@ -53,8 +52,8 @@ class ExportConfig:
 
 
 def main(argv: list[str]) -> None:
-    given = configurator.read(argv, ExportConfig)
-    config = configurator.make(ExportConfig, given)
+    given = cli.read(argv, ExportConfig)
+    config = cli.make(ExportConfig, given)
     from humptygpt.loading import chosen_source, load
     from humptygpt.page.known_settings import check_formulas
 
@@ -110,14 +109,12 @@ def write_checkpoint(loaded, to: Path, dtype: str) -> str:
 
 def generation_config(loaded) -> dict[str, object]:
     """Make the contents of generation_config.json, which gives transformers the sampling defaults of sample.py."""
-    from sample import SampleConfig
-
     tokenizer, rows = loaded.tokenizer, loaded.model.config.vocab_size
     eot, bos = tokenizer.eot, tokenizer.bos
     return {
         "do_sample": True,
-        "temperature": SampleConfig.temperature,
-        "top_k": SampleConfig.top_k,
+        "temperature": 0.8,
+        "top_k": 200,
         "bos_token_id": eot if bos is None else bos,
         "eos_token_id": eot,
         "pad_token_id": eot,

@@ -32,9 +32,9 @@ from humptygpt import machine
 if __name__ == "__main__":
     machine.start()  # before numpy is loaded
 
-from humptygpt import config as configurator
+from humptygpt import cli
 from humptygpt.chat.conversations import Conversations, is_conversations
-from humptygpt.config import (
+from humptygpt.cli import (
     UserError,
     check_above_0,
     check_choices,
@@ -44,6 +44,7 @@ from humptygpt.config import (
     refuse_vain,
 )
 from humptygpt.convert.hub import repository
+from humptygpt.data import COMMAND, is_nanogpts, read_meta
 from humptygpt.files import (
     locked,
     refuse_unwritable,
@@ -69,7 +70,6 @@ from humptygpt.prepare.folder import (
 )
 from humptygpt.prepare.sources import SOURCES, Source
 from humptygpt.prepare.vocabulary import CHOICES
-from humptygpt.token_files import COMMAND, is_nanogpts, read_meta
 from humptygpt.tokenizers import TOKENIZERS, Tokenizer
 from humptygpt.translation.pairs import PairFiles, Pairs
 
@@ -159,8 +159,8 @@ class PrepareConfig:
 
 
 def main(argv: list[str]) -> None:
-    given = configurator.read(argv, PrepareConfig, positional="name")
-    config = configurator.make(PrepareConfig, given)
+    given = cli.read(argv, PrepareConfig, positional="name")
+    config = cli.make(PrepareConfig, given)
     if config.verify:
         if others := given.keys() - {"name", "verify"}:
             raise UserError(f"verify takes only a name; leave out {', '.join(others)}")

@@ -17,19 +17,15 @@ Only the text goes to stdout, or with --logprobs only JSON lines; everything els
 import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from itertools import product
-from pathlib import Path
+from itertools import chain, product
 
 from humptygpt import machine
 
 if __name__ == "__main__":
     machine.start()  # before numpy and torch are loaded
 
-import torch
-
-from humptygpt import config as configurator
-from humptygpt import loading
-from humptygpt.config import (
+from humptygpt import cli
+from humptygpt.cli import (
     UserError,
     check_above_0,
     check_choices,
@@ -37,22 +33,20 @@ from humptygpt.config import (
     note,
     refuse_vain,
 )
-from humptygpt.decoding import choose_threads, make_generator
-from humptygpt.device import DTYPES, pick_device, sample_dtype
+from humptygpt.decoding import choose_threads
+from humptygpt.loading import CHOICES, Pipeline, chosen_source, pipeline
 from humptygpt.sampling import (
     Context,
     Piece,
     Prompt,
     encode_prompt,
+    print_json_lines,
     read_prompts,
     read_start,
     stream_texts,
     texts_at_once,
 )
-from humptygpt.tokenizers import Tokenizer
 
-CONVERSE = "humptygpt.interactive:converse"
-WITH_TEMPLATE = "humptygpt.chat.template:with_template"
 SEPARATOR = "---------------"
 SAMPLING = "temperature top_k top_p min_p repetition_penalty seed max_new_tokens stop"
 OF_TEXT = "prompts num_samples stop logprobs temperature top_k repetition_penalty"
@@ -66,6 +60,8 @@ for key in ("num_beams", "length_penalty"):
 IN_VAIN["system"] = ("task", ("language modelling", "translation"))
 IN_VAIN["dtype"] = ("quantize", ("int8",))
 ONE_BY_ONE = dict.fromkeys(("num_samples", "logprobs"), ("interactive", (True,)))
+
+load = pipeline  # for notebooks, together with complete()
 
 
 @dataclass(frozen=True)
@@ -100,11 +96,7 @@ class SampleConfig:
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
-        return {
-            "checkpoint": ("best", "latest"),
-            "dtype": ("auto", *DTYPES),
-            "quantize": ("int8",),
-        }
+        return CHOICES
 
     def validate(self) -> None:
         check_choices(self)
@@ -129,23 +121,13 @@ class SampleConfig:
         return {key: getattr(self, key) for key in keys.split()}
 
 
-@dataclass(frozen=True)
-class Pipeline:
-    """A trained model, ready for generation, with its tokenizer, task and device."""
-
-    model: torch.nn.Module
-    tokenizer: Tokenizer
-    task: str
-    device: torch.device
-
-
 def main(argv: list[str]) -> None:
-    given = configurator.read(argv, SampleConfig)
-    config = configurator.make(SampleConfig, given)
+    given = cli.read(argv, SampleConfig)
+    config = cli.make(SampleConfig, given)
     refuse_vain(given, vars(config), ONE_BY_ONE)
-    source = loading.chosen_source(config, given)
+    source = chosen_source(config, given)
     keys = config.select("device dtype quantize compile")
-    loaded = load(source, config.checkpoint, talks=config.interactive, **keys)
+    loaded = pipeline(source, config.checkpoint, talks=config.interactive, **keys)
     refuse_vain(given, vars(config) | {"task": loaded.task}, IN_VAIN)
     with machine.memory_advice(
         "try a smaller --num_samples, --max_new_tokens or --num_beams"
@@ -155,35 +137,9 @@ def main(argv: list[str]) -> None:
             return
         choose_threads(loaded)
         if config.interactive or loaded.task == "chat":
-            configurator.find(CONVERSE)(config, loaded, config.select(SAMPLING))
+            converse(config, loaded)
         else:
             print_texts(config, loaded)
-
-
-def load(
-    source: str | Path,
-    which: str = "best",
-    *,
-    talks: bool = False,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: str | None = None,
-    compile: bool = False,
-) -> Pipeline:
-    """Load a model for generation. Raises UserError if it is missing, damaged or not supported.
-
-    source, which: init_from and checkpoint in SampleConfig. talks: True: a model with a chat template is for the task
-    "chat", otherwise it continues a text. The other parameters have the same names as in SampleConfig.
-    """
-    torch_device = pick_device(device)
-    weight_dtype = torch.int8 if quantize else sample_dtype(dtype, torch_device)
-    loaded = loading.load(source, which)
-    if talks and not loaded.saved:
-        loaded = configurator.find(WITH_TEMPLATE)(loaded)
-    print(loaded.description, file=sys.stderr)
-    compiles = compile and loaded.task != "translation"
-    model = make_generator(loaded.model, weight_dtype, torch_device, compiles)
-    return Pipeline(model, loaded.tokenizer, loaded.task, torch_device)
 
 
 # --------------------------------------------------------------------------------------
@@ -196,7 +152,7 @@ def complete(loaded: Pipeline, prompt: str, max_new_tokens: int = 500, **keys) -
     keys: temperature, stop, num_beams or any other key of SampleConfig. Raises UserError if a key is not valid.
     """
     config = SampleConfig(max_new_tokens=max_new_tokens, **keys)
-    config = configurator.restore(SampleConfig, vars(config))
+    config = cli.restore(SampleConfig, vars(config))
     if loaded.task == "translation":
         return next(translate([prompt], config, loaded))
     pieces = write([encode_prompt(prompt, loaded.tokenizer)], [0], config, loaded)
@@ -249,8 +205,6 @@ def print_batch(
     prompts, samples = zip(*texts, strict=True)
     pieces = write([prompt.ids for prompt in prompts], samples, config, loaded)
     if config.logprobs is not None:
-        from humptygpt.logprobs import print_json_lines
-
         print_json_lines(pieces, texts, config.logprobs, loaded.tokenizer)
         return
     first, *others = [prompt.text for prompt in prompts]
@@ -268,8 +222,6 @@ def print_batch(
 
 def print_translations(config: SampleConfig, loaded: Pipeline) -> None:
     """Print a translation of each line. The translation of an empty line is empty."""
-    from humptygpt.interactive import typed_lines
-
     texts = typed_lines() if config.interactive else [read_start(config.start or "")]
     if texts == [""]:
         raise UserError(
@@ -279,6 +231,61 @@ def print_translations(config: SampleConfig, loaded: Pipeline) -> None:
         lines = text.removesuffix("\n").split("\n")
         for translation in translate(lines, config, loaded):
             print(translation, flush=True)
+
+
+# --------------------------------------------------------------------------------------
+# Converse
+
+
+def converse(config: SampleConfig, loaded: Pipeline) -> None:
+    """Read a line, print what the model writes after it, and repeat. Without --interactive, answer only --start."""
+    partner = Text(loaded)
+    if loaded.task == "chat":
+        from humptygpt.chat.talk import Talk
+
+        partner = Talk(loaded, config.system)
+    first = [] if config.start is None else [read_start(config.start)]
+    lines = typed_lines(partner.advice) if config.interactive or not first else []
+    for turn, line in enumerate(chain(first, lines)):
+        try:
+            for text in partner.reply(line, turn, **config.select(SAMPLING)):
+                print(text, end="", flush=True)
+            print(flush=True)
+        except (UserError, UnicodeEncodeError) as error:
+            note(str(error))
+
+
+class Text:
+    """A text that is continued by turns. Everything that was read and written stays in the context."""
+
+    advice = "; an empty line continues the text"  # printed after "Ctrl-D quits"
+
+    def __init__(self, loaded: Pipeline):
+        self.loaded = loaded
+        self.context = None
+
+    def reply(self, line: str, sample: int, **sampling) -> Iterator[str]:
+        """Yield the continuation in pieces. sample: seeds it. Raises UserError if the line cannot be encoded."""
+        tokenizer = self.loaded.tokenizer
+        if self.context is None:  # the text starts with this line
+            ids = encode_prompt(line, tokenizer) if line else tokenizer.start().tolist()
+            self.context = Context(self.loaded.model, [ids], device=self.loaded.device)
+        elif line:
+            self.context.append([tokenizer.encode_rest(line).tolist()])
+        for piece in stream_texts(self.context, tokenizer, [sample], **sampling):
+            yield piece.text
+
+
+def typed_lines(advice: str = "") -> Iterator[str]:
+    """Print advice, and yield lines from standard input, with "> " as the prompt if it is a terminal."""
+    print(f"Ctrl-D quits{advice}", file=sys.stderr)
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            raise UserError("standard input is not valid UTF-8") from error
 
 
 if __name__ == "__main__":

@@ -28,11 +28,10 @@ if __name__ == "__main__":
 
 import numpy as np
 
-import sample
-from humptygpt import config as configurator
+from humptygpt import cli
 from humptygpt.checkpoint import find_checkpoint
-from humptygpt.config import TEXTS, UserError, check_choices, check_least, note, refuse_vain
-from humptygpt.device import DTYPES
+from humptygpt.cli import TEXTS, UserError, check_choices, check_least, note, refuse_vain
+from humptygpt.loading import CHOICES, Pipeline, pipeline
 from humptygpt.sampling import read_text
 from humptygpt.scoring.pairs import SUITES, Test, by_group, read_tests, run_tests
 from humptygpt.scoring.text import score_text, score_windows
@@ -62,12 +61,7 @@ class ScoreConfig:
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
-        return {
-            "checkpoint": ("best", "latest"),
-            "suite": SUITES,
-            "dtype": ("auto", *DTYPES),
-            "quantize": ("int8",),
-        }
+        return CHOICES | {"suite": SUITES}
 
     def validate(self) -> None:
         check_choices(self)
@@ -82,8 +76,8 @@ class ScoreConfig:
 
 
 def main(argv: list[str]) -> None:
-    given = configurator.read(argv, ScoreConfig)
-    config = configurator.make(ScoreConfig, given)
+    given = cli.read(argv, ScoreConfig)
+    config = cli.make(ScoreConfig, given)
     refuse_vain(given, vars(config), IN_VAIN)
     sources = {source: source for source in config.init_from}
     if not sources:
@@ -98,8 +92,8 @@ def main(argv: list[str]) -> None:
             print_tests(config, sources)
 
 
-def load(config: ScoreConfig, source: str | Path) -> sample.Pipeline:
-    loaded = sample.load(
+def load(config: ScoreConfig, source: str | Path) -> Pipeline:
+    loaded = pipeline(
         source,
         config.checkpoint,
         device=config.device,

@@ -11,7 +11,7 @@ programs on this machine can reach the server, unless --host says otherwise. It 
 import json
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,12 +24,11 @@ from humptygpt import machine
 if __name__ == "__main__":
     machine.start()  # before numpy and torch are loaded
 
-import sample
-from humptygpt import config as configurator
-from humptygpt import loading
+from humptygpt import cli
 from humptygpt.chat.api import Api
-from humptygpt.config import UserError, check_choices, first_line, refuse_vain
+from humptygpt.cli import UserError, check_choices, first_line, refuse_vain
 from humptygpt.decoding import choose_threads
+from humptygpt.loading import CHOICES, chosen_source, pipeline
 
 PAGE = Path(__file__).parent / "humptygpt/chat/page.html"
 JSON = "application/json"
@@ -53,16 +52,19 @@ class ServeConfig:
     dtype: str = "auto"  # dtype of the linear layers; auto: float32 on a CPU
     quantize: str | None = None  # int8: 8-bit weights, CPU only; None: off
 
-    choices = sample.SampleConfig.choices
     validate = check_choices
+
+    @classmethod
+    def choices(cls) -> dict[str, Collection[str]]:
+        return CHOICES
 
 
 def main(argv: list[str]) -> None:
-    given = configurator.read(argv, ServeConfig)
-    config = configurator.make(ServeConfig, given)
+    given = cli.read(argv, ServeConfig)
+    config = cli.make(ServeConfig, given)
     refuse_vain(given, vars(config), {"dtype": ("quantize", ("int8",))})
-    source = loading.chosen_source(config, given)
-    loaded = sample.load(
+    source = chosen_source(config, given)
+    loaded = pipeline(
         source,
         config.checkpoint,
         talks=True,

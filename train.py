@@ -14,11 +14,9 @@ Ctrl-C saves a checkpoint and stops.
 Keys that are not set have the defaults below, which are the demo's settings.
 """
 
-import dataclasses
 import signal
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from humptygpt import machine
@@ -30,23 +28,23 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from humptygpt import checkpoint, evaluation, report, tasks
-from humptygpt.checkpoint import refuse_other_code
+from humptygpt import evaluation, report
 from humptygpt.checks import check_model
-from humptygpt.config import find
-from humptygpt.data import Dataset, Prefetcher, random_key
+from humptygpt.data import Prefetcher, random_key
 from humptygpt.device import DTYPES, autocast, pick_device, to_device, tune_malloc
 from humptygpt.loading import Loaded, load
-from humptygpt.memory import ADVICE, check_training_fits
-from humptygpt.optimizers import Optimizer, make_optimizer
-from humptygpt.process import Process, Share, silence_other_processes, start_process
-from humptygpt.run_folder import (
+from humptygpt.optimizers import make_optimizer
+from humptygpt.process import Share, silence_other_processes, start_process
+from humptygpt.report import ADVICE, check_training_fits
+from humptygpt.run import (
     Diverged,
     Meter,
     Progress,
+    Run,
     RunFolder,
     StepClock,
     catch_signals,
+    snapshot_taker,
 )
 from humptygpt.settings import TrainConfig, read_settings
 from humptygpt.setup import (
@@ -60,106 +58,12 @@ from humptygpt.setup import (
     prepare_missing,
     recorded_settings,
     resumed_progress,
+    tune,
 )
-from humptygpt.tuning import tune
 from model import ModelConfig
 
-LOAD_SHARDED = "humptygpt.parallel.sharded:load"
-NGRAMS = "humptygpt.minutes.ngrams:SoftTargets"
-SNAPSHOTS = "humptygpt.page.snapshots:taker"
-TRAIN_ROWS = "humptygpt.finetune.lora:train_rows"
-PAIRS = "humptygpt.scoring.pairs:tester"
 # numbers of steps after which the model writes a line
 LINES = {0, *(25 * 2**doublings for doublings in range(40))}
-
-
-@dataclass
-class Run:
-    """Everything that a training run consists of, assembled by setup()."""
-
-    config: TrainConfig
-    process: Process
-    device: torch.device
-    dtype: torch.dtype
-    dataset: Dataset
-    batches: Dataset | Prefetcher  # or, with ngram_targets, ngrams.SoftTargets
-    model: nn.Module
-    net: nn.Module  # the model used in training, perhaps compiled or wrapped in DDP; weights are saved from `model`
-    progress: Progress
-    clock: StepClock  # or, with --minutes, a plan.Clock
-    scaler: torch.amp.GradScaler
-    measured: list[str]  # settings that were left open and are measured on this machine
-    test_pairs: Callable | None  # with eval_pairs: (model, dataset) -> metrics
-    optimizer: Optimizer | None = None  # None only until setup() has made it
-
-    @property
-    def task(self) -> tasks.Task:
-        task = tasks.find_task(self.dataset.task)
-        # no process of a sharded run has the whole model, so none can generate examples
-        if self.process.sharded:
-            return dataclasses.replace(task, evaluation_examples=None, final_examples=None)
-        if task.score and not self.model.has_cache:  # translations are written with a cache
-            return tasks.Task(task.dataset, batches_vary=task.batches_vary)
-        return task
-
-    @property
-    def is_over(self) -> bool:
-        stops_early = 0 < self.config.early_stopping <= self.progress.evals_since_best
-        return stops_early or self.progress.position >= self.config.max_iters
-
-    @property
-    def path(self) -> Path:
-        """Path of the run's latest checkpoint, which may not exist yet."""
-        return checkpoint.stored(Path(self.config.out_dir) / "ckpt.pt")
-
-    def state(self) -> dict:
-        """Return the entries that ckpt.pt and best.pt have in common; checkpoint.SCHEMA describes them."""
-        meta = self.dataset.meta
-        data = {key: meta[key] for key in ("source", "command") if key in meta}
-        return {
-            "train_config": asdict(self.config),
-            "model_config": asdict(self.model.config),
-            "tokenizer": self.dataset.tokenizer.state(),
-            "task": self.dataset.task,
-            "data": data | {"identity": self.dataset.identity},
-            "progress": asdict(self.progress),
-            "model": dict(self.model.state_dict()),
-        }
-
-    def latest_state(self) -> dict:
-        """Return the entries of ckpt.pt."""
-        return self.state() | {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict() or None,
-        }
-
-    def best_state(self) -> dict:
-        """Return the entries of best.pt. LoRA weights are merged, so the file loads like any other model."""
-        state = self.state() | {"model": self.weights()}
-        state["train_config"]["lora_rank"] = 0
-        return state
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return the model's state dict, with LoRA weights merged."""
-        if not self.config.lora_rank:
-            return dict(self.model.state_dict())
-        from humptygpt.finetune.lora import merged_state
-
-        return merged_state(self.model)
-
-    def restore(self, saved: dict) -> None:
-        """Restore the optimizer, scaler and sharded weights from a checkpoint. Raises UserError if it does not fit."""
-        eval_only = self.config.eval_only
-        sharded = checkpoint.lacks_tensors(saved)
-        # an evaluation needs neither the optimizer nor the scaler, and the optimizer's state takes memory
-        if not eval_only:
-            with refuse_other_code(self.path):
-                self.optimizer.load(saved["optimizer"], "meta" if sharded else "cpu")
-            if saved.get("scaler"):
-                self.scaler.load_state_dict(saved["scaler"])
-        if sharded:
-            entries = self.state() if eval_only else self.latest_state()
-            find(LOAD_SHARDED)(self.path, entries)
 
 
 def main(argv: list[str]) -> int:
@@ -224,12 +128,21 @@ def setup(
     model = make_model(config, model_config, saved, base, process.sharded, tokens)
     check_model(model)
     if config.lora_rank and dataset.tokenizer.marks:
-        find(TRAIN_ROWS)(model, dataset.tokenizer.marks)
+        from humptygpt.finetune.lora import train_rows
+
+        train_rows(model, dataset.tokenizer.marks)
     batches = dataset
     if config.ngram_targets and not config.eval_only:
-        batches = find(NGRAMS)(dataset, config.ngram_targets, model_config.vocab_size)
+        from humptygpt.minutes.ngrams import SoftTargets
+
+        batches = SoftTargets(dataset, config.ngram_targets, model_config.vocab_size)
     if device.type == "cuda":
         batches = Prefetcher(batches, min(process.size, config.gradient_accumulation_steps))
+    test_pairs = None
+    if config.eval_pairs:
+        from humptygpt.scoring.pairs import tester
+
+        test_pairs = tester(config, dataset, process)
     run = Run(
         config=config,
         process=process,
@@ -243,7 +156,7 @@ def setup(
         measured=measured,
         clock=clock,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        test_pairs=find(PAIRS)(config, dataset, process) if config.eval_pairs else None,
+        test_pairs=test_pairs,
     )
     process.place(run)
     run.optimizer = make_optimizer(config, model, process.optimizer_class)
@@ -295,7 +208,7 @@ def train(run: Run, folder: RunFolder) -> int | None:
     config = run.config
     progress = run.progress
     meter = Meter(run)
-    take_snapshot = find(SNAPSHOTS)(run, folder)
+    take_snapshot = snapshot_taker(run, folder)
     run.clock.start(run)
     due = False
     with catch_signals() as signals, report.progress_bar(run) as bar:

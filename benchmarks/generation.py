@@ -15,8 +15,8 @@ from benchmarks.llamacpp import LlamaCppGenerator
 from benchmarks.nanogpt import NanoGPTGenerator
 from benchmarks.ours import OurGenerator
 from benchmarks.training import DEMO, SHAPE
-from humptygpt import config as configurator
-from humptygpt.config import UserError
+from humptygpt import cli
+from humptygpt.cli import UserError
 from humptygpt.settings import TrainConfig
 from model import ModelConfig
 
@@ -59,8 +59,8 @@ def shapes(size: str) -> tuple[ModelConfig, ModelConfig]:
         shape = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
         gpt2 = replace(SHAPE, **shape, vocab_size=50257, bias=True, activation="gelu_tanh")
         return gpt2, gpt2
-    demo = configurator.read([str(DEMO)], ModelConfig, TrainConfig)
-    ours = configurator.make(ModelConfig, demo | {"vocab_size": 65})
+    demo = cli.read([str(DEMO)], ModelConfig, TrainConfig)
+    ours = cli.make(ModelConfig, demo | {"vocab_size": 65})
     return ours, replace(SHAPE, vocab_size=65)
 
 

@@ -20,11 +20,11 @@ from benchmarks.contenders import Isolated
 from benchmarks.nanogpt import KEYS, NanoGPTTrainer
 from benchmarks.ours import OurGenerator, OurTrainer
 from benchmarks.training import DEMO
-from humptygpt import config as configurator
-from humptygpt.config import UserError
+from humptygpt import cli
+from humptygpt.cli import UserError
 from humptygpt.device import peak_flops, pick_device, pick_dtype
-from humptygpt.memory import training_memory
-from humptygpt.metrics import read_metrics
+from humptygpt.report import training_memory
+from humptygpt.run import read_metrics
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig, flops_per_token
@@ -116,15 +116,15 @@ class OurTrainerWithMemory(OurTrainer):
 def training(config: BenchConfig, name: str, device: torch.device) -> dict:
     """Time steps of one of TRAININGS on the demo's text, also for nanoGPT if a checkout is given."""
     file, settings = TRAININGS[name]
-    keys = configurator.read([str(DEMO.parent / f"{file}.py")], ModelConfig, TrainConfig)
+    keys = cli.read([str(DEMO.parent / f"{file}.py")], ModelConfig, TrainConfig)
     keys |= {"dataset": "shakespeare_char", "gradient_accumulation_steps": 1}
     keys |= {"device": config.device, "eval_iters": None, "compile": device.type == "cuda"}
     keys |= settings
     keys.setdefault("vocab_size", 65)
     if config.short:
         keys |= SHORT | {"batch_size": 2}
-    train_config = configurator.make(TrainConfig, keys)
-    model_config = configurator.make(ModelConfig, keys)
+    train_config = cli.make(TrainConfig, keys)
+    model_config = cli.make(ModelConfig, keys)
     steps = 3 if config.short else TIMED
     tokens = train_config.batch_size * model_config.block_size
     tokens *= train_config.gradient_accumulation_steps
@@ -186,10 +186,10 @@ def decoding(
     """Time tokens after a prompt of 8, and compare the weights that each step reads with the memory bandwidth."""
     dtype = pick_dtype("auto", device)
     name = str(dtype).removeprefix("torch.")
-    keys = configurator.read([str(DEMO.parent / "gpt2_124m.py")], ModelConfig, TrainConfig)
+    keys = cli.read([str(DEMO.parent / "gpt2_124m.py")], ModelConfig, TrainConfig)
     if config.short:
         keys |= SHORT
-    model_config = configurator.make(ModelConfig, keys)
+    model_config = cli.make(ModelConfig, keys)
     asked = replace(
         config, weights=name, texts=texts, new_tokens=8 if config.short else 128
     )

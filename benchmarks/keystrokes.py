@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 from bench import BenchConfig
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 
 FIRST_KEYS = 10  # uncounted keystrokes, during which the browser compiles
 REST_MS = 200  # pause after a new text, while its sections are drawn

@@ -38,15 +38,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from humptygpt import config as configurator
+from humptygpt import cli
+from humptygpt.data import read_meta
 from humptygpt.device import pick_device, pick_dtype, tune_malloc
 from humptygpt.files import write_whole
-from humptygpt.metrics import read_metrics
 from humptygpt.minutes import plan
+from humptygpt.run import read_metrics
 from humptygpt.settings import read_settings
 from humptygpt.setup import fit_to_data, open_prepared
 from humptygpt.tasks import build_on_meta
-from humptygpt.token_files import read_meta
 from model import ModelConfig
 
 ROOT = Path(__file__).parent.parent
@@ -247,7 +247,7 @@ def outcome(out_dir: Path) -> dict[str, float]:
     metrics = read_metrics(out_dir / "metrics.jsonl")
     last = metrics[-1]
     best = min(row.get("val_bits_per_byte", math.inf) for row in metrics)
-    model_config = configurator.restore(
+    model_config = cli.restore(
         ModelConfig,
         {key: value for key, value in settings.items() if hasattr(ModelConfig, key)},
     )

@@ -11,7 +11,7 @@ from benchmarks.contenders import WARMUP, Isolated
 from benchmarks.nanogpt import NanoGPTTrainer
 from benchmarks.ours import OurTrainer
 from benchmarks.training import SHAPE, read_configs
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 
 TURN = 10  # steps of one program before the other's turn
 

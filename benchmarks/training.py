@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from bench import BenchConfig
-from humptygpt import config as configurator
-from humptygpt.config import UserError
+from humptygpt import cli
+from humptygpt.cli import UserError
 from humptygpt.device import pick_device
 from humptygpt.settings import TrainConfig
 from humptygpt.setup import open_prepared, prepare_missing
@@ -55,9 +55,9 @@ def read_configs(
     model_config = SHAPE
     path = config.config or default
     if path:
-        given = configurator.read([str(path)], ModelConfig, TrainConfig)
-        train_config = configurator.make(TrainConfig, given)
-        model_config = configurator.make(ModelConfig, given)
+        given = cli.read([str(path)], ModelConfig, TrainConfig)
+        train_config = cli.make(TrainConfig, given)
+        model_config = cli.make(ModelConfig, given)
     dtype = config.dtype or "auto"
     if config.what == "train" and not config.dtype and pick_device(config.device) == CPU:
         dtype = "float32"  # nanoGPT has no other dtype on a CPU

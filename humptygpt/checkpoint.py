@@ -15,14 +15,12 @@ from pathlib import Path, PureWindowsPath
 import torch
 from torch import Tensor, nn
 
-from humptygpt import config as configurator
-from humptygpt import machine, tokenizers
-from humptygpt.config import UserError, note, one_line, our_configs, refuse
-from humptygpt.schema import check_schema
+from humptygpt import cli, machine, tokenizers
+from humptygpt.cli import UserError, note, one_line, our_configs, refuse
+from humptygpt.files import check_schema, remove, write_whole
 from humptygpt.tasks import build_on_meta, config_class, model_class
 from model import GPT, ModelConfig
 
-READ_SHARDED = "humptygpt.parallel.sharded:read"
 SHARDED = ".metadata"  # a folder with this file is a sharded checkpoint
 FORMAT = "gpt checkpoint 3"  # the number increases whenever the schema changes
 CONFIG = {str: (int, float, bool, str, None)}
@@ -48,13 +46,18 @@ SCHEMA = {
 
 def save(path: Path, entries: dict) -> None:
     """Write a checkpoint. entries: everything in SCHEMA except the format."""
-    from humptygpt.files import remove, write_whole  # late import: most scripts only read
-
     state = {"format": FORMAT, **entries}
     check_schema(state, SCHEMA)
     write_whole(path, lambda file: torch.save(state, file))
     for folder in sharded_folders(path):  # the previous checkpoint, if it was sharded
         remove(folder)
+
+
+def load_sharded(path: Path, entries: dict) -> None:
+    """Read a sharded checkpoint into the tensors of a run's latest_state(). Every process must call this."""
+    from humptygpt.parallel.sharded import load
+
+    load(path, entries)
 
 
 def read(path: Path, with_tensors: bool = True) -> dict:
@@ -188,7 +191,9 @@ def read_plain(path: Path, with_tensors: bool = True) -> object:
     """Read a checkpoint, sharded or not, without checking its content. Raises UserError as read() does."""
     path = stored(path)
     if is_sharded(path):
-        return configurator.find(READ_SHARDED)(path, with_tensors)
+        from humptygpt.parallel import sharded
+
+        return sharded.read(path, with_tensors)
     check_there(path)
     problem = "is not a checkpoint: it is truncated, damaged or holds more than tensors and plain data"
     with refuse_damaged(path, problem):
@@ -246,7 +251,7 @@ def check_content(saved: dict, tokens: int) -> ModelConfig:
             raise ValueError(f"{key} must not contain control characters")
     check_schema(saved["train_config"], LORA, "train_config")
     cls = config_class(saved["model_config"])
-    config = configurator.restore(cls, saved["model_config"])
+    config = cli.restore(cls, saved["model_config"])
     if config.vocab_size is None or tokens > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokens} tokens, but the model has vocab_size={config.vocab_size}"

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from humptygpt.config import first_line, note
+from humptygpt.cli import first_line, note
 from model import SelfAttention
 
 

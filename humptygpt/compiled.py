@@ -6,7 +6,7 @@ Shapes: see model.py.
 import torch
 from torch import Tensor, nn
 
-from humptygpt.config import first_line, note
+from humptygpt.cli import first_line, note
 from model import GPT, Cache, LayerCache
 
 

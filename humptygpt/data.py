@@ -1,21 +1,67 @@
-"""Token files -> batches. The order of the data is a pure function of (seed, step), so there is no state to save."""
+"""Token files -> batches. The order of the data is a pure function of (seed, step), so there is no state to save.
+
+Token files hold consecutive ids without a header, as nanoGPT writes them, and a meta.json describes them. It has a
+checksum of each file. Small files are verified when they are opened, and files of any size by
+`prepare_data.py NAME --verify=True`. A folder that nanoGPT prepared has no such checksums.
+"""
 
 import hashlib
 import math
+import os
+import re
+import shlex
+from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from humptygpt import tokenizers
-from humptygpt.config import UserError
-from humptygpt.token_files import TokenFiles, how_to, read_meta
+from humptygpt.cli import UserError
+from humptygpt.files import check_schema, parse_json
+
+if TYPE_CHECKING:  # torch takes seconds to load, and preparing data does not need it
+    from torch import Tensor
+
+Batch = dict[str, "Tensor"]
 
 CHUNK = 1_000_000  # tokens to read at once
+META_FORMAT = "tokens 2"  # the number increases when the layout of data folders changes
+CHECKED = 1 << 28  # a split of up to this many bytes is checked whenever it is opened
+COMMAND = "command.txt"  # this file in a data folder holds the command that made it
+
+COUNT = range(2**53)  # a float64 holds these exactly
+POSITIVE = range(1, 2**53)
+SPLIT = {
+    "tokens": POSITIVE,
+    "bytes": POSITIVE,
+    "files": [{"name": str, "tokens": COUNT}],
+    "sha256?": {str: str},
+}
+SPLITS = {  # {task: schema of its splits}
+    "language modelling": {str: SPLIT},
+    "translation": {str: SPLIT | {"target_bytes": POSITIVE, "target_tokens": POSITIVE}},
+}
+SPLITS["chat"] = SPLITS["translation"]
+META = {  # the entries that training reads; data/README.md describes all of them
+    "format": {META_FORMAT},
+    "task": set(SPLITS),
+    "source": str,
+    "dtype": {"uint16", "uint32"},
+    "vocab_size?": COUNT,
+    "command?": str,
+    "splits": {"train": dict, "val": dict},  # details in SPLITS
+    "tokenizer": dict,  # details in the tokenizer's class
+}
+
+
+# --------------------------------------------------------------------------------------
+# Batches
 
 
 class Dataset:
@@ -115,7 +161,7 @@ class TokenDataset(Dataset):
         """Number of batches in the whole validation split."""
         return math.ceil(len(self.val_starts(batch_size, None)) / batch_size)
 
-    def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
+    def batch(self, index: int, batch_size: int) -> Batch:
         """Make training batch number `index`: idx and targets, both int64 (batch_size, block_size).
 
         Batches 2i and 2i + 1 of size n together hold the same blocks as batch i of size 2n.
@@ -140,9 +186,7 @@ class TokenDataset(Dataset):
             starts[epochs == epoch] = key % offsets + T * order
         return starts
 
-    def val_batches(
-        self, batch_size: int, eval_iters: int | None
-    ) -> Iterator[dict[str, Tensor]]:
+    def val_batches(self, batch_size: int, eval_iters: int | None) -> Iterator[Batch]:
         """Yield the evaluation set, which is always the same: eval_iters batches of blocks spread over the split.
 
         With eval_iters=None, or enough batches to cover the split, every token but the first is predicted once. Batches
@@ -164,7 +208,7 @@ class TokenDataset(Dataset):
             np.linspace(0, len(starts) - 2, eval_iters * batch_size).astype(np.int64)
         ]
 
-    def blocks(self, split: str, starts: np.ndarray) -> dict[str, Tensor]:
+    def blocks(self, split: str, starts: np.ndarray) -> Batch:
         """Make a batch of the blocks that start at these positions, (B,). Targets after the end of the split are -1."""
         ids = self.read(split, starts, self.block_size + 1)
         after = starts[:, None] + np.arange(1, ids.shape[1]) >= len(self.splits[split])
@@ -192,7 +236,7 @@ class Prefetcher:
         self.pending = {}  # {(index, batch_size): future of the batch}
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
 
-    def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
+    def batch(self, index: int, batch_size: int) -> Batch:
         key = (index, batch_size)
         batch = self.pending.get(key) or self.thread.submit(self.dataset.batch, *key)
         following = (index + self.stride, batch_size)
@@ -200,17 +244,19 @@ class Prefetcher:
         return batch.result()
 
 
-def count_targets(batch: dict[str, Tensor]) -> int:
+def count_targets(batch: Batch) -> int:
     """Count the targets that are not ignored. A target may be a distribution."""
     targets = batch["targets"]
     return targets[..., 0].numel() if targets.dim() > 2 else int((targets >= 0).sum())
 
 
-def next_tokens(ids: np.ndarray, ignored: np.ndarray) -> dict[str, Tensor]:
+def next_tokens(ids: np.ndarray, ignored: np.ndarray) -> Batch:
     """Make a batch: idx and targets, both (B, T). Targets are one token ahead of idx, and -1 if ignored.
 
     ids: (B, T + 1). ignored: (B, T), True for targets to ignore.
     """
+    import torch
+
     targets = ids[:, 1:].copy()
     targets[ignored] = -1
     return {"idx": torch.from_numpy(ids[:, :-1]), "targets": torch.from_numpy(targets)}
@@ -249,3 +295,143 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
         x[outside] = (left << half) | right
         outside = x >= n
     return x.astype(np.int64)
+
+
+# --------------------------------------------------------------------------------------
+# Token files
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class TokenFiles:
+    """The token files of one split, memory-mapped and read as one sequence.
+
+    meta: from read_meta. Raises UserError if a file is missing or does not match meta.
+    """
+
+    def __init__(self, folder: Path, split: str, meta: dict):
+        self.folder = folder
+        entry = meta["splits"][split]
+        self.paths = [folder / file["name"] for file in entry["files"]]
+        self.sums = entry.get("sha256", {})
+        try:
+            self.arrays = [
+                np.asarray(np.memmap(path, meta["dtype"], mode="r")) for path in self.paths
+            ]
+        except (OSError, ValueError) as error:  # ValueError: the file is truncated
+            raise self.error(f"cannot read {folder / split}.bin: {error}") from error
+        self.starts = list(accumulate(map(len, self.arrays), initial=0))
+        tokens = entry.get("tokens", len(self))  # nanoGPT's folders do not record it
+        if len(self) != tokens:
+            raise self.error(
+                f"{folder / split}.bin has {len(self):,} tokens, but meta.json says {tokens:,}"
+            )
+        if sum(ids.nbytes for ids in self.arrays) <= CHECKED:
+            self.verify()
+
+    def error(self, problem: str) -> UserError:
+        return UserError(f"{problem}; {how_to(self.folder)}")
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Return `length` tokens from each start, int64 (len(starts), length), with zeros after the last token."""
+        rows = np.zeros((len(starts), length), dtype=np.int64)
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            number = bisect_right(self.starts, start) - 1
+            offset = start - self.starts[number]
+            # a row may continue in the next file
+            while len(row) and number < len(self.arrays):
+                ids = self.arrays[number][offset : offset + len(row)]
+                row[: len(ids)] = ids
+                row = row[len(ids) :]
+                number += 1
+                offset = 0
+        return rows
+
+    def verify(self) -> int:
+        """Compare the files with their checksums. Returns how many have one. Raises UserError if one differs."""
+        checked = [path for path in self.paths if path.name in self.sums]
+        for path in checked:
+            if sha256(path) != self.sums[path.name]:
+                raise self.error(
+                    f"{path} was altered or damaged: its checksum does not match meta.json"
+                )
+        return len(checked)
+
+
+# --------------------------------------------------------------------------------------
+# The description of a folder
+
+
+def read_meta(folder: Path) -> dict:
+    """Read and check the folder's meta.json, or build one for a folder that nanoGPT prepared.
+
+    Raises UserError if meta.json is missing or damaged.
+    """
+    if os.path.exists(folder / "meta.json"):
+        try:
+            meta = parse_json((folder / "meta.json").read_bytes(), META)
+            check_splits(meta)
+            return meta
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"cannot read {folder}/meta.json: {error}; {how_to(folder)}"
+            ) from error
+    if is_nanogpts(folder):
+        from humptygpt.prepare.nanogpt import describe
+
+        return describe(folder)
+    raise UserError(
+        f"{folder} has no meta.json, so it was not prepared completely; {how_to(folder)}"
+    )
+
+
+def is_nanogpts(folder: Path) -> bool:
+    """True if nanoGPT prepared the folder: it has a meta.pkl, or tokens but none of our own files."""
+    names = {path.name for path in folder.glob("*")}
+    ours = {"preparing", "meta.json", COMMAND} & names
+    return "meta.pkl" in names or ("train.bin" in names and not ours)
+
+
+def check_splits(meta: dict) -> None:
+    """Raise ValueError if a split lacks an entry, or lists a file that does not belong to it."""
+    check_schema(meta["splits"], SPLITS[meta["task"]], "splits")
+    for split, entry in meta["splits"].items():
+        for file in entry["files"]:
+            if not re.fullmatch(rf"{re.escape(split)}(_[0-9]+)?\.bin", file["name"]):
+                raise ValueError(
+                    f"splits.{split} lists the file {file['name']!r}, which does not belong to it"
+                )
+
+
+def how_to(folder: Path) -> str:
+    """Say how to repair a folder: with the command that made it, if that can still be read."""
+    command = made_by(folder) or f"python prepare_data.py {shlex.quote(folder.name)}"
+    return f"prepare it again: {command}"
+
+
+def made_by(folder: Path) -> str | None:
+    """Read the command that made a folder. Returns None if there is no command or it cannot be read."""
+    with suppress(OSError, ValueError), (folder / COMMAND).open(encoding="utf-8") as file:
+        text = file.read(10_000).strip()
+        if is_command(text):
+            return text
+    return None
+
+
+def is_command(text: str) -> bool:
+    """True if a file's text is a single prepare_data.py command that is safe to paste into a shell."""
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        return False
+    return (
+        text.isprintable()
+        and words[:2] == ["python", "prepare_data.py"]
+        and shlex.join(words) == text
+    )

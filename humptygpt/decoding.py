@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from humptygpt.checks import check_model, is_close, randomize, tiny
-from humptygpt.config import UserError, note
+from humptygpt.cli import UserError, note
 from humptygpt.device import free_memory, thread_counts
 from humptygpt.machine import check_fits, fastest
 from model import SelfAttention

@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from humptygpt.config import UserError, note
-from humptygpt.files import write_text
+from humptygpt.cli import UserError, note
+from humptygpt.files import parse_json, write_text
 from humptygpt.machine import GIVEN, available_memory, fastest, read
-from humptygpt.schema import parse_json
 
 THREADS = torch.get_num_threads()  # as many as there are cores
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -2,24 +2,31 @@
 
 import math
 import os
+import sys
 import zlib
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 import model as models
 from humptygpt import checkpoint, tokenizers
-from humptygpt.config import UserError, find, note, our_configs
-from humptygpt.schema import parse_json
+from humptygpt.cli import UserError, note, our_configs
+from humptygpt.device import DTYPES, pick_device, sample_dtype
+from humptygpt.files import parse_json
 from humptygpt.tasks import make_model_config
 from humptygpt.tokenizers import Tokenizer
 
+# allowed values of the keys with which scripts load a model
+CHOICES = {
+    "checkpoint": ("best", "latest"),
+    "dtype": ("auto", *DTYPES),
+    "quantize": ("int8",),
+}
 FILES_OF_A_FOLDER = (".safetensors", ".bin", ".json", ".gguf")
-FOLDER = "humptygpt.convert.sources:from_folder"
-NANOGPT = "humptygpt.convert.sources:from_nanogpt"
-HUB = "humptygpt.convert.hub"
 
 
 class Loaded(NamedTuple):
@@ -31,6 +38,16 @@ class Loaded(NamedTuple):
     saved: dict | None = None  # the entries of a run's checkpoint: see checkpoint.SCHEMA
 
 
+@dataclass(frozen=True)
+class Pipeline:
+    """A trained model, ready for generation, with its tokenizer, task and device."""
+
+    model: torch.nn.Module
+    tokenizer: Tokenizer
+    task: str
+    device: torch.device
+
+
 def load(source: str | Path, which: str = "best") -> Loaded:
     """Load the model that init_from=source names. No weight is in memory twice.
 
@@ -38,9 +55,13 @@ def load(source: str | Path, which: str = "best") -> Loaded:
     """
     path = find_source(source, which)
     if is_folder(path):
-        loaded = find(FOLDER)(path, source)
+        from humptygpt.convert.sources import from_folder
+
+        loaded = from_folder(path, source)
     elif checkpoint.is_nanogpt(saved := checkpoint.read_plain(path)):
-        loaded = find(NANOGPT)(path, saved)
+        from humptygpt.convert.sources import from_nanogpt
+
+        loaded = from_nanogpt(path, saved)
     else:
         loaded = from_run(path, saved)
     loaded.model.eval()
@@ -60,7 +81,9 @@ def from_run(path: Path, saved: object) -> Loaded:
     training = saved["train_config"]
     model = checkpoint.restore_model(saved["model"], config, training)
     if training.get("lora_rank"):
-        model = find("humptygpt.finetune.lora:merge")(model)
+        from humptygpt.finetune.lora import merge
+
+        model = merge(model)
     note_edits(path.parent)
     progress = saved["progress"]
     loss = progress["best_val_loss"]
@@ -94,6 +117,40 @@ def recorded(out_dir: Path, key: str, schema: object) -> object:
 
 
 # --------------------------------------------------------------------------------------
+# Generation
+
+
+def pipeline(
+    source: str | Path,
+    which: str = "best",
+    *,
+    talks: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+    compile: bool = False,
+) -> Pipeline:
+    """Load a model, ready for generation. Raises UserError if it is missing, damaged or not supported.
+
+    source, which: init_from and checkpoint in SampleConfig. talks: True: a model with a chat template is for the task
+    "chat", otherwise it continues a text. The other parameters have the same names as in SampleConfig.
+    """
+    from humptygpt.decoding import make_generator  # late import: training does not generate
+
+    torch_device = pick_device(device)
+    weight_dtype = torch.int8 if quantize else sample_dtype(dtype, torch_device)
+    loaded = load(source, which)
+    if talks and not loaded.saved:
+        from humptygpt.chat.template import with_template
+
+        loaded = with_template(loaded)
+    print(loaded.description, file=sys.stderr)
+    compiles = compile and loaded.task != "translation"
+    model = make_generator(loaded.model, weight_dtype, torch_device, compiles)
+    return Pipeline(model, loaded.tokenizer, loaded.task, torch_device)
+
+
+# --------------------------------------------------------------------------------------
 # Finding a model
 
 
@@ -122,9 +179,10 @@ def find_source(source: str | Path, which: str = "best", key: str = "init_from")
         )
     if os.path.isfile(path) or path.suffix == ".pt":
         return path  # a missing file is reported when it is read
-    if repo := find(f"{HUB}:repository")(str(source)):
-        fetch = "fetch" if key == "tokenizer" else "fetch_model"
-        return find(f"{HUB}:{fetch}")(repo)
+    from humptygpt.convert import hub
+
+    if repo := hub.repository(str(source)):
+        return hub.fetch(repo) if key == "tokenizer" else hub.fetch_model(repo)
     run = Path("out", source)
     advice = ""
     if os.path.isdir(run):

@@ -3,7 +3,7 @@
 import secrets
 from pathlib import Path
 
-from humptygpt.config import note
+from humptygpt.cli import note
 from humptygpt.files import write_text
 
 
@@ -48,3 +48,22 @@ def start_wandb(out_dir: Path, settings: dict, resumed_at: int):
             f"wandb cannot be reached ({error}); logging offline; to upload the log later: wandb sync"
         )
         return wandb.init(**options, mode="offline")
+
+
+LOGGERS = {
+    "tensorboard": TensorBoard,
+    "wandb": start_wandb,
+}  # each named after the package it needs
+
+
+def chosen_loggers(settings: dict) -> list[str]:
+    """List the names of the loggers that a run's settings choose. Raises ValueError for an unknown one."""
+    names = settings["log"].replace(",", " ").split()
+    for name in names:
+        if name not in LOGGERS:
+            raise ValueError(
+                f"log={settings['log']}: {name} is not one of: {', '.join(LOGGERS)}"
+            )
+    if settings["wandb_log"]:
+        names.append("wandb")
+    return list(dict.fromkeys(names))

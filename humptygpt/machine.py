@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from humptygpt.config import UserError, one_line
+from humptygpt.cli import UserError, one_line
 
 # packages that training and sampling a GPT do not need, but that some other features do
 OPTIONAL = {

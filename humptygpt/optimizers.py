@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt.checkpoint import check_tensors
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.device import DTYPES
 
 

@@ -11,14 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt import checkpoint
-from humptygpt.config import find
 from humptygpt.data import count_targets
 from humptygpt.optimizers import Optimizer
 
-PARALLEL = {
-    "ddp": "humptygpt.parallel.processes:DataParallel",
-    "fsdp": "humptygpt.parallel.fsdp:FullySharded",
-}
+PARALLEL = ("ddp", "fsdp")
 BACKENDS = ("auto", "gloo", "nccl")
 
 
@@ -87,8 +83,14 @@ def start_process(config, device: torch.device, prepare: Callable[[], None]) -> 
     Raises UserError if the processes cannot connect.
     """
     _, size = launched()
+    if size > 1 and config.parallel == "fsdp":
+        from humptygpt.parallel.fsdp import FullySharded
+
+        return FullySharded.start(config, device, prepare)
     if size > 1:
-        return find(PARALLEL[config.parallel]).start(config, device, prepare)
+        from humptygpt.parallel.processes import DataParallel
+
+        return DataParallel.start(config, device, prepare)
     prepare()
     return Process(device)
 

@@ -4,6 +4,7 @@ Shapes: B texts, T tokens, V vocabulary.
 """
 
 import codecs
+import json
 import os
 import sys
 from collections.abc import Collection, Iterable, Iterator
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from humptygpt.config import UserError, note, refuse
+from humptygpt.cli import UserError, note, refuse
 from humptygpt.device import free_memory
 from humptygpt.machine import check_fits
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
@@ -381,3 +382,34 @@ def stream_texts(
             break
     for row, stream in enumerate(streams):
         yield Piece(row, stream.close(), end="stop" if stream.ended else "length")
+
+
+# --------------------------------------------------------------------------------------
+# Log-probabilities
+
+
+def print_json_lines(
+    pieces: Iterable[Piece], texts: list[tuple[Prompt, int]], k: int, tokenizer: Tokenizer
+) -> None:
+    """Print each token and the k likeliest tokens at its position. texts: (prompt, sample number)."""
+    for piece in pieces:
+        if piece.token is None:
+            continue
+        prompt, sample = texts[piece.row]
+        chosen, *top = [
+            {
+                "token": i,
+                "text": tokenizer.pieces[i].decode("utf-8", "replace"),
+                "logprob": round(logprob, 6),
+            }
+            for i, logprob in with_likeliest(piece, k)
+        ]
+        line = {"prompt": prompt.number, "sample": sample} | chosen | {"top": top}
+        print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def with_likeliest(piece: Piece, k: int) -> list[tuple[int, float]]:
+    """Return a piece's token and the k likeliest tokens at its position, each with its log-probability."""
+    logprobs = piece.logits.log_softmax(dim=-1)
+    likeliest = logprobs.topk(min(k, len(logprobs))).indices.tolist()
+    return [(i, float(logprobs[i])) for i in (piece.token, *likeliest)]

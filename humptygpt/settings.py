@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from humptygpt import checkpoint
-from humptygpt import config as configurator
+from humptygpt import checkpoint, cli
 from humptygpt.checkpoint import refuse_other_code
-from humptygpt.config import (
+from humptygpt.cli import (
     UserError,
     check_above_0,
     check_choices,
@@ -27,7 +26,7 @@ from humptygpt.loading import Loaded, load
 from humptygpt.machine import GIVEN
 from humptygpt.optimizers import OPTIMIZERS, SCHEDULES
 from humptygpt.process import BACKENDS, PARALLEL, launched, restarted
-from humptygpt.run_folder import MOVING, chosen_loggers, lock_out_dir, refuse_earlier_run
+from humptygpt.run import MOVING, chosen_loggers, lock_out_dir, refuse_earlier_run
 from humptygpt.tasks import MODELS, make_model_config
 from model import POSITIONS, ModelConfig
 
@@ -240,7 +239,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         settings = resumed_settings(saved, settings, path)
     elif writes and not overwrite:
         refuse_earlier_run(out_dir)
-    config = configurator.make(TrainConfig, settings)
+    config = cli.make(TrainConfig, settings)
     model_config = make_model_config(settings)
     if given.get("minutes") and (config.dry_run or config.eval_only):
         raise UserError("minutes has no effect with dry_run or eval_only; leave it out")
@@ -264,7 +263,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
 
 def read_command(argv: list[str]) -> tuple[dict[str, object], set[str]]:
     """Return the settings in a command and its config files, with out_dir set, and the keys typed in the command."""
-    given = configurator.read(argv, ModelConfig, TrainConfig)
+    given = cli.read(argv, ModelConfig, TrainConfig)
     typed = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
     if given.get("minutes"):
         if "max_iters" in typed:
@@ -303,7 +302,7 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
             f"{path} holds a model but no optimizer state, so it cannot be resumed; is it a copy of best.pt?"
         )
     with refuse_other_code(path):
-        train_config = configurator.restore(TrainConfig, saved["train_config"])
+        train_config = cli.restore(TrainConfig, saved["train_config"])
     own = asdict(train_config) | saved["model_config"]
     fixed = own.keys() - MAY_CHANGE
     # the sequences of a step stay the same, but they may be split into more or fewer micro-batches
@@ -330,7 +329,7 @@ def is_same_run(settings: dict, path: Path) -> bool:
         saved = checkpoint.read(path, with_tensors=False)
     except UserError:
         return False
-    asked = asdict(configurator.make(TrainConfig, settings))
+    asked = asdict(cli.make(TrainConfig, settings))
     asked |= asdict(make_model_config(settings))
     had = saved["train_config"] | saved["model_config"]
     differ = {key for key, value in asked.items() if value != had.get(key)}

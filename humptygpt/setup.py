@@ -1,36 +1,108 @@
 """Set up a run: its data, its model, and its progress if it resumes a checkpoint."""
 
-import dataclasses
 import importlib.util
 import math
 import shlex
-from collections.abc import Collection
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Hashable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from humptygpt import checkpoint, evaluation, machine
-from humptygpt import config as configurator
-from humptygpt.config import UserError, find, first_line, note
-from humptygpt.data import Dataset
-from humptygpt.device import autocast, pick_device, pick_dtype, to_device
+from humptygpt import checkpoint, cli, evaluation, machine
+from humptygpt.cli import UserError, first_line, note
+from humptygpt.data import COMMAND, Dataset, is_command, made_by, read_meta
+from humptygpt.device import (
+    DTYPES,
+    autocast,
+    pick_device,
+    pick_dtype,
+    thread_counts,
+    to_device,
+    training_dtype,
+)
 from humptygpt.loading import Loaded, code_checksum, load, note_edits, recorded
-from humptygpt.memory import memory_report
+from humptygpt.machine import fastest, usable_cores
 from humptygpt.optimizers import freeze
-from humptygpt.process import launched
-from humptygpt.run_folder import Progress
+from humptygpt.process import Process, launched
+from humptygpt.report import memory_report
+from humptygpt.run import Progress
 from humptygpt.settings import OF_INPUT, TrainConfig
-from humptygpt.tasks import LORA, build, build_on_meta, find_task, model_class
-from humptygpt.token_files import COMMAND, is_command, made_by, read_meta
+from humptygpt.tasks import add_lora, build, build_on_meta, find_task, model_class
 from humptygpt.tokenizers import from_state
 from model import ModelConfig, Stack, count_parameters
 
 # on a GPU, a run of at least this many micro-batches is compiled, which takes a minute
 LONG = 20_000
+# A measurement takes as many tokens as multiply this many weights of a block, in about 10 ms, but at most TOKENS.
+WEIGHTS = 2**27
+TOKENS = 512
+LARGE = 2048  # n_embd above which nothing is measured, because a block and its gradients take too much memory
 # settings that the machine chooses if the user does not
 MEASURED = ("dtype", "muon_dtype", "threads")
+
+# --------------------------------------------------------------------------------------
+# The machine
+
+
+def tune(config: TrainConfig, model_config: ModelConfig, process: Process) -> TrainConfig:
+    """Return the config with the fastest dtypes and number of CPU threads, and set the number of threads.
+
+    What the user has set stays. The dtypes are the same in all runs on a machine. The number of threads follows the
+    load: all of them, unless fewer are clearly faster for one layer of the model at this moment, as they are while
+    another training runs. In a run of several processes, the first one decides.
+    """
+    device = process.device
+
+    def choose(choices: Sequence[Hashable], measure: Callable[[], Hashable]) -> Hashable:
+        index = choices.index(measure()) if process.first else 0
+        return choices[int(process.sum(torch.tensor(index)))]
+
+    dtype, muon_dtype = config.dtype, config.muon_dtype
+    if "auto" in (dtype, muon_dtype):
+        best = choose(["float32", "bfloat16"], lambda: training_dtype(device))
+        muon_dtype = best if muon_dtype == "auto" else muon_dtype
+        if device.type == "cpu" and dtype == "auto":
+            dtype = best
+    dtype = str(pick_dtype(dtype, device)).removeprefix("torch.")
+
+    counts = [min(config.threads, usable_cores())] if config.threads else thread_counts()
+    counts = counts[::-1]
+    number = counts[0]
+    if device.type == "cpu" and model_config.n_embd <= LARGE:
+        number = choose(counts, lambda: fastest_count(counts, model_config, DTYPES[dtype]))
+    torch.set_num_threads(number)
+    return replace(
+        config,
+        dtype=dtype,
+        muon_dtype=muon_dtype,
+        # another number of processes may have more threads each
+        threads=number if process.size == 1 else None,
+    )
+
+
+def fastest_count(counts: Sequence[int], config: ModelConfig, dtype: torch.dtype) -> int:
+    """Time the forward and backward pass of one layer of the model with each number of threads."""
+    with suppress(Exception):  # from an edited model.py: training will show the error
+        model = build(replace(config, n_layer=1, n_members=1, vocab_size=256))
+        weights = sum(p.numel() for p in model.parameters())
+        tokens = min(TOKENS, WEIGHTS // weights + 1)
+        T = min(config.block_size, tokens)
+        idx = torch.zeros(tokens // T, T, dtype=torch.int64)
+        batch = {"idx": idx, "targets": idx} | (
+            {"source": idx} if model.has_encoder else {}
+        )
+
+        def train(number: int) -> None:
+            torch.set_num_threads(number)
+            with autocast(torch.device("cpu"), dtype):
+                model(**batch)[1].backward()
+
+        return fastest(counts, train)
+    return counts[0]
+
 
 # --------------------------------------------------------------------------------------
 # Data
@@ -53,7 +125,7 @@ def prepare_missing(config: TrainConfig) -> None:
     elif names & {"train.bin", COMMAND}:
         return
     keys["name"] = config.dataset
-    prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, keys))
+    prepare_data.prepare(cli.make(prepare_data.PrepareConfig, keys))
 
 
 def input_keys(config: TrainConfig, folder: Path) -> dict[str, object]:
@@ -69,7 +141,7 @@ def input_keys(config: TrainConfig, folder: Path) -> dict[str, object]:
         keys["tokenizer"] = config.init_from
     if command := made_by(folder):
         words = shlex.split(command)[2:]
-        keys = configurator.read(words, prepare_data.PrepareConfig, positional="name")
+        keys = cli.read(words, prepare_data.PrepareConfig, positional="name")
         if Path(keys.get("input", "")).resolve() != Path(config.input).resolve():
             raise UserError(
                 f"{folder} was not made from input={config.input} but by this command: {command};"
@@ -125,7 +197,7 @@ def fit_to_data(
         raise UserError(
             f"vocab_size={vocab_size} must be at least {tokens}, the vocabulary size of {dataset.folder.name}"
         )
-    return dataclasses.replace(model_config, vocab_size=max(vocab_size, tokens))
+    return replace(model_config, vocab_size=max(vocab_size, tokens))
 
 
 def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
@@ -209,7 +281,7 @@ def adapt_model(
             grown[known:tokens] = mean
     model = checkpoint.restore_model(weights, model_config)
     torch.manual_seed(config.seed)
-    return find(LORA)(model, vars(config)) if config.lora_rank else model
+    return add_lora(model, vars(config))
 
 
 def make_net(run) -> nn.Module:
@@ -254,7 +326,7 @@ def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:
     if model_config.vocab_size is None:
         meta = read_meta(Path("data") / config.dataset)
         vocab_size = from_state(meta["tokenizer"]).vocab_size
-        model_config = dataclasses.replace(model_config, vocab_size=vocab_size)
+        model_config = replace(model_config, vocab_size=vocab_size)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     _, processes = launched()
@@ -288,7 +360,7 @@ def resumed_progress(config: TrainConfig, saved: dict) -> Progress:
     """Return the checkpoint's progress. Print a note if no steps are left, or if the learning rate will rise."""
     note_edits(Path(config.out_dir))
     progress = Progress(**saved["progress"])
-    before = configurator.restore(TrainConfig, saved["train_config"])
+    before = cli.restore(TrainConfig, saved["train_config"])
     had = before.lr(progress.position)
     if config.minutes and before.minutes:
         progress.position *= before.minutes / config.minutes
@@ -309,7 +381,7 @@ def resumed_progress(config: TrainConfig, saved: dict) -> Progress:
 
 def keep_best(run, saved: dict) -> None:
     """Evaluate best.pt again if the evaluation set has changed, so that only a better model replaces it."""
-    before = configurator.restore(TrainConfig, saved["train_config"])
+    before = cli.restore(TrainConfig, saved["train_config"])
 
     def sequences(config: TrainConfig) -> int:
         whole = run.dataset.all_val_batches(config.batch_size)
@@ -320,7 +392,7 @@ def keep_best(run, saved: dict) -> None:
     if run.config.eval_only or progress.best_val_loss == math.inf or not changed:
         return
     best = load(run.config.out_dir).model
-    run.process.place(dataclasses.replace(run, model=best))
+    run.process.place(replace(run, model=best))
     loss = evaluation.evaluate(run, best, run.config.evaluated_batches()).mean
     note(
         f"the evaluation set changed: on the new one, the loss of best.pt is {loss:.4f}"

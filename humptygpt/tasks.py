@@ -3,6 +3,7 @@
 Datasets and checkpoints name their task, and each class in MODELS names the tasks that it can learn.
 """
 
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,8 +12,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from humptygpt import config as configurator
-from humptygpt.config import UserError, find
+from humptygpt import cli
+from humptygpt.cli import UserError
 from model import ModelConfig
 
 # {name: "module:object"}
@@ -27,8 +28,6 @@ TASKS = {
     "translation": "humptygpt.translation.task:TRANSLATION",
     "chat": "humptygpt.chat.task:CHAT",
 }
-ENSEMBLE = "humptygpt.minutes.ensemble:Ensemble"
-LORA = "humptygpt.finetune.lora:add"
 
 
 # --------------------------------------------------------------------------------------
@@ -39,7 +38,7 @@ def model_class(name: str) -> type[nn.Module]:
     """Return the class that model=name stands for. Raises UserError if there is none."""
     if name not in MODELS:
         raise UserError(f"model={name} is not one of: {', '.join(MODELS)}")
-    return find(MODELS[name])
+    return pkgutil.resolve_name(MODELS[name])
 
 
 def config_class(settings: dict[str, object]) -> type[ModelConfig]:
@@ -49,7 +48,7 @@ def config_class(settings: dict[str, object]) -> type[ModelConfig]:
 
 def make_model_config(settings: dict[str, object]) -> ModelConfig:
     """Return a model's config, given settings that include its keys. Raises UserError if a value is invalid."""
-    return configurator.make(config_class(settings), settings)
+    return cli.make(config_class(settings), settings)
 
 
 def build(config: ModelConfig, training: dict | None = None) -> nn.Module:
@@ -58,10 +57,19 @@ def build(config: ModelConfig, training: dict | None = None) -> nn.Module:
     if config.n_members > 1:
         if config.model != "gpt":
             raise UserError(f"n_members={config.n_members} works only with model=gpt")
-        cls = find(ENSEMBLE)
+        from humptygpt.minutes.ensemble import Ensemble
+
+        cls = Ensemble
     model = cls(config)
-    if training and training.get("lora_rank"):
-        find(LORA)(model, training)
+    return add_lora(model, training or {})
+
+
+def add_lora(model: nn.Module, training: dict) -> nn.Module:
+    """Add LoRA to a model, and freeze the rest of it, if the settings of a run have lora_rank."""
+    if training.get("lora_rank"):
+        from humptygpt.finetune import lora
+
+        lora.add(model, training)
     return model
 
 
@@ -117,4 +125,4 @@ class Task:
 
 
 def find_task(name: str) -> Task:
-    return find(TASKS[name])
+    return pkgutil.resolve_name(TASKS[name])

@@ -15,8 +15,8 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from humptygpt.config import UserError, find
-from humptygpt.schema import check_schema
+from humptygpt.cli import UserError
+from humptygpt.files import check_schema
 
 END_OF_TEXT = "<|endoftext|>"
 # size limit for an unpacked tokenizer description; Llama 3's tokenizer.json takes 9 MB, Gemma's 33 MB
@@ -25,7 +25,6 @@ MAX_UNPACKED_BYTES = 1 << 26
 # punctuation, spaces. Source: Radford et al. 2019.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how sentencepiece writes a byte
-GPT2_PIECES = "humptygpt.prepare.vocabulary:gpt2_pieces"
 
 
 class Tokenizer:
@@ -36,7 +35,6 @@ class Tokenizer:
     """
 
     name: str
-    learn: str  # module:function that learns the vocabulary; train() loads it
     options: tuple[str, ...] = ()  # prepare_data.py keys that train() accepts
     needs_all_texts = False  # True: train() reads the validation split as well
     schema: ClassVar = {"separated?": bool}  # entries of state() besides the name
@@ -54,7 +52,7 @@ class Tokenizer:
     @classmethod
     def train(cls, texts: Iterable[str], separated: bool = False, **options) -> Self:
         """Learn a vocabulary. Raises UserError if these texts and options do not allow it."""
-        return cls(find(cls.learn)(texts, **options), separated)
+        raise NotImplementedError
 
     def encode(self, text: str) -> np.ndarray:
         """Return token ids, int64 (length,), without bos. Raises UserError for text that cannot be encoded."""
@@ -163,7 +161,6 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     name = "sentencepiece"
-    learn = "humptygpt.prepare.vocabulary:learn_sentencepiece"
     options = ("vocab_size", "model_type")
     schema: ClassVar = {"separated": bool, "proto": str}
 
@@ -183,6 +180,12 @@ class SentencePieceTokenizer(Tokenizer):
         needed = chain(*self._separators.values())
         if (model.unk_id(), model.eos_id()) != (0, 1) or 0 in needed:
             raise ValueError("the model lacks a token that any text may need")
+
+    @classmethod
+    def train(cls, texts: Iterable[str], separated: bool = False, **options) -> Self:
+        from humptygpt.prepare.vocabulary import learn_sentencepiece
+
+        return cls(learn_sentencepiece(texts, **options), separated)
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -223,7 +226,6 @@ class BytePairTokenizer(Tokenizer):
     """
 
     name = "bpe"
-    learn = "humptygpt.prepare.vocabulary:learn_byte_pairs"
     options = ("vocab_size", "split_digits")
     schema: ClassVar = {"separated": bool, "pieces": str}
 
@@ -233,6 +235,12 @@ class BytePairTokenizer(Tokenizer):
             raise ValueError("a piece occurs twice, or one of the 256 bytes is missing")
         self.pieces = [*pieces, END_OF_TEXT.encode()]
         self.eot = len(pieces) if separated else None
+
+    @classmethod
+    def train(cls, texts: Iterable[str], separated: bool = False, **options) -> Self:
+        from humptygpt.prepare.vocabulary import learn_byte_pairs
+
+        return cls(learn_byte_pairs(texts, **options), separated)
 
     @cached_property
     def engine(self):
@@ -266,7 +274,9 @@ class GPT2Tokenizer(BytePairTokenizer):
     @classmethod
     def train(cls, texts: Iterable[str] = (), separated: bool = False) -> Self:
         """Load GPT-2's vocabulary. Raises UserError if it cannot be downloaded."""
-        return cls(find(GPT2_PIECES)(), separated)
+        from humptygpt.prepare.vocabulary import gpt2_pieces
+
+        return cls(gpt2_pieces(), separated)
 
 
 TOKENIZERS = {
@@ -279,20 +289,29 @@ TOKENIZERS = {
         BytePairTokenizer,
     )
 }
-LATE = {  # tokenizers that are loaded only if a description names them
-    "tokenizer.json": "humptygpt.convert.pretrained:PretrainedTokenizer",
-    "chat": "humptygpt.chat.tokens:ChatTokenizer",
-}
+
+
+def tokenizer_class(name: str) -> type[Tokenizer]:
+    """Return the class of a tokenizer. Raises UserError if there is none of this name."""
+    if name == "tokenizer.json":
+        from humptygpt.convert.pretrained import PretrainedTokenizer
+
+        return PretrainedTokenizer
+    if name == "chat":
+        from humptygpt.chat.tokens import ChatTokenizer
+
+        return ChatTokenizer
+    if name not in TOKENIZERS:
+        known = ", ".join((*TOKENIZERS, "tokenizer.json", "chat"))
+        raise UserError(f"tokenizer {name!r} is not one of: {known}")
+    return TOKENIZERS[name]
 
 
 def from_state(state: dict) -> Tokenizer:
     """Make the tokenizer that a meta.json or a checkpoint describes. Raises UserError if it is damaged or unknown."""
     entries = dict(state)
     name = str(entries.pop("tokenizer", None))
-    known = TOKENIZERS | LATE
-    if name not in known:
-        raise UserError(f"tokenizer {name!r} is not one of: {', '.join(known)}")
-    kind = find(LATE[name]) if name in LATE else TOKENIZERS[name]
+    kind = tokenizer_class(name)
     try:
         check_schema(entries, kind.schema)
         return kind.from_state(**entries)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import prepare_data
 import train
-from humptygpt import decoding, device, evaluation, machine, run_folder, tuning
+from humptygpt import decoding, device, evaluation, machine, setup
+from humptygpt import run as runs
 from humptygpt.optimizers import make_optimizer
 from humptygpt.settings import TrainConfig
 
@@ -83,8 +84,8 @@ def folder(tmp_path, monkeypatch):
 def first_choices(monkeypatch):
     """Take float32 and one thread, because a measurement could choose differently in two runs that are compared."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the processes that a test starts
-    monkeypatch.setattr(tuning, "training_dtype", lambda device: "float32")
-    for module in (tuning, decoding):
+    monkeypatch.setattr(setup, "training_dtype", lambda device: "float32")
+    for module in (setup, decoding):
         monkeypatch.setattr(module, "fastest", lambda choices, run: choices[0])
 
 
@@ -104,7 +105,7 @@ def measured(tmp_path_factory):
 def short_ending(request, monkeypatch):
     """Skip the plot and the samples of most runs, because they take longer than all of the steps."""
     if "whole_ending" not in request.keywords:
-        monkeypatch.setattr(run_folder, "draw_losses", lambda *args: None)
+        monkeypatch.setattr(runs, "draw_losses", lambda *args: None)
         monkeypatch.setattr(evaluation, "TEXT", WITHOUT_SAMPLE)
 
 

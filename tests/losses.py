@@ -57,8 +57,7 @@ RUNS = {
 def run(script: Path, folder: Path, argv: str, processes: int = 1) -> None:
     launch = f"-m torch.distributed.run --standalone --nproc_per_node={processes}".split()
     command = [sys.executable, *(launch if processes > 1 else []), script, *argv.split()]
-    if script.name == "train.py" and (script.parent / "humptygpt/tuning.py").exists():
-        # earlier versions inferred what is measured now
+    if script.name == "train.py":
         command.append(f"--muon_dtype={MUON}")
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)

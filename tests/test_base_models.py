@@ -27,7 +27,7 @@ import sample
 import score
 import train
 from humptygpt import checkpoint, settings
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.convert import sources
 from humptygpt.loading import Loaded, load
 from humptygpt.scoring import pairs

@@ -12,10 +12,19 @@ from conftest import TINY_RUN, make_text
 
 import prepare_data
 import train
-from humptygpt import evaluation, token_files
-from humptygpt.data import Prefetcher, TokenDataset, permute, random_key
+from humptygpt import data as datasets
+from humptygpt import evaluation
+from humptygpt.data import (
+    META_FORMAT,
+    Prefetcher,
+    TokenDataset,
+    TokenFiles,
+    permute,
+    random_key,
+    read_meta,
+    sha256,
+)
 from humptygpt.prepare import vocabulary
-from humptygpt.token_files import META_FORMAT, TokenFiles, read_meta, sha256
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000])
@@ -286,7 +295,7 @@ def test_large_files_are_checked_only_by_verify(tiny, fails, monkeypatch, capsys
     (tiny / "val.bin").write_bytes((tiny / "val.bin").read_bytes()[::-1])
     damaged = "data/tiny/val.bin was altered or damaged: its checksum does not match"
     assert damaged in fails(train.main, *TINY_RUN)
-    monkeypatch.setattr(token_files, "CHECKED", 799)  # bytes; val.bin has 800
+    monkeypatch.setattr(datasets, "CHECKED", 799)  # bytes; val.bin has 800
     TokenDataset(tiny, 16, seed=1)
     assert fails(prepare_data.main, *verify).startswith(damaged)
 

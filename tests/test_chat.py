@@ -12,15 +12,14 @@ from conftest import TINY_RUN, read_rows
 import prepare_data
 import sample
 import train
-from humptygpt import interactive
 from humptygpt.chat.api import Api
 from humptygpt.chat.compose import Composer, Values
 from humptygpt.chat.conversations import parse
 from humptygpt.chat.data import ChatDataset, best_fit
 from humptygpt.chat.talk import Talk
 from humptygpt.chat.tokens import BEGIN, END, ChatTokenizer, Turn
+from humptygpt.data import read_meta
 from humptygpt.sampling import Context, stream_texts
-from humptygpt.token_files import read_meta
 from humptygpt.tokenizers import ByteTokenizer, from_state
 
 TURNS = [Turn("user", "Who?"), Turn("assistant", "An egg."), Turn("user", "Why?")]
@@ -324,8 +323,7 @@ def test_a_line_that_is_not_utf_8_is_one_line(fails, monkeypatch, capsys):
 @pytest.fixture
 def silent(monkeypatch):
     """sample.py prints nothing, so that a complaint is all that is printed."""
-    for module in (sample, interactive):
-        monkeypatch.setattr(module, "print", lambda *args, **keys: None, raising=False)
+    monkeypatch.setattr(sample, "print", lambda *args, **keys: None, raising=False)
 
 
 @pytest.mark.usefixtures("run_dir", "silent")

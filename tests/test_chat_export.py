@@ -42,9 +42,9 @@ from humptygpt.chat.tokens import BEGIN, END, TEMPLATE, ChatTokenizer, Turn
 from humptygpt.convert.huggingface import write_files
 from humptygpt.convert.read_huggingface import read_tokenizer
 from humptygpt.convert.write_huggingface import tokenizer_files
+from humptygpt.data import read_meta
 from humptygpt.loading import load
 from humptygpt.settings import read_settings
-from humptygpt.token_files import read_meta
 from humptygpt.tokenizers import END_OF_TEXT, CharTokenizer, Tokenizer, from_state
 
 SHAPE = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=96 --norm=rmsnorm --mlp_conv=0 --qk_norm=False --init=gpt2"
@@ -85,7 +85,7 @@ def talkers(tmp_path_factory) -> Callable[[str], Path]:
             done[name] = tmp_path_factory.mktemp("talker")
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(done[name])
-                patch.setattr("humptygpt.run_folder.draw_losses", lambda *args: None)
+                patch.setattr("humptygpt.run.draw_losses", lambda *args: None)
                 write_own_chats()
                 prepare_data.main(["mine", "--input=chats.jsonl", *BASES[name].split()])
                 run_train("--dataset=mine --max_iters=40 --out_dir=out/run")

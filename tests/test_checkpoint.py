@@ -13,7 +13,7 @@ import model as models
 import sample
 import train
 from humptygpt import checkpoint
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.convert.huggingface import write_pretrained
 from humptygpt.loading import load as load_source
 from humptygpt.optimizers import make_optimizer

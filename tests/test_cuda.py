@@ -26,7 +26,7 @@ import train
 from humptygpt.compiled import CompiledGPT
 from humptygpt.decoding import make_generator
 from humptygpt.device import autocast, pick_dtype
-from humptygpt.memory import ADVICE
+from humptygpt.report import ADVICE
 from model import POSITIONS
 
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))

@@ -17,9 +17,8 @@ import pytest
 from texts import make_pairs, make_text
 
 import prepare_data
-from humptygpt.config import UserError
-from humptygpt.data import Dataset, TokenDataset
-from humptygpt.token_files import read_meta
+from humptygpt.cli import UserError
+from humptygpt.data import Dataset, TokenDataset, read_meta
 from humptygpt.translation.data import PairDataset
 
 Damage = Callable[[bytes, random.Random], bytes]

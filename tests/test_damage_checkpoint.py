@@ -31,7 +31,7 @@ import prepare_data
 import sample
 import train
 from humptygpt import checkpoint, evaluation
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.evaluation import Loss
 
 OUT = Path("out/run")

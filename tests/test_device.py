@@ -8,7 +8,7 @@ import torch
 
 from humptygpt import device as devices
 from humptygpt import machine
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.device import (
     peak_flops,
     pick_device,

@@ -16,7 +16,7 @@ from prepared import contents
 import prepare_data
 import train
 from humptygpt import checkpoint, files, machine
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 
 RUN = [*TINY_RUN, "--out_dir=disk/run", "--max_iters=8", "--eval_interval=2"]
 PREPARE = ["--input=tiny.txt", "--name=mine"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from servers import serving
 
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.prepare import download as downloads
 from humptygpt.prepare.download import download
 

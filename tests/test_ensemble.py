@@ -12,7 +12,7 @@ import export
 import train
 from explain import ExplainConfig
 from humptygpt import sampling
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.convert.huggingface import FAMILIES, find_family
 from humptygpt.finetune import lora
 from humptygpt.loading import load

@@ -31,7 +31,7 @@ import model as models
 import train
 from humptygpt import checkpoint
 from humptygpt import tokenizers as tokenizer
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.loading import load
 from humptygpt.page import page_data
 from humptygpt.page.known_settings import (

@@ -19,8 +19,9 @@ import explain
 import prepare_data
 import train
 from benchmarks import keystrokes
-from humptygpt import evaluation, run_folder
+from humptygpt import evaluation
 from humptygpt import loading as interchange
+from humptygpt import run as run_module
 from humptygpt.checkpoint import load_plain
 
 START = "Ak"
@@ -39,7 +40,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(run_folder, "draw_losses", lambda *args: None)
+        patch.setattr(run_module, "draw_losses", lambda *args: None)
         patch.setattr(evaluation, "TEXT", WITHOUT_SAMPLE)
         Path("tiny.txt").write_text(make_text())
         Path("pairs.tsv").write_text("".join("\t".join(x) + "\n" for x in make_pairs()))

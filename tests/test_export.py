@@ -21,9 +21,8 @@ import model as models
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint
-from humptygpt import config as configurator
-from humptygpt.config import UserError
+from humptygpt import checkpoint, cli
+from humptygpt.cli import UserError
 from humptygpt.convert.families import FAMILIES
 from humptygpt.convert.gguf import ACTIVATIONS
 from humptygpt.convert.huggingface import find_family, to_pretrained
@@ -92,7 +91,7 @@ def runs(tmp_path_factory) -> Callable[[str], Path]:
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(done[case])
                 patch.setattr("humptygpt.prepare.vocabulary.gpt2_pieces", lambda: GPT2)
-                patch.setattr("humptygpt.run_folder.draw_losses", lambda *args: None)
+                patch.setattr("humptygpt.run.draw_losses", lambda *args: None)
                 make_run(*CASES[case])
         return done[case]
 
@@ -437,9 +436,9 @@ def test_the_card_states_the_run_its_code_runs_and_its_settings_are_a_config_fil
     use, settings = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     saved = load(Path("out/run/best.pt")).saved
     Path("again.py").write_text(settings)
-    given = configurator.read(["again.py"], ModelConfig, TrainConfig)
-    assert vars(configurator.make(ModelConfig, given)) == saved["model_config"]
-    assert vars(configurator.make(TrainConfig, given)) == saved["train_config"]
+    given = cli.read(["again.py"], ModelConfig, TrainConfig)
+    assert vars(cli.make(ModelConfig, given)) == saved["model_config"]
+    assert vars(cli.make(TrainConfig, given)) == saved["train_config"]
     monkeypatch.chdir("card")
     capsys.readouterr()
     exec(use, {})
@@ -468,8 +467,8 @@ def test_the_card_names_files_and_models_without_the_users_folders(run_dir, fold
 
 def preset(path: str | Path) -> ModelConfig:
     """The model of a config file, which may be relative to this checkout."""
-    given = configurator.read([str(ROOT / path)], ModelConfig, TrainConfig)
-    return configurator.make(ModelConfig, given)
+    given = cli.read([str(ROOT / path)], ModelConfig, TrainConfig)
+    return cli.make(ModelConfig, given)
 
 
 PRESETS = {FAMILIES["gpt2"].preset: "gpt2"}

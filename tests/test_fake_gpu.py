@@ -31,7 +31,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 import model as models
 import sample
 import train
-from humptygpt import decoding, evaluation
+from humptygpt import decoding, evaluation, loading
 from humptygpt.finetune import lora
 from humptygpt.loading import Loaded
 from humptygpt.optimizers import OPTIMIZERS, make_optimizer
@@ -396,9 +396,9 @@ def load_to_sample(dtype: torch.dtype) -> None:
     with FakeGPU() as gpu, watched_residual_stream(), pytest.MonkeyPatch.context() as patch:
         model = gpu.build({"position": "rotary"})
         loaded = Loaded(model, ByteTokenizer(), Path(), "a model")
-        patch.setattr(sample, "pick_device", lambda name: gpu.device)
-        patch.setattr(sample, "sample_dtype", lambda name, device: dtype)
-        patch.setattr(sample.loading, "load", lambda *args, **keys: loaded)
+        patch.setattr(loading, "pick_device", lambda name: gpu.device)
+        patch.setattr(loading, "sample_dtype", lambda name, device: dtype)
+        patch.setattr(loading, "load", lambda *args, **keys: loaded)
         ready = sample.load("a model").model
         cache = ready.make_cache()
         idx = torch.zeros(1, 3, dtype=torch.int64, device=gpu.device)

@@ -10,7 +10,7 @@ from test_model import every_variant, tiny
 from uncached import generate, uncached
 
 import model as models
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.decoding import make_generator
 from humptygpt.sampling import (
     Context,

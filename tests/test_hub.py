@@ -16,11 +16,11 @@ from test_tokenizer_files import merges_folder
 
 import export
 import sample
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.convert.huggingface import write_pretrained
 from humptygpt.convert.read_huggingface import read_tokenizer
+from humptygpt.data import read_meta
 from humptygpt.loading import load
-from humptygpt.token_files import read_meta
 from model import GPT, ModelConfig
 
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 400}

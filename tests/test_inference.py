@@ -10,8 +10,8 @@ from uncached import generate
 
 import model as models
 from humptygpt import decoding
+from humptygpt.cli import UserError
 from humptygpt.compiled import CompiledGPT
-from humptygpt.config import UserError
 from humptygpt.decoding import ProductLinear, make_generator
 from humptygpt.sampling import Context
 from humptygpt.translation.beams import translate

@@ -24,8 +24,9 @@ import compare
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint, evaluation, files, machine, run_folder
-from humptygpt.config import UserError
+from humptygpt import checkpoint, evaluation, files, machine
+from humptygpt import run as runs
+from humptygpt.cli import UserError
 
 OUT = Path("out/run")
 LONGER = ["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]
@@ -151,7 +152,7 @@ SEEDS = (1, 2, 3)
 
 def start(argv: list[str], number: int) -> None:
     torch.set_num_threads(1)
-    run_folder.draw_losses = lambda *args: None
+    runs.draw_losses = lambda *args: None
     evaluation.TEXT = WITHOUT_SAMPLE
     sys.stderr = Path(f"{number}.stderr").open("w")  # noqa: SIM115, open as long as the process
     sys.argv = ["train.py", *argv]

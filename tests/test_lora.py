@@ -16,13 +16,13 @@ import prepare_data
 import sample
 import train
 from humptygpt import checkpoint
+from humptygpt import run as runs
 from humptygpt.convert.adapters import write_adapter
 from humptygpt.convert.huggingface import read_pretrained
 from humptygpt.finetune import lora
 from humptygpt.finetune.lora import MARK
 from humptygpt.loading import load
 from humptygpt.optimizers import ADAMW, trained_parameters
-from humptygpt.page import snapshots
 from humptygpt.settings import read_settings
 from model import GPT, ModelConfig
 
@@ -82,8 +82,8 @@ def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base):
     assert best["model_config"] == saved["model_config"]
     assert best["train_config"] == saved["train_config"] | {"lora_rank": 0}
     rows = torch.load(OUT / "snapshots/0.pt")["rows"]
-    assert len(snapshots.to_8_bits(best["model"])) == len(rows)
-    config = checkpoint.configurator.make(ModelConfig, saved["model_config"])
+    assert len(runs.to_8_bits(best["model"])) == len(rows)
+    config = checkpoint.cli.make(ModelConfig, saved["model_config"])
     unmerged = checkpoint.restore_model(saved["model"], config, saved["train_config"])
     idx = torch.arange(16)[None]
     for path in (OUT / "ckpt.pt", OUT / "best.pt"):

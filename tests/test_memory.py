@@ -24,9 +24,9 @@ import model as models
 import prepare_data
 import sample
 import train
-from humptygpt import config as configurator
-from humptygpt import device, evaluation, machine, memory, run_folder, tasks
-from humptygpt.config import UserError
+from humptygpt import cli, device, evaluation, machine, report, tasks
+from humptygpt import run as runs
+from humptygpt.cli import UserError
 from humptygpt.device import autocast
 from humptygpt.optimizers import OPTIMIZERS, freeze, make_optimizer
 from humptygpt.settings import TrainConfig, read_settings
@@ -51,7 +51,7 @@ def test_memory_of_weights_gradients_and_optimizer_is_what_a_step_holds(optimize
     idx = torch.zeros(2, 16, dtype=torch.int64)
     model(idx, idx)[1].backward()
     trained.step()
-    needed = memory.training_memory(config, build_on_meta(TINY), CPU, torch.float32)
+    needed = report.training_memory(config, build_on_meta(TINY), CPU, torch.float32)
     held = [tensor for state in trained.state.values() for tensor in state.values()]
     assert needed.optimizer == sum(tensor.nbytes for tensor in held)
     assert needed.weights == sum(p.nbytes for p in model.parameters())
@@ -76,7 +76,7 @@ VARIANTS = [
 def test_the_estimate_is_near_what_autograd_keeps_and_counts_what_trains(key, value, dtype):
     sizes = {"vocab_size": 50, "block_size": 64, "window": 8, "batch_size": 6}
     settings = vars(TINY) | ADAMW | sizes | {key: value}
-    config = configurator.make(TrainConfig, settings | {"init_from": "out/base"})
+    config = cli.make(TrainConfig, settings | {"init_from": "out/base"})
     model_config = tasks.make_model_config(settings)
     model = build(model_config, vars(config))
     freeze(model, config.freeze)
@@ -92,8 +92,8 @@ def test_the_estimate_is_near_what_autograd_keeps_and_counts_what_trains(key, va
         storages.pop(p.data_ptr(), None)
     logits = 4 * idx.numel() * model_config.vocab_size
     measured = sum(storages.values()) + logits
-    on_meta = memory.model_on_meta(config, model_config)
-    needed = memory.training_memory(config, on_meta, CPU, dtype)
+    on_meta = report.model_on_meta(config, model_config)
+    needed = report.training_memory(config, on_meta, CPU, dtype)
     assert measured / 1.55 < needed.activations < 1.55 * measured
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     assert (needed.gradients, needed.optimizer) == (trained, 2 * trained)
@@ -106,7 +106,7 @@ def test_a_gpu_keeps_no_scores_and_checkpointed_activations_take_less_than_half(
     config = TrainConfig(batch_size=2)
     checkpointed = replace(config, checkpoint_activations=True)
     whole, on_gpu, checkpointed = (
-        memory.training_memory(config, model, device, torch.bfloat16).activations
+        report.training_memory(config, model, device, torch.bfloat16).activations
         for config, device in ((config, CPU), (config, CUDA), (checkpointed, CPU))
     )
     scores = 2 * 2 * shape.n_head * 64**2
@@ -135,9 +135,9 @@ def test_with_checkpointed_activations_blocks_are_computed_again_with_the_same_l
 def test_with_fsdp_each_process_has_a_part_of_all_and_what_is_gathered():
     model = build_on_meta(TINY)
 
-    def needed(processes: int = 8, **settings) -> memory.Memory:
+    def needed(processes: int = 8, **settings) -> report.Memory:
         config = TrainConfig(batch_size=2, **settings)
-        return memory.training_memory(config, model, CPU, torch.float32, processes)
+        return report.training_memory(config, model, CPU, torch.float32, processes)
 
     alone = needed(1, parallel="fsdp")
     assert alone.buffers == 0 and alone == needed(1)
@@ -200,7 +200,7 @@ def test_a_training_that_will_not_fit_is_refused_with_its_size_and_what_takes_le
     tiny, gigabyte, fails, settings
 ):
     line = fails(train.main, *TINY_RUN, *settings.split())
-    end = f"of memory, but only 1.00 GB is free; {memory.ADVICE}\n"
+    end = f"of memory, but only 1.00 GB is free; {report.ADVICE}\n"
     assert re.search(r" takes at least [\d,.]+ GB ", line) and line.endswith(end)
     assert not Path("out/run/config.json").exists()
 
@@ -208,7 +208,7 @@ def test_a_training_that_will_not_fit_is_refused_with_its_size_and_what_takes_le
 def test_a_model_of_very_many_layers_is_refused_before_it_is_built(
     tiny, monkeypatch, fails
 ):
-    monkeypatch.setattr(memory, "build_on_meta", None)
+    monkeypatch.setattr(report, "build_on_meta", None)
     line = "n_layer=100000 must be at least 1 and at most 4096\n"
     assert fails(train.main, *TINY_RUN, "--n_layer=100000") == line
 
@@ -218,7 +218,7 @@ def test_the_memory_of_a_gpu_counts_or_that_of_a_machine_which_processes_share(
 ):
     argv = [*TINY_RUN, "--n_embd=1024", "--vocab_size=50", "--n_layer=4"]
     config, model_config, *_ = read_settings(argv)
-    check = partial(memory.check_training_fits, config, model_config, dtype=torch.float32)
+    check = partial(report.check_training_fits, config, model_config, dtype=torch.float32)
     check(CPU)  # 0.8 GB
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**8, 10**11))
     with pytest.raises(UserError, match=r" but only 100\.0 MB is free"):
@@ -227,7 +227,7 @@ def test_the_memory_of_a_gpu_counts_or_that_of_a_machine_which_processes_share(
     with pytest.raises(UserError, match=r" but only 250\.0 MB is free"):
         check(CPU, processes=4)
     sharded = replace(config, parallel="fsdp")
-    memory.check_training_fits(sharded, model_config, CPU, torch.float32, processes=4)
+    report.check_training_fits(sharded, model_config, CPU, torch.float32, processes=4)
 
 
 def test_the_estimate_loads_no_compiler():
@@ -263,7 +263,7 @@ def test_a_step_for_which_memory_does_not_suffice_all_the_same_is_one_line_with_
     tiny, fails, monkeypatch
 ):
     monkeypatch.setattr(train, "train_step", lambda run, it: torch.empty(2**50))
-    assert fails(train.main, *TINY_RUN) == f"out of memory; {memory.ADVICE}\n"
+    assert fails(train.main, *TINY_RUN) == f"out of memory; {report.ADVICE}\n"
 
 
 # --------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def run_limited(main, argv: list[str], room: int) -> None:
     import psutil
 
     torch.set_num_threads(1)
-    run_folder.draw_losses = lambda *args: None
+    runs.draw_losses = lambda *args: None
     evaluation.TEXT = WITHOUT_SAMPLE
     os.dup2(os.open("stderr", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 2)
     sys.argv = ["script.py", *argv]

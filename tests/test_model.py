@@ -8,7 +8,7 @@ from conftest import GPT2, overfit
 from uncached import generate, uncached
 
 import model as models
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.tasks import build, config_class, make_model_config
 from humptygpt.translation.beams import select
 from model import (

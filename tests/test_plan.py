@@ -18,10 +18,10 @@ from texts import make_text
 
 import compare
 import train
-from humptygpt import checkpoint, evaluation, memory, run_folder
-from humptygpt import config as configurator
+from humptygpt import checkpoint, cli, evaluation, report
 from humptygpt import machine as cores
-from humptygpt.config import UserError
+from humptygpt import run as runs
+from humptygpt.cli import UserError
 from humptygpt.minutes import plan
 from humptygpt.optimizers import trained_parameters
 from humptygpt.settings import TrainConfig, read_settings
@@ -55,7 +55,7 @@ class Machine:
             monotonic=lambda: self.now, perf_counter=lambda: self.now, time=lambda: self.now
         )
         monkeypatch.setattr(plan, "time", clock)
-        monkeypatch.setattr(run_folder, "time", clock)
+        monkeypatch.setattr(runs, "time", clock)
         monkeypatch.setattr(plan, "seconds_per_step", lambda *args: self.step())
         monkeypatch.setattr(train, "train_step", partial(self.train_step, train.train_step))
         monkeypatch.setattr(
@@ -250,8 +250,8 @@ def seconds_per_step(config: TrainConfig, size: ModelConfig, *args) -> float:
 @pytest.fixture
 def choose(monkeypatch):
     """Choose a plan for a text of this many bytes."""
-    monkeypatch.setattr(memory, "build_on_meta", lambda config, training: built(config))
-    of_each = memory.Memory(weights=1, gradients=0, optimizer=0, activations=2)
+    monkeypatch.setattr(report, "build_on_meta", lambda config, training: built(config))
+    of_each = report.Memory(weights=1, gradients=0, optimizer=0, activations=2)
     monkeypatch.setattr(plan, "training_memory", lambda *args: of_each)
     monkeypatch.setattr(plan, "seconds_per_step", seconds_per_step)
     monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: 2.0))
@@ -264,7 +264,7 @@ def choose(monkeypatch):
             train=range(text),
             val_bytes_per_token=lambda: 1.0,
         )
-        config = configurator.make(TrainConfig, settings)
+        config = cli.make(TrainConfig, settings)
         model_config = make_model_config(settings)
         return plan.begin(config, model_config, given, None, dataset, CPU, torch.float32)[
             :2
@@ -459,7 +459,7 @@ def test_what_does_not_fit_into_memory_is_not_tried(tiny, machine, fails):
         return 0.01
 
     machine.patch.setattr(plan, "seconds_per_step", seconds_per_step)
-    for module in (plan, memory):
+    for module in (plan, report):
         machine.patch.setattr(module, "free_memory", lambda device: free)
     argv = [*SHOWN, "--optimizer=adamw", "--overwrite=True", "--minutes=0.06"]
     machine.run(*argv)
@@ -536,7 +536,7 @@ def test_plan_py_repeats_the_steps_that_were_taken(tiny, machine, capsys):
     steps, planned = progress()["iter"], read_config()
     assert steps < planned["max_iters"]
     assert "out/run/plan.py is a config file" in capsys.readouterr().out
-    settings = configurator.read(["out/run/plan.py"], ModelConfig, TrainConfig)
+    settings = cli.read(["out/run/plan.py"], ModelConfig, TrainConfig)
     assert settings["max_iters"] == steps and settings["dataset"] == "named"
     assert settings["eval_interval"] < planned["eval_interval"]
     assert "minutes" not in settings and "input" not in settings
@@ -570,7 +570,7 @@ def test_plan_py_has_the_settings_and_learning_rates_of_a_run_that_stopped_early
     lrs = [[row["lr"] for row in rows if "lr" in row] for rows in (ran, again)]
     for lr, before in zip(*lrs, strict=False):
         assert lr == pytest.approx(before, abs=0.1 * rate)
-    written = configurator.read(["out/run/plan.py"], ModelConfig, TrainConfig)
+    written = cli.read(["out/run/plan.py"], ModelConfig, TrainConfig)
     recorded = read_config()
     assert {"n_layer", "batch_size", "optimizer", "early_stopping"} <= written.keys()
     scaled = {"max_iters", "eval_interval", "warmup_iters", "lr_decay_iters"}
@@ -635,7 +635,7 @@ def test_the_smallest_texts_train_or_are_refused_in_one_line(folder, machine, ca
 
 
 def test_a_config_file_and_no_config_file_start_from_the_settings_of_the_demo(folder):
-    demo = read_settings([str(configurator.CONFIGS / "shakespeare_char.py")])
+    demo = read_settings([str(cli.CONFIGS / "shakespeare_char.py")])
     Path("short.py").write_text("dataset = 'mine'\n")
     own = read_settings(["short.py"])
     assert own[:2] == read_settings(["--dataset=mine"])[:2]

@@ -24,7 +24,7 @@ from test_damage_checkpoint import OTHER_TENSORS
 from test_model import VARIANTS, random_model
 from torch import Tensor, nn
 
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.convert.families import FAMILIES
 from humptygpt.convert.huggingface import (
     read_pretrained,

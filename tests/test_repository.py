@@ -12,7 +12,7 @@ import pytest
 
 import sample
 import train
-from humptygpt import config as configurator
+from humptygpt import cli
 from humptygpt.settings import GENTLE, TrainConfig
 from model import ModelConfig
 
@@ -44,7 +44,7 @@ def test_every_shipped_config_loads_and_takes_two_steps(tiny, pairs, config):
 def test_a_shipped_config_has_the_settings_that_its_figures_were_measured_with(config):
     """shipped_configs.json has the settings that are not the defaults. A changed config needs new figures."""
     recorded = json.loads((ROOT / "tests/shipped_configs.json").read_text())
-    keys = configurator.read([str(config)], ModelConfig, TrainConfig)
+    keys = cli.read([str(config)], ModelConfig, TrainConfig)
     defaults = vars(ModelConfig()) | vars(TrainConfig())
     settings = defaults | (GENTLE if "init_from" in keys else {}) | keys
     different = {key: x for key, x in settings.items() if x != defaults[key]}
@@ -58,7 +58,7 @@ LADDER = sorted((ROOT / "config/article").glob("*"))
 def test_the_runs_of_an_experiment_compute_in_the_same_dtypes(folder):
     """The fastest dtype is not the same for each of them, nor on each machine."""
     for config in folder.glob("*.py"):
-        keys = configurator.read([str(config)], ModelConfig, TrainConfig)
+        keys = cli.read([str(config)], ModelConfig, TrainConfig)
         settings = vars(TrainConfig()) | keys
         assert settings["dtype"] == "float32"
         assert settings["optimizer"] == "adamw" or settings["muon_dtype"] == "float32"

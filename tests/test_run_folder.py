@@ -17,8 +17,7 @@ import train
 from humptygpt import checkpoint, evaluation
 from humptygpt.evaluation import Loss
 from humptygpt.loggers import TensorBoard
-from humptygpt.metrics import draw_losses
-from humptygpt.run_folder import lock_out_dir, move_aside
+from humptygpt.run import draw_losses, lock_out_dir, move_aside
 from humptygpt.settings import read_settings
 
 OUT = Path("out/run")

@@ -10,8 +10,8 @@ from test_model import random_model
 
 import sample
 import score
-from humptygpt import checkpoint, interactive, sampling
-from humptygpt.config import UserError
+from humptygpt import checkpoint, sampling
+from humptygpt.cli import UserError
 from humptygpt.sampling import read_prompts
 from humptygpt.tokenizers import ByteTokenizer
 
@@ -117,7 +117,7 @@ BAD = {
 def test_bad_input_is_one_line(run_dir, fails, monkeypatch):
     loaded = sample.load("out/run", device="cpu")
     # it prints nothing
-    monkeypatch.setattr(sample, "load", lambda *args, **keys: loaded)
+    monkeypatch.setattr(sample, "pipeline", lambda *args, **keys: loaded)
     Path("latin1.txt").write_bytes(b"caf\xe9")
     Path("empty.txt").write_text("")
     Path("prompts.txt").write_text("A\né\n", encoding="utf-8")
@@ -226,9 +226,9 @@ def test_a_later_line_gets_no_start_token_and_no_space_before_it(monkeypatch):
         seen.append([list(text) for text in context.texts])
         return []
 
-    monkeypatch.setattr(interactive, "stream_texts", stream_texts)
+    monkeypatch.setattr(sample, "stream_texts", stream_texts)
     monkeypatch.setattr("sys.stdin", io.StringIO("ab\n\ncd\n"))
-    interactive.converse(sample.SampleConfig(interactive=True), loaded, {})
+    sample.converse(sample.SampleConfig(interactive=True), loaded)
     assert seen == [[[0, *b" ab"]], [[0, *b" ab"]], [[0, *b" abcd"]]]
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from humptygpt.schema import check_schema, parse_json
+from humptygpt.files import check_schema, parse_json
 
 COUNT = range(100)
 SCHEMA = {

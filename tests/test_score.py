@@ -17,7 +17,7 @@ import export
 import sample
 import score
 import train
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.data import TokenDataset
 from humptygpt.scoring import pairs
 from humptygpt.scoring import text as texts

@@ -31,7 +31,8 @@ import prepare_data
 import sample
 import serve
 import train
-from humptygpt import evaluation, run_folder
+from humptygpt import evaluation
+from humptygpt import run as run_module
 from humptygpt.chat import api
 from humptygpt.chat.api import Api
 from humptygpt.chat.tokens import ChatTokenizer, Turn
@@ -122,7 +123,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(run_folder, "draw_losses", lambda *args: None)
+        patch.setattr(run_module, "draw_losses", lambda *args: None)
         patch.setattr(evaluation, "TEXT", WITHOUT_SAMPLE)
         words = ["wall", "king", "egg", "horse", "men", "sat", "fall"]
         write_chats(*(chat(f"{words[i % 7]} {i}", words[i % 5]) for i in range(120)))

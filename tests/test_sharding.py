@@ -30,7 +30,7 @@ import sample
 import train
 from humptygpt import checkpoint, evaluation, machine
 from humptygpt.checkpoint import load_plain
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.parallel import fsdp as sharding
 from humptygpt.parallel import sharded as sharded_checkpoint
 from humptygpt.settings import TrainConfig

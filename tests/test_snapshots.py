@@ -11,9 +11,10 @@ from conftest import GPT2, assert_same_weights
 
 import train
 from humptygpt import checkpoint
-from humptygpt.config import UserError
+from humptygpt import run as runs
+from humptygpt.cli import UserError
 from humptygpt.loading import load
-from humptygpt.page import page_data, snapshots
+from humptygpt.page import page_data
 from humptygpt.process import Process
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build
@@ -67,7 +68,7 @@ def test_without_being_asked_a_run_keeps_less_than_10_megabytes():
         weights = lambda: {"weight": torch.ones(1)}  # noqa: E731
         config, process = TrainConfig(**settings), Process(None)
         run = SimpleNamespace(model=model, config=config, process=process, weights=weights)
-        snapshots.taker(run, SimpleNamespace(path=Path("kept")))(10)
+        runs.snapshot_taker(run, SimpleNamespace(path=Path("kept")))(10)
         kept = Path("kept/snapshots/10.pt").exists()
         shutil.rmtree("kept", ignore_errors=True)
         return kept
@@ -101,9 +102,9 @@ def test_a_resumed_run_has_the_same_snapshots_byte_for_byte(run_train):
 
 @pytest.mark.parametrize("keys", [{}, {"tie_weights": False, "bias": True}], ids=str)
 def test_a_snapshot_has_each_matrix_once_in_the_order_of_the_state_dict(keys):
-    packed = snapshots.to_8_bits(test_model.tiny(**keys).state_dict())
+    packed = runs.to_8_bits(test_model.tiny(**keys).state_dict())
     again = restored(packed, test_model.tiny(**keys)).state_dict()
-    assert torch.equal(packed, snapshots.to_8_bits(again))
+    assert torch.equal(packed, runs.to_8_bits(again))
 
 
 def test_a_damaged_snapshot_or_one_of_another_model_is_refused(run_train):

@@ -8,7 +8,7 @@ from properties import given, settings, st
 from texts import make_text
 
 from humptygpt import tokenizers as tokenizer
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.prepare import vocabulary
 from humptygpt.tokenizers import (
     END_OF_TEXT,

@@ -14,13 +14,13 @@ from texts import make_text
 
 import prepare_data
 from humptygpt import tokenizers as tokenizer
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.convert.huggingface import write_files
 from humptygpt.convert.read_huggingface import read_tokenizer
 from humptygpt.convert.write_huggingface import build_tokenizer, tokenizer_files
+from humptygpt.data import read_meta
 from humptygpt.prepare.corpus import Documents
 from humptygpt.prepare.documents import Piece
-from humptygpt.token_files import read_meta
 
 transformers = pytest.importorskip(
     "transformers", reason="needs transformers: pip install -r requirements-dev.txt"

@@ -31,11 +31,12 @@ import model as models
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint, evaluation, run_folder, settings, setup
+from humptygpt import checkpoint, evaluation, settings, setup
+from humptygpt import run as runs
 from humptygpt.evaluation import Loss
-from humptygpt.memory import ADVICE
 from humptygpt.optimizers import OPTIMIZERS, Optimizer, Rule
 from humptygpt.process import Process
+from humptygpt.report import ADVICE
 from humptygpt.settings import read_settings
 from train import TrainConfig
 
@@ -479,7 +480,7 @@ def quiet_train(*argv: str) -> None:
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115, needed to the end
     torch.set_num_threads(1)
     # conftest.short_ending patches only its own process
-    run_folder.draw_losses = lambda *args: None
+    runs.draw_losses = lambda *args: None
     evaluation.TEXT = WITHOUT_SAMPLE
     sys.exit(train.main([*TINY_RUN, *DROPOUT_RUN, "--max_iters=40", *argv]))
 
@@ -660,7 +661,7 @@ def test_the_model_writes_a_line_at_ever_longer_intervals_in_a_hundredth_of_the_
     without = run_train(*keys)
     monkeypatch.setattr(train, "train_step", step)
     clock = SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: now)
-    monkeypatch.setattr(run_folder, "time", clock)
+    monkeypatch.setattr(runs, "time", clock)
     monkeypatch.setattr(
         evaluation, "TEXT", replace(WITHOUT_SAMPLE, evaluation_examples=write)
     )
@@ -988,9 +989,9 @@ def test_an_update_rule_without_state_is_resumed(run_train, monkeypatch):
 
 
 LONG_STEP = """
-from humptygpt import run_folder
-run_folder.SAME_REQUEST = 0
-with run_folder.catch_signals():
+from humptygpt import run as runs
+runs.SAME_REQUEST = 0
+with runs.catch_signals():
     print("started", flush=True)
     while True:
         pass

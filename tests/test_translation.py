@@ -13,7 +13,7 @@ import prepare_data
 import sample
 import train
 from humptygpt import evaluation
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.evaluation import Loss
 from humptygpt.optimizers import Optimizer
 from humptygpt.settings import read_settings

@@ -12,10 +12,16 @@ import torch
 from torch import Tensor
 
 from humptygpt.chat.tokens import MESSAGES, Turn
-from humptygpt.config import UserError
-from humptygpt.logprobs import with_likeliest
-from humptygpt.sampling import Context, Piece, TextStream, encode_prompt, stream_texts
-from humptygpt.schema import check_schema, parse_json
+from humptygpt.cli import UserError
+from humptygpt.files import check_schema, parse_json
+from humptygpt.sampling import (
+    Context,
+    Piece,
+    TextStream,
+    encode_prompt,
+    stream_texts,
+    with_likeliest,
+)
 
 CHAT, TEXT = "chat.completion", "text_completion"
 ECHOED = 128  # tokens of a prompt whose logits are computed at once

@@ -13,10 +13,10 @@ from textwrap import indent
 import numpy as np
 
 from humptygpt.chat.tokens import BEGIN, END, MESSAGES, ROLES, ChatTokenizer, Turn
-from humptygpt.config import refuse
+from humptygpt.cli import refuse
+from humptygpt.files import parse_json
 from humptygpt.prepare.corpus import Corpus, draw
 from humptygpt.prepare.documents import read_lines
-from humptygpt.schema import parse_json
 from humptygpt.tokenizers import Tokenizer
 
 SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of the roles

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.data import TokenDataset, next_tokens, permute, random_key
 
 

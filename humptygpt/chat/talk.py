@@ -3,20 +3,21 @@
 from collections.abc import Iterator
 
 from humptygpt.chat.tokens import Turn
-from humptygpt.config import UserError, note
+from humptygpt.cli import UserError, note
+from humptygpt.loading import Pipeline
 from humptygpt.sampling import Context, stream_texts
 
 
 class Talk:
     """A conversation with a model. When the context is full, the oldest exchanges are dropped, but not the system's.
 
-    loaded: a sample.Pipeline, whose tokenizer is a ChatTokenizer or a TemplateTokenizer. For each reply, it encodes the
+    loaded: its tokenizer is a ChatTokenizer or a TemplateTokenizer. For each reply, it encodes the
     whole conversation. Tokens that are in the context already stay there, with their cache.
     """
 
-    advice = ""  # see interactive.Text
+    advice = ""  # see Text in sample.py
 
-    def __init__(self, loaded, system: str | None = None):
+    def __init__(self, loaded: Pipeline, system: str | None = None):
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
         self.device = loaded.device

@@ -16,11 +16,11 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from humptygpt.chat.tokens import Turn
-from humptygpt.config import UserError, one_line, refuse
+from humptygpt.cli import UserError, one_line, refuse
 from humptygpt.convert.pretrained import PretrainedTokenizer
 from humptygpt.convert.read_huggingface import read_settings
+from humptygpt.files import parse_json
 from humptygpt.loading import Loaded
-from humptygpt.schema import parse_json
 
 # A noncharacter, which no text needs. It separates the characters of special tokens that somebody types from each
 # other, and they are encoded one by one, so that only those of the template itself are recognised.

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from humptygpt.config import UserError, refuse
+from humptygpt.cli import UserError, refuse
 from humptygpt.convert.families import FAMILIES
 from humptygpt.convert.huggingface import find_family, layer_names, write_files
 from humptygpt.convert.weight_files import check_shapes, open_weights
+from humptygpt.files import parse_json
 from humptygpt.finetune.lora import adapted
-from humptygpt.schema import parse_json
 
 PREFIX = "base_model.model."
 CONFIG = "adapter_config.json"

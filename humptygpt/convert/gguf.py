@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from torch import Tensor
 
-from humptygpt.config import UserError, refuse
+from humptygpt.cli import UserError, refuse
 from humptygpt.convert.families import ACTIVATION_NAMES, FAMILIES, ROPE_SCALING
 from humptygpt.convert.weight_files import Weights
 from humptygpt.convert.write_huggingface import tokenizer_json

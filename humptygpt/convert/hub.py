@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from humptygpt.config import UserError, one_line
+from humptygpt.cli import UserError, one_line
 
 GPT2 = {
     name: f"openai-community/{name}"

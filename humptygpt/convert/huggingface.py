@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt.checkpoint import build_like, restore_model
-from humptygpt.config import UserError, refuse, restore
+from humptygpt.cli import UserError, refuse, restore
 from humptygpt.convert.families import (
     ACTIVATION_NAMES,
     FAMILIES,
@@ -22,8 +22,7 @@ from humptygpt.convert.families import (
     Family,
 )
 from humptygpt.convert.weight_files import Weights, check_shapes, open_weights
-from humptygpt.files import write_whole
-from humptygpt.schema import parse_json
+from humptygpt.files import parse_json, write_whole
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 

@@ -7,10 +7,10 @@ and transformers is not needed.
 
 from pathlib import Path
 
-from humptygpt.config import UserError, one_line
+from humptygpt.cli import UserError, one_line
 from humptygpt.convert.pretrained import PretrainedTokenizer, load_engine
 from humptygpt.convert.sentencepiece_model import convert_sentencepiece
-from humptygpt.schema import parse_json
+from humptygpt.files import parse_json
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
 ENDS = ("bos_token", "eos_token")

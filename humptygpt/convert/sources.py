@@ -4,15 +4,15 @@ from collections import OrderedDict
 from pathlib import Path
 
 from humptygpt import checkpoint, tokenizers
-from humptygpt.config import UserError, refuse, restore
+from humptygpt.cli import UserError, refuse, restore
 from humptygpt.convert.adapters import CONFIG, merge_adapter, read_config
 from humptygpt.convert.families import GPT2
 from humptygpt.convert.huggingface import build_model, read_pretrained
 from humptygpt.convert.read_huggingface import read_tokenizer, tokenizer_file
 from humptygpt.convert.weight_files import check_dense
+from humptygpt.files import check_schema
 from humptygpt.loading import Loaded, find_source, is_folder, load
 from humptygpt.prepare.nanogpt import GPT2_TOKENS, read_characters
-from humptygpt.schema import check_schema
 from humptygpt.tokenizers import Tokenizer
 from model import ModelConfig
 

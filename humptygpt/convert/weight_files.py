@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, strided
 
 from humptygpt.checkpoint import load_plain, refuse_damaged
-from humptygpt.schema import parse_json
+from humptygpt.files import parse_json
 
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
 Weights = dict[str, Tensor]  # tensors by name

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from humptygpt.chat.tokens import BEGIN, END, ChatTokenizer
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.convert.pretrained import PretrainedTokenizer, load_rest
 from humptygpt.convert.sentencepiece_model import find_merges, subword_model
 from humptygpt.tokenizers import (

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from humptygpt.checkpoint import restore_model
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 
 MARK = ".lora_"  # part of the names of the trained matrices
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.data import TokenDataset
 
 LONGEST = 5  # tokens of context

@@ -20,15 +20,15 @@ from torch import nn
 
 import model as models
 from humptygpt import machine
-from humptygpt.config import UserError, in_vain
+from humptygpt.cli import UserError, in_vain
 from humptygpt.convert.huggingface import find_family
 from humptygpt.data import Dataset
 from humptygpt.device import autocast, free_memory, to_device
 from humptygpt.evaluation import LINE_TOKENS, SAMPLE_TOKENS, cost_of_whole_split
 from humptygpt.files import write_text
-from humptygpt.memory import Memory, check_training_fits, model_on_meta, training_memory
 from humptygpt.minutes.ngrams import MOST_TOKENS
 from humptygpt.optimizers import make_optimizer
+from humptygpt.report import Memory, check_training_fits, model_on_meta, training_memory
 from humptygpt.settings import IN_VAIN, TrainConfig
 from humptygpt.setup import make_model
 from model import ModelConfig

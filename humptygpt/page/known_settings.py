@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.tasks import build
 from model import ModelConfig
 

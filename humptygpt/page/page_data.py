@@ -7,13 +7,12 @@ from pathlib import Path
 from torch import nn
 
 from humptygpt import checkpoint
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.convert.sentencepiece_model import normal_ids
+from humptygpt.data import TokenFiles, read_meta
 from humptygpt.loading import Loaded, from_run
-from humptygpt.metrics import read_metrics
 from humptygpt.page.known_settings import check_formulas, check_settings
-from humptygpt.page.snapshots import FILES, to_8_bits
-from humptygpt.token_files import TokenFiles, read_meta
+from humptygpt.run import SNAPSHOTS, read_metrics, to_8_bits
 from humptygpt.tokenizers import END_OF_TEXT, SentencePieceTokenizer, Tokenizer
 from model import ModelConfig
 
@@ -58,7 +57,7 @@ def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
     """
     like = {"rows": to_8_bits(model.state_dict())}
     data = []
-    for step, name in FILES.items():
+    for step, name in SNAPSHOTS.items():
         path = folder / name
         if step < end and path.exists():
             saved = checkpoint.read_plain(path)

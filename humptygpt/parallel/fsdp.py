@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from humptygpt import checkpoint
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.files import remove
 from humptygpt.parallel import sharded
 from humptygpt.parallel.processes import (

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from humptygpt.config import UserError, first_line
+from humptygpt.cli import UserError, first_line
 from humptygpt.data import count_targets
 from humptygpt.optimizers import Optimizer
 from humptygpt.process import Process, Share, launched

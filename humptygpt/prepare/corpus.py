@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from humptygpt.config import UserError, note
+from humptygpt.cli import UserError, note
 from humptygpt.prepare.documents import BadFile, Piece, file_format, read_documents
 from humptygpt.tokenizers import Tokenizer
 

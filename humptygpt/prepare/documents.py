@@ -19,7 +19,7 @@ from typing import NamedTuple, TextIO
 
 from tqdm import tqdm
 
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 
 try:
     from compression import zstd

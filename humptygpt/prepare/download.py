@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.files import write_whole
 
 ATTEMPTS = 3

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from humptygpt.config import UserError
-from humptygpt.prepare.documents import read_errors
-from humptygpt.prepare.encoding import Encoded, token_dtype
-from humptygpt.prepare.vocabulary import CHOICES, load_tokenizer
-from humptygpt.token_files import (
+from humptygpt.cli import UserError
+from humptygpt.data import (
     COMMAND,
     META_FORMAT,
     TokenFiles,
     sha256,
 )
+from humptygpt.prepare.documents import read_errors
+from humptygpt.prepare.encoding import Encoded, token_dtype
+from humptygpt.prepare.vocabulary import CHOICES, load_tokenizer
 from humptygpt.tokenizers import SentencePieceTokenizer, from_state
 
 OURS = re.compile(r"meta\.pkl|(train|val|test)(_\d+)?\.bin")

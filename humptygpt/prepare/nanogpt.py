@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from humptygpt.config import UserError, note
-from humptygpt.token_files import META_FORMAT
+from humptygpt.cli import UserError, note
+from humptygpt.data import META_FORMAT
 from humptygpt.tokenizers import CharTokenizer, GPT2Tokenizer, Tokenizer
 
 GPT2_TOKENS = 50_257  # size of GPT-2's vocabulary

@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from humptygpt.config import UserError, note, one_line
+from humptygpt.cli import UserError, note, one_line
 from humptygpt.files import whole, write_whole
 from humptygpt.prepare.corpus import draw, normalised
 from humptygpt.prepare.download import download, package

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from humptygpt.config import UserError, note
+from humptygpt.cli import UserError, note
 from humptygpt.prepare.corpus import draw, read_all
 from humptygpt.prepare.download import package
 from humptygpt.tokenizers import (

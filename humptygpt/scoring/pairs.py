@@ -20,10 +20,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import nn
 
-from humptygpt.config import UserError, refuse
+from humptygpt.cli import UserError, refuse
+from humptygpt.files import check_schema, parse_json
 from humptygpt.prepare.download import download
 from humptygpt.sampling import read_text
-from humptygpt.schema import check_schema, parse_json
 from humptygpt.scoring.text import log_probabilities, standard_error
 from humptygpt.tokenizers import Tokenizer
 

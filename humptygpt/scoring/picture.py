@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.files import write_whole
 from humptygpt.tokenizers import Tokenizer
 

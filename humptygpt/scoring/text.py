@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.evaluation import BLOCKS
 from humptygpt.tokenizers import Tokenizer
 

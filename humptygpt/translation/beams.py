@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.tokenizers import Tokenizer
 from model import Cache
 

@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from humptygpt.config import UserError
-from humptygpt.data import Dataset, next_tokens, permute, random_key
+from humptygpt.cli import UserError
+from humptygpt.data import Dataset, how_to, next_tokens, permute, random_key
 from humptygpt.evaluation import BLOCKS
-from humptygpt.token_files import how_to
 
 
 class PairDataset(Dataset):

@@ -6,7 +6,7 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from humptygpt.config import note
+from humptygpt.cli import note
 from humptygpt.tokenizers import Tokenizer
 from humptygpt.translation import beams
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from humptygpt.config import UserError
+from humptygpt.cli import UserError
 from humptygpt.prepare.corpus import Corpus, draw, normalised
 from humptygpt.prepare.documents import SKIP_HINT, read_lines
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer

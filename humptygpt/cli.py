@@ -16,9 +16,9 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import json
 import math
 import os
-import pkgutil
 import runpy
 import shlex
 import sys
@@ -29,13 +29,10 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from humptygpt.schema import parse_json
-
 CONFIGS = Path(__file__).parent.parent / "config"
 Fields = dict[str, dataclasses.Field]  # {key: its field}, for one or more config classes
 # type of a key that can be repeated: --key=ONE --key=ANOTHER
 TEXTS = tuple[str, ...]
-find = pkgutil.resolve_name  # imports an object by its name, such as "model:GPT"
 
 
 class UserError(Exception):
@@ -274,7 +271,7 @@ def read_config(path: str, fields: Fields, before: str) -> dict[str, object]:
         )
     if path.endswith(".json"):
         with refuse(f"{path}: "):
-            names = parse_json(Path(path).read_bytes(), {})
+            names = dict(json.loads(Path(path).read_bytes()))
     else:
         names = run_config(path)
     found = {}

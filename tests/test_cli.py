@@ -19,9 +19,8 @@ import model
 import prepare_data
 import sample
 import train
-from humptygpt import config as configurator
-from humptygpt import settings
-from humptygpt.config import UserError, check_choices, check_least
+from humptygpt import cli, settings
+from humptygpt.cli import UserError, check_choices, check_least
 from humptygpt.loading import find_source
 from model import ModelConfig
 from prepare_data import PrepareConfig
@@ -62,12 +61,12 @@ class Example:
 
 
 def read(*argv: str, **keys) -> dict:
-    return configurator.read(list(argv), Example, **keys)
+    return cli.read(list(argv), Example, **keys)
 
 
 def complaint(*argv: str, cls: type = Example) -> str:
     with pytest.raises(UserError) as error:
-        configurator.read(list(argv), cls)
+        cli.read(list(argv), cls)
     return str(error.value)
 
 
@@ -227,7 +226,7 @@ def test_a_run_in_place_of_a_config_file_is_answered_with_its_key_and_never_exec
             assert complaint(path, cls=cls) == f"{start} {key}"
         assert complaint(path, cls=TrainConfig) == f"{start} --init_from=resume {key}"
     config = str(run / "config.json")
-    assert configurator.read([config], TrainConfig) == {"eval_only": False}
+    assert cli.read([config], TrainConfig) == {"eval_only": False}
 
 
 def test_a_text_in_place_of_a_config_file_is_answered_with_the_key_that_trains_on_it(
@@ -254,7 +253,7 @@ def test_the_name_of_a_config_in_place_of_a_model_is_answered_with_the_command_t
     folder, monkeypatch
 ):
     command = "python train.py config/gpt.py --out_dir=out/gpt"
-    monkeypatch.setattr(configurator, "CONFIGS", folder / "config")
+    monkeypatch.setattr(cli, "CONFIGS", folder / "config")
     Path("config").mkdir()
     Path("config/gpt.py").touch()
     with pytest.raises(UserError, match=f"; train first: {command}$"):
@@ -275,15 +274,15 @@ def test_the_name_of_a_config_in_place_of_a_model_is_answered_with_the_command_t
 )
 def test_a_value_that_breaks_the_rule_of_its_key_is_a_user_error(values, answer):
     with pytest.raises(UserError) as error:
-        configurator.make(Example, values)
+        cli.make(Example, values)
     assert str(error.value) == answer
 
 
 def test_the_tables_of_keys_set_in_vain_name_keys_that_exist():
     ours = settings.IN_VAIN | settings.FOR_SEVERAL
     for table, known in (
-        (ours, {"processes", *configurator.fields_of(ModelConfig, TrainConfig)}),
-        (sample.IN_VAIN, {"task", *configurator.fields_of(SampleConfig)}),
+        (ours, {"processes", *cli.fields_of(ModelConfig, TrainConfig)}),
+        (sample.IN_VAIN, {"task", *cli.fields_of(SampleConfig)}),
     ):
         for key, (other, values) in table.items():
             assert {key, other} <= known and values
@@ -308,18 +307,18 @@ def test_a_users_mistake_ends_in_one_line_and_exit_code_2(fails, option, answer)
 
 @pytest.mark.parametrize("cls", CONFIGS)
 def test_every_key_has_a_comment_below_the_title_of_its_group_and_its_choices(cls):
-    comments = configurator.comments_of(cls)
+    comments = cli.comments_of(cls)
     assert list(comments) == [field.name for field in dataclasses.fields(cls)]
     for title, text in comments.values():
         assert title != cls.__name__ and len(text) > 5
-    help_text = configurator.help_text(cls)
+    help_text = cli.help_text(cls)
     for name, choices in cls.choices().items():
         if name in comments:  # the choices of model are not its own class's
             assert f"one of: {', '.join(choices)}\n" in help_text + "\n", name
 
 
 def test_the_help_lists_keys_with_types_and_defaults_by_group():
-    text = configurator.help_text(Example, positional="names")
+    text = cli.help_text(Example, positional="names")
     assert "[NAMES ...] [--key=value ...]" in text
     lines = text[text.index("example:") :].splitlines()
     assert [" ".join(line.split()) for line in lines] == [
@@ -359,6 +358,6 @@ SAMPLING_KEYS = "init_from out_dir start num_samples max_new_tokens temperature 
 
 
 def test_every_key_of_nanogpt_is_known():
-    known = configurator.fields_of(ModelConfig, TrainConfig).keys()
+    known = cli.fields_of(ModelConfig, TrainConfig).keys()
     assert set(NANOGPT_KEYS.split()) <= known
-    assert set(SAMPLING_KEYS.split()) <= configurator.fields_of(SampleConfig).keys()
+    assert set(SAMPLING_KEYS.split()) <= cli.fields_of(SampleConfig).keys()

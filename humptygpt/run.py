@@ -1,5 +1,6 @@
-"""The progress of a run, the signals that stop it, and its folder: metrics, plot, settings and logs."""
+"""A run: its parts, how far it is, the signals that stop it, and its folder: metrics, plot, settings and snapshots."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -9,18 +10,27 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from humptygpt import checkpoint, files
-from humptygpt.config import UserError, fields_of, find, note
+from humptygpt import checkpoint, files, tasks
+from humptygpt.cli import UserError, fields_of, note
+from humptygpt.data import Dataset, Prefetcher
 from humptygpt.device import peak_flops
-from humptygpt.metrics import draw_losses, read_metrics
-from model import flops_per_token
+from humptygpt.files import parse_json, write_whole
+from humptygpt.loggers import LOGGERS, chosen_loggers
+from humptygpt.optimizers import Optimizer
+from humptygpt.process import Process
+from model import count_parameters, flops_per_token
+
+if TYPE_CHECKING:  # settings.py imports this file
+    from humptygpt.settings import TrainConfig
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 # seconds within which repeated signals count as one: `timeout` and some shells signal a process and then its group
@@ -45,8 +55,25 @@ FILES = [
 ]
 PREVIOUS = "previous"  # subfolder for the run that --overwrite=True has replaced
 MOVING = ".previous"  # name of that subfolder while files are moved into it
-# {name of a logger: the class or function in loggers.py that starts it}
-LOGGERS = {"tensorboard": "TensorBoard", "wandb": "start_wandb"}
+# schema of a row: the entries that are read back later
+ROW = {
+    "iter": range(2**53),
+    "tokens": range(2**53),
+    "seconds": float,
+    "position?": float,
+    "train_loss?": float,
+    "val_loss?": float,
+    "val_bits_per_byte?": float,
+    "val_text?": str,
+    "whole_iter?": range(2**53),
+    "whole_val_loss?": float,
+    "whole_val_bits_per_byte?": float,
+    "whole_val_text?": str,
+    "test_bleu?": float,
+}
+STEPS = (0, *(first * 10**zeros for zeros in range(1, 12) for first in (1, 3)))
+SMALL = 10e6  # by default, a run saves snapshots if they total fewer bytes than this
+SNAPSHOTS = {step: f"snapshots/{step}.pt" for step in STEPS}  # paths in the run's folder
 
 
 class Diverged(Exception):
@@ -95,10 +122,10 @@ class Progress:
 class StepClock:
     """Measures the progress of a run in steps. With --minutes, a plan.Clock measures it in time instead."""
 
-    def start(self, run) -> None:
-        """Start the clock. run: a train.Run."""
+    def start(self, run: "Run") -> None:
+        """Start the clock."""
 
-    def advance(self, position: float, config) -> float:
+    def advance(self, position: float, config: "TrainConfig") -> float:
         """Return the position after a step, given the position before it. Both are between 0 and config.max_iters."""
         return position + 1
 
@@ -112,17 +139,105 @@ class StepClock:
         """Seconds that count towards --minutes, including the time before the run was resumed."""
         return 0.0
 
-    def time_left(self, run) -> float:
-        """Estimate the remaining training time of a train.Run in seconds."""
+    def time_left(self, run: "Run") -> float:
+        """Estimate the remaining training time in seconds."""
         progress = run.progress
         return (run.config.max_iters - progress.iter) * progress.seconds / progress.iter
+
+
+@dataclass
+class Run:
+    """Everything that a training run consists of, assembled by setup()."""
+
+    config: "TrainConfig"
+    process: Process
+    device: torch.device
+    dtype: torch.dtype
+    dataset: Dataset
+    batches: Dataset | Prefetcher  # or, with ngram_targets, ngrams.SoftTargets
+    model: nn.Module
+    net: nn.Module  # the model used in training, perhaps compiled or wrapped in DDP; weights are saved from `model`
+    progress: Progress
+    clock: StepClock  # or, with --minutes, a plan.Clock
+    scaler: torch.amp.GradScaler
+    measured: list[str]  # settings that were left open and are measured on this machine
+    test_pairs: Callable | None  # with eval_pairs: (model, dataset) -> metrics
+    optimizer: Optimizer | None = None  # None only until setup() has made it
+
+    @property
+    def task(self) -> tasks.Task:
+        task = tasks.find_task(self.dataset.task)
+        # no process of a sharded run has the whole model, so none can generate examples
+        if self.process.sharded:
+            return dataclasses.replace(task, evaluation_examples=None, final_examples=None)
+        if task.score and not self.model.has_cache:  # translations are written with a cache
+            return tasks.Task(task.dataset, batches_vary=task.batches_vary)
+        return task
+
+    @property
+    def is_over(self) -> bool:
+        stops_early = 0 < self.config.early_stopping <= self.progress.evals_since_best
+        return stops_early or self.progress.position >= self.config.max_iters
+
+    @property
+    def path(self) -> Path:
+        """Path of the run's latest checkpoint, which may not exist yet."""
+        return checkpoint.stored(Path(self.config.out_dir) / "ckpt.pt")
+
+    def state(self) -> dict:
+        """Return the entries that ckpt.pt and best.pt have in common; checkpoint.SCHEMA describes them."""
+        meta = self.dataset.meta
+        data = {key: meta[key] for key in ("source", "command") if key in meta}
+        return {
+            "train_config": asdict(self.config),
+            "model_config": asdict(self.model.config),
+            "tokenizer": self.dataset.tokenizer.state(),
+            "task": self.dataset.task,
+            "data": data | {"identity": self.dataset.identity},
+            "progress": asdict(self.progress),
+            "model": dict(self.model.state_dict()),
+        }
+
+    def latest_state(self) -> dict:
+        """Return the entries of ckpt.pt."""
+        return self.state() | {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() or None,
+        }
+
+    def best_state(self) -> dict:
+        """Return the entries of best.pt. LoRA weights are merged, so the file loads like any other model."""
+        state = self.state() | {"model": self.weights()}
+        state["train_config"]["lora_rank"] = 0
+        return state
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the model's state dict, with LoRA weights merged."""
+        if not self.config.lora_rank:
+            return dict(self.model.state_dict())
+        from humptygpt.finetune.lora import merged_state
+
+        return merged_state(self.model)
+
+    def restore(self, saved: dict) -> None:
+        """Restore the optimizer, scaler and sharded weights from a checkpoint. Raises UserError if it does not fit."""
+        eval_only = self.config.eval_only
+        sharded = checkpoint.lacks_tensors(saved)
+        # an evaluation needs neither the optimizer nor the scaler, and the optimizer's state takes memory
+        if not eval_only:
+            with checkpoint.refuse_other_code(self.path):
+                self.optimizer.load(saved["optimizer"], "meta" if sharded else "cpu")
+            if saved.get("scaler"):
+                self.scaler.load_state_dict(saved["scaler"])
+        if sharded:
+            entries = self.state() if eval_only else self.latest_state()
+            checkpoint.load_sharded(self.path, entries)
 
 
 class Meter:
     """Measures losses, gradient norms and time. Numbers stay on the device until read() is called."""
 
-    def __init__(self, run):
-        """run: a train.Run."""
+    def __init__(self, run: Run):
         self.run = run
         self.progress = run.progress
         self.peak_flops = peak_flops(run.device)
@@ -276,11 +391,8 @@ class RunFolder:
     checkpoint. In both cases the run holds the lock from lock_out_dir().
     """
 
-    def __init__(self, run, settings: dict):
-        """run: a train.Run, whose first process writes the files. settings: the contents of config.json.
-
-        Raises UserError if a file cannot be written.
-        """
+    def __init__(self, run: Run, settings: dict):
+        """settings: the contents of config.json. Raises UserError if a file cannot be written."""
         self.path = path = Path(run.config.out_dir)
         self.resumed_at = resumed_at = run.progress.iter
         self.settings = settings
@@ -327,7 +439,7 @@ class RunFolder:
         """Send a row to the chosen loggers. The first call starts the loggers."""
         if not self.loggers:
             for name in chosen_loggers(self.settings):
-                start = find(f"humptygpt.loggers:{LOGGERS[name]}")
+                start = LOGGERS[name]
                 self.loggers.append(start(self.path, self.settings, self.resumed_at))
         for logger in self.loggers:
             # skip the row written at the end of a run, because a resumed run drops it
@@ -339,8 +451,8 @@ class RunFolder:
         if importlib.util.find_spec("matplotlib"):
             draw_losses(self.rows, self.path / "loss.png")
 
-    def end(self, run, how: str) -> None:
-        """Write result.json, from which a program learns how a run ended. run: a train.Run."""
+    def end(self, run: Run, how: str) -> None:
+        """Write result.json, from which a program learns how a run ended."""
         evaluations = [row for row in self.rows if "val_loss" in row and row["iter"]]
         best = min(evaluations, key=lambda row: row["val_loss"], default=None)
         for row in self.rows:
@@ -371,17 +483,95 @@ class RunFolder:
 
 
 # --------------------------------------------------------------------------------------
-# Loggers: services and programs that show metrics, each named after the package it needs
+# Metrics: metrics.jsonl, with one JSON object per line, and a plot of the losses
 
 
-def chosen_loggers(settings: dict) -> list[str]:
-    """List the names of the loggers that a run's settings choose. Raises ValueError for an unknown one."""
-    names = settings["log"].replace(",", " ").split()
-    for name in names:
-        if name not in LOGGERS:
-            raise ValueError(
-                f"log={settings['log']}: {name} is not one of: {', '.join(LOGGERS)}"
-            )
-    if settings["wandb_log"]:
-        names.append("wandb")
-    return list(dict.fromkeys(names))
+def read_metrics(path: Path) -> list[dict]:
+    """Read the rows of a metrics.jsonl, if there is such a file. Damaged rows are skipped with a note.
+
+    A last line without a line break is incomplete, because the run is still writing it or was killed; it is ignored.
+    """
+    rows = []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(parse_json(line, ROW))
+        except ValueError as error:
+            note(f"{path}:{number}: skipped a damaged row: {error}")
+    return rows
+
+
+def draw_losses(rows: list[dict], path: Path) -> None:
+    """Plot training and validation loss against steps. The legend gives the lowest validation loss."""
+    val = points(rows, "val_loss")
+    if not val:
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    train = zip(*points(rows, "train_loss"), strict=True)
+    axes.plot(
+        *train, label="training", color="#9db4c8", linewidth=1, marker=".", markersize=3
+    )
+    # a loss at step 0 belongs to the model that the run started from; it counts only if there is no other
+    step, lowest = min(val, key=lambda point: (point[0] == 0, point[1]))
+    label = f"validation, lowest {lowest:.3f} at step {step:,}"
+    axes.plot(*zip(*val, strict=True), label=label, color="#c2410c", marker=".")
+    axes.set(xlabel="steps", ylabel="loss, nats per token")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    if accuracy := points(rows, "pairs_accuracy"):
+        right = axes.twinx()
+        label = "pairs in which the right text is likelier"
+        right.plot(*zip(*accuracy, strict=True), label=label, color="#15803d", marker=".")
+        right.yaxis.set_major_formatter("{x:.0%}")
+    title = f"HumptyGPT: {path.parent.name}"
+    figure.legend(title=title, frameon=False, loc="outside upper center")
+    write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
+
+
+def points(rows: list[dict], key: str) -> list[tuple[int, float]]:
+    return [(row["iter"], row[key]) for row in rows if key in row]
+
+
+# --------------------------------------------------------------------------------------
+# Snapshots: the weights after 0, 10, 30, 100, 300 steps and so on, quantized to 8 bits
+
+
+def snapshot_taker(run: Run, folder: RunFolder) -> Callable[[int], None]:
+    """Return a function that is called before each step, and saves a snapshot if the step is one of STEPS.
+
+    With config.snapshots=False it saves none, and with None only if they total less than SMALL and the model is not
+    sharded. Of several members, it saves the first. Equal weights give identical files. The function raises UserError
+    if it cannot write.
+    """
+    keep = run.config.snapshots
+    if keep is None:
+        steps = sum(step < run.config.max_iters for step in STEPS)
+        size = count_parameters(run.model) / run.model.config.n_members
+        keep = steps * size < SMALL and not run.process.sharded
+    prefix = "members.0." if run.model.config.n_members > 1 else ""
+
+    def take(step: int) -> None:
+        if keep and step in SNAPSHOTS and run.process.first:
+            weights = {k: v for k, v in run.weights().items() if k.startswith(prefix)}
+            rows = {"rows": to_8_bits(weights)}
+            write_whole(folder.path / SNAPSHOTS[step], lambda file: torch.save(rows, file))
+
+    return take
+
+
+def to_8_bits(state: dict[str, Tensor]) -> Tensor:
+    """Quantize each row to 8 bits: a float32 scale (4 bytes), then its weights as integer multiples of the scale.
+
+    The multiples are from -127 to 127. A row is one row of a matrix, or a whole vector. Rows are in the order of the
+    state dict. Tied matrices are packed once. Returns (bytes,) int8.
+    """
+    packed = []
+    for p in {p.data_ptr(): p for p in state.values()}.values():
+        rows = p.cpu().view(-1, p.shape[-1:].numel())  # a scalar is a row of length 1
+        scale = rows.abs().amax(1, keepdim=True) / 127
+        rounded = (rows / scale).nan_to_num().round()  # a row of zeros gives 0 / 0
+        packed.append(torch.hstack([scale.view(torch.int8), rounded.char()]).flatten())
+    return torch.cat(packed)
