@@ -173,6 +173,9 @@ def read_runs(folders: list[str]) -> list[Run]:
         read_metrics,
     )  # late import: it loads torch, which takes a second
 
+    # late import: it loads torch, which takes a second
+    from humptygpt.run import read_metrics
+
     runs = []
     for folder in folders:
         try:
