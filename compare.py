@@ -169,10 +169,6 @@ class Run:
 
 def read_runs(folders: list[str]) -> list[Run]:
     """Read the runs; a folder that is not a run is reported and skipped. Raises UserError if there are no runs."""
-    from humptygpt.run import (
-        read_metrics,
-    )  # late import: it loads torch, which takes a second
-
     # late import: it loads torch, which takes a second
     from humptygpt.run import read_metrics
 

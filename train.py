@@ -158,7 +158,7 @@ def setup(
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         test_pairs=test_pairs,
     )
-    process.place(run)
+    process.place(model, config, dtype, dataset, run.progress.iter)
     run.optimizer = make_optimizer(config, model, process.optimizer_class)
     if saved:
         run.restore(saved)
@@ -283,7 +283,7 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor, int]:
     """
     config = run.config
     process = run.process
-    shares, tokens = process.shares(run, step)
+    shares, tokens = process.shares(run.batches, config, step)
     mean_loss = torch.zeros((), device=run.device)
     for share in shares:
         if run.model.config.dropout:

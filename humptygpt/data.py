@@ -28,7 +28,7 @@ from humptygpt.files import check_schema, parse_json
 if TYPE_CHECKING:  # torch takes seconds to load, and preparing data does not need it
     from torch import Tensor
 
-Batch = dict[str, "Tensor"]
+Batch = dict[str, "Tensor"]  # the arguments of a model: idx, targets and perhaps source
 
 CHUNK = 1_000_000  # tokens to read at once
 META_FORMAT = "tokens 2"  # the number increases when the layout of data folders changes

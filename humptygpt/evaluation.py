@@ -13,6 +13,7 @@ from torch import nn
 
 from humptygpt.data import Dataset, TokenDataset, count_targets
 from humptygpt.device import autocast, to_device
+from humptygpt.run import Run
 from humptygpt.tasks import Task
 
 SAMPLE_TOKENS = 300  # length of the sample at the end of a run
@@ -30,11 +31,11 @@ class Loss(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
+def evaluate(run: Run, net: nn.Module, eval_iters: int | None) -> Loss:
     """Compute the loss of net over an evaluation set, which is split among the processes.
 
     Evaluation draws no random numbers, so it cannot affect training. Afterwards, net is in its previous mode again,
-    training or evaluation. run: a train.Run. eval_iters: batches in the set; None: the whole validation split.
+    training or evaluation. eval_iters: batches in the set; None: the whole validation split.
     """
     process = run.process
     was_training = net.training
@@ -83,7 +84,7 @@ def own_batches(batches: Iterable[dict], rank: int, size: int) -> Iterator[dict]
         yield batch | {"targets": torch.full_like(batch["targets"], -1)}
 
 
-def cost_of_whole_split(run) -> float:
+def cost_of_whole_split(run: Run) -> float:
     """Return the cost of evaluating the whole validation split at the end, in units of a regular evaluation.
 
     A cost of 0 means that the run does not end with this evaluation. The run skips it if regular evaluations already
@@ -115,7 +116,7 @@ def evaluated(dataset: Dataset, batch_size: int, eval_iters: int | None) -> dict
     return {"val_tokens": len(ids) - 1, "val_text": f"{checksum:08x}"}
 
 
-def measures(run, net: nn.Module, eval_iters: int | None) -> dict[str, float | str]:
+def measures(run: Run, net: nn.Module, eval_iters: int | None) -> dict[str, float | str]:
     """Evaluate, and return a row of metrics: the loss in several units, and a fingerprint of the text."""
     loss = evaluate(run, net, eval_iters)
     bits_per_nat = 1 / math.log(2) / run.dataset.val_bytes_per_token()  # bits per byte

@@ -6,7 +6,7 @@ A new rule is one function and one line in OPTIMIZERS; a new schedule is one fun
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from humptygpt.checkpoint import check_tensors
 from humptygpt.cli import UserError
 from humptygpt.device import DTYPES
+
+if TYPE_CHECKING:  # settings.py imports this file
+    from humptygpt.settings import TrainConfig
 
 
 class Slot(NamedTuple):
@@ -300,9 +303,9 @@ def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 
 def make_optimizer(
-    config, model: nn.Module, optimizer_class: type[Optimizer] = Optimizer
+    config: "TrainConfig", model: nn.Module, optimizer_class: type[Optimizer] = Optimizer
 ) -> Optimizer:
-    """Make the optimizer of a run. config: a TrainConfig.
+    """Make the optimizer of a run.
 
     Weight decay pulls matrices and embeddings towards zero, but not biases and norms.
     """

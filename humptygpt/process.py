@@ -5,14 +5,17 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from humptygpt import checkpoint
-from humptygpt.data import count_targets
+from humptygpt.data import Dataset, Prefetcher, count_targets
 from humptygpt.optimizers import Optimizer
+
+if TYPE_CHECKING:  # settings.py imports this file
+    from humptygpt.settings import TrainConfig
 
 PARALLEL = ("ddp", "fsdp")
 BACKENDS = ("auto", "gloo", "nccl")
@@ -43,21 +46,30 @@ class Process(AbstractContextManager):
     def __exit__(self, error: type | None, *_: object) -> None:
         """End the run. With several processes, wait until all have finished, unless there was an error."""
 
-    def place(self, run) -> None:
-        """Move the model of a run to the device. run: a train.Run that has no optimizer yet."""
-        run.model.to(self.device)
+    def place(
+        self,
+        model: nn.Module,
+        config: "TrainConfig",
+        dtype: torch.dtype,
+        dataset: Dataset,
+        step: int,
+    ) -> None:
+        """Move the model of a run, which has no optimizer yet, to the device. step: number of steps done."""
+        model.to(self.device)
 
     def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
         """Wrap the model for training, and compile it if compiled=True. dynamic: whether batch shapes vary."""
         return torch.compile(model, dynamic=dynamic) if compiled else model
 
-    def shares(self, run, step: int) -> tuple[list[Share], int]:
+    def shares(
+        self, batches: Dataset | Prefetcher, config: "TrainConfig", step: int
+    ) -> tuple[list[Share], int]:
         """Return this process's shares of a step, and the number of tokens in the whole step."""
-        count = run.config.gradient_accumulation_steps
+        count = config.gradient_accumulation_steps
         stride = min(self.size, count)
         shares = []
         for number in range(step * count + self.rank % stride, (step + 1) * count, stride):
-            batch = run.batches.batch(number, run.config.batch_size)
+            batch = batches.batch(number, config.batch_size)
             shares.append(Share((number,), batch, count_targets(batch)))
         return shares, sum(share.tokens for share in shares)
 
@@ -76,8 +88,10 @@ class Process(AbstractContextManager):
         checkpoint.save(path, entries)
 
 
-def start_process(config, device: torch.device, prepare: Callable[[], None]) -> Process:
-    """Start the process of a run, connected to the other processes if there are any. config: a TrainConfig.
+def start_process(
+    config: "TrainConfig", device: torch.device, prepare: Callable[[], None]
+) -> Process:
+    """Start the process of a run, connected to the other processes if there are any.
 
     prepare: function that prepares the data if it is missing. Several processes call it one after another.
     Raises UserError if the processes cannot connect.

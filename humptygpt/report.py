@@ -20,7 +20,8 @@ from humptygpt.device import free_memory
 from humptygpt.evaluation import evaluation_line
 from humptygpt.machine import check_fits
 from humptygpt.optimizers import freeze, make_optimizer, trained_parameters
-from humptygpt.run import Diverged, RunFolder
+from humptygpt.run import Diverged, Run, RunFolder
+from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig, count_parameters
 
@@ -32,8 +33,8 @@ FLOAT = 4  # bytes in a float32, the dtype of weights, gradients and optimizer s
 MANY_EPOCHS = 5  # warn about overfitting when fine-tuning for more epochs than this
 
 
-def summary(run) -> str:
-    """Summarize a train.Run: data, model, steps, evaluation and device."""
+def summary(run: Run) -> str:
+    """Summarize a run: data, model, steps, evaluation and device."""
     config = run.config
     dataset = run.dataset
     eval_iters = config.eval_iters if config.eval_only else config.evaluated_batches()
@@ -64,7 +65,7 @@ def summary(run) -> str:
     )
 
 
-def trained_part(run) -> str:
+def trained_part(run: Run) -> str:
     """Say how many parameters are trained, and what share of the model that is."""
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     part = trained / count_parameters(run.model)
@@ -75,7 +76,7 @@ def trained_part(run) -> str:
 # During training
 
 
-def progress_bar(run) -> tqdm:
+def progress_bar(run: Run) -> tqdm:
     return tqdm(
         total=run.config.max_iters,
         initial=run.progress.position,
@@ -85,7 +86,7 @@ def progress_bar(run) -> tqdm:
     )
 
 
-def step(bar: tqdm, run, row: dict) -> None:
+def step(bar: tqdm, run: Run, row: dict) -> None:
     """Show a row of metrics: in the progress bar on a terminal, otherwise as a line."""
     norm = "inf" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
     text = (
@@ -102,7 +103,7 @@ def step(bar: tqdm, run, row: dict) -> None:
     line(bar, f"iter {run.progress.iter}{done}: {text}, {left:.0f} s of training left")
 
 
-def evaluated(bar: tqdm, run, row: dict, improved: bool) -> None:
+def evaluated(bar: tqdm, run: Run, row: dict, improved: bool) -> None:
     best = ", the best so far" if improved else ""
     line(bar, f"iter {run.progress.iter}: {evaluation_line(row)}{best}")
 
@@ -120,7 +121,7 @@ def line(bar: tqdm, text: str) -> None:
 # End of training
 
 
-def closing(run, rows: list[dict]) -> str:
+def closing(run: Run, rows: list[dict]) -> str:
     """Say what to do next, and how good the best model is. rows: all rows of the run's metrics."""
     progress = run.progress
     command = run.task.sample_command.format(out_dir_key(run))
@@ -133,7 +134,7 @@ def closing(run, rows: list[dict]) -> str:
     return text
 
 
-def stopped(run, number: int) -> None:
+def stopped(run: Run, number: int) -> None:
     """Say which signal stopped the run, and how to resume it."""
     with suppress(OSError):  # stderr may be closed if its reader received the signal, too
         print(
@@ -151,7 +152,7 @@ def diverged(folder: RunFolder, error: Diverged) -> None:
     print(f"train.py: the {error}; {kept}. {advice}", file=sys.stderr)
 
 
-def out_dir_key(run) -> str:
+def out_dir_key(run: Run) -> str:
     """Return the --out_dir argument, quoted so that it can be pasted into a command."""
     return f"--out_dir={shlex.quote(run.config.out_dir)}"
 
@@ -185,17 +186,21 @@ class Memory(NamedTuple):
         return self.weights + self.optimizer + max(self.gradients, self.activations / 3)
 
 
-def model_on_meta(config, model_config: ModelConfig) -> nn.Module:
-    """Build a run's model on the meta device, and freeze the parameters that config freezes. config: a TrainConfig."""
+def model_on_meta(config: TrainConfig, model_config: ModelConfig) -> nn.Module:
+    """Build a run's model on the meta device, and freeze the parameters that config freezes."""
     model = build_on_meta(model_config, vars(config))
     freeze(model, config.freeze)
     return model
 
 
 def training_memory(
-    config, model: nn.Module, device: torch.device, dtype: torch.dtype, processes: int = 1
+    config: TrainConfig,
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    processes: int = 1,
 ) -> Memory:
-    """Estimate the memory that each process needs. config: a TrainConfig. model: from model_on_meta()."""
+    """Estimate the memory that each process needs. model: from model_on_meta()."""
     weights = FLOAT * count_parameters(model)
     gradients = FLOAT * sum(p.numel() for p in trained_parameters(model).values())
     states = make_optimizer(config, model).state_like().values()
@@ -216,7 +221,11 @@ def training_memory(
 
 
 def activation_bytes(
-    config, model: nn.Module, device: torch.device, dtype: torch.dtype, processes: int
+    config: TrainConfig,
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    processes: int,
 ) -> float:
     """Estimate the bytes that an uncompiled model keeps for its backward pass, including the logits' gradient."""
     shape = model.config
@@ -251,13 +260,13 @@ def kept_of(layer: nn.Module, dtype: torch.dtype) -> int:
 
 
 def memory_report(
-    config,
+    config: TrainConfig,
     model_config: ModelConfig,
     device: torch.device,
     dtype: torch.dtype,
     processes: int,
 ) -> str:
-    """Describe the parameters, FLOPs and memory of a run. config: a TrainConfig."""
+    """Describe the parameters, FLOPs and memory of a run."""
     model = model_on_meta(config, model_config)
     memory = training_memory(config, model, device, dtype, processes)
     micro_batches = config.gradient_accumulation_steps
@@ -281,13 +290,13 @@ def memory_report(
 
 
 def check_training_fits(
-    config,
+    config: TrainConfig,
     model_config: ModelConfig,
     device: torch.device,
     dtype: torch.dtype,
     processes: int = 1,
 ) -> None:
-    """Raise UserError if a run needs more memory than is free. config: a TrainConfig."""
+    """Raise UserError if a run needs more memory than is free."""
     model = model_on_meta(config, model_config)
     training = (
         f"training {count_parameters(model):,} parameters with batch_size={config.batch_size} and"

@@ -71,9 +71,10 @@ ROW = {
     "whole_val_text?": str,
     "test_bleu?": float,
 }
+# {step: the snapshot taken before it}, in the run's folder
 STEPS = (0, *(first * 10**zeros for zeros in range(1, 12) for first in (1, 3)))
+SNAPSHOTS = {step: f"snapshots/{step}.pt" for step in STEPS}
 SMALL = 10e6  # by default, a run saves snapshots if they total fewer bytes than this
-SNAPSHOTS = {step: f"snapshots/{step}.pt" for step in STEPS}  # paths in the run's folder
 
 
 class Diverged(Exception):

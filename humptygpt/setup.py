@@ -28,7 +28,7 @@ from humptygpt.machine import fastest, usable_cores
 from humptygpt.optimizers import freeze
 from humptygpt.process import Process, launched
 from humptygpt.report import memory_report
-from humptygpt.run import Progress
+from humptygpt.run import Progress, Run
 from humptygpt.settings import OF_INPUT, TrainConfig
 from humptygpt.tasks import add_lora, build, build_on_meta, find_task, model_class
 from humptygpt.tokenizers import from_state
@@ -284,8 +284,8 @@ def adapt_model(
     return add_lora(model, vars(config))
 
 
-def make_net(run) -> nn.Module:
-    """Wrap the model of a train.Run for training, compiled if the settings and the machine allow it."""
+def make_net(run: Run) -> nn.Module:
+    """Wrap the model of a run for training, compiled if the settings and the machine allow it."""
     config = run.config
     dynamic = run.task.batches_vary
     compiles = config.compile
@@ -307,10 +307,10 @@ def make_net(run) -> nn.Module:
     return run.process.wrap(run.model, compiled=False, dynamic=dynamic)
 
 
-def compile_now(run, net: nn.Module) -> None:
+def compile_now(run: Run, net: nn.Module) -> None:
     """Trigger compilation for the shapes of training, a process's share of a batch, and evaluation, a whole batch."""
     for step in range(2):
-        shares, _ = run.process.shares(run, step)
+        shares, _ = run.process.shares(run.batches, run.config, step)
         with (
             run.process.accumulate(net, shares[0], last=True),
             autocast(run.device, run.dtype),
@@ -342,8 +342,8 @@ def left_open(config: TrainConfig, saved: dict | None, given: Collection[str]) -
     return [key for key in MEASURED if getattr(config, key) in ("auto", None)]
 
 
-def recorded_settings(run) -> dict[str, object]:
-    """Return the settings that config.json records for a train.Run."""
+def recorded_settings(run: Run) -> dict[str, object]:
+    """Return the settings that config.json records for a run."""
     settings = asdict(run.config) | asdict(run.model.config)
     # Keys that start with _ are ignored if config.json is used as a config file.
     settings["_parameters"] = count_parameters(run.model)
@@ -379,7 +379,7 @@ def resumed_progress(config: TrainConfig, saved: dict) -> Progress:
     return progress
 
 
-def keep_best(run, saved: dict) -> None:
+def keep_best(run: Run, saved: dict) -> None:
     """Evaluate best.pt again if the evaluation set has changed, so that only a better model replaces it."""
     before = cli.restore(TrainConfig, saved["train_config"])
 
@@ -392,7 +392,7 @@ def keep_best(run, saved: dict) -> None:
     if run.config.eval_only or progress.best_val_loss == math.inf or not changed:
         return
     best = load(run.config.out_dir).model
-    run.process.place(replace(run, model=best))
+    run.process.place(best, run.config, run.dtype, run.dataset, progress.iter)
     loss = evaluation.evaluate(run, best, run.config.evaluated_batches()).mean
     note(
         f"the evaluation set changed: on the new one, the loss of best.pt is {loss:.4f}"

@@ -8,7 +8,6 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -262,9 +261,9 @@ def test_a_disk_that_is_full_for_one_process_is_one_line(tiny, monkeypatch):
 )
 def test_what_cannot_be_sharded_is_refused(settings, dtype):
     config = TrainConfig(init_from="out/other", **settings)
-    run = SimpleNamespace(config=config, dtype=getattr(torch, dtype))
+    dtype = getattr(torch, dtype)
     with pytest.raises(UserError, match="LoRA, snapshots or float16; use --parallel=ddp"):
-        sharding.FullySharded(0, 2, CPU).place(run)
+        sharding.FullySharded(0, 2, CPU).place(None, config, dtype, None, 0)
 
 
 def test_a_sharded_run_shows_no_examples_because_no_process_has_the_whole_model(

@@ -14,6 +14,7 @@ from torch import Tensor
 from humptygpt.chat.tokens import MESSAGES, Turn
 from humptygpt.cli import UserError
 from humptygpt.files import check_schema, parse_json
+from humptygpt.loading import Pipeline
 from humptygpt.sampling import (
     Context,
     Piece,
@@ -45,14 +46,14 @@ TEXT_SCHEMA = {"prompt": (str, list), "echo?": bool, "logprobs?": range(21)}
 
 
 class Api:
-    """Answers requests with one model. loaded: a sample.Pipeline. name: the model's id in answers.
+    """Answers requests with one model. name: the model's id in answers.
 
     chat() and complete() take a request as JSON and yield the answer in parts: events if the request says "stream";
     otherwise a space for each token, which JSON ignores, and then the whole answer. So the server notices a client that
     has left. If the request is not valid, the call or the first step raises UserError or ValueError.
     """
 
-    def __init__(self, loaded, name: str):
+    def __init__(self, loaded: Pipeline, name: str):
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.device = loaded.device
         self.block_size = loaded.model.config.block_size

@@ -29,6 +29,7 @@ from humptygpt.files import write_text
 from humptygpt.minutes.ngrams import MOST_TOKENS
 from humptygpt.optimizers import make_optimizer
 from humptygpt.report import Memory, check_training_fits, model_on_meta, training_memory
+from humptygpt.run import Run
 from humptygpt.settings import IN_VAIN, TrainConfig
 from humptygpt.setup import make_model
 from model import ModelConfig
@@ -81,8 +82,8 @@ class Clock:
         # an evaluation on the whole validation split
         self.at_the_end = 1.0
 
-    def start(self, run) -> None:
-        """Start timing the training steps. run: a train.Run.
+    def start(self, run: Run) -> None:
+        """Start timing the training steps.
 
         Until the first evaluation has been timed, an evaluation batch is assumed to take a third as long as a training
         batch.
@@ -94,7 +95,7 @@ class Clock:
         self.at_the_end += cost_of_whole_split(run)
         self.leave_out(step * batches / config.gradient_accumulation_steps / 3)
 
-    def time_left(self, run) -> float:
+    def time_left(self, run: Run) -> float:
         """Seconds until training ends."""
         return self.end - time.monotonic()
 
@@ -455,8 +456,8 @@ def can_be_exported(model_config: ModelConfig) -> bool:
     return False
 
 
-def choice(run) -> str:
-    """Describe the settings chosen for a train.Run, and say whether its model can be exported."""
+def choice(run: Run) -> str:
+    """Describe the settings chosen for a run, and say whether its model can be exported."""
     config = run.model.config
     try:
         export = f"as {find_family(config)}"
@@ -475,7 +476,7 @@ def choice(run) -> str:
     )
 
 
-def closing(run, out_dir: Path) -> str:
+def closing(run: Run, out_dir: Path) -> str:
     """Write plan.py. Returns the last lines of a run: what plan.py is, and what would lower the loss most."""
     path = out_dir / "plan.py"
     write_plan(path, run)
@@ -488,8 +489,8 @@ def closing(run, out_dir: Path) -> str:
     )
 
 
-def write_plan(path: Path, run) -> None:
-    """Write a config file that repeats a run step by step, as a basis for further experiments. run: a train.Run."""
+def write_plan(path: Path, run: Run) -> None:
+    """Write a config file that repeats a run step by step, as a basis for further experiments."""
     settings = asdict(run.config) | asdict(run.model.config)
     # the run may have taken more or fewer steps than planned
     for key in ("max_iters", "lr_decay_iters", "warmup_iters", "eval_interval"):

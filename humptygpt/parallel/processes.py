@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from humptygpt.cli import UserError, first_line
-from humptygpt.data import count_targets
+from humptygpt.data import Dataset, Prefetcher, count_targets
 from humptygpt.optimizers import Optimizer
 from humptygpt.process import Process, Share, launched
-from model import Dropout
+from humptygpt.settings import TrainConfig
+from model import Dropout, ModelConfig
 
 TIMEOUT = datetime.timedelta(minutes=10)  # for a collective during training
 LONG = datetime.timedelta(days=7)  # while one rank prepares data or scores translations
@@ -110,7 +111,9 @@ class DataParallel(Process):
         self.optimizer_class = partial(self.optimizer_class, process=self)
 
     @classmethod
-    def start(cls, config, device, prepare) -> "DataParallel":
+    def start(
+        cls, config: TrainConfig, device: torch.device, prepare: Callable[[], None]
+    ) -> "DataParallel":
         """Connect to the other ranks, and prepare the data. Parameters: as for process.start_process()."""
         rank, size = launched()
         if device.type == "cuda":
@@ -137,25 +140,33 @@ class DataParallel(Process):
     # ----------------------------------------------------------------------------------
     # Methods that a single process also has
 
-    def place(self, run) -> None:
+    def place(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        dtype: torch.dtype,
+        dataset: Dataset,
+        step: int,
+    ) -> None:
         """Check that the ranks can train this run together, and move its model to the device."""
-        self.check(run)
-        share_dropout(run.model)
-        run.model.to(self.device)
+        self.check(config, model.config, dataset, step)
+        share_dropout(model)
+        model.to(self.device)
 
     @raise_if_rank_died()
-    def check(self, run) -> None:
+    def check(
+        self, config: TrainConfig, model_config: ModelConfig, dataset: Dataset, step: int
+    ) -> None:
         """Raise UserError if a step cannot be split evenly over ranks, or if ranks differ in settings or data."""
-        config = run.config
         count = config.gradient_accumulation_steps
         if count % self.size and self.size % count:
             raise UserError(
                 f"gradient_accumulation_steps={count} micro-batches cannot be split evenly over {self.size} processes;"
                 f" use gradient_accumulation_steps={count + -count % self.size}"
             )
-        own = asdict(config) | asdict(run.model.config) | run.dataset.identity
+        own = asdict(config) | asdict(model_config) | dataset.identity
         ranks = [None] * self.size
-        dist.all_gather_object(ranks, own | {"iter": run.progress.iter})
+        dist.all_gather_object(ranks, own | {"iter": step})
         for rank, settings in enumerate(ranks):
             if differ := dict(settings.items() - ranks[0].items()):
                 raise UserError(
@@ -171,13 +182,15 @@ class DataParallel(Process):
         net.broadcast_buffers = False
         return net
 
-    def shares(self, run, step: int) -> tuple[list[Share], int]:
+    def shares(
+        self, batches: Dataset | Prefetcher, config: TrainConfig, step: int
+    ) -> tuple[list[Share], int]:
         """Return this rank's shares of a step, and the number of tokens in the whole step.
 
         Shares are whole micro-batches or, if there are fewer of them than ranks, consecutive rows of one micro-batch.
         """
-        shares, _ = super().shares(run, step)
-        parts = max(1, self.size // run.config.gradient_accumulation_steps)
+        shares, _ = super().shares(batches, config, step)
+        parts = max(1, self.size // config.gradient_accumulation_steps)
         if parts > 1:
             shares = [self.part(share, parts) for share in shares]
         # Ranks with equally many rows may have different numbers of targets. The sum also shows in one line that a rank
