@@ -37,6 +37,7 @@ from pathlib import Path
 from humptygpt import cli, machine
 from humptygpt.cli import UserError, note, one_line
 from humptygpt.files import parse_json, write_whole
+from humptygpt.loggers import read_metrics
 
 MEASURED = "_measured"  # in config.json: the settings that the machine chose, not the user
 # Settings to ignore, because they do not affect the trained model; _parameters already has its own column.
@@ -169,9 +170,6 @@ class Run:
 
 def read_runs(folders: list[str]) -> list[Run]:
     """Read the runs; a folder that is not a run is reported and skipped. Raises UserError if there are no runs."""
-    # late import: it loads torch, which takes a second
-    from humptygpt.run import read_metrics
-
     runs = []
     for folder in folders:
         try:

@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 from humptygpt import evaluation, report
 from humptygpt.checks import check_model
-from humptygpt.data import Prefetcher, random_key
-from humptygpt.device import DTYPES, autocast, pick_device, to_device, tune_malloc
+from humptygpt.data import Dataset, Prefetcher, random_key
+from humptygpt.device import DTYPES, autocast, to_device, tune_malloc
 from humptygpt.loading import Loaded, load
 from humptygpt.optimizers import make_optimizer
-from humptygpt.process import Share, silence_other_processes, start_process
+from humptygpt.process import Process, Share, silence_other_processes, start_process
 from humptygpt.report import ADVICE, check_training_fits
 from humptygpt.run import (
     Diverged,
@@ -44,7 +44,7 @@ from humptygpt.run import (
     RunFolder,
     StepClock,
     catch_signals,
-    snapshot_taker,
+    take_snapshot,
 )
 from humptygpt.settings import TrainConfig, read_settings
 from humptygpt.setup import (
@@ -100,11 +100,9 @@ def setup(
 ) -> Run:
     """Assemble a run.
 
-    saved: the checkpoint to resume from. base: the model to start from. given: settings that
-    --minutes must not change.
+    saved: the checkpoint to resume from. base: the model to start from. given: settings that --minutes must not change.
     """
-    device = pick_device(config.device)
-    process = start_process(config, device, lambda: prepare_missing(config))
+    process = start_process(config, lambda: prepare_missing(config))
     device = process.device
     measured = left_open(config, saved, given)
     config = tune(config, model_config, process)
@@ -131,32 +129,20 @@ def setup(
         from humptygpt.finetune.lora import train_rows
 
         train_rows(model, dataset.tokenizer.marks)
-    batches = dataset
-    if config.ngram_targets and not config.eval_only:
-        from humptygpt.minutes.ngrams import SoftTargets
-
-        batches = SoftTargets(dataset, config.ngram_targets, model_config.vocab_size)
-    if device.type == "cuda":
-        batches = Prefetcher(batches, min(process.size, config.gradient_accumulation_steps))
-    test_pairs = None
-    if config.eval_pairs:
-        from humptygpt.scoring.pairs import tester
-
-        test_pairs = tester(config, dataset, process)
     run = Run(
         config=config,
         process=process,
         device=device,
         dtype=dtype,
         dataset=dataset,
-        batches=batches,
+        batches=make_batches(config, dataset, process, model_config.vocab_size),
         model=model,
         net=model,
         progress=resumed_progress(config, saved) if saved else Progress(),
         measured=measured,
         clock=clock,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        test_pairs=test_pairs,
+        test_pairs=make_tester(config, dataset, process),
     )
     process.place(model, config, dtype, dataset, run.progress.iter)
     run.optimizer = make_optimizer(config, model, process.optimizer_class)
@@ -166,6 +152,29 @@ def setup(
     if not config.eval_only:  # an evaluation uses the plain model, to save memory
         run.net = make_net(run)
     return run
+
+
+def make_batches(
+    config: TrainConfig, dataset: Dataset, process: Process, vocab_size: int
+) -> Dataset | Prefetcher:
+    """Make what yields the batches: the dataset itself, with soft targets, or a thread that reads ahead for a GPU."""
+    batches = dataset
+    if config.ngram_targets and not config.eval_only:
+        from humptygpt.minutes.ngrams import SoftTargets
+
+        batches = SoftTargets(dataset, config.ngram_targets, vocab_size)
+    if process.device.type == "cuda":
+        batches = Prefetcher(batches, min(process.size, config.gradient_accumulation_steps))
+    return batches
+
+
+def make_tester(config: TrainConfig, dataset: Dataset, process: Process) -> Callable | None:
+    """With eval_pairs, make a function that tests a model: (model, dataset) -> metrics."""
+    if not config.eval_pairs:
+        return None
+    from humptygpt.scoring.pairs import tester
+
+    return tester(config, dataset, process)
 
 
 # --------------------------------------------------------------------------------------
@@ -208,12 +217,11 @@ def train(run: Run, folder: RunFolder) -> int | None:
     config = run.config
     progress = run.progress
     meter = Meter(run)
-    take_snapshot = snapshot_taker(run, folder)
     run.clock.start(run)
     due = False
     with catch_signals() as signals, report.progress_bar(run) as bar:
         while not run.is_over:
-            take_snapshot(progress.iter)
+            take_snapshot(run)
             if not due:  # an evaluation shows what the model writes
                 write_line(run, meter, bar)
             before = progress.position

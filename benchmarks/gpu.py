@@ -23,8 +23,8 @@ from benchmarks.training import DEMO
 from humptygpt import cli
 from humptygpt.cli import UserError
 from humptygpt.device import peak_flops, pick_device, pick_dtype
+from humptygpt.loggers import read_metrics
 from humptygpt.report import training_memory
-from humptygpt.run import read_metrics
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig, flops_per_token

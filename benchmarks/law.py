@@ -42,8 +42,8 @@ from humptygpt import cli
 from humptygpt.data import read_meta
 from humptygpt.device import pick_device, pick_dtype, tune_malloc
 from humptygpt.files import write_whole
+from humptygpt.loggers import read_metrics
 from humptygpt.minutes import plan
-from humptygpt.run import read_metrics
 from humptygpt.settings import read_settings
 from humptygpt.setup import fit_to_data, open_prepared
 from humptygpt.tasks import build_on_meta

@@ -130,7 +130,7 @@ def pipeline(
     quantize: str | None = None,
     compile: bool = False,
 ) -> Pipeline:
-    """Load a model, ready for generation. Raises UserError if it is missing, damaged or not supported.
+    """Load a model and prepare it for generation. Raises UserError if it is missing, damaged or not supported.
 
     source, which: init_from and checkpoint in SampleConfig. talks: True: a model with a chat template is for the task
     "chat", otherwise it continues a text. The other parameters have the same names as in SampleConfig.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from humptygpt import checkpoint
 from humptygpt.data import Dataset, Prefetcher, count_targets
+from humptygpt.device import pick_device
 from humptygpt.optimizers import Optimizer
 
 if TYPE_CHECKING:  # settings.py imports this file
@@ -88,14 +89,13 @@ class Process(AbstractContextManager):
         checkpoint.save(path, entries)
 
 
-def start_process(
-    config: "TrainConfig", device: torch.device, prepare: Callable[[], None]
-) -> Process:
+def start_process(config: "TrainConfig", prepare: Callable[[], None]) -> Process:
     """Start the process of a run, connected to the other processes if there are any.
 
     prepare: function that prepares the data if it is missing. Several processes call it one after another.
-    Raises UserError if the processes cannot connect.
+    Raises UserError if the device is not available, or the processes cannot connect.
     """
+    device = pick_device(config.device)
     _, size = launched()
     if size > 1 and config.parallel == "fsdp":
         from humptygpt.parallel.fsdp import FullySharded

@@ -1,4 +1,4 @@
-"""A run: its parts, how far it is, the signals that stop it, and its folder: metrics, plot, settings and snapshots."""
+"""A run: its parts, how far it is, the signals that stop it, its folder and its snapshots."""
 
 import dataclasses
 import importlib.util
@@ -23,8 +23,7 @@ from humptygpt import checkpoint, files, tasks
 from humptygpt.cli import UserError, fields_of, note
 from humptygpt.data import Dataset, Prefetcher
 from humptygpt.device import peak_flops
-from humptygpt.files import parse_json, write_whole
-from humptygpt.loggers import LOGGERS, chosen_loggers
+from humptygpt.loggers import LOGGERS, chosen_loggers, draw_losses, read_metrics
 from humptygpt.optimizers import Optimizer
 from humptygpt.process import Process
 from model import count_parameters, flops_per_token
@@ -55,22 +54,6 @@ FILES = [
 ]
 PREVIOUS = "previous"  # subfolder for the run that --overwrite=True has replaced
 MOVING = ".previous"  # name of that subfolder while files are moved into it
-# schema of a row: the entries that are read back later
-ROW = {
-    "iter": range(2**53),
-    "tokens": range(2**53),
-    "seconds": float,
-    "position?": float,
-    "train_loss?": float,
-    "val_loss?": float,
-    "val_bits_per_byte?": float,
-    "val_text?": str,
-    "whole_iter?": range(2**53),
-    "whole_val_loss?": float,
-    "whole_val_bits_per_byte?": float,
-    "whole_val_text?": str,
-    "test_bleu?": float,
-}
 # {step: the snapshot taken before it}, in the run's folder
 STEPS = (0, *(first * 10**zeros for zeros in range(1, 12) for first in (1, 3)))
 SNAPSHOTS = {step: f"snapshots/{step}.pt" for step in STEPS}
@@ -484,83 +467,31 @@ class RunFolder:
 
 
 # --------------------------------------------------------------------------------------
-# Metrics: metrics.jsonl, with one JSON object per line, and a plot of the losses
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """Read the rows of a metrics.jsonl, if there is such a file. Damaged rows are skipped with a note.
-
-    A last line without a line break is incomplete, because the run is still writing it or was killed; it is ignored.
-    """
-    rows = []
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(parse_json(line, ROW))
-        except ValueError as error:
-            note(f"{path}:{number}: skipped a damaged row: {error}")
-    return rows
-
-
-def draw_losses(rows: list[dict], path: Path) -> None:
-    """Plot training and validation loss against steps. The legend gives the lowest validation loss."""
-    val = points(rows, "val_loss")
-    if not val:
-        return
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    train = zip(*points(rows, "train_loss"), strict=True)
-    axes.plot(
-        *train, label="training", color="#9db4c8", linewidth=1, marker=".", markersize=3
-    )
-    # a loss at step 0 belongs to the model that the run started from; it counts only if there is no other
-    step, lowest = min(val, key=lambda point: (point[0] == 0, point[1]))
-    label = f"validation, lowest {lowest:.3f} at step {step:,}"
-    axes.plot(*zip(*val, strict=True), label=label, color="#c2410c", marker=".")
-    axes.set(xlabel="steps", ylabel="loss, nats per token")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    if accuracy := points(rows, "pairs_accuracy"):
-        right = axes.twinx()
-        label = "pairs in which the right text is likelier"
-        right.plot(*zip(*accuracy, strict=True), label=label, color="#15803d", marker=".")
-        right.yaxis.set_major_formatter("{x:.0%}")
-    title = f"HumptyGPT: {path.parent.name}"
-    figure.legend(title=title, frameon=False, loc="outside upper center")
-    write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
-
-
-def points(rows: list[dict], key: str) -> list[tuple[int, float]]:
-    return [(row["iter"], row[key]) for row in rows if key in row]
-
-
-# --------------------------------------------------------------------------------------
 # Snapshots: the weights after 0, 10, 30, 100, 300 steps and so on, quantized to 8 bits
 
 
-def snapshot_taker(run: Run, folder: RunFolder) -> Callable[[int], None]:
-    """Return a function that is called before each step, and saves a snapshot if the step is one of STEPS.
+def take_snapshot(run: Run) -> None:
+    """Save a snapshot if the next step is one of STEPS. Of several members, save the first.
 
-    With config.snapshots=False it saves none, and with None only if they total less than SMALL and the model is not
-    sharded. Of several members, it saves the first. Equal weights give identical files. The function raises UserError
-    if it cannot write.
+    Equal weights give identical files. Raises UserError if the file cannot be written.
     """
-    keep = run.config.snapshots
-    if keep is None:
-        steps = sum(step < run.config.max_iters for step in STEPS)
-        size = count_parameters(run.model) / run.model.config.n_members
-        keep = steps * size < SMALL and not run.process.sharded
+    step = run.progress.iter
+    if step not in SNAPSHOTS or not run.process.first or not keeps_snapshots(run):
+        return
     prefix = "members.0." if run.model.config.n_members > 1 else ""
+    weights = {k: v for k, v in run.weights().items() if k.startswith(prefix)}
+    rows = {"rows": to_8_bits(weights)}
+    path = Path(run.config.out_dir, SNAPSHOTS[step])
+    files.write_whole(path, lambda file: torch.save(rows, file))
 
-    def take(step: int) -> None:
-        if keep and step in SNAPSHOTS and run.process.first:
-            weights = {k: v for k, v in run.weights().items() if k.startswith(prefix)}
-            rows = {"rows": to_8_bits(weights)}
-            write_whole(folder.path / SNAPSHOTS[step], lambda file: torch.save(rows, file))
 
-    return take
+def keeps_snapshots(run: Run) -> bool:
+    """Follow config.snapshots if it is set; otherwise keep snapshots that total less than SMALL, unless sharded."""
+    if run.config.snapshots is not None:
+        return run.config.snapshots
+    steps = sum(step < run.config.max_iters for step in STEPS)
+    size = count_parameters(run.model) / run.model.config.n_members
+    return steps * size < SMALL and not run.process.sharded
 
 
 def to_8_bits(state: dict[str, Tensor]) -> Tensor:

@@ -12,8 +12,8 @@ from conftest import TINY_RUN, make_text
 
 import prepare_data
 import train
+from humptygpt import checkpoint, evaluation
 from humptygpt import data as datasets
-from humptygpt import evaluation
 from humptygpt.data import (
     META_FORMAT,
     Prefetcher,
@@ -315,11 +315,11 @@ def test_data_with_the_checksums_of_an_earlier_version_opens_and_a_run_on_it_res
     assert "it is left unchanged" in capsys.readouterr().err
     assert train.main(TINY_RUN) == 0
     path = Path("out/run/ckpt.pt")
-    saved = train.checkpoint.read(path)
+    saved = checkpoint.read(path)
     identity = saved["data"]["identity"]
     assert "files_sha256" not in identity
     identity["checksums_sha256"] = "of the parts of each file"
-    train.checkpoint.save(path, {key: saved[key] for key in saved if key != "format"})
+    checkpoint.save(path, {key: saved[key] for key in saved if key != "format"})
     resume = ["--init_from=resume", "--out_dir=out/run"]
     assert train.main([*resume, "--max_iters=7"]) == 0
     edit_meta(tiny, splits=new["splits"])  # prepared again

@@ -12,6 +12,7 @@ from conftest import TINY_RUN, read_rows
 import prepare_data
 import sample
 import train
+from humptygpt import loading
 from humptygpt.chat.api import Api
 from humptygpt.chat.compose import Composer, Values
 from humptygpt.chat.conversations import parse
@@ -323,7 +324,8 @@ def test_a_line_that_is_not_utf_8_is_one_line(fails, monkeypatch, capsys):
 @pytest.fixture
 def silent(monkeypatch):
     """sample.py prints nothing, so that a complaint is all that is printed."""
-    monkeypatch.setattr(sample, "print", lambda *args, **keys: None, raising=False)
+    for module in (sample, loading):
+        monkeypatch.setattr(module, "print", lambda *args, **keys: None, raising=False)
 
 
 @pytest.mark.usefixtures("run_dir", "silent")

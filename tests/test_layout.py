@@ -127,6 +127,10 @@ def test_a_slice_imports_no_script_and_only_the_slices_of_the_table(imports):
     assert between == BETWEEN_SLICES.keys()
 
 
+def test_no_script_imports_another(imports):
+    assert not {(a, b) for a, b in imports if place(a) == place(b) == "script"}
+
+
 def test_model_py_imports_torch_and_the_standard_library_only():
     packages = {name.partition(".")[0] for name in imported("model")}
     assert packages <= {"torch", *sys.stdlib_module_names}

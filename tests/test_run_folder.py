@@ -16,8 +16,8 @@ from conftest import TINY_RUN, read_rows
 import train
 from humptygpt import checkpoint, evaluation
 from humptygpt.evaluation import Loss
-from humptygpt.loggers import TensorBoard
-from humptygpt.run import draw_losses, lock_out_dir, move_aside
+from humptygpt.loggers import TensorBoard, draw_losses
+from humptygpt.run import lock_out_dir, move_aside
 from humptygpt.settings import read_settings
 
 OUT = Path("out/run")

@@ -31,7 +31,7 @@ import prepare_data
 import sample
 import serve
 import train
-from humptygpt import evaluation
+from humptygpt import evaluation, loading
 from humptygpt import run as run_module
 from humptygpt.chat import api
 from humptygpt.chat.api import Api
@@ -716,14 +716,14 @@ def test_a_dtype_without_effect_is_refused(fails):
 
 def last_line(fails, *argv: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "print", lambda *args, **keys: None, raising=False)
+        patch.setattr(loading, "print", lambda *args, **keys: None, raising=False)
         return fails(serve.main, "--out_dir=out/text", *argv)
 
 
 @pytest.mark.usefixtures("pairs")
 def test_a_model_that_translates_is_refused(fails, monkeypatch):
     train.main([*TINY_RUN, "--model=transformer", "--dataset=pairs", "--block_size=64"])
-    monkeypatch.setattr(sample, "print", lambda *args, **keys: None, raising=False)
+    monkeypatch.setattr(loading, "print", lambda *args, **keys: None, raising=False)
     assert "translates; use sample.py" in fails(serve.main, "--out_dir=out/run")
 
 

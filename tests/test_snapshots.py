@@ -16,6 +16,7 @@ from humptygpt.cli import UserError
 from humptygpt.loading import load
 from humptygpt.page import page_data
 from humptygpt.process import Process
+from humptygpt.run import Progress
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build
 from model import ModelConfig, count_parameters
@@ -66,9 +67,14 @@ def test_without_being_asked_a_run_keeps_less_than_10_megabytes():
 
     def keeps(**settings) -> bool:
         weights = lambda: {"weight": torch.ones(1)}  # noqa: E731
-        config, process = TrainConfig(**settings), Process(None)
-        run = SimpleNamespace(model=model, config=config, process=process, weights=weights)
-        runs.snapshot_taker(run, SimpleNamespace(path=Path("kept")))(10)
+        run = SimpleNamespace(
+            model=model,
+            config=TrainConfig(out_dir="kept", **settings),
+            process=Process(None),
+            progress=Progress(iter=10),
+            weights=weights,
+        )
+        runs.take_snapshot(run)
         kept = Path("kept/snapshots/10.pt").exists()
         shutil.rmtree("kept", ignore_errors=True)
         return kept

@@ -11,8 +11,9 @@ from humptygpt.cli import UserError
 from humptygpt.convert.sentencepiece_model import normal_ids
 from humptygpt.data import TokenFiles, read_meta
 from humptygpt.loading import Loaded, from_run
+from humptygpt.loggers import read_metrics
 from humptygpt.page.known_settings import check_formulas, check_settings
-from humptygpt.run import SNAPSHOTS, read_metrics, to_8_bits
+from humptygpt.run import SNAPSHOTS, to_8_bits
 from humptygpt.tokenizers import END_OF_TEXT, SentencePieceTokenizer, Tokenizer
 from model import ModelConfig
 
