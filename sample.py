@@ -37,8 +37,8 @@ from humptygpt.config import (
     note,
     refuse_vain,
 )
-from humptygpt.decoding import choose_threads, make_generator
 from humptygpt.device import DTYPES, pick_device, sample_dtype
+from humptygpt.fast.generation import choose_threads, make_generator
 from humptygpt.sampling import (
     Context,
     Piece,

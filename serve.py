@@ -29,7 +29,7 @@ from humptygpt import config as configurator
 from humptygpt import loading
 from humptygpt.chat.api import Api
 from humptygpt.config import UserError, check_choices, first_line, refuse_vain
-from humptygpt.decoding import choose_threads
+from humptygpt.fast.generation import choose_threads
 
 PAGE = Path(__file__).parent / "humptygpt/chat/page.html"
 JSON = "application/json"

@@ -19,8 +19,8 @@ from humptygpt import config as configurator
 from humptygpt import machine, tokenizers
 from humptygpt.config import UserError, note, one_line, our_configs, refuse
 from humptygpt.schema import check_schema
-from humptygpt.tasks import build_on_meta, config_class, model_class
-from model import GPT, ModelConfig
+from humptygpt.tasks import MODELS, build_on_meta, config_class
+from model import ModelConfig
 
 READ_SHARDED = "humptygpt.parallel.sharded:read"
 SHARDED = ".metadata"  # a folder with this file is a sharded checkpoint
@@ -251,7 +251,8 @@ def check_content(saved: dict, tokens: int) -> ModelConfig:
         raise ValueError(
             f"the tokenizer has {tokens} tokens, but the model has vocab_size={config.vocab_size}"
         )
-    if saved["task"] not in model_class(config.model).tasks:
+    _, learns = MODELS[config.model]
+    if saved["task"] not in learns:
         raise ValueError(f"model={config.model} does not support task={saved['task']}")
     progress = saved["progress"]
     if unknown := progress.keys() - PROGRESS.keys():
@@ -319,9 +320,12 @@ def restore_model(
     training: as in build_on_meta().
     """
     model = build_on_meta(config, training)
+    names: dict[Tensor, list[str]] = {}  # a tied parameter has several
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
     model.load_state_dict(weights, assign=True)
-    if config.tie_weights:
-        for part in model.modules():
-            if isinstance(part, GPT):
-                part.lm_head.weight = part.wte.weight
+    for first, *others in names.values():
+        for other in others:
+            owner, _, name = other.rpartition(".")
+            setattr(model.get_submodule(owner), name, model.get_parameter(first))
     return model

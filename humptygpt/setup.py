@@ -22,7 +22,7 @@ from humptygpt.optimizers import freeze
 from humptygpt.process import launched
 from humptygpt.run_folder import Progress
 from humptygpt.settings import OF_INPUT, TrainConfig
-from humptygpt.tasks import LORA, build, build_on_meta, find_task, model_class
+from humptygpt.tasks import LORA, MODELS, build, build_on_meta, find_task, model_class
 from humptygpt.token_files import COMMAND, is_command, made_by, read_meta
 from humptygpt.tokenizers import from_state
 from model import ModelConfig, Stack, count_parameters
@@ -92,16 +92,17 @@ def open_prepared(folder: Path, config: ModelConfig, seed: int) -> Dataset:
         )
     task = find_task(meta["task"])
     model = model_class(config.model)
-    if meta["task"] not in model.tasks:
+    _, learns = MODELS[config.model]
+    if meta["task"] not in learns:
         raise UserError(
-            f"dataset={folder.name} is for {meta['task']}, but model={config.model} is for {' and '.join(model.tasks)}"
+            f"dataset={folder.name} is for {meta['task']}, but model={config.model} is for {' and '.join(learns)}"
         )
     # fail now, not at the end of training
     if task.package and not importlib.util.find_spec(task.package):
         raise UserError(
             f"{meta['task']} is scored with a package that is not installed: pip install {task.package}"
         )
-    return task.dataset(folder, config.block_size, seed, model.has_encoder, meta)
+    return task.dataset(folder, config.block_size, seed, hasattr(model, "encode"), meta)
 
 
 def fit_to_data(

@@ -64,7 +64,7 @@ def fastest_count(counts: Sequence[int], config: ModelConfig, dtype: torch.dtype
         T = min(config.block_size, tokens)
         idx = torch.zeros(tokens // T, T, dtype=torch.int64)
         batch = {"idx": idx, "targets": idx} | (
-            {"source": idx} if model.has_encoder else {}
+            {"source": idx} if hasattr(model, "encode") else {}
         )
 
         def train(number: int) -> None:

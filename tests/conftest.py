@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import prepare_data
 import train
-from humptygpt import decoding, device, evaluation, machine, run_folder, tuning
+from humptygpt import device, evaluation, machine, run_folder, tuning
+from humptygpt.fast import generation
 from humptygpt.optimizers import make_optimizer
 from humptygpt.settings import TrainConfig
 
@@ -84,7 +85,7 @@ def first_choices(monkeypatch):
     """Take float32 and one thread, because a measurement could choose differently in two runs that are compared."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the processes that a test starts
     monkeypatch.setattr(tuning, "training_dtype", lambda device: "float32")
-    for module in (tuning, decoding):
+    for module in (tuning, generation):
         monkeypatch.setattr(module, "fastest", lambda choices, run: choices[0])
 
 

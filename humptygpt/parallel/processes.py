@@ -30,7 +30,6 @@ from humptygpt.config import UserError, first_line
 from humptygpt.data import count_targets
 from humptygpt.optimizers import Optimizer
 from humptygpt.process import Process, Share, launched
-from model import Dropout
 
 TIMEOUT = datetime.timedelta(minutes=10)  # for a collective during training
 LONG = datetime.timedelta(days=7)  # while one rank prepares data or scores translations
@@ -51,7 +50,7 @@ def raise_if_rank_died() -> Iterator[None]:
         ) from error
 
 
-class SharedDropout(Dropout):
+class SharedDropout(nn.Dropout):
     """Dropout for some rows of a batch. On the CPU, it draws the same mask for them as a single process would."""
 
     rows: tuple[int, slice] | None = None  # as in process.Share
@@ -64,9 +63,9 @@ class SharedDropout(Dropout):
 
 
 def share_dropout(model: nn.Module) -> None:
-    """Replace each Dropout with a SharedDropout."""
+    """Replace each nn.Dropout with a SharedDropout."""
     for name, module in list(model.named_modules()):
-        if type(module) is Dropout:
+        if type(module) is nn.Dropout:
             model.set_submodule(name, SharedDropout(module.p))
 
 
