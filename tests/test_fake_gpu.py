@@ -31,7 +31,8 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 import model as models
 import sample
 import train
-from humptygpt import decoding, evaluation
+from humptygpt import evaluation
+from humptygpt.fast import generation as decoding
 from humptygpt.finetune import lora
 from humptygpt.loading import Loaded
 from humptygpt.optimizers import OPTIMIZERS, make_optimizer

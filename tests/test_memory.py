@@ -209,7 +209,7 @@ def test_a_model_of_very_many_layers_is_refused_before_it_is_built(
     tiny, monkeypatch, fails
 ):
     monkeypatch.setattr(memory, "build_on_meta", None)
-    line = "n_layer=100000 must be at least 1 and at most 4096\n"
+    line = "n_layer=100000 must be from 1 to 4096\n"
     assert fails(train.main, *TINY_RUN, "--n_layer=100000") == line
 
 
