@@ -337,7 +337,7 @@ class SelfAttention(nn.Module):
     attention); Henry et al. 2020, arXiv:2010.04245 (norm of queries and keys).
     """
 
-    fuses = False  # compute with fused_attend(); train.py and sample.py try first whether it gives what attend() gives
+    fuses = False  # compute with fused_attend(); the scripts turn it on if that gives what attend() gives
 
     def __init__(self, config: ModelConfig, layer: int):
         """layer: index of the block in its stack, from 0."""
@@ -372,10 +372,8 @@ class SelfAttention(nn.Module):
 
     def attend(self, q, k, v, mask):
         """Compute attend(), with PyTorch's fused kernel on GPUs and for long contexts."""
-        q, k = (
-            q.to(v.dtype),
-            k.to(v.dtype),
-        )  # RoPE or the norm of queries may have upcast them
+        # RoPE or the norm of queries may have upcast them
+        q, k = q.to(v.dtype), k.to(v.dtype)
         many = q.shape[:3].numel() * k.shape[2] > EXPLICIT_SCORES
         if self.fuses and (many or not q.is_cpu):
             return fused_attend(q, k, v, mask)

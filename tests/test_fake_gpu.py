@@ -31,7 +31,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 import model as models
 import sample
 import train
-from humptygpt import evaluation
+from humptygpt import evaluation, tasks
 from humptygpt.fast import generation as decoding
 from humptygpt.finetune import lora
 from humptygpt.loading import Loaded
@@ -203,7 +203,7 @@ def watched_residual_stream():
         # the originals read numbers
         patch.setattr(decoding, "agrees", lambda *args, **keys: True)
         patch.setattr(decoding, "check_model", lambda model: None)
-        patch.setattr(models, "fused_attend_agrees", lambda: True)
+        patch.setattr(tasks, "fused_attend_agrees", lambda *_: True)
         yield
     hook.remove()
 
