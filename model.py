@@ -19,7 +19,7 @@ A variant is one class or function plus one line in a dictionary (NORMS, POSITIO
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -32,21 +32,16 @@ from torch.utils.checkpoint import checkpoint
 # --------------------------------------------------------------------------------------
 # The config
 
-# {rule: (names of the settings that it applies to, function that checks a value)}
-RANGES = {
-    "at least 1 and at most 4096": ("n_members n_layer", lambda x: 1 <= x <= 2**12),
-    "at least 1 and at most 1048576": (
-        "n_head n_kv_head n_embd head_size n_hidden block_size vocab_size",
-        lambda x: 1 <= x <= 2**20,
-    ),
-    "at least 0": ("mlp_conv logit_soft_cap", lambda x: 0 <= x < math.inf),
-    "at least 0 and below 1": ("dropout label_smoothing", lambda x: 0 <= x < 1),
-    "at least 1": ("rope_factor rope_original_context", lambda x: 1 <= x < math.inf),
-    "above 1": ("rope_base", lambda x: 1 < x < math.inf),
-    "above 0": (
-        "rope_low_freq_factor rope_high_freq_factor norm_eps",
-        lambda x: 0 < x < math.inf,
-    ),
+# {(smallest, largest value): names of the settings}
+LIMITS = {
+    (1, 2**12): "n_members n_layer",
+    (1, 2**20): "n_head n_kv_head n_embd head_size n_hidden block_size vocab_size",
+    (0, 0.99): "dropout label_smoothing",
+    (
+        0,
+        10**9,
+    ): "mlp_conv logit_soft_cap norm_eps rope_low_freq_factor rope_high_freq_factor",
+    (1, 10**9): "rope_base rope_factor rope_original_context",
 }
 
 
@@ -130,14 +125,14 @@ class ModelConfig:
         for name, choices in self.choices().items():
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name}={value} is not one of: {', '.join(choices)}")
-        for rule, (names, holds) in RANGES.items():
+        for (least, most), names in LIMITS.items():
             for name in names.split():
                 value = getattr(self, name)
-                if value is not None and not holds(value):
-                    raise ValueError(f"{name}={value} must be {rule}")
+                if value is not None and not least <= value <= most:
+                    raise ValueError(f"{name}={value} must be from {least} to {most}")
         if not 0 <= self.window <= self.block_size:
             raise ValueError(
-                f"window={self.window} must be at least 0 and at most block_size={self.block_size}"
+                f"window={self.window} must be from 0 to block_size={self.block_size}"
             )
 
     @property
@@ -152,7 +147,7 @@ class ModelConfig:
 
 
 # --------------------------------------------------------------------------------------
-# Norms keep activations at a scale at which a deep network trains well; dropout keeps the network from memorising.
+# Norms keep activations at a scale at which a deep network trains well.
 
 
 class LayerNorm(nn.LayerNorm):
@@ -178,25 +173,6 @@ class RMSNorm(nn.RMSNorm):
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm, "none": nn.Identity}
 
 
-class Dropout(nn.Dropout):
-    """In training, zero each activation with probability p and scale the others by 1 / (1 - p).
-
-    The network cannot rely on any single activation, so it memorises less. Source: Srivastava et al. 2014, "Dropout: a
-    simple way to prevent neural networks from overfitting".
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.p:
-            return x
-        if x.device.type != "cpu":
-            return super().forward(x)
-        # on a CPU, drawing random numbers takes most of the time, so every 64 random bits serve four elements
-        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
-        bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
-        kept = bits >= min(round(2**16 * self.p), 2**16 - 1) - 2**15
-        return x * (kept.to(x.dtype) * (1 / (1 - self.p)))
-
-
 # --------------------------------------------------------------------------------------
 # Positions: attention on its own ignores the order of tokens. A positional encoding can act in three places.
 
@@ -211,15 +187,15 @@ class Position(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
 
-    def embed(self, x: Tensor, at: At) -> Tensor:
+    def embed(self, x, at):
         """Encode positions in the token embeddings x, (B, T, C). Returns the same shape."""
         return x
 
-    def rotary(self, at: At) -> Rotary | None:
+    def rotary(self, at):
         """Look up the cos and sin of the angles by which queries and keys are rotated; None: no rotation."""
         return None
 
-    def score_bias(self, distance: Tensor) -> Tensor | None:
+    def score_bias(self, distance):
         """Compute a term to add to the scores, (1, H, T, S). distance: (T, S), query position minus key position."""
         return None
 
@@ -231,7 +207,7 @@ class LearnedPosition(Position):
         super().__init__(config)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
 
-    def embed(self, x: Tensor, at: At) -> Tensor:
+    def embed(self, x, at):
         return x + self.wpe.weight[at]
 
 
@@ -245,13 +221,13 @@ class SinusoidalPosition(Position):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        i = torch.arange(config.n_embd)
-        frequency = 10000.0 ** (-(i - i % 2) / config.n_embd)
-        angle = torch.arange(config.block_size)[:, None] * frequency  # (block_size, C)
-        sinusoids = torch.where(i % 2 == 0, angle.sin(), angle.cos())
+        C = config.n_embd
+        frequency = 10000.0 ** (-torch.arange(0, C, 2) / C)
+        angle = torch.arange(config.block_size)[:, None] * frequency  # (block_size, C / 2)
+        sinusoids = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :C]
         self.register_buffer("sinusoids", sinusoids, persistent=False)
 
-    def embed(self, x: Tensor, at: At) -> Tensor:
+    def embed(self, x, at):
         return x * math.sqrt(x.shape[-1]) + self.sinusoids[at]
 
 
@@ -273,7 +249,7 @@ class RotaryPosition(Position):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def rotary(self, at: At) -> Rotary:
+    def rotary(self, at):
         return self.cos[at].unsqueeze(-3), self.sin[at].unsqueeze(-3)
 
 
@@ -312,7 +288,7 @@ class AlibiPosition(Position):
         slopes = torch.tensor(alibi_slopes(config.n_head)).view(1, -1, 1, 1)
         self.register_buffer("slopes", slopes, persistent=False)
 
-    def score_bias(self, distance: Tensor) -> Tensor:
+    def score_bias(self, distance):
         return -self.slopes * distance.abs()
 
 
@@ -335,82 +311,80 @@ POSITIONS = {
 # --------------------------------------------------------------------------------------
 # Attention: each token looks at the tokens before it.
 
-# (bias, is_causal). bias: added to scores, broadcastable to (B, H, T, S), or None. is_causal: hide later keys (T = S)
-Mask = tuple[Tensor | None, bool]
-# For cross-attention: (encoder output, mask). The output is (B, S, C), or None once the cache holds its keys and values
-Context = tuple[Tensor | None, Mask]
+# Added to the scores, broadcastable to (B, H, T, S); -inf hides a key. None: only later tokens are hidden
+Mask = Tensor | None
 # A CPU computes the formula in sight, attend(), for up to this many scores of a layer: 128 MB in float32
 EXPLICIT_SCORES = 2**25
 
 
 class Shared(NamedTuple):
-    """Inputs that all blocks share in one forward pass, computed once."""
+    """What all blocks share in one forward pass."""
 
+    idx: Tensor  # (B, T), ids of the new tokens
     at: At
     end: int  # the position after the new tokens
     rotary: Rotary | None
     masks: dict[int, Mask]  # {window: mask}
     padding: Tensor | None  # (B, S) bool, True if a token is padding; None: no padding
-    context: Context | None = None
+    kept: dict[str, Tensor]  # what a layer computes for later ones
 
 
 class SelfAttention(nn.Module):
     """H parallel heads, each computing softmax(q k^T / sqrt(D) + mask) v. Their outputs are concatenated and projected.
 
     With n_kv_head below n_head, each group of query heads shares one key and value head, which makes the cache smaller.
-    window: number of tokens that a query attends to, including its own; 0: all tokens up to its own.
     Sources: Vaswani et al. 2017, arXiv:1706.03762, section 3.2; Ainslie et al. 2023, arXiv:2305.13245 (grouped-query
     attention); Henry et al. 2020, arXiv:2010.04245 (norm of queries and keys).
     """
 
-    def __init__(self, config: ModelConfig, window: int = 0):
+    fuses = False  # compute with fused_attend(); the scripts turn it on if that gives what attend() gives
+
+    def __init__(self, config: ModelConfig, layer: int):
+        """layer: index of the block in its stack, from 0."""
         super().__init__()
-        D = config.features
+        C, D = config.n_embd, config.features
         bias = config.bias if config.attn_bias is None else config.attn_bias
-        self.fuses = fused_attend_agrees()
-        self.window = window
-        self.head_size = D
+        self.window = config.window  # could depend on layer
         self.n_head = config.n_head
-        self.n_kv_head = config.kv_heads
+        self.head_size = D
         self.qk_norm = nn.RMSNorm(D, elementwise_affine=False) if config.qk_norm else None
-        self.q_proj = nn.Linear(config.n_embd, config.n_head * D, bias)
-        self.k_proj = nn.Linear(config.n_embd, config.kv_heads * D, bias)
-        self.v_proj = nn.Linear(config.n_embd, config.kv_heads * D, bias)
-        self.o_proj = nn.Linear(config.n_head * D, config.n_embd, bias)
+        self.q_proj = nn.Linear(C, config.n_head * D, bias)
+        self.k_proj = nn.Linear(C, config.kv_heads * D, bias)
+        self.v_proj = nn.Linear(C, config.kv_heads * D, bias)
+        self.o_proj = nn.Linear(config.n_head * D, C, bias)
 
-    def forward(
-        self, x: Tensor, shared: Shared, cache: "LayerCache | None" = None
-    ) -> Tensor:
-        """x: (B, T, C). Returns (B, T, C)."""
-        qk, v = self.project(x)
-        qk = self.heads(qk)  # q's heads, then k's: (B, 2 H, T, D)
-        v = self.heads(v)
+    def forward(self, x, shared, cache=None):  # (B, T, C) -> (B, T, C)
+        q = self.heads(self.q_proj(x))  # (B, H, T, D)
+        k = self.heads(self.k_proj(x))
+        v = self.heads(self.v_proj(x))
         if self.qk_norm:
-            qk = self.qk_norm(qk)
+            q, k = self.qk_norm(q), self.qk_norm(k)
         if shared.rotary:
-            qk = rotate(qk, shared.rotary)
-        q, k = qk.split([self.n_head, self.n_kv_head], dim=1)
+            q, k = rotate(q, shared.rotary), rotate(k, shared.rotary)
         if cache:
-            k, v = cache.append(k, v, shared.end)  # (B, H, S, D)
+            k, v = cache.append(shared.end, k=k, v=v)  # (B, H, S, D)
         y = self.attend(q, k, v, shared.masks[self.window])  # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return self.output(y, x)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-        """Compute attend(), or fused_attend() where that is faster. Parameters as for attend()."""
+    def heads(self, x):
+        """Split the features into heads: (B, T, H D) -> (B, H, T, D)."""
+        return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
+
+    def attend(self, q, k, v, mask):
+        """Compute attend(), with PyTorch's fused kernel on GPUs and for long contexts."""
+        # RoPE or the norm of queries may have upcast them
+        q, k = q.to(v.dtype), k.to(v.dtype)
         many = q.shape[:3].numel() * k.shape[2] > EXPLICIT_SCORES
-        # for each new token, attend() would repeat all cached keys and values
-        repeats = q.shape[2] == 1 and q.shape[1] != k.shape[1]
-        if self.fuses and (q.device.type != "cpu" or many or repeats):
+        if self.fuses and (many or not q.is_cpu):
             return fused_attend(q, k, v, mask)
         return attend(q, k, v, mask)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute queries and keys, (B, T, 2 H D), and values, (B, T, H D)."""
-        return torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1), self.v_proj(x)
+    def output(self, y, x):
+        """Concatenate the heads' outputs y, (B, H, T, D), and project them. A gate would go here.
 
-    def heads(self, x: Tensor) -> Tensor:
-        """Split the features into heads: (B, T, H D) -> (B, H, T, D)."""
-        return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
+        x: (B, T, C), the input of forward(). Returns (B, T, C).
+        """
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
@@ -419,38 +393,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     q: (B, H, T, D). k, v: (B, H, S, D), or fewer heads. Returns (B, H, T, D).
     Unlike in GPT-2, the weights get no dropout: it made training slower and the model no better.
     """
-    bias, is_causal = mask
-    q, k = q.to(v.dtype), k.to(v.dtype)  # RoPE or the norm of queries may have upcast them
+    T = q.shape[2]
     if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, S)
-    if is_causal:
-        scores += scores.new_full(scores.shape[-2:], -torch.inf).triu(1)
-    if bias is not None:
-        scores += bias
+    if mask is not None:
+        scores += mask
+    elif T > 1:  # a single token is the last one, and sees every key
+        scores += scores.new_full((T, T), -torch.inf).triu(1)
     return scores.softmax(dim=-1) @ v
 
 
 def fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """Compute the same as attend() with PyTorch's fused kernel, which keeps no scores: for GPUs and long contexts."""
-    bias, is_causal = mask
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    bias = None if bias is None else bias.to(v.dtype)
+    """Compute the same as attend() with PyTorch's fused kernel, which keeps no scores."""
+    causal = mask is None and q.shape[2] > 1
+    if mask is not None:
+        mask = mask.to(v.dtype)
     return F.scaled_dot_product_attention(
-        q, k, v, bias, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
-    )
-
-
-@torch.no_grad()
-def fused_attend_agrees() -> bool:
-    """True if fused_attend() computes what attend() does. If you edit attend(), it does not, and is not used."""
-    random = torch.Generator().manual_seed(0)
-    q = torch.randn(1, 2, 5, 4, generator=random, device="cpu")
-    k, v = torch.randn(2, 1, 1, 5, 4, generator=random, device="cpu")
-    bias = torch.randn(2, 5, 5, generator=random, device="cpu")
-    return all(
-        torch.allclose(attend(q, k, v, mask), fused_attend(q, k, v, mask), atol=1e-4)
-        for mask in ((None, True), (bias, False))
+        q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
     )
 
 
@@ -461,46 +421,54 @@ def attention_mask(
     bias: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> Mask:
-    """Make a mask that hides keys with -inf: later keys if causal, keys `window` or more tokens away, and padding.
+    """Make a mask that hides later keys if causal, keys `window` or more tokens away, and padding.
 
-    distance: (T, S) int64, query position minus key position. bias: (1, H, T, S), as returned by
-    Position.score_bias. padding: (B, S) bool, True if a key is padding.
+    distance: (T, S) int64, query position minus key position. bias: (1, H, T, S), from Position.score_bias.
+    padding: (B, S) bool, True if a key is padding.
     """
     T, S = distance.shape
     unlimited = not 0 < window < S
     if causal and unlimited and bias is None and padding is None and T in (1, S):
-        return None, T == S  # a single query belongs to the last token and sees every key
+        return None
     hidden = distance < (0 if causal else -S)
     if window:
         hidden = hidden | (distance.abs() >= window)
     if padding is not None:
         # softmax over no keys at all is nan, so every token can at least attend to itself
         hidden = hidden | (padding[:, None, None, :] & (distance != 0))
-    return torch.where(hidden, -torch.inf, 0.0 if bias is None else bias), False
+    return torch.where(hidden, -torch.inf, 0.0 if bias is None else bias)
+
+
+ATTENTIONS = {"softmax": SelfAttention}
 
 
 class LayerCache:
-    """Keys and values of one block, in buffers of `size` tokens, and the last inputs of its convolution."""
+    """What one block remembers of the tokens that it has read: tensors of any shape, by name."""
 
     def __init__(self, size: int):
         self.size = size
-        # (B, H, size, D); allocated by the first append(), with the shape, dtype and device of its arguments
-        self.k = self.v = None
-        self.last_inputs = None  # (B, n, C), for a convolution over n earlier tokens
+        self.buffers: dict[str, Tensor] = {}  # one entry per token: (..., size, features)
+        self.state: dict[str, Tensor] = {}  # replaced with every token
 
-    def append(self, k: Tensor, v: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """Write k and v, (B, H, T, D), into the T positions before `end`. Returns all keys and values before `end`."""
-        B, H, T, D = k.shape
-        if self.k is None:
-            self.k = k.new_zeros(B, H, self.size, D)
-            self.v = v.new_zeros(B, v.shape[1], self.size, v.shape[3])
-        self.k.narrow(2, end - T, T).copy_(k)
-        self.v.narrow(2, end - T, T).copy_(v)
-        return self.k.narrow(2, 0, end), self.v.narrow(2, 0, end)
+    def append(self, end: int, **new: Tensor) -> list[Tensor]:
+        """Write each tensor, (..., T, features), into the T positions before `end` of the buffer of its name.
+
+        The first call allocates the buffers. Returns for each name all entries before `end`, (..., end, features).
+        """
+        for name, x in new.items():
+            if name not in self.buffers:
+                self.buffers[name] = x.new_zeros(*x.shape[:-2], self.size, x.shape[-1])
+            T = x.shape[-2]
+            self.buffers[name].narrow(-2, end - T, T).copy_(x)
+        return [self.buffers[name].narrow(-2, 0, end) for name in new]
+
+    def update(self, **state: Tensor) -> None:
+        """Replace tensors of the state."""
+        self.state |= state
 
 
 class Cache:
-    """Keys and values of the tokens that a decoder has read, so that each token is processed only once.
+    """What a decoder remembers of the tokens that it has read, so that each token is processed only once.
 
     length: number of tokens read. padding: (B,) int64, number of padding tokens at the start of each text.
     """
@@ -520,10 +488,7 @@ class Cache:
         self.length = 0
         self.padding = None
         for layer in self.layers:
-            layer.last_inputs = None
-
-
-ATTENTIONS = {"softmax": SelfAttention}
+            layer.state = {}
 
 
 # --------------------------------------------------------------------------------------
@@ -564,8 +529,7 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(C, n_hidden, bias)
         self.down_proj = nn.Linear(n_hidden, C, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, T, C). Returns (B, T, C)."""
+    def forward(self, x):  # (B, T, C) -> (B, T, C)
         return self.down_proj(self.activation(self.up_proj(x)))
 
 
@@ -578,8 +542,7 @@ class GatedMLP(MLP):
 
     gated = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, T, C). Returns (B, T, C)."""
+    def forward(self, x):  # (B, T, C) -> (B, T, C)
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -599,43 +562,20 @@ class CausalConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.mlp_conv, config.n_embd))
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """x: (B, T, C). Returns (B, T, C)."""
+    def forward(self, x, shared, cache=None):  # (B, T, C) -> (B, T, C)
         n, T = len(self.weight), x.shape[1]
-        weight = self.GAIN * self.weight.to(x.dtype)
-        if not cache:
-            return ShiftedSum.apply(x, weight)
-        before = cache.last_inputs
-        if before is None:  # zeros come before the first token
-            before = x.new_zeros(len(x), n, x.shape[2])
+        if shared.padding is not None:
+            x = x.masked_fill(shared.padding[:, -T:, None], 0)
+        before = cache.state.get("inputs") if cache else None
+        if before is None:
+            before = x.new_zeros(len(x), n, x.shape[2])  # zeros come before the first token
         text = torch.cat([before, x], dim=1)  # (B, n + T, C)
-        cache.last_inputs = text[:, T:]
+        if cache:
+            cache.update(inputs=text[:, T:])
+        weight = self.GAIN * self.weight.to(x.dtype)
         for back in range(1, n + 1):
-            x = torch.addcmul(x, text.narrow(1, n - back, T), weight[back - 1])
+            x = x + text[:, n - back :][:, :T] * weight[back - 1]
         return x
-
-
-class ShiftedSum(torch.autograd.Function):
-    """The sum that CausalConv computes, for whole texts. PyTorch's own gradients would take twice as long."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        """x: (B, T, C). weight: (n, C). Returns (B, T, C)."""
-        ctx.save_for_backward(x, weight)
-        y = x.clone()
-        for back, w in enumerate(weight[: x.shape[1] - 1], start=1):
-            y[:, back:].addcmul_(x[:, :-back], w)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradients of x and weight. dy: the gradient of the sum."""
-        x, weight = ctx.saved_tensors
-        dx, dw = dy.clone(), torch.zeros_like(weight)
-        for back, w in enumerate(weight[: x.shape[1] - 1], start=1):
-            dx[:, :-back].addcmul_(dy[:, back:], w)
-            dw[back - 1] = (dy[:, back:] * x[:, :-back]).sum(dim=(0, 1))
-        return dx, dw
 
 
 # --------------------------------------------------------------------------------------
@@ -643,47 +583,29 @@ class ShiftedSum(torch.autograd.Function):
 
 
 class Block(nn.Module):
-    """Two branches: attention, then a feed-forward network. Each kind of block combines them in its forward().
+    """Attention, then a feed-forward network. Each kind of block combines them in its forward().
 
-    forward(x, *inputs): x is (B, T, C). inputs: a Shared and perhaps a LayerCache, passed on to the branches.
-    layer: index of the block in its stack, from 0.
+    x: (B, T, C). layer: index of the block in its stack, from 0.
     """
 
-    residual = True  # the output of each branch is added to its input
-    one_norm = False  # all branches read the same normalised input
+    residual = True  # outputs are added to inputs
+    one_norm = False  # attention and feed-forward network read the same normalised input
     ends_with_norm = False  # the stack needs no norm at its end
 
-    def __init__(self, config: ModelConfig, layer: int = 0):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         mlp = MLPS[config.mlp]
-        self.make_attention(config, layer)
+        self.attn_norm = NORMS[config.norm](config)
+        self.attn = ATTENTIONS[config.attention](config, layer)
         if mlp and not self.one_norm:
             self.mlp_norm = NORMS[config.norm](config)
         self.conv = CausalConv(config) if mlp and config.mlp_conv else None
         self.mlp = mlp(config) if mlp else None
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
-    def make_attention(self, config: ModelConfig, layer: int) -> None:
-        """Make the attention branch. To vary the window from layer to layer, choose it here."""
-        self.attn_norm = NORMS[config.norm](config)
-        self.attn = ATTENTIONS[config.attention](config, config.window)
-
-    def branches(self) -> list[tuple[nn.Module, Callable]]:
-        """List the branches in order, each with its norm."""
-        found = [(self.attn_norm, self.attn)]
-        if self.mlp:
-            norm = self.attn_norm if self.one_norm else self.mlp_norm
-            found.append((norm, self.feed_forward))
-        return found
-
-    def feed_forward(
-        self, x: Tensor, shared: Shared, cache: LayerCache | None = None
-    ) -> Tensor:
-        """x: (B, T, C). Returns (B, T, C)."""
+    def feed_forward(self, x, shared, cache):
         if self.conv:
-            if shared.padding is not None:
-                x = x.masked_fill(shared.padding[:, -x.shape[1] :, None], 0)
-            x = self.conv(x, cache)
+            x = self.conv(x, shared, cache)
         return self.mlp(x)
 
 
@@ -693,9 +615,10 @@ class PreNormBlock(Block):
     Source: Radford et al. 2019 (GPT-2); Xiong et al. 2020, arXiv:2002.04745.
     """
 
-    def forward(self, x: Tensor, *inputs) -> Tensor:
-        for norm, branch in self.branches():
-            x = x + self.dropout(branch(norm(x), *inputs))
+    def forward(self, x, shared, cache=None):
+        x = x + self.dropout(self.attn(self.attn_norm(x), shared, cache))
+        if self.mlp:
+            x = x + self.dropout(self.feed_forward(self.mlp_norm(x), shared, cache))
         return x
 
 
@@ -707,9 +630,10 @@ class PostNormBlock(Block):
 
     ends_with_norm = True
 
-    def forward(self, x: Tensor, *inputs) -> Tensor:
-        for norm, branch in self.branches():
-            x = norm(x + self.dropout(branch(x, *inputs)))
+    def forward(self, x, shared, cache=None):
+        x = self.attn_norm(x + self.dropout(self.attn(x, shared, cache)))
+        if self.mlp:
+            x = self.mlp_norm(x + self.dropout(self.feed_forward(x, shared, cache)))
         return x
 
 
@@ -721,25 +645,25 @@ class PlainBlock(Block):
 
     residual = False
 
-    def forward(self, x: Tensor, *inputs) -> Tensor:
-        for norm, branch in self.branches():
-            x = self.dropout(branch(norm(x), *inputs))
+    def forward(self, x, shared, cache=None):
+        x = self.dropout(self.attn(self.attn_norm(x), shared, cache))
+        if self.mlp:
+            x = self.dropout(self.feed_forward(self.mlp_norm(x), shared, cache))
         return x
 
 
 class ParallelBlock(Block):
-    """All branches read the same input, so a GPU can compute them at the same time.
+    """Both branches read the same input, so a GPU can compute them at the same time.
 
     Source: Wang and Komatsuzaki 2021 (GPT-J); Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, section 2.
     """
 
     one_norm = True
 
-    def forward(self, x: Tensor, *inputs) -> Tensor:
+    def forward(self, x, shared, cache=None):
         y = self.attn_norm(x)
-        for _, branch in self.branches():
-            x = x + self.dropout(branch(y, *inputs))
-        return x
+        x = x + self.dropout(self.attn(y, shared, cache))
+        return x + self.dropout(self.feed_forward(y, shared, cache))
 
 
 BLOCKS = {
@@ -761,18 +685,20 @@ class Stack(nn.Module):
         super().__init__()
         self.causal = causal
         self.checkpoint_activations = False
-        index = torch.arange(config.block_size)
-        self.register_buffer("index", index, persistent=False)
+        self.block_size = config.block_size
         self.position = POSITIONS[config.position](config)
         self.embed_norm = NORMS[config.norm if config.embed_norm else "none"](config)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
         block = blocks[config.block]
         self.blocks = nn.ModuleList(block(config, i) for i in range(config.n_layer))
         self.norm = NORMS["none" if block.ends_with_norm else config.norm](config)
 
-    def forward(self, x: Tensor, cache: Cache | None = None, **more) -> Tensor:
-        """x: (B, T, C), embeddings of tokens that follow those in the cache. more: see share(). Returns (B, T, C)."""
-        shared = self.share(x.shape[1], cache, **more)
+    def forward(self, x: Tensor, idx: Tensor, cache: Cache | None = None, **more) -> Tensor:
+        """Read tokens that follow those in the cache.
+
+        x: (B, T, C), their embeddings. idx: (B, T), their ids. more: see share(). Returns (B, T, C).
+        """
+        shared = self.share(idx, cache, **more)
         x = self.dropout(self.embed_norm(self.position.embed(x, shared.at)))
         layers = cache.layers if cache else [None] * len(self.blocks)
         for block, layer in zip(self.blocks, layers, strict=True):
@@ -786,25 +712,31 @@ class Stack(nn.Module):
 
     def share(
         self,
-        T: int,
+        idx: Tensor,
         cache: Cache | None = None,
         padding: Tensor | None = None,
-        context: Context | None = None,
+        **kept: Tensor,
     ) -> Shared:
-        """Compute positions and masks for T new tokens. padding: (B, T) bool, True if a token is padding."""
+        """Compute positions and masks for T new tokens. idx: (B, T). padding: (B, T) bool, True if a token is padding.
+
+        kept: values that the layers need.
+        """
+        T = idx.shape[1]
         start, S = (cache.length, cache.span(T)) if cache else (0, T)
-        assert len(self.index) >= S, f"{S} tokens, but block_size is {len(self.index)}"
+        assert self.block_size >= S, f"{S} tokens, but block_size is {self.block_size}"
         at = slice(start, start + T)
-        query, key = start + self.index[:T], self.index[:S]
+        key = torch.arange(S, device=idx.device)
+        query = start + key[:T]
         if cache and cache.padding is not None:
             padding = key < cache.padding[:, None]
             at = (query - cache.padding[:, None]).clamp(min=0)
         distance = query[:, None] - key
         bias = self.position.score_bias(distance)
-        masks = {}
-        for window in {block.attn.window for block in self.blocks}:
-            masks[window] = attention_mask(distance, self.causal, window, bias, padding)
-        return Shared(at, start + T, self.position.rotary(at), masks, padding, context)
+        masks = {
+            window: attention_mask(distance, self.causal, window, bias, padding)
+            for window in {block.attn.window for block in self.blocks}
+        }
+        return Shared(idx, at, start + T, self.position.rotary(at), masks, padding, kept)
 
 
 # --------------------------------------------------------------------------------------
@@ -817,8 +749,6 @@ class GPT(nn.Module):
     Source: Radford et al. 2018 (GPT), "Improving language understanding by generative pre-training".
     """
 
-    tasks = ("language modelling", "translation", "chat")  # the tasks that it can learn
-    has_encoder = False  # it translates by continuing the source
     has_cache = True
 
     def __init__(self, config: ModelConfig):
@@ -826,14 +756,11 @@ class GPT(nn.Module):
         config.validate()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.make_stacks(config)
+        self.stack = Stack(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:  # Source: Press and Wolf 2016, arXiv:1608.05859
             self.lm_head.weight = self.wte.weight
         init_weights(self)
-
-    def make_stacks(self, config: ModelConfig) -> None:
-        self.stack = Stack(config)
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
@@ -843,7 +770,7 @@ class GPT(nn.Module):
         Returns logits (B, T, V) and the mean cross-entropy in nats, or None without targets. With targets, gradients
         flow through the loss only.
         """
-        logits = self.head(self.stack(self.wte(idx), cache))
+        logits = self.head(self.stack(self.wte(idx), idx, cache))
         if targets is None:
             return logits, None
         # logits that are not detached would get a gradient of zeros, as large as they are
@@ -851,7 +778,7 @@ class GPT(nn.Module):
 
     def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
         """Compute the logits (B, V) of the token that follows idx."""
-        return self.head(self.stack(self.wte(idx), cache)[:, -1])
+        return self.head(self.stack(self.wte(idx), idx, cache)[:, -1])
 
     def head(self, x: Tensor) -> Tensor:
         """x: (..., C). Returns logits (..., V). Source of the soft cap: Gemma 2, arXiv:2408.00118, section 2."""

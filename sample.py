@@ -33,7 +33,7 @@ from humptygpt.cli import (
     note,
     refuse_vain,
 )
-from humptygpt.decoding import choose_threads
+from humptygpt.fast.generation import choose_threads
 from humptygpt.loading import CHOICES, Pipeline, chosen_source, pipeline
 from humptygpt.sampling import (
     Context,

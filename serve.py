@@ -27,7 +27,7 @@ if __name__ == "__main__":
 from humptygpt import cli
 from humptygpt.chat.api import Api
 from humptygpt.cli import UserError, check_choices, first_line, refuse_vain
-from humptygpt.decoding import choose_threads
+from humptygpt.fast.generation import choose_threads
 from humptygpt.loading import CHOICES, chosen_source, pipeline
 
 PAGE = Path(__file__).parent / "humptygpt/chat/page.html"

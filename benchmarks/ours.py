@@ -8,8 +8,8 @@ from torch import Tensor
 import train
 from bench import BenchConfig
 from benchmarks.contenders import Generator, Trainer
-from humptygpt.decoding import make_generator
 from humptygpt.device import pick_device
+from humptygpt.fast.generation import make_generator
 from humptygpt.sampling import Context, continue_texts
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build

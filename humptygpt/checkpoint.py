@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from humptygpt import cli, machine, tokenizers
 from humptygpt.cli import UserError, note, one_line, our_configs, refuse
 from humptygpt.files import check_schema, remove, write_whole
-from humptygpt.tasks import build_on_meta, config_class, model_class
-from model import GPT, ModelConfig
+from humptygpt.tasks import MODELS, build_on_meta, config_class
+from model import ModelConfig
 
 SHARDED = ".metadata"  # a folder with this file is a sharded checkpoint
 FORMAT = "gpt checkpoint 3"  # the number increases whenever the schema changes
@@ -256,7 +256,8 @@ def check_content(saved: dict, tokens: int) -> ModelConfig:
         raise ValueError(
             f"the tokenizer has {tokens} tokens, but the model has vocab_size={config.vocab_size}"
         )
-    if saved["task"] not in model_class(config.model).tasks:
+    _, learns = MODELS[config.model]
+    if saved["task"] not in learns:
         raise ValueError(f"model={config.model} does not support task={saved['task']}")
     progress = saved["progress"]
     if unknown := progress.keys() - PROGRESS.keys():
@@ -324,9 +325,12 @@ def restore_model(
     training: as in build_on_meta().
     """
     model = build_on_meta(config, training)
+    names: dict[Tensor, list[str]] = {}  # a tied parameter has several
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
     model.load_state_dict(weights, assign=True)
-    if config.tie_weights:
-        for part in model.modules():
-            if isinstance(part, GPT):
-                part.lm_head.weight = part.wte.weight
+    for first, *others in names.values():
+        for other in others:
+            owner, _, name = other.rpartition(".")
+            setattr(model.get_submodule(owner), name, model.get_parameter(first))
     return model

@@ -76,7 +76,7 @@ def tiny(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     }
     random = torch.Generator().manual_seed(0)
     idx = torch.randint(11, (1, min(config.block_size, 17)), generator=random)
-    text = {"idx": idx} | ({"source": idx} if model.has_encoder else {})
+    text = {"idx": idx} | ({"source": idx} if hasattr(model, "encode") else {})
     return type(model)(replace(config, **sizes)), text
 
 

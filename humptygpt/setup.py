@@ -30,7 +30,7 @@ from humptygpt.process import Process, launched
 from humptygpt.report import memory_report
 from humptygpt.run import Progress, Run
 from humptygpt.settings import OF_INPUT, TrainConfig
-from humptygpt.tasks import add_lora, build, build_on_meta, find_task, model_class
+from humptygpt.tasks import MODELS, add_lora, build, build_on_meta, find_task, model_class
 from humptygpt.tokenizers import from_state
 from model import ModelConfig, Stack, count_parameters
 
@@ -92,7 +92,7 @@ def fastest_count(counts: Sequence[int], config: ModelConfig, dtype: torch.dtype
         T = min(config.block_size, tokens)
         idx = torch.zeros(tokens // T, T, dtype=torch.int64)
         batch = {"idx": idx, "targets": idx} | (
-            {"source": idx} if model.has_encoder else {}
+            {"source": idx} if hasattr(model, "encode") else {}
         )
 
         def train(number: int) -> None:
@@ -164,16 +164,17 @@ def open_prepared(folder: Path, config: ModelConfig, seed: int) -> Dataset:
         )
     task = find_task(meta["task"])
     model = model_class(config.model)
-    if meta["task"] not in model.tasks:
+    _, learns = MODELS[config.model]
+    if meta["task"] not in learns:
         raise UserError(
-            f"dataset={folder.name} is for {meta['task']}, but model={config.model} is for {' and '.join(model.tasks)}"
+            f"dataset={folder.name} is for {meta['task']}, but model={config.model} is for {' and '.join(learns)}"
         )
     # fail now, not at the end of training
     if task.package and not importlib.util.find_spec(task.package):
         raise UserError(
             f"{meta['task']} is scored with a package that is not installed: pip install {task.package}"
         )
-    return task.dataset(folder, config.block_size, seed, model.has_encoder, meta)
+    return task.dataset(folder, config.block_size, seed, hasattr(model, "encode"), meta)
 
 
 def fit_to_data(

@@ -1,27 +1,29 @@
 """The models that a run can train and the tasks that they learn. Each is imported only when a setting names it.
 
-Datasets and checkpoints name their task, and each class in MODELS names the tasks that it can learn.
+Datasets and checkpoints name their task.
 """
 
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+import model as models
 from humptygpt import cli
 from humptygpt.cli import UserError
-from model import ModelConfig
+from model import ModelConfig, SelfAttention
 
-# {name: "module:object"}
+# {name: ("module:class", the tasks that it can learn)}
 MODELS = {
-    "gpt": "model:GPT",
-    "transformer": "humptygpt.translation.model:Transformer",
-    "window_mlp": "humptygpt.window_mlp.model:WindowMLP",
-    "number_mlp": "humptygpt.window_mlp.model:NumberMLP",
+    "gpt": ("model:GPT", ("language modelling", "translation", "chat")),
+    "transformer": ("humptygpt.translation.model:Transformer", ("translation",)),
+    "window_mlp": ("humptygpt.window_mlp.model:WindowMLP", ("language modelling",)),
+    "number_mlp": ("humptygpt.window_mlp.model:NumberMLP", ("language modelling",)),
 }
 TASKS = {
     "language modelling": "humptygpt.evaluation:TEXT",
@@ -38,7 +40,8 @@ def model_class(name: str) -> type[nn.Module]:
     """Return the class that model=name stands for. Raises UserError if there is none."""
     if name not in MODELS:
         raise UserError(f"model={name} is not one of: {', '.join(MODELS)}")
-    return pkgutil.resolve_name(MODELS[name])
+    path, _ = MODELS[name]
+    return pkgutil.resolve_name(path)
 
 
 def config_class(settings: dict[str, object]) -> type[ModelConfig]:
@@ -61,6 +64,10 @@ def build(config: ModelConfig, training: dict | None = None) -> nn.Module:
 
         cls = Ensemble
     model = cls(config)
+    if fused_attend_agrees(models.attend, models.fused_attend):
+        for module in model.modules():
+            if isinstance(module, SelfAttention):
+                module.fuses = True
     return add_lora(model, training or {})
 
 
@@ -71,6 +78,18 @@ def add_lora(model: nn.Module, training: dict) -> nn.Module:
 
         lora.add(model, training)
     return model
+
+
+@cache
+@torch.no_grad()
+def fused_attend_agrees(attend: Callable, fused_attend: Callable) -> bool:
+    """True if both functions of model.py compute the same. If a user edits attend(), the fused one is not used."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v, mask = torch.randn(4, 1, 2, 5, 5, generator=random, device="cpu")
+    return all(
+        torch.allclose(attend(q, k, v, m), fused_attend(q, k, v, m), atol=1e-4)
+        for m in (None, mask)
+    )
 
 
 def build_on_meta(config: ModelConfig, training: dict | None = None) -> nn.Module:

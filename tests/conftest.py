@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import prepare_data
 import train
-from humptygpt import decoding, device, evaluation, machine, setup
+from humptygpt import device, evaluation, machine, setup
 from humptygpt import run as runs
+from humptygpt.fast import generation
 from humptygpt.optimizers import make_optimizer
 from humptygpt.settings import TrainConfig
 
@@ -85,7 +86,7 @@ def first_choices(monkeypatch):
     """Take float32 and one thread, because a measurement could choose differently in two runs that are compared."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the processes that a test starts
     monkeypatch.setattr(setup, "training_dtype", lambda device: "float32")
-    for module in (setup, decoding):
+    for module in (setup, generation):
         monkeypatch.setattr(module, "fastest", lambda choices, run: choices[0])
 
 

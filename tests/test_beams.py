@@ -39,7 +39,7 @@ def translated(
 def log_probabilities(model, source: np.ndarray, ids: list[int]) -> list[float]:
     """Log-probability of each token of a translation, by one forward pass without a cache."""
     source, ids = torch.from_numpy(source)[None], torch.tensor([ids])
-    if model.has_encoder:
+    if hasattr(model, "encode"):
         logits, _ = model(
             torch.nn.functional.pad(ids, (1, 0), value=EOT)[:, :-1], source=source
         )
@@ -54,7 +54,7 @@ def test_a_translation_ends_at_max_new_tokens_or_where_the_context_is_full(make)
     never = torch.zeros(11).index_fill_(0, torch.tensor([EOT]), 1e4)
     model.lm_head.register_forward_hook(lambda module, args, logits: logits - never)
     (source,) = some_sources(5)
-    most = 12 if model.has_encoder else 12 + 1 - 5
+    most = 12 if hasattr(model, "encode") else 12 + 1 - 5
     for num_beams in (1, 3):
         for limit, length in ((3, 3), (None, most)):
             (found,) = translated(

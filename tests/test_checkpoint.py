@@ -191,7 +191,7 @@ def test_a_restored_model_is_whole_and_shares_the_tensors_of_the_file(position, 
     assert restored.wte.weight.data_ptr() == saved["wte.weight"].data_ptr()
     assert list(dict(restored.named_parameters())) == list(dict(model.named_parameters()))
     batch = {"idx": torch.ones(1, 8, dtype=torch.long)}
-    if model.has_encoder:
+    if hasattr(model, "encode"):
         batch["source"] = torch.ones(1, 5, dtype=torch.long)
     assert torch.equal(restored(**batch)[0], model(**batch)[0])
 

@@ -23,9 +23,9 @@ from uncached import generate
 import bench
 import prepare_data
 import train
-from humptygpt.compiled import CompiledGPT
-from humptygpt.decoding import make_generator
 from humptygpt.device import autocast, pick_dtype
+from humptygpt.fast.compiled import CompiledGPT
+from humptygpt.fast.generation import make_generator
 from humptygpt.report import ADVICE
 from model import POSITIONS
 
@@ -57,7 +57,7 @@ def test_losses_and_gradients_are_those_of_a_cpu(variant):
     model = random_model(**variant)
     T = min(model.config.block_size, 12)
     batch = {"idx": tokens(3, T), "targets": tokens(3, T, seed=1)}
-    if model.has_encoder:
+    if hasattr(model, "encode"):
         batch["source"] = tokens(3, 7, seed=2)
         batch["source"][0, 4:] = -1
     _, expected = model(**batch)

@@ -464,7 +464,7 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=case_id)
 @every_variant
 def test_every_number_of_each_variant_is_pytorchs(node, variant):
     model = rounded(test_model.tiny(**variant))
-    source = tokens(12, seed=1) if model.has_encoder else None
+    source = tokens(12, seed=1) if hasattr(model, "encode") else None
     assert_parity(node, model, tokens(16), source=source, size=11)
 
 
@@ -478,7 +478,7 @@ def test_every_number_of_a_model_of_each_shipped_config_is_pytorchs(node, path):
         smaller = {"n_embd": 96, "n_head": 4, "n_kv_head": 2, "n_hidden": 112}
         keys |= {key: value for key, value in smaller.items() if key in keys}
     model = build(make_model_config(keys))
-    source = tokens(10, 11, seed=1) if model.has_encoder else None
+    source = tokens(10, 11, seed=1) if hasattr(model, "encode") else None
     assert_parity(node, rounded(model), tokens(24, 11), source=source, size=65)
 
 
@@ -595,7 +595,7 @@ def test_the_gradient_of_a_text_and_a_step_along_it_are_pytorchs(node, name):
 def explained_case(variant: dict) -> dict:
     """A request about a small text; source: None without an encoder."""
     model = rounded(test_model.tiny(**variant))
-    source = tokens(7, seed=1) if model.has_encoder else None
+    source = tokens(7, seed=1) if hasattr(model, "encode") else None
     return {"data": data_of(model), "idx": tokens(6), "source": source}
 
 
@@ -878,7 +878,7 @@ def test_the_reference_is_what_the_javascript_computes(node, every):
     for entry in entries[::every]:
         model = build(make_model_config(content["config"] | entry[0]))
         known_logits(model, torch.tensor([text]))
-        source = text if model.has_encoder else None
+        source = text if hasattr(model, "encode") else None
         request = {"data": data_of(model), "idx": text, "source": source}
         logits = node.arrays("forward", **request, only=["logits"])["logits"][-1]
         assert written or entry[1] == pytest.approx(logits, rel=1e-4, abs=1e-4), entry[0]
@@ -1045,7 +1045,7 @@ def test_at_each_snapshot_the_logits_are_pytorchs_with_the_same_rounded_weights(
     train.main([*TINY_RUN, "--max_iters=11", "--eval_interval=11", *SNAPSHOT_RUNS[kind]])
     explain.main(["--out_dir=out/run", "--to=page.html"])
     model = load(Path("out/run/best.pt")).model
-    request = {"idx": tokens(12), "source": tokens(7) if model.has_encoder else None}
+    request = {"idx": tokens(12), "source": tokens(7) if hasattr(model, "encode") else None}
     tensors = {key: torch.tensor([ids]) for key, ids in request.items() if ids}
     found = node.arrays("snapshots", path=str(Path("page.html").resolve()), **request)
     assert list(found) == ["0", "10"]
@@ -1087,7 +1087,7 @@ def test_a_model_that_the_page_would_compute_otherwise_is_refused(
             )
     # edits of code that this run does not use, or only in training
     monkeypatch.setattr(models.GatedMLP, "forward", None)
-    monkeypatch.setattr(models.Dropout, "forward", lambda self, x: x)
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
     explain.main(["--out_dir=out/run"])
 
 

@@ -31,7 +31,8 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 import model as models
 import sample
 import train
-from humptygpt import decoding, evaluation, loading
+from humptygpt import evaluation, loading, tasks
+from humptygpt.fast import generation as decoding
 from humptygpt.finetune import lora
 from humptygpt.loading import Loaded
 from humptygpt.optimizers import OPTIMIZERS, make_optimizer
@@ -202,7 +203,7 @@ def watched_residual_stream():
         # the originals read numbers
         patch.setattr(decoding, "agrees", lambda *args, **keys: True)
         patch.setattr(decoding, "check_model", lambda model: None)
-        patch.setattr(models, "fused_attend_agrees", lambda: True)
+        patch.setattr(tasks, "fused_attend_agrees", lambda *_: True)
         yield
     hook.remove()
 
@@ -277,7 +278,7 @@ def run_case(case: dict) -> None:
         assert {x.device for x in lora.merged_state(model).values()} == {gpu.device}
         ready = decoding.make_generator(gpu.build(keys), dtype, gpu.device)
         check_weights(ready, dtype)
-        if not model.has_encoder:
+        if not hasattr(model, "encode"):
             generate_texts(gpu, ready, case["padded"])
         if model.has_cache:
             translate(gpu, ready)
@@ -287,7 +288,7 @@ def train_and_evaluate(
     gpu: FakeGPU, model: nn.Module, case: dict, dtype: torch.dtype
 ) -> None:
     """Take steps of two micro-batches, with clipping. The batches come from the CPU."""
-    names = ("idx", "targets") + ("source",) * model.has_encoder
+    names = ("idx", "targets") + ("source",) * hasattr(model, "encode")
     batch = dict.fromkeys(names, torch.zeros(2, 5, dtype=torch.int64))
     for module in model.modules():
         if isinstance(module, models.Stack):
@@ -302,7 +303,7 @@ def train_and_evaluate(
         config=config,
         model=model,
         net=model,
-        task=find_task("translation" if model.has_encoder else "language modelling"),
+        task=find_task("translation" if hasattr(model, "encode") else "language modelling"),
         dataset=dataset,
         batches=dataset,
         scaler=torch.amp.GradScaler("fgpu", enabled=dtype == torch.float16),
@@ -406,7 +407,7 @@ def load_to_sample(dtype: torch.dtype) -> None:
             ready.next_logits(idx, cache)
             ready.next_logits(idx[:, :1], cache)
         check_weights(ready, dtype)
-        assert cache.layers[0].k.dtype == cache.layers[0].v.dtype == dtype
+        assert {x.dtype for x in cache.layers[0].buffers.values()} == {dtype}
 
 
 # --------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from uncached import generate, uncached
 
 import model as models
 from humptygpt.cli import UserError
-from humptygpt.decoding import make_generator
+from humptygpt.fast.generation import make_generator
 from humptygpt.sampling import (
     Context,
     draw,

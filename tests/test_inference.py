@@ -9,10 +9,10 @@ from test_model import random_model, tokens
 from uncached import generate
 
 import model as models
-from humptygpt import decoding
 from humptygpt.cli import UserError
-from humptygpt.compiled import CompiledGPT
-from humptygpt.decoding import ProductLinear, make_generator
+from humptygpt.fast import generation as decoding
+from humptygpt.fast.compiled import CompiledGPT
+from humptygpt.fast.generation import ProductLinear, make_generator
 from humptygpt.sampling import Context
 from humptygpt.translation.beams import translate
 from model import POSITIONS
@@ -157,13 +157,13 @@ def ask(self, x, forward, *inputs):
 def test_a_model_generates_without_what_its_edit_does_not_survive(
     monkeypatch, capsys, edited, note
 ):
-    forward, make_attention = models.SelfAttention.forward, models.Block.make_attention
+    forward, init = models.SelfAttention.forward, models.SelfAttention.__init__
 
     def make(self, config, layer):
-        make_attention(self, config, layer)
-        self.attn.is_last = layer == config.n_layer - 1
+        init(self, config, layer)
+        self.is_last = layer == config.n_layer - 1
 
-    monkeypatch.setattr(models.Block, "make_attention", make)
+    monkeypatch.setattr(models.SelfAttention, "__init__", make)
     monkeypatch.setattr(
         models.SelfAttention,
         "forward",
@@ -181,26 +181,16 @@ def test_a_model_generates_without_what_its_edit_does_not_survive(
             translate(model, None, [])
 
 
-def scaled_project(self, x):
-    return torch.cat([3 * self.q_proj(x), self.k_proj(x)], dim=-1), self.v_proj(x)
-
-
-def forward_without_project(self, x, shared, cache=None):
+def tripled_queries(self, x, shared, cache=None):
     q, k, v = (self.heads(layer(x)) for layer in (self.q_proj, self.k_proj, self.v_proj))
     if cache:
-        k, v = cache.append(k, v, shared.end)
+        k, v = cache.append(shared.end, k=k, v=v)
     y = models.attend(3 * q, k, v, shared.masks[self.window])
     return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize(
-    ("name", "edited"),
-    [("project", scaled_project), ("forward", forward_without_project)],
-)
-def test_edited_projections_keep_the_cache_the_faster_layers_and_int8(
-    monkeypatch, capsys, name, edited
-):
-    monkeypatch.setattr(models.SelfAttention, name, edited)
+def test_edited_queries_keep_the_cache_the_faster_layers_and_int8(monkeypatch, capsys):
+    monkeypatch.setattr(models.SelfAttention, "forward", tripled_queries)
     model, idx = random_model().eval(), tokens(2, 8)
     expected = model(idx)[0][:, -1].detach()
     for dtype, atol in ((torch.float32, 1e-5), (torch.int8, 0.1)):
@@ -227,6 +217,14 @@ def test_a_linear_layer_of_ones_own_is_not_swapped_for_a_product(monkeypatch):
         torch.testing.assert_close(ready(idx)[0], expected, atol=0.02, rtol=0.0)
 
 
+def test_grouped_heads_do_not_copy_the_cache_for_each_token(monkeypatch):
+    ready = make_generator(random_model(n_kv_head=1))
+    cache = ready.make_cache()
+    ready.next_logits(tokens(2, 5), cache)
+    monkeypatch.setattr(models, "attend", None)  # it would repeat all keys and values
+    ready.next_logits(tokens(2, 1), cache)
+
+
 # --------------------------------------------------------------------------------------
 # Compiled
 
@@ -237,7 +235,7 @@ def test_a_compiled_step_writes_into_the_same_buffers_for_every_token():
     compiled = CompiledGPT(ready, backend="eager")
     cache, seen = compiled.make_cache(), []
     compiled.step = lambda idx, static: (
-        seen.append([(id(x.k), id(x.v), id(x.buffer)) for x in static.layers])
+        seen.append([[*map(id, (x.buffers | x.state).values())] for x in static.layers])
         or ready.next_logits(idx, static)
     )
     for piece in tokens(2, 6).split([2, 1, 1, 1, 1], dim=1):

@@ -86,7 +86,7 @@ def test_the_estimate_is_near_what_autograd_keeps_and_counts_what_trains(key, va
         lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
     )
     with saved, autocast(CPU, dtype):
-        model(idx, idx, **({"source": idx} if model.has_encoder else {}))
+        model(idx, idx, **({"source": idx} if hasattr(model, "encode") else {}))
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
     for p in model.parameters():
         storages.pop(p.data_ptr(), None)
@@ -209,7 +209,7 @@ def test_a_model_of_very_many_layers_is_refused_before_it_is_built(
     tiny, monkeypatch, fails
 ):
     monkeypatch.setattr(report, "build_on_meta", None)
-    line = "n_layer=100000 must be at least 1 and at most 4096\n"
+    line = "n_layer=100000 must be from 1 to 4096\n"
     assert fails(train.main, *TINY_RUN, "--n_layer=100000") == line
 
 

@@ -25,13 +25,13 @@ from humptygpt.cli import UserError
 from humptygpt.minutes import plan
 from humptygpt.optimizers import trained_parameters
 from humptygpt.settings import TrainConfig, read_settings
-from humptygpt.tasks import MODELS, build_on_meta, make_model_config, model_class
+from humptygpt.tasks import MODELS, build_on_meta, make_model_config
 from model import ModelConfig, Stack, flops_per_token
 
 CPU = torch.device("cpu")
 OUT = Path("out/run")
 LANGUAGE_MODELS = [
-    name for name in MODELS if "language modelling" in model_class(name).tasks
+    name for name, (_, learns) in MODELS.items() if "language modelling" in learns
 ]
 LENGTH = ("--max_iters", "--eval_interval", "--eval_iters", "--warmup_iters")
 TIMED = [argument for argument in TINY_RUN if argument.partition("=")[0] not in LENGTH]

@@ -107,7 +107,7 @@ def test_with_equal_weights_the_outputs_are_those_of_torchs_transformer(block, l
         src_key_padding_mask=source < 0,
         memory_key_padding_mask=source < 0,
     )
-    found = ours.decoder(ours.wte(idx), context=ours.encode(source))
+    found = ours.decoder(ours.wte(idx), idx, **ours.encode(source))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -184,10 +184,10 @@ def test_one_batch_of_pairs_overfits(variant):
 def test_in_the_encoder_a_window_reaches_equally_far_to_both_sides():
     model = random_model(n_layer=1, window=3)
     source = tokens(1, 9)
-    before, _ = model.encode(source)
+    before = model.encode(source)["source"]
     changed = source.clone()
     changed[0, 4] = changed[0, 4] % 10 + 1
-    after, _ = model.encode(changed)
+    after = model.encode(changed)["source"]
     assert (after != before).any(dim=-1)[0].nonzero().flatten().tolist() == [2, 3, 4, 5, 6]
 
 
@@ -200,10 +200,9 @@ def test_cross_attention_has_neither_rotation_nor_bias_nor_window(position, wind
     cross, contexts = decoder.blocks[0].cross_attn, []
     cross.register_forward_pre_hook(lambda module, args: contexts.append(args))
     x, context = torch.randn(2, T, 32), torch.randn(2, 7, 32)
-    no_mask = (None, False)
-    decoder(x, context=(context, no_mask))
+    decoder(x, tokens(2, T), source=context, source_mask=torch.zeros(1))
     ((q, shared, _),) = contexts
-    flipped = shared._replace(context=(context.flip(1), no_mask))
+    flipped = shared._replace(kept=shared.kept | {"source": context.flip(1)})
     torch.testing.assert_close(cross(q, shared), cross(q, flipped))
 
 

@@ -423,8 +423,7 @@ def test_without_an_encoder_half_of_the_context_is_left_for_the_translation(monk
         return [Translation([], 0.0, ended=True)] * len(sources)
 
     monkeypatch.setattr(beam_search, "translate", note_lengths)
-    for has_encoder in (True, False):
-        config = SimpleNamespace(block_size=16)
-        model = SimpleNamespace(config=config, has_encoder=has_encoder)
+    for parts in ({"encode": None}, {}):
+        model = SimpleNamespace(config=SimpleNamespace(block_size=16), **parts)
         list(lines.translate_lines(model, ByteTokenizer(separated=True), ["x" * 20]))
     assert read == [16, 8]

@@ -13,7 +13,8 @@ from conftest import ROOT, TINY_RUN
 import model as models
 import sample
 import train
-from humptygpt import decoding, machine, setup
+from humptygpt import machine, setup
+from humptygpt.fast import generation as decoding
 from humptygpt.process import Process
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import make_model_config

@@ -18,7 +18,6 @@ class Ensemble(nn.Module):
     Source: Lakshminarayanan et al. 2016, arXiv:1612.01474.
     """
 
-    has_encoder = False
     has_cache = True
 
     def __init__(self, config: ModelConfig):

@@ -48,7 +48,7 @@ def known_logits(model: nn.Module, idx: Tensor) -> Tensor:
         i = torch.arange(p.numel()).view(p.shape)
         scale = 1.6 / p.shape[-1:].numel() ** 0.5
         p.copy_(((p.dim() != 2) + scale * (i * (i + 7 * n) % 61 / 30 - 1)).half())
-    texts = {"source": idx} if model.has_encoder else {}
+    texts = {"source": idx} if hasattr(model, "encode") else {}
     return model(idx, **texts)[0][:, -1]
 
 

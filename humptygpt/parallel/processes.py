@@ -31,7 +31,7 @@ from humptygpt.data import Dataset, Prefetcher, count_targets
 from humptygpt.optimizers import Optimizer
 from humptygpt.process import Process, Share, launched
 from humptygpt.settings import TrainConfig
-from model import Dropout, ModelConfig
+from model import ModelConfig
 
 TIMEOUT = datetime.timedelta(minutes=10)  # for a collective during training
 LONG = datetime.timedelta(days=7)  # while one rank prepares data or scores translations
@@ -52,7 +52,7 @@ def raise_if_rank_died() -> Iterator[None]:
         ) from error
 
 
-class SharedDropout(Dropout):
+class SharedDropout(nn.Dropout):
     """Dropout for some rows of a batch. On the CPU, it draws the same mask for them as a single process would."""
 
     rows: tuple[int, slice] | None = None  # as in process.Share
@@ -65,9 +65,9 @@ class SharedDropout(Dropout):
 
 
 def share_dropout(model: nn.Module) -> None:
-    """Replace each Dropout with a SharedDropout."""
+    """Replace each nn.Dropout with a SharedDropout."""
     for name, module in list(model.named_modules()):
-        if type(module) is Dropout:
+        if type(module) is nn.Dropout:
             model.set_submodule(name, SharedDropout(module.p))
 
 

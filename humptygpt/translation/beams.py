@@ -67,7 +67,7 @@ def beam_search(
     chosen; None: there is no padding.
     Source: Sutskever et al. 2014, arXiv:1409.3215; the length penalty: Wu et al. 2016, arXiv:1609.08144, section 7.
     """
-    if model.has_encoder:
+    if hasattr(model, "encode"):
         cache, idx = model.make_cache(source), torch.full_like(source[:, :1], eot)
     else:
         cache, idx = model.make_cache(), source
@@ -106,10 +106,11 @@ def beam_search(
 
 def select(cache: Cache, rows: Tensor) -> None:
     """Select rows of the batch in every tensor of a cache. rows: int64 indices in the new order, which may repeat."""
-    for holder in (cache, *cache.layers):
-        for name, value in vars(holder).items():
-            if isinstance(value, Tensor):
-                setattr(holder, name, value[rows])
+    if cache.padding is not None:
+        cache.padding = cache.padding[rows]
+    for layer in cache.layers:
+        for tensors in (layer.buffers, layer.state):
+            tensors.update({name: x[rows] for name, x in tensors.items()})
 
 
 def extend(

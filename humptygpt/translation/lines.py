@@ -19,7 +19,7 @@ def translate_lines(
     """Translate each line; empty lines stay empty. search: keyword arguments for beam_search()."""
     block_size = model.config.block_size
     # without an encoder, source and translation share the context; the last token of a source is end-of-text
-    room = (block_size if model.has_encoder else block_size // 2) - 1
+    room = (block_size if hasattr(model, "encode") else block_size // 2) - 1
     firsts = range(0, len(lines), AT_ONCE)
     for first in tqdm(firsts, unit=f"{AT_ONCE} lines", delay=2, disable=None):
         batch = lines[first : first + AT_ONCE]

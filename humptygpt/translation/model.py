@@ -8,19 +8,20 @@ Letters in shapes are explained in model.py. Here, S is the length of the source
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import (
-    BLOCKS,
+    ATTENTIONS,
     GPT,
+    MLPS,
     NORMS,
+    Block,
     Cache,
-    Context,
-    LayerCache,
+    CausalConv,
     ModelConfig,
     SelfAttention,
-    Shared,
     Stack,
+    init_weights,
 )
 
 
@@ -30,54 +31,110 @@ class CrossAttention(SelfAttention):
     It uses no positions, because positions in the target and in the source are unrelated.
     """
 
-    def forward(self, x: Tensor, shared: Shared, cache: LayerCache | None = None) -> Tensor:
-        """x: (B, T, C). cache: from Transformer.make_cache(). Returns (B, T, C)."""
-        context, mask = shared.context
+    def forward(self, x, shared, cache=None):  # (B, T, C) -> (B, T, C)
         q = self.heads(self.q_proj(x))
         if self.qk_norm:
             q = self.qk_norm(q)
-        k, v = (cache.source_k, cache.source_v) if cache else self.keys_and_values(context)
-        y = self.attend(q, k, v, mask)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        if cache:
+            k, v = cache.state["source_k"], cache.state["source_v"]
+        else:
+            k, v = self.keys_and_values(shared.kept["source"])
+        return self.output(self.attend(q, k, v, shared.kept["source_mask"]), x)
 
-    def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """context: (B, S, C). Returns keys and values, each (B, H, S, D); if n_kv_head is set, H is n_kv_head."""
-        k = self.heads(self.k_proj(context))
+    def keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """source: (B, S, C), the encoder's output. Returns keys and values, each (B, H, S, D) with n_kv_head heads."""
+        k = self.heads(self.k_proj(source))
         if self.qk_norm:
             k = self.qk_norm(k)
-        return k, self.heads(self.v_proj(context))
+        return k, self.heads(self.v_proj(source))
 
 
-class Cross:
-    """Mixin that adds a branch for cross-attention to a block class, between its two other branches."""
+class DecoderBlock(Block):
+    """A block with cross-attention between its attention and its feed-forward network."""
 
-    def make_attention(self, config: ModelConfig, layer: int) -> None:
-        super().make_attention(config, layer)
+    def __init__(self, config: ModelConfig, layer: int):
+        nn.Module.__init__(self)
+        mlp = MLPS[config.mlp]
+        self.attn_norm = NORMS[config.norm](config)
+        self.attn = ATTENTIONS[config.attention](config, layer)
         if not self.one_norm:
             self.cross_norm = NORMS[config.norm](config)
-        self.cross_attn = CrossAttention(config)
+        self.cross_attn = CrossAttention(config, layer)
+        if mlp and not self.one_norm:
+            self.mlp_norm = NORMS[config.norm](config)
+        self.conv = CausalConv(config) if mlp and config.mlp_conv else None
+        self.mlp = mlp(config) if mlp else None
+        self.dropout = nn.Dropout(config.dropout)
 
-    def branches(self) -> list:
-        norm = self.attn_norm if self.one_norm else self.cross_norm
-        attention, *rest = super().branches()
-        return [attention, (norm, self.cross_attn), *rest]
+
+class PreNormDecoderBlock(DecoderBlock):
+    def forward(self, x, shared, cache=None):
+        x = x + self.dropout(self.attn(self.attn_norm(x), shared, cache))
+        x = x + self.dropout(self.cross_attn(self.cross_norm(x), shared, cache))
+        if self.mlp:
+            x = x + self.dropout(self.feed_forward(self.mlp_norm(x), shared, cache))
+        return x
 
 
-CROSS_BLOCKS = {
-    name: type(f"Cross{block.__name__}", (Cross, block), {})
-    for name, block in BLOCKS.items()
+class PostNormDecoderBlock(DecoderBlock):
+    ends_with_norm = True
+
+    def forward(self, x, shared, cache=None):
+        x = self.attn_norm(x + self.dropout(self.attn(x, shared, cache)))
+        x = self.cross_norm(x + self.dropout(self.cross_attn(x, shared, cache)))
+        if self.mlp:
+            x = self.mlp_norm(x + self.dropout(self.feed_forward(x, shared, cache)))
+        return x
+
+
+class PlainDecoderBlock(DecoderBlock):
+    residual = False
+
+    def forward(self, x, shared, cache=None):
+        x = self.dropout(self.attn(self.attn_norm(x), shared, cache))
+        x = self.dropout(self.cross_attn(self.cross_norm(x), shared, cache))
+        if self.mlp:
+            x = self.dropout(self.feed_forward(self.mlp_norm(x), shared, cache))
+        return x
+
+
+class ParallelDecoderBlock(DecoderBlock):
+    one_norm = True
+
+    def forward(self, x, shared, cache=None):
+        y = self.attn_norm(x)
+        x = x + self.dropout(self.attn(y, shared, cache))
+        x = x + self.dropout(self.cross_attn(y, shared, cache))
+        return x + self.dropout(self.feed_forward(y, shared, cache))
+
+
+DECODER_BLOCKS = {
+    "pre_norm": PreNormDecoderBlock,
+    "post_norm": PostNormDecoderBlock,
+    "plain": PlainDecoderBlock,
+    "parallel": ParallelDecoderBlock,
 }
 
 
-class Transformer(GPT):
+class Transformer(nn.Module):
     """An encoder and a decoder that share one vocabulary and its embedding."""
 
-    tasks = ("translation",)
-    has_encoder = True
+    has_cache = True
 
-    def make_stacks(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.encoder = Stack(config, causal=False)
-        self.decoder = Stack(config, CROSS_BLOCKS)
+        self.decoder = Stack(config, DECODER_BLOCKS)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.wte.weight
+        init_weights(self)
+
+    head = GPT.head
+    loss = GPT.loss
 
     def forward(
         self,
@@ -92,9 +149,10 @@ class Transformer(GPT):
         tokens. targets: (B, T); targets of -1 are ignored. source: (B, S) token ids; shorter sources are padded with
         -1. With a cache, omit the source, because the cache already holds it.
         """
-        # a cache holds the source's keys and values, and they need no mask, because its sources are not padded
-        context = (None, (None, False)) if cache else self.encode(source)
-        logits = self.head(self.decoder(self.wte(idx), cache, context=context))
+        # a cache holds the keys and values of its sources, which are not padded
+        no_mask = {"source_mask": torch.zeros(1, device=idx.device)}
+        encoded = no_mask if cache else self.encode(source)
+        logits = self.head(self.decoder(self.wte(idx), idx, cache, **encoded))
         return logits, None if targets is None else self.loss(logits, targets)
 
     def next_logits(self, idx: Tensor, cache: Cache) -> Tensor:
@@ -102,20 +160,21 @@ class Transformer(GPT):
         logits, _ = self(idx, cache=cache)
         return logits[:, -1]
 
-    def encode(self, source: Tensor) -> Context:
+    def encode(self, source: Tensor) -> dict[str, Tensor]:
         """Run the encoder. source: as in forward(). Returns its output, (B, S, C), and the mask for attention to it."""
         padding = source < 0
         mask = torch.where(padding[:, None, None, :], -torch.inf, 0.0)  # (B, 1, 1, S)
-        x = self.encoder(self.wte(source.clamp(min=0)), padding=padding)
-        return x, (mask, False)
+        x = self.encoder(self.wte(source.clamp(min=0)), source, padding=padding)
+        return {"source": x, "source_mask": mask}
 
     def make_cache(self, source: Tensor) -> Cache:
         """Make a cache for up to block_size target tokens. source: (B, S) token ids, without padding.
 
         The cache of each block also holds the keys and values of the source, each (B, H, S, D).
         """
-        context, _ = self.encode(source)
-        cache = super().make_cache()
+        encoded = self.encode(source)["source"]
+        cache = Cache(self.config.n_layer, self.config.block_size)
         for block, layer in zip(self.decoder.blocks, cache.layers, strict=True):
-            layer.source_k, layer.source_v = block.cross_attn.keys_and_values(context)
+            k, v = block.cross_attn.keys_and_values(encoded)
+            layer.update(source_k=k, source_v=v)
         return cache

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import ACTIVATIONS, GPT, Dropout, ModelConfig
+from model import ACTIVATIONS, GPT, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,6 @@ class WindowMLP(nn.Module):
 
     config_class = WindowConfig
     embedding = nn.Embedding
-    tasks = ("language modelling",)
-    has_encoder = False
     has_cache = False  # it would save little: neighbouring windows share only embeddings
 
     def __init__(self, config: ModelConfig):
@@ -67,7 +65,7 @@ class WindowMLP(nn.Module):
             for i in range(config.n_layer)
         )
         self.activation = ACTIVATIONS[config.activation]
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.lm_head = nn.Linear(n_hidden, config.vocab_size, bias=config.bias)
         for layer in self.layers:
             # this standard deviation preserves the variance of activations

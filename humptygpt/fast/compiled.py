@@ -11,31 +11,24 @@ from model import GPT, Cache, LayerCache
 
 
 class StaticLayerCache(LayerCache):
-    """One layer's cache buffers, at fixed addresses. The position to write to is a tensor."""
+    """The tensors of one layer's cache, at fixed addresses. The position to write to is a tensor."""
 
     def __init__(self, layer: LayerCache):
-        super().__init__(layer.size)
-        self.k = layer.k
-        self.v = layer.v
-        # after a prompt, last_inputs is a non-contiguous slice of the prompt's inputs
-        if layer.last_inputs is not None:
-            layer.last_inputs = layer.last_inputs.contiguous()
-        self.buffer = layer.last_inputs
+        self.buffers = layer.buffers
+        # a slice of the prompt's inputs is not contiguous
+        layer.state = {name: x.contiguous() for name, x in layer.state.items()}
+        self.state = layer.state
 
-    def append(self, k: Tensor, v: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v, (B, H, 1, D), at position end - 1. Returns the whole buffers, (B, H, size, D). end: (1,)."""
-        self.k.index_copy_(2, end - 1, k.to(self.k.dtype))
-        self.v.index_copy_(2, end - 1, v.to(self.v.dtype))
-        return self.k, self.v
+    def append(self, end: Tensor, **new: Tensor) -> list[Tensor]:
+        """Write each tensor, (..., 1, features), at position end - 1. Returns the whole buffers. end: (1,)."""
+        for name, x in new.items():
+            buffer = self.buffers[name]
+            buffer.index_copy_(buffer.dim() - 2, end - 1, x.to(buffer.dtype))
+        return [self.buffers[name] for name in new]
 
-    @property
-    def last_inputs(self) -> Tensor | None:
-        return self.buffer
-
-    @last_inputs.setter
-    def last_inputs(self, inputs: Tensor | None) -> None:
-        if inputs is not None:
-            self.buffer.copy_(inputs)
+    def update(self, **state: Tensor) -> None:
+        for name, x in state.items():
+            self.state[name].copy_(x)
 
 
 class StaticCache(Cache):
@@ -82,9 +75,8 @@ class CompiledGPT(nn.Module):
         static = StaticCache(cache, idx)
         if idx.is_cuda:
             for layer in static.layers:
-                for buffer in (layer.k, layer.v, layer.buffer):
-                    if buffer is not None:
-                        torch._dynamo.mark_static_address(buffer, guard=False)
+                for tensor in (layer.buffers | layer.state).values():
+                    torch._dynamo.mark_static_address(tensor, guard=False)
         try:
             logits = self.step(idx, static)
         except Exception as error:  # compilers fail in many ways

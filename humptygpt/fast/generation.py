@@ -21,7 +21,7 @@ from humptygpt.checks import check_model, is_close, randomize, tiny
 from humptygpt.cli import UserError, note
 from humptygpt.device import free_memory, thread_counts
 from humptygpt.machine import check_fits, fastest
-from model import SelfAttention
+from model import SelfAttention, fused_attend, rotate
 
 Product = Callable[[Tensor], Tensor]  # (..., inputs) -> (..., outputs)
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def make_generator(
             vars(module).update(module._parameters | module._buffers | module._modules)
     if not compiles or not model.has_cache:
         return model
-    from humptygpt.compiled import CompiledGPT
+    from humptygpt.fast.compiled import CompiledGPT
 
     print("compiling: this takes about a minute", file=sys.stderr)
     # reduce-overhead replays CUDA graphs, so use it only on CUDA
@@ -117,13 +117,14 @@ def replace_layers(
     """Replace linear layers and RMS norms with faster equivalents, called as plain functions rather than as modules.
 
     A module call costs as much as a small matrix product. With compiles=True, layers stay modules and norms are left
-    alone: the compiler removes the overhead and fuses the operators itself. joins: also join() all attention layers.
+    alone: the compiler removes the overhead and fuses the operators itself. joins: also use JoinedAttention.
     """
     fewer = device.type == "cpu" and not compiles  # a GPU computes a norm in one kernel
-    for module in list(model.modules()):
+    for name, module in list(model.named_modules()):
         # other kinds of attention may compute queries, keys and values from different inputs
-        if joins and type(module).forward is SelfAttention.forward:
-            join(module)
+        if joins and type(module) is SelfAttention:
+            model.set_submodule(name, JoinedAttention(module))
+    for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if not isinstance(child, nn.Linear | nn.LayerNorm | nn.RMSNorm):
                 continue
@@ -144,16 +145,39 @@ def replace_layers(
                 setattr(module, name, layer.forward)
 
 
-def join(attention: SelfAttention) -> None:
-    """Let project() compute queries, keys and values with a single matrix product, qkv_proj."""
-    layers = [getattr(attention, name) for name in QKV]
-    q, k, v = (layer.out_features for layer in layers)
-    attention.qkv_proj = layers[0]
-    for name, p in layers[0].named_parameters():  # weight and, if there is one, bias
-        p.data = torch.cat([layer.get_parameter(name) for layer in layers])
-    for name in QKV:
-        delattr(attention, name)
-    attention.project = lambda x: attention.qkv_proj(x).split_with_sizes([q + k, v], -1)
+class JoinedAttention(SelfAttention):
+    """SelfAttention with a single matrix product for queries, keys and values, qkv_proj."""
+
+    def __init__(self, attention: SelfAttention):
+        """Take over the layers of `attention`, which can no longer be used."""
+        nn.Module.__init__(self)
+        for attribute, value in vars(attention).items():
+            setattr(self, attribute, value)
+        layers = [self._modules.pop(name) for name in QKV]
+        q, k, v = (layer.out_features for layer in layers)
+        self.sizes = q + k, v
+        self.qkv_proj = layers[0]
+        for name, p in layers[0].named_parameters():  # weight and, if there is one, bias
+            p.data = torch.cat([layer.get_parameter(name) for layer in layers])
+
+    def forward(self, x, shared, cache=None):  # (B, T, C) -> (B, T, C)
+        qk, v = self.qkv_proj(x).split_with_sizes(self.sizes, -1)
+        qk, v = self.heads(qk), self.heads(v)  # q's heads, then k's
+        if self.qk_norm:
+            qk = self.qk_norm(qk)
+        if shared.rotary:
+            qk = rotate(qk, shared.rotary)
+        q, k = qk.tensor_split([self.n_head], dim=1)
+        if cache:
+            k, v = cache.append(shared.end, k=k, v=v)
+        y = self.attend(q, k, v, shared.masks[self.window])
+        return self.output(y, x)
+
+    def attend(self, q, k, v, mask):
+        # for each new token, the formula would repeat all cached keys and values
+        if self.fuses and q.shape[2] == 1 and q.shape[1] != k.shape[1]:
+            return fused_attend(q.to(v.dtype), k.to(v.dtype), v, mask)
+        return super().attend(q, k, v, mask)
 
 
 class FastRMSNorm(nn.Module):
