@@ -66,8 +66,8 @@ class ModelConfig:
     bias: bool = False  # biases in linear layers and layer norms, as in GPT-2
     attn_bias: bool | None = None  # biases in attention's linear layers; None: same as bias
     mlp_bias: bool | None = None  # biases in the feed-forward network; None: same as bias
-    tie_weights: bool = False  # the embedding and the output head share one matrix
-    position: str = "rotary"  # positional encoding
+    tie_weights: bool = True  # the embedding and the output head share one matrix
+    position: str = "learned"  # positional encoding
     rope_base: float = 10000.0  # rotary: base of the frequencies (rope_theta)
     rope_factor: float = 1.0  # rotary: divisor of low frequencies, as in Llama 3.1; 1: off
     rope_low_freq_factor: float = 1.0  # below this many rotations, divide by rope_factor
@@ -78,12 +78,12 @@ class ModelConfig:
     block: str = "pre_norm"  # arrangement of norms and residual connections in a block
     attention: str = "softmax"  # kind of attention
     mlp: str = "plain"  # feed-forward network; gated with silu is SwiGLU
-    mlp_conv: int = 3  # earlier tokens seen by a causal convolution before the MLP; 0: off
-    activation: str = "relu_squared"  # nonlinearity of the feed-forward network
-    qk_norm: bool = True  # RMS norm of queries and keys, which bounds the scores
+    mlp_conv: int = 0  # earlier tokens seen by a causal convolution before the MLP; 0: off
+    activation: str = "gelu"  # nonlinearity of the feed-forward network
+    qk_norm: bool = False  # RMS norm of queries and keys, which bounds the scores
     embed_norm: bool = False  # a norm after the embedding
     logit_soft_cap: float = 0.0  # limits logits to between -cap and cap with tanh; 0: off
-    init: str = "zero"  # initial weights; zero: each block starts as the identity
+    init: str = "gpt2"  # initial weights; zero: each block starts as the identity
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:

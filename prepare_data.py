@@ -350,7 +350,7 @@ def summary(folder: Path, meta: dict, other: dict[str, str]) -> str:
 
 
 def training_arguments(config: PrepareConfig, meta: dict) -> list[str]:
-    """Choose train.py's arguments for this data: the model that the tokenizer comes from, a config or the defaults."""
+    """Choose train.py's arguments for this data: the model that the tokenizer comes from, a config or the recipe."""
     arguments = [f"--dataset={config.name}", f"--out_dir=out/{config.name}"]
     if config.tokenizer not in CHOICES:
         return [f"--init_from={config.tokenizer}", *arguments]

@@ -11,7 +11,8 @@ Files written to out_dir: ckpt.pt (everything needed to resume), best.pt (the mo
 metrics.jsonl, loss.png, config.json (which also works as a config file), command.txt and, at the end, result.json. A
 small model also gets snapshots/ for explain.py, and a run with --minutes gets plan.py, a config file that repeats it.
 Ctrl-C saves a checkpoint and stops.
-Keys that are not set have the defaults below, which are the demo's settings.
+Keys that are not set have the defaults below: a plain GPT-2 of a laptop's size, with AdamW. Without a config file, a
+new GPT has the recipe of config/shakespeare_char.py instead: that file's values, except for its sizes and steps.
 """
 
 import signal

@@ -22,7 +22,6 @@ activation = "relu_squared"
 mlp_conv = 3  # each feed-forward network also sees the three previous tokens
 qk_norm = True
 init = "zero"
-tie_weights = True  # the output head reuses the embedding
 
 dropout = 0.0  # this text is read only four times, and weight decay keeps the model from memorising it
 label_smoothing = 0.1
@@ -37,5 +36,4 @@ schedule = "linear"
 min_lr = 0.0
 warmup_iters = 20
 weight_decay = 0.025
-grad_clip = 1.0
 eval_interval = 1250

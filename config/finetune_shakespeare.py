@@ -15,10 +15,8 @@ init_from = "gpt2"
 batch_size = 1
 gradient_accumulation_steps = 32  # 32,768 tokens per step, 9 steps per epoch
 max_iters = 20
-optimizer = "adamw"
 learning_rate = 3e-5
 beta2 = 0.99
-grad_clip = 1.0
 decay_lr = False
 
 eval_interval = 5

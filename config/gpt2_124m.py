@@ -10,27 +10,19 @@
 out_dir = "out/gpt2_124m"
 dataset = "openwebtext"
 
+# the sizes; GPT-2's blocks, without biases, are the default
 n_layer = 12
 n_head = 12
 n_embd = 768
 block_size = 1024
 activation = "gelu_tanh"
-position = "learned"
-mlp_conv = 0  # no convolution
-qk_norm = False
-init = "gpt2"
-tie_weights = True  # the output head reuses the embedding
 vocab_size = 50304  # GPT-2's 50,257 tokens, padded to a multiple of 128, for faster matrix products on a GPU
 
 batch_size = 12
 gradient_accumulation_steps = 40  # 491,520 tokens per step
 max_iters = 600000
-optimizer = "adamw"
 learning_rate = 6e-4
 beta2 = 0.95
-schedule = "cosine"
-min_lr = None  # a tenth of learning_rate
 warmup_iters = 2000
-grad_clip = 1.0
 eval_interval = 1000
 eval_iters = 200

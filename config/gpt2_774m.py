@@ -8,28 +8,19 @@
 out_dir = "out/gpt2_774m"
 dataset = "openwebtext"
 
+# the sizes; GPT-2's blocks, without biases, are the default
 n_layer = 36
 n_head = 20
 n_embd = 1280
 block_size = 1024
-activation = "gelu"
-position = "learned"
-mlp_conv = 0  # no convolution
-qk_norm = False
-init = "gpt2"
-tie_weights = True  # the output head reuses the embedding
 vocab_size = 50304  # GPT-2's 50,257 tokens, padded to a multiple of 128, for faster matrix products on a GPU
 
 batch_size = 8
 gradient_accumulation_steps = 64  # 524,288 tokens per step
 checkpoint_activations = False
 max_iters = 600000
-optimizer = "adamw"
 learning_rate = 2.5e-4
 beta2 = 0.95
-schedule = "cosine"
-min_lr = None  # a tenth of learning_rate
 warmup_iters = 2000
-grad_clip = 1.0
 eval_interval = 1000
 eval_iters = 200

@@ -17,19 +17,12 @@ n_embd = 64
 block_size = 1280  # nearly all of the training data, so every block starts in the first line, not the similar second
 position = "rotary"
 activation = "relu_squared"
-mlp_conv = 0  # no convolution
-qk_norm = False
 init = "zero"
 tie_weights = False
 
 # the training
 batch_size = 1
 max_iters = 120
-optimizer = "adamw"
 learning_rate = 1e-2
-beta2 = 0.99
-schedule = "cosine"
-min_lr = None  # a tenth of learning_rate
 warmup_iters = 10
-grad_clip = 1.0
 eval_interval = 40

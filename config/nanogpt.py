@@ -16,27 +16,20 @@ log_interval = 1
 wandb_project = "owt"
 wandb_run_name = "gpt2"
 
+# the sizes; nanoGPT's blocks and its optimizer, AdamW, are the default
 n_layer = 12
 n_head = 12
 n_embd = 768
 block_size = 1024
 bias = False
 dropout = 0.0
-activation = "gelu"
-position = "learned"
-mlp_conv = 0  # no convolution
-qk_norm = False
-init = "gpt2"
-tie_weights = True  # the output head reuses the embedding
 # GPT-2's 50,257 tokens, padded; for data with another tokenizer, add --vocab_size=None
 vocab_size = 50304
 
 batch_size = 12
 gradient_accumulation_steps = 40
 max_iters = 600000
-optimizer = "adamw"
 learning_rate = 6e-4
-schedule = "cosine"
 min_lr = 6e-5
 warmup_iters = 2000
 lr_decay_iters = 600000

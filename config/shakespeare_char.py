@@ -14,7 +14,6 @@ n_head = 2
 n_embd = 128
 block_size = 256  # context of 256 characters
 position = "rotary"
-norm = "layernorm"
 activation = "relu_squared"
 mlp_conv = 3  # each feed-forward network also sees the three previous characters
 qk_norm = True

@@ -14,7 +14,6 @@ n_head = 3
 n_embd = 192
 block_size = 512  # context of 512 characters
 position = "rotary"
-norm = "layernorm"
 activation = "relu_squared"
 mlp_conv = 3  # each feed-forward network also sees the three previous characters
 qk_norm = True

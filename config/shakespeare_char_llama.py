@@ -20,8 +20,6 @@ position = "rotary"
 norm = "rmsnorm"
 mlp = "gated"
 activation = "silu"
-mlp_conv = 0  # no convolution
-qk_norm = False
 init = "zero"
 tie_weights = False
 

@@ -14,24 +14,15 @@ n_layer = 6
 n_head = 6
 n_embd = 384
 block_size = 256
-activation = "gelu"
-position = "learned"
-mlp_conv = 0  # no convolution
-qk_norm = False
-init = "gpt2"
-tie_weights = True  # the output head reuses the embedding
 dropout = 0.2  # a model of this size overfits such a small text
 
 batch_size = 64
 max_iters = 5000
 lr_decay_iters = 5000
-optimizer = "adamw"
 learning_rate = 1e-3
-schedule = "cosine"
 min_lr = 1e-4
 beta2 = 0.99
 warmup_iters = 100
-grad_clip = 1.0
 
 eval_interval = 250
 eval_iters = 200

@@ -18,10 +18,8 @@ block_size = 80  # longest source or target, in tokens
 position = "rotary"
 norm = "rmsnorm"
 activation = "relu_squared"
-mlp_conv = 0  # no convolution
 qk_norm = True
 init = "zero"
-tie_weights = True  # the output head reuses the embedding
 
 dropout = 0.1
 label_smoothing = 0.1
@@ -36,5 +34,4 @@ schedule = "linear"
 min_lr = 0.0
 warmup_iters = 20
 weight_decay = 0.0
-grad_clip = 1.0
 eval_interval = 500

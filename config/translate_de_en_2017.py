@@ -21,10 +21,7 @@ norm = "layernorm"
 block = "post_norm"
 activation = "relu"
 bias = True
-mlp_conv = 0  # no convolution
-qk_norm = False
 init = "zero"
-tie_weights = True  # the output head reuses the embedding
 
 dropout = 0.1
 label_smoothing = 0.1
@@ -39,5 +36,4 @@ schedule = "linear"
 min_lr = 0.0
 warmup_iters = 20
 weight_decay = 0.0
-grad_clip = 1.0
 eval_interval = 500

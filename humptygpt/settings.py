@@ -59,12 +59,16 @@ IN_VAIN |= dict.fromkeys(("rope_base", "rope_factor"), ("position", NOT_ROTARY))
 FOR_SEVERAL = dict.fromkeys(("parallel", "backend"), ("processes", (1,)))
 # Defaults for a run that starts from a model: small steps, so that the model keeps what it has learned.
 GENTLE = {
-    "optimizer": "adamw",
     "learning_rate": 1e-4,
     "muon_learning_rate": 0.002,
-    "warmup_iters": 100,
-    "grad_clip": 1.0,
+    "beta2": 0.95,
+    "schedule": "linear",
+    "min_lr": 0.0,
 }
+RECIPE = "config/shakespeare_char.py"  # what a new GPT is trained with if its command names no config file
+# keys of that file that say what is trained and for how long
+NOT_IN_RECIPE = ("out_dir", "dataset", "n_layer", "n_head", "n_embd", "block_size")
+NOT_IN_RECIPE += ("batch_size", "max_iters", "eval_interval")
 
 
 @dataclass(frozen=True)
@@ -87,20 +91,20 @@ class TrainConfig:
     # optimizer
     minutes: float | None = None  # run for this many minutes; unset keys are chosen to fit
     max_iters: int = 2400  # training steps
-    optimizer: str = "normuon"  # optimizer of the blocks' matrices; AdamW trains the rest
-    learning_rate: float = 6e-3  # peak learning rate, after warmup
+    optimizer: str = "adamw"  # optimizer of the blocks' matrices; AdamW trains the rest
+    learning_rate: float = 1e-3  # peak learning rate, after warmup
     decay_lr: bool = True  # warm up, then decay; False: constant learning rate
-    schedule: str = "linear"  # shape of the learning rate decay
-    warmup_iters: int = 10  # steps of linear warmup
+    schedule: str = "cosine"  # shape of the learning rate decay
+    warmup_iters: int = 100  # steps of linear warmup
     lr_decay_iters: int | None = None  # step at which the decay ends; None: max_iters
-    min_lr: float | None = 0.0  # minimum learning rate; None: learning_rate / 10
+    min_lr: float | None = None  # minimum learning rate; None: learning_rate / 10
     weight_decay: float = 0.1  # weight decay for matrices and embeddings
     beta1: float = 0.9  # AdamW: decay rate of the first moment
-    beta2: float = 0.95  # AdamW, NorMuon: decay rate of the second moment
+    beta2: float = 0.99  # AdamW, NorMuon: decay rate of the second moment
     muon_learning_rate: float = 0.03  # Muon: peak learning rate
     muon_momentum: float = 0.85  # Muon: decay rate of the momentum
     muon_dtype: str = "auto"  # Muon: dtype of its matrix products; auto: the faster
-    grad_clip: float = 0.0  # maximum gradient norm; 0: no clipping
+    grad_clip: float = 1.0  # maximum gradient norm; 0: no clipping
     freeze: str | None = None  # freeze parameters whose names contain these: wte,blocks.0
     lora_rank: int = 0  # LoRA: rank of the added matrices; 0: no LoRA
     lora_alpha: float = 16.0  # LoRA: added matrices are scaled by lora_alpha / lora_rank
@@ -223,13 +227,16 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     if locks and writes and not rank:
         locks.enter_context(lock_out_dir(out_dir))
     init_from = given.get("init_from", "scratch")
-    saved, base, settings = None, None, given
+    saved, base, settings, defaults = None, None, given, {}
     if init_from not in ("scratch", "resume"):
         base = load(init_from)
-        settings = GENTLE | given | base_settings(base, given)
+        settings = given | base_settings(base, given)
+        defaults = GENTLE
+    elif init_from == "scratch" and takes_recipe(argv, given):
+        defaults = recipe()
     # while the subfolder MOVING exists, ckpt.pt belongs to the run that is being moved into it
     begins = (out_dir / MOVING).exists()
-    if restarted() and not begins and is_same_run(settings, path):
+    if restarted() and not begins and is_same_run(defaults | settings, path):
         note(f"torchrun has restarted this run; resuming {path}")
         init_from = "resume"
     if init_from == "resume":
@@ -237,8 +244,10 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         sharded = processes > 1 and given.get("parallel", "fsdp") == "fsdp"
         saved, base = checkpoint.read(path, with_tensors=not sharded), None
         settings = resumed_settings(saved, settings, path)
-    elif writes and not overwrite:
-        refuse_earlier_run(out_dir)
+    else:
+        settings = defaults | settings
+        if writes and not overwrite:
+            refuse_earlier_run(out_dir)
     config = cli.make(TrainConfig, settings)
     model_config = make_model_config(settings)
     if given.get("minutes") and (config.dry_run or config.eval_only):
@@ -258,6 +267,8 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         note("overwrite=True has no effect: no new run is written")
     if not saved and "warmup_iters" not in given:
         config = fit_warmup(config)
+    if init_from == "scratch" and defaults:
+        print(f"no config file: training with the recipe of {RECIPE}", flush=True)
     return Start(config, model_config, saved, base, given)
 
 
@@ -283,6 +294,20 @@ def read_command(argv: list[str]) -> tuple[dict[str, object], set[str]]:
     if given.get("out_dir") is None:
         given["out_dir"] = f"out/{given.get('dataset', TrainConfig.dataset)}"
     return given, typed
+
+
+def takes_recipe(argv: list[str], given: dict) -> bool:
+    """True for a new GPT without a config file. For the other models the recipe has not been tried."""
+    no_file = all(argument.startswith("--") for argument in argv)
+    return no_file and given.get("model", ModelConfig.model) == "gpt"
+
+
+def recipe() -> dict[str, object]:
+    """Read the settings of the demo's config file, without those that say what is trained and for how long."""
+    fields = fields_of(ModelConfig, TrainConfig)
+    path = cli.CONFIGS.parent / RECIPE
+    settings = cli.read_config(str(path), fields, before="")
+    return {key: x for key, x in settings.items() if key not in NOT_IN_RECIPE}
 
 
 def data_name(where: str) -> str:

@@ -108,7 +108,7 @@ def test_it_is_not_exported(tiny, fails):
     # a key that prevents it with one member, too, is named first
     other = "mlp_conv=3 cannot be exported; LlamaForCausalLM needs mlp_conv=0"
     assert other in fails(export.main, "--out_dir=out/run", "--to=exported")
-    llama = ModelConfig(n_members=2, **FAMILIES["llama"].fixed)
+    llama = ModelConfig(**FAMILIES["llama"].fixed | {"n_members": 2})
     one = "n_members=2 cannot be exported; LlamaForCausalLM needs n_members=1"
     with pytest.raises(UserError, match=one):
         find_family(llama)

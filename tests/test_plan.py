@@ -24,7 +24,7 @@ from humptygpt import run as runs
 from humptygpt.cli import UserError
 from humptygpt.minutes import plan
 from humptygpt.optimizers import trained_parameters
-from humptygpt.settings import TrainConfig, read_settings
+from humptygpt.settings import RECIPE, TrainConfig, read_settings, recipe
 from humptygpt.tasks import MODELS, build_on_meta, make_model_config
 from model import ModelConfig, Stack, flops_per_token
 
@@ -122,13 +122,13 @@ def test_training_ends_within_a_step_of_its_minutes_with_the_last_learning_rate(
     monkeypatch.setattr(TrainConfig, "evaluated_batches", lambda self: evaluated)
     machine.step = lambda: SPEEDS[speed](machine)
     machine.evaluation = evaluation
-    Path("config.py").write_text("max_iters = 5\nlr_decay_iters = 600000\n")
+    Path("config.py").write_text("max_iters = 5\nlr_decay_iters = 600000\nmin_lr = 0.0\n")
     rows = machine.run("config.py", *TIMED, "--minutes=0.2")
     step = machine.step()
     assert machine.now == pytest.approx(12 - plan.ENDING - evaluation, abs=step)
     whole = "the whole validation split: " in capsys.readouterr().out
     assert whole == (evaluated == 1)
-    assert last_lr(rows) < 0.1 * TrainConfig.learning_rate
+    assert last_lr(rows) < 0.1 * read_config()["learning_rate"]
     assert sum("val_loss" in row for row in rows) in (3, 4, 5)
     assert progress()["position"] == read_config()["max_iters"]
 
@@ -170,7 +170,9 @@ def test_a_stopped_run_resumes_with_the_minutes_that_are_left(tiny, machine, key
     rows = machine.run(*RESUME)
     assert machine.now - 1000 == pytest.approx(12 - plan.ENDING - 0.2, abs=0.1)
     resumed = [row["lr"] for row in rows if "lr" in row and row["iter"] > 40]
-    assert lr > resumed[0] > 0.9 * lr and last_lr(rows) < 0.1 * TrainConfig.learning_rate
+    assert (
+        lr > resumed[0] > 0.9 * lr and last_lr(rows) < 0.1 * read_config()["learning_rate"]
+    )
     assert progress()["run_seconds"] == pytest.approx(machine.now - 1000)
     assert progress()["position"] == read_config()["max_iters"] > stopped["position"]
 
@@ -249,7 +251,7 @@ def seconds_per_step(config: TrainConfig, size: ModelConfig, *args) -> float:
 
 @pytest.fixture
 def choose(monkeypatch):
-    """Choose a plan for a text of this many bytes."""
+    """Choose a plan for a text of this many bytes, with the recipe and these keys."""
     monkeypatch.setattr(report, "build_on_meta", lambda config, training: built(config))
     of_each = report.Memory(weights=1, gradients=0, optimizer=0, activations=2)
     monkeypatch.setattr(plan, "training_memory", lambda *args: of_each)
@@ -258,7 +260,7 @@ def choose(monkeypatch):
     monkeypatch.setattr(cores, "STARTED", 0.0)
 
     def chosen(text: int, minutes: float, **given) -> tuple[TrainConfig, ModelConfig]:
-        settings = {"vocab_size": 65, "minutes": minutes} | given
+        settings = recipe() | {"vocab_size": 65, "minutes": minutes} | given
         dataset = SimpleNamespace(
             task="language modelling",
             train=range(text),
@@ -397,7 +399,7 @@ def test_a_plan_takes_the_time_that_is_left_also_with_dropout(choose):
 
 def test_every_size_keeps_the_architecture_and_can_be_built():
     config = ModelConfig(vocab_size=65, n_layer=4, n_head=2, n_kv_head=2, n_embd=128)
-    training = TrainConfig(gradient_accumulation_steps=4)
+    training = TrainConfig(optimizer="normuon", gradient_accumulation_steps=4)
     dataset = SimpleNamespace(train=range(10**6))
     given = {"n_kv_head", "block_size"}
     tried = plan.candidates(training, config, given, dataset, CPU, torch.float32)
@@ -634,22 +636,75 @@ def test_the_smallest_texts_train_or_are_refused_in_one_line(folder, machine, ca
 # The defaults
 
 
-def test_a_config_file_and_no_config_file_start_from_the_settings_of_the_demo(folder):
+SAYS_RECIPE = f"no config file: training with the recipe of {RECIPE}\n"
+
+
+def test_without_a_config_file_a_new_gpt_has_the_recipe_of_the_demo(folder, capsys):
     demo = read_settings([str(cli.CONFIGS / "shakespeare_char.py")])
-    Path("short.py").write_text("dataset = 'mine'\n")
-    own = read_settings(["short.py"])
-    assert own[:2] == read_settings(["--dataset=mine"])[:2]
+    assert capsys.readouterr().out == ""
+    own = read_settings(["--dataset=mine", "--batch_size=8"])
+    assert capsys.readouterr().out == SAYS_RECIPE
     assert own.model_config == demo.model_config
-    assert own.config == replace(demo.config, dataset="mine", out_dir="out/mine")
+    changed = {"dataset": "mine", "out_dir": "out/mine", "batch_size": 8}
+    assert own.config == replace(demo.config, **changed)
+    assert own.given == changed
 
 
-def test_every_choice_of_a_key_goes_with_the_defaults_or_says_what_does_not(folder):
+def test_with_a_config_file_other_keys_have_the_defaults(folder, capsys):
+    Path("short.py").write_text("dataset = 'mine'\n")
+    plain = TrainConfig(dataset="mine", out_dir="out/mine"), ModelConfig()
+    assert read_settings(["short.py"])[:2] == plain
+    assert capsys.readouterr().out == ""
+
+
+def test_the_recipe_is_what_its_file_says_without_sizes_and_steps(folder, monkeypatch):
+    monkeypatch.setattr(cli, "CONFIGS", folder / "config")
+    Path("config").mkdir()
+    sizes = "n_layer = n_head = 8\nn_embd = 64\nblock_size = batch_size = 3\n"
+    steps = "max_iters = eval_interval = 7\nout_dir = dataset = 'theirs'\n"
+    Path(RECIPE).write_text(f"{sizes}{steps}optimizer = 'muon'\nactivation = 'silu'\n")
+    found = read_settings(["--dataset=mine"])
+    config = TrainConfig(dataset="mine", out_dir="out/mine", optimizer="muon")
+    assert found[:2] == (config, ModelConfig(activation="silu"))
+
+
+@pytest.mark.parametrize("name", MODELS.keys() - {"gpt"})
+def test_the_recipe_is_for_gpts_only(folder, capsys, name):
+    found = read_settings([f"--model={name}", "--n_embd=1", "--n_head=1", "--window=8"])
+    assert found.config == TrainConfig(out_dir="out/shakespeare_char")
+    assert found.model_config.activation == "gelu" and capsys.readouterr().out == ""
+
+
+def test_a_plan_says_what_differs_from_the_recipe_it_was_fitted_to(tiny, machine, capsys):
+    Path("mine.py").write_text("position = 'rotary'\nmlp_conv = 3\n")
+    said = "fitted to the recipe of config/shakespeare_char.py, which has other values of"
+    for argv, others in (
+        (["mine.py"], "optimizer, learning_rate, "),
+        (["--optimizer=muon"], "optimizer\n"),
+        ([], ""),
+    ):
+        machine.now = 0.0
+        machine.run(*argv, *TIMED, "--minutes=0.2", "--overwrite=True")
+        out = capsys.readouterr().out
+        assert (said in out) == bool(others) and others in out
+        assert "other values of position" not in out
+
+
+@pytest.mark.parametrize(
+    ("files", "answers"),
+    [([], ["block=plain", "model=number_mlp"]), (["plain.py"], ["model=number_mlp"])],
+    ids=["recipe", "defaults"],
+)
+def test_every_choice_of_a_key_goes_with_the_others_or_says_what_does_not(
+    folder, files, answers
+):
+    Path("plain.py").touch()
     refused = []
     for key, choices in (ModelConfig.choices() | TrainConfig.choices()).items():
         for choice in choices:
             try:
-                read_settings([f"--{key}={choice}", "--window=8"])
+                read_settings([*files, f"--{key}={choice}", "--window=8"])
             except UserError as error:
                 refused.append(f"{key}={choice}")
                 assert f"{key}={choice}" in str(error)
-    assert refused == ["block=plain", "model=number_mlp"]
+    assert refused == answers

@@ -25,13 +25,15 @@ from test_model import VARIANTS, random_model
 from torch import Tensor, nn
 
 from humptygpt.cli import UserError
-from humptygpt.convert.families import FAMILIES
+from humptygpt.convert.families import FAMILIES, ROPE_SCALING
 from humptygpt.convert.huggingface import (
+    NOT_EXPORTED,
     read_pretrained,
     to_pretrained,
     to_theirs,
     write_pretrained,
 )
+from model import ModelConfig
 
 transformers = pytest.importorskip(
     "transformers", reason="needs transformers: pip install -r requirements-dev.txt"
@@ -294,6 +296,12 @@ def test_what_cannot_be_exported_is_refused_by_name_and_nothing_is_written(setti
     with pytest.raises(UserError, match=f"^{re.escape(complaint)}.* as in config/.*py$"):
         write_pretrained(random_model(**keys | {key: value}), HF)
     assert not HF.exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_the_tables_of_a_family_leave_no_setting_to_the_defaults(family):
+    named = {*family.fixed, *family.settings.values(), *ROPE_SCALING.values()}
+    assert named | NOT_EXPORTED == vars(ModelConfig()).keys()
 
 
 @pytest.mark.parametrize("base", [{}, ROTARY], ids=["gpt2", "llama"])

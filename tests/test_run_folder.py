@@ -165,6 +165,18 @@ def test_torchrun_starts_an_overwriting_run_again_and_resumes_only_its_own_check
     assert read_settings([*TINY_RUN, "--seed=1"]).saved is not None
 
 
+@pytest.mark.parametrize("base", [[], ["--init_from=out/base"]], ids=["new", "base"])
+def test_a_run_that_torchrun_starts_again_keeps_the_warmup_that_was_shortened(
+    tiny, monkeypatch, base
+):
+    assert train.main([*TINY_RUN, "--out_dir=out/base"]) == 0
+    argv = [each for each in TINY_RUN if not each.startswith("--warmup_iters")]
+    assert train.main([*argv, *base]) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    start = read_settings([*argv, *base])
+    assert start.saved and start.config.warmup_iters == 0
+
+
 def test_a_metrics_line_that_a_kill_cut_short_is_dropped(run_train):
     rows = run_train()
     with (OUT / "metrics.jsonl").open("a") as file:

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from conftest import GPT2
 from torch.nn import functional as F
 
+from humptygpt.cli import make
 from humptygpt.optimizers import orthogonalize
 from humptygpt.sampling import probabilities
-from humptygpt.settings import TrainConfig
+from humptygpt.settings import TrainConfig, recipe
+from humptygpt.tasks import make_model_config
 from model import (
     GPT,
     NORMS,
@@ -21,7 +22,8 @@ from model import (
 )
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0]])
-DEMO = ModelConfig(vocab_size=65)
+DEMO_KEYS = {"vocab_size": 65} | recipe()
+DEMO = make_model_config(DEMO_KEYS)
 
 
 def close(*numbers: float, digits: int = 2):
@@ -69,7 +71,7 @@ def test_layers_and_the_start_of_the_demo():
     assert torch.tensor([3.14159, 1 + 1 / 256]).bfloat16().tolist() == [3.140625, 1]
     torch.manual_seed(0)
     idx = torch.randint(65, (4, 257))
-    zero, random = GPT(DEMO), GPT(ModelConfig(**{"vocab_size": 65} | GPT2))
+    zero, random = GPT(DEMO), GPT(ModelConfig(vocab_size=65))
     losses = [model(idx[:, :-1], idx[:, 1:])[1].item() for model in (zero, random)]
     assert losses[0] == pytest.approx(math.log(65), abs=1e-5)
     assert losses[1] == pytest.approx(4.2, abs=0.05)
@@ -77,7 +79,7 @@ def test_layers_and_the_start_of_the_demo():
 
 
 def test_training():
-    config = TrainConfig(max_iters=2400, min_lr=0.0)
+    config = make(TrainConfig, DEMO_KEYS | {"max_iters": 2400})
     rates = [config.lr(step) for step in (0, 10, 1205, 2400)]
     assert rates == close(0.00055, 0.006, 0.003, 0, digits=5)
     assert close(0.74, 2.4, digits=1) == (0.997**100, 2400 * 1024 / 1_003_854)

@@ -1020,7 +1020,8 @@ def test_a_second_ctrl_c_ends_a_long_step_at_once_and_the_first_one_says_so():
 
 def test_an_in_place_error_in_an_edited_model_shows_its_line_and_a_traceback(tiny, folder):
     copy = folder / "copy"
-    shutil.copytree(ROOT / "humptygpt", copy / "humptygpt")
+    for name in ("humptygpt", "config"):
+        shutil.copytree(ROOT / name, copy / name)
     shutil.copy(ROOT / "train.py", copy)
     source = (ROOT / "model.py").read_text()
     line = "v = self.heads(v).sigmoid()"

@@ -12,7 +12,17 @@ ROPE_SCALING = {  # settings of rope_type=llama3, which config.json keeps in an 
     "original_max_position_embeddings": "rope_original_context",
 }
 # settings of ours that neither family has, with the values at which they have no effect
-WITHOUT = {"mlp_conv": 0, "qk_norm": False, "init": "gpt2"}
+WITHOUT = {
+    "mlp_conv": 0,
+    "qk_norm": False,
+    "init": "gpt2",
+    "model": "gpt",
+    "window": 0,
+    "block": "pre_norm",
+    "attention": "softmax",
+    "embed_norm": False,
+    "logit_soft_cap": 0.0,
+}
 ACTIVATION_NAMES = {  # {transformers' name: our name}; if two map to the same name, export writes the later one
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
@@ -68,6 +78,9 @@ GPT2 = Family(
         "bias": True,
         "attn_bias": None,
         "mlp_bias": None,
+        "n_kv_head": None,
+        "head_size": None,
+        "n_members": 1,
     },
     weights={
         "transformer.wte": "wte",
@@ -112,7 +125,14 @@ LLAMA = Family(
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
     },
-    fixed=WITHOUT | {"position": "rotary", "norm": "rmsnorm", "mlp": "gated"},
+    fixed=WITHOUT
+    | {
+        "position": "rotary",
+        "norm": "rmsnorm",
+        "mlp": "gated",
+        "bias": False,
+        "n_members": 1,
+    },
     weights={
         "model.embed_tokens": "wte",
         "model.layers.#.input_layernorm": "stack.blocks.#.attn_norm",

@@ -217,7 +217,8 @@ def find_family(config: ModelConfig) -> str:
     name = "gpt2" if config.position == "learned" else "llama"
     family = FAMILIES[name]
     free = {*family.settings.values(), *ROPE_SCALING.values(), *NOT_EXPORTED}
-    # the family's own keys come first, because n_members=1 would not help a model that differs in one of them
+    # n_members comes last, because n_members=1 would not help a model that differs in another key; a key that is not in
+    # the tables is a user's own, and off by default
     for key, needed in (family.fixed | vars(ModelConfig()) | family.fixed).items():
         value = getattr(config, key)
         if key not in free and value != needed:

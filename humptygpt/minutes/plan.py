@@ -1,7 +1,7 @@
 """--minutes: choose a model and training settings for a text, a machine and a time limit, and end training on time.
 
-The constants of the scaling law were fitted by benchmarks/law.py to runs of one to ten minutes, so for longer runs its
-predictions are extrapolations.
+The constants of the scaling law were fitted by benchmarks/law.py to runs of one to ten minutes with the recipe of
+config/shakespeare_char.py, so for longer runs and other settings its predictions are extrapolations.
 """
 
 import math
@@ -30,7 +30,7 @@ from humptygpt.minutes.ngrams import MOST_TOKENS
 from humptygpt.optimizers import make_optimizer
 from humptygpt.report import Memory, check_training_fits, model_on_meta, training_memory
 from humptygpt.run import Run
-from humptygpt.settings import IN_VAIN, TrainConfig
+from humptygpt.settings import IN_VAIN, RECIPE, TrainConfig, recipe
 from humptygpt.setup import make_model
 from model import ModelConfig
 
@@ -64,6 +64,7 @@ NGRAM_BYTES = 270  # memory that counting n-grams takes, for each token of the t
 CHARACTERS = 300  # a larger vocabulary has tokens of several characters
 # seconds reserved at the end of a run to load the best model, sample from it, draw the plot and exit
 ENDING = 1.5
+CHOSEN = ("weight_decay", "warmup_iters")  # keys of the recipe that are chosen to fit
 
 
 class Clock:
@@ -471,9 +472,19 @@ def choice(run: Run) -> str:
     chosen = f"chosen: {size}," if base == "scratch" else f"as in {base}: {size}; chosen:"
     return (
         f"minutes: {run.config.minutes:g}; {chosen} dropout {config.dropout:g}{soft};"
-        " keys that you set keep their values\n"
+        f" keys that you set keep their values{unlike_recipe(run)}\n"
         f"export: {export}"
     )
+
+
+def unlike_recipe(run: Run) -> str:
+    """Say which settings of a new run differ from those that the law was fitted to. Returns "" or "; ..."."""
+    settings = asdict(run.config) | asdict(run.model.config)
+    fitted = recipe().items()
+    others = [key for key, x in fitted if key not in CHOSEN and settings[key] != x]
+    if not others or run.config.init_from != "scratch":
+        return ""
+    return f"; the choice was fitted to the recipe of {RECIPE}, which has other values of {', '.join(others)}"
 
 
 def closing(run: Run, out_dir: Path) -> str:

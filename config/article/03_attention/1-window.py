@@ -32,7 +32,6 @@ beta2 = 0.95
 schedule = "linear"
 min_lr = 0.0
 warmup_iters = 20
-grad_clip = 1.0
 dtype = "float32"  # the fastest can differ from run to run
 muon_dtype = "float32"
 eval_interval = 500

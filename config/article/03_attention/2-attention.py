@@ -15,16 +15,8 @@ dataset = "wills"
 n_layer = 1  # new: a block of attention and a feed-forward network
 n_head = 1
 n_embd = 64
-block = "pre_norm"
-norm = "layernorm"
-mlp = "plain"
-activation = "gelu"
 position = "learned"
 bias = True
-mlp_conv = 0  # no convolution
-qk_norm = False
-init = "gpt2"
-tie_weights = True  # the output head reuses the embedding
 
 # training
 batch_size = 8
@@ -38,7 +30,6 @@ beta2 = 0.95
 schedule = "linear"
 min_lr = 0.0
 warmup_iters = 20
-grad_clip = 1.0
 dtype = "float32"  # the fastest can differ from run to run
 muon_dtype = "float32"
 eval_interval = 500

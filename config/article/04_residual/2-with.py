@@ -13,15 +13,8 @@ n_layer = 12
 n_head = 4
 n_embd = 64
 block = "pre_norm"  # new: x + f(norm(x)), so that gradients reach every block
-norm = "layernorm"
-mlp = "plain"
-activation = "gelu"
 position = "rotary"
 bias = True
-mlp_conv = 0  # no convolution
-qk_norm = False
-init = "gpt2"
-tie_weights = True  # the output head reuses the embedding
 
 # training
 batch_size = 8
@@ -35,7 +28,6 @@ beta2 = 0.95
 schedule = "linear"
 min_lr = 0.0
 warmup_iters = 20
-grad_clip = 1.0
 dtype = "float32"  # the fastest can differ from run to run
 muon_dtype = "float32"
 eval_interval = 400

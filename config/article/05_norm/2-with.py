@@ -13,27 +13,17 @@ dataset = "shakespeare_char"
 n_layer = 12
 n_head = 4
 n_embd = 64
-block = "pre_norm"
 norm = "layernorm"  # new
-mlp = "plain"
-activation = "gelu"
-position = "learned"
 bias = True
-mlp_conv = 0  # no convolution
-qk_norm = False
-init = "gpt2"
-tie_weights = True  # the output head reuses the embedding
 
 # training
 batch_size = 12
 block_size = 64
 max_iters = 800
-optimizer = "adamw"
 learning_rate = 0.002
 beta2 = 0.95
 schedule = "linear"
 min_lr = 0.0
 warmup_iters = 50
-grad_clip = 1.0
 dtype = "float32"  # the fastest can differ from run to run
 eval_interval = 800

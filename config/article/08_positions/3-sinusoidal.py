@@ -14,16 +14,8 @@ dataset = "shakespeare_char"
 n_layer = 4
 n_head = 4
 n_embd = 128
-block = "pre_norm"
-norm = "layernorm"
-mlp = "plain"
-activation = "gelu"
 position = "sinusoidal"  # new
 bias = True
-mlp_conv = 0  # no convolution
-qk_norm = False
-init = "gpt2"
-tie_weights = True  # the output head reuses the embedding
 
 # training
 batch_size = 8
@@ -37,7 +29,6 @@ beta2 = 0.95
 schedule = "linear"
 min_lr = 0.0
 warmup_iters = 20
-grad_clip = 1.0
 dtype = "float32"  # the fastest can differ from run to run
 muon_dtype = "float32"
 eval_interval = 250

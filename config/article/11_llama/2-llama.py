@@ -15,15 +15,11 @@ n_layer = 4
 n_head = 4
 n_kv_head = 2  # each pair of query heads shares keys and values
 n_embd = 128
-block = "pre_norm"
 norm = "rmsnorm"
 mlp = "gated"
 activation = "silu"
 position = "rotary"
 bias = False
-mlp_conv = 0  # no convolution
-qk_norm = False
-init = "gpt2"
 tie_weights = False
 
 # training
@@ -38,7 +34,6 @@ beta2 = 0.95
 schedule = "linear"
 min_lr = 0.0
 warmup_iters = 20
-grad_clip = 1.0
 dtype = "float32"  # the fastest can differ from run to run
 muon_dtype = "float32"
 eval_interval = 250
