@@ -31,11 +31,16 @@ from tqdm import tqdm
 
 from humptygpt import evaluation, report
 from humptygpt.checks import check_model
-from humptygpt.data import Dataset, Prefetcher, random_key
+from humptygpt.data import random_key
 from humptygpt.device import DTYPES, autocast, to_device, tune_malloc
 from humptygpt.loading import Loaded, load
 from humptygpt.optimizers import make_optimizer
-from humptygpt.process import Process, Share, silence_other_processes, start_process
+from humptygpt.process import (
+    Share,
+    silence_other_processes,
+    start_process,
+    tune,
+)
 from humptygpt.report import ADVICE, check_training_fits
 from humptygpt.run import (
     Diverged,
@@ -47,19 +52,21 @@ from humptygpt.run import (
     catch_signals,
     take_snapshot,
 )
-from humptygpt.settings import TrainConfig, read_settings
+from humptygpt.settings import TrainConfig
 from humptygpt.setup import (
     dry_run,
     fit_to_data,
     keep_best,
     left_open,
+    make_batches,
     make_model,
     make_net,
+    make_tester,
     open_prepared,
     prepare_missing,
+    read_settings,
     recorded_settings,
     resumed_progress,
-    tune,
 )
 from model import ModelConfig
 
@@ -155,29 +162,6 @@ def setup(
     return run
 
 
-def make_batches(
-    config: TrainConfig, dataset: Dataset, process: Process, vocab_size: int
-) -> Dataset | Prefetcher:
-    """Make what yields the batches: the dataset itself, with soft targets, or a thread that reads ahead for a GPU."""
-    batches = dataset
-    if config.ngram_targets and not config.eval_only:
-        from humptygpt.minutes.ngrams import SoftTargets
-
-        batches = SoftTargets(dataset, config.ngram_targets, vocab_size)
-    if process.device.type == "cuda":
-        batches = Prefetcher(batches, min(process.size, config.gradient_accumulation_steps))
-    return batches
-
-
-def make_tester(config: TrainConfig, dataset: Dataset, process: Process) -> Callable | None:
-    """With eval_pairs, make a function that tests a model: (model, dataset) -> metrics."""
-    if not config.eval_pairs:
-        return None
-    from humptygpt.scoring.pairs import tester
-
-    return tester(config, dataset, process)
-
-
 # --------------------------------------------------------------------------------------
 # Training
 
@@ -229,16 +213,10 @@ def train(run: Run, folder: RunFolder) -> int | None:
             lr = config.lr(before)
             run.optimizer.set_lr(lr / config.learning_rate)
             loss, grad_norm, tokens = train_step(run, progress.iter)
-            progress.iter += 1
-            progress.tokens += tokens
-            progress.position = run.clock.advance(before, config)
+            due = run.advance(tokens)
             meter.add(loss, grad_norm)
             bar.update(progress.position - before)
-
-            interval = config.eval_interval
-            last = progress.position >= config.max_iters
-            due = last or before // interval < progress.position // interval
-            log = last or progress.iter % config.log_interval == 0
+            log = run.is_last or progress.iter % config.log_interval == 0
             # a signal that arrives after this line is handled in the next step
             stop = bool(run.process.sum(torch.tensor(len(signals))))
             if not (log or due or stop):

@@ -17,9 +17,8 @@ from benchmarks.contenders import Isolated
 from benchmarks.ours import OurGenerator, OurTrainer
 from benchmarks.training import DEMO, read_configs
 from humptygpt.device import thread_counts
-from humptygpt.process import Process
+from humptygpt.process import Process, tune
 from humptygpt.settings import TrainConfig
-from humptygpt.setup import tune
 from model import ModelConfig
 
 SPINS = (1_300, 5_000, 20_000, 300_000)  # libgomp's default is 300,000

@@ -44,8 +44,7 @@ from humptygpt.device import pick_device, pick_dtype, tune_malloc
 from humptygpt.files import write_whole
 from humptygpt.loggers import read_metrics
 from humptygpt.minutes import plan
-from humptygpt.settings import read_settings
-from humptygpt.setup import fit_to_data, open_prepared
+from humptygpt.setup import fit_to_data, open_prepared, read_settings
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 

@@ -2,24 +2,35 @@
 
 import os
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from humptygpt import checkpoint
 from humptygpt.data import Dataset, Prefetcher, count_targets
-from humptygpt.device import pick_device
+from humptygpt.device import (
+    DTYPES,
+    autocast,
+    pick_device,
+    pick_dtype,
+    thread_counts,
+    training_dtype,
+)
+from humptygpt.machine import fastest, usable_cores
 from humptygpt.optimizers import Optimizer
+from humptygpt.settings import TrainConfig
+from humptygpt.tasks import build
+from model import ModelConfig
 
-if TYPE_CHECKING:  # settings.py imports this file
-    from humptygpt.settings import TrainConfig
-
-PARALLEL = ("ddp", "fsdp")
-BACKENDS = ("auto", "gloo", "nccl")
+# A measurement takes as many tokens as multiply this many weights of a block, in about 10 ms, but at most TOKENS.
+WEIGHTS = 2**27
+TOKENS = 512
+LARGE = 2048  # n_embd above which nothing is measured, because a block and its gradients take too much memory
 
 
 class Share(NamedTuple):
@@ -50,7 +61,7 @@ class Process(AbstractContextManager):
     def place(
         self,
         model: nn.Module,
-        config: "TrainConfig",
+        config: TrainConfig,
         dtype: torch.dtype,
         dataset: Dataset,
         step: int,
@@ -63,7 +74,7 @@ class Process(AbstractContextManager):
         return torch.compile(model, dynamic=dynamic) if compiled else model
 
     def shares(
-        self, batches: Dataset | Prefetcher, config: "TrainConfig", step: int
+        self, batches: Dataset | Prefetcher, config: TrainConfig, step: int
     ) -> tuple[list[Share], int]:
         """Return this process's shares of a step, and the number of tokens in the whole step."""
         count = config.gradient_accumulation_steps
@@ -89,7 +100,7 @@ class Process(AbstractContextManager):
         checkpoint.save(path, entries)
 
 
-def start_process(config: "TrainConfig", prepare: Callable[[], None]) -> Process:
+def start_process(config: TrainConfig, prepare: Callable[[], None]) -> Process:
     """Start the process of a run, connected to the other processes if there are any.
 
     prepare: function that prepares the data if it is missing. Several processes call it one after another.
@@ -107,6 +118,67 @@ def start_process(config: "TrainConfig", prepare: Callable[[], None]) -> Process
         return DataParallel.start(config, device, prepare)
     prepare()
     return Process(device)
+
+
+# --------------------------------------------------------------------------------------
+# What depends on the machine
+
+
+def tune(config: TrainConfig, model_config: ModelConfig, process: Process) -> TrainConfig:
+    """Return the config with the fastest dtypes and number of CPU threads, and set the number of threads.
+
+    What the user has set stays. The dtypes are the same in all runs on a machine. The number of threads follows the
+    load: all of them, unless fewer are clearly faster for one layer of the model at this moment, as they are while
+    another training runs. In a run of several processes, the first one decides.
+    """
+    device = process.device
+
+    def choose(choices: Sequence[Hashable], measure: Callable[[], Hashable]) -> Hashable:
+        index = choices.index(measure()) if process.first else 0
+        return choices[int(process.sum(torch.tensor(index)))]
+
+    dtype, muon_dtype = config.dtype, config.muon_dtype
+    if "auto" in (dtype, muon_dtype):
+        best = choose(["float32", "bfloat16"], lambda: training_dtype(device))
+        muon_dtype = best if muon_dtype == "auto" else muon_dtype
+        if device.type == "cpu" and dtype == "auto":
+            dtype = best
+    dtype = str(pick_dtype(dtype, device)).removeprefix("torch.")
+
+    counts = [min(config.threads, usable_cores())] if config.threads else thread_counts()
+    counts = counts[::-1]
+    number = counts[0]
+    if device.type == "cpu" and model_config.n_embd <= LARGE:
+        number = choose(counts, lambda: fastest_count(counts, model_config, DTYPES[dtype]))
+    torch.set_num_threads(number)
+    return replace(
+        config,
+        dtype=dtype,
+        muon_dtype=muon_dtype,
+        # another number of processes may have more threads each
+        threads=number if process.size == 1 else None,
+    )
+
+
+def fastest_count(counts: Sequence[int], config: ModelConfig, dtype: torch.dtype) -> int:
+    """Time the forward and backward pass of one layer of the model with each number of threads."""
+    with suppress(Exception):  # from an edited model.py: training will show the error
+        model = build(replace(config, n_layer=1, n_members=1, vocab_size=256))
+        weights = sum(p.numel() for p in model.parameters())
+        tokens = min(TOKENS, WEIGHTS // weights + 1)
+        T = min(config.block_size, tokens)
+        idx = torch.zeros(tokens // T, T, dtype=torch.int64)
+        batch = {"idx": idx, "targets": idx} | (
+            {"source": idx} if hasattr(model, "encode") else {}
+        )
+
+        def train(number: int) -> None:
+            torch.set_num_threads(number)
+            with autocast(torch.device("cpu"), dtype):
+                model(**batch)[1].backward()
+
+        return fastest(counts, train)
+    return counts[0]
 
 
 # --------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +25,8 @@ from humptygpt.device import peak_flops
 from humptygpt.loggers import LOGGERS, chosen_loggers, draw_losses, read_metrics
 from humptygpt.optimizers import Optimizer
 from humptygpt.process import Process
+from humptygpt.settings import TrainConfig
 from model import count_parameters, flops_per_token
-
-if TYPE_CHECKING:  # settings.py imports this file
-    from humptygpt.settings import TrainConfig
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 # seconds within which repeated signals count as one: `timeout` and some shells signal a process and then its group
@@ -109,7 +106,7 @@ class StepClock:
     def start(self, run: "Run") -> None:
         """Start the clock."""
 
-    def advance(self, position: float, config: "TrainConfig") -> float:
+    def advance(self, position: float, config: TrainConfig) -> float:
         """Return the position after a step, given the position before it. Both are between 0 and config.max_iters."""
         return position + 1
 
@@ -133,7 +130,7 @@ class StepClock:
 class Run:
     """Everything that a training run consists of, assembled by setup()."""
 
-    config: "TrainConfig"
+    config: TrainConfig
     process: Process
     device: torch.device
     dtype: torch.dtype
@@ -159,9 +156,23 @@ class Run:
         return task
 
     @property
+    def is_last(self) -> bool:
+        """True after the last planned step."""
+        return self.progress.position >= self.config.max_iters
+
+    @property
     def is_over(self) -> bool:
         stops_early = 0 < self.config.early_stopping <= self.progress.evals_since_best
-        return stops_early or self.progress.position >= self.config.max_iters
+        return stops_early or self.is_last
+
+    def advance(self, tokens: int) -> bool:
+        """Count a step and the tokens that it trained on. Returns True if an evaluation is due."""
+        progress, interval = self.progress, self.config.eval_interval
+        before = progress.position
+        progress.iter += 1
+        progress.tokens += tokens
+        progress.position = self.clock.advance(before, self.config)
+        return self.is_last or before // interval < progress.position // interval
 
     @property
     def path(self) -> Path:

@@ -1,34 +1,15 @@
-"""Training settings: defaults, the command line, and what a resumed run or a base model determines."""
+"""The settings of a run: their names, defaults, ranges, and what each may be combined with."""
 
-import dataclasses
-import importlib
 import math
-import re
 from collections.abc import Collection
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import dataclass
 
-from humptygpt import checkpoint, cli
-from humptygpt.checkpoint import refuse_other_code
-from humptygpt.cli import (
-    UserError,
-    check_above_0,
-    check_choices,
-    check_least,
-    fields_of,
-    note,
-    refuse_vain,
-)
+from humptygpt.cli import check_above_0, check_choices, check_least
 from humptygpt.device import DTYPES
-from humptygpt.loading import Loaded, load
-from humptygpt.machine import GIVEN
+from humptygpt.loggers import chosen_loggers
 from humptygpt.optimizers import OPTIMIZERS, SCHEDULES
-from humptygpt.process import BACKENDS, PARALLEL, launched, restarted
-from humptygpt.run import MOVING, chosen_loggers, lock_out_dir, refuse_earlier_run
-from humptygpt.tasks import MODELS, make_model_config
-from model import POSITIONS, ModelConfig
+from humptygpt.tasks import MODELS
+from model import POSITIONS
 
 # ModelConfig keys that affect only training, not the architecture
 TRAINING_ONLY = {"dropout", "label_smoothing"}
@@ -142,8 +123,8 @@ class TrainConfig:
             "schedule": SCHEDULES,
             "dtype": ("auto", *DTYPES),
             "muon_dtype": ("auto", "float32", "bfloat16"),
-            "parallel": PARALLEL,
-            "backend": BACKENDS,
+            "parallel": ("ddp", "fsdp"),
+            "backend": ("auto", "gloo", "nccl"),
         }
 
     def validate(self) -> None:
@@ -201,194 +182,3 @@ class TrainConfig:
         return math.ceil(
             self.batch_size / max(1, processes // self.gradient_accumulation_steps)
         )
-
-
-class Start(NamedTuple):
-    """The settings of a run, and the checkpoint or model that it starts from."""
-
-    config: TrainConfig
-    model_config: ModelConfig
-    saved: dict | None = None  # the checkpoint to resume
-    base: Loaded | None = None  # the model that the run starts from
-    given: Collection[str] = ()  # keys that the command line and its config files set
-
-
-def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
-    """Read a command line, and the checkpoint that it resumes or the model that it starts from.
-
-    locks: receives the lock on out_dir, taken before the checkpoint is read. A run that writes nothing takes no lock.
-    """
-    rank, processes = launched()
-    given, typed = read_command(argv)
-    overwrite = given.pop("overwrite", False)  # belongs to this command, not to the run
-    out_dir = Path(given["out_dir"])
-    path = out_dir / "ckpt.pt"
-    writes = not given.get("eval_only") and not given.get("dry_run")
-    if locks and writes and not rank:
-        locks.enter_context(lock_out_dir(out_dir))
-    init_from = given.get("init_from", "scratch")
-    saved, base, settings, defaults = None, None, given, {}
-    if init_from not in ("scratch", "resume"):
-        base = load(init_from)
-        settings = given | base_settings(base, given)
-        defaults = GENTLE
-    elif init_from == "scratch" and takes_recipe(argv, given):
-        defaults = recipe()
-    # while the subfolder MOVING exists, ckpt.pt belongs to the run that is being moved into it
-    begins = (out_dir / MOVING).exists()
-    if restarted() and not begins and is_same_run(defaults | settings, path):
-        note(f"torchrun has restarted this run; resuming {path}")
-        init_from = "resume"
-    if init_from == "resume":
-        # a sharded checkpoint comes from parallel=fsdp, which a resumed run keeps unless told otherwise
-        sharded = processes > 1 and given.get("parallel", "fsdp") == "fsdp"
-        saved, base = checkpoint.read(path, with_tensors=not sharded), None
-        settings = resumed_settings(saved, settings, path)
-    else:
-        settings = defaults | settings
-        if writes and not overwrite:
-            refuse_earlier_run(out_dir)
-    config = cli.make(TrainConfig, settings)
-    model_config = make_model_config(settings)
-    if given.get("minutes") and (config.dry_run or config.eval_only):
-        raise UserError("minutes has no effect with dry_run or eval_only; leave it out")
-    if config.minutes and processes > 1:
-        raise UserError("minutes works with one process only; with several, use max_iters")
-    for name in chosen_loggers(asdict(config)):  # fail now, not after preparing data
-        importlib.import_module(name)
-    values = asdict(config) | asdict(model_config) | {"processes": processes}
-    # a config.json sets every key, most of them to the default
-    fields = fields_of(TrainConfig, ModelConfig)
-    chosen = {key for key in given if given[key] != fields[key].default}
-    # only noted: a config file may be combined with others, and the same command may run in several processes
-    noted = given.keys() - typed | FOR_SEVERAL.keys()
-    refuse_vain(chosen | typed, values, IN_VAIN | FOR_SEVERAL, noted)
-    if overwrite and (given.get("init_from") == "resume" or not writes):
-        note("overwrite=True has no effect: no new run is written")
-    if not saved and "warmup_iters" not in given:
-        config = fit_warmup(config)
-    if init_from == "scratch" and defaults:
-        print(f"no config file: training with the recipe of {RECIPE}", flush=True)
-    return Start(config, model_config, saved, base, given)
-
-
-def read_command(argv: list[str]) -> tuple[dict[str, object], set[str]]:
-    """Return the settings in a command and its config files, with out_dir set, and the keys typed in the command."""
-    given = cli.read(argv, ModelConfig, TrainConfig)
-    typed = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
-    if given.get("minutes"):
-        if "max_iters" in typed:
-            raise UserError(
-                "minutes and max_iters both set the length of the run; give only one"
-            )
-        for key in {"max_iters", "lr_decay_iters"} - typed:  # set by a config file
-            given.pop(key, None)
-    if given.get("input"):
-        if given.get("init_from") == "resume":
-            raise UserError(
-                f"input={given['input']} is only for a new run; leave it out: a resumed run already has its data"
-            )
-        # a dataset name from a config file does not apply to an input that was typed in the command
-        if "dataset" not in (typed if "input" in typed else given):
-            given["dataset"] = data_name(given["input"])
-    if given.get("out_dir") is None:
-        given["out_dir"] = f"out/{given.get('dataset', TrainConfig.dataset)}"
-    return given, typed
-
-
-def takes_recipe(argv: list[str], given: dict) -> bool:
-    """True for a new GPT without a config file. For the other models the recipe has not been tried."""
-    no_file = all(argument.startswith("--") for argument in argv)
-    return no_file and given.get("model", ModelConfig.model) == "gpt"
-
-
-def recipe() -> dict[str, object]:
-    """Read the settings of the demo's config file, without those that say what is trained and for how long."""
-    fields = fields_of(ModelConfig, TrainConfig)
-    path = cli.CONFIGS.parent / RECIPE
-    settings = cli.read_config(str(path), fields, before="")
-    return {key: x for key, x in settings.items() if key not in NOT_IN_RECIPE}
-
-
-def data_name(where: str) -> str:
-    """Name a dataset after its input: a folder, a file without its extensions, or the folder of a glob pattern."""
-    parts = reversed(Path(where).resolve().parts)
-    stems = (re.sub(r"[^\w-]+", "_", part.partition(".")[0]).strip("_") for part in parts)
-    return next(filter(None, stems), "text")
-
-
-def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
-    """Return the settings of a resumed run. Raises UserError for a key that cannot change.
-
-    Length, learning rates, evaluation and so on may change. All keys that are not in MAY_CHANGE stay as they are.
-    """
-    if "optimizer" not in saved:
-        raise UserError(
-            f"{path} holds a model but no optimizer state, so it cannot be resumed; is it a copy of best.pt?"
-        )
-    with refuse_other_code(path):
-        train_config = cli.restore(TrainConfig, saved["train_config"])
-    own = asdict(train_config) | saved["model_config"]
-    fixed = own.keys() - MAY_CHANGE
-    # the sequences of a step stay the same, but they may be split into more or fewer micro-batches
-    if math.prod((own | given)[key] for key in STEP) != math.prod(own[key] for key in STEP):
-        fixed |= {*STEP}
-    for key in given.keys() & fixed:
-        if given[key] not in (own[key], None):
-            raise UserError(
-                f"{key}={given[key]} cannot change on resume: the checkpoint has {key}={own[key]};"
-                " leave it out, or train a new model with --init_from=scratch and another --out_dir"
-            )
-    kept = {key: own[key] for key in fixed | {"init_from"}}
-    own["backend"] = TrainConfig.backend
-    if "OMP_NUM_THREADS" in GIVEN:
-        own["threads"] = None
-    if "max_iters" in given:
-        own["minutes"] = None
-    return own | given | kept | {"out_dir": str(path.parent), "input": None}
-
-
-def is_same_run(settings: dict, path: Path) -> bool:
-    """True if path is a checkpoint of an interrupted run with these settings."""
-    try:
-        saved = checkpoint.read(path, with_tensors=False)
-    except UserError:
-        return False
-    asked = asdict(cli.make(TrainConfig, settings))
-    asked |= asdict(make_model_config(settings))
-    had = saved["train_config"] | saved["model_config"]
-    differ = {key for key, value in asked.items() if value != had.get(key)}
-    return "optimizer" in saved and differ <= MAY_DIFFER
-
-
-def base_settings(base: Loaded, given: dict) -> dict[str, object]:
-    """Return the settings of a run that starts from a model: the model's, except for those that the run may choose."""
-    own = asdict(base.model.config)
-    free = {key: getattr(ModelConfig, key) for key in TRAINING_ONLY}
-    free["block_size"] = own["block_size"]
-    for key in given.keys() & own.keys():
-        if key in free:
-            free[key] = given[key]
-        elif given[key] not in (own[key], None):
-            note(
-                f"{key}={given[key]} has no effect; the model {base.path} has {key}={own[key]}"
-            )
-    if free["block_size"] > own["block_size"] and own["position"] == "learned":
-        raise UserError(
-            f"block_size={free['block_size']} is too large: the model {base.path} has learned"
-            f" {own['block_size']} positions; use at most that many"
-        )
-    return own | free
-
-
-def fit_warmup(config: TrainConfig) -> TrainConfig:
-    """Shorten the warmup of a short run, so that most steps are left for the decay."""
-    steps = config.lr_decay_iters or config.max_iters
-    warmup = config.warmup_iters
-    if not config.decay_lr or warmup < steps:
-        return config
-    shorter = steps // 10
-    note(
-        f"warmup_iters={warmup} would last all {steps:,} steps; using warmup_iters={shorter}"
-    )
-    return dataclasses.replace(config, warmup_iters=shorter)

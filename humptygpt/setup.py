@@ -1,107 +1,233 @@
-"""Set up a run: its data, its model, and its progress if it resumes a checkpoint."""
+"""Set up a run: its settings, its data, its model, and its progress if it resumes a checkpoint."""
 
 import importlib.util
 import math
+import re
 import shlex
-from collections.abc import Callable, Collection, Hashable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from humptygpt import checkpoint, cli, evaluation, machine
-from humptygpt.cli import UserError, first_line, note
-from humptygpt.data import COMMAND, Dataset, is_command, made_by, read_meta
-from humptygpt.device import (
-    DTYPES,
-    autocast,
-    pick_device,
-    pick_dtype,
-    thread_counts,
-    to_device,
-    training_dtype,
-)
+from humptygpt.checkpoint import refuse_other_code
+from humptygpt.cli import UserError, fields_of, first_line, note, refuse_vain
+from humptygpt.data import COMMAND, Dataset, Prefetcher, is_command, made_by, read_meta
+from humptygpt.device import autocast, pick_device, pick_dtype, to_device
 from humptygpt.loading import Loaded, code_checksum, load, note_edits, recorded
-from humptygpt.machine import fastest, usable_cores
+from humptygpt.loggers import chosen_loggers
+from humptygpt.machine import GIVEN
 from humptygpt.optimizers import freeze
-from humptygpt.process import Process, launched
+from humptygpt.process import Process, launched, restarted
 from humptygpt.report import memory_report
-from humptygpt.run import Progress, Run
-from humptygpt.settings import OF_INPUT, TrainConfig
-from humptygpt.tasks import MODELS, add_lora, build, build_on_meta, find_task, model_class
+from humptygpt.run import MOVING, Progress, Run, lock_out_dir, refuse_earlier_run
+from humptygpt.settings import (
+    FOR_SEVERAL,
+    GENTLE,
+    IN_VAIN,
+    MAY_CHANGE,
+    MAY_DIFFER,
+    NOT_IN_RECIPE,
+    OF_INPUT,
+    RECIPE,
+    STEP,
+    TrainConfig,
+)
+from humptygpt.tasks import (
+    MODELS,
+    build,
+    build_on_meta,
+    find_task,
+    make_model_config,
+    model_class,
+)
 from humptygpt.tokenizers import from_state
 from model import ModelConfig, Stack, count_parameters
 
 # on a GPU, a run of at least this many micro-batches is compiled, which takes a minute
 LONG = 20_000
-# A measurement takes as many tokens as multiply this many weights of a block, in about 10 ms, but at most TOKENS.
-WEIGHTS = 2**27
-TOKENS = 512
-LARGE = 2048  # n_embd above which nothing is measured, because a block and its gradients take too much memory
 # settings that the machine chooses if the user does not
 MEASURED = ("dtype", "muon_dtype", "threads")
 
 # --------------------------------------------------------------------------------------
-# The machine
+# Settings
 
 
-def tune(config: TrainConfig, model_config: ModelConfig, process: Process) -> TrainConfig:
-    """Return the config with the fastest dtypes and number of CPU threads, and set the number of threads.
+class Start(NamedTuple):
+    """The settings of a run, and the checkpoint or model that it starts from."""
 
-    What the user has set stays. The dtypes are the same in all runs on a machine. The number of threads follows the
-    load: all of them, unless fewer are clearly faster for one layer of the model at this moment, as they are while
-    another training runs. In a run of several processes, the first one decides.
+    config: TrainConfig
+    model_config: ModelConfig
+    saved: dict | None = None  # the checkpoint to resume
+    base: Loaded | None = None  # the model that the run starts from
+    given: Collection[str] = ()  # keys that the command line and its config files set
+
+
+def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
+    """Read a command line, and the checkpoint that it resumes or the model that it starts from.
+
+    locks: receives the lock on out_dir, taken before the checkpoint is read. A run that writes nothing takes no lock.
     """
-    device = process.device
+    rank, processes = launched()
+    given, typed = read_command(argv)
+    overwrite = given.pop("overwrite", False)  # belongs to this command, not to the run
+    out_dir = Path(given["out_dir"])
+    path = out_dir / "ckpt.pt"
+    writes = not given.get("eval_only") and not given.get("dry_run")
+    if locks and writes and not rank:
+        locks.enter_context(lock_out_dir(out_dir))
+    init_from = given.get("init_from", "scratch")
+    saved, base, settings, defaults = None, None, given, {}
+    if init_from not in ("scratch", "resume"):
+        from humptygpt.finetune.base import base_settings
 
-    def choose(choices: Sequence[Hashable], measure: Callable[[], Hashable]) -> Hashable:
-        index = choices.index(measure()) if process.first else 0
-        return choices[int(process.sum(torch.tensor(index)))]
+        base = load(init_from)
+        settings = given | base_settings(base, given)
+        defaults = GENTLE
+    elif init_from == "scratch" and takes_recipe(argv, given):
+        defaults = recipe()
+    # while the subfolder MOVING exists, ckpt.pt belongs to the run that is being moved into it
+    begins = (out_dir / MOVING).exists()
+    if restarted() and not begins and is_same_run(defaults | settings, path):
+        note(f"torchrun has restarted this run; resuming {path}")
+        init_from = "resume"
+    if init_from == "resume":
+        # a sharded checkpoint comes from parallel=fsdp, which a resumed run keeps unless told otherwise
+        sharded = processes > 1 and given.get("parallel", "fsdp") == "fsdp"
+        saved, base = checkpoint.read(path, with_tensors=not sharded), None
+        settings = resumed_settings(saved, settings, path)
+    else:
+        settings = defaults | settings
+        if writes and not overwrite:
+            refuse_earlier_run(out_dir)
+    config = cli.make(TrainConfig, settings)
+    model_config = make_model_config(settings)
+    if given.get("minutes") and (config.dry_run or config.eval_only):
+        raise UserError("minutes has no effect with dry_run or eval_only; leave it out")
+    if config.minutes and processes > 1:
+        raise UserError("minutes works with one process only; with several, use max_iters")
+    for name in chosen_loggers(asdict(config)):  # fail now, not after preparing data
+        importlib.import_module(name)
+    values = asdict(config) | asdict(model_config) | {"processes": processes}
+    # a config.json sets every key, most of them to the default
+    fields = fields_of(TrainConfig, ModelConfig)
+    chosen = {key for key in given if given[key] != fields[key].default}
+    # only noted: a config file may be combined with others, and the same command may run in several processes
+    noted = given.keys() - typed | FOR_SEVERAL.keys()
+    refuse_vain(chosen | typed, values, IN_VAIN | FOR_SEVERAL, noted)
+    if overwrite and (given.get("init_from") == "resume" or not writes):
+        note("overwrite=True has no effect: no new run is written")
+    if not saved and "warmup_iters" not in given:
+        config = fit_warmup(config)
+    if init_from == "scratch" and defaults:
+        print(f"no config file: training with the recipe of {RECIPE}", flush=True)
+    return Start(config, model_config, saved, base, given)
 
-    dtype, muon_dtype = config.dtype, config.muon_dtype
-    if "auto" in (dtype, muon_dtype):
-        best = choose(["float32", "bfloat16"], lambda: training_dtype(device))
-        muon_dtype = best if muon_dtype == "auto" else muon_dtype
-        if device.type == "cpu" and dtype == "auto":
-            dtype = best
-    dtype = str(pick_dtype(dtype, device)).removeprefix("torch.")
 
-    counts = [min(config.threads, usable_cores())] if config.threads else thread_counts()
-    counts = counts[::-1]
-    number = counts[0]
-    if device.type == "cpu" and model_config.n_embd <= LARGE:
-        number = choose(counts, lambda: fastest_count(counts, model_config, DTYPES[dtype]))
-    torch.set_num_threads(number)
-    return replace(
-        config,
-        dtype=dtype,
-        muon_dtype=muon_dtype,
-        # another number of processes may have more threads each
-        threads=number if process.size == 1 else None,
-    )
+def read_command(argv: list[str]) -> tuple[dict[str, object], set[str]]:
+    """Return the settings in a command and its config files, with out_dir set, and the keys typed in the command."""
+    given = cli.read(argv, ModelConfig, TrainConfig)
+    typed = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
+    if given.get("minutes"):
+        if "max_iters" in typed:
+            raise UserError(
+                "minutes and max_iters both set the length of the run; give only one"
+            )
+        for key in {"max_iters", "lr_decay_iters"} - typed:  # set by a config file
+            given.pop(key, None)
+    if given.get("input"):
+        if given.get("init_from") == "resume":
+            raise UserError(
+                f"input={given['input']} is only for a new run; leave it out: a resumed run already has its data"
+            )
+        # a dataset name from a config file does not apply to an input that was typed in the command
+        if "dataset" not in (typed if "input" in typed else given):
+            given["dataset"] = data_name(given["input"])
+    if given.get("out_dir") is None:
+        given["out_dir"] = f"out/{given.get('dataset', TrainConfig.dataset)}"
+    return given, typed
 
 
-def fastest_count(counts: Sequence[int], config: ModelConfig, dtype: torch.dtype) -> int:
-    """Time the forward and backward pass of one layer of the model with each number of threads."""
-    with suppress(Exception):  # from an edited model.py: training will show the error
-        model = build(replace(config, n_layer=1, n_members=1, vocab_size=256))
-        weights = sum(p.numel() for p in model.parameters())
-        tokens = min(TOKENS, WEIGHTS // weights + 1)
-        T = min(config.block_size, tokens)
-        idx = torch.zeros(tokens // T, T, dtype=torch.int64)
-        batch = {"idx": idx, "targets": idx} | (
-            {"source": idx} if hasattr(model, "encode") else {}
+def takes_recipe(argv: list[str], given: dict) -> bool:
+    """True for a new GPT without a config file. For the other models the recipe has not been tried."""
+    no_file = all(argument.startswith("--") for argument in argv)
+    return no_file and given.get("model", ModelConfig.model) == "gpt"
+
+
+def recipe() -> dict[str, object]:
+    """Read the settings of the demo's config file, without those that say what is trained and for how long."""
+    fields = fields_of(ModelConfig, TrainConfig)
+    path = cli.CONFIGS.parent / RECIPE
+    settings = cli.read_config(str(path), fields, before="")
+    return {key: x for key, x in settings.items() if key not in NOT_IN_RECIPE}
+
+
+def data_name(where: str) -> str:
+    """Name a dataset after its input: a folder, a file without its extensions, or the folder of a glob pattern."""
+    parts = reversed(Path(where).resolve().parts)
+    stems = (re.sub(r"[^\w-]+", "_", part.partition(".")[0]).strip("_") for part in parts)
+    return next(filter(None, stems), "text")
+
+
+def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
+    """Return the settings of a resumed run. Raises UserError for a key that cannot change.
+
+    Length, learning rates, evaluation and so on may change. All keys that are not in MAY_CHANGE stay as they are.
+    """
+    if "optimizer" not in saved:
+        raise UserError(
+            f"{path} holds a model but no optimizer state, so it cannot be resumed; is it a copy of best.pt?"
         )
+    with refuse_other_code(path):
+        train_config = cli.restore(TrainConfig, saved["train_config"])
+    own = asdict(train_config) | saved["model_config"]
+    fixed = own.keys() - MAY_CHANGE
+    # the sequences of a step stay the same, but they may be split into more or fewer micro-batches
+    if math.prod((own | given)[key] for key in STEP) != math.prod(own[key] for key in STEP):
+        fixed |= {*STEP}
+    for key in given.keys() & fixed:
+        if given[key] not in (own[key], None):
+            raise UserError(
+                f"{key}={given[key]} cannot change on resume: the checkpoint has {key}={own[key]};"
+                " leave it out, or train a new model with --init_from=scratch and another --out_dir"
+            )
+    kept = {key: own[key] for key in fixed | {"init_from"}}
+    own["backend"] = TrainConfig.backend
+    if "OMP_NUM_THREADS" in GIVEN:
+        own["threads"] = None
+    if "max_iters" in given:
+        own["minutes"] = None
+    return own | given | kept | {"out_dir": str(path.parent), "input": None}
 
-        def train(number: int) -> None:
-            torch.set_num_threads(number)
-            with autocast(torch.device("cpu"), dtype):
-                model(**batch)[1].backward()
 
-        return fastest(counts, train)
-    return counts[0]
+def is_same_run(settings: dict, path: Path) -> bool:
+    """True if path is a checkpoint of an interrupted run with these settings."""
+    try:
+        saved = checkpoint.read(path, with_tensors=False)
+    except UserError:
+        return False
+    asked = asdict(cli.make(TrainConfig, settings))
+    asked |= asdict(make_model_config(settings))
+    had = saved["train_config"] | saved["model_config"]
+    differ = {key for key, value in asked.items() if value != had.get(key)}
+    return "optimizer" in saved and differ <= MAY_DIFFER
+
+
+def fit_warmup(config: TrainConfig) -> TrainConfig:
+    """Shorten the warmup of a short run, so that most steps are left for the decay."""
+    steps = config.lr_decay_iters or config.max_iters
+    warmup = config.warmup_iters
+    if not config.decay_lr or warmup < steps:
+        return config
+    shorter = steps // 10
+    note(
+        f"warmup_iters={warmup} would last all {steps:,} steps; using warmup_iters={shorter}"
+    )
+    return replace(config, warmup_iters=shorter)
 
 
 # --------------------------------------------------------------------------------------
@@ -177,6 +303,29 @@ def open_prepared(folder: Path, config: ModelConfig, seed: int) -> Dataset:
     return task.dataset(folder, config.block_size, seed, hasattr(model, "encode"), meta)
 
 
+def make_batches(
+    config: TrainConfig, dataset: Dataset, process: Process, vocab_size: int
+) -> Dataset | Prefetcher:
+    """Make what yields the batches: the dataset itself, with soft targets, or a thread that reads ahead for a GPU."""
+    batches = dataset
+    if config.ngram_targets and not config.eval_only:
+        from humptygpt.minutes.ngrams import SoftTargets
+
+        batches = SoftTargets(dataset, config.ngram_targets, vocab_size)
+    if process.device.type == "cuda":
+        batches = Prefetcher(batches, min(process.size, config.gradient_accumulation_steps))
+    return batches
+
+
+def make_tester(config: TrainConfig, dataset: Dataset, process: Process) -> Callable | None:
+    """With eval_pairs, make a function that tests a model: (model, dataset) -> metrics."""
+    if not config.eval_pairs:
+        return None
+    from humptygpt.scoring.pairs import tester
+
+    return tester(config, dataset, process)
+
+
 def fit_to_data(
     config: TrainConfig,
     model_config: ModelConfig,
@@ -191,6 +340,8 @@ def fit_to_data(
     if saved:
         check_same_data(saved, dataset, config.out_dir)
     elif base:
+        from humptygpt.finetune.base import check_same_tokens
+
         check_same_tokens(base, dataset)
     tokens = dataset.tokenizer.vocab_size
     vocab_size = model_config.vocab_size or tokens
@@ -218,20 +369,6 @@ def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
     )
 
 
-def check_same_tokens(base: Loaded, dataset: Dataset) -> None:
-    """Raise UserError unless the data uses the base model's tokens. The message says how to prepare it with them."""
-    tokenizer = base.tokenizer
-    # tokens may be added at the end, as those that mark turns are
-    if dataset.tokenizer.pieces[: tokenizer.vocab_size] == tokenizer.pieces:
-        return
-    source = tokenizer.name if tokenizer.name == "gpt2" else base.path
-    keys = shlex.join([f"--tokenizer={source}", "--overwrite=True"])
-    raise UserError(
-        f"the tokens of {dataset.folder} ({dataset.tokenizer.name}) differ from those of the model {base.path}"
-        f" ({tokenizer.name}); prepare the data again with {keys}"
-    )
-
-
 # --------------------------------------------------------------------------------------
 # The model
 
@@ -251,6 +388,8 @@ def make_model(
     if saved:
         model = checkpoint.restore_model(saved["model"], model_config, vars(config))
     elif base:
+        from humptygpt.finetune.base import adapt_model
+
         model = adapt_model(base, config, model_config, tokens)
     else:
         torch.manual_seed(config.seed)
@@ -262,27 +401,6 @@ def make_model(
             module.checkpoint_activations = config.checkpoint_activations
     freeze(model, config.freeze)
     return model
-
-
-def adapt_model(
-    base: Loaded, config: TrainConfig, model_config: ModelConfig, tokens: int
-) -> nn.Module:
-    """Return the base model, adapted to this config: fewer positions, more tokens, different dropout, LoRA."""
-    weights = dict(base.model.state_dict())
-    known = base.tokenizer.vocab_size
-    for name, x in weights.items():
-        if name.endswith("position.wpe.weight"):
-            # keep the first positions, as nanoGPT does
-            weights[name] = x[: model_config.block_size].clone()
-        if name.endswith(("wte.weight", "lm_head.weight")):
-            # the vectors of a new token, which may have been padding, start as the mean of the others
-            mean = x[:known].mean(dim=0)
-            weights[name] = grown = mean.repeat(model_config.vocab_size, 1)
-            grown[: len(x)] = x
-            grown[known:tokens] = mean
-    model = checkpoint.restore_model(weights, model_config)
-    torch.manual_seed(config.seed)
-    return add_lora(model, vars(config))
 
 
 def make_net(run: Run) -> nn.Module:

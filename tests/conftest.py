@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import prepare_data
 import train
-from humptygpt import device, evaluation, machine, setup
+from humptygpt import device, evaluation, machine, process
 from humptygpt import run as runs
 from humptygpt.fast import generation
 from humptygpt.optimizers import make_optimizer
@@ -85,8 +85,8 @@ def folder(tmp_path, monkeypatch):
 def first_choices(monkeypatch):
     """Take float32 and one thread, because a measurement could choose differently in two runs that are compared."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the processes that a test starts
-    monkeypatch.setattr(setup, "training_dtype", lambda device: "float32")
-    for module in (setup, generation):
+    monkeypatch.setattr(process, "training_dtype", lambda device: "float32")
+    for module in (process, generation):
         monkeypatch.setattr(module, "fastest", lambda choices, run: choices[0])
 
 

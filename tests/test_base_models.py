@@ -31,7 +31,7 @@ from humptygpt.cli import UserError
 from humptygpt.convert import sources
 from humptygpt.loading import Loaded, load
 from humptygpt.scoring import pairs
-from humptygpt.settings import read_settings
+from humptygpt.setup import read_settings
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 

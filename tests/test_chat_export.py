@@ -44,7 +44,7 @@ from humptygpt.convert.read_huggingface import read_tokenizer
 from humptygpt.convert.write_huggingface import tokenizer_files
 from humptygpt.data import read_meta
 from humptygpt.loading import load
-from humptygpt.settings import read_settings
+from humptygpt.setup import read_settings
 from humptygpt.tokenizers import END_OF_TEXT, CharTokenizer, Tokenizer, from_state
 
 SHAPE = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=96 --norm=rmsnorm --mlp_conv=0 --qk_norm=False --init=gpt2"

@@ -28,7 +28,8 @@ from humptygpt.data import TokenDataset
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import DataParallel
 from humptygpt.process import PARALLEL, restarted
-from humptygpt.settings import TrainConfig, read_settings
+from humptygpt.settings import TrainConfig
+from humptygpt.setup import read_settings
 
 assert torch._dynamo  # DDP needs it; loaded once here, and not in each process
 CPU = torch.device("cpu")

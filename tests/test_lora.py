@@ -23,7 +23,7 @@ from humptygpt.finetune import lora
 from humptygpt.finetune.lora import MARK
 from humptygpt.loading import load
 from humptygpt.optimizers import ADAMW, trained_parameters
-from humptygpt.settings import read_settings
+from humptygpt.setup import read_settings
 from model import GPT, ModelConfig
 
 ALL = "q_proj,k_proj,v_proj,o_proj,up_proj,down_proj"

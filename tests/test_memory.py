@@ -29,7 +29,8 @@ from humptygpt import run as runs
 from humptygpt.cli import UserError
 from humptygpt.device import autocast
 from humptygpt.optimizers import OPTIMIZERS, freeze, make_optimizer
-from humptygpt.settings import TrainConfig, read_settings
+from humptygpt.settings import TrainConfig
+from humptygpt.setup import read_settings
 from humptygpt.tasks import MODELS, build, build_on_meta
 from model import ACTIVATIONS, BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig
 

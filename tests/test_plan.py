@@ -24,7 +24,8 @@ from humptygpt import run as runs
 from humptygpt.cli import UserError
 from humptygpt.minutes import plan
 from humptygpt.optimizers import trained_parameters
-from humptygpt.settings import RECIPE, TrainConfig, read_settings, recipe
+from humptygpt.settings import RECIPE, TrainConfig
+from humptygpt.setup import read_settings, recipe
 from humptygpt.tasks import MODELS, build_on_meta, make_model_config
 from model import ModelConfig, Stack, flops_per_token
 

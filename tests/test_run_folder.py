@@ -18,7 +18,7 @@ from humptygpt import checkpoint, evaluation
 from humptygpt.evaluation import Loss
 from humptygpt.loggers import TensorBoard, draw_losses
 from humptygpt.run import lock_out_dir, move_aside
-from humptygpt.settings import read_settings
+from humptygpt.setup import read_settings
 
 OUT = Path("out/run")
 RESUME = ["--init_from=resume", "--out_dir=out/run"]

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from humptygpt.cli import make
 from humptygpt.optimizers import orthogonalize
 from humptygpt.sampling import probabilities
-from humptygpt.settings import TrainConfig, recipe
+from humptygpt.settings import TrainConfig
+from humptygpt.setup import recipe
 from humptygpt.tasks import make_model_config
 from model import (
     GPT,

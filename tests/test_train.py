@@ -37,7 +37,7 @@ from humptygpt.evaluation import Loss
 from humptygpt.optimizers import OPTIMIZERS, Optimizer, Rule
 from humptygpt.process import Process
 from humptygpt.report import ADVICE
-from humptygpt.settings import read_settings
+from humptygpt.setup import read_settings
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent

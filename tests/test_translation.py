@@ -16,7 +16,7 @@ from humptygpt import evaluation
 from humptygpt.cli import UserError
 from humptygpt.evaluation import Loss
 from humptygpt.optimizers import Optimizer
-from humptygpt.settings import read_settings
+from humptygpt.setup import read_settings
 from humptygpt.tokenizers import ByteTokenizer
 from humptygpt.translation import beams as beam_search
 from humptygpt.translation import lines, task

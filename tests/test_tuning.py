@@ -13,7 +13,7 @@ from conftest import ROOT, TINY_RUN
 import model as models
 import sample
 import train
-from humptygpt import machine, setup
+from humptygpt import machine, process
 from humptygpt.fast import generation as decoding
 from humptygpt.process import Process
 from humptygpt.settings import TrainConfig
@@ -34,12 +34,12 @@ def fast_choices(monkeypatch):
     numbers = [1]
     monkeypatch.setattr(torch, "set_num_threads", numbers.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: numbers[-1])
-    for module in (setup, decoding):
+    for module in (process, decoding):
         best = lambda choices, run: 2 if 2 in choices else choices[-1]  # noqa: E731
         monkeypatch.setattr(module, "fastest", best)
         monkeypatch.setattr(module, "thread_counts", lambda: [1, 2])
-    monkeypatch.setattr(setup, "training_dtype", lambda device: "bfloat16")
-    monkeypatch.setattr(setup, "usable_cores", lambda: 2)
+    monkeypatch.setattr(process, "training_dtype", lambda device: "bfloat16")
+    monkeypatch.setattr(process, "usable_cores", lambda: 2)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_what_was_measured_is_in_all_files_of_the_run_and_a_resumed_run_keeps_it
     assert {(row["dtype"], row["threads"]) for row in measured} == {("bfloat16", 2)}
 
     slow = lambda choices, run: 1 if 1 in choices else choices[0]  # noqa: E731
-    monkeypatch.setattr(setup, "fastest", slow)
+    monkeypatch.setattr(process, "fastest", slow)
     assert settings["_measured"] == ["dtype", "muon_dtype", "threads"]
     resume = ["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]
     train.main(resume)
@@ -92,12 +92,12 @@ def test_what_was_measured_is_in_all_files_of_the_run_and_a_resumed_run_keeps_it
 
 def test_what_the_user_sets_is_not_measured(fast_choices):
     config = TrainConfig(dtype="float32", muon_dtype="float32", threads=1)
-    assert setup.tune(config, SMALL, Process(CPU)) == config
+    assert process.tune(config, SMALL, Process(CPU)) == config
     assert torch.get_num_threads() == 1
 
 
 def test_more_threads_than_cores_are_not_used(fast_choices):
-    assert setup.tune(TrainConfig(threads=64), SMALL, Process(CPU)).threads == 2
+    assert process.tune(TrainConfig(threads=64), SMALL, Process(CPU)).threads == 2
 
 
 def test_each_process_takes_what_the_first_one_measured(fast_choices):
@@ -109,7 +109,7 @@ def test_each_process_takes_what_the_first_one_measured(fast_choices):
             return x + 1  # it found the second choice fastest
 
     torch.set_num_threads(2)
-    config = setup.tune(TrainConfig(), SMALL, Second(CPU))
+    config = process.tune(TrainConfig(), SMALL, Second(CPU))
     assert (config.dtype, config.muon_dtype) == ("bfloat16", "bfloat16")
     assert torch.get_num_threads() == 1
     # a resumed run may have fewer processes, with more threads each
@@ -129,8 +129,8 @@ def test_both_passes_of_a_layer_are_measured_with_each_number_of_threads(
             seen.append((choice, torch.get_num_threads()))
         return choices[-1]
 
-    monkeypatch.setattr(setup, "fastest", fastest)
-    setup.tune(TrainConfig(), config, Process(CPU))
+    monkeypatch.setattr(process, "fastest", fastest)
+    process.tune(TrainConfig(), config, Process(CPU))
     assert seen == [(2, 2), (1, 1)]
 
 
@@ -141,8 +141,8 @@ def test_a_first_process_whose_measurement_fails_keeps_the_others_waiting_for_no
     sums = []
     monkeypatch.setattr(Process, "sum", lambda self, x: sums.append(x) or x)
     monkeypatch.setattr(models.Stack, "forward", lambda self, x, *, needs_this: x)
-    monkeypatch.setattr(setup, "fastest", lambda choices, run: run(choices[0]))
-    setup.tune(TrainConfig(), SMALL, Process(CPU))
+    monkeypatch.setattr(process, "fastest", lambda choices, run: run(choices[0]))
+    process.tune(TrainConfig(), SMALL, Process(CPU))
     assert len(sums) == 2
 
 

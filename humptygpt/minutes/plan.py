@@ -30,8 +30,8 @@ from humptygpt.minutes.ngrams import MOST_TOKENS
 from humptygpt.optimizers import make_optimizer
 from humptygpt.report import Memory, check_training_fits, model_on_meta, training_memory
 from humptygpt.run import Run
-from humptygpt.settings import IN_VAIN, RECIPE, TrainConfig, recipe
-from humptygpt.setup import make_model
+from humptygpt.settings import IN_VAIN, RECIPE, TrainConfig
+from humptygpt.setup import make_model, recipe
 from model import ModelConfig
 
 # The sizes to try, (n_layer, n_embd): each is about twice as expensive as the one before.

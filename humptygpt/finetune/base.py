@@ -1,0 +1,70 @@
+"""Start a run from an existing model: its settings, its tokens and its weights."""
+
+import shlex
+from dataclasses import asdict
+
+import torch
+from torch import nn
+
+from humptygpt.checkpoint import restore_model
+from humptygpt.cli import UserError, note
+from humptygpt.data import Dataset
+from humptygpt.finetune import lora
+from humptygpt.loading import Loaded
+from humptygpt.settings import TRAINING_ONLY, TrainConfig
+from model import ModelConfig
+
+
+def base_settings(base: Loaded, given: dict) -> dict[str, object]:
+    """Return the settings of a run that starts from a model: the model's, except for those that the run may choose."""
+    own = asdict(base.model.config)
+    free = {key: getattr(ModelConfig, key) for key in TRAINING_ONLY}
+    free["block_size"] = own["block_size"]
+    for key in given.keys() & own.keys():
+        if key in free:
+            free[key] = given[key]
+        elif given[key] not in (own[key], None):
+            note(
+                f"{key}={given[key]} has no effect; the model {base.path} has {key}={own[key]}"
+            )
+    if free["block_size"] > own["block_size"] and own["position"] == "learned":
+        raise UserError(
+            f"block_size={free['block_size']} is too large: the model {base.path} has learned"
+            f" {own['block_size']} positions; use at most that many"
+        )
+    return own | free
+
+
+def check_same_tokens(base: Loaded, dataset: Dataset) -> None:
+    """Raise UserError unless the data uses the base model's tokens. The message says how to prepare it with them."""
+    tokenizer = base.tokenizer
+    # tokens may be added at the end, as those that mark turns are
+    if dataset.tokenizer.pieces[: tokenizer.vocab_size] == tokenizer.pieces:
+        return
+    source = tokenizer.name if tokenizer.name == "gpt2" else base.path
+    keys = shlex.join([f"--tokenizer={source}", "--overwrite=True"])
+    raise UserError(
+        f"the tokens of {dataset.folder} ({dataset.tokenizer.name}) differ from those of the model {base.path}"
+        f" ({tokenizer.name}); prepare the data again with {keys}"
+    )
+
+
+def adapt_model(
+    base: Loaded, config: TrainConfig, model_config: ModelConfig, tokens: int
+) -> nn.Module:
+    """Return the base model, adapted to this config: fewer positions, more tokens, different dropout, LoRA."""
+    weights = dict(base.model.state_dict())
+    known = base.tokenizer.vocab_size
+    for name, x in weights.items():
+        if name.endswith("position.wpe.weight"):
+            # keep the first positions, as nanoGPT does
+            weights[name] = x[: model_config.block_size].clone()
+        if name.endswith(("wte.weight", "lm_head.weight")):
+            # the vectors of a new token, which may have been padding, start as the mean of the others
+            mean = x[:known].mean(dim=0)
+            weights[name] = grown = mean.repeat(model_config.vocab_size, 1)
+            grown[: len(x)] = x
+            grown[known:tokens] = mean
+    model = restore_model(weights, model_config)
+    torch.manual_seed(config.seed)
+    return lora.add(model, vars(config)) if config.lora_rank else model
