@@ -35,12 +35,12 @@ if __name__ == "__main__":
 from humptygpt import cli
 from humptygpt.chat.conversations import Conversations, is_conversations
 from humptygpt.cli import (
+    CONFIGS,
     UserError,
     check_above_0,
     check_choices,
     check_least,
     note,
-    our_configs,
     refuse_vain,
 )
 from humptygpt.convert.hub import repository
@@ -354,12 +354,12 @@ def training_arguments(config: PrepareConfig, meta: dict) -> list[str]:
     arguments = [f"--dataset={config.name}", f"--out_dir=out/{config.name}"]
     if config.tokenizer not in CHOICES:
         return [f"--init_from={config.tokenizer}", *arguments]
-    configs = our_configs()
+    own = CONFIGS / f"{config.name}.py"
     pairs = meta["task"] == Pairs.task
-    if built_in(config) and config.name in configs:
-        arguments = [configs[config.name]]
+    if built_in(config) and own.is_file():
+        arguments = [os.path.relpath(own)]
     elif pairs:
-        arguments = [configs["translate_de_en"], *arguments]
+        arguments = [os.path.relpath(CONFIGS / "translate_de_en.py"), *arguments]
     if pairs and meta["longest"] > runpy.run_path(arguments[0])["block_size"]:
         arguments.append(f"--block_size={meta['longest']}")
     return arguments

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import runpy
-import shlex
 import sys
 import traceback
 import types
@@ -173,11 +172,10 @@ def read(
         sys.exit(0)
     fields = fields_of(*classes)
     given = {}
-    before = ""  # the argument before, if it sets a text
     for argument in argv:
         if not argument.startswith("--"):
             if not positional:
-                given |= read_config(argument, fields, before)
+                given |= read_config(argument, fields)
                 continue
             argument = f"--{positional}={argument}"
         name, value = read_option(argument, fields)
@@ -188,7 +186,6 @@ def read(
                 f"{name} is given twice, as {given[name]} and {value}; give only one"
             )
         given[name] = value
-        before = argument if str in kinds_of(fields[name].type) else ""
     return given
 
 
@@ -202,17 +199,12 @@ def read_option(argument: str, fields: Fields) -> tuple[str, object]:
     return name, parse(name, text, fields[name].type)
 
 
-def check_key(name: str, fields: Fields, where: str = "") -> None:
-    """Raise UserError if no field has this name. where: prefix of the message."""
-    if name in fields:
-        return
-    near = nearest(name, fields)
-    advice = f"did you mean {near}?" if near else "--help lists all keys"
-    if name == "config":
-        advice = "to use a config file, write its path without a key: config/mine.py"
-    if where.endswith(".py: "):
-        advice += " (a variable of your own begins with _)"
-    raise UserError(f"{where}unknown key {name}; {advice}")
+def check_key(name: str, fields: Fields) -> None:
+    """Raise UserError if no field has this name."""
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, n=1)
+        advice = f"did you mean {near[0]}?" if near else "--help lists all keys"
+        raise UserError(f"unknown key {name}; {advice}")
 
 
 def kinds_of(hint: object) -> tuple[type, ...]:
@@ -259,28 +251,25 @@ def convert(name: str, value: object, hint: object) -> object:
 # Config files
 
 
-def read_config(path: str, fields: Fields, before: str) -> dict[str, object]:
+def read_config(path: str, fields: Fields) -> dict[str, object]:
     """Run a config file, or read the config.json of a run. Returns {key: value} for the keys that it sets.
 
-    Modules, functions and names that start with _ are the file's own helpers, not keys. before: as in other_argument().
+    Modules, functions and names that start with _ are the file's own helpers, not keys.
     """
-    endings = (".py", ".json") if "max_iters" in fields else ".py"
-    if not path.endswith(endings) or not os.path.isfile(path):
-        raise UserError(
-            f"{path} is not a config file{other_argument(path, fields, before)}"
-        )
-    if path.endswith(".json"):
-        with refuse(f"{path}: "):
-            names = dict(json.loads(Path(path).read_bytes()))
-    else:
+    if not path.endswith((".py", ".json")) or not os.path.isfile(path):
+        raise UserError(f"{path} is not a config file; a key is set with --key=value")
+    if path.endswith(".py"):
         names = run_config(path)
     found = {}
-    for name, value in names.items():
-        helper = isinstance(value, types.ModuleType) or callable(value)
-        if name.startswith("_") or (helper and name not in fields):
-            continue
-        check_key(name, fields, f"{path}: ")
-        found[name] = convert(name, value, fields[name].type)
+    with refuse(f"{path}: "):
+        if path.endswith(".json"):
+            names = dict(json.loads(Path(path).read_bytes()))
+        for name, value in names.items():
+            helper = isinstance(value, types.ModuleType) or callable(value)
+            if name.startswith("_") or (helper and name not in fields):
+                continue
+            check_key(name, fields)
+            found[name] = convert(name, value, fields[name].type)
     return found
 
 
@@ -293,40 +282,6 @@ def run_config(path: str) -> dict[str, object]:
         lines = [frame.lineno for frame in frames if frame.filename == path]
         line = max(lines, default=getattr(error, "lineno", 0))  # a SyntaxError has lineno
         raise UserError(f"{path}:{line}: {type(error).__name__}: {error}") from error
-
-
-def other_argument(path: str, fields: Fields, before: str) -> str:
-    """Suggest what to write instead of an argument that is not a config file.
-
-    Returns "; ...", the end of a message, or "" if there is no suggestion. before: the argument before it if that sets
-    a text, which may lack its quotes.
-    """
-    if "=" in path:
-        return f"; to set a key, write {shlex.quote('--' + path.lstrip('-'))}"
-    if os.path.exists(path):
-        folder = Path(path).parent if os.path.isfile(path) else Path(path)
-        if "out_dir" in fields and any(folder.glob("*.pt")):
-            resume = "--init_from=resume " if "max_iters" in fields else ""
-            key = shlex.quote(f"--out_dir={folder}")
-            return f"; to use the run in it, write {resume}{key}"
-        key = shlex.quote(f"--input={path}")
-        return f"; to train on it, write {key}" if "input" in fields else ""
-    configs = our_configs()
-    if before and "." not in path and path not in configs:
-        return f"; a text with spaces needs quotes: {shlex.quote(f'{before} {path} ...')}"
-    name = nearest(path.removeprefix("config/").removesuffix(".py"), configs)
-    return f"; did you mean {shlex.quote(configs[name])}?" if name else ""
-
-
-def our_configs() -> dict[str, str]:
-    """Find the config files in config/. Returns {name: path}, for example with the name article/07_heads/1-one."""
-    files = {path.relative_to(CONFIGS): path for path in CONFIGS.rglob("*.py")}
-    return {name.as_posix()[:-3]: os.path.relpath(path) for name, path in files.items()}
-
-
-def nearest(name: str, known: Collection[str]) -> str | None:
-    """Find the known name most similar to a mistyped one. Returns None if none is similar."""
-    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 # --------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def recipe() -> dict[str, object]:
     """Read the settings of the demo's config file, without those that say what is trained and for how long."""
     fields = fields_of(ModelConfig, TrainConfig)
     path = cli.CONFIGS.parent / RECIPE
-    settings = cli.read_config(str(path), fields, before="")
+    settings = cli.read_config(str(path), fields)
     return {key: x for key, x in settings.items() if key not in NOT_IN_RECIPE}
 
 
@@ -386,7 +386,8 @@ def make_model(
     tokens: vocabulary size of the data, if there is a base model.
     """
     if saved:
-        model = checkpoint.restore_model(saved["model"], model_config, vars(config))
+        model = build_on_meta(model_config, vars(config))
+        checkpoint.restore_model(model, saved["model"])
     elif base:
         from humptygpt.finetune.base import adapt_model
 
