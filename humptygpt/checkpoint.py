@@ -10,13 +10,13 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from humptygpt import cli, machine, tokenizers
-from humptygpt.cli import UserError, note, one_line, our_configs, refuse
+from humptygpt.cli import UserError, note, one_line, refuse
 from humptygpt.files import check_schema, remove, write_whole
 from humptygpt.tasks import MODELS, build_on_meta, config_class
 from model import ModelConfig
@@ -26,8 +26,8 @@ FORMAT = "gpt checkpoint 3"  # the number increases whenever the schema changes
 CONFIG = {str: (int, float, bool, str, None)}
 COUNT = range(2**63)
 LORA = {"lora_rank?": COUNT, "lora_alpha?": float, "lora_targets?": str}
-AMOUNTS = ("position", "seconds", "run_seconds", "best_val_loss")
-PROGRESS = {"iter": COUNT[1:], "losses": [float], **dict.fromkeys(AMOUNTS, float)}
+PROGRESS = {"iter": COUNT[1:], "losses": [float]}
+PROGRESS |= dict.fromkeys(("position", "seconds", "run_seconds", "best_val_loss"), float)
 PROGRESS |= dict.fromkeys(("tokens", "best_iter", "evals_since_best"), COUNT)
 SCHEMA = {
     "format": str,
@@ -67,8 +67,9 @@ def read(path: Path, with_tensors: bool = True) -> dict:
     Raises UserError if the file is missing or damaged, is not a checkpoint, or would run code.
     """
     path = stored(path)
-    device = "cpu" if with_tensors or not is_sharded(path) else "meta"
-    return check(path, read_plain(path, with_tensors=with_tensors), device)
+    saved = read_plain(path, with_tensors)
+    check(path, saved, "cpu" if with_tensors or not is_sharded(path) else "meta")
+    return saved
 
 
 # --------------------------------------------------------------------------------------
@@ -103,55 +104,20 @@ def sharded_folders(path: Path) -> list[Path]:
 
 
 def stored(path: Path) -> Path:
-    """Return `path`, such as ckpt.pt, or the sharded checkpoint saved instead, such as ckpt/, if that is newer."""
+    """Return `path`, such as ckpt.pt, or the sharded checkpoint saved instead, such as ckpt/."""
     folders = sharded_folders(path)
-    if path.suffix == ".pt" and folders:
-        sharded_at = (folders[0] / SHARDED).stat().st_mtime
-        if not path.exists() or path.stat().st_mtime <= sharded_at:
-            return folders[0]
-    return path
-
-
-def check_there(path: Path) -> None:
-    """Raise UserError if a file cannot be read."""
-    try:
-        path.open("rb").close()
-    except FileNotFoundError as error:
-        raise UserError(f"no checkpoint {path}{suggest_run(path.parent)}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
-def suggest_run(out_dir: Path) -> str:
-    """For a folder without this checkpoint, suggest its other one, another run, or the command that trains one.
-
-    Returns "; ...", the end of a message.
-    """
-    if os.path.exists(out_dir / "best.pt"):
-        source = shlex.quote(f"--init_from={out_dir}")
-        return f"; start from its best model with {source} and another --out_dir"
-    out_dir = Path(PureWindowsPath(out_dir).as_posix())  # typed with backslashes
-    runs = []
-    for root in (Path(), Path("..")):  # a script may be started in docs/
-        runs += (root / out_dir).glob("*/ckpt.pt")
-        runs += (root / "out" / out_dir.name).glob("ckpt.pt")
-    if runs:
-        newest = max(runs, key=lambda path: path.stat().st_mtime).parent
-        return f"; did you mean {shlex.quote(f'--out_dir={newest}')}?"
-    words = ["python", "train.py", our_configs().get(out_dir.name), f"--out_dir={out_dir}"]
-    return f"; train first: {shlex.join(filter(None, words))}"
+    return folders[0] if folders and not path.exists() else path
 
 
 # --------------------------------------------------------------------------------------
 # Reading a torch.save file: checksums are verified, and code in it is never run
 
 
-def load_plain(path: Path, legacy: bool = False) -> object:
-    """Load a torch.save file onto the CPU. Raises an exception of any type if it is corrupt or would run code.
-
-    legacy: also read files written by PyTorch before version 1.6, which are not zip files and have no checksums.
-    """
-    if not legacy or zipfile.is_zipfile(path):
+def load_plain(path: Path) -> object:
+    """Load a torch.save file onto the CPU. Raises an exception of any type if it is corrupt or would run code."""
+    if zipfile.is_zipfile(
+        path
+    ):  # files from before PyTorch 1.6 are not, and have no checksums
         check_records(path)
     with warnings.catch_warnings():
         # torch warns at length about a pickle that it did not write
@@ -194,14 +160,17 @@ def read_plain(path: Path, with_tensors: bool = True) -> object:
         from humptygpt.parallel import sharded
 
         return sharded.read(path, with_tensors)
-    check_there(path)
+    if not path.exists():
+        raise UserError(
+            f"no checkpoint {path}; train first, or name the folder of a run with --out_dir"
+        )
     problem = "is not a checkpoint: it is truncated, damaged or holds more than tensors and plain data"
     with refuse_damaged(path, problem):
         return load_plain(path)
 
 
-def check(path: Path, saved: object, device: str = "cpu") -> dict:
-    """Check the content of a checkpoint and return its entries. Raises UserError if it is not valid.
+def check(path: Path, saved: object, device: str = "cpu") -> nn.Module:
+    """Check the content of a checkpoint. Returns its model, still without weights. Raises UserError if it is not valid.
 
     device: the type of device that its tensors must be on.
     """
@@ -223,7 +192,7 @@ def check(path: Path, saved: object, device: str = "cpu") -> dict:
     model = build_like(path, config, saved["model"], saved["train_config"])
     with refuse_other_code(path):
         check_tensors("the parameter ", saved["model"], model.state_dict(), device)
-    return saved
+    return model
 
 
 def is_nanogpt(saved: object) -> bool:
@@ -259,12 +228,8 @@ def check_content(saved: dict, tokens: int) -> ModelConfig:
     _, learns = MODELS[config.model]
     if saved["task"] not in learns:
         raise ValueError(f"model={config.model} does not support task={saved['task']}")
-    progress = saved["progress"]
-    if unknown := progress.keys() - PROGRESS.keys():
+    if unknown := saved["progress"].keys() - PROGRESS.keys():
         raise ValueError(f"it has progress.{min(unknown)}, which this code does not know")
-    for key in AMOUNTS:
-        if not progress[key] >= 0:
-            raise ValueError(f"progress.{key}={progress[key]} must be at least 0")
     return config
 
 
@@ -317,14 +282,8 @@ def check_tensors(
 # The model
 
 
-def restore_model(
-    weights: dict[str, Tensor], config: ModelConfig, training: dict | None = None
-) -> nn.Module:
-    """Return a model on the CPU whose parameters are these tensors themselves, so no weight is in memory twice.
-
-    training: as in build_on_meta().
-    """
-    model = build_on_meta(config, training)
+def restore_model(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """Make these tensors the parameters of a model on the meta device, so no weight is in memory twice."""
     names: dict[Tensor, list[str]] = {}  # a tied parameter has several
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(p, []).append(name)

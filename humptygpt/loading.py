@@ -14,10 +14,9 @@ from torch import nn
 
 import model as models
 from humptygpt import checkpoint, tokenizers
-from humptygpt.cli import UserError, note, our_configs
+from humptygpt.cli import UserError, note
 from humptygpt.device import DTYPES, pick_device, sample_dtype
 from humptygpt.files import parse_json
-from humptygpt.tasks import make_model_config
 from humptygpt.tokenizers import Tokenizer
 
 # allowed values of the keys with which scripts load a model
@@ -76,11 +75,8 @@ def load(source: str | Path, which: str = "best") -> Loaded:
 
 def from_run(path: Path, saved: object) -> Loaded:
     """Make a model from the checkpoint of a run. Raises UserError if the checkpoint is not valid."""
-    saved = checkpoint.check(path, saved)
-    config = make_model_config(saved["model_config"])
-    training = saved["train_config"]
-    model = checkpoint.restore_model(saved["model"], config, training)
-    if training.get("lora_rank"):
+    model = checkpoint.restore_model(checkpoint.check(path, saved), saved["model"])
+    if saved["train_config"].get("lora_rank"):
         from humptygpt.finetune.lora import merge
 
         model = merge(model)
@@ -185,13 +181,7 @@ def find_source(source: str | Path, which: str = "best", key: str = "init_from")
 
     if repo := hub.repository(str(source)):
         return hub.fetch(repo) if key == "tokenizer" else hub.fetch_model(repo)
-    run = Path("out", source)
-    advice = ""
-    if os.path.isdir(run):
-        advice = f"; did you mean {run}?"
-    elif str(source) in our_configs():
-        advice = checkpoint.suggest_run(run)
-    raise UserError(f"{key}={source}: there is no such file or folder{advice}")
+    raise UserError(f"{key}={source}: there is no such file or folder")
 
 
 def is_folder(path: Path) -> bool:

@@ -215,8 +215,8 @@ def write() -> dict:
     """Sample from the run. Returns the tensors of the model."""
     found = {}
 
-    def restore_model(weights: dict, *configs, restore=checkpoint.restore_model):
-        model = restore(weights, *configs)
+    def restore_model(model, weights: dict, restore=checkpoint.restore_model):
+        model = restore(model, weights)
         found.update(contents(model.state_dict()))
         return model
 

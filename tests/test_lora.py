@@ -24,6 +24,7 @@ from humptygpt.finetune.lora import MARK
 from humptygpt.loading import load
 from humptygpt.optimizers import ADAMW, trained_parameters
 from humptygpt.setup import read_settings
+from humptygpt.tasks import build_on_meta
 from model import GPT, ModelConfig
 
 ALL = "q_proj,k_proj,v_proj,o_proj,up_proj,down_proj"
@@ -84,7 +85,8 @@ def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base):
     rows = torch.load(OUT / "snapshots/0.pt")["rows"]
     assert len(runs.to_8_bits(best["model"])) == len(rows)
     config = checkpoint.cli.make(ModelConfig, saved["model_config"])
-    unmerged = checkpoint.restore_model(saved["model"], config, saved["train_config"])
+    unmerged = build_on_meta(config, saved["train_config"])
+    checkpoint.restore_model(unmerged, saved["model"])
     idx = torch.arange(16)[None]
     for path in (OUT / "ckpt.pt", OUT / "best.pt"):
         found = load(path).model

@@ -60,29 +60,6 @@ def test_a_checkpoint_may_be_named_itself(run_dir, capsys):
         assert text_of(capsys, f"--out_dir=out/run/{name}") == text
 
 
-def test_a_run_that_is_not_there_is_answered_with_another_or_the_command_that_trains_it(
-    run_dir, fails, monkeypatch
-):
-    run_dir.rename("out/my run")
-    for argv in ([], ["--out_dir=out"], ["--out_dir=my run"], [r"--out_dir=out\my run"]):
-        assert fails(sample.main, *argv).endswith(
-            "; did you mean '--out_dir=out/my run'?\n"
-        )
-    Path("out/new one").mkdir()
-    assert fails(sample.main, "--out_dir=out/new one").endswith(
-        "; train first: python train.py '--out_dir=out/new one'\n"
-    )
-    assert fails(sample.main, "--out_dir=out/humpty_dumpty").endswith(
-        "/config/humpty_dumpty.py --out_dir=out/humpty_dumpty\n"
-    )
-    Path("docs").mkdir()
-    monkeypatch.chdir("docs")
-    for argv in ([], ["--out_dir=out/my run"]):
-        assert fails(sample.main, *argv).endswith(
-            "; did you mean '--out_dir=../out/my run'?\n"
-        )
-
-
 def zero_embeddings(path: Path) -> None:
     """All tokens become equally probable."""
     saved = checkpoint.read(path)

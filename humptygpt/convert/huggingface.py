@@ -140,7 +140,8 @@ def build_model(
     All names and shapes are checked before any memory is allocated. Raises UserError if they do not match the config.
     what: the name of the file in error messages.
     """
-    like = build_like(what, config, tensors).state_dict()
+    model = build_like(what, config, tensors)
+    like = model.state_dict()
     stored = {}
     while tensors:
         name, tensor = tensors.popitem()
@@ -164,7 +165,7 @@ def build_model(
             )
     if config.tie_weights:
         ours["lm_head.weight"] = ours["wte.weight"]
-    return restore_model(ours, config)
+    return restore_model(model, ours)
 
 
 # --------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def open_file(path: Path) -> Weights:
     with refuse_damaged(path, problem):
         # load_file also checks that the file has the size that its header declares
         safe = path.suffix == ".safetensors"
-        tensors = load_file(path) if safe else load_plain(path, legacy=True)
+        tensors = load_file(path) if safe else load_plain(path)
         check_dense(tensors)
         return tensors
 

@@ -12,6 +12,7 @@ from humptygpt.data import Dataset
 from humptygpt.finetune import lora
 from humptygpt.loading import Loaded
 from humptygpt.settings import TRAINING_ONLY, TrainConfig
+from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 
 
@@ -65,6 +66,6 @@ def adapt_model(
             weights[name] = grown = mean.repeat(model_config.vocab_size, 1)
             grown[: len(x)] = x
             grown[known:tokens] = mean
-    model = restore_model(weights, model_config)
+    model = restore_model(build_on_meta(model_config), weights)
     torch.manual_seed(config.seed)
     return lora.add(model, vars(config)) if config.lora_rank else model

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from humptygpt.checkpoint import restore_model
 from humptygpt.cli import UserError
+from humptygpt.tasks import build_on_meta
 
 MARK = ".lora_"  # part of the names of the trained matrices
 
@@ -100,4 +101,4 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 
 def merge(model: nn.Module) -> nn.Module:
     """Return the equivalent model without LoRA. The model must be on the CPU."""
-    return restore_model(merged_state(model), model.config)
+    return restore_model(build_on_meta(model.config), merged_state(model))

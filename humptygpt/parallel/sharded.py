@@ -85,6 +85,7 @@ def put_in_place(temporary: Path, folder: Path) -> None:
         folder.rename(old)
     temporary.rename(folder)
     remove(old)
+    remove(folder.with_suffix(".pt"))  # the previous checkpoint, if it was not sharded
 
 
 def flat(entries: dict) -> dict[str, Tensor]:
@@ -153,7 +154,6 @@ def read(path: Path, with_tensors: bool = True) -> dict:
     device = "cpu" if with_tensors else "meta"
     with refuse_damaged(path):
         entries = load_plain(path / ENTRIES)
-        entries.pop("metadata", None)  # a checksum, in checkpoints of earlier versions
         reader = Reader(path)
         # zeros rather than empty, because rows that are in no file keep their initial values
         tensors = {
