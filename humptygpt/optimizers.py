@@ -73,16 +73,18 @@ class Optimizer:
 
     def state_like(self) -> dict[str, dict[str, Tensor]]:
         """Return {parameter: {name of a state tensor: a tensor of its shape and dtype}}."""
-        like = {}
-        for group in self.param_groups:
-            for name, p in group["named_params"].items():
-                like[name] = {key: view(p) for key, view in group["rule"].state.items()}
-        return like
+        return {
+            name: {key: view(p) for key, view in group["rule"].state.items()}
+            for group in self.param_groups
+            for name, p in group["named_params"].items()
+        }
 
     def make_state(self) -> None:
         """Set the state of every parameter to zeros."""
-        for name, like in self.state_like().items():
-            self.state[name] = {key: torch.zeros_like(x) for key, x in like.items()}
+        self.state = {
+            name: {key: torch.zeros_like(x) for key, x in like.items()}
+            for name, like in self.state_like().items()
+        }
 
     def state_dict(self) -> dict:
         """Return plain data and tensors: {"steps": int, "state": {parameter: {name: tensor}}}."""
@@ -140,13 +142,13 @@ def adamw(optimizer: Optimizer, group: dict, slots: list[Slot]) -> None:
     This calls the kernel behind torch.optim.AdamW(fused=True) directly, once for all parameters.
     Source: Loshchilov and Hutter 2017, arXiv:1711.05101.
     """
-    weights = [slot.weight for slot in slots]
+    weights, gradients, states, _ = map(list, zip(*slots, strict=True))
     steps = torch.full((), float(optimizer.steps), device=weights[0].device)
     torch._fused_adamw_(
         weights,
-        [slot.gradient for slot in slots],
-        [slot.state["exp_avg"] for slot in slots],
-        [slot.state["exp_avg_sq"] for slot in slots],
+        gradients,
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
         [],
         [steps] * len(slots),
         lr=group["lr"],
