@@ -169,10 +169,12 @@ def read_plain(path: Path, with_tensors: bool = True) -> object:
         return load_plain(path)
 
 
-def check(path: Path, saved: object, device: str = "cpu") -> nn.Module:
-    """Check the content of a checkpoint. Returns its model, still without weights. Raises UserError if it is not valid.
+def check(
+    path: Path, saved: object, device: str = "cpu"
+) -> tuple[nn.Module, tokenizers.Tokenizer]:
+    """Check the content of a checkpoint. Returns its model, still on the meta device, and its tokenizer.
 
-    device: the type of device that its tensors must be on.
+    device: the type of device that its tensors must be on. Raises UserError if something is not valid.
     """
     if is_nanogpt(saved):
         source = shlex.quote(f"--init_from={path}")
@@ -184,15 +186,15 @@ def check(path: Path, saved: object, device: str = "cpu") -> nn.Module:
     with refuse(f"{path} is damaged: "):
         check_schema(saved, SCHEMA)
     with refuse(f"{path}: "):
-        tokens = tokenizers.from_state(saved["tokenizer"]).vocab_size
+        tokenizer = tokenizers.from_state(saved["tokenizer"])
     with refuse_other_code(path):
-        config = check_content(saved, tokens)
+        config = check_content(saved, tokenizer.vocab_size)
     # fills in defaults for keys that the checkpoint predates
     saved["model_config"] = asdict(config)
     model = build_like(path, config, saved["model"], saved["train_config"])
     with refuse_other_code(path):
         check_tensors("the parameter ", saved["model"], model.state_dict(), device)
-    return model
+    return model, tokenizer
 
 
 def is_nanogpt(saved: object) -> bool:

@@ -35,8 +35,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     saved = checkpoint.read_plain(path)
     if checkpoint.is_nanogpt(saved):
         return nanogpt_tokenizer(path, saved)
-    checkpoint.check(path, saved)
-    return tokenizers.from_state(saved["tokenizer"])
+    _, tokenizer = checkpoint.check(path, saved)
+    return tokenizer
 
 
 def from_folder(path: Path, source: str | Path) -> Loaded:
