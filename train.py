@@ -115,7 +115,10 @@ def setup(
     measured = left_open(config, saved, given)
     config = tune(config, model_config, process)
     dtype = DTYPES[config.dtype]
-    tune_malloc(process.sharded)
+    if (
+        not process.sharded
+    ):  # it gathers whole weights and frees them again, which would leave gaps
+        tune_malloc()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     dataset = open_prepared(Path("data") / config.dataset, model_config, config.seed)

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from humptygpt import cli
 from humptygpt.data import read_meta
-from humptygpt.device import pick_device, pick_dtype, tune_malloc
+from humptygpt.device import DTYPES, pick_device, training_dtype, tune_malloc
 from humptygpt.files import write_whole
 from humptygpt.loggers import read_metrics
 from humptygpt.minutes import plan
@@ -101,7 +101,7 @@ def prepare() -> None:
 
 def measure() -> None:
     """Time a few steps of each run, and compute how many fit into its minutes."""
-    tune_malloc(False)
+    tune_malloc()
     steps = {}
     for text, minutes in CELLS:
         for number in range(RUNS):
@@ -109,7 +109,7 @@ def measure() -> None:
             dataset = open_prepared(Path("data", text), start.model_config, 1337)
             model_config = fit_to_data(*start[:4], dataset)
             device = pick_device("cpu")
-            dtype = pick_dtype("auto", device)
+            dtype = DTYPES[training_dtype(device)]
             seconds = plan.seconds_per_step(
                 start.config, model_config, dataset, device, dtype
             )

@@ -67,17 +67,16 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Find a dtype by name. Raises UserError for float16 on a device other than CUDA.
 
-    "auto" is bfloat16 if the hardware can multiply it, else float16 on CUDA and float32 on other devices.
+    "auto" is bfloat16 on CUDA, or float16 if the card cannot multiply bfloat16. On other devices it is float32: to
+    generate, memory is the bottleneck, not arithmetic, and to train, training_dtype() measures it.
     """
-    if name == "auto":
-        if multiplies_bfloat16(device):
-            return torch.bfloat16
-        return torch.float16 if device.type == "cuda" else torch.float32
+    if name == "auto" and device.type == "cuda":
+        name = "bfloat16" if multiplies_bfloat16(device) else "float16"
     if name == "float16" and device.type != "cuda":
         raise UserError(
             f"dtype=float16 needs a CUDA device, but this one is {device.type}; use float32 or bfloat16"
         )
-    return DTYPES[name]
+    return DTYPES.get(name, torch.float32)
 
 
 def training_dtype(device: torch.device) -> str:
@@ -151,13 +150,6 @@ def thread_counts() -> list[int]:
     return sorted({max(1, THREADS // part) for part in (1, 2, 4)})
 
 
-def sample_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Find a dtype for generation. On a CPU, "auto" is float32, because memory is the bottleneck, not arithmetic."""
-    if name == "auto" and device.type == "cpu":
-        return torch.float32
-    return pick_dtype(name, device)
-
-
 def multiplies_bfloat16(device: torch.device) -> bool:
     """True if the hardware has bfloat16 matrix products. Without them, bfloat16 is slower than float32."""
     if device.type == "cuda":
@@ -200,20 +192,14 @@ def free_memory(device: torch.device) -> int:
     return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def tune_malloc(sharded: bool) -> None:
-    """Let glibc keep freed memory for the next step or, if the model is sharded, return it to the system at once.
+def tune_malloc() -> None:
+    """Let glibc keep freed memory for the next step.
 
     By default, every large activation is mapped and zeroed anew in each step. On a CPU, this takes a tenth of a small
-    model's step, and a sixth with a large vocabulary. A sharded model gathers whole weights and frees them again. The
-    gaps left behind would double its memory, so blocks of a megabyte or more go back to the system.
+    model's step, and a sixth with a large vocabulary.
     """
     if sys.platform != "linux":
         return
     mallopt = ctypes.CDLL(None).mallopt
-    # malloc.h: M_TRIM_THRESHOLD is -1, M_MMAP_THRESHOLD is -3, M_MMAP_MAX is -4
-    if sharded:
-        mallopt(-1, 1 << 20)
-        mallopt(-3, 1 << 20)
-    else:
-        mallopt(-1, 2**31 - 1)
-        mallopt(-4, 0)  # no block gets a mapping of its own, however large
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD in malloc.h
+    mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, however large

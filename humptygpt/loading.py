@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import model as models
-from humptygpt import checkpoint, tokenizers
+from humptygpt import checkpoint
 from humptygpt.cli import UserError, note
-from humptygpt.device import DTYPES, pick_device, sample_dtype
+from humptygpt.device import DTYPES, pick_device, pick_dtype
 from humptygpt.files import parse_json
 from humptygpt.tokenizers import Tokenizer
 
@@ -75,7 +75,8 @@ def load(source: str | Path, which: str = "best") -> Loaded:
 
 def from_run(path: Path, saved: object) -> Loaded:
     """Make a model from the checkpoint of a run. Raises UserError if the checkpoint is not valid."""
-    model = checkpoint.restore_model(checkpoint.check(path, saved), saved["model"])
+    model, tokenizer = checkpoint.check(path, saved)
+    checkpoint.restore_model(model, saved["model"])
     if saved["train_config"].get("lora_rank"):
         from humptygpt.finetune.lora import merge
 
@@ -86,7 +87,7 @@ def from_run(path: Path, saved: object) -> Loaded:
     best = f"best val loss {loss:.4f}" if loss < math.inf else "not evaluated yet"
     return Loaded(
         model=model,
-        tokenizer=tokenizers.from_state(saved["tokenizer"]),
+        tokenizer=tokenizer,
         task=saved["task"],
         path=path,
         description=f"{path}: iter {progress['iter']}, {best}",
@@ -136,7 +137,7 @@ def pipeline(
     )
 
     torch_device = pick_device(device)
-    weight_dtype = torch.int8 if quantize else sample_dtype(dtype, torch_device)
+    weight_dtype = torch.int8 if quantize else pick_dtype(dtype, torch_device)
     loaded = load(source, which)
     if talks and not loaded.saved:
         from humptygpt.chat.template import with_template

@@ -398,7 +398,7 @@ def load_to_sample(dtype: torch.dtype) -> None:
         model = gpu.build({"position": "rotary"})
         loaded = Loaded(model, ByteTokenizer(), Path(), "a model")
         patch.setattr(loading, "pick_device", lambda name: gpu.device)
-        patch.setattr(loading, "sample_dtype", lambda name, device: dtype)
+        patch.setattr(loading, "pick_dtype", lambda name, device: dtype)
         patch.setattr(loading, "load", lambda *args, **keys: loaded)
         ready = sample.load("a model").model
         cache = ready.make_cache()
