@@ -46,9 +46,6 @@ def start() -> None:
     use: with spinning threads, two training runs on two cores were ten times slower. A thread that sleeps has to be
     woken, which a virtual machine makes slow. Settings in the user's environment take precedence.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # Ctrl-C during the imports ends the script without a traceback
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
         # the first is for GCC's OpenMP, which torch uses on Linux, the second, in milliseconds, for LLVM's and Intel's
         os.environ["GOMP_SPINCOUNT"] = str(measure_spins())
@@ -188,10 +185,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError)
 
 
-def out_of_memory_line(error: BaseException) -> str:
-    return "out of memory on the GPU" if "CUDA" in str(error) else "out of memory"
-
-
 @contextmanager
 def memory_advice(advice: str) -> Iterator[None]:
     """If an allocation in the block fails, raise UserError with this advice."""
@@ -200,7 +193,8 @@ def memory_advice(advice: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"{out_of_memory_line(error)}; {advice}") from error
+        where = " on the GPU" if "CUDA" in str(error) else ""
+        raise UserError(f"out of memory{where}; {advice}") from error
 
 
 # --------------------------------------------------------------------------------------
@@ -247,8 +241,6 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     """
     if main.__module__ == "__main__":  # main() is in the script that was started
         start()
-        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
@@ -268,7 +260,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         complain(f"this needs the package {package}: pip install {package}")
     except Exception as error:
         if is_out_of_memory(error):
-            complain(out_of_memory_line(error))
+            complain("out of memory")
         raise
 
 
