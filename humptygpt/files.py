@@ -101,14 +101,13 @@ def append(path: Path, line: str) -> None:
 def locked(folder: Path, what: str, advice: str) -> Iterator[None]:
     """Let no other process write to a folder until the block ends or the process dies.
 
-    If the folder does not exist, it is created, and removed again at the end if it is empty.
+    If the folder does not exist, it is created, and removed at the end if it is empty.
     what, advice: parts of the error message: what is locked, and what to do instead. Raises UserError if another
     process holds the lock, or the folder cannot be written to.
     """
     from filelock import FileLock, Timeout  # late import: most scripts take no lock
 
     path = folder / ".lock"
-    created = [parent for parent in path.parents if not parent.exists()]
     lock = FileLock(path, timeout=0)
     with refuse_unwritable(folder, "; choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,8 +121,7 @@ def locked(folder: Path, what: str, advice: str) -> Iterator[None]:
         # this fails if a folder is not empty, and on Windows, which cannot remove an open file
         with suppress(OSError):
             path.unlink()
-            for folder in created:
-                folder.rmdir()
+            folder.rmdir()
         lock.release()
 
 
@@ -169,9 +167,7 @@ def check_schema(value: object, schema: object, name: str = "") -> None:
         raise ValueError(f"{what} must have strings as keys")
     if str in form:
         for key, item in value.items():
-            check_schema(
-                item, form[str], f"{name}.{key if key.isprintable() else repr(key)}"
-            )
+            check_schema(item, form[str], f"{name}.{key}")
     else:
         for declared, rule in form.items():
             key = declared.removesuffix("?")

@@ -135,7 +135,7 @@ def test_a_killed_process_leaves_no_lock_and_its_run_is_resumed(run_train):
 def test_a_run_that_does_not_start_leaves_no_folder(tiny, fails):
     argv = [*TINY_RUN, "--out_dir=out/deep/run", "--vocab_size=3"]
     assert "vocab_size=3 must be at least " in fails(train.main, *argv)
-    assert not Path("out").exists()
+    assert not Path("out/deep/run").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a read-only folder")
