@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 import model as models
 from humptygpt.checkpoint import stored
-from humptygpt.cli import note
 from humptygpt.device import free_memory
 from humptygpt.evaluation import evaluation_line
 from humptygpt.machine import check_fits
@@ -30,7 +29,6 @@ ADVICE = (
     " model (--n_embd, --n_layer)"
 )
 FLOAT = 4  # bytes in a float32, the dtype of weights, gradients and optimizer state for any --dtype
-MANY_EPOCHS = 5  # warn about overfitting when fine-tuning for more epochs than this
 
 
 def summary(run: Run) -> str:
@@ -46,8 +44,6 @@ def summary(run: Run) -> str:
         steps = round(steps * run.progress.iter / run.progress.position)
     micro_batches = steps * config.gradient_accumulation_steps
     epochs = micro_batches / dataset.batches_per_epoch(config.batch_size)
-    if config.init_from != "scratch" and epochs > MANY_EPOCHS:
-        note(f"{epochs:.0f} epochs: a model fine-tuned on so little text soon memorises it")
     start = "" if config.init_from == "scratch" else f", from {config.init_from}"
     about = f"about {steps:,}" if config.minutes else f"{steps:,}"
     done = f"; {run.progress.iter:,} are done" if run.progress.iter else ""

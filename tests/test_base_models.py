@@ -100,16 +100,6 @@ def test_a_fine_tuning_is_resumed_when_torchrun_starts_it_again(other, monkeypat
     assert not Path("out/other/previous").exists()
 
 
-@pytest.mark.parametrize(
-    ("argument", "warned"),
-    [("--max_iters=270", False), ("--max_iters=290", True), ("--init_from=scratch", False)],
-)
-def test_many_epochs_of_fine_tuning_get_a_warning(other, capsys, argument, warned):
-    assert train.main([*FROM_RUN, "--max_iters=290", argument, "--eval_only=True"]) == 0
-    note = "epochs: a model fine-tuned on so little text soon memorises it"
-    assert (note in capsys.readouterr().err) == warned
-
-
 def test_the_first_row_of_fine_tuning_is_the_loss_before_its_first_step(other, capsys):
     assert train.main([*FROM_RUN, "--eval_only=True"]) == 0
     loss = re.search(r"val loss \S+", capsys.readouterr().out)[0]
