@@ -53,13 +53,6 @@ def save(path: Path, entries: dict) -> None:
         remove(folder)
 
 
-def load_sharded(path: Path, entries: dict) -> None:
-    """Read a sharded checkpoint into the tensors of a run's latest_state(). Every process must call this."""
-    from humptygpt.parallel.sharded import load
-
-    load(path, entries)
-
-
 def read(path: Path, with_tensors: bool = True) -> dict:
     """Load a checkpoint onto the CPU and check its entries. Optimizer.load() checks the optimizer state later.
 
@@ -286,12 +279,11 @@ def check_tensors(
 
 def restore_model(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     """Make these tensors the parameters of a model on the meta device, so no weight is in memory twice."""
-    names: dict[Tensor, list[str]] = {}  # a tied parameter has several
-    for name, p in model.named_parameters(remove_duplicate=False):
-        names.setdefault(p, []).append(name)
-    model.load_state_dict(weights, assign=True)
-    for first, *others in names.values():
-        for other in others:
-            owner, _, name = other.rpartition(".")
-            setattr(model.get_submodule(owner), name, model.get_parameter(first))
+    new = {
+        p: nn.Parameter(weights[name], p.requires_grad)
+        for name, p in model.named_parameters()  # a tied parameter has several names: this is the first
+    }
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, new[p])
     return model
