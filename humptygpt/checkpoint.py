@@ -108,9 +108,9 @@ def stored(path: Path) -> Path:
 
 def load_plain(path: Path) -> object:
     """Load a torch.save file onto the CPU. Raises an exception of any type if it is corrupt or would run code."""
-    if zipfile.is_zipfile(
-        path
-    ):  # files from before PyTorch 1.6 are not, and have no checksums
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"
+    if is_zip:  # files from before PyTorch 1.6 are pickles, which have no checksums
         check_records(path)
     with warnings.catch_warnings():
         # torch warns at length about a pickle that it did not write
