@@ -53,6 +53,13 @@ def save(path: Path, entries: dict) -> None:
         remove(folder)
 
 
+def load_sharded(path: Path, entries: dict) -> None:
+    """Read a sharded checkpoint into the tensors of a run's latest_state(). Every process must call this."""
+    from humptygpt.parallel.sharded import load
+
+    load(path, entries)
+
+
 def read(path: Path, with_tensors: bool = True) -> dict:
     """Load a checkpoint onto the CPU and check its entries. Optimizer.load() checks the optimizer state later.
 

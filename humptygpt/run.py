@@ -225,9 +225,8 @@ class Run:
             if saved.get("scaler"):
                 self.scaler.load_state_dict(saved["scaler"])
         if sharded:
-            from humptygpt.parallel.sharded import load
-
-            load(self.path, self.state() if eval_only else self.latest_state())
+            entries = self.state() if eval_only else self.latest_state()
+            checkpoint.load_sharded(self.path, entries)
 
 
 class Meter:
