@@ -167,7 +167,9 @@ def check_schema(value: object, schema: object, name: str = "") -> None:
         raise ValueError(f"{what} must have strings as keys")
     if str in form:
         for key, item in value.items():
-            check_schema(item, form[str], f"{name}.{key}")
+            check_schema(
+                item, form[str], f"{name}.{key if key.isprintable() else repr(key)}"
+            )
     else:
         for declared, rule in form.items():
             key = declared.removesuffix("?")
