@@ -26,7 +26,7 @@ import prepare_data
 import sample
 import score
 import train
-from humptygpt import checkpoint, settings
+from humptygpt import checkpoint, setup
 from humptygpt.cli import UserError
 from humptygpt.convert import sources
 from humptygpt.loading import Loaded, load
@@ -296,7 +296,7 @@ def test_nanogpts_config_to_fine_tune_means_what_it_means_there(
     shape |= {"vocab_size": 50257, "bias": True}
     model = build_on_meta(ModelConfig(**GPT2 | shape))
     base = Loaded(model, None, Path("gpt2"), "")
-    monkeypatch.setattr(settings, "load", lambda source: {"gpt2-xl": base}[source])
+    monkeypatch.setattr(setup, "load", lambda source: {"gpt2-xl": base}[source])
     keys = {"dataset": "shakespeare", "init_from": "gpt2-xl", "batch_size": 1}
     keys |= {"gradient_accumulation_steps": 32, "max_iters": 20, "learning_rate": 3e-5}
     keys |= {"decay_lr": False, "always_save_checkpoint": False}

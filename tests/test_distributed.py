@@ -23,7 +23,7 @@ from test_chat import prepare_chats
 
 import prepare_data
 import train
-from humptygpt import checkpoint, machine, optimizers, settings
+from humptygpt import checkpoint, machine, optimizers, setup
 from humptygpt.data import TokenDataset
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import DataParallel
@@ -397,7 +397,7 @@ def test_only_the_same_run_is_resumed_when_torchrun_starts_again(
     run_train, monkeypatch, change
 ):
     run_train()
-    monkeypatch.setattr(settings, "restarted", lambda: True)
+    monkeypatch.setattr(setup, "restarted", lambda: True)
     start = read_settings([*TINY_RUN, *([change] if change else [])])
     assert bool(start.saved) == (change is None)
 

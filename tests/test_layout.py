@@ -29,6 +29,7 @@ FROM_CORE = {
     ("data", "prepare"): "a folder that nanoGPT prepared has no meta.json",
     ("loading", "chat"): "a model of another project may have a chat template",
     ("loading", "convert"): "a source may be a model of another project",
+    ("loading", "fast"): "a model is made ready to generate",
     ("loading", "finetune"): "a checkpoint may have LoRA",
     ("process", "parallel"): "a run may have several processes",
     ("run", "finetune"): "best.pt has LoRA merged",
