@@ -23,8 +23,8 @@ from humptygpt import config as configurator
 from humptygpt import settings
 from humptygpt.config import UserError, check_choices, check_least
 from humptygpt.loading import find_source
+from humptygpt.prepare.dataset import PrepareConfig
 from model import ModelConfig
-from prepare_data import PrepareConfig
 from sample import SampleConfig
 from train import TrainConfig
 

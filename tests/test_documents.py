@@ -10,7 +10,7 @@ from test_tokenizer import EVERY
 from texts import make_text
 
 import prepare_data
-from humptygpt.prepare import documents
+from humptygpt.prepare import dataset, documents
 from humptygpt.prepare.documents import read_documents, zstd
 
 TEXTS = ["first\n\ndocument", "Zweites, mit Ü", "third"]
@@ -109,8 +109,8 @@ def test_there_is_a_way_out_where_bytes_are_not_utf8(errors, text):
 
 def found(where: str) -> list[str]:
     """The files that are read."""
-    config = prepare_data.PrepareConfig("mine", where)
-    corpus = prepare_data.find_corpus(config, Path("data/mine"))
+    config = dataset.PrepareConfig("mine", where)
+    corpus = dataset.find_corpus(config, Path("data/mine"))
     corpus.survey()
     return [file.as_posix() for file in corpus.files]
 

@@ -20,7 +20,10 @@ FILES = {
 }
 # Imports that leave the core, with their reasons. The aim is to have none.
 FROM_CORE = {
-    ("humptygpt.setup", "prepare_data"): "a run prepares its data if they are missing",
+    (
+        "humptygpt.setup",
+        "humptygpt.prepare.dataset",
+    ): "a run prepares its data if they are missing",
 }
 # Imports of one slice by another, with their reasons.
 BETWEEN_SLICES = {

@@ -13,7 +13,7 @@ from texts import make_text
 
 import prepare_data
 import train
-from humptygpt.prepare import vocabulary
+from humptygpt.prepare import dataset, vocabulary
 from humptygpt.settings import data_name
 from humptygpt.setup import prepare_missing
 
@@ -257,7 +257,7 @@ def test_only_the_first_of_several_processes_prepares_the_input(folder, monkeypa
     config = train.TrainConfig(dataset="own", input="own.txt")
     monkeypatch.setenv("RANK", "1")
     prepare_missing(config)  # the only process with this disk
-    monkeypatch.setattr(prepare_data, "prepare", None)
+    monkeypatch.setattr(dataset, "prepare", None)
     prepare_missing(config)
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(TypeError):

@@ -21,9 +21,10 @@ import prepare_data
 import sample
 import train
 from humptygpt import tokenizers as tokenizer
+from humptygpt.config import UserError
 from humptygpt.data import TokenDataset
 from humptygpt.prepare import corpus as corpus_module
-from humptygpt.prepare import encoding, vocabulary
+from humptygpt.prepare import dataset, encoding, vocabulary
 from humptygpt.prepare import sources as known_texts
 from humptygpt.tokenizers import END_OF_TEXT, GPT2Tokenizer
 
@@ -165,7 +166,7 @@ def full_disk(number: int):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoding, "append_tokens", full)
-        with pytest.raises(prepare_data.UserError, match="No space left") as error:
+        with pytest.raises(UserError, match="No space left") as error:
             yield error
 
 
@@ -225,7 +226,7 @@ def test_killed_at_any_moment_and_run_again_it_writes_the_same_bytes(
         with killed_at(call):
             prepare(command)
         if not Path("data/mine/meta.json").exists():  # an incomplete folder is refused
-            with pytest.raises(prepare_data.UserError, match=r"has no meta\.json, "):
+            with pytest.raises(UserError, match=r"has no meta\.json, "):
                 TokenDataset(Path("data/mine"), 8, seed=1)
         if replaces:
             found = contents("mine")
@@ -250,8 +251,8 @@ def test_several_threads_write_the_same_bytes_as_one(corpus, monkeypatch):
 def test_the_tokenizer_of_a_long_corpus_is_trained_on_an_even_sample_of_the_training_split(
     corpus, monkeypatch
 ):
-    config = prepare_data.PrepareConfig("mine", "corpus", val_fraction=0.3)
-    source = prepare_data.find_corpus(config, Path("data/mine"))
+    config = dataset.PrepareConfig("mine", "corpus", val_fraction=0.3)
+    source = dataset.find_corpus(config, Path("data/mine"))
     source.survey()
     prepare("mine --input=corpus --val_fraction=0.3")
     train_texts, _ = documents_of("mine")
@@ -302,7 +303,7 @@ def test_other_data_of_the_same_name_is_refused_and_replaced_whole_with_overwrit
     before = files_of("data/mine")
     with monkeypatch.context() as patch:
         if change == "settings":  # refused without a look at the text
-            patch.setattr(prepare_data, "encode", None)
+            patch.setattr(dataset, "encode", None)
         complaint = fails(prepare_data.main, *command.split())
     assert complaint.startswith(
         "data/mine already holds a different data set; choose another name, or replace it: "
@@ -329,7 +330,7 @@ def test_what_was_refused_is_installed_with_overwrite_unless_its_text_changes_ag
     if again:
         write("corpus/b.jsonl", corpus[10:14])
     else:
-        monkeypatch.setattr(prepare_data, "encode", None)
+        monkeypatch.setattr(dataset, "encode", None)
     prepare(f"{PREPARE} --overwrite=True")
     assert meta("mine")["documents"] == (34 if again else 35)
     assert not Path("data/mine/preparing").exists()
@@ -339,7 +340,7 @@ def test_the_same_settings_and_text_leave_the_data_as_it_is(corpus, capsys, monk
     prepare(PREPARE)
     before, shown = files_of("data/mine"), capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_data, "encode", None)
+        patch.setattr(dataset, "encode", None)
         prepare(PREPARE)
     out, err = capsys.readouterr()
     stays = "data/mine already has this text with these settings; it is left unchanged"
@@ -497,7 +498,7 @@ def test_a_folder_of_ours_without_its_meta_json_is_not_taken_for_nanogpts(folder
 
 
 def unreachable(url, *args, **kwargs):
-    raise prepare_data.UserError(f"{url} cannot be reached: no route")
+    raise UserError(f"{url} cannot be reached: no route")
 
 
 @pytest.fixture
@@ -572,7 +573,7 @@ def test_without_a_network_the_message_names_the_ways_out(folder, monkeypatch):
     monkeypatch.setattr(known_texts, "download", unreachable)
     monkeypatch.setattr(known_texts, "package", unreachable)
     own = "no route; to use your own files, put them into data/shakespeare_char, as described in data/README"
-    with pytest.raises(prepare_data.UserError, match=own):
+    with pytest.raises(UserError, match=own):
         prepare("shakespeare_char")
     assert not Path("data/shakespeare_char/meta.json").exists()
 
