@@ -27,11 +27,10 @@ if __name__ == "__main__":
     machine.start()  # before numpy is loaded
 
 from humptygpt import config as configurator
-from humptygpt.config import UserError, our_configs
+from humptygpt.config import our_configs
 from humptygpt.prepare.dataset import PrepareConfig, built_in, prepare
-from humptygpt.prepare.folder import verify
-from humptygpt.prepare.vocabulary import CHOICES
-from humptygpt.token_files import read_meta
+from humptygpt.prepare.settings import CHOICES
+from humptygpt.token_files import TokenFiles, read_meta
 from humptygpt.translation.pairs import Pairs
 
 
@@ -39,10 +38,9 @@ def main(argv: list[str]) -> None:
     given = configurator.read(argv, PrepareConfig, positional="name")
     config = configurator.make(PrepareConfig, given)
     if config.verify:
-        if others := given.keys() - {"name", "verify"}:
-            raise UserError(f"verify takes only a name; leave out {', '.join(others)}")
         folder = Path("data") / config.name
-        count = verify(folder, read_meta(folder))
+        meta = read_meta(folder)
+        count = sum(TokenFiles(folder, split, meta).verify() for split in meta["splits"])
         print(f"{folder}: {count} token files match their checksums")
         return
     meta = prepare(config)

@@ -1,8 +1,8 @@
 """Text -> token ids -> text: characters, bytes, sentencepiece subwords, byte pairs, or another project's tokens.
 
 A token stands for some bytes of UTF-8 (its piece), and a text is the concatenation of its tokens' pieces. If a dataset
-has several documents, each ends with the token `eot`, which ordinary text never contains. To add a tokenizer, write a
-class and list it in TOKENIZERS, both in this file. prepare/vocabulary.py learns subwords from a text.
+has several documents, each ends with the token `eot`, which ordinary text never contains. To add a tokenizer, write its
+class here, list it in TOKENIZERS, and list how it is trained in prepare/vocabulary.py.
 """
 
 import base64
@@ -15,7 +15,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from humptygpt.config import UserError, find
+from humptygpt.config import UserError
 from humptygpt.schema import check_schema
 
 END_OF_TEXT = "<|endoftext|>"
@@ -24,21 +24,15 @@ MAX_UNPACKED_BYTES = 1 << 26
 # How GPT-2 splits text before byte pairs are merged: contractions, words and numbers with the space before them,
 # punctuation, spaces. Source: Radford et al. 2019.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how sentencepiece writes a byte
-GPT2_PIECES = "humptygpt.prepare.vocabulary:gpt2_pieces"
 
 
 class Tokenizer:
     """The interface of all tokenizers.
 
-    train() makes a tokenizer; it may stop before it has read all texts. state() returns plain data from which
-    from_state() recreates the tokenizer. separated: whether the data's documents end in eot.
+    state() returns plain data from which from_state() recreates the tokenizer.
     """
 
     name: str
-    learn: str  # module:function that learns the vocabulary; train() loads it
-    options: tuple[str, ...] = ()  # prepare_data.py keys that train() accepts
-    needs_all_texts = False  # True: train() reads the validation split as well
     schema: ClassVar = {"separated?": bool}  # entries of state() besides the name
     pieces: list[bytes]  # the bytes that each token stands for
     eot: int | None  # the token that ends each document; None: there is only one document
@@ -50,11 +44,6 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return len(self.pieces)
-
-    @classmethod
-    def train(cls, texts: Iterable[str], separated: bool = False, **options) -> Self:
-        """Learn a vocabulary. Raises UserError if these texts and options do not allow it."""
-        return cls(find(cls.learn)(texts, **options), separated)
 
     def encode(self, text: str) -> np.ndarray:
         """Return token ids, int64 (length,), without bos. Raises UserError for text that cannot be encoded."""
@@ -83,12 +72,8 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """Number of bytes of text in each token, (vocab_size,); 0 for eot and bos."""
-        return np.array(
-            [
-                0 if i in (self.bos, self.eot) else len(piece)
-                for i, piece in enumerate(self.pieces)
-            ]
-        )
+        marks = (self.bos, self.eot)
+        return np.array([0 if i in marks else len(x) for i, x in enumerate(self.pieces)])
 
     def state(self) -> dict:
         return {"tokenizer": self.name, "separated": self.eot is not None}
@@ -103,7 +88,6 @@ class CharTokenizer(Tokenizer):
     """One token for each character of an alphabet, in the order of the alphabet."""
 
     name = "char"
-    needs_all_texts = True
     schema: ClassVar = {"alphabet": str, "separated?": bool}
 
     def __init__(self, alphabet: str, separated: bool = False):
@@ -114,14 +98,6 @@ class CharTokenizer(Tokenizer):
         self.pieces += [END_OF_TEXT.encode()] * separated
         self.eot = len(alphabet) if separated else None
         self._ids = {char: i for i, char in enumerate(alphabet)}
-
-    @classmethod
-    def train(cls, texts: Iterable[str], separated: bool = False) -> Self:
-        """Make an alphabet of all characters in the texts, sorted."""
-        alphabet = set()
-        for text in texts:
-            alphabet.update(text)
-        return cls("".join(sorted(alphabet)), separated)
 
     def encode(self, text: str) -> np.ndarray:
         try:
@@ -146,10 +122,6 @@ class ByteTokenizer(Tokenizer):
         self.pieces = [bytes([i]) for i in range(256)] + [END_OF_TEXT.encode()] * separated
         self.eot = 256 if separated else None
 
-    @classmethod
-    def train(cls, texts: Iterable[str], separated: bool = False) -> Self:
-        return cls(separated)
-
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
 
@@ -157,14 +129,12 @@ class ByteTokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """Subwords learned by sentencepiece. A character without a piece is spelled in bytes, so nothing is lost.
 
-    proto: the serialized sentencepiece model, made with the settings of learn_sentencepiece(). Its token 0 is the
+    proto: the serialized sentencepiece model, made with the settings of prepare/vocabulary.py. Its token 0 is the
     unknown token, which never occurs, so our ids are one lower than sentencepiece's.
     Source: Kudo and Richardson 2018, arXiv:1808.06226.
     """
 
     name = "sentencepiece"
-    learn = "humptygpt.prepare.vocabulary:learn_sentencepiece"
-    options = ("vocab_size", "model_type")
     schema: ClassVar = {"separated": bool, "proto": str}
 
     def __init__(self, proto: bytes, separated: bool = False):
@@ -198,12 +168,12 @@ class SentencePieceTokenizer(Tokenizer):
         )
         return [np.fromiter(chain(*lists), dtype=np.int64) - 1 for lists in ids]
 
-    def spelled(self, counts: list[int]) -> int:
+    def spelled(self, counts: Iterable[int]) -> int:
         """Count the characters that were spelled in bytes. counts: how often each token occurs."""
         # each character has one byte, its first, that is not from 0x80 to 0xBF
         return sum(
-            counts[i]
-            for i, piece in enumerate(self.pieces)
+            count
+            for i, (piece, count) in enumerate(zip(self.pieces, counts, strict=True))
             if self.model.is_byte(i + 1) and not 0x80 <= piece[0] < 0xC0
         )
 
@@ -223,8 +193,6 @@ class BytePairTokenizer(Tokenizer):
     """
 
     name = "bpe"
-    learn = "humptygpt.prepare.vocabulary:learn_byte_pairs"
-    options = ("vocab_size", "split_digits")
     schema: ClassVar = {"separated": bool, "pieces": str}
 
     def __init__(self, pieces: list[bytes], separated: bool = False):
@@ -261,38 +229,38 @@ class GPT2Tokenizer(BytePairTokenizer):
     """GPT-2's own vocabulary."""
 
     name = "gpt2"
-    options = ()
-
-    @classmethod
-    def train(cls, texts: Iterable[str] = (), separated: bool = False) -> Self:
-        """Load GPT-2's vocabulary. Raises UserError if it cannot be downloaded."""
-        return cls(find(GPT2_PIECES)(), separated)
 
 
 TOKENIZERS = {
-    kind.name: kind
-    for kind in (
-        CharTokenizer,
-        ByteTokenizer,
-        SentencePieceTokenizer,
-        GPT2Tokenizer,
-        BytePairTokenizer,
-    )
+    "char": CharTokenizer,
+    "byte": ByteTokenizer,
+    "sentencepiece": SentencePieceTokenizer,
+    "gpt2": GPT2Tokenizer,
+    "bpe": BytePairTokenizer,
 }
-LATE = {  # tokenizers that are loaded only if a description names them
-    "tokenizer.json": "humptygpt.convert.pretrained:PretrainedTokenizer",
-    "chat": "humptygpt.chat.tokens:ChatTokenizer",
-}
+
+
+def tokenizer_class(name: str) -> type[Tokenizer]:
+    """Return the class of a tokenizer. Raises UserError if there is none of this name."""
+    if name == "tokenizer.json":
+        from humptygpt.convert.pretrained import PretrainedTokenizer
+
+        return PretrainedTokenizer
+    if name == "chat":
+        from humptygpt.chat.tokens import ChatTokenizer
+
+        return ChatTokenizer
+    if name not in TOKENIZERS:
+        known = ", ".join((*TOKENIZERS, "tokenizer.json", "chat"))
+        raise UserError(f"tokenizer {name!r} is not one of: {known}")
+    return TOKENIZERS[name]
 
 
 def from_state(state: dict) -> Tokenizer:
     """Make the tokenizer that a meta.json or a checkpoint describes. Raises UserError if it is damaged or unknown."""
     entries = dict(state)
     name = str(entries.pop("tokenizer", None))
-    known = TOKENIZERS | LATE
-    if name not in known:
-        raise UserError(f"tokenizer {name!r} is not one of: {', '.join(known)}")
-    kind = find(LATE[name]) if name in LATE else TOKENIZERS[name]
+    kind = tokenizer_class(name)
     try:
         check_schema(entries, kind.schema)
         return kind.from_state(**entries)
@@ -327,13 +295,13 @@ def unpack(packed: str) -> bytes:
 def printable_bytes() -> dict[str, int]:
     """Return GPT-2's table {printable character: byte}. Printable bytes map to themselves, others to U+0100 and up."""
     printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != 32]
-    hidden = sorted(set(range(256)) - set(printable))
-    signs = map(chr, [*printable, *range(256, 256 + len(hidden))])
-    return dict(zip(signs, printable + hidden, strict=True))
+    hidden = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
 def sentencepiece_bytes(piece: str, byte_fallback: bool) -> bytes:
     """Convert a sentencepiece piece to bytes: "▁" stands for a space, and <0x41> for a single byte."""
-    if byte_fallback and BYTE_TOKEN.fullmatch(piece):
+    if byte_fallback and re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
         return bytes([int(piece[3:5], 16)])
     return piece.replace("▁", " ").encode()

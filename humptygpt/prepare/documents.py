@@ -17,8 +17,6 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from tqdm import tqdm
-
 from humptygpt.config import UserError
 
 try:
@@ -27,7 +25,6 @@ except ImportError:  # before Python 3.14
     from backports import zstd
 
 PIECE = 1 << 18  # maximum number of characters in a piece of a document
-FORMATS = (".jsonl", ".parquet", ".csv", ".tsv")
 HEAD = 8000  # bytes read from the start of a file to determine whether it is text
 BYTE_ORDER_MARKS = {  # UTF-32 comes first, because its mark may begin with that of UTF-16
     b"\xff\xfe\0\0": "utf-32",
@@ -37,8 +34,6 @@ BYTE_ORDER_MARKS = {  # UTF-32 comes first, because its mark may begin with that
 }
 # files that mark a folder as ours: the first is in every data folder, the second in every run's folder
 MARKS = ("command.txt", "metrics.jsonl")
-# Do not start tqdm's monitor thread: if memory is too short to start it, tqdm waits for it forever.
-tqdm.monitor_interval = 0
 UNPACK = {".gz": gzip.open, ".zst": zstd.open}
 DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, zstd.ZstdError, csv.Error)
 # position before a single space and a word, where cutting a text does not change its tokens
@@ -50,12 +45,9 @@ SKIP_HINT = "skip such lines with --skip_bad_lines=True"
 class Piece(NamedTuple):
     """A document, or a part of a long one."""
 
-    text: str
+    text: str  # "" for a line or row without text, which is skipped
     start: int  # number of characters of the document before this piece
     last: bool  # True: the document ends with this piece
-    skipped: bool = False  # True: not a piece, but a line or row without text
-    draw: float = 0.0  # the document's pseudorandom number from corpus.draw()
-    place: int = 0  # number of characters of the file before this piece
 
     @property
     def texts(self) -> tuple[str]:
@@ -103,7 +95,7 @@ def file_format(path: Path) -> str:
     """Determine the format of a file from its name: .jsonl, .parquet, .csv or .tsv; .txt for any other name."""
     packed = path.suffix.lower() in UNPACK
     suffix = Path(path.stem if packed else path.name).suffix.lower()
-    return suffix if suffix in FORMATS else ".txt"
+    return suffix if suffix in READERS else ".txt"
 
 
 @contextmanager
@@ -138,12 +130,12 @@ def read_documents(
             with open_text(path, errors) as text:
                 yield from pieces(iter(partial(text.read, PIECE), ""))
             return
-        read = {".jsonl": read_json_lines, ".parquet": read_parquet}.get(form, read_table)
-        for number, (text, record) in enumerate(read(path, text_key, errors), start=1):
+        records = READERS[form](path, text_key, errors)
+        for number, (text, record) in enumerate(records, start=1):
             if isinstance(text, str):
                 yield from pieces([text.replace("\r\n", "\n").replace("\r", "\n")])
             elif skip_bad_lines:
-                yield Piece("", 0, False, skipped=True)
+                yield Piece("", 0, last=True)
             else:
                 unit = "line" if form == ".jsonl" else "row"
                 raise UserError(
@@ -224,6 +216,14 @@ def read_table(path: Path, text_key: str, errors: str) -> Iterator[tuple[object,
         for row in table:
             # the csv module stores surplus cells under None; in such a row, the text probably contains the separator
             yield None if None in row else row[text_key], row
+
+
+READERS = {  # {extension: reads (text, the record that has it)}
+    ".jsonl": read_json_lines,
+    ".parquet": read_parquet,
+    ".csv": read_table,
+    ".tsv": read_table,
+}
 
 
 def check_column(path: Path, text_key: str, columns: list[str]) -> None:
