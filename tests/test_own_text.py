@@ -176,7 +176,7 @@ def test_the_data_of_an_input_keeps_the_settings_that_it_was_prepared_with(folde
     write_own(make_text(5000))
     way = "python prepare_data.py own --input=own.txt --tokenizer=byte --overwrite=True"
     assert fails(train.main, "--input=own.txt", *TRAIN) == (
-        f"data/own already holds a different data set; choose another name, or replace it: {way}\n"
+        f"data/own already holds data from other files or settings; choose another name, or replace it: {way}\n"
     )
     prepare(way.removeprefix("python prepare_data.py"))
     assert train.main(["--input=own.txt", *TRAIN]) == 0
@@ -232,7 +232,9 @@ def test_train_hands_on_the_keys_that_a_complaint_about_its_input_names(folder, 
     assert (meta("own")["documents"], meta("own")["skipped_lines"]) == (2, 1)
     assert train.main(["--input=own.jsonl", *TRAIN]) == 0  # the data keeps its keys
     other = ["--input=latin1.txt", *TRAIN, "--encoding_errors=ignore"]
-    assert "data/latin1 already holds a different data set" in fails(train.main, *other)
+    assert "data/latin1 already holds data from other files or settings" in fails(
+        train.main, *other
+    )
 
 
 def test_a_run_that_resumes_takes_no_input(fails):

@@ -5,7 +5,7 @@ A line has "messages" (OpenAI, Hugging Face), "conversations" (ShareGPT) or "ins
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from textwrap import indent
@@ -70,7 +70,7 @@ class Conversations(Corpus):
                 yield "val" if drawn <= self.config.val_fraction else "train", conversation
 
     def encode(
-        self, tokenizer: ChatTokenizer, split: str, conversations: Sequence[Conversation]
+        self, tokenizer: ChatTokenizer, split: str, conversations: list[Conversation]
     ) -> tuple[list[np.ndarray], Counter]:
         ids = []
         counted = Counter()

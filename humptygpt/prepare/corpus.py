@@ -8,8 +8,8 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -26,14 +26,17 @@ HASHED = 4096
 tqdm.monitor_interval = 0
 
 
-class Item(Protocol):
-    """A piece of a document, a sentence pair or a conversation."""
-
-    texts: Sequence[str]
-
-
 class Corpus:
-    """The interface of all corpora, and what most of them share."""
+    """The interface of all corpora, and what most of them share.
+
+    Each also has these methods:
+        read(number)                        read the items of self.files[number]; yields (split, item)
+        encode(tokenizer, split, items)     encode items of one split; returns arrays of token ids, and their counts
+        extra_meta(splits, first_text)      the entries of meta.json that only this kind of corpus has, given the counts
+                                            of each split and the start of the training split
+        summary(meta)                       the lines of the summary that only this kind has, as {title: text}
+    An item is a tuple that has `texts`.
+    """
 
     task: str
     counts: tuple[str, ...]  # what meta.json counts in each split, the items first
@@ -49,14 +52,12 @@ class Corpus:
         "split_digits": False,
     }
 
-    def __init__(
-        self, config: PrepareConfig, files: list, source: str, skipped: Sequence[str] = ()
-    ):
+    def __init__(self, config: PrepareConfig, files: list, source: str, skipped: list[str]):
         """config: without unset keys. source: description of the files for meta.json. skipped: from find_files."""
         self.config = config
         self.files = self.paths = files
         self.source = source
-        self.skipped = [*skipped]
+        self.skipped = skipped
 
     def survey(self) -> None:
         """Read everything once, to check it and to find the size of the text. Raises UserError if there is none."""
@@ -65,27 +66,9 @@ class Corpus:
         if not self.text_size:
             raise UserError(f"{self.source} has no {self.missing}")
 
-    def read(self, number: int) -> Iterator[tuple[str, Item]]:
-        """Read the items of self.files[number], in order. Yields (split, item)."""
-        raise NotImplementedError
-
     def wrap(self, tokenizer: Tokenizer) -> Tokenizer:
         """Return the tokenizer that encodes the corpus, given the one of its text."""
         return tokenizer
-
-    def encode(
-        self, tokenizer: Tokenizer, split: str, items: Sequence[Item]
-    ) -> tuple[list[np.ndarray], Counter]:
-        """Encode items of one split. Returns arrays of token ids, and the counts for meta.json."""
-        raise NotImplementedError
-
-    def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
-        """Entries of meta.json that only this kind of corpus has. first_text: the start of the training split."""
-        raise NotImplementedError
-
-    def summary(self, meta: dict) -> dict[str, str]:
-        """Lines of the summary that only this kind of corpus has, as {title: text}."""
-        raise NotImplementedError
 
 
 class Documents(Corpus):
@@ -145,7 +128,7 @@ class Documents(Corpus):
         return size
 
     def read(self, number: int) -> Iterator[tuple[str, Piece]]:
-        """Read the documents of a file in pieces. A piece that contains the boundary of the splits is cut in two."""
+        """Read the documents of a file in pieces."""
         config = self.config
         settings = (config.text_key, config.encoding_errors, config.skip_bad_lines)
         before = 0  # characters of the file before this piece
@@ -155,16 +138,15 @@ class Documents(Corpus):
             if self.cuts is None or not piece.text:
                 yield split, piece
                 continue
-            cut = max(0, self.cuts[number] - before)
+            first, rest = piece.cut(max(0, self.cuts[number] - before))
             before += len(piece.text)
-            ends = piece.last or cut <= len(piece.text)
-            begun = piece._replace(text=piece.text[:cut], last=ends)
-            rest = piece._replace(text=piece.text[cut:], start=piece.start + cut)
-            parts = (("train", begun), ("val", rest))
-            yield from (part for part in parts if part[1].text)
+            if first.text:
+                yield "train", first
+            if rest.text:
+                yield "val", rest
 
     def encode(
-        self, tokenizer: Tokenizer, split: str, pieces: Sequence[Piece]
+        self, tokenizer: Tokenizer, split: str, pieces: list[Piece]
     ) -> tuple[list[np.ndarray], Counter]:
         ids = []
         counted = Counter()
@@ -179,9 +161,8 @@ class Documents(Corpus):
             ids.append(encode(piece.text))
             if piece.last and tokenizer.eot is not None:
                 ids.append([tokenizer.eot])
-            counted["documents"] += begins
-            counted["characters"] += len(piece.text)
-            counted["bytes"] += len(piece.text.encode())
+            size = len(piece.text.encode())
+            counted.update(documents=int(begins), characters=len(piece.text), bytes=size)
         return ids, counted
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
@@ -208,7 +189,7 @@ def progress_bar(what: str, total: int | None = None) -> tqdm:
     return tqdm(desc=what, total=total, unit="B", unit_scale=True, delay=2, disable=None)
 
 
-def read_all(corpus: Corpus, what: str) -> Iterator[tuple[str, Item]]:
+def read_all(corpus: Corpus, what: str) -> Iterator[tuple[str, NamedTuple]]:
     """Yield (split, item) in order, with a progress bar. what: title of the bar."""
     with progress_bar(what, corpus.text_size) as bar:
         for number in range(len(corpus.files)):
@@ -217,18 +198,17 @@ def read_all(corpus: Corpus, what: str) -> Iterator[tuple[str, Item]]:
                 yield split, item
 
 
-def units(corpus: Corpus) -> Iterator[dict[str, list[Item]]]:
-    """Group pieces or pairs into units of about UNIT characters. Yields {split: items}."""
+def units(corpus: Corpus) -> Iterator[tuple[str, list[NamedTuple]]]:
+    """Group the items of each split into units of about UNIT characters. Yields (split, items)."""
     items = defaultdict(list)
-    length = 0
+    lengths = Counter()
     for split, item in read_all(corpus, "encoding"):
         items[split].append(item)
-        length += sum(map(len, item.texts))
-        if length >= UNIT:
-            yield items
-            items = defaultdict(list)
-            length = 0
-    yield items
+        lengths[split] += sum(map(len, item.texts))
+        if lengths[split] >= UNIT:
+            yield split, items.pop(split)
+            lengths[split] = 0
+    yield from items.items()
 
 
 def draw(text: str, salt: str = "split", hashed: int | None = HASHED) -> float:

@@ -226,7 +226,7 @@ def is_whole(folder: Path, meta: dict) -> bool:
 
 
 def data_id(corpus: Corpus, command: str, loaded: Tokenizer | None) -> str:
-    """Hash all that determines the data: the command, the files (path, size, modification time) and a loaded tokenizer."""
+    """Hash what determines the data: the command, the files (path, size and modification time), a loaded tokenizer."""
     made_from = [command]
     for path in corpus.paths:
         with read_errors(path):
@@ -238,7 +238,7 @@ def data_id(corpus: Corpus, command: str, loaded: Tokenizer | None) -> str:
 
 
 def install(preparing: Path, folder: Path) -> None:
-    """Replace the data in a folder by the prepared files. Until the new meta.json is there, the folder is incomplete."""
+    """Replace the data in a folder by the prepared files. The folder is incomplete until it has the new meta.json."""
     (folder / "meta.json").unlink(missing_ok=True)
     for path in list(folder.iterdir()):
         if OURS.fullmatch(path.name):

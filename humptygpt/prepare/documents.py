@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple, Self, TextIO
 
-from humptygpt.config import UserError
+from humptygpt.config import UserError, one_line
 
 try:
     from compression import zstd
@@ -35,7 +35,8 @@ BYTE_ORDER_MARKS = {  # UTF-32 comes first, because its mark may begin with that
 # files that mark a folder as ours: the first is in every data folder, the second in every run's folder
 MARKS = ("command.txt", "metrics.jsonl")
 UNPACK = {".gz": gzip.open, ".zst": zstd.open}
-DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, zstd.ZstdError, csv.Error)
+# what raises them: files, compressed files, Parquet (ValueError), CSV
+DAMAGE = (OSError, EOFError, zlib.error, zstd.ZstdError, ValueError, csv.Error)
 # position before a single space and a word, where cutting a text does not change its tokens
 BEFORE_WORD = re.compile(r"(?<=\S) (?=[^\W_])")
 ENCODING_HINT = "set --encoding_errors=replace or ignore"
@@ -52,6 +53,12 @@ class Piece(NamedTuple):
     @property
     def texts(self) -> tuple[str]:
         return (self.text,)
+
+    def cut(self, at: int) -> tuple[Self, Self]:
+        """Cut off the first `at` characters, where the document ends. Returns them and the rest, which may be empty."""
+        ends = self.last or at <= len(self.text)
+        first = self._replace(text=self.text[:at], last=ends)
+        return first, self._replace(text=self.text[at:], start=self.start + at)
 
 
 class BadFile(UserError):
@@ -72,10 +79,10 @@ def find_files(where: str) -> tuple[list[Path], list[str]]:
     with read_errors(path):
         if path.is_dir():
             found = path.rglob("*")
-        elif glob.has_magic(where) and not path.exists():
-            found = map(Path, glob.glob(where, recursive=True))  # noqa: PTH207, since the pattern may be absolute
-        else:
+        elif path.exists():
             return [path], []
+        else:
+            found = map(Path, glob.glob(where, recursive=True))  # noqa: PTH207, since the pattern may be absolute
         found = sorted(filter(Path.is_file, found), key=Path.as_posix)
     files = []
     skipped = []
@@ -100,13 +107,12 @@ def file_format(path: Path) -> str:
 
 @contextmanager
 def read_errors(path: Path) -> Iterator[None]:
-    """Turn errors in reading a file into UserErrors. path: the file, for the message."""
+    """Turn errors in reading a file into a BadFile. path: the file, for the message."""
     try:
         yield
     except DAMAGE as error:
-        raise BadFile(f"{path} is damaged: {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise BadFile(f"cannot read {path}: {reason}") from error
 
 
 # --------------------------------------------------------------------------------------
@@ -137,10 +143,9 @@ def read_documents(
             elif skip_bad_lines:
                 yield Piece("", 0, last=True)
             else:
-                unit = "line" if form == ".jsonl" else "row"
                 raise UserError(
-                    f"{path}, {unit} {number:,} has no text under {text_key!r}: {str(record)[:100]};"
-                    f" set --text_key to another key, {ENCODING_HINT}, or {SKIP_HINT}"
+                    f"{path}, {'line' if form == '.jsonl' else 'row'} {number:,} has no text under {text_key!r}:"
+                    f" {str(record)[:100]}; set --text_key to another key, {ENCODING_HINT}, or {SKIP_HINT}"
                 )
 
 
@@ -190,14 +195,11 @@ def read_parquet(path: Path, text_key: str, errors: str) -> Iterator[tuple[objec
     """Yield (value, value) for each row, where value is the one in column text_key."""
     import pyarrow.parquet  # slow to import and rarely needed
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            check_column(path, text_key, table.schema_arrow.names)
-            for batch in table.iter_batches(256, columns=[text_key], use_threads=False):
-                values = batch.column(0).to_pylist()
-                yield from zip(values, values, strict=True)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise BadFile(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    with pyarrow.parquet.ParquetFile(path) as table:
+        check_column(path, text_key, table.schema_arrow.names)
+        for batch in table.iter_batches(256, columns=[text_key], use_threads=False):
+            values = batch.column(0).to_pylist()
+            yield from zip(values, values, strict=True)
 
 
 def read_table(path: Path, text_key: str, errors: str) -> Iterator[tuple[object, dict]]:

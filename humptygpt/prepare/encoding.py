@@ -30,17 +30,13 @@ def encode(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict:
     # threads use all cores, because the tokenizer libraries release Python's global lock while they encode
     with ThreadPoolExecutor(corpus.config.workers or machine.usable_cores()) as pool:
         while batch := list(islice(todo, UNITS_AT_ONCE)):
-            for split, total in splits.items():
-                parts = [items[split] for items in batch if split in items]
-                ids = [np.empty(0, np.int64)]
-                for more, counted in pool.map(
-                    partial(corpus.encode, tokenizer, split), parts
-                ):
-                    ids += more
-                    total.update(counted)
+            encoded = pool.map(partial(corpus.encode, tokenizer), *zip(*batch, strict=True))
+            for (split, _), (parts, counted) in zip(batch, encoded, strict=True):
+                total = splits[split]
+                total.update(counted)
                 # of the sides of pairs or the pieces of documents, in tokens
-                total["longest"] = max(total["longest"], max(map(len, ids)))
-                ids = np.concatenate(ids)
+                total["longest"] = max([total["longest"], *map(len, parts)])
+                ids = np.concatenate([np.empty(0, np.int64), *parts])
                 counts += np.bincount(ids, minlength=len(counts))
                 ids = ids.astype(token_dtype(tokenizer))
                 append_tokens(

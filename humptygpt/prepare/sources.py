@@ -9,6 +9,7 @@ import random
 import re
 import tarfile
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
@@ -178,14 +179,16 @@ def wills(config: PrepareConfig) -> tuple[Path, str]:
     return path, f"{len(lines):,} generated wills"
 
 
-def parquet(repo: str, names: list[str], config: PrepareConfig) -> tuple[Path, str]:
-    """The first config.files files of a data set on the Hugging Face Hub. An interrupted download can be resumed."""
+def parquet(repo: str, pattern: str, config: PrepareConfig) -> tuple[Path, str]:
+    """The first config.files files of a data set on the Hugging Face Hub. An interrupted download can be resumed.
+
+    pattern: their names, with {} for the number.
+    """
     import huggingface_hub  # imported here, since it takes half a second to load
 
     folder = DOWNLOADS / config.name
-    chosen = names[: config.files]
     try:
-        for name in chosen:
+        for name in map(pattern.format, range(config.files)):
             if not (folder / name).exists():
                 huggingface_hub.hf_hub_download(
                     repo, name, repo_type="dataset", local_dir=folder
@@ -194,8 +197,7 @@ def parquet(repo: str, names: list[str], config: PrepareConfig) -> tuple[Path, s
         raise UserError(
             f"{repo} cannot be downloaded: {one_line(error)}; run the command again to resume"
         ) from error
-    files = folder / Path(names[0]).parent / "*.parquet"
-    return files, f"{repo}, {len(chosen)} files"
+    return (folder / pattern).parent / "*.parquet", f"{repo}, {config.files} files"
 
 
 def translate_de_en(config: PrepareConfig) -> tuple[PairFiles, str]:
@@ -217,17 +219,18 @@ def everyday_de_en(config: PrepareConfig) -> tuple[PairFiles, str]:
     Validation and test use one pair from each component.
     """
     captions, source = translate_de_en(config)
-    components = UnionFind()
-    for pair in read_pairs(captions[0][1], "strict"):
-        # all captions become one component, which is used for training
-        components.union("captions", *pair.texts)
     archive = DOWNLOADS / "tatoeba" / "deu-eng.zip"
     pairs = read_tatoeba(download(TATOEBA_URL, archive, TATOEBA_SHA256))
+    components = Components()
+    for pair in read_pairs(captions[0][1], "strict"):
+        # all captions become one component, which is used for training
+        components.connect("captions", pair.source)
+        components.connect("captions", pair.target)
     for pair in pairs:
-        components.union(*pair)
-    by_root = {}
+        components.connect(*pair)
+    by_root = defaultdict(list)
     for pair in pairs:
-        by_root.setdefault(components.find(pair[0]), []).append(pair)
+        by_root[components.find(pair[0])].append(pair)
     train = by_root.pop(components.find("captions"), [])
     drawn = [by_root[root] for root in sorted(by_root, key=draw)]
     firsts = [pairs[0] for pairs in drawn]
@@ -245,42 +248,33 @@ def everyday_de_en(config: PrepareConfig) -> tuple[PairFiles, str]:
     return files, f"{credit} and {source}"
 
 
-class UnionFind:
-    """Connected components of sentences that are translations of each other."""
-
-    def __init__(self):
-        self.parent = {}
+class Components(dict[str, str]):
+    """Connected components of sentences that are translations of each other: {sentence: another of its component}."""
 
     def find(self, sentence: str) -> str:
         """Return the sentence that represents the component of this one. Case and punctuation are ignored."""
         sentence = normalised(sentence)
-        while (parent := self.parent.setdefault(sentence, sentence)) != sentence:
-            self.parent[sentence] = self.parent[parent]
+        while (parent := self.setdefault(sentence, sentence)) != sentence:
+            self[sentence] = self[parent]
             sentence = parent
         return sentence
 
-    def union(self, *sentences: str) -> None:
-        root = self.find(sentences[0])
-        for sentence in sentences[1:]:
-            self.parent[self.find(sentence)] = root
+    def connect(self, one: str, other: str) -> None:
+        self[self.find(other)] = self.find(one)
 
 
 def read_tatoeba(archive: Path) -> list[tuple[str, str]]:
     """Read (German, English) pairs from deu.txt in a zip file. Its tab-separated columns: English, German, credits."""
     with zipfile.ZipFile(archive) as file, file.open("deu.txt") as packed:
-        rows = [line.strip("\n").split("\t") for line in io.TextIOWrapper(packed, "utf-8")]
-    return [(german, english) for english, german, *_ in rows]
+        lines = io.TextIOWrapper(packed, "utf-8")
+        return [tuple(line.strip("\n").split("\t")[1::-1]) for line in lines]
 
 
 FINEWEB = partial(  # 2 GB per file
-    parquet,
-    "HuggingFaceFW/fineweb",
-    [f"sample/10BT/{number:03}_00000.parquet" for number in range(15)],
+    parquet, "HuggingFaceFW/fineweb", "sample/10BT/{:03}_00000.parquet"
 )
 OPENWEBTEXT = partial(  # 300 MB per file
-    parquet,
-    "Skylion007/openwebtext",
-    [f"plain_text/train-{number:05}-of-00080.parquet" for number in range(80)],
+    parquet, "Skylion007/openwebtext", "plain_text/train-{:05}-of-00080.parquet"
 )
 SOURCES = {
     "shakespeare_char": Source(shakespeare, {"tokenizer": "char"}),

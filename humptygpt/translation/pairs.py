@@ -6,7 +6,7 @@ validation or test split is given, it keeps every pair that has both sides, so t
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -48,7 +48,6 @@ class Pairs(Corpus):
     task = "translation"
     counts = ("pairs", "characters", "bytes", "tokens", "target_bytes", "target_tokens")
     missing = f"pairs; {LINE_RULE}"
-
     defaults: ClassVar = Corpus.defaults | {
         "val_fraction": 0.02,
         "tokenizer": "sentencepiece",
@@ -58,11 +57,7 @@ class Pairs(Corpus):
     }
 
     def __init__(
-        self,
-        config: PrepareConfig,
-        files: PairFiles,
-        source: str,
-        skipped: Sequence[str] = (),
+        self, config: PrepareConfig, files: PairFiles, source: str, skipped: list[str]
     ):
         super().__init__(config, files, source, skipped)
         self.paths = [path for _, paths in files for path in paths]
@@ -122,9 +117,9 @@ class Pairs(Corpus):
         return "val" if drawn < val else "test" if drawn < val + test else "train"
 
     def encode(
-        self, tokenizer: Tokenizer, split: str, pairs: Sequence[Pair]
+        self, tokenizer: Tokenizer, split: str, pairs: list[Pair]
     ) -> tuple[list[np.ndarray], Counter]:
-        """Encode pairs of one split, as all corpora do.
+        """Encode pairs of one split. Returns arrays of token ids, and the counts for meta.json.
 
         In the splits in self.cleaned, a pair is dropped if one side, including end-of-text, is longer than
         self.config.max_pair_tokens, or longer than self.config.max_pair_ratio times the other side plus SLACK.
