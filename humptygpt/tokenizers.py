@@ -57,9 +57,6 @@ class Tokenizer:
         """Encode the continuation of another text, in which no special token is recognised."""
         return self.encode_rest(text)
 
-    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
-        return [self.encode(text) for text in texts]
-
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text. Bytes that are not valid UTF-8, which a model may generate, become U+FFFD."""
         return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
@@ -155,27 +152,11 @@ class SentencePieceTokenizer(Tokenizer):
             raise ValueError("the model lacks a token that any text may need")
 
     def encode(self, text: str) -> np.ndarray:
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
-        """Encode all texts in a single call to sentencepiece. A call for each sentence would take ten times as long."""
-        split = [re.split("([\n▁])", text) for text in texts]
-        plain = [part for part in chain(*split) if part not in self._separators]
+        parts = re.split("([\n▁])", text)
+        plain = [part for part in parts if part not in self._separators]
         encoded = iter(self.model.encode(plain, num_threads=1))
-        ids = (
-            [self._separators.get(part) or next(encoded) for part in parts]
-            for parts in split
-        )
-        return [np.fromiter(chain(*lists), dtype=np.int64) - 1 for lists in ids]
-
-    def spelled(self, counts: Iterable[int]) -> int:
-        """Count the characters that were spelled in bytes. counts: how often each token occurs."""
-        # each character has one byte, its first, that is not from 0x80 to 0xBF
-        return sum(
-            count
-            for i, (piece, count) in enumerate(zip(self.pieces, counts, strict=True))
-            if self.model.is_byte(i + 1) and not 0x80 <= piece[0] < 0xC0
-        )
+        ids = (self._separators.get(part) or next(encoded) for part in parts)
+        return np.fromiter(chain(*ids), dtype=np.int64) - 1
 
     def state(self) -> dict:
         return super().state() | {"proto": base64.b64encode(self.proto).decode()}

@@ -91,13 +91,6 @@ def test_with_split_digits_each_digit_is_a_token_and_otherwise_a_frequent_number
 
 
 @every
-def test_batches_are_encoded_one_by_one(tok):
-    texts = ["plain", "", "words\n"]
-    batch = tok.encode_batch(texts)
-    assert [ids.tolist() for ids in batch] == [tok.encode(text).tolist() for text in texts]
-
-
-@every
 def test_token_bytes_add_up_to_the_text(tok):
     assert tok.token_bytes()[tok.encode(TEXT)].sum() == len(TEXT.encode())
     assert tok.eot is None or tok.token_bytes()[tok.eot] == 0
@@ -117,13 +110,6 @@ def test_sub_words_are_longer_than_characters_and_all_ids_can_be_decoded(tok):
     assert tok.vocab_size == 350
     assert len(tok.encode(TEXT)) < 0.6 * len(TEXT)
     assert all(tok.decode([i]) for i in range(350))
-
-
-def test_sentencepiece_counts_the_characters_that_have_no_piece():
-    tok = TOKENIZERS["sentencepiece"]
-    counts = np.bincount(tok.encode("plain \U0001f680 words 鳥▁"), minlength=350)
-    assert tok.spelled(counts) == 3
-    assert tok.spelled(np.bincount(tok.encode(TEXT), minlength=350)) < 10
 
 
 def test_byte_pairs_are_merged_in_the_order_in_which_they_were_found():

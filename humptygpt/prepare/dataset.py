@@ -270,10 +270,6 @@ def summary(folder: Path, corpus: Corpus, meta: dict) -> str:
         "tokenizer": f"{kind}, {meta['bytes_per_token']:.2f} bytes per token, stored as {meta['dtype']}",
         "vocabulary": f"{meta['vocab_size']:,} tokens, {f'{unused:,} unused' if unused else 'all used'}",
     }
-    if unknown := meta.get("characters_spelled_in_bytes"):
-        lines["byte fallback"] = (
-            f"{unknown:,} characters are not in the vocabulary and are encoded as bytes"
-        )
     frequent = [
         f"{entry['text']!r} {100 * entry['share']:.1f}%" for entry in meta["commonest"][:6]
     ]

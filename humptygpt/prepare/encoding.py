@@ -1,7 +1,6 @@
 """Encode a corpus as token files, in order and on all cores, and describe them in meta.json."""
 
 import os
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,7 +13,7 @@ from humptygpt import machine
 from humptygpt.config import UserError
 from humptygpt.prepare.corpus import Corpus, units
 from humptygpt.token_files import META_FORMAT, sha256
-from humptygpt.tokenizers import SentencePieceTokenizer, Tokenizer
+from humptygpt.tokenizers import Tokenizer
 
 UNITS_AT_ONCE = 32  # units that are encoded before their tokens are written
 
@@ -24,6 +23,7 @@ def encode(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict:
 
     Raises UserError if a split has too few tokens.
     """
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     splits = {split: Counter() for split in corpus.splits}
     counts = np.zeros(tokenizer.vocab_size, np.int64)  # occurrences of each token
     todo = units(corpus)
@@ -32,70 +32,51 @@ def encode(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict:
         while batch := list(islice(todo, UNITS_AT_ONCE)):
             encoded = pool.map(partial(corpus.encode, tokenizer), *zip(*batch, strict=True))
             for (split, _), (parts, counted) in zip(batch, encoded, strict=True):
-                total = splits[split]
-                total.update(counted)
-                # of the sides of pairs or the pieces of documents, in tokens
-                total["longest"] = max([total["longest"], *map(len, parts)])
                 ids = np.concatenate([np.empty(0, np.int64), *parts])
                 counts += np.bincount(ids, minlength=len(counts))
-                ids = ids.astype(token_dtype(tokenizer))
-                append_tokens(
-                    folder, split, ids, corpus.config.shard_tokens, total["tokens"]
-                )
+                append(folder / f"{split}.bin", ids.astype(dtype))
+                total = splits[split]
+                total.update(counted)
                 total["tokens"] += len(ids)
+                # of the sides of pairs or the pieces of documents, in tokens
+                total["longest"] = max([total["longest"], *map(len, parts)])
     for split, total in splits.items():
         if total["tokens"] < 2:
             raise UserError(
                 f"{split}.bin would have {total['tokens']} tokens, but needs at least 2; change --val_fraction"
                 f" or add text; counted: {dict(total)}"
             )
-    return make_meta(corpus, tokenizer, splits, counts.tolist(), folder)
+    return describe(corpus, tokenizer, folder, dtype, splits, counts.tolist())
 
 
-def append_tokens(
-    folder: Path, split: str, ids: np.ndarray, shard_tokens: int | None, tokens: int
-) -> None:
-    """Append token ids to a split, which has `tokens` tokens so far."""
-    limit = shard_tokens or sys.maxsize
-    while len(ids):
-        number, start = divmod(tokens, limit)
-        name = f"{split}_{number:04d}.bin" if shard_tokens else f"{split}.bin"
-        some = ids[: limit - start]
-        with (folder / name).open("ab") as file:
-            file.write(some)
-            file.flush()
-            os.fsync(file.fileno())
-        tokens += len(some)
-        ids = ids[len(some) :]
+def append(path: Path, ids: np.ndarray) -> None:
+    """Append token ids to a file, and wait until they are on the disk."""
+    with path.open("ab") as file:
+        file.write(ids)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-
-
-def make_meta(
+def describe(
     corpus: Corpus,
     tokenizer: Tokenizer,
-    counted_splits: dict[str, Counter],
-    counts: list[int],
     folder: Path,
+    dtype: np.dtype,
+    counted: dict[str, Counter],
+    counts: list[int],
 ) -> dict:
     """Build the content of meta.json, which describes the token files in a folder. Long entries come last.
 
-    counts: occurrences of each token.
+    counted: the counts of each split. counts: occurrences of each token.
     """
-    dtype = token_dtype(tokenizer)
     splits = {}
-    for split, counted in counted_splits.items():
-        paths = sorted(folder.glob(f"{split}*.bin"))
-        splits[split] = {key: counted[key] for key in corpus.counts} | {
-            "files": [
-                {"name": path.name, "tokens": path.stat().st_size // dtype.itemsize}
-                for path in paths
-            ],
-            "sha256": {path.name: sha256(path) for path in paths},
+    for split, total in counted.items():
+        name = f"{split}.bin"
+        splits[split] = {key: total[key] for key in corpus.counts} | {
+            "files": [{"name": name, "tokens": total["tokens"]}],
+            "sha256": {name: sha256(folder / name)},
         }
-    total = {key: sum(counted[key] for counted in splits.values()) for key in corpus.counts}
+    total = {key: sum(split[key] for split in splits.values()) for key in corpus.counts}
     commonest = [
         {
             "token": i,
@@ -104,11 +85,7 @@ def make_meta(
         }
         for i, count in Counter(dict(enumerate(counts))).most_common(10)
     ]
-    spelled = {}
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        spelled = {"characters_spelled_in_bytes": tokenizer.spelled(counts)}
-    first_file = folder / splits["train"]["files"][0]["name"]
-    first_text = tokenizer.decode(np.fromfile(first_file, dtype, count=1000))
+    first_text = tokenizer.decode(np.fromfile(folder / "train.bin", dtype, count=1000))
     return {
         "format": META_FORMAT,
         "task": corpus.task,
@@ -118,8 +95,7 @@ def make_meta(
         "bytes_per_token": round(total["bytes"] / total["tokens"], 4),
         "vocab_size": tokenizer.vocab_size,
         "vocabulary_used": sum(count > 0 for count in counts),
-        **spelled,
-        **corpus.extra_meta(counted_splits, first_text),
+        **corpus.extra_meta(counted, first_text),
         "commonest": commonest,
         "splits": splits,
         "tokenizer": tokenizer.state(),

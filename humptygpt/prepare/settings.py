@@ -39,7 +39,6 @@ class PrepareConfig:
     vocab_size: int | None = None  # at most this many tokens; None: fits the text, or 4096
     model_type: str | None = None  # sentencepiece algorithm; None: bpe
     split_digits: bool | None = None  # bpe: each digit is a token, to learn sums; None: off
-    shard_tokens: int | None = None  # tokens per file, train_0000.bin, ...; None: one file
     # existing data
     overwrite: bool = False  # replace a different dataset of the same name
     verify: bool = False  # only check the token files against their checksums
@@ -56,7 +55,7 @@ class PrepareConfig:
 
     def validate(self) -> None:
         check_choices(replace(self, tokenizer="auto"))  # tokenizer is checked below
-        check_least(self, 1, "files", "max_pair_ratio", "shard_tokens", "workers")
+        check_least(self, 1, "files", "max_pair_ratio", "workers")
         check_least(self, 2, "max_pair_tokens")
         check_least(self, 257, "vocab_size")  # 256 bytes and end-of-text
         check_least(self, 0, "val_fraction", "test_fraction", below=1)

@@ -126,11 +126,9 @@ class Pairs(Corpus):
         """
         ids = []
         counted = Counter()
-        sides = iter(
-            tokenizer.encode_batch(chain.from_iterable(pair.texts for pair in pairs))
-        )
-        for pair, *both in zip(pairs, sides, sides, strict=True):
-            source, target = (np.append(side, tokenizer.eot) for side in both)
+        for pair in pairs:
+            sides = map(tokenizer.encode, pair.texts)
+            source, target = (np.append(side, tokenizer.eot) for side in sides)
             shorter, longer = sorted((len(source), len(target)))
             if pair.dropped:
                 counted[pair.dropped] += 1
