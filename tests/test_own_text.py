@@ -13,7 +13,7 @@ from texts import make_text
 
 import prepare_data
 import train
-from humptygpt.prepare import dataset, vocabulary
+from humptygpt.prepare import dataset, sources, vocabulary
 from humptygpt.settings import data_name
 from humptygpt.setup import prepare_missing
 
@@ -113,7 +113,10 @@ def test_a_vocab_size_without_a_tokenizer_is_for_byte_pair_encoding(folder, caps
 
 
 @pytest.mark.parametrize("name", ["wills", "mine --input=pairs.tsv --vocab_size=330"])
-def test_pairs_and_data_sets_with_a_tokenizer_of_their_own_keep_it(folder, name):
+def test_pairs_and_data_sets_with_a_tokenizer_of_their_own_keep_it(
+    folder, name, monkeypatch
+):
+    monkeypatch.setattr(sources, "WILLS", 1000)
     write_tsv("pairs.tsv", ROWS)
     prepare(f"{name} --tokenizer=auto")
     assert tokenizer_of(name.split()[0]) == "sentencepiece"

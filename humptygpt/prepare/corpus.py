@@ -194,7 +194,7 @@ def read_all(corpus: Corpus, what: str) -> Iterator[tuple[str, NamedTuple]]:
     with progress_bar(what, corpus.text_size) as bar:
         for number in range(len(corpus.files)):
             for split, item in corpus.read(number):
-                bar.update(sum(len(text.encode()) for text in item.texts))
+                bar.update(len("".join(item.texts).encode()))
                 yield split, item
 
 

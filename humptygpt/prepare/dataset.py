@@ -27,6 +27,7 @@ from humptygpt.tokenizers import Tokenizer, from_state
 from humptygpt.translation.pairs import PairFiles, Pairs
 
 OURS = re.compile(r"meta\.pkl|(train|val|test)(_\d+)?\.bin")
+PREPARING = "preparing"  # subfolder for data that is not complete
 # keys that do not affect the output, and name, which is positional
 NOT_IN_COMMAND = ("name", "workers", "verify", "overwrite")
 ONLY_FOR_PAIRS = ("test_fraction", "max_pair_tokens", "max_pair_ratio", "held_out")
@@ -39,8 +40,8 @@ def prepare(config: PrepareConfig) -> dict:
     with locked(folder, str(folder), advice), refuse_unwritable(folder):
         meta = read_old_meta(folder)
         filled = bool(meta) or is_nanogpts(folder)
-        with empty_folder(folder / "preparing") as preparing:
-            corpus = find_corpus(config, folder, preparing)
+        with empty_folder(folder / PREPARING) as preparing:
+            corpus = find_corpus(config, folder)
             loaded = None
             if corpus.config.tokenizer not in CHOICES:
                 loaded = load_tokenizer(corpus)
@@ -93,14 +94,11 @@ def command_text(config: PrepareConfig) -> str:
 # The input
 
 
-def find_corpus(config: PrepareConfig, folder: Path, temporary: Path) -> Corpus:
-    """Find the documents, pairs or conversations that the config names.
-
-    folder: may have a text of its own. temporary: gets a copy of standard input.
-    """
+def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
+    """Find the documents, pairs or conversations that the config names. folder: the data set's, in data/."""
     source = built_in(config)
     preset = with_defaults(config, source.settings) if source else config
-    files, name = find_input(preset, folder, temporary)
+    files, name = find_input(preset, folder)
     skipped = []
     kind = Pairs
     if not isinstance(files, list):
@@ -126,17 +124,14 @@ def built_in(config: PrepareConfig) -> Source | None:
     return None if own_files else SOURCES.get(config.name)
 
 
-def find_input(
-    config: PrepareConfig, folder: Path, temporary: Path
-) -> tuple[str | Path | PairFiles, str]:
+def find_input(config: PrepareConfig, folder: Path) -> tuple[str | Path | PairFiles, str]:
     """Find the input: a path, or files of pairs. Returns the input and its name in meta.json."""
     if config.source is not None:
         paths = (Path(config.source), Path(config.target))
         return [(None, paths)], f"{config.source} and {config.target}"
     if config.input == "-":
-        path = (
-            temporary / "standard_input.txt"
-        )  # a copy, because the text is read several times
+        # a copy, because the text is read several times
+        path = folder / PREPARING / "standard_input.txt"
         with path.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
         return path, "standard input"

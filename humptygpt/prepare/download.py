@@ -44,9 +44,16 @@ def package(requirement: str, sha256: str, *options: str) -> Iterator[Path]:
         requirements = Path(folder, "requirements.txt")
         requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
         archives = Path(folder, "archives")
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-        pip += ["--no-input", "--disable-pip-version-check", *options]
-        pip += ["--requirement", requirements, "--dest", archives]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--no-input",
+            "--quiet",
+        ]
+        pip += ["--requirement", requirements, "--dest", archives, *options]
         done = subprocess.run(pip, capture_output=True, text=True, errors="replace")
         if done.returncode:
             raise UserError(f"pip cannot download {requirement}: {done.stderr.strip()}")

@@ -45,6 +45,7 @@ MULTI30K_SHA256 = {
 TATOEBA_URL = "https://raw.githubusercontent.com/rioyshky/translation/de48b7027f7318d77010a6e08ed928c10748c23d/deu-eng.zip"
 TATOEBA_SHA256 = "b7688f84f99fa33c17397c14d8bd9cef1fdeb2ee0bf50074767023aee8926e28"
 HUMPTY_CHATS = 85_000
+WILLS = 40_000
 TATOEBA_TEST = 2000  # pairs in the test split
 TATOEBA_VAL = 1000  # pairs in the validation split
 
@@ -161,7 +162,7 @@ def wills(config: PrepareConfig) -> tuple[Path, str]:
     men, women, cities, adjectives, nouns = map(str.split, WORDS.strip().splitlines())
     draw = random.Random(0)
     lines = []
-    for _ in range(40_000):
+    for _ in range(WILLS):
         person = draw.choice(men + women)
         city = draw.choice(cities)
         he, his = ("he", "his") if person in men else ("she", "her")

