@@ -21,12 +21,12 @@ import torch._dynamo
 from conftest import PLAIN, TINY_RUN, assert_same_weights, read_rows
 from test_chat import prepare_chats
 
-import prepare_data
 import train
 from humptygpt import checkpoint, machine, optimizers, setup
 from humptygpt.data import TokenDataset
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import DataParallel
+from humptygpt.prepare import dataset
 from humptygpt.process import PARALLEL, restarted
 from humptygpt.settings import TrainConfig
 from humptygpt.setup import read_settings
@@ -352,7 +352,7 @@ def on_two_machines(argv: list[str], disks: int) -> int:
         time.sleep(0.2)
         shutil.copytree(elsewhere, "data/tiny")
 
-    prepare_data.prepare = prepare
+    dataset.prepare = prepare
     return train.main(argv)
 
 

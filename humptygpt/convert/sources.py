@@ -89,4 +89,6 @@ def nanogpt_tokenizer(path: Path, saved: dict) -> Tokenizer:
         raise UserError(
             f"{path} needs the alphabet of its dataset, but there is no {meta} here or in nanoGPT's folder"
         )
-    return tokenizers.GPT2Tokenizer.train(separated=True)
+    from humptygpt.prepare.vocabulary import gpt2_pieces  # late import: it is rarely needed
+
+    return tokenizers.GPT2Tokenizer(gpt2_pieces(), separated=True)
