@@ -14,8 +14,7 @@ from texts import make_text
 import prepare_data
 import train
 from humptygpt.prepare import dataset, sources, vocabulary
-from humptygpt.settings import data_name
-from humptygpt.setup import prepare_missing
+from humptygpt.setup import data_name, prepare_missing
 
 SMALL = [
     *("--n_layer=2", "--n_head=2", "--n_embd=32", "--device=cpu", "--dtype=float32"),
