@@ -24,6 +24,7 @@ MAX_UNPACKED_BYTES = 1 << 26
 # How GPT-2 splits text before byte pairs are merged: contractions, words and numbers with the space before them,
 # punctuation, spaces. Source: Radford et al. 2019.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how sentencepiece writes a byte
 
 
 class Tokenizer:

@@ -27,7 +27,7 @@ from humptygpt.data import TokenDataset
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import DataParallel
 from humptygpt.prepare import dataset
-from humptygpt.process import PARALLEL, restarted
+from humptygpt.process import restarted
 from humptygpt.settings import TrainConfig
 from humptygpt.setup import read_settings
 
@@ -39,7 +39,7 @@ TIME = 600  # seconds until a test fails
 RESUME = ["--init_from=resume", "--out_dir=out/run"]
 # 4 processes do not divide 34 rows of a matrix evenly
 UNEVEN = [*TINY_RUN, *PLAIN, "--n_embd=34"]
-every_parallel = pytest.mark.parametrize("parallel", PARALLEL)
+every_parallel = pytest.mark.parametrize("parallel", TrainConfig.choices()["parallel"])
 
 
 def free_port() -> int:

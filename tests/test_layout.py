@@ -37,6 +37,8 @@ FROM_CORE = {
     ("setup", "minutes"): "a small text may have targets from n-grams",
     ("setup", "scoring"): "an evaluation may test pairs",
     ("setup", "prepare"): "a run prepares its data if they are missing",
+    ("report", "fast"): "the memory of a run follows the kernel of attention",
+    ("tasks", "fast"): "attention has a faster kernel",
     ("tasks", "finetune"): "a model may have LoRA",
     ("tasks", "minutes"): "a model may be an ensemble",
     ("tokenizers", "chat"): "a tokenizer may have marks of turns",
