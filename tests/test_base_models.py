@@ -226,7 +226,7 @@ def test_without_its_meta_pkl_a_large_vocabulary_is_gpt2s(folder, monkeypatch):
         load("nano/out")
     made = object()
     monkeypatch.setattr(sources.tokenizers.GPT2Tokenizer, "train", lambda separated: made)
-    saved = {"model_args": {"vocab_size": 50304}}
+    saved = {"model": {}, "model_args": {"vocab_size": 50304}}
     assert sources.nanogpt_tokenizer(Path("nano/out/ckpt.pt"), saved) is made
 
 
@@ -265,10 +265,11 @@ DAMAGES = {
 @pytest.mark.parametrize("complaint", DAMAGES)
 def test_a_damaged_nanogpt_checkpoint_is_refused_in_one_line(complaint, folder, fails):
     write_nanogpt(prefix="")
-    saved = torch.load("nano/out/ckpt.pt")
+    path = Path("nano/out/ckpt.pt")
+    saved = torch.load(path)
     DAMAGES[complaint](saved)
-    torch.save(saved, "ckpt.pt")
-    assert re.search(complaint, fails(sample.main, "--init_from=ckpt.pt"))
+    torch.save(saved, path)
+    assert re.search(complaint, fails(sample.main, f"--init_from={path}"))
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(folder):

@@ -243,9 +243,6 @@ BAD = {
     "init_lora_weights must be None or bool or eva or": lambda: change_config(
         init_lora_weights="pissa"
     ),
-    "alora_invocation_tokens must be None": lambda: change_config(
-        alora_invocation_tokens=[1]
-    ),
     "the regular expression 'c_(a|b)'; only layer names are": lambda: change_config(
         alpha_pattern={"c_(a|b)": 3}
     ),
@@ -262,7 +259,9 @@ BAD = {
         **{B: torch.ones(48, 4)}
     ),
     "neither adapter_model.safetensors nor adapter_model.bin": lambda: WEIGHTS.unlink(),
-    "is truncated or damaged, or holds more": lambda: WEIGHTS.write_bytes(b"abc"),
+    "is truncated, damaged or older than PyTorch 1.6, or holds": lambda: (
+        WEIGHTS.write_bytes(b"abc")
+    ),
 }
 
 

@@ -1,47 +1,39 @@
 """Convert GPT-2 and Llama models from Hugging Face's format to our config and weights, and back.
 
-A model is a folder with config.json and weights. No code from the folder is run, and transformers is not needed.
-Weights are read as float32, which represents bfloat16 and float16 exactly.
+A model is a folder with config.json and weights: safetensors or torch.save's pickles, in one file or in several shards.
+No code from the folder is run, and transformers is not needed. Weights are read as float32, which represents bfloat16
+and float16 exactly.
 """
 
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, strided
 
-from humptygpt.checkpoint import build_like, restore_model
-from humptygpt.config import UserError, refuse, restore
+from humptygpt.checkpoint import build_like, load_plain, refuse_damaged, restore_model
+from humptygpt.config import refuse, restore
 from humptygpt.convert.families import (
     ACTIVATION_NAMES,
     FAMILIES,
     ROPE_SCALING,
     Family,
+    find_family,
 )
-from humptygpt.convert.weight_files import Weights, check_shapes, open_weights
 from humptygpt.files import write_whole
 from humptygpt.schema import parse_json
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 
-# Export does not check settings that only affect training, biases, which the weights imply, or rope_base, which GPT-2
-# does not use.
-NOT_EXPORTED = {
-    "dropout",
-    "label_smoothing",
-    "init",
-    "bias",
-    "attn_bias",
-    "mlp_bias",
-    "rope_base",
-}
+Weights = dict[str, Tensor]  # tensors by name
+MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
+# ends of the names of buffers that older files contain; they are ignored
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 SUPPORTED = {  # {key of config.json that changes the model's formulas: the only value that we support}
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
     "partial_rotary_factor": 1,
 }
 ROPE_TYPES = {"default", "llama3"}
@@ -55,24 +47,28 @@ SCHEMA = {
 }
 
 
-def layer_names(family: Family, config: ModelConfig) -> list[tuple[str, list[str]]]:
+# --------------------------------------------------------------------------------------
+# Names
+
+
+def layer_names(family: Family, n_layer: int) -> list[tuple[str, list[str]]]:
     """List the layers of a model: transformers' name for each, and the names of our layers that it combines."""
     return [
         (theirs.replace("#", str(i)), ours.replace("#", str(i)).split())
         for theirs, ours in family.weights.items()
-        for i in range(config.n_layer if "#" in theirs else 1)
+        for i in range(n_layer if "#" in theirs else 1)
     ]
 
 
 def weight_names(
-    family: Family, config: ModelConfig, ours: dict
+    family: Family, config: ModelConfig, ours: Weights
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield the name of each weight in transformers, with our names for its parts. ours: our state dict."""
-    for theirs, names in layer_names(family, config):
+    for theirs, names in layer_names(family, config.n_layer):
         for kind in ("weight", "bias"):
-            own = [f"{name}.{kind}" for name in names]
-            if own[0] in ours and not (theirs == "lm_head" and config.tie_weights):
-                yield f"{theirs}.{kind}", own
+            parts = [f"{name}.{kind}" for name in names]
+            if parts[0] in ours and not (theirs == "lm_head" and config.tie_weights):
+                yield f"{theirs}.{kind}", parts
 
 
 def transposed(family: Family, name: str, tensor: Tensor) -> Tensor:
@@ -83,14 +79,15 @@ def transposed(family: Family, name: str, tensor: Tensor) -> Tensor:
 def to_theirs(family: Family, config: ModelConfig, ours: Weights) -> Weights:
     """Convert our state dict to the family's names and shapes."""
     theirs = {}
-    for name, own in weight_names(family, config, ours):
-        tensor = ours[own[0]] if len(own) == 1 else torch.cat([ours[part] for part in own])
+    for name, parts in weight_names(family, config, ours):
+        first, *others = [ours[part] for part in parts]
+        tensor = torch.cat([first, *others]) if others else first
         theirs[name] = transposed(family, name, tensor)
     return theirs
 
 
 # --------------------------------------------------------------------------------------
-# Reading
+# Reading a model
 
 
 def read_pretrained(folder: Path) -> nn.Module:
@@ -113,7 +110,7 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
         return family, restore(ModelConfig, family.fixed | model_settings(family, content))
 
 
-def model_settings(family: Family, content: dict) -> dict[str, object]:
+def model_settings(family: Family, content: dict[str, object]) -> dict[str, object]:
     """Translate config.json into our settings, without checking their types. Raises ValueError if it is unsupported."""
     rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
     content = family.defaults | content | rope
@@ -126,8 +123,6 @@ def model_settings(family: Family, content: dict) -> dict[str, object]:
                 f"{key}={content[key]} is not supported; only {key}={value} is"
             )
     settings = {ours: content.get(theirs) for theirs, ours in table.items()}
-    if any(type(value) is int and abs(value) >= 2**63 for value in settings.values()):
-        raise ValueError("a number does not fit in 64 bits")
     activation = str(settings["activation"])
     # a name that is not in the table is kept, and ModelConfig then refuses it
     return settings | {"activation": ACTIVATION_NAMES.get(activation, activation)}
@@ -147,7 +142,7 @@ def build_model(
         name, tensor = tensors.popitem()
         if not name.startswith((family.prefix, "lm_head.")):
             name = family.prefix + name
-        if not re.fullmatch(family.no_weights, name):
+        if not name.endswith(BUFFERS):
             stored[name] = tensor
     if config.tie_weights:  # older files contain the tied head as well
         stored.pop("lm_head.weight", None)
@@ -155,10 +150,10 @@ def build_model(
     with refuse(f"cannot read {what}: "):
         check_shapes(stored, {name: tuple(x.shape) for name, x in expected.items()})
     ours = {}
-    for name, own in weight_names(family, config, like):
+    for name, parts in weight_names(family, config, like):
         tensor = transposed(family, name, stored.pop(name).detach())
-        pieces = tensor.split([len(like[part]) for part in own])
-        for part, piece in zip(own, pieces, strict=True):
+        pieces = tensor.split([len(like[part]) for part in parts])
+        for part, piece in zip(parts, pieces, strict=True):
             # copied, because the file may be memory-mapped
             ours[part] = piece.to(
                 torch.float32, copy=True, memory_format=torch.contiguous_format
@@ -166,6 +161,59 @@ def build_model(
     if config.tie_weights:
         ours["lm_head.weight"] = ours["wte.weight"]
     return restore_model(ours, config)
+
+
+# --------------------------------------------------------------------------------------
+# Reading weights. Tensors in safetensors files stay memory-mapped until they are used, so their names and shapes can be
+# checked first.
+
+
+def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Weights:
+    """Read all tensors from the first of these files that the folder has. Raises ValueError, UserError or OSError."""
+    for name in names:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return open_file(folder / name)
+        if index.is_file():
+            content = parse_json(index.read_bytes(), {"weight_map": {str: str}})
+            tensors = {}
+            for shard in sorted(set(content["weight_map"].values())):
+                tensors |= open_file(folder / Path(shard).name)  # never from another folder
+            return tensors
+    raise ValueError(f"there is neither {' nor '.join(names)}")
+
+
+def open_file(path: Path) -> Weights:
+    from safetensors.torch import load_file
+
+    path.open("rb").close()  # raises OSError if the file cannot be read
+    problem = "is truncated, damaged or older than PyTorch 1.6, or holds more than tensors"
+    with refuse_damaged(path, problem):
+        # load_file also checks that the file has the size that its header declares
+        safe = path.suffix == ".safetensors"
+        tensors = load_file(path) if safe else load_plain(path)
+        check_dense(tensors)
+        return tensors
+
+
+def check_dense(tensors: Weights) -> None:
+    """Raise ValueError unless `tensors` maps names to dense CPU tensors, or any error if it is not a dictionary."""
+    for name, x in tensors.items():
+        dense = isinstance(x, Tensor) and x.layout == strided and x.device.type == "cpu"
+        # a tensor with a stride of 0 can claim to be of any size, although little memory is behind it
+        small = dense and not x.is_nested and x.nbytes <= x.untyped_storage().nbytes()
+        if type(name) is not str or not small or x.is_quantized:
+            raise ValueError(f"{name} must be a dense tensor")
+
+
+def check_shapes(tensors: Weights, expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError unless the tensors have exactly the expected names and shapes."""
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if different := found.items() ^ expected.items():
+        name, _ = min(different)
+        raise ValueError(
+            f"the weight {name}: expected shape {expected.get(name, 'none')}, found {found.get(name, 'none')}"
+        )
 
 
 # --------------------------------------------------------------------------------------
@@ -177,22 +225,13 @@ def to_pretrained(
 ) -> tuple[dict[str, object], Weights]:
     """Convert a model for export. Returns the content of config.json, and weights under transformers' names.
 
-    transformers' GPT-2 always has biases, so they are 0 if our model has none. dtype: data type of the weights, which
-    are on the CPU. Raises UserError if a setting cannot be exported.
+    dtype: data type of the weights, which are on the CPU. Raises UserError if a setting cannot be exported.
     """
-    config = model.config
-    name = find_family(config)
+    name = find_family(model.config)
     family = FAMILIES[name]
-    block = model.stack.blocks[0]
+    settings = all_settings(model)
     names = {ours: theirs for theirs, ours in ACTIVATION_NAMES.items()}
-    settings = vars(config) | {
-        "n_kv_head": config.kv_heads,
-        "head_size": config.features,
-        "n_hidden": block.mlp.up_proj.out_features,
-        "attn_bias": block.attn.q_proj.bias is not None,
-        "mlp_bias": block.mlp.up_proj.bias is not None,
-        "activation": names[config.activation],
-    }
+    settings["activation"] = names[settings["activation"]]
     content = {
         "model_type": name,
         "architectures": [family.architecture],
@@ -202,54 +241,47 @@ def to_pretrained(
         "eos_token_id": None,
     }
     content |= {theirs: settings[key] for theirs, key in family.settings.items()}
-    if name == "llama" and config.rope_factor != 1:
+    if name == "llama" and model.config.rope_factor != 1:
         scaling = {theirs: settings[key] for theirs, key in ROPE_SCALING.items()}
         content["rope_scaling"] = {"rope_type": "llama3"} | scaling
-    like = build_on_meta(replace(config, **family.fixed)).state_dict()
-    zeros = {key: torch.zeros(x.shape) for key, x in like.items() if key.endswith(".bias")}
-    theirs = to_theirs(family, config, zeros | model.state_dict())
     return content, {
-        key: x.to("cpu", getattr(torch, dtype)).contiguous() for key, x in theirs.items()
+        key: x.to("cpu", getattr(torch, dtype)).contiguous()
+        for key, x in exported_weights(family, model).items()
     }
 
 
-def find_family(config: ModelConfig) -> str:
-    """Return the model_type that a model with this config is exported as. Raises UserError if a setting prevents it."""
-    name = "gpt2" if config.position == "learned" else "llama"
-    family = FAMILIES[name]
-    free = {*family.settings.values(), *ROPE_SCALING.values(), *NOT_EXPORTED}
-    # the family's own keys come first, because n_members=1 would not help a model that differs in one of them
-    for key, needed in (family.fixed | vars(ModelConfig()) | family.fixed).items():
-        value = getattr(config, key)
-        if key not in free and value != needed:
-            raise UserError(
-                f"{key}={value} cannot be exported; {family.architecture} needs {key}={needed},"
-                f" as in {family.preset}"
-            )
-    known = dict.fromkeys(ACTIVATION_NAMES.values())
-    if config.activation not in known:
-        raise UserError(
-            f"activation={config.activation} cannot be exported; transformers needs activation={' or '.join(known)}"
-        )
-    if config.n_embd % config.n_head:
-        raise UserError(
-            f"n_embd={config.n_embd} cannot be exported; transformers needs a multiple of n_head={config.n_head}"
-        )
-    return name
+def all_settings(model: nn.Module) -> dict[str, object]:
+    """Return a model's settings. None stands for a default in some of them; here it is replaced by the value."""
+    block = model.stack.blocks[0]
+    return vars(model.config) | {
+        "n_kv_head": model.config.kv_heads,
+        "head_size": model.config.features,
+        "n_hidden": block.mlp.up_proj.out_features,
+        "attn_bias": block.attn.q_proj.bias is not None,
+        "mlp_bias": block.mlp.up_proj.bias is not None,
+    }
+
+
+def exported_weights(family: Family, model: nn.Module) -> Weights:
+    """Convert a model's weights. transformers' GPT-2 always has biases, so they are 0 if our model has none."""
+    config = model.config
+    like = build_on_meta(replace(config, **family.fixed)).state_dict()
+    zeros = {key: torch.zeros(x.shape) for key, x in like.items() if key.endswith(".bias")}
+    return to_theirs(family, config, zeros | model.state_dict())
 
 
 def write_pretrained(model: nn.Module, folder: Path, dtype: str = "float32") -> None:
     """Export a model to config.json and model.safetensors. Raises UserError if a setting or the disk prevents it."""
     content, weights = to_pretrained(model, dtype)
-    write_files(folder, {"config.json": content, "model.safetensors": weights})
+    write_files(folder, {"model.safetensors": weights, "config.json": content})
 
 
-def write_files(folder: Path, contents: dict[str, str | dict]) -> None:
-    """Write several files to a folder, each atomically. Weights are written before config files.
+def write_files(folder: Path, contents: Mapping[str, str | dict[str, object]]) -> None:
+    """Write several files to a folder in this order, each atomically.
 
     contents: {file name: a text, named tensors, or the content of a JSON file}. Raises UserError if writing fails.
     """
-    for name, content in sorted(contents.items(), reverse=True):
+    for name, content in contents.items():
         if name.endswith(".safetensors"):
             from safetensors.torch import save
 
