@@ -286,9 +286,16 @@ def build_like(
 
 
 def check_tensors(
-    entry: str, tensors: dict[str, Tensor], like: dict[str, Tensor], device: str
+    entry: str,
+    tensors: dict[str, Tensor],
+    like: dict[str, Tensor],
+    device: str = "cpu",
+    any_float: bool = False,
 ) -> None:
-    """Raise ValueError unless tensors match `like` and are dense, on `device`. entry: prefix of their names."""
+    """Raise ValueError unless tensors match `like` and are dense, on `device`. entry: prefix of their names.
+
+    any_float: a tensor may have any floating-point dtype.
+    """
     if unknown := tensors.keys() - like.keys():
         raise ValueError(f"it has {entry}{min(unknown)}, which this code does not know")
     if missing := like.keys() - tensors.keys():
@@ -296,10 +303,13 @@ def check_tensors(
     for name, tensor in tensors.items():
         strided = tensor.layout == torch.strided and not tensor.is_nested
         dense = strided and tensor.is_contiguous()
-        expected = (device, like[name].dtype, like[name].shape)
+        dtype, shape = like[name].dtype, like[name].shape
+        if any_float and tensor.is_floating_point():
+            dtype = tensor.dtype
+        expected = (device, dtype, shape)
         if not dense or (tensor.device.type, tensor.dtype, tensor.shape) != expected:
             raise ValueError(
-                f"{entry}{name} must be a dense tensor of {expected[1]} and shape {tuple(expected[2])}"
+                f"{entry}{name} must be a dense tensor of {dtype} and shape {tuple(shape)}"
             )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from humptygpt.config import UserError, refuse
 from humptygpt.convert.families import FAMILIES, find_family
 from humptygpt.convert.huggingface import (
-    check_shapes,
+    check_weights,
     layer_names,
     open_weights,
     write_files,
@@ -123,12 +123,14 @@ def merge_adapter(folder: Path, adapter: dict, model: nn.Module) -> None:
             tied = theirs == "lm_head" and model.config.tie_weights
             if tied or not stored.keys() >= set(names):
                 continue
-            pair = {name: stored.pop(name).float() for name in names}
-            A, B = pair.values()
+            pair = {name: stored.pop(name) for name in names}
             matrices = [model.get_submodule(name).weight for name in ours]
-            rank = max(1, A.shape[:1].numel())
+            rank = max(1, pair[names[0]].shape[:1].numel())
             inputs, outputs = matrices[0].shape[1], [len(W) for W in matrices]
-            check_shapes(pair, {names[0]: (rank, inputs), names[1]: (sum(outputs), rank)})
+            with torch.device("meta"):
+                like = torch.empty(rank, inputs), torch.empty(sum(outputs), rank)
+            check_weights(pair, dict(zip(names, like, strict=True)))
+            A, B = (x.float() for x in pair.values())
             updates = (scale(theirs, adapter, rank) * (B @ A)).split(outputs)
             for W, update in zip(matrices, updates, strict=True):
                 W += update

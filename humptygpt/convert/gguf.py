@@ -200,12 +200,10 @@ def write_gguf(
     # GGUF's matrices are (outputs, inputs), as ours
     family = replace(FAMILIES[architecture], transposed=False)
     writer = GGUFWriter(path, architecture)
-    writer.add_name(title)
     settings = all_settings(model)
-    for name, key in HYPERPARAMETERS.items():
-        if key in family.settings.values():
-            getattr(writer, f"add_{name}")(settings[key])
-    for name, value in vocabulary.items():
+    known = family.settings.values()
+    values = {name: settings[key] for name, key in HYPERPARAMETERS.items() if key in known}
+    for name, value in ({"name": title} | values | vocabulary).items():
         if value is not None:
             getattr(writer, f"add_{name}")(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.n_layer)

@@ -11,9 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn, strided
+from torch import Tensor, nn
 
-from humptygpt.checkpoint import build_like, load_plain, refuse_damaged, restore_model
+from humptygpt.checkpoint import (
+    build_like,
+    check_tensors,
+    load_plain,
+    refuse_damaged,
+    restore_model,
+)
 from humptygpt.config import refuse, restore
 from humptygpt.convert.families import (
     ACTIVATION_NAMES,
@@ -23,7 +29,7 @@ from humptygpt.convert.families import (
     find_family,
 )
 from humptygpt.files import write_whole
-from humptygpt.schema import parse_json
+from humptygpt.schema import check_schema, parse_json
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 
@@ -146,9 +152,8 @@ def build_model(
             stored[name] = tensor
     if config.tie_weights:  # older files contain the tied head as well
         stored.pop("lm_head.weight", None)
-    expected = to_theirs(family, config, like)
     with refuse(f"cannot read {what}: "):
-        check_shapes(stored, {name: tuple(x.shape) for name, x in expected.items()})
+        check_weights(stored, to_theirs(family, config, like))
     ours = {}
     for name, parts in weight_names(family, config, like):
         tensor = transposed(family, name, stored.pop(name).detach())
@@ -189,31 +194,23 @@ def open_file(path: Path) -> Weights:
     path.open("rb").close()  # raises OSError if the file cannot be read
     problem = "is truncated, damaged or older than PyTorch 1.6, or holds more than tensors"
     with refuse_damaged(path, problem):
-        # load_file also checks that the file has the size that its header declares
-        safe = path.suffix == ".safetensors"
-        tensors = load_file(path) if safe else load_plain(path)
-        check_dense(tensors)
-        return tensors
+        if path.suffix == ".safetensors":
+            return load_file(
+                path
+            )  # checks that the file has the size that its header declares
+        return plain_weights(load_plain(path))
 
 
-def check_dense(tensors: Weights) -> None:
-    """Raise ValueError unless `tensors` maps names to dense CPU tensors, or any error if it is not a dictionary."""
-    for name, x in tensors.items():
-        dense = isinstance(x, Tensor) and x.layout == strided and x.device.type == "cpu"
-        # a tensor with a stride of 0 can claim to be of any size, although little memory is behind it
-        small = dense and not x.is_nested and x.nbytes <= x.untyped_storage().nbytes()
-        if type(name) is not str or not small or x.is_quantized:
-            raise ValueError(f"{name} must be a dense tensor")
+def plain_weights(state: Mapping) -> Weights:
+    """Return an unpickled state dict as a plain dictionary. Raises ValueError unless it maps names to tensors."""
+    weights = dict(state)
+    check_schema(weights, {str: (Tensor, nn.Parameter)})
+    return weights
 
 
-def check_shapes(tensors: Weights, expected: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError unless the tensors have exactly the expected names and shapes."""
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if different := found.items() ^ expected.items():
-        name, _ = min(different)
-        raise ValueError(
-            f"the weight {name}: expected shape {expected.get(name, 'none')}, found {found.get(name, 'none')}"
-        )
+def check_weights(weights: Weights, like: Weights) -> None:
+    """Raise ValueError unless the weights have the names and shapes of `like`."""
+    check_tensors("the weight ", weights, like, any_float=True)
 
 
 # --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from humptygpt import checkpoint, tokenizers
 from humptygpt.config import UserError, refuse, restore
 from humptygpt.convert.adapters import CONFIG, merge_adapter, read_config
 from humptygpt.convert.families import NANOGPT
-from humptygpt.convert.huggingface import build_model, check_dense, read_pretrained
+from humptygpt.convert.huggingface import build_model, plain_weights, read_pretrained
 from humptygpt.convert.read_huggingface import read_tokenizer, tokenizer_file
 from humptygpt.loading import Loaded, find_source, is_folder, load
 from humptygpt.prepare.nanogpt import GPT2_TOKENS, read_characters
@@ -61,11 +61,11 @@ def from_nanogpt(path: Path, saved: dict) -> Loaded:
     """Make a model from the content of a checkpoint of nanoGPT. Raises UserError if it is not valid."""
     tokenizer = nanogpt_tokenizer(path, saved)
     with refuse(f"cannot read {path}: "):
-        check_dense(saved["model"])
+        weights = plain_weights(saved["model"])
         settings = NANOGPT.fixed | saved["model_args"] | {"dropout": 0.0}
         config = restore(ModelConfig, settings)
     # torch.compile puts this prefix before all names
-    weights = {name.removeprefix("_orig_mod."): x for name, x in saved["model"].items()}
+    weights = {name.removeprefix("_orig_mod."): x for name, x in weights.items()}
     model = build_model(path, NANOGPT, config, weights)
     return Loaded(model, tokenizer, path, f"nanoGPT's {path}")
 
