@@ -309,7 +309,7 @@ def check_tensors(
         expected = (device, dtype, shape)
         if not dense or (tensor.device.type, tensor.dtype, tensor.shape) != expected:
             raise ValueError(
-                f"{entry}{name} must be a dense tensor of {dtype} and shape {tuple(shape)}"
+                f"{entry}{name} must be a dense, contiguous tensor of {dtype} and shape {tuple(shape)}"
             )
 
 

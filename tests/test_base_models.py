@@ -254,7 +254,7 @@ DAMAGES = {
     "it has the weight transformer.more, which": lambda saved: saved["model"].update(
         more=torch.ones(1)
     ),
-    "wte.weight must be a dense tensor of torch.float32 and shape .12, 16.": lambda saved: (
+    "wte.weight must be a dense, contiguous tensor of torch.float32 and shape .12, 16.": lambda saved: (
         saved["model_args"].update(vocab_size=12)
     ),
     "n_layer='2' must be int": lambda saved: saved["model_args"].update(n_layer="2"),

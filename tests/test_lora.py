@@ -255,7 +255,7 @@ BAD = {
     "lora_A.weight is unknown, or its counterpart (lora_A or": lambda: change_weights(
         **{B: None}
     ),
-    "c_attn.lora_B.weight must be a dense tensor of torch.float32 and shape (48, 3)": lambda: (
+    "c_attn.lora_B.weight must be a dense, contiguous tensor of torch.float32 and shape (48, 3)": lambda: (
         change_weights(**{B: torch.ones(48, 4)})
     ),
     "neither adapter_model.safetensors nor adapter_model.bin": lambda: WEIGHTS.unlink(),

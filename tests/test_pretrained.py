@@ -370,7 +370,7 @@ BAD = [
     (edit_config(n_layer=2**12), "n_layer=4096 and n_embd=32 do not"),
     (
         edit_config(n_inner=2**20),
-        "must be a dense tensor of torch.float32 and shape (1048576, 32)",
+        "must be a dense, contiguous tensor of torch.float32 and shape (1048576, 32)",
     ),
     # weights
     (
@@ -383,7 +383,7 @@ BAD = [
     ),
     (
         edit_weights(lambda x: x | {LN: torch.ones(33)}),
-        f"the weight {LN} must be a dense tensor of torch.float32 and shape (32,)",
+        f"the weight {LN} must be a dense, contiguous tensor of torch.float32 and shape (32,)",
     ),
     (
         edit_config(tie_word_embeddings=False),
