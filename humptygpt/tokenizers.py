@@ -296,6 +296,6 @@ def printable_bytes() -> dict[str, int]:
 
 def sentencepiece_bytes(piece: str, byte_fallback: bool) -> bytes:
     """Convert a sentencepiece piece to bytes: "▁" stands for a space, and <0x41> for a single byte."""
-    if byte_fallback and re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
+    if byte_fallback and BYTE_TOKEN.fullmatch(piece):
         return bytes([int(piece[3:5], 16)])
     return piece.replace("▁", " ").encode()
