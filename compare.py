@@ -15,12 +15,11 @@ note says so, and no run is marked as the best.
 
 With --group=True, runs in the same folder that differ only in the seed, such as idea/with-1 and idea/with-2, share one
 row with the mean of their lowest losses. The same goes for idea/with/1 and idea/with/2. They may also differ in what
-the machine chose, such as the dtype, which a note reports, and with --minutes in what the clock chose: steps, members,
-dropout, weight decay and n-grams. Each row is compared in bits per byte with the first row of its group, or with
---baseline=NAME. The difference and its standard error, after ±, are over pairs of runs with the same seed, which begin
-with the same weights and read the same text. p is the probability of a difference at least as large, up or down, if
-only chance made it (Student's t for this number of pairs). Rows keep the order given. The shell sorts by name, so
-1-without comes before 2-with and is the baseline.
+the machine chose, such as the dtype, which a note reports. Each row is compared in bits per byte with the first row of
+its group, or with --baseline=NAME. The difference and its standard error, after ±, are over pairs of runs with the same
+seed, which begin with the same weights and read the same text. p is the probability of a difference at least as large,
+up or down, if only chance made it (Student's t for this number of pairs). Rows keep the order given. The shell sorts by
+name, so 1-without comes before 2-with and is the baseline.
 """
 
 import json
@@ -58,15 +57,12 @@ IGNORED = {
     "_parameters",
     MEASURED,
 }
-# Settings that --minutes chooses to fit the time, apart from the model size and the batch size
-BY_CLOCK = {"max_iters", "eval_interval", "warmup_iters", "dropout", "weight_decay"}
-BY_CLOCK |= {"ngram_targets", "n_members"}
 # the entries of config.json that are checked
 SCHEMA = {"max_iters": range(1, 2**53), "_parameters": range(2**53), f"{MEASURED}?": [str]}
 EVALUATION = {"val_loss", "val_bits_per_byte", "val_text"}  # keys of every evaluation's row
 SEED = re.compile(r"[/_-](seed[-_=]?)?\d+$")  # the seed in a path: -1, _seed=1, /1
 BITS = "best_bits_per_byte"
-# The rows of a table. Each is (name, runs that share the row because they differ only in the seed).
+# The rows of a table: (name, runs that share the row because they differ only in the seed)
 Rows = list[tuple[str, list["Run"]]]
 COLUMNS = {  # key of a row: (heading, number format); numbers are right-aligned
     "run": ("run", ""),
@@ -109,23 +105,18 @@ def main(argv: list[str]) -> None:
     config = cli.make(CompareConfig, given)
     # out/* also matches files such as compare.png, written by an earlier call
     runs = read_runs([path for path in config.runs if not os.path.isfile(path)])
-    if config.group or config.baseline:
-        groups = group_seeds(runs, config.baseline)
-    else:
-        common = os.path.commonpath([run.folder.parent for run in runs])
-        groups = {"": [(str(run.folder.relative_to(common)), [run]) for run in runs]}
+    grouped = config.group or config.baseline
+    groups = group_seeds(runs, config.baseline) if grouped else {"": one_row_each(runs)}
     tables = {title: make_table(title, rows) for title, rows in groups.items()}
     if config.json:
         rows = [row for table in tables.values() for row in table]
-        print(json.dumps(rows, indent=1), flush=True)
+        print(json.dumps(rows, indent=1))
     else:
         for title, table in tables.items():
-            print(format_table(title, table), flush=True)
+            print(format_table(title, table))
     if config.picture:
-        figure = draw_comparison(groups, tables)
-        path = Path(config.picture)
-        write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
-        print(f"{path} written", file=sys.stderr)
+        draw_comparison(Path(config.picture), groups, tables)
+        print(f"{config.picture} written", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------
@@ -177,10 +168,7 @@ def read_runs(folders: list[str]) -> list[Run]:
             rows = read_metrics(Path(folder, "metrics.jsonl"))
             runs.append(Run(Path(folder).absolute(), settings, rows))
         except (OSError, ValueError) as error:
-            advice = ""
-            if any(Path(folder).glob("*/config.json")):
-                advice = f"; to compare its runs: python compare.py {folder}/*"
-            note(f"skipped {folder}, which is not a run: {one_line(error)}{advice}")
+            note(f"skipped {folder}, which is not a run: {one_line(error)}")
     if not runs:
         raise UserError("no runs to compare; try: python compare.py out/*")
     return runs
@@ -190,28 +178,32 @@ def read_runs(folders: list[str]) -> list[Run]:
 # Rows and tables
 
 
+def one_row_each(runs: list[Run]) -> Rows:
+    """Name each run by the part of its path that the runs do not share."""
+    common = os.path.commonpath([run.folder.parent for run in runs])
+    return [(str(run.folder.relative_to(common)), [run]) for run in runs]
+
+
 def group_seeds(runs: list[Run], baseline: str | None) -> dict[str, Rows]:
-    """Group the runs by folder. Runs in the same folder share a row if the user chose the same but for the seed."""
+    """Group the runs by folder. Runs in the same folder share a row if the user chose the same but for the seed.
+
+    The baseline, if there is one, becomes the first row of each group.
+    """
     variants = {}
     for run in runs:
         path = Path(SEED.sub("", str(run.folder)))
         keys = run.settings.keys() - IGNORED - {"seed", *run.settings.get(MEASURED, ())}
-        if run.settings.get("minutes"):
-            keys -= BY_CLOCK
-        learnt = str([(key, run.settings[key]) for key in sorted(keys)])
-        variants.setdefault((path, learnt), []).append(run)
+        chosen = str([(key, run.settings[key]) for key in sorted(keys)])
+        variants.setdefault((path, chosen), []).append(run)
     groups = {}
     for (path, _), seeds in variants.items():
-        folder = path.parent
         name = path if len(seeds) > 1 else seeds[0].folder
-        rows = groups.setdefault(os.path.relpath(folder), [])
-        rows.append((str(name.relative_to(folder)), seeds))
-        for key in {*seeds[0].settings.get(MEASURED, ())} - IGNORED:
-            if len({str(run.settings.get(key)) for run in seeds}) > 1:
-                advice = "for a fair comparison, set it"
-                note(
-                    f"the machine chose {key} differently for the runs of {name}; {advice}"
-                )
+        rows = groups.setdefault(os.path.relpath(path.parent), [])
+        rows.append((str(name.relative_to(path.parent)), seeds))
+        for key in sorted(differing([run.settings for run in seeds]) - {"seed"}):
+            note(
+                f"the machine chose {key} differently for the runs of {name}; for a fair comparison, set it"
+            )
     for title, rows in groups.items():
         rows.sort(key=lambda row: row[0] != baseline)
         if baseline and rows[0][0] != baseline:
@@ -222,13 +214,19 @@ def group_seeds(runs: list[Run], baseline: str | None) -> dict[str, Rows]:
     return groups
 
 
+def differing(settings: list[dict]) -> set[str]:
+    """Name the keys whose values differ, without those that do not affect the model."""
+    keys = set().union(*settings) - IGNORED
+    return {key for key in keys if len({str(each.get(key)) for each in settings}) > 1}
+
+
 def make_table(title: str, rows: Rows) -> list[dict]:
     """Measure the rows, all on the same text, and compare them.
 
     title: the name of a group, whose rows are compared with its first row; "": no groups, one row per run.
     """
     evaluated = [run.evaluations for _, runs in rows for run in runs if run.evaluations]
-    texts = evaluated[0] if evaluated else {}
+    texts = evaluated[0] if evaluated else ()
     common = [text for text in texts if all(text in each for each in evaluated)]
     table = [measure(title, name, runs, (common or [None])[-1]) for name, runs in rows]
     if common:
@@ -236,36 +234,16 @@ def make_table(title: str, rows: Rows) -> list[dict]:
         min(measured, key=lambda row: row[BITS])["remark"] = "best"
         for row in measured:
             if title and table[0][BITS] and row is not table[0]:
-                row["difference"] = row[BITS] - table[0][BITS]
-                seeds, others = row["bits_of_seeds"], table[0]["bits_of_seeds"]
-                pairs = [
-                    bits - others[seed] for seed, bits in seeds.items() if seed in others
-                ]
-                if len(pairs) > 1:
-                    row |= t_test(pairs)
+                row |= difference(row, table[0])
     elif evaluated:
         problem = "were evaluated on different texts, so none is marked as the best"
         note(f"the runs {f'in {title} ' if title else ''}{problem}")
     settings = [runs[0].settings for _, runs in rows]
-    keys = sorted(set().union(*settings) - IGNORED)
-    keys = [key for key in keys if len({str(each.get(key)) for each in settings}) > 1]
+    keys = sorted(differing(settings))
     for row, each in zip(table, settings, strict=True):
         row["settings"] = " ".join(f"{key}={each.get(key)}" for key in keys)
         row |= {key: each.get(key) for key in keys}
     return table
-
-
-def t_test(pairs: list[float]) -> dict[str, float]:
-    """Compute the mean of these differences, its standard error, and the two-sided p of Student's t-test."""
-    difference = statistics.mean(pairs)
-    error = statistics.stdev(pairs) / len(pairs) ** 0.5
-    freedom = len(pairs) - 1
-    # with t / sqrt(freedom) = tan(angle), the density of Student's distribution over the angle is a power of its cosine
-    steps = 20_000
-    density = [math.cos(i / steps * math.pi / 2) ** (freedom - 1) for i in range(steps)]
-    angle = math.atan2(abs(difference), error * freedom**0.5)
-    p = sum(density[round(angle / math.pi * 2 * steps) :]) / sum(density)
-    return {"difference": difference, "difference_error": error, "p": p}
 
 
 def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
@@ -284,14 +262,13 @@ def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
         if row
     }
     states = Counter(run.state for run in runs)
+    counted = [f"{count} {state}" for state, count in states.items()]
     seconds = mean(last, "seconds")
     return {
         "group": title or None,
         "run": name,
         "folder": os.path.relpath(runs[0].folder),
-        "state": ", ".join(
-            f"{count} {state}" if title else state for state, count in states.items()
-        ),
+        "state": ", ".join(counted if title else states),
         "parameters": runs[0].settings["_parameters"],
         "iter": mean(last, "iter"),
         "tokens": mean(last, "tokens"),
@@ -311,6 +288,27 @@ def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
     }
 
 
+def difference(row: dict, first: dict) -> dict[str, float]:
+    """Compare a row with the first of its group, if possible over pairs of runs with the same seed."""
+    others = first["bits_of_seeds"]
+    seeds = row["bits_of_seeds"].items()
+    pairs = [bits - others[seed] for seed, bits in seeds if seed in others]
+    return t_test(pairs) if len(pairs) > 1 else {"difference": row[BITS] - first[BITS]}
+
+
+def t_test(pairs: list[float]) -> dict[str, float]:
+    """Compute the mean of these differences, its standard error, and the two-sided p of Student's t-test."""
+    difference = statistics.mean(pairs)
+    error = statistics.stdev(pairs) / len(pairs) ** 0.5
+    freedom = len(pairs) - 1
+    # with t / sqrt(freedom) = tan(angle), the density of Student's distribution over the angle is a power of its cosine
+    steps = 20_000
+    density = [math.cos(i / steps * math.pi / 2) ** (freedom - 1) for i in range(steps)]
+    angle = math.atan2(abs(difference), error * freedom**0.5)
+    p = sum(density[round(angle / math.pi * 2 * steps) :]) / sum(density)
+    return {"difference": difference, "difference_error": error, "p": p}
+
+
 def mean(rows: list[dict], key: str) -> float | None:
     """Average the values of a key over the rows that have it. Returns None if no row has it."""
     values = [row[key] for row in rows if key in row]
@@ -324,9 +322,10 @@ def format_table(title: str, table: list[dict]) -> str:
         values = [row[key] for row in table]
         if set(values) != {None}:
             cells = ["—" if value is None else format(value, form) for value in values]
-            width = max(map(len, [heading, *cells]))
+            cells = [heading, *cells]
+            width = max(map(len, cells))
             side = ">" if form else "<"
-            columns.append([f"{cell:{side}{width}}" for cell in [heading, *cells]])
+            columns.append([f"{cell:{side}{width}}" for cell in cells])
     lines = [one_line("  ".join(cells)).rstrip() for cells in zip(*columns, strict=True)]
     return "\n".join(["", title, *lines] if title else lines)
 
@@ -335,10 +334,12 @@ def format_table(title: str, table: list[dict]) -> str:
 # The picture
 
 
-def draw_comparison(groups: dict, tables: dict[str, list[dict]]):
+def draw_comparison(
+    path: Path, groups: dict[str, Rows], tables: dict[str, list[dict]]
+) -> None:
     """Draw a panel for each table: the curves of its rows, with their lowest losses in the legend.
 
-    groups: {title: its rows}. Returns a figure. matplotlib takes a second to import, so only this function imports it.
+    groups: {title: its rows}. matplotlib takes a second to import, so only this function imports it.
     """
     from cycler import cycler
     from matplotlib import style
@@ -361,7 +362,7 @@ def draw_comparison(groups: dict, tables: dict[str, list[dict]]):
         panel.grid(which="both", alpha=0.25)
         panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.supxlabel("training text")
-    return figure
+    write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
 
 
 def label(row: dict) -> str:

@@ -41,9 +41,11 @@ class ExplainConfig:
 
 def main(argv: list[str]) -> None:
     config = cli.make(ExplainConfig, cli.read(argv, ExplainConfig))
+    from humptygpt.checkpoint import find_checkpoint
     from humptygpt.page.page_data import page_data
 
-    page = fill(to_text(page_data(config)))
+    checkpoint = find_checkpoint(Path(config.out_dir), config.checkpoint)
+    page = fill(to_text(page_data(checkpoint, config.start, config.snapshots)))
     path = Path(config.to or Path(config.out_dir) / "explain.html")
     write_whole(path, lambda file: file.write(page))
     print(f"{path}: {len(page) / 1e6:.1f} MB; open it in a browser")

@@ -86,12 +86,10 @@ def write_folder(loaded, to: Path, dtype: str) -> str:
 def write_gguf_file(loaded, to: Path, dtype: str) -> str:
     """Write a file for llama.cpp and return a line to print."""
     from humptygpt.convert.gguf import vocabulary, write_gguf
-    from humptygpt.convert.huggingface import to_pretrained
 
-    content, weights = to_pretrained(loaded.model)
     tokens = vocabulary(loaded.tokenizer)
     with whole(to) as file:
-        write_gguf(file, to.stem, content, weights, tokens, dtype)
+        write_gguf(file, to.stem, loaded.model, tokens, dtype)
     return f"{to}: with llama.cpp, run: llama-completion -m {shlex.quote(str(to))} -n 200"
 
 

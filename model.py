@@ -32,16 +32,14 @@ from torch.utils.checkpoint import checkpoint
 # --------------------------------------------------------------------------------------
 # The config
 
-# {(smallest, largest value): names of the settings}
+# {names of settings: (smallest, largest value)}
 LIMITS = {
-    (1, 2**12): "n_members n_layer",
-    (1, 2**20): "n_head n_kv_head n_embd head_size n_hidden block_size vocab_size",
-    (0, 0.99): "dropout label_smoothing",
-    (
-        0,
-        10**9,
-    ): "mlp_conv logit_soft_cap norm_eps rope_low_freq_factor rope_high_freq_factor",
-    (1, 10**9): "rope_base rope_factor rope_original_context",
+    "n_members n_layer": (1, 2**12),
+    "n_head n_kv_head n_embd head_size n_hidden block_size vocab_size": (1, 2**20),
+    "dropout label_smoothing": (0, 0.99),
+    "mlp_conv logit_soft_cap norm_eps": (0, 10**9),
+    "rope_low_freq_factor rope_high_freq_factor": (0, 10**9),
+    "rope_base rope_factor rope_original_context": (1, 10**9),
 }
 
 
@@ -125,7 +123,7 @@ class ModelConfig:
         for name, choices in self.choices().items():
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name}={value} is not one of: {', '.join(choices)}")
-        for (least, most), names in LIMITS.items():
+        for names, (least, most) in LIMITS.items():
             for name in names.split():
                 value = getattr(self, name)
                 if value is not None and not least <= value <= most:
@@ -175,10 +173,6 @@ NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm, "none": nn.Identity}
 
 # --------------------------------------------------------------------------------------
 # Positions: attention on its own ignores the order of tokens. A positional encoding can act in three places.
-
-# Positions of the T new tokens: a slice, or (B, T) int64 if the texts of a batch start at different positions
-At = slice | Tensor
-Rotary = tuple[Tensor, Tensor]  # cos and sin for rotate(), each (1, T, D) or (B, 1, T, D)
 
 
 class Position(nn.Module):
@@ -267,7 +261,7 @@ def llama_scale(frequency: Tensor, config: ModelConfig) -> Tensor:
     return kept + (1 - kept) / config.rope_factor
 
 
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate all pairs at once: each (a, b) becomes (a cos - b sin, b cos + a sin).
 
     x: (B, H, T, D). Returns the same shape and dtype.
@@ -313,17 +307,18 @@ POSITIONS = {
 
 # Added to the scores, broadcastable to (B, H, T, S); -inf hides a key. None: only later tokens are hidden
 Mask = Tensor | None
-# A CPU computes the formula in sight, attend(), for up to this many scores of a layer: 128 MB in float32
-EXPLICIT_SCORES = 2**25
 
 
 class Shared(NamedTuple):
     """What all blocks share in one forward pass."""
 
     idx: Tensor  # (B, T), ids of the new tokens
-    at: At
+    # positions of the T new tokens; (B, T) int64 if the texts of a batch start at different positions
+    at: slice | Tensor
     end: int  # the position after the new tokens
-    rotary: Rotary | None
+    rotary: (
+        tuple[Tensor, Tensor] | None
+    )  # cos and sin for rotate(), each (1, T, D) or (B, 1, T, D)
     masks: dict[int, Mask]  # {window: mask}
     padding: Tensor | None  # (B, S) bool, True if a token is padding; None: no padding
     kept: dict[str, Tensor]  # what a layer computes for later ones
@@ -337,7 +332,8 @@ class SelfAttention(nn.Module):
     attention); Henry et al. 2020, arXiv:2010.04245 (norm of queries and keys).
     """
 
-    fuses = False  # compute with fused_attend(); the scripts turn it on if that gives what attend() gives
+    # a function that computes what attend() does, but faster: see humptygpt/fast/attention.py
+    kernel = None
 
     def __init__(self, config: ModelConfig, layer: int):
         """layer: index of the block in its stack, from 0."""
@@ -363,21 +359,12 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, shared.rotary), rotate(k, shared.rotary)
         if cache:
             k, v = cache.append(shared.end, k=k, v=v)  # (B, H, S, D)
-        y = self.attend(q, k, v, shared.masks[self.window])  # (B, H, T, D)
+        y = (self.kernel or attend)(q, k, v, shared.masks[self.window])  # (B, H, T, D)
         return self.output(y, x)
 
     def heads(self, x):
         """Split the features into heads: (B, T, H D) -> (B, H, T, D)."""
         return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
-
-    def attend(self, q, k, v, mask):
-        """Compute attend(), with PyTorch's fused kernel on GPUs and for long contexts."""
-        # RoPE or the norm of queries may have upcast them
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        many = q.shape[:3].numel() * k.shape[2] > EXPLICIT_SCORES
-        if self.fuses and (many or not q.is_cpu):
-            return fused_attend(q, k, v, mask)
-        return attend(q, k, v, mask)
 
     def output(self, y, x):
         """Concatenate the heads' outputs y, (B, H, T, D), and project them. A gate would go here.
@@ -394,6 +381,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     Unlike in GPT-2, the weights get no dropout: it made training slower and the model no better.
     """
     T = q.shape[2]
+    q, k = q.to(v.dtype), k.to(v.dtype)  # RoPE or the norm of queries may have upcast them
     if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, S)
@@ -402,16 +390,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     elif T > 1:  # a single token is the last one, and sees every key
         scores += scores.new_full((T, T), -torch.inf).triu(1)
     return scores.softmax(dim=-1) @ v
-
-
-def fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """Compute the same as attend() with PyTorch's fused kernel, which keeps no scores."""
-    causal = mask is None and q.shape[2] > 1
-    if mask is not None:
-        mask = mask.to(v.dtype)
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-    )
 
 
 def attention_mask(
@@ -427,8 +405,8 @@ def attention_mask(
     padding: (B, S) bool, True if a key is padding.
     """
     T, S = distance.shape
-    unlimited = not 0 < window < S
-    if causal and unlimited and bias is None and padding is None and T in (1, S):
+    narrow = 0 < window < S
+    if causal and not narrow and bias is None and padding is None and T in (1, S):
         return None
     hidden = distance < (0 if causal else -S)
     if window:
@@ -475,7 +453,6 @@ class Cache:
 
     def __init__(self, n_layer: int, size: int):
         self.length = 0
-        self.size = size
         self.padding: Tensor | None = None
         self.layers = [LayerCache(size) for _ in range(n_layer)]
 
@@ -844,9 +821,9 @@ def init_weights(model: nn.Module) -> None:
     """
     config = model.config
     untied = not config.tie_weights
-    names = [name for name, _ in model.named_modules()]
-    last = [name for name in names if name.endswith(("o_proj", "down_proj"))]
-    for name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    last = [name for name in modules if name.endswith(("o_proj", "down_proj"))]
+    for name, module in modules.items():
         if not isinstance(module, nn.Embedding | nn.Linear):
             continue
         keeps_scale = module.weight.shape[1] ** -0.5

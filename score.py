@@ -7,9 +7,8 @@
 
 --text: nats per token, bits per byte and perplexity over the whole file.
 --pairs: a test is passed if the model finds the good text likelier. A line may instead have "context", "choices" and
-"answer", the index of the right choice. "by sum" compares log-probabilities, "by byte" divides them by the length of
-each choice. The lines of each "group" are also counted separately. With several models, the difference from the first
-is shown with its standard error.
+"answer", the index of the right choice. The lines of each "group" are also counted separately. With several models, the
+difference from the first is shown with its standard error.
 --suite: english (200 pairs of agreement, articles, word order and so on) and python, both written for this project, or
 blimp (67,000 pairs in 67 groups: Warstadt et al. 2020, "BLiMP: The Benchmark of Linguistic Minimal Pairs for English",
 TACL 8, licence CC-BY 4.0), of which 2.4 MB are downloaded on first use. A model that guesses passes half of them.
@@ -34,11 +33,10 @@ from humptygpt.cli import TEXTS, UserError, check_choices, check_least, note, re
 from humptygpt.loading import CHOICES, Pipeline, pipeline
 from humptygpt.sampling import read_text
 from humptygpt.scoring.pairs import SUITES, Test, by_group, read_tests, run_tests
-from humptygpt.scoring.text import score_text, score_windows
+from humptygpt.scoring.text import score_text
 
 # {key: (another setting, the values of that setting for which the key has no effect)}
-IN_VAIN = dict.fromkeys(("stride", "picture"), ("text", (None,)))
-IN_VAIN["dtype"] = "quantize", ("int8",)
+IN_VAIN = {"stride": ("text", (None,)), "dtype": ("quantize", ("int8",))}
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,6 @@ class ScoreConfig:
     # what to score
     text: str | None = None  # a text file, or - for stdin
     stride: int | None = None  # with text: window step in tokens; None: half of block_size
-    picture: str | None = None  # with text: PNG of loss by position and surprising words
     pairs: str | None = None  # a file of pairs, or - for stdin
     suite: str | None = None  # a set of pairs
     json: bool = False  # print JSON instead of a table
@@ -71,8 +68,6 @@ class ScoreConfig:
             raise ValueError(
                 f"choose one of --text, --pairs and --suite; {given} are given"
             )
-        if self.picture and len(self.init_from) > 1:
-            raise ValueError("picture shows a single model; give one --init_from")
 
 
 def main(argv: list[str]) -> None:
@@ -110,8 +105,7 @@ def print_texts(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
     rows = {}
     for name, source in sources.items():
         loaded = load(config, source)
-        model, tokenizer = loaded.model, loaded.tokenizer
-        row, ids, nats = score_text(model, tokenizer, text, config.stride)
+        row = score_text(loaded.model, loaded.tokenizer, text, config.stride)
         rows[name] = row
         if not config.json:
             print(
@@ -120,13 +114,6 @@ def print_texts(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
                 f" {row['nats']:.2f} nats in all; {row['tokens']:,} tokens, {row['bytes']:,} bytes,"
                 f" windows of {row['window']:,} tokens, stride {row['stride']:,}"
             )
-        if config.picture:
-            from humptygpt.scoring import picture
-
-            window = model.config.block_size
-            words = picture.surprising_words(tokenizer, ids[1:], nats)
-            in_windows = -score_windows(model, ids, window)
-            picture.draw(Path(config.picture), in_windows, window, words)
     if config.json:
         print(json.dumps(rows))
 
@@ -137,7 +124,7 @@ def print_tests(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
     for name, source in sources.items():
         loaded = load(config, source)
         passed[name] = run_tests(loaded.model, loaded.tokenizer, tests)
-        if missing := np.isnan(passed[name][:, 0]).sum():
+        if missing := np.isnan(passed[name]).sum():
             note(
                 f"{missing} of {len(tests)} tests have characters that the tokenizer lacks; they are left out"
             )
@@ -147,32 +134,33 @@ def print_tests(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
         return
     width = max(len(row["group"]) for row in table)
     for model, rows in groupby(table, lambda row: row["model"]):
-        heading = f"{'':{width}} {'tests':>6}  {'by sum':>14}  {'by byte':>14}"
-        more = "" if model == next(iter(sources)) else "  difference by sum"
-        print(f"\n{model}\n{heading}{more}")
+        more = "" if model == next(iter(sources)) else "      difference"
+        print(f"\n{model}\n{'':{width}} {'tests':>6}  {'passed':>14}{more}")
         for row in rows:
             cells = [
                 f"  {100 * row[key]:5.1f} ± {100 * row[f'{key}_error']:4.1f} %"
-                for key in ("sum", "byte", "difference")
+                for key in ("sum", "difference")
                 if key in row
             ]
             print(f"{row['group']:{width}} {row['tests']:6,}{''.join(cells)}")
 
 
-def make_table(tests: list[Test], passed: dict[str, np.ndarray]) -> list[dict]:
-    """Make one row per model and group. The difference is over the tests that both models can read."""
-    first = next(iter(passed.values()))[:, 0]
+def make_table(tests: list[Test], passed: dict[str, np.ndarray]) -> list[dict[str, object]]:
+    """Make one row per model and group. The difference is over the tests that both models can read.
+
+    passed: {model: what run_tests() returns}.
+    """
+    first, *_ = passed
     table = []
-    for model, results in passed.items():
-        columns = {"sum": results[:, 0], "byte": results[:, 1]}
-        if table:
-            columns["difference"] = results[:, 0] - first
-        rows = {}
-        for key, values in columns.items():
-            for group, (count, mean, error) in by_group(tests, values).items():
-                new = {"model": model, "group": group, "tests": count}
-                rows.setdefault(group, new).update({key: mean, f"{key}_error": error})
-        table += rows.values()
+    for model, values in passed.items():
+        differences = by_group(tests, values - passed[first])
+        for group, (count, mean, error) in by_group(tests, values).items():
+            row = {"model": model, "group": group, "tests": count}
+            row |= {"sum": mean, "sum_error": error}
+            if model != first and group in differences:
+                _, mean, error = differences[group]
+                row |= {"difference": mean, "difference_error": error}
+            table.append(row)
     return table
 
 

@@ -1,5 +1,6 @@
 """llama.cpp, through the package xllamacpp."""
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -8,21 +9,15 @@ from gguf import TokenType
 
 from bench import BenchConfig
 from benchmarks.contenders import Generator
-from benchmarks.huggingface import random_gpt2
 from humptygpt.convert.gguf import write_gguf
-from model import ModelConfig
+from model import GPT, ModelConfig
 
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "q8_0"}  # GGUF's names
 
 
 def write_random_gguf(path: Path, config: ModelConfig, dtype: str) -> None:
-    """Write random_gpt2() for llama.cpp. dtype: a name in export.DTYPES.
-
-    The file has no output head, so llama.cpp uses the embedding for it.
-    """
-    model = random_gpt2(config)
-    weights = model.state_dict()
-    del weights["lm_head.weight"]
+    """Write a random GPT-2 for llama.cpp. dtype: a name in export.DTYPES."""
+    torch.manual_seed(0)
     words = [f"t{i}" for i in range(config.vocab_size)]
     vocabulary = {
         "tokenizer_model": "gpt2",
@@ -35,18 +30,15 @@ def write_random_gguf(path: Path, config: ModelConfig, dtype: str) -> None:
         "add_bos_token": False,
         "add_space_prefix": False,
     }
-    content = model.config.to_dict() | {
-        "architectures": ["GPT2LMHeadModel"],
-        "n_inner": 4 * config.n_embd,
-    }
-    write_gguf(path, "random", content, weights, vocabulary, dtype)
+    shape = replace(config, activation="gelu_tanh")  # llama.cpp's only one for GPT-2
+    write_gguf(path, "random", GPT(shape), vocabulary, dtype)
 
 
 class LlamaCppGenerator(Generator):
     """llama.cpp's server inside this process, which reports its times itself: of later tokens only their total."""
 
     dtypes = tuple(DTYPES)
-    packages = ("xllamacpp", "gguf", "transformers")
+    packages = ("xllamacpp", "gguf")
     max_texts = 1
 
     def load(self, model_config: ModelConfig, config: BenchConfig) -> None:

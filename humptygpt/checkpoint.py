@@ -115,10 +115,7 @@ def stored(path: Path) -> Path:
 
 def load_plain(path: Path) -> object:
     """Load a torch.save file onto the CPU. Raises an exception of any type if it is corrupt or would run code."""
-    with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
-    if is_zip:  # files from before PyTorch 1.6 are pickles, which have no checksums
-        check_records(path)
+    check_records(path)
     with warnings.catch_warnings():
         # torch warns at length about a pickle that it did not write
         warnings.simplefilter("ignore")
@@ -263,9 +260,16 @@ def build_like(
 
 
 def check_tensors(
-    entry: str, tensors: dict[str, Tensor], like: dict[str, Tensor], device: str
+    entry: str,
+    tensors: dict[str, Tensor],
+    like: dict[str, Tensor],
+    device: str = "cpu",
+    any_float: bool = False,
 ) -> None:
-    """Raise ValueError unless tensors match `like` and are dense, on `device`. entry: prefix of their names."""
+    """Raise ValueError unless tensors match `like` and are dense, on `device`. entry: prefix of their names.
+
+    any_float: a tensor may have any floating-point dtype.
+    """
     if unknown := tensors.keys() - like.keys():
         raise ValueError(f"it has {entry}{min(unknown)}, which this code does not know")
     if missing := like.keys() - tensors.keys():
@@ -273,10 +277,13 @@ def check_tensors(
     for name, tensor in tensors.items():
         strided = tensor.layout == torch.strided and not tensor.is_nested
         dense = strided and tensor.is_contiguous()
-        expected = (device, like[name].dtype, like[name].shape)
+        dtype, shape = like[name].dtype, like[name].shape
+        if any_float and tensor.is_floating_point():
+            dtype = tensor.dtype
+        expected = (device, dtype, shape)
         if not dense or (tensor.device.type, tensor.dtype, tensor.shape) != expected:
             raise ValueError(
-                f"{entry}{name} must be a dense tensor of {expected[1]} and shape {tuple(expected[2])}"
+                f"{entry}{name} must be a dense, contiguous tensor of {dtype} and shape {tuple(shape)}"
             )
 
 

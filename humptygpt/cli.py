@@ -231,14 +231,14 @@ def parse(name: str, text: str, hint: object) -> object:
 def convert(name: str, value: object, hint: object) -> object:
     """Return a value, or raise UserError if its key does not accept values of this type.
 
-    If the key takes a float, an int becomes one, and if it can be repeated, a single text becomes a tuple. A bool does
-    not count as a number. A ~ that the shell did not expand is replaced by the home folder.
+    If the key takes a float, an int of up to 64 bits becomes one, and if it can be repeated, a single text becomes a
+    tuple. A bool does not count as a number. A ~ that the shell did not expand is replaced by the home folder.
     """
     if hint == TEXTS:
         texts = value if type(value) in (tuple, list) else (value,)
         return tuple(convert(name, text, str) for text in texts)
     kinds = kinds_of(hint)
-    if float in kinds and type(value) is int:
+    if float in kinds and type(value) is int and abs(value) < 2**63:
         return float(value)
     if type(value) not in kinds:
         raise UserError(f"{name}={value!r} must be {inspect.formatannotation(hint)}")

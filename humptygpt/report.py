@@ -231,10 +231,12 @@ def activation_bytes(
     layers = dropwhile(lambda layer: not trained_parameters(layer), layers)
     heads = [module.lm_head for module in model.modules() if hasattr(module, "lm_head")]
     kept = sum(kept_of(layer, dtype) for layer in layers if layer not in heads)
+    from humptygpt.fast.attention import EXPLICIT_SCORES
+
     scores = tokens * shape.n_head * shape.block_size  # attention scores per layer
-    short = device.type == "cpu" and scores <= models.EXPLICIT_SCORES
+    short = device.type == "cpu" and scores <= EXPLICIT_SCORES
     for module in model.modules():  # attend() in model.py keeps the attention scores
-        if isinstance(module, models.SelfAttention) and (short or not module.fuses):
+        if isinstance(module, models.SelfAttention) and (short or not module.kernel):
             kept += dtype.itemsize * scores / tokens
     blocks = sum(isinstance(module, models.Block) for module in model.modules())
     if config.checkpoint_activations and blocks:  # one block at a time is recomputed

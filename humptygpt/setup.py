@@ -241,7 +241,8 @@ def prepare_missing(config: TrainConfig) -> None:
     prepared = names & {"meta.json", "meta.pkl"}
     if prepared and (config.input is None or launched()[0]):
         return
-    import prepare_data  # late import: it is rarely needed
+    # late import: it is rarely needed
+    from humptygpt.prepare.dataset import PrepareConfig, prepare
 
     keys = {}
     if config.input:
@@ -251,7 +252,7 @@ def prepare_missing(config: TrainConfig) -> None:
     elif names & {"train.bin", COMMAND}:
         return
     keys["name"] = config.dataset
-    prepare_data.prepare(cli.make(prepare_data.PrepareConfig, keys))
+    prepare(cli.make(PrepareConfig, keys))
 
 
 def input_keys(config: TrainConfig, folder: Path) -> dict[str, object]:
@@ -260,14 +261,14 @@ def input_keys(config: TrainConfig, folder: Path) -> dict[str, object]:
     For a new folder, fine-tuning uses the base model's tokenizer by default.
     Raises UserError if the folder was made from a different input.
     """
-    import prepare_data
+    from humptygpt.prepare.dataset import PrepareConfig
 
     keys = {"input": config.input}
     if config.init_from != "scratch":
         keys["tokenizer"] = config.init_from
     if command := made_by(folder):
         words = shlex.split(command)[2:]
-        keys = cli.read(words, prepare_data.PrepareConfig, positional="name")
+        keys = cli.read(words, PrepareConfig, positional="name")
         if Path(keys.get("input", "")).resolve() != Path(config.input).resolve():
             raise UserError(
                 f"{folder} was not made from input={config.input} but by this command: {command};"

@@ -6,17 +6,15 @@ Datasets and checkpoints name their task.
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-import model as models
 from humptygpt import cli
 from humptygpt.cli import UserError
-from model import ModelConfig, SelfAttention
+from model import ModelConfig
 
 # {name: ("module:class", the tasks that it can learn)}
 MODELS = {
@@ -63,11 +61,10 @@ def build(config: ModelConfig, training: dict | None = None) -> nn.Module:
         from humptygpt.minutes.ensemble import Ensemble
 
         cls = Ensemble
+    from humptygpt.fast.attention import use_fused_kernel
+
     model = cls(config)
-    if fused_attend_agrees(models.attend, models.fused_attend):
-        for module in model.modules():
-            if isinstance(module, SelfAttention):
-                module.fuses = True
+    use_fused_kernel(model)
     return add_lora(model, training or {})
 
 
@@ -78,18 +75,6 @@ def add_lora(model: nn.Module, training: dict) -> nn.Module:
 
         lora.add(model, training)
     return model
-
-
-@cache
-@torch.no_grad()
-def fused_attend_agrees(attend: Callable, fused_attend: Callable) -> bool:
-    """True if both functions of model.py compute the same. If a user edits attend(), the fused one is not used."""
-    random = torch.Generator().manual_seed(0)
-    q, k, v, mask = torch.randn(4, 1, 2, 5, 5, generator=random, device="cpu")
-    return all(
-        torch.allclose(attend(q, k, v, m), fused_attend(q, k, v, m), atol=1e-4)
-        for m in (None, mask)
-    )
 
 
 def build_on_meta(config: ModelConfig, training: dict | None = None) -> nn.Module:

@@ -1,8 +1,8 @@
 """Text -> token ids -> text: characters, bytes, sentencepiece subwords, byte pairs, or another project's tokens.
 
 A token stands for some bytes of UTF-8 (its piece), and a text is the concatenation of its tokens' pieces. If a dataset
-has several documents, each ends with the token `eot`, which ordinary text never contains. To add a tokenizer, write a
-class and list it in TOKENIZERS, both in this file. prepare/vocabulary.py learns subwords from a text.
+has several documents, each ends with the token `eot`, which ordinary text never contains. To add a tokenizer, write its
+class here, list it in TOKENIZERS, and list how it is trained in prepare/vocabulary.py.
 """
 
 import base64
@@ -30,13 +30,10 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how sentencepiece writes a byt
 class Tokenizer:
     """The interface of all tokenizers.
 
-    train() makes a tokenizer; it may stop before it has read all texts. state() returns plain data from which
-    from_state() recreates the tokenizer. separated: whether the data's documents end in eot.
+    state() returns plain data from which from_state() recreates the tokenizer.
     """
 
     name: str
-    options: tuple[str, ...] = ()  # prepare_data.py keys that train() accepts
-    needs_all_texts = False  # True: train() reads the validation split as well
     schema: ClassVar = {"separated?": bool}  # entries of state() besides the name
     pieces: list[bytes]  # the bytes that each token stands for
     eot: int | None  # the token that ends each document; None: there is only one document
@@ -48,11 +45,6 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return len(self.pieces)
-
-    @classmethod
-    def train(cls, texts: Iterable[str], separated: bool = False, **options) -> Self:
-        """Learn a vocabulary. Raises UserError if these texts and options do not allow it."""
-        raise NotImplementedError
 
     def encode(self, text: str) -> np.ndarray:
         """Return token ids, int64 (length,), without bos. Raises UserError for text that cannot be encoded."""
@@ -66,9 +58,6 @@ class Tokenizer:
         """Encode the continuation of another text, in which no special token is recognised."""
         return self.encode_rest(text)
 
-    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
-        return [self.encode(text) for text in texts]
-
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text. Bytes that are not valid UTF-8, which a model may generate, become U+FFFD."""
         return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
@@ -81,12 +70,8 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """Number of bytes of text in each token, (vocab_size,); 0 for eot and bos."""
-        return np.array(
-            [
-                0 if i in (self.bos, self.eot) else len(piece)
-                for i, piece in enumerate(self.pieces)
-            ]
-        )
+        marks = (self.bos, self.eot)
+        return np.array([0 if i in marks else len(x) for i, x in enumerate(self.pieces)])
 
     def state(self) -> dict:
         return {"tokenizer": self.name, "separated": self.eot is not None}
@@ -101,7 +86,6 @@ class CharTokenizer(Tokenizer):
     """One token for each character of an alphabet, in the order of the alphabet."""
 
     name = "char"
-    needs_all_texts = True
     schema: ClassVar = {"alphabet": str, "separated?": bool}
 
     def __init__(self, alphabet: str, separated: bool = False):
@@ -112,14 +96,6 @@ class CharTokenizer(Tokenizer):
         self.pieces += [END_OF_TEXT.encode()] * separated
         self.eot = len(alphabet) if separated else None
         self._ids = {char: i for i, char in enumerate(alphabet)}
-
-    @classmethod
-    def train(cls, texts: Iterable[str], separated: bool = False) -> Self:
-        """Make an alphabet of all characters in the texts, sorted."""
-        alphabet = set()
-        for text in texts:
-            alphabet.update(text)
-        return cls("".join(sorted(alphabet)), separated)
 
     def encode(self, text: str) -> np.ndarray:
         try:
@@ -144,10 +120,6 @@ class ByteTokenizer(Tokenizer):
         self.pieces = [bytes([i]) for i in range(256)] + [END_OF_TEXT.encode()] * separated
         self.eot = 256 if separated else None
 
-    @classmethod
-    def train(cls, texts: Iterable[str], separated: bool = False) -> Self:
-        return cls(separated)
-
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
 
@@ -155,13 +127,12 @@ class ByteTokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """Subwords learned by sentencepiece. A character without a piece is spelled in bytes, so nothing is lost.
 
-    proto: the serialized sentencepiece model, made with the settings of learn_sentencepiece(). Its token 0 is the
+    proto: the serialized sentencepiece model, made with the settings of prepare/vocabulary.py. Its token 0 is the
     unknown token, which never occurs, so our ids are one lower than sentencepiece's.
     Source: Kudo and Richardson 2018, arXiv:1808.06226.
     """
 
     name = "sentencepiece"
-    options = ("vocab_size", "model_type")
     schema: ClassVar = {"separated": bool, "proto": str}
 
     def __init__(self, proto: bytes, separated: bool = False):
@@ -188,27 +159,11 @@ class SentencePieceTokenizer(Tokenizer):
         return cls(learn_sentencepiece(texts, **options), separated)
 
     def encode(self, text: str) -> np.ndarray:
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
-        """Encode all texts in a single call to sentencepiece. A call for each sentence would take ten times as long."""
-        split = [re.split("([\n▁])", text) for text in texts]
-        plain = [part for part in chain(*split) if part not in self._separators]
+        parts = re.split("([\n▁])", text)
+        plain = [part for part in parts if part not in self._separators]
         encoded = iter(self.model.encode(plain, num_threads=1))
-        ids = (
-            [self._separators.get(part) or next(encoded) for part in parts]
-            for parts in split
-        )
-        return [np.fromiter(chain(*lists), dtype=np.int64) - 1 for lists in ids]
-
-    def spelled(self, counts: list[int]) -> int:
-        """Count the characters that were spelled in bytes. counts: how often each token occurs."""
-        # each character has one byte, its first, that is not from 0x80 to 0xBF
-        return sum(
-            counts[i]
-            for i, piece in enumerate(self.pieces)
-            if self.model.is_byte(i + 1) and not 0x80 <= piece[0] < 0xC0
-        )
+        ids = (self._separators.get(part) or next(encoded) for part in parts)
+        return np.fromiter(chain(*ids), dtype=np.int64) - 1
 
     def state(self) -> dict:
         return super().state() | {"proto": base64.b64encode(self.proto).decode()}
@@ -226,7 +181,6 @@ class BytePairTokenizer(Tokenizer):
     """
 
     name = "bpe"
-    options = ("vocab_size", "split_digits")
     schema: ClassVar = {"separated": bool, "pieces": str}
 
     def __init__(self, pieces: list[bytes], separated: bool = False):
@@ -269,25 +223,14 @@ class GPT2Tokenizer(BytePairTokenizer):
     """GPT-2's own vocabulary."""
 
     name = "gpt2"
-    options = ()
-
-    @classmethod
-    def train(cls, texts: Iterable[str] = (), separated: bool = False) -> Self:
-        """Load GPT-2's vocabulary. Raises UserError if it cannot be downloaded."""
-        from humptygpt.prepare.vocabulary import gpt2_pieces
-
-        return cls(gpt2_pieces(), separated)
 
 
 TOKENIZERS = {
-    kind.name: kind
-    for kind in (
-        CharTokenizer,
-        ByteTokenizer,
-        SentencePieceTokenizer,
-        GPT2Tokenizer,
-        BytePairTokenizer,
-    )
+    "char": CharTokenizer,
+    "byte": ByteTokenizer,
+    "sentencepiece": SentencePieceTokenizer,
+    "gpt2": GPT2Tokenizer,
+    "bpe": BytePairTokenizer,
 }
 
 
@@ -346,9 +289,9 @@ def unpack(packed: str) -> bytes:
 def printable_bytes() -> dict[str, int]:
     """Return GPT-2's table {printable character: byte}. Printable bytes map to themselves, others to U+0100 and up."""
     printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != 32]
-    hidden = sorted(set(range(256)) - set(printable))
-    signs = map(chr, [*printable, *range(256, 256 + len(hidden))])
-    return dict(zip(signs, printable + hidden, strict=True))
+    hidden = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
 def sentencepiece_bytes(piece: str, byte_fallback: bool) -> bytes:

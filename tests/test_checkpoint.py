@@ -127,7 +127,7 @@ def test_a_record_marked_as_a_directory_is_noticed(folder):
 # The schema
 
 
-HEAD = "the parameter lm_head.weight must be a dense tensor of torch.float32 and shape"
+HEAD = "the parameter lm_head.weight must be a dense, contiguous tensor of torch.float32 and shape"
 OTHER_CODE = "ckpt.pt was written by different code: "
 # (complaint, path to an entry, its other value or None if it is missing)
 EDITS = [

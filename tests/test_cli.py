@@ -20,8 +20,8 @@ import sample
 import train
 from humptygpt import cli, settings
 from humptygpt.cli import UserError, check_choices, check_least
+from humptygpt.prepare.dataset import PrepareConfig
 from model import ModelConfig
-from prepare_data import PrepareConfig
 from sample import SampleConfig
 from train import TrainConfig
 

@@ -193,7 +193,7 @@ BYTE = "--tokenizer=byte"
 SUBWORDS = ("--vocab_size=320", "--val_fraction=0.3")
 KINDS: dict[str, Callable[[], Target]] = {
     "char": partial(prepared, "meta.json", TEXT),
-    "byte, sharded": partial(prepared, "meta.json", DOCUMENTS, BYTE, "--shard_tokens=5000"),
+    "byte": partial(prepared, "meta.json", DOCUMENTS, BYTE),
     "bpe": partial(prepared, "meta.json", DOCUMENTS, "--tokenizer=bpe", *SUBWORDS),
     "sentencepiece": partial(
         prepared, "meta.json", TEXT, "--tokenizer=sentencepiece", *SUBWORDS

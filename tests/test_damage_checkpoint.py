@@ -33,6 +33,7 @@ import train
 from humptygpt import checkpoint, evaluation
 from humptygpt.cli import UserError
 from humptygpt.evaluation import Loss
+from humptygpt.prepare import dataset
 
 OUT = Path("out/run")
 RUN = ["--n_layer=1", "--n_embd=16", "--max_iters=3", "--optimizer=muon"]
@@ -200,7 +201,7 @@ def resume() -> list:
         patch.setattr(train, "train_step", lambda run, it: (one, one, 1))
         patch.setattr(evaluation, "evaluate", lambda *args: Loss(1.0, 0.1))
         patch.setattr(torch, "compile", lambda *args, **settings: 1 / 0)
-        patch.setattr(prepare_data, "prepare", refuse)
+        patch.setattr(dataset, "prepare", refuse)
         patch.setitem(sys.modules, "wandb", None)
         code = train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=3"])
     assert code in (0, 1)  # 1: the loss of an earlier step is not finite

@@ -21,13 +21,13 @@ import torch._dynamo
 from conftest import PLAIN, TINY_RUN, assert_same_weights, read_rows
 from test_chat import prepare_chats
 
-import prepare_data
 import train
-from humptygpt import checkpoint, machine, optimizers, settings
+from humptygpt import checkpoint, machine, optimizers, setup
 from humptygpt.data import TokenDataset
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import DataParallel
-from humptygpt.process import PARALLEL, restarted
+from humptygpt.prepare import dataset
+from humptygpt.process import restarted
 from humptygpt.settings import TrainConfig
 from humptygpt.setup import read_settings
 
@@ -39,7 +39,7 @@ TIME = 600  # seconds until a test fails
 RESUME = ["--init_from=resume", "--out_dir=out/run"]
 # 4 processes do not divide 34 rows of a matrix evenly
 UNEVEN = [*TINY_RUN, *PLAIN, "--n_embd=34"]
-every_parallel = pytest.mark.parametrize("parallel", PARALLEL)
+every_parallel = pytest.mark.parametrize("parallel", TrainConfig.choices()["parallel"])
 
 
 def free_port() -> int:
@@ -352,7 +352,7 @@ def on_two_machines(argv: list[str], disks: int) -> int:
         time.sleep(0.2)
         shutil.copytree(elsewhere, "data/tiny")
 
-    prepare_data.prepare = prepare
+    dataset.prepare = prepare
     return train.main(argv)
 
 
@@ -397,7 +397,7 @@ def test_only_the_same_run_is_resumed_when_torchrun_starts_again(
     run_train, monkeypatch, change
 ):
     run_train()
-    monkeypatch.setattr(settings, "restarted", lambda: True)
+    monkeypatch.setattr(setup, "restarted", lambda: True)
     start = read_settings([*TINY_RUN, *([change] if change else [])])
     assert bool(start.saved) == (change is None)
 

@@ -10,10 +10,9 @@ from uncached import generate, uncached
 
 import export
 import train
-from explain import ExplainConfig
 from humptygpt import sampling
 from humptygpt.cli import UserError
-from humptygpt.convert.huggingface import FAMILIES, find_family
+from humptygpt.convert.families import FAMILIES, find_family
 from humptygpt.finetune import lora
 from humptygpt.loading import load
 from humptygpt.page.page_data import pack_weights, page_data
@@ -117,11 +116,11 @@ def test_it_is_not_exported(tiny, fails):
 def test_a_page_has_the_weights_of_the_first_member_now_and_earlier(tiny):
     assert train.main([*TINY_RUN, "--n_members=2", "--snapshots=True"]) == 0
     first = load(Path("out/run")).model.members[0]
-    data = page_data(ExplainConfig("out/run"))
+    data = page_data(Path("out/run/best.pt"))
     assert data["weights"] == pack_weights(first)
     # alone, the first member starts with the same weights
     assert train.main([*TINY_RUN, "--out_dir=out/one", "--snapshots=True"]) == 0
-    alone = page_data(ExplainConfig("out/one"))
+    alone = page_data(Path("out/one/best.pt"))
     assert data["snapshots"] == alone["snapshots"] != []
 
 

@@ -41,12 +41,9 @@ from humptygpt.page.known_settings import (
     check_settings,
     known_logits,
 )
+from humptygpt.prepare.vocabulary import train_byte_pairs, train_sentencepiece
 from humptygpt.tasks import build, make_model_config
-from humptygpt.tokenizers import (
-    BytePairTokenizer,
-    CharTokenizer,
-    SentencePieceTokenizer,
-)
+from humptygpt.tokenizers import BytePairTokenizer, CharTokenizer
 from model import ACTIVATIONS, ModelConfig, count_parameters
 
 ROOT = Path(__file__).parent.parent
@@ -749,9 +746,9 @@ ODD = [
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, tokenizer.Tokenizer]:
     """Also some of English, of which more is merged than of the made-up language."""
-    train = partial(SentencePieceTokenizer.train, [README], vocab_size=1200, separated=True)
+    train = partial(train_sentencepiece, [README], True, vocab_size=1200)
     english = {
-        "README, bpe": BytePairTokenizer.train([README], vocab_size=1200, separated=True),
+        "README, bpe": train_byte_pairs([README], True, vocab_size=1200),
         "README, unigram": train(model_type="unigram"),
         "README, sentencepiece": train(),
     }
@@ -792,7 +789,7 @@ def test_token_ids_are_pythons(node, tokenizers, texts, name):
         texts = ["".join(char for char in text if char in alphabet) for text in texts]
     assert len(texts) > 300
     found = node.ask("encode", data=page_data.tokenizer_data(tok), texts=texts)
-    for text, answer, ids in zip(texts, found, tok.encode_batch(texts), strict=True):
+    for text, answer, ids in zip(texts, found, map(tok.encode, texts), strict=True):
         assert answer["ids"] == ids.tolist(), text
         assert answer["decoded"] == text
 

@@ -23,9 +23,9 @@ import sample
 import train
 from humptygpt import checkpoint, cli
 from humptygpt.cli import UserError
-from humptygpt.convert.families import FAMILIES
+from humptygpt.convert.families import FAMILIES, find_family
 from humptygpt.convert.gguf import ACTIVATIONS
-from humptygpt.convert.huggingface import find_family, to_pretrained
+from humptygpt.convert.huggingface import to_pretrained
 from humptygpt.convert.model_card import model_card
 from humptygpt.convert.write_huggingface import build_tokenizer
 from humptygpt.loading import Loaded, load

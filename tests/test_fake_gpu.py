@@ -31,7 +31,8 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 import model as models
 import sample
 import train
-from humptygpt import evaluation, loading, tasks
+from humptygpt import evaluation, loading
+from humptygpt.fast import attention
 from humptygpt.fast import generation as decoding
 from humptygpt.finetune import lora
 from humptygpt.loading import Loaded
@@ -203,7 +204,7 @@ def watched_residual_stream():
         # the originals read numbers
         patch.setattr(decoding, "agrees", lambda *args, **keys: True)
         patch.setattr(decoding, "check_model", lambda model: None)
-        patch.setattr(tasks, "fused_attend_agrees", lambda *_: True)
+        patch.setattr(attention, "agrees", lambda *_: True)
         yield
     hook.remove()
 

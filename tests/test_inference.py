@@ -217,14 +217,6 @@ def test_a_linear_layer_of_ones_own_is_not_swapped_for_a_product(monkeypatch):
         torch.testing.assert_close(ready(idx)[0], expected, atol=0.02, rtol=0.0)
 
 
-def test_grouped_heads_do_not_copy_the_cache_for_each_token(monkeypatch):
-    ready = make_generator(random_model(n_kv_head=1))
-    cache = ready.make_cache()
-    ready.next_logits(tokens(2, 5), cache)
-    monkeypatch.setattr(models, "attend", None)  # it would repeat all keys and values
-    ready.next_logits(tokens(2, 1), cache)
-
-
 # --------------------------------------------------------------------------------------
 # Compiled
 

@@ -245,9 +245,6 @@ BAD = {
     "init_lora_weights must be None or bool or eva or": lambda: change_config(
         init_lora_weights="pissa"
     ),
-    "alora_invocation_tokens must be None": lambda: change_config(
-        alora_invocation_tokens=[1]
-    ),
     "the regular expression 'c_(a|b)'; only layer names are": lambda: change_config(
         alpha_pattern={"c_(a|b)": 3}
     ),
@@ -260,11 +257,13 @@ BAD = {
     "lora_A.weight is unknown, or its counterpart (lora_A or": lambda: change_weights(
         **{B: None}
     ),
-    "c_attn.lora_B.weight: expected shape (48, 3), found (48, 4)": lambda: change_weights(
-        **{B: torch.ones(48, 4)}
+    "c_attn.lora_B.weight must be a dense, contiguous tensor of torch.float32 and shape (48, 3)": lambda: (
+        change_weights(**{B: torch.ones(48, 4)})
     ),
     "neither adapter_model.safetensors nor adapter_model.bin": lambda: WEIGHTS.unlink(),
-    "is truncated or damaged, or holds more": lambda: WEIGHTS.write_bytes(b"abc"),
+    "is truncated, damaged or older than PyTorch 1.6, or holds": lambda: (
+        WEIGHTS.write_bytes(b"abc")
+    ),
 }
 
 

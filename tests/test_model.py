@@ -9,7 +9,9 @@ from uncached import generate, uncached
 
 import model as models
 from humptygpt.cli import UserError
-from humptygpt.tasks import build, config_class, fused_attend_agrees, make_model_config
+from humptygpt.fast import attention
+from humptygpt.fast.attention import fused_attend
+from humptygpt.tasks import build, config_class, make_model_config
 from humptygpt.translation.beams import select
 from model import (
     ACTIVATIONS,
@@ -20,7 +22,6 @@ from model import (
     alibi_slopes,
     attend,
     attention_mask,
-    fused_attend,
     relu_squared,
     rotate,
 )
@@ -307,12 +308,14 @@ def test_fused_attention_equals_the_formula(causal, padded, length, window, bias
     [
         ({}, 2 * 2 * 8 * 8, 8, False),
         ({}, 2 * 2 * 8 * 8 - 1, 8, True),
+        ({"n_kv_head": 1}, 1000, 8, False),
+        ({"n_kv_head": 1}, 1000, 1, True),  # otherwise each token would copy the cache
     ],
 )
 def test_a_cpu_uses_the_formula_in_sight_in_training_and_evaluation_up_to_a_limit(
     keys, limit, length, fused, monkeypatch, sdpa_calls
 ):
-    monkeypatch.setattr(models, "EXPLICIT_SCORES", limit)
+    monkeypatch.setattr(attention, "EXPLICIT_SCORES", limit)
     model = tiny(**keys)
     for training in (True, False):
         model.train(training)
@@ -326,14 +329,14 @@ def test_an_edited_formula_is_used_where_the_kernel_was(monkeypatch):
     monkeypatch.setattr(models, "attend", doubled)
     model, idx = random_model().eval(), tokens(2, 8)
     expected = model(idx)[0]
-    monkeypatch.setattr(models, "EXPLICIT_SCORES", 0)
+    monkeypatch.setattr(attention, "EXPLICIT_SCORES", 0)
     assert torch.equal(model(idx)[0], expected)
-    assert not any(block.attn.fuses for block in model.stack.blocks)
+    assert not any(block.attn.kernel for block in model.stack.blocks)
 
 
 def test_building_a_model_draws_only_its_weights():
     torch.manual_seed(1)
-    fused_attend_agrees.__wrapped__(attend, fused_attend)
+    attention.agrees.__wrapped__(attend, fused_attend)
     found = torch.rand(3)
     torch.manual_seed(1)
     assert torch.equal(torch.rand(3), found)
@@ -355,7 +358,7 @@ def test_a_cache_keeps_values_of_another_size_than_the_keys(position, monkeypatc
             q, k, v = map(self.heads, (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
             if cache:
                 k, v = cache.append(shared.end, k=k, v=v)
-            y = self.attend(q, k, v, shared.masks[self.window])
+            y = attend(q, k, v, shared.masks[self.window])
             return self.o_proj(y.transpose(1, 2).flatten(2))
 
     monkeypatch.setitem(models.ATTENTIONS, "wide", WideValues)
@@ -402,7 +405,7 @@ def sdpa_calls(monkeypatch) -> list[tuple]:
 
 def test_plain_causal_attention_makes_no_mask(sdpa_calls, monkeypatch):
     """With a mask, SDPA cannot use its fast kernels."""
-    monkeypatch.setattr(models, "EXPLICIT_SCORES", 0)
+    monkeypatch.setattr(attention, "EXPLICIT_SCORES", 0)
     model = tiny()
     each = [(tiny(position="rotary"), 16, None), (tiny(window=16), 16, None)]
     cache = model.make_cache()
@@ -665,11 +668,10 @@ def test_queries_that_a_parameter_made_float32_attend_to_keys_in_bfloat16():
     q, k, v = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
     distance = torch.arange(5)[:, None] - torch.arange(5)
     mask = attention_mask(distance, window=3)
-    layer = tiny().stack.blocks[0].attn
-    with torch.no_grad():
-        found = layer.attend(q, k.bfloat16(), v.bfloat16(), mask)
-        expected = layer.attend(q, k, v, mask)
-    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
+    for function in (attend, fused_attend):
+        found = function(q, k.bfloat16(), v.bfloat16(), mask)
+        expected = function(q, k, v, mask)
+        torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
 
 
 def test_the_squared_relu_makes_no_power_which_a_gpu_would_compute_in_float32():

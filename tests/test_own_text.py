@@ -13,7 +13,7 @@ from texts import make_text
 
 import prepare_data
 import train
-from humptygpt.prepare import vocabulary
+from humptygpt.prepare import dataset, sources, vocabulary
 from humptygpt.setup import data_name, prepare_missing
 
 SMALL = [
@@ -112,7 +112,10 @@ def test_a_vocab_size_without_a_tokenizer_is_for_byte_pair_encoding(folder, caps
 
 
 @pytest.mark.parametrize("name", ["wills", "mine --input=pairs.tsv --vocab_size=330"])
-def test_pairs_and_data_sets_with_a_tokenizer_of_their_own_keep_it(folder, name):
+def test_pairs_and_data_sets_with_a_tokenizer_of_their_own_keep_it(
+    folder, name, monkeypatch
+):
+    monkeypatch.setattr(sources, "WILLS", 1000)
     write_tsv("pairs.tsv", ROWS)
     prepare(f"{name} --tokenizer=auto")
     assert tokenizer_of(name.split()[0]) == "sentencepiece"
@@ -175,7 +178,7 @@ def test_the_data_of_an_input_keeps_the_settings_that_it_was_prepared_with(folde
     write_own(make_text(5000))
     way = "python prepare_data.py own --input=own.txt --tokenizer=byte --overwrite=True"
     assert fails(train.main, "--input=own.txt", *TRAIN) == (
-        f"data/own already holds a different data set; choose another name, or replace it: {way}\n"
+        f"data/own already holds data from other files or settings; choose another name, or replace it: {way}\n"
     )
     prepare(way.removeprefix("python prepare_data.py"))
     assert train.main(["--input=own.txt", *TRAIN]) == 0
@@ -231,7 +234,9 @@ def test_train_hands_on_the_keys_that_a_complaint_about_its_input_names(folder, 
     assert (meta("own")["documents"], meta("own")["skipped_lines"]) == (2, 1)
     assert train.main(["--input=own.jsonl", *TRAIN]) == 0  # the data keeps its keys
     other = ["--input=latin1.txt", *TRAIN, "--encoding_errors=ignore"]
-    assert "data/latin1 already holds a different data set" in fails(train.main, *other)
+    assert "data/latin1 already holds data from other files or settings" in fails(
+        train.main, *other
+    )
 
 
 def test_a_run_that_resumes_takes_no_input(fails):
@@ -256,7 +261,7 @@ def test_only_the_first_of_several_processes_prepares_the_input(folder, monkeypa
     config = train.TrainConfig(dataset="own", input="own.txt")
     monkeypatch.setenv("RANK", "1")
     prepare_missing(config)  # the only process with this disk
-    monkeypatch.setattr(prepare_data, "prepare", None)
+    monkeypatch.setattr(dataset, "prepare", None)
     prepare_missing(config)
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(TypeError):

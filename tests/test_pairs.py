@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from backports import zstd
 from prepared import contents, meta, prepare, tokenizer_of
-from test_prepare_data import unreachable
 from texts import make_pairs, make_text
 
 import prepare_data
 from humptygpt.prepare import sources as known_texts
 from humptygpt.prepare import vocabulary
+from humptygpt.prepare.download import download
 from humptygpt.tokenizers import END_OF_TEXT
 from humptygpt.translation import pairs
 from humptygpt.translation.data import PairDataset
@@ -255,13 +255,12 @@ def test_the_tokenizer_is_trained_on_both_sides_of_the_training_pairs_only(
     folder, monkeypatch
 ):
     seen = []
-    learn = vocabulary.learn_byte_pairs
 
-    def recorded(texts, **options):
+    def recorded(texts, *args, **options):
         seen.extend(texts)
-        return learn(seen, **options)
+        return vocabulary.train_byte_pairs(seen, *args, **options)
 
-    monkeypatch.setattr(vocabulary, "learn_byte_pairs", recorded)
+    monkeypatch.setitem(vocabulary.TRAINERS, "bpe", recorded)
     write_tsv("own.tsv", ROWS)
     prepare("mine --input=own.tsv --tokenizer=bpe --vocab_size=300 --val_fraction=0.2")
     assert seen == [side for row in pairs_of("mine")["train"] for side in row]
@@ -281,31 +280,16 @@ def test_the_summary_shows_the_splits_and_three_pairs(folder, capsys):
 # Built-in data sets
 
 
-def write_multi30k(
-    splits: dict[str, list[tuple[str, str]]],
-    packed: str = ".gz",
-    folder: str = "data/translate_de_en",
-) -> None:
-    """The folder with files under their public names."""
+def write_multi30k(splits: dict[str, list[tuple[str, str]]]) -> None:
+    """The files of Multi30k, as if they had been downloaded."""
     for split, rows in splits.items():
-        name = f"{folder}/" + {"test": "test_2016_flickr"}.get(split, split)
-        write_two(f"{name}.de{packed}", f"{name}.en{packed}", rows)
+        name = {"test": "test_2016_flickr"}.get(split, split)
+        write_two(
+            *(f"data/downloads/multi30k/{name}.{side}.gz" for side in ("de", "en")), rows
+        )
 
 
 GIVEN = {"train": ROWS[:40], "val": ROWS[40:50], "test": ROWS[50:]}
-
-
-@pytest.mark.parametrize("packed", ["", ".gz"])
-def test_a_users_files_under_their_public_names_come_before_any_download(
-    folder, monkeypatch, packed
-):
-    monkeypatch.setattr(known_texts, "download", None)
-    write_multi30k(GIVEN, packed)
-    prepare("translate_de_en --vocab_size=330")
-    assert pairs_of("translate_de_en") == GIVEN
-    assert tokenizer_of("translate_de_en") == "sentencepiece"
-    # a user's file stays where it is
-    assert Path(f"data/translate_de_en/train.de{packed}").exists()
 
 
 def test_the_public_files_are_downloaded_once_and_verified(folder, monkeypatch):
@@ -316,12 +300,14 @@ def test_the_public_files_are_downloaded_once_and_verified(folder, monkeypatch):
         split, language, _ = path.name.split(".")
         rows = GIVEN[split.removesuffix("_2016_flickr")]
         write(str(path), "".join(row[language == "en"] + "\n" for row in rows))
+        return path
 
     monkeypatch.setattr(known_texts, "download", fake)
     prepare("translate_de_en --vocab_size=330")
     assert fetched == known_texts.MULTI30K_SHA256
     assert meta("translate_de_en")["source"] == "Multi30k"
-    monkeypatch.setattr(known_texts, "download", None)
+    assert tokenizer_of("translate_de_en") == "sentencepiece"
+    monkeypatch.setattr(known_texts, "download", download)
     prepare("translate_de_en --tokenizer=char --overwrite=True")
     assert pairs_of("translate_de_en") == GIVEN
 
@@ -349,12 +335,11 @@ def write_tatoeba(path: str) -> None:
 
 @pytest.fixture
 def everyday(folder, monkeypatch):
-    """Files in data/everyday_de_en, of which 6 pairs go to test and 4 to validation."""
-    monkeypatch.setattr(known_texts, "download", None)
+    """The downloaded files, of which 6 pairs go to test and 4 to validation."""
     monkeypatch.setattr(known_texts, "TATOEBA_TEST", 6)
     monkeypatch.setattr(known_texts, "TATOEBA_VAL", 4)
-    write_multi30k(GIVEN, folder="data/everyday_de_en")
-    write_tatoeba("data/everyday_de_en/deu-eng.zip")
+    write_multi30k(GIVEN)
+    write_tatoeba("data/downloads/tatoeba/deu-eng.zip")
 
 
 def test_no_sentence_of_one_split_is_in_another_in_either_language(everyday):
@@ -372,34 +357,6 @@ def test_no_sentence_of_one_split_is_in_another_in_either_language(everyday):
     assert sides["val"].isdisjoint(sides["test"])
 
 
-def test_todays_file_is_taken_with_a_note_if_the_one_of_2018_cannot_be_reached(
-    everyday, monkeypatch, capsys
-):
-    Path("data/everyday_de_en/deu-eng.zip").unlink()
-
-    def only_today(url, path, sha256=None):
-        if sha256:
-            unreachable(url, path, sha256)
-        write_tatoeba(str(path))
-
-    monkeypatch.setattr(known_texts, "download", only_today)
-    prepare("everyday_de_en --tokenizer=byte")
-    assert (
-        "trying the current version, https://www.manythings.org/anki"
-        in capsys.readouterr().err
-    )
-    assert len(pairs_of("everyday_de_en")["test"]) == 6
-
-
-def test_if_the_public_files_cannot_be_reached_the_message_says_where_to_put_them(
-    folder, fails, monkeypatch
-):
-    monkeypatch.setattr(known_texts, "download", unreachable)
-    complaint = fails(prepare_data.main, "translate_de_en")
-    own = "to use your own files, put them into data/translate_de_en, as described in data/README.md"
-    assert f"train.de.gz cannot be reached: no route; {own}" in complaint
-
-
 # --------------------------------------------------------------------------------------
 # Bad input
 
@@ -408,7 +365,7 @@ BAD = {
     "tabs.tsv, line 2 has 2 tabs; each line": "--input=tabs.tsv",
     "empty.tsv has no pairs; each line must be SOURCE": "--input=empty.tsv",
     "latin1.tsv is not valid utf-8; ": "--input=latin1.tsv",
-    "damaged.tsv.gz is damaged: ": "--input=damaged.tsv.gz",
+    "cannot read damaged.tsv.gz: ": "--input=damaged.tsv.gz",
     "a.de and short.en have different numbers of lines; each line must": (
         "--source=a.de --target=short.en"
     ),

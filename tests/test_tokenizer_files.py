@@ -219,7 +219,7 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(kind, made):
     _, theirs, ours = made(kind)
     first, second = "Hello the dog.", " and plain words\n12"
     pieces = [Piece(first, 0, False), Piece(second, len(first), True)]
-    ids, _ = Documents(None, [], [], "").encode(ours, "train", pieces)
+    ids, _ = Documents(None, [], "", []).encode(ours, "train", pieces)
     assert np.concatenate(ids).tolist() == [*theirs(first + second).input_ids, ours.eot]
 
 

@@ -565,7 +565,7 @@ def test_a_key_that_nobody_has_thought_about_may_not_change_on_resume(
         order: str = "random"
 
     run_train("--max_iters=1")
-    monkeypatch.setattr(settings, "TrainConfig", Newer)
+    monkeypatch.setattr(setup, "TrainConfig", Newer)
     complaint = "order=sorted cannot change on resume: the checkpoint has order=random;"
     assert fails(train.main, *RESUME, "--order=sorted").startswith(complaint)
 
@@ -1024,8 +1024,8 @@ def test_an_in_place_error_in_an_edited_model_shows_its_line_and_a_traceback(tin
         shutil.copytree(ROOT / name, copy / name)
     shutil.copy(ROOT / "train.py", copy)
     source = (ROOT / "model.py").read_text()
-    line = "v = self.heads(v).sigmoid()"
-    edited = source.replace("v = self.heads(v)\n", f"{line}; v.mul_(2)\n")
+    line = "v = self.heads(self.v_proj(x)).sigmoid()"
+    edited = source.replace("v = self.heads(self.v_proj(x))\n", f"{line}; v.mul_(2)\n")
     assert edited != source
     (copy / "model.py").write_text(edited)
     command = [sys.executable, "copy/train.py", *TINY_RUN]

@@ -59,25 +59,19 @@ class Conversations(Corpus):
         """Add the tokens that mark turns, unless the tokenizer is one of a chat model, which has them."""
         return tokenizer if tokenizer.name == "chat" else ChatTokenizer(tokenizer)
 
-    def read(self, number: int) -> Iterator[Conversation]:
-        """Read one conversation per line of a file."""
+    def read(self, number: int) -> Iterator[tuple[str, Conversation]]:
+        """Read one conversation per line of a file. Equal conversations are in the same split."""
         path = self.files[number]
         for line, text in enumerate(read_lines(path, self.config.encoding_errors), start=1):
             if text.strip():
                 with refuse(f"{path}, line {line:,}: "):
-                    yield parse(text)
-
-    def assign(
-        self, conversation: Conversation, number: int
-    ) -> list[tuple[str, Conversation]]:
-        """Return [(split, conversation)]: equal conversations are in the same split."""
-        drawn = draw("\n".join(conversation.texts), hashed=None)
-        return [("val" if drawn <= self.config.val_fraction else "train", conversation)]
+                    conversation = parse(text)
+                drawn = draw("\n".join(conversation.texts), hashed=None)
+                yield "val" if drawn <= self.config.val_fraction else "train", conversation
 
     def encode(
         self, tokenizer: ChatTokenizer, split: str, conversations: list[Conversation]
     ) -> tuple[list[np.ndarray], Counter]:
-        """Encode conversations of one split. Returns arrays of token ids, and the counts for meta.json."""
         ids = []
         counted = Counter()
         for conversation in conversations:
@@ -99,7 +93,6 @@ class Conversations(Corpus):
         return ids, counted
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
-        """Return the entries of meta.json that are specific to conversations. first_text: as for Pairs."""
         # after a conversation's last turn comes the token that separates conversations, whatever its text is
         first = re.split(rf"(?<={re.escape(END)}\n)(?!{re.escape(BEGIN)})", first_text)[0]
         return {
@@ -109,7 +102,6 @@ class Conversations(Corpus):
         }
 
     def summary(self, meta: dict) -> dict[str, str]:
-        """Return the summary lines that are specific to conversations, as {title: text}."""
         longest = f"{meta['longest']:,} tokens; train.py cuts longer ones than block_size before a question"
         lines = {"longest": longest}
         if meta["without_reply"]:

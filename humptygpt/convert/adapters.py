@@ -3,18 +3,25 @@
 import math
 import os
 import re
-from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from humptygpt.cli import UserError, refuse
-from humptygpt.convert.families import FAMILIES
-from humptygpt.convert.huggingface import find_family, layer_names, write_files
-from humptygpt.convert.weight_files import check_shapes, open_weights
+from humptygpt.convert.families import FAMILIES, find_family
+from humptygpt.convert.huggingface import (
+    check_weights,
+    layer_names,
+    open_weights,
+    write_files,
+)
 from humptygpt.files import parse_json
 from humptygpt.finetune.lora import adapted
+
+if TYPE_CHECKING:
+    from humptygpt.settings import TrainConfig
 
 PREFIX = "base_model.model."
 CONFIG = "adapter_config.json"
@@ -25,7 +32,6 @@ SCHEMA = {
     "lora_alpha": float,
     "use_rslora?": (bool, None),
     "alpha_pattern?": ({str: float}, None),
-    "alora_invocation_tokens?": None,
     # other initializations, such as "pissa", are refused because they change the base model's weights
     "init_lora_weights?": (None, bool, {"gaussian", "eva", "orthogonal"}),
 }
@@ -39,9 +45,9 @@ def adapter_names(model: nn.Module) -> list[tuple[str, list[str]]]:
     try:
         family = FAMILIES[find_family(model.config)]
     except UserError:
-        names = dict(model.named_modules())
-        return [(name, [name]) for name in names if isinstance(names[name], nn.Linear)]
-    return layer_names(family, model.config)
+        modules = model.named_modules()
+        return [(name, [name]) for name, layer in modules if isinstance(layer, nn.Linear)]
+    return layer_names(family, model.config.n_layer)
 
 
 # --------------------------------------------------------------------------------------
@@ -49,18 +55,16 @@ def adapter_names(model: nn.Module) -> list[tuple[str, list[str]]]:
 
 
 @torch.no_grad()
-def write_adapter(model: nn.Module, training, folder: Path) -> None:
+def write_adapter(model: nn.Module, training: "TrainConfig", folder: Path) -> None:
     """Write the LoRA matrices A and B to adapter_model.safetensors, and the settings to adapter_config.json.
 
     An adapter for GPT-2 or Llama uses transformers' layer names, so that PEFT can load it with the base model. GPT-2's
     c_attn combines our q_proj, k_proj and v_proj in one matrix, so its LoRA rank is the sum of their ranks.
 
-    training: a TrainConfig. Raises UserError if the files cannot be written.
+    Raises UserError if the files cannot be written.
     """
     layers = adapted(model)
-    weights = {}
-    ranks = {}
-    alphas = {}
+    weights, ranks, alphas = {}, {}, {}
     for theirs, ours in adapter_names(model):
         present = [name for name in ours if name in layers]
         if not present:
@@ -79,8 +83,7 @@ def write_adapter(model: nn.Module, training, folder: Path) -> None:
         alphas[kind] = training.lora_alpha * len(present)
     base = training.init_from
     if Path(base).is_absolute():  # a published adapter should not name the user's folders
-        with suppress(ValueError):  # on Windows, the path may lead to another drive
-            base = os.path.relpath(base)
+        base = os.path.relpath(base)
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -93,7 +96,7 @@ def write_adapter(model: nn.Module, training, folder: Path) -> None:
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
     }
-    write_files(folder, {CONFIG: content, WEIGHTS[0]: weights})
+    write_files(folder, {WEIGHTS[0]: weights, CONFIG: content})
 
 
 # --------------------------------------------------------------------------------------
@@ -107,13 +110,12 @@ def read_config(folder: Path) -> dict:
 
 
 @torch.no_grad()
-def merge_adapter(folder: Path, model: nn.Module) -> None:
+def merge_adapter(folder: Path, adapter: dict, model: nn.Module) -> None:
     """Replace each weight W that the adapter covers with W + scale * B A, in place.
 
-    Raises UserError if the adapter is damaged, does not fit the model, or has other weights than A and B, as PEFT's
-    variants of LoRA do.
+    adapter: from read_config(). Raises UserError if the adapter is damaged, does not fit the model, or has other
+    weights than A and B, as PEFT's variants of LoRA do.
     """
-    adapter = read_config(folder)
     with refuse(f"cannot read the adapter in {folder}: "):
         stored = open_weights(folder, WEIGHTS)
         for theirs, ours in adapter_names(model):
@@ -121,15 +123,16 @@ def merge_adapter(folder: Path, model: nn.Module) -> None:
             tied = theirs == "lm_head" and model.config.tie_weights
             if tied or not stored.keys() >= set(names):
                 continue
-            pair = {name: stored.pop(name).float() for name in names}
-            A, B = pair.values()
-            own = [model.get_submodule(name).weight for name in ours]
-            sizes = [len(W) for W in own]
-            rank = max(1, A.shape[:1].numel())
-            inputs = own[0].shape[1]
-            check_shapes(pair, {names[0]: (rank, inputs), names[1]: (sum(sizes), rank)})
-            updates = (scale(theirs, adapter, rank) * (B @ A)).split(sizes)
-            for W, update in zip(own, updates, strict=True):
+            pair = {name: stored.pop(name) for name in names}
+            matrices = [model.get_submodule(name).weight for name in ours]
+            rank = max(1, pair[names[0]].shape[:1].numel())
+            inputs, outputs = matrices[0].shape[1], [len(W) for W in matrices]
+            with torch.device("meta"):
+                like = torch.empty(rank, inputs), torch.empty(sum(outputs), rank)
+            check_weights(pair, dict(zip(names, like, strict=True)))
+            A, B = (x.float() for x in pair.values())
+            updates = (scale(theirs, adapter, rank) * (B @ A)).split(outputs)
+            for W, update in zip(matrices, updates, strict=True):
                 W += update
         if stored:
             raise ValueError(

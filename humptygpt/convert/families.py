@@ -1,27 +1,18 @@
-"""Tables that map transformers' names for the settings and weights of GPT-2 and Llama to ours.
+"""GPT-2 and Llama: transformers' names for their settings and weights, and ours.
 
 Each table is used for both import and export. To support another family, add an entry to FAMILIES.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+
+from humptygpt.cli import UserError
+from model import ModelConfig
 
 ROPE_SCALING = {  # settings of rope_type=llama3, which config.json keeps in an entry of their own
     "factor": "rope_factor",
     "low_freq_factor": "rope_low_freq_factor",
     "high_freq_factor": "rope_high_freq_factor",
     "original_max_position_embeddings": "rope_original_context",
-}
-# settings of ours that neither family has, with the values at which they have no effect
-WITHOUT = {
-    "mlp_conv": 0,
-    "qk_norm": False,
-    "init": "gpt2",
-    "model": "gpt",
-    "window": 0,
-    "block": "pre_norm",
-    "attention": "softmax",
-    "embed_norm": False,
-    "logit_soft_cap": 0.0,
 }
 ACTIVATION_NAMES = {  # {transformers' name: our name}; if two map to the same name, export writes the later one
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -31,9 +22,25 @@ ACTIVATION_NAMES = {  # {transformers' name: our name}; if two map to the same n
     "relu": "relu",
     "relu2": "relu_squared",
 }
+# settings of ours that every family has: variants of ours that transformers lacks are off
+COMMON = {
+    "mlp_conv": 0,
+    "qk_norm": False,
+    "embed_norm": False,
+    "logit_soft_cap": 0.0,
+    "window": 0,
+    "block": "pre_norm",
+    "attention": "softmax",
+    "init": "gpt2",
+    "model": "gpt",
+    "n_members": 1,
+}
+# settings that are not exported: biases that a model lacks are 0, and the others are for training
+NOT_EXPORTED = {"bias", "attn_bias", "mlp_bias", "init", "dropout", "label_smoothing"}
 
 
-class Family(NamedTuple):
+@dataclass(frozen=True)
+class Family:
     """An architecture in transformers. Models of a family differ only in the values of `settings`."""
 
     architecture: str  # name of the class in transformers
@@ -42,12 +49,10 @@ class Family(NamedTuple):
     settings: dict[str, str]  # {key of config.json: key of ModelConfig}
     # keys that config.json may omit, with their defaults in transformers; other keys default to None
     defaults: dict[str, object]
-    fixed: dict[str, object]  # settings of ours that are the same in the whole family
+    fixed: dict[str, object]  # {key of ModelConfig: its value in the whole family}
     # {layer in transformers: our layers, separated by spaces and concatenated}; "#" stands for the index of a block
     weights: dict[str, str]
     transposed: bool  # True: matrices in blocks are (inputs, outputs), unlike ours
-    # regular expression for the names of buffers that older files contain; they are ignored
-    no_weights: str
     preset: str  # one of our config files that describes a model of this family
 
 
@@ -70,17 +75,16 @@ GPT2 = Family(
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": True,
     },
-    fixed=WITHOUT
+    fixed=COMMON
     | {
         "position": "learned",
         "norm": "layernorm",
         "mlp": "plain",
+        "n_kv_head": None,
+        "head_size": None,
         "bias": True,
         "attn_bias": None,
         "mlp_bias": None,
-        "n_kv_head": None,
-        "head_size": None,
-        "n_members": 1,
     },
     weights={
         "transformer.wte": "wte",
@@ -97,7 +101,6 @@ GPT2 = Family(
         "lm_head": "lm_head",
     },
     transposed=True,
-    no_weights=r"transformer\.h\.\d+\.attn\.(masked_)?bias",
     preset="config/gpt2_124m.py",
 )
 LLAMA = Family(
@@ -125,14 +128,7 @@ LLAMA = Family(
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
     },
-    fixed=WITHOUT
-    | {
-        "position": "rotary",
-        "norm": "rmsnorm",
-        "mlp": "gated",
-        "bias": False,
-        "n_members": 1,
-    },
+    fixed=COMMON | {"position": "rotary", "norm": "rmsnorm", "mlp": "gated", "bias": False},
     weights={
         "model.embed_tokens": "wte",
         "model.layers.#.input_layernorm": "stack.blocks.#.attn_norm",
@@ -148,7 +144,37 @@ LLAMA = Family(
         "lm_head": "lm_head",
     },
     transposed=False,
-    no_weights=r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
     preset="config/shakespeare_char_llama.py",
 )
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA}  # {model_type in config.json: family}
+# nanoGPT's checkpoints have GPT-2's names, but matrices as ours
+NANOGPT = replace(
+    GPT2,
+    transposed=False,
+    fixed=GPT2.fixed | {"activation": "gelu", "norm_eps": 1e-5, "tie_weights": True},
+)
+
+
+def find_family(config: ModelConfig) -> str:
+    """Return the model_type that a model with this config is exported as. Raises UserError if a setting prevents it."""
+    name = "gpt2" if config.position == "learned" else "llama"
+    family = FAMILIES[name]
+    free = {*family.settings.values(), *ROPE_SCALING.values(), *NOT_EXPORTED}
+    # a key that is not in the tables is a user's own, and off by default
+    for key, needed in (family.fixed | vars(ModelConfig()) | family.fixed).items():
+        value = getattr(config, key)
+        if key not in free and value != needed:
+            raise UserError(
+                f"{key}={value} cannot be exported; {family.architecture} needs {key}={needed},"
+                f" as in {family.preset}"
+            )
+    known = dict.fromkeys(ACTIVATION_NAMES.values())
+    if config.activation not in known:
+        raise UserError(
+            f"activation={config.activation} cannot be exported; transformers needs activation={' or '.join(known)}"
+        )
+    if config.n_embd % config.n_head:
+        raise UserError(
+            f"n_embd={config.n_embd} cannot be exported; transformers needs a multiple of n_head={config.n_head}"
+        )
+    return name

@@ -5,17 +5,18 @@ than transformers can: GPT-2 only with gelu_tanh, Llama only with silu, and both
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
-from torch import Tensor
+from torch import Tensor, nn
 
 from humptygpt.cli import UserError, refuse
-from humptygpt.convert.families import ACTIVATION_NAMES, FAMILIES, ROPE_SCALING
-from humptygpt.convert.weight_files import Weights
+from humptygpt.convert.families import FAMILIES, find_family
+from humptygpt.convert.huggingface import all_settings, exported_weights
 from humptygpt.convert.write_huggingface import tokenizer_json
 from humptygpt.tokenizers import (
     BYTE_TOKEN,
@@ -179,56 +180,49 @@ def split_key(step: dict) -> tuple[str | None, bool | None, bool | None]:
 
 
 def write_gguf(
-    path: Path,
-    title: str,
-    content: dict,
-    weights: Weights,
-    vocabulary: Vocabulary,
-    dtype: str,
+    path: Path, title: str, model: nn.Module, vocabulary: Vocabulary, dtype: str
 ) -> None:
     """Write a GGUF file.
 
     Vectors and learned positions stay in float32. With q8_0, which packs weights in blocks of 32, so do matrices whose
     row length is not a multiple of 32. Padding rows of the embedding are left out, because llama.cpp would sample them.
 
-    title: the name of the model. content, weights: as returned by to_pretrained(). dtype: a key of DTYPES.
-    Raises UserError if llama.cpp does not support the activation, and OSError if writing fails.
+    title: the name of the model. dtype: a key of DTYPES. Raises UserError if llama.cpp cannot run such a model, and
+    OSError if writing fails.
     """
-    architecture = content["model_type"]
-    table = FAMILIES[architecture].settings
-    settings = {ours: content.get(theirs) for theirs, ours in table.items()}
-    activation = ACTIVATION_NAMES[settings["activation"]]
+    config = model.config
+    architecture = find_family(config)
     supported = ACTIVATIONS[architecture]
-    if activation != supported:
+    if config.activation != supported:
         raise UserError(
-            f"activation={activation} cannot be exported as GGUF; train with --activation={supported}"
+            f"activation={config.activation} cannot be exported as GGUF; train with --activation={supported}"
         )
+    # GGUF's matrices are (outputs, inputs), as ours
+    family = replace(FAMILIES[architecture], transposed=False)
     writer = GGUFWriter(path, architecture)
-    writer.add_name(title)
-    values = {name: settings.get(key) for name, key in HYPERPARAMETERS.items()}
-    for name, value in (values | vocabulary).items():
+    settings = all_settings(model)
+    known = family.settings.values()
+    values = {name: settings[key] for name, key in HYPERPARAMETERS.items() if key in known}
+    for name, value in ({"name": title} | values | vocabulary).items():
         if value is not None:
             getattr(writer, f"add_{name}")(value)
-    names = gguf.get_tensor_name_map(
-        gguf.MODEL_ARCH[architecture.upper()], settings["n_layer"]
-    )
-    for name, tensor in weights.items():
-        tensor = arranged(name, tensor, settings.get("head_size"))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.n_layer)
+    for name, tensor in exported_weights(family, model).items():
         if name in EMBEDDINGS:
             tensor = tensor[: len(vocabulary["token_list"])]
+        if ".q_proj." in name or ".k_proj." in name:
+            tensor = with_adjacent_pairs(tensor, config.features)
         exact = (
             tensor.dim() == 1
             or "wpe" in name
             or (dtype == "q8_0" and tensor.shape[-1] % 32)
         )
         stored = GGMLQuantizationType.F32 if exact else DTYPES[dtype]
-        array = gguf.quants.quantize(tensor.float().contiguous().numpy(), stored)
+        array = gguf.quants.quantize(tensor.contiguous().numpy(), stored)
         writer.add_tensor(
             names.get_name(name, (".weight", ".bias")), array, raw_dtype=stored
         )
-    if "rope_scaling" in content:
-        scaling = {ours: content["rope_scaling"][x] for x, ours in ROPE_SCALING.items()}
-        config = ModelConfig(**settings | scaling)
+    if architecture == "llama" and config.rope_factor != 1:
         writer.add_tensor("rope_freqs.weight", rope_factors(config))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -236,21 +230,14 @@ def write_gguf(
     writer.close()
 
 
-def arranged(name: str, tensor: Tensor, head_size: int | None) -> Tensor:
-    """Rearrange a tensor into llama.cpp's layout: (outputs, inputs), with the two features of a rotary pair adjacent.
-
-    In transformers they are D / 2 apart, so the rows of q_proj and k_proj are reordered.
-    """
-    if ".h." in name:  # a block of GPT-2
-        return tensor.t()
-    if ".q_proj." in name or ".k_proj." in name:
-        halves = tensor.unflatten(0, (-1, 2, head_size // 2))
-        return halves.transpose(1, 2).reshape(tensor.shape)
-    return tensor
+def with_adjacent_pairs(tensor: Tensor, head_size: int) -> Tensor:
+    """Reorder the rows of q_proj or k_proj so that the two features of a rotary pair, which are D / 2 apart, meet."""
+    halves = tensor.unflatten(0, (-1, 2, head_size // 2))
+    return halves.transpose(1, 2).reshape(tensor.shape)
 
 
 def rope_factors(config: ModelConfig) -> np.ndarray:
     """Compute the numbers by which llama.cpp divides the rotary frequencies: (D / 2,) float32."""
-    D = config.head_size
+    D = config.features
     frequency = config.rope_base ** (-torch.arange(0, D, 2) / D)
     return (1 / llama_scale(frequency, config)).numpy()

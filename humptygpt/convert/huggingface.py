@@ -1,46 +1,44 @@
 """Convert GPT-2 and Llama models from Hugging Face's format to our config and weights, and back.
 
-A model is a folder with config.json and weights. No code from the folder is run, and transformers is not needed.
-Weights are read as float32, which represents bfloat16 and float16 exactly.
+A model is a folder with config.json and weights: safetensors or torch.save's pickles, in one file or in several shards.
+No code from the folder is run, and transformers is not needed. Weights are read as float32, which represents bfloat16
+and float16 exactly.
 """
 
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from humptygpt.checkpoint import build_like, restore_model
-from humptygpt.cli import UserError, refuse, restore
+from humptygpt.checkpoint import (
+    build_like,
+    check_tensors,
+    load_plain,
+    refuse_damaged,
+    restore_model,
+)
+from humptygpt.cli import refuse, restore
 from humptygpt.convert.families import (
     ACTIVATION_NAMES,
     FAMILIES,
     ROPE_SCALING,
     Family,
+    find_family,
 )
-from humptygpt.convert.weight_files import Weights, check_shapes, open_weights
-from humptygpt.files import parse_json, write_whole
+from humptygpt.files import check_schema, parse_json, write_whole
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 
-# Export does not check settings that only affect training, biases, which the weights imply, or rope_base, which GPT-2
-# does not use.
-NOT_EXPORTED = {
-    "dropout",
-    "label_smoothing",
-    "init",
-    "bias",
-    "attn_bias",
-    "mlp_bias",
-    "rope_base",
-}
+Weights = dict[str, Tensor]  # tensors by name
+MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
+# ends of the names of buffers that older files contain; they are ignored
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 SUPPORTED = {  # {key of config.json that changes the model's formulas: the only value that we support}
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
     "partial_rotary_factor": 1,
 }
 ROPE_TYPES = {"default", "llama3"}
@@ -54,24 +52,28 @@ SCHEMA = {
 }
 
 
-def layer_names(family: Family, config: ModelConfig) -> list[tuple[str, list[str]]]:
+# --------------------------------------------------------------------------------------
+# Names
+
+
+def layer_names(family: Family, n_layer: int) -> list[tuple[str, list[str]]]:
     """List the layers of a model: transformers' name for each, and the names of our layers that it combines."""
     return [
         (theirs.replace("#", str(i)), ours.replace("#", str(i)).split())
         for theirs, ours in family.weights.items()
-        for i in range(config.n_layer if "#" in theirs else 1)
+        for i in range(n_layer if "#" in theirs else 1)
     ]
 
 
 def weight_names(
-    family: Family, config: ModelConfig, ours: dict
+    family: Family, config: ModelConfig, ours: Weights
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield the name of each weight in transformers, with our names for its parts. ours: our state dict."""
-    for theirs, names in layer_names(family, config):
+    for theirs, names in layer_names(family, config.n_layer):
         for kind in ("weight", "bias"):
-            own = [f"{name}.{kind}" for name in names]
-            if own[0] in ours and not (theirs == "lm_head" and config.tie_weights):
-                yield f"{theirs}.{kind}", own
+            parts = [f"{name}.{kind}" for name in names]
+            if parts[0] in ours and not (theirs == "lm_head" and config.tie_weights):
+                yield f"{theirs}.{kind}", parts
 
 
 def transposed(family: Family, name: str, tensor: Tensor) -> Tensor:
@@ -82,14 +84,15 @@ def transposed(family: Family, name: str, tensor: Tensor) -> Tensor:
 def to_theirs(family: Family, config: ModelConfig, ours: Weights) -> Weights:
     """Convert our state dict to the family's names and shapes."""
     theirs = {}
-    for name, own in weight_names(family, config, ours):
-        tensor = ours[own[0]] if len(own) == 1 else torch.cat([ours[part] for part in own])
+    for name, parts in weight_names(family, config, ours):
+        first, *others = [ours[part] for part in parts]
+        tensor = torch.cat([first, *others]) if others else first
         theirs[name] = transposed(family, name, tensor)
     return theirs
 
 
 # --------------------------------------------------------------------------------------
-# Reading
+# Reading a model
 
 
 def read_pretrained(folder: Path) -> nn.Module:
@@ -112,7 +115,7 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
         return family, restore(ModelConfig, family.fixed | model_settings(family, content))
 
 
-def model_settings(family: Family, content: dict) -> dict[str, object]:
+def model_settings(family: Family, content: dict[str, object]) -> dict[str, object]:
     """Translate config.json into our settings, without checking their types. Raises ValueError if it is unsupported."""
     rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
     content = family.defaults | content | rope
@@ -125,8 +128,6 @@ def model_settings(family: Family, content: dict) -> dict[str, object]:
                 f"{key}={content[key]} is not supported; only {key}={value} is"
             )
     settings = {ours: content.get(theirs) for theirs, ours in table.items()}
-    if any(type(value) is int and abs(value) >= 2**63 for value in settings.values()):
-        raise ValueError("a number does not fit in 64 bits")
     activation = str(settings["activation"])
     # a name that is not in the table is kept, and ModelConfig then refuses it
     return settings | {"activation": ACTIVATION_NAMES.get(activation, activation)}
@@ -147,18 +148,17 @@ def build_model(
         name, tensor = tensors.popitem()
         if not name.startswith((family.prefix, "lm_head.")):
             name = family.prefix + name
-        if not re.fullmatch(family.no_weights, name):
+        if not name.endswith(BUFFERS):
             stored[name] = tensor
     if config.tie_weights:  # older files contain the tied head as well
         stored.pop("lm_head.weight", None)
-    expected = to_theirs(family, config, like)
     with refuse(f"cannot read {what}: "):
-        check_shapes(stored, {name: tuple(x.shape) for name, x in expected.items()})
+        check_weights(stored, to_theirs(family, config, like))
     ours = {}
-    for name, own in weight_names(family, config, like):
+    for name, parts in weight_names(family, config, like):
         tensor = transposed(family, name, stored.pop(name).detach())
-        pieces = tensor.split([len(like[part]) for part in own])
-        for part, piece in zip(own, pieces, strict=True):
+        pieces = tensor.split([len(like[part]) for part in parts])
+        for part, piece in zip(parts, pieces, strict=True):
             # copied, because the file may be memory-mapped
             ours[part] = piece.to(
                 torch.float32, copy=True, memory_format=torch.contiguous_format
@@ -166,6 +166,51 @@ def build_model(
     if config.tie_weights:
         ours["lm_head.weight"] = ours["wte.weight"]
     return restore_model(model, ours)
+
+
+# --------------------------------------------------------------------------------------
+# Reading weights. Tensors in safetensors files stay memory-mapped until they are used, so their names and shapes can be
+# checked first.
+
+
+def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Weights:
+    """Read all tensors from the first of these files that the folder has. Raises ValueError, UserError or OSError."""
+    for name in names:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return open_file(folder / name)
+        if index.is_file():
+            content = parse_json(index.read_bytes(), {"weight_map": {str: str}})
+            tensors = {}
+            for shard in sorted(set(content["weight_map"].values())):
+                tensors |= open_file(folder / Path(shard).name)  # never from another folder
+            return tensors
+    raise ValueError(f"there is neither {' nor '.join(names)}")
+
+
+def open_file(path: Path) -> Weights:
+    from safetensors.torch import load_file
+
+    path.open("rb").close()  # raises OSError if the file cannot be read
+    problem = "is truncated, damaged or older than PyTorch 1.6, or holds more than tensors"
+    with refuse_damaged(path, problem):
+        if path.suffix == ".safetensors":
+            return load_file(
+                path
+            )  # checks that the file has the size that its header declares
+        return plain_weights(load_plain(path))
+
+
+def plain_weights(state: Mapping) -> Weights:
+    """Return an unpickled state dict as a plain dictionary. Raises ValueError unless it maps names to tensors."""
+    weights = dict(state)
+    check_schema(weights, {str: (Tensor, nn.Parameter)})
+    return weights
+
+
+def check_weights(weights: Weights, like: Weights) -> None:
+    """Raise ValueError unless the weights have the names and shapes of `like`."""
+    check_tensors("the weight ", weights, like, any_float=True)
 
 
 # --------------------------------------------------------------------------------------
@@ -177,22 +222,13 @@ def to_pretrained(
 ) -> tuple[dict[str, object], Weights]:
     """Convert a model for export. Returns the content of config.json, and weights under transformers' names.
 
-    transformers' GPT-2 always has biases, so they are 0 if our model has none. dtype: data type of the weights, which
-    are on the CPU. Raises UserError if a setting cannot be exported.
+    dtype: data type of the weights, which are on the CPU. Raises UserError if a setting cannot be exported.
     """
-    config = model.config
-    name = find_family(config)
+    name = find_family(model.config)
     family = FAMILIES[name]
-    block = model.stack.blocks[0]
+    settings = all_settings(model)
     names = {ours: theirs for theirs, ours in ACTIVATION_NAMES.items()}
-    settings = vars(config) | {
-        "n_kv_head": config.kv_heads,
-        "head_size": config.features,
-        "n_hidden": block.mlp.up_proj.out_features,
-        "attn_bias": block.attn.q_proj.bias is not None,
-        "mlp_bias": block.mlp.up_proj.bias is not None,
-        "activation": names[config.activation],
-    }
+    settings["activation"] = names[settings["activation"]]
     content = {
         "model_type": name,
         "architectures": [family.architecture],
@@ -202,55 +238,47 @@ def to_pretrained(
         "eos_token_id": None,
     }
     content |= {theirs: settings[key] for theirs, key in family.settings.items()}
-    if name == "llama" and config.rope_factor != 1:
+    if name == "llama" and model.config.rope_factor != 1:
         scaling = {theirs: settings[key] for theirs, key in ROPE_SCALING.items()}
         content["rope_scaling"] = {"rope_type": "llama3"} | scaling
-    like = build_on_meta(replace(config, **family.fixed)).state_dict()
-    zeros = {key: torch.zeros(x.shape) for key, x in like.items() if key.endswith(".bias")}
-    theirs = to_theirs(family, config, zeros | model.state_dict())
     return content, {
-        key: x.to("cpu", getattr(torch, dtype)).contiguous() for key, x in theirs.items()
+        key: x.to("cpu", getattr(torch, dtype)).contiguous()
+        for key, x in exported_weights(family, model).items()
     }
 
 
-def find_family(config: ModelConfig) -> str:
-    """Return the model_type that a model with this config is exported as. Raises UserError if a setting prevents it."""
-    name = "gpt2" if config.position == "learned" else "llama"
-    family = FAMILIES[name]
-    free = {*family.settings.values(), *ROPE_SCALING.values(), *NOT_EXPORTED}
-    # n_members comes last, because n_members=1 would not help a model that differs in another key; a key that is not in
-    # the tables is a user's own, and off by default
-    for key, needed in (family.fixed | vars(ModelConfig()) | family.fixed).items():
-        value = getattr(config, key)
-        if key not in free and value != needed:
-            raise UserError(
-                f"{key}={value} cannot be exported; {family.architecture} needs {key}={needed},"
-                f" as in {family.preset}"
-            )
-    known = dict.fromkeys(ACTIVATION_NAMES.values())
-    if config.activation not in known:
-        raise UserError(
-            f"activation={config.activation} cannot be exported; transformers needs activation={' or '.join(known)}"
-        )
-    if config.n_embd % config.n_head:
-        raise UserError(
-            f"n_embd={config.n_embd} cannot be exported; transformers needs a multiple of n_head={config.n_head}"
-        )
-    return name
+def all_settings(model: nn.Module) -> dict[str, object]:
+    """Return a model's settings. None stands for a default in some of them; here it is replaced by the value."""
+    block = model.stack.blocks[0]
+    return vars(model.config) | {
+        "n_kv_head": model.config.kv_heads,
+        "head_size": model.config.features,
+        "n_hidden": block.mlp.up_proj.out_features,
+        "attn_bias": block.attn.q_proj.bias is not None,
+        "mlp_bias": block.mlp.up_proj.bias is not None,
+    }
+
+
+def exported_weights(family: Family, model: nn.Module) -> Weights:
+    """Convert a model's weights. transformers' GPT-2 always has biases, so they are 0 if our model has none."""
+    config = model.config
+    like = build_on_meta(replace(config, **family.fixed)).state_dict()
+    zeros = {key: torch.zeros(x.shape) for key, x in like.items() if key.endswith(".bias")}
+    return to_theirs(family, config, zeros | model.state_dict())
 
 
 def write_pretrained(model: nn.Module, folder: Path, dtype: str = "float32") -> None:
     """Export a model to config.json and model.safetensors. Raises UserError if a setting or the disk prevents it."""
     content, weights = to_pretrained(model, dtype)
-    write_files(folder, {"config.json": content, "model.safetensors": weights})
+    write_files(folder, {"model.safetensors": weights, "config.json": content})
 
 
-def write_files(folder: Path, contents: dict[str, str | dict]) -> None:
-    """Write several files to a folder, each atomically. Weights are written before config files.
+def write_files(folder: Path, contents: Mapping[str, str | dict[str, object]]) -> None:
+    """Write several files to a folder in this order, each atomically.
 
     contents: {file name: a text, named tensors, or the content of a JSON file}. Raises UserError if writing fails.
     """
-    for name, content in sorted(contents.items(), reverse=True):
+    for name, content in contents.items():
         if name.endswith(".safetensors"):
             from safetensors.torch import save
 

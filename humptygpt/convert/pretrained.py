@@ -53,10 +53,7 @@ class PretrainedTokenizer(Tokenizer):
         return load_rest(self.content)
 
     def encode(self, text: str) -> np.ndarray:
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
-        return encode_with(self._engine, texts)
+        return encode_with(self._engine, [text])[0]
 
     def encode_rest(self, text: str) -> np.ndarray:
         return encode_with(self._rest, [text])[0]

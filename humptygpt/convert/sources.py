@@ -6,30 +6,29 @@ from pathlib import Path
 from humptygpt import checkpoint, tokenizers
 from humptygpt.cli import UserError, refuse, restore
 from humptygpt.convert.adapters import CONFIG, merge_adapter, read_config
-from humptygpt.convert.families import GPT2
-from humptygpt.convert.huggingface import build_model, read_pretrained
+from humptygpt.convert.families import NANOGPT
+from humptygpt.convert.huggingface import build_model, plain_weights, read_pretrained
 from humptygpt.convert.read_huggingface import read_tokenizer, tokenizer_file
-from humptygpt.convert.weight_files import check_dense
 from humptygpt.files import check_schema
 from humptygpt.loading import Loaded, find_source, is_folder, load
 from humptygpt.prepare.nanogpt import GPT2_TOKENS, read_characters
 from humptygpt.tokenizers import Tokenizer
 from model import ModelConfig
 
-NANOGPT = {
+SCHEMA = {  # of nanoGPT's checkpoints
     "model": (dict, OrderedDict),
     "model_args": {"vocab_size": int},
     "config?": {"dataset?": str},
 }
-# nanoGPT's matrices are (outputs, inputs), like ours
-NANOGPT_FAMILY = GPT2._replace(transposed=False)
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
     """Load the tokenizer that --tokenizer names, without the model's weights. Raises UserError if this fails."""
     if tokenizer_file(Path(source)):
         return read_tokenizer(Path(source))
-    *_, path = with_bases(find_source(source, key="tokenizer"))
+    path = find_source(source, key="tokenizer")
+    if (path / CONFIG).is_file():
+        return load_tokenizer(find_base(path, read_config(path)))
     if is_folder(path):
         return read_tokenizer(path)
     saved = checkpoint.read_plain(path)
@@ -41,46 +40,41 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 def from_folder(path: Path, source: str | Path) -> Loaded:
     """Load a model from a folder in Hugging Face's format, or an adapter in PEFT's format, merged into its base."""
-    *adapters, base_path = with_bases(path)
-    if adapters:
-        base = load(base_path)
-        for adapter in reversed(adapters):
-            merge_adapter(adapter, base.model)
-        about = f"{path}: an adapter for {base.path}"
-        return base._replace(path=path, description=about, saved=None)
-    return Loaded(read_pretrained(path), read_tokenizer(path), path, f"{source}")
+    if not (path / CONFIG).is_file():
+        return Loaded(read_pretrained(path), read_tokenizer(path), path, f"{source}")
+    adapter = read_config(path)
+    base = load(find_base(path, adapter))
+    merge_adapter(path, adapter, base.model)
+    about = f"{path}: an adapter for {base.path}"
+    return base._replace(path=path, description=about, saved=None)
 
 
-def with_bases(path: Path) -> list[Path]:
-    """List a path and, if it is an adapter, its base model, which may be an adapter as well, and so on.
-
-    Raises UserError if a base model is missing, or an adapter is its own base model.
-    """
-    paths = [path]
-    while (file := path / CONFIG).is_file():
-        key = "base_model_name_or_path"
-        path = find_source(read_config(path)[key], key=f"{file}: {key}")
-        if path in paths:
-            raise UserError(f"{path}: the adapter is its own base model")
-        paths.append(path)
-    return paths
+def find_base(path: Path, adapter: dict) -> Path:
+    """Find the model that an adapter was trained on. Raises UserError if it is missing. adapter: from read_config()."""
+    key = "base_model_name_or_path"
+    base = find_source(adapter[key], key=f"{path / CONFIG}: {key}")
+    if base.resolve() == path.resolve():
+        raise UserError(f"{path}: the adapter is its own base model")
+    return base
 
 
 def from_nanogpt(path: Path, saved: dict) -> Loaded:
+    """Make a model from the content of a checkpoint of nanoGPT. Raises UserError if it is not valid."""
+    tokenizer = nanogpt_tokenizer(path, saved)
     with refuse(f"cannot read {path}: "):
-        check_schema(saved, NANOGPT)
-        check_dense(saved["model"])
-        always = {"activation": "gelu", "tie_weights": True}
-        settings = GPT2.fixed | always | saved["model_args"] | {"dropout": 0.0}
+        weights = plain_weights(saved["model"])
+        settings = NANOGPT.fixed | saved["model_args"] | {"dropout": 0.0}
         config = restore(ModelConfig, settings)
     # torch.compile puts this prefix before all names
-    weights = {name.removeprefix("_orig_mod."): x for name, x in saved["model"].items()}
-    model = build_model(path, NANOGPT_FAMILY, config, weights)
-    return Loaded(model, nanogpt_tokenizer(path, saved), path, f"nanoGPT's {path}")
+    weights = {name.removeprefix("_orig_mod."): x for name, x in weights.items()}
+    model = build_model(path, NANOGPT, config, weights)
+    return Loaded(model, tokenizer, path, f"nanoGPT's {path}")
 
 
 def nanogpt_tokenizer(path: Path, saved: dict) -> Tokenizer:
     """Read the dataset's meta.pkl, from our data/ or from nanoGPT's. If there is none, return GPT-2's tokenizer."""
+    with refuse(f"cannot read {path}: "):
+        check_schema(saved, SCHEMA)
     dataset = Path(saved.get("config", {}).get("dataset", "")).name
     meta = Path("data", dataset, "meta.pkl")
     for file in (meta, path.absolute().parent.parent / meta):
@@ -90,4 +84,6 @@ def nanogpt_tokenizer(path: Path, saved: dict) -> Tokenizer:
         raise UserError(
             f"{path} needs the alphabet of its dataset, but there is no {meta} here or in nanoGPT's folder"
         )
-    return tokenizers.GPT2Tokenizer.train(separated=True)
+    from humptygpt.prepare.vocabulary import gpt2_pieces  # late import: it is rarely needed
+
+    return tokenizers.GPT2Tokenizer(gpt2_pieces(), separated=True)

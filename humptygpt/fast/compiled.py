@@ -36,7 +36,7 @@ class StaticCache(Cache):
 
     def __init__(self, cache: Cache, idx: Tensor):
         """idx: (B, 1), the next tokens."""
-        self.size = cache.size
+        self.size = cache.layers[0].size
         self.length = torch.full((1,), cache.length, device=idx.device)
         self.padding = torch.zeros(len(idx), dtype=torch.int64, device=idx.device)
         if cache.padding is not None:

@@ -21,7 +21,7 @@ from humptygpt.checks import check_model, is_close, randomize, tiny
 from humptygpt.cli import UserError, note
 from humptygpt.device import free_memory, thread_counts
 from humptygpt.machine import check_fits, fastest
-from model import SelfAttention, fused_attend, rotate
+from model import SelfAttention, attend, rotate
 
 Product = Callable[[Tensor], Tensor]  # (..., inputs) -> (..., outputs)
 CPU = torch.device("cpu")
@@ -170,14 +170,8 @@ class JoinedAttention(SelfAttention):
         q, k = qk.tensor_split([self.n_head], dim=1)
         if cache:
             k, v = cache.append(shared.end, k=k, v=v)
-        y = self.attend(q, k, v, shared.masks[self.window])
+        y = (self.kernel or attend)(q, k, v, shared.masks[self.window])
         return self.output(y, x)
-
-    def attend(self, q, k, v, mask):
-        # for each new token, the formula would repeat all cached keys and values
-        if self.fuses and q.shape[2] == 1 and q.shape[1] != k.shape[1]:
-            return fused_attend(q.to(v.dtype), k.to(v.dtype), v, mask)
-        return super().attend(q, k, v, mask)
 
 
 class FastRMSNorm(nn.Module):

@@ -2,6 +2,7 @@
 
 import base64
 import math
+from contextlib import suppress
 from pathlib import Path
 
 from torch import nn
@@ -15,17 +16,15 @@ from humptygpt.loggers import read_metrics
 from humptygpt.page.known_settings import check_formulas, check_settings
 from humptygpt.run import SNAPSHOTS, to_8_bits
 from humptygpt.tokenizers import END_OF_TEXT, SentencePieceTokenizer, Tokenizer
-from model import ModelConfig
 
 START_TOKENS = 64  # length of the text that a page starts with
 
 
-def page_data(config) -> dict:
-    """Collect the data of a page. Raises UserError if there is no such run, or if the page cannot show it.
+def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> dict:
+    """Collect the data of a page. Raises UserError if the page cannot show this run.
 
-    config: explain.py's ExplainConfig.
+    path: a checkpoint. start: the text that the page shows first; None: the beginning of the validation split.
     """
-    path = checkpoint.find_checkpoint(Path(config.out_dir), config.checkpoint)
     run = from_run(path, checkpoint.read_plain(path))
     check_settings(run.model.config, run.tokenizer.name)
     check_formulas(run.model.config, "a page")
@@ -36,18 +35,15 @@ def page_data(config) -> dict:
     }
     # of several members, the page shows the first
     shown = run.model if run.model.config.n_members == 1 else run.model.members[0]
-    snapshots = []
-    if config.snapshots:
-        snapshots = snapshot_data(run.path.parent, saved["iter"], shown)
     return {
-        "name": Path(config.out_dir).resolve().name,
+        "name": path.parent.resolve().name,
         "task": run.task,
         "progress": progress,
         **model_data(shown),
-        "snapshots": snapshots,
+        "snapshots": snapshot_data(path.parent, saved["iter"], shown) if snapshots else [],
         "tokenizer": tokenizer_data(run.tokenizer),
-        "start": config.start or example_text(run),
-        "metrics": read_metrics(run.path.with_name("metrics.jsonl")),
+        "start": start or example_text(run),
+        "metrics": read_metrics(path.with_name("metrics.jsonl")),
     }
 
 
@@ -72,18 +68,16 @@ def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
 def example_text(run: Loaded) -> str:
     """Return the start of the validation split; for pairs, the first source. Returns "" if the data is missing."""
     folder = Path("data", run.saved["train_config"]["dataset"])
-    try:
+    with suppress(UserError):
         meta = read_meta(folder)
         val = TokenFiles(folder, "val", meta)
-    except UserError:
-        return ""
-    if meta["tokenizer"] != run.saved["tokenizer"]:
-        return ""
-    text = run.tokenizer.decode(val.arrays[0][:START_TOKENS])
-    # only the first document, or the source of the first pair; its last character may be cut off
-    text = text.partition(END_OF_TEXT)[0].rstrip("\ufffd")
-    # the split may begin in the middle of a line, so start with the next line
-    return text.partition("\n")[2].lstrip() or text
+        if meta["tokenizer"] == run.saved["tokenizer"]:
+            text = run.tokenizer.decode(val.arrays[0][:START_TOKENS])
+            # only the first document, or the source of the first pair; its last character may be cut off
+            text = text.partition(END_OF_TEXT)[0].rstrip("\ufffd")
+            # the split may begin in the middle of a line, so start with the next line
+            return text.partition("\n")[2].lstrip() or text
+    return ""
 
 
 # --------------------------------------------------------------------------------------
@@ -91,16 +85,11 @@ def example_text(run: Loaded) -> str:
 
 
 def model_data(model: nn.Module) -> dict:
-    """Build the argument for makeModel() in explain/data.js."""
-    return {"model": page_config(model.config), "weights": pack_weights(model)}
-
-
-def page_config(config: ModelConfig) -> dict:
-    """Convert settings for explain/model.js, where both window networks are one model with two kinds of embedding."""
-    settings = vars(config) | {"embedding": "table"}
-    if config.model == "number_mlp":
+    """Build the argument for makeModel() in explain/data.js, where both window networks are one kind of model."""
+    settings = vars(model.config) | {"embedding": "table"}
+    if settings["model"] == "number_mlp":
         settings |= {"model": "window_mlp", "embedding": "number"}
-    return settings
+    return {"model": settings, "weights": pack_weights(model)}
 
 
 def pack_weights(model: nn.Module) -> dict:

@@ -9,25 +9,33 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from humptygpt.cli import UserError, note
 from humptygpt.prepare.documents import BadFile, Piece, file_format, read_documents
+from humptygpt.prepare.settings import PrepareConfig
 from humptygpt.tokenizers import Tokenizer
 
 UNIT = 1 << 19  # characters that a thread encodes at once
 # the first HASHED characters of a document determine its split; must be less than PIECE
 HASHED = 4096
+# Do not start tqdm's monitor thread: if memory is too short to start it, tqdm waits for it forever.
+tqdm.monitor_interval = 0
 
 
 class Corpus:
     """The interface of all corpora, and what most of them share.
 
-    Each also has read(), assign(), encode(), extra_meta() and summary(): see Documents.
+    Each also has these methods:
+        read(number)                        read the items of self.files[number]; yields (split, item)
+        encode(tokenizer, split, items)     encode items of one split; returns arrays of token ids, and their counts
+        extra_meta(splits, first_text)      the entries of meta.json that only this kind of corpus has, given the counts
+                                            of each split and the start of the training split
+        summary(meta)                       the lines of the summary that only this kind has, as {title: text}
+    An item is a tuple that has `texts`.
     """
 
     task: str
@@ -35,13 +43,21 @@ class Corpus:
     splits = ("train", "val")
     separated = True  # each item ends with the end-of-text token
     missing: str  # what an input without items lacks
-    text_size = None  # bytes of UTF-8; set by survey()
+    text_size: int | None = None  # bytes of UTF-8; set by survey()
+    defaults: ClassVar = {  # of keys that the user leaves unset
+        "val_fraction": 0.1,
+        "text_key": "text",
+        "vocab_size": 4096,
+        "model_type": "bpe",
+        "split_digits": False,
+    }
 
-    def __init__(self, config, files: list, source: str):
-        """config: a resolved prepare_data.PrepareConfig. source: description of the files for meta.json."""
+    def __init__(self, config: PrepareConfig, files: list, source: str, skipped: list[str]):
+        """config: without unset keys. source: description of the files for meta.json. skipped: from find_files."""
         self.config = config
         self.files = self.paths = files
         self.source = source
+        self.skipped = skipped
 
     def survey(self) -> None:
         """Read everything once, to check it and to find the size of the text. Raises UserError if there is none."""
@@ -62,13 +78,7 @@ class Documents(Corpus):
     counts = ("documents", "characters", "bytes", "tokens")
     missing = "text to learn from"
     # set by survey(): per file, characters in the training part; None: documents stay whole
-    cuts = None
-
-    def __init__(self, config, files: list[Path], skipped: list[str], source: str):
-        """files, skipped: from find_files. The others as for Corpus."""
-        super().__init__(config, files, source)
-        self.skipped = skipped
-        self.skipped_lines = 0
+    cuts: list[int] | None = None
 
     @property
     def separated(self) -> bool:
@@ -82,73 +92,68 @@ class Documents(Corpus):
         0.5 * val_fraction and 1.5 * val_fraction, the end of each file is used for validation instead. A single text
         file is always split this way. Raises UserError if there is no text, or if the only file cannot be read.
         """
-        measured = {}
+        sizes = {}
         with progress_bar("checking the files") as bar:
             for number, file in enumerate(self.files):
                 try:
-                    measured[file] = self.measure(number, bar)
+                    sizes[file] = self.measure(number, bar)
                 except BadFile as error:
                     if len(self.files) == 1:
                         raise
                     self.skipped.append(str(error))
         if self.skipped:
             note("; ".join([f"skipped files: {len(self.skipped):,}", *self.skipped[:5]]))
-        if not measured:
+        if not sizes:
             raise UserError(f"{self.source} has no {self.missing}")
-        self.files = list(measured)
+        self.files = list(sizes)
         if len(self.files) > 1:
             self.source = f"{len(self.files):,} files: {self.source}"
-        lengths, held_out, sizes = zip(*measured.values(), strict=True)
-        self.text_size = sum(sizes)
+        total = sum(sizes.values(), Counter())
+        self.text_size = total.pop("bytes")
         fraction = self.config.val_fraction
-        share = sum(held_out) / (fraction * sum(lengths))
+        share = total["val"] / (fraction * total.total())
         if not self.separated or not 0.5 <= share <= 1.5:
+            lengths = (size["train"] + size["val"] for size in sizes.values())
             self.cuts = [int(length * (1 - fraction)) for length in lengths]
 
-    def measure(self, number: int, bar: tqdm) -> tuple[int, int, int]:
-        """Count a file's characters, those drawn for validation, and its bytes of UTF-8. Raises BadFile if empty."""
-        length = held_out = size = 0
-        for piece in self.read(number):
-            length += len(piece.text)
-            held_out += len(piece.text) * (piece.draw <= self.config.val_fraction)
-            self.skipped_lines += piece.skipped
+    def measure(self, number: int, bar: tqdm) -> Counter:
+        """Count a file's characters in each split, and its bytes of UTF-8. Raises BadFile if there are none."""
+        size = Counter()
+        for split, piece in self.read(number):
             read = len(piece.text.encode())
-            size += read
+            size.update({split: len(piece.text), "bytes": read})
             bar.update(read)
-        if not length:
+        if not size["bytes"]:
             raise BadFile(f"{self.files[number]} has no {self.missing}")
-        return length, held_out, size
+        return size
 
-    def read(self, number: int) -> Iterator[Piece]:
-        """Read the documents of a file in pieces, each with its position in the file and the draw() of its document."""
+    def read(self, number: int) -> Iterator[tuple[str, Piece]]:
+        """Read the documents of a file in pieces."""
         config = self.config
         settings = (config.text_key, config.encoding_errors, config.skip_bad_lines)
-        place = 0
+        before = 0  # characters of the file before this piece
         for piece in read_documents(self.files[number], *settings):
             if piece.start == 0:
-                drawn = draw(piece.text)
-            yield piece._replace(draw=drawn, place=place)
-            place += len(piece.text)
-
-    def assign(self, piece: Piece, number: int) -> list[tuple[str, Piece]]:
-        """Return [(split, piece)] for a piece of a file, or two pairs if it contains the boundary of the splits."""
-        if piece.skipped:
-            return []
-        if self.cuts is None:
-            return [("val" if piece.draw <= self.config.val_fraction else "train", piece)]
-        cut = max(0, self.cuts[number] - piece.place)
-        ends = piece.last or cut <= len(piece.text)
-        begun = piece._replace(text=piece.text[:cut], last=ends)
-        rest = piece._replace(text=piece.text[cut:], start=piece.start + cut)
-        return [entry for entry in (("train", begun), ("val", rest)) if entry[1].text]
+                split = "val" if draw(piece.text) <= config.val_fraction else "train"
+            if self.cuts is None or not piece.text:
+                yield split, piece
+                continue
+            first, rest = piece.cut(max(0, self.cuts[number] - before))
+            before += len(piece.text)
+            if first.text:
+                yield "train", first
+            if rest.text:
+                yield "val", rest
 
     def encode(
         self, tokenizer: Tokenizer, split: str, pieces: list[Piece]
     ) -> tuple[list[np.ndarray], Counter]:
-        """Encode pieces of one split. Returns arrays of token ids, and the counts for meta.json."""
         ids = []
         counted = Counter()
         for piece in pieces:
+            if not piece.text:
+                counted["skipped_lines"] += 1
+                continue
             begins = piece.start == 0
             if begins and tokenizer.bos is not None:
                 ids.append([tokenizer.bos])
@@ -156,22 +161,19 @@ class Documents(Corpus):
             ids.append(encode(piece.text))
             if piece.last and tokenizer.eot is not None:
                 ids.append([tokenizer.eot])
-            counted["documents"] += begins
-            counted["characters"] += len(piece.text)
-            counted["bytes"] += len(piece.text.encode())
+            size = len(piece.text.encode())
+            counted.update(documents=int(begins), characters=len(piece.text), bytes=size)
         return ids, counted
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
-        """Return the entries of meta.json that are specific to documents."""
-        return {"skipped_lines": self.skipped_lines}
+        return {"skipped_lines": sum(split["skipped_lines"] for split in splits.values())}
 
     def summary(self, meta: dict) -> dict[str, str]:
-        """Return the summary lines that are specific to documents, as {title: text}."""
         lines = {}
         if self.cuts and self.separated:
-            last = f"the last {100 * self.config.val_fraction:.4g}% of each file"
             lines["validation"] = (
-                f"{last}, because there are too few documents or their lengths differ too much"
+                f"the last {100 * self.config.val_fraction:.4g}% of each file,"
+                " because there are too few documents or their lengths differ too much"
             )
         if count := meta["skipped_lines"]:
             lines["skipped lines"] = f"{count:,} without text"
@@ -187,29 +189,26 @@ def progress_bar(what: str, total: int | None = None) -> tqdm:
     return tqdm(desc=what, total=total, unit="B", unit_scale=True, delay=2, disable=None)
 
 
-def read_all(corpus, what: str) -> Iterator[tuple[int, NamedTuple]]:
-    """Yield (index of the file, item) in order, with a progress bar. what: title of the bar."""
+def read_all(corpus: Corpus, what: str) -> Iterator[tuple[str, NamedTuple]]:
+    """Yield (split, item) in order, with a progress bar. what: title of the bar."""
     with progress_bar(what, corpus.text_size) as bar:
         for number in range(len(corpus.files)):
-            for item in corpus.read(number):
-                bar.update(sum(len(text.encode()) for text in item.texts))
-                yield number, item
+            for split, item in corpus.read(number):
+                bar.update(len("".join(item.texts).encode()))
+                yield split, item
 
 
-def units(corpus) -> Iterator[dict[str, list[NamedTuple]]]:
-    """Group pieces or pairs into units of about UNIT characters. Yields {split: items}."""
-    entries = defaultdict(list)
-    length = 0
-    for number, item in read_all(corpus, "encoding"):
-        for split, entry in corpus.assign(item, number):
-            entries[split].append(entry)
-            length += sum(map(len, entry.texts))
-        if length >= UNIT:
-            yield entries
-            entries = defaultdict(list)
-            length = 0
-    if entries:
-        yield entries
+def units(corpus: Corpus) -> Iterator[tuple[str, list[NamedTuple]]]:
+    """Group the items of each split into units of about UNIT characters. Yields (split, items)."""
+    items = defaultdict(list)
+    lengths = Counter()
+    for split, item in read_all(corpus, "encoding"):
+        items[split].append(item)
+        lengths[split] += sum(map(len, item.texts))
+        if lengths[split] >= UNIT:
+            yield split, items.pop(split)
+            lengths[split] = 0
+    yield from items.items()
 
 
 def draw(text: str, salt: str = "split", hashed: int | None = HASHED) -> float:

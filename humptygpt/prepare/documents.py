@@ -4,6 +4,7 @@ The extension of a file, in upper or lower case, determines its format. A file w
 text.
 """
 
+import codecs
 import csv
 import glob
 import gzip
@@ -15,11 +16,9 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple, Self, TextIO
 
-from tqdm import tqdm
-
-from humptygpt.cli import UserError
+from humptygpt.cli import UserError, one_line
 
 try:
     from compression import zstd
@@ -27,20 +26,13 @@ except ImportError:  # before Python 3.14
     from backports import zstd
 
 PIECE = 1 << 18  # maximum number of characters in a piece of a document
-FORMATS = (".jsonl", ".parquet", ".csv", ".tsv")
 HEAD = 8000  # bytes read from the start of a file to determine whether it is text
-BYTE_ORDER_MARKS = {  # UTF-32 comes first, because its mark may begin with that of UTF-16
-    b"\xff\xfe\0\0": "utf-32",
-    b"\0\0\xfe\xff": "utf-32",
-    b"\xff\xfe": "utf-16",
-    b"\xfe\xff": "utf-16",
-}
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # files that mark a folder as ours: the first is in every data folder, the second in every run's folder
 MARKS = ("command.txt", "metrics.jsonl")
-# Do not start tqdm's monitor thread: if memory is too short to start it, tqdm waits for it forever.
-tqdm.monitor_interval = 0
 UNPACK = {".gz": gzip.open, ".zst": zstd.open}
-DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, zstd.ZstdError, csv.Error)
+# what raises them: files, compressed files, Parquet (ValueError), CSV
+DAMAGE = (OSError, EOFError, zlib.error, zstd.ZstdError, ValueError, csv.Error)
 # position before a single space and a word, where cutting a text does not change its tokens
 BEFORE_WORD = re.compile(r"(?<=\S) (?=[^\W_])")
 ENCODING_HINT = "set --encoding_errors=replace or ignore"
@@ -50,16 +42,19 @@ SKIP_HINT = "skip such lines with --skip_bad_lines=True"
 class Piece(NamedTuple):
     """A document, or a part of a long one."""
 
-    text: str
+    text: str  # "" for a line or row without text, which is skipped
     start: int  # number of characters of the document before this piece
     last: bool  # True: the document ends with this piece
-    skipped: bool = False  # True: not a piece, but a line or row without text
-    draw: float = 0.0  # the document's pseudorandom number from corpus.draw()
-    place: int = 0  # number of characters of the file before this piece
 
     @property
     def texts(self) -> tuple[str]:
         return (self.text,)
+
+    def cut(self, at: int) -> tuple[Self, Self]:
+        """Cut off the first `at` characters, where the document ends. Returns them and the rest, which may be empty."""
+        ends = self.last or at <= len(self.text)
+        first = self._replace(text=self.text[:at], last=ends)
+        return first, self._replace(text=self.text[at:], start=self.start + at)
 
 
 class BadFile(UserError):
@@ -80,10 +75,10 @@ def find_files(where: str) -> tuple[list[Path], list[str]]:
     with read_errors(path):
         if path.is_dir():
             found = path.rglob("*")
-        elif glob.has_magic(where) and not path.exists():
-            found = map(Path, glob.glob(where, recursive=True))  # noqa: PTH207, since the pattern may be absolute
-        else:
+        elif path.exists():
             return [path], []
+        else:
+            found = map(Path, glob.glob(where, recursive=True))  # noqa: PTH207, since the pattern may be absolute
         found = sorted(filter(Path.is_file, found), key=Path.as_posix)
     files = []
     skipped = []
@@ -103,18 +98,17 @@ def file_format(path: Path) -> str:
     """Determine the format of a file from its name: .jsonl, .parquet, .csv or .tsv; .txt for any other name."""
     packed = path.suffix.lower() in UNPACK
     suffix = Path(path.stem if packed else path.name).suffix.lower()
-    return suffix if suffix in FORMATS else ".txt"
+    return suffix if suffix in READERS else ".txt"
 
 
 @contextmanager
 def read_errors(path: Path) -> Iterator[None]:
-    """Turn errors in reading a file into UserErrors. path: the file, for the message."""
+    """Turn errors in reading a file into a BadFile. path: the file, for the message."""
     try:
         yield
     except DAMAGE as error:
-        raise BadFile(f"{path} is damaged: {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise BadFile(f"cannot read {path}: {reason}") from error
 
 
 # --------------------------------------------------------------------------------------
@@ -138,17 +132,16 @@ def read_documents(
             with open_text(path, errors) as text:
                 yield from pieces(iter(partial(text.read, PIECE), ""))
             return
-        read = {".jsonl": read_json_lines, ".parquet": read_parquet}.get(form, read_table)
-        for number, (text, record) in enumerate(read(path, text_key, errors), start=1):
+        records = READERS[form](path, text_key, errors)
+        for number, (text, record) in enumerate(records, start=1):
             if isinstance(text, str):
                 yield from pieces([text.replace("\r\n", "\n").replace("\r", "\n")])
             elif skip_bad_lines:
-                yield Piece("", 0, False, skipped=True)
+                yield Piece("", 0, last=True)
             else:
-                unit = "line" if form == ".jsonl" else "row"
                 raise UserError(
-                    f"{path}, {unit} {number:,} has no text under {text_key!r}: {str(record)[:100]};"
-                    f" set --text_key to another key, {ENCODING_HINT}, or {SKIP_HINT}"
+                    f"{path}, {'line' if form == '.jsonl' else 'row'} {number:,} has no text under {text_key!r}:"
+                    f" {str(record)[:100]}; set --text_key to another key, {ENCODING_HINT}, or {SKIP_HINT}"
                 )
 
 
@@ -158,8 +151,7 @@ def open_text(path: Path, errors: str, newline: str | None = None) -> Iterator[T
     unpack = UNPACK.get(path.suffix.lower(), open)
     with unpack(path, "rb") as file:
         start = file.read(HEAD)
-    found = (name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark))
-    encoding = next(found, "utf-8-sig")
+    encoding = "utf-16" if start.startswith(UTF16_MARKS) else "utf-8-sig"
     # as in git, a file with null bytes is binary; a PDF may have none at its start, so it is recognised by its mark
     if start.startswith(b"%PDF-") or (encoding == "utf-8-sig" and b"\0" in start):
         raise BadFile(f"{path} is not a text file; convert or unpack it")
@@ -198,14 +190,11 @@ def read_parquet(path: Path, text_key: str, errors: str) -> Iterator[tuple[objec
     """Yield (value, value) for each row, where value is the one in column text_key."""
     import pyarrow.parquet  # slow to import and rarely needed
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            check_column(path, text_key, table.schema_arrow.names)
-            for batch in table.iter_batches(256, columns=[text_key], use_threads=False):
-                values = batch.column(0).to_pylist()
-                yield from zip(values, values, strict=True)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise BadFile(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    with pyarrow.parquet.ParquetFile(path) as table:
+        check_column(path, text_key, table.schema_arrow.names)
+        for batch in table.iter_batches(256, columns=[text_key], use_threads=False):
+            values = batch.column(0).to_pylist()
+            yield from zip(values, values, strict=True)
 
 
 def read_table(path: Path, text_key: str, errors: str) -> Iterator[tuple[object, dict]]:
@@ -224,6 +213,14 @@ def read_table(path: Path, text_key: str, errors: str) -> Iterator[tuple[object,
         for row in table:
             # the csv module stores surplus cells under None; in such a row, the text probably contains the separator
             yield None if None in row else row[text_key], row
+
+
+READERS = {  # {extension: reads (text, the record that has it)}
+    ".jsonl": read_json_lines,
+    ".parquet": read_parquet,
+    ".csv": read_table,
+    ".tsv": read_table,
+}
 
 
 def check_column(path: Path, text_key: str, columns: list[str]) -> None:

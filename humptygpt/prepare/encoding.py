@@ -1,76 +1,102 @@
-"""Encode a corpus as token files, in order and on all cores."""
+"""Encode a corpus as token files, in order and on all cores, and describe them in meta.json."""
 
 import os
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from humptygpt import machine
-from humptygpt.prepare.corpus import units
-from humptygpt.prepare.vocabulary import make_tokenizer
+from humptygpt.cli import UserError
+from humptygpt.data import META_FORMAT, sha256
+from humptygpt.prepare.corpus import Corpus, units
 from humptygpt.tokenizers import Tokenizer
 
 UNITS_AT_ONCE = 32  # units that are encoded before their tokens are written
 
 
-class Encoded(NamedTuple):
-    """What encoding a corpus tells about it."""
+def encode(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict:
+    """Write the token files of a corpus to an empty folder. Returns the content of meta.json.
 
-    tokenizer: Tokenizer
-    splits: dict[str, Counter]  # {split: counts of documents or pairs, tokens and so on}
-    counts: np.ndarray  # occurrences of each token
-
-
-def encode(corpus, folder: Path) -> Encoded:
-    """Write the token files of a corpus to a folder that has none yet."""
-    tokenizer = corpus.wrap(make_tokenizer(corpus))
+    Raises UserError if a split has too few tokens.
+    """
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     splits = {split: Counter() for split in corpus.splits}
-    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    counts = np.zeros(tokenizer.vocab_size, np.int64)  # occurrences of each token
     todo = units(corpus)
     # threads use all cores, because the tokenizer libraries release Python's global lock while they encode
     with ThreadPoolExecutor(corpus.config.workers or machine.usable_cores()) as pool:
         while batch := list(islice(todo, UNITS_AT_ONCE)):
-            for split, total in splits.items():
-                parts = [entries[split] for entries in batch if split in entries]
-                encoded = pool.map(partial(corpus.encode, tokenizer, split), parts)
-                ids = [np.empty(0, np.int64)]
-                for more, counted in encoded:
-                    ids += more
-                    total.update(counted)
-                # of the sides of pairs or the pieces of documents, in tokens
-                total["longest"] = max(total["longest"], max(map(len, ids)))
-                ids = np.concatenate(ids)
+            encoded = pool.map(partial(corpus.encode, tokenizer), *zip(*batch, strict=True))
+            for (split, _), (parts, counted) in zip(batch, encoded, strict=True):
+                ids = np.concatenate([np.empty(0, np.int64), *parts])
                 counts += np.bincount(ids, minlength=len(counts))
-                ids = ids.astype(token_dtype(tokenizer))
-                append_tokens(
-                    folder, split, ids, corpus.config.shard_tokens, total["tokens"]
-                )
+                append(folder / f"{split}.bin", ids.astype(dtype))
+                total = splits[split]
+                total.update(counted)
                 total["tokens"] += len(ids)
-    return Encoded(tokenizer, splits, counts)
+                # of the sides of pairs or the pieces of documents, in tokens
+                total["longest"] = max([total["longest"], *map(len, parts)])
+    for split, total in splits.items():
+        if total["tokens"] < 2:
+            raise UserError(
+                f"{split}.bin would have {total['tokens']} tokens, but needs at least 2; change --val_fraction"
+                f" or add text; counted: {dict(total)}"
+            )
+    return describe(corpus, tokenizer, folder, dtype, splits, counts.tolist())
 
 
-def append_tokens(
-    folder: Path, split: str, ids: np.ndarray, shard_tokens: int | None, tokens: int
-) -> None:
-    """Append token ids to a split, which has `tokens` tokens so far."""
-    limit = shard_tokens or sys.maxsize
-    while len(ids):
-        number, start = divmod(tokens, limit)
-        name = f"{split}_{number:04d}.bin" if shard_tokens else f"{split}.bin"
-        some = ids[: limit - start]
-        with (folder / name).open("ab") as file:
-            file.write(some)
-            file.flush()
-            os.fsync(file.fileno())
-        tokens += len(some)
-        ids = ids[len(some) :]
+def append(path: Path, ids: np.ndarray) -> None:
+    """Append token ids to a file, and wait until they are on the disk."""
+    with path.open("ab") as file:
+        file.write(ids)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+def describe(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    folder: Path,
+    dtype: np.dtype,
+    counted: dict[str, Counter],
+    counts: list[int],
+) -> dict:
+    """Build the content of meta.json, which describes the token files in a folder. Long entries come last.
+
+    counted: the counts of each split. counts: occurrences of each token.
+    """
+    splits = {}
+    for split, total in counted.items():
+        name = f"{split}.bin"
+        splits[split] = {key: total[key] for key in corpus.counts} | {
+            "files": [{"name": name, "tokens": total["tokens"]}],
+            "sha256": {name: sha256(folder / name)},
+        }
+    total = {key: sum(split[key] for split in splits.values()) for key in corpus.counts}
+    commonest = [
+        {
+            "token": i,
+            "text": tokenizer.decode([i]),
+            "share": round(count / total["tokens"], 4),
+        }
+        for i, count in Counter(dict(enumerate(counts))).most_common(10)
+    ]
+    first_text = tokenizer.decode(np.fromfile(folder / "train.bin", dtype, count=1000))
+    return {
+        "format": META_FORMAT,
+        "task": corpus.task,
+        "source": corpus.source,
+        "dtype": dtype.name,
+        **total,
+        "bytes_per_token": round(total["bytes"] / total["tokens"], 4),
+        "vocab_size": tokenizer.vocab_size,
+        "vocabulary_used": sum(count > 0 for count in counts),
+        **corpus.extra_meta(counted, first_text),
+        "commonest": commonest,
+        "splits": splits,
+        "tokenizer": tokenizer.state(),
+    }

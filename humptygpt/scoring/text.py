@@ -16,8 +16,8 @@ TOKENS = 2**13  # and at most this many tokens, since activations take memory as
 
 def score_text(
     model: nn.Module, tokenizer: Tokenizer, text: str, stride: int | None
-) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-    """Score a text. Returns the figures, the token ids and the nats of all but the first token.
+) -> dict[str, float]:
+    """Score a text. Returns the figures that score.py prints.
 
     The first token is scored only if eot or bos can precede it. stride: see score_windows(); None: block_size / 2.
     Raises UserError if the text is too short or the stride too large.
@@ -37,7 +37,7 @@ def score_text(
     # neighbouring tokens depend on each other, but long parts of a text hardly do
     parts = np.array_split(nats, min(BLOCKS, len(nats)))
     size = int(tokenizer.token_bytes()[ids[1:]].sum())
-    row = {
+    return {
         "nats_per_token": nats.mean(),
         "standard_error": standard_error(np.array([part.mean() for part in parts])),
         "bits_per_byte": nats.sum() / np.log(2) / size,
@@ -48,7 +48,6 @@ def score_text(
         "window": block_size,
         "stride": stride,
     }
-    return row, ids, nats
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -83,7 +82,7 @@ def log_probabilities(model: nn.Module, sequences: list[np.ndarray]) -> list[np.
     shape = model.config
     at_once = max(1, min(TOKENS, LOGITS // (shape.vocab_size * shape.n_members)))
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    found = [None] * len(sequences)
+    scores = [np.empty(0)] * len(sequences)
     with tqdm(total=len(sequences), unit="text", delay=5, disable=None) as bar:
         while order:
             count = max(1, at_once // len(sequences[order[-1]]))
@@ -91,9 +90,9 @@ def log_probabilities(model: nn.Module, sequences: list[np.ndarray]) -> list[np.
             texts = [torch.from_numpy(sequences[i].astype(np.int64)) for i in rows]
             batch = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)
             for i, row in zip(rows, score(model, batch, at_once), strict=True):
-                found[i] = row[: len(sequences[i]) - 1].cpu().numpy()
+                scores[i] = row[: len(sequences[i]) - 1].cpu().numpy()
             bar.update(len(rows))
-    return found
+    return scores
 
 
 def score(model: nn.Module, batch: Tensor, at_once: int) -> Tensor:

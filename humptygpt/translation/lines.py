@@ -23,7 +23,7 @@ def translate_lines(
     firsts = range(0, len(lines), AT_ONCE)
     for first in tqdm(firsts, unit=f"{AT_ONCE} lines", delay=2, disable=None):
         batch = lines[first : first + AT_ONCE]
-        sources = tokenizer.encode_batch(" ".join(line.split()) for line in batch)
+        sources = [tokenizer.encode(" ".join(line.split())) for line in batch]
         for number, ids in enumerate(sources, start=first + 1):
             if len(ids) > room:
                 note(

@@ -21,6 +21,7 @@ from model import (
     ModelConfig,
     SelfAttention,
     Stack,
+    attend,
     init_weights,
 )
 
@@ -39,7 +40,8 @@ class CrossAttention(SelfAttention):
             k, v = cache.state["source_k"], cache.state["source_v"]
         else:
             k, v = self.keys_and_values(shared.kept["source"])
-        return self.output(self.attend(q, k, v, shared.kept["source_mask"]), x)
+        y = (self.kernel or attend)(q, k, v, shared.kept["source_mask"])
+        return self.output(y, x)
 
     def keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """source: (B, S, C), the encoder's output. Returns keys and values, each (B, H, S, D) with n_kv_head heads."""
@@ -150,7 +152,7 @@ class Transformer(nn.Module):
         -1. With a cache, omit the source, because the cache already holds it.
         """
         # a cache holds the keys and values of its sources, which are not padded
-        no_mask = {"source_mask": torch.zeros(1, device=idx.device)}
+        no_mask = {"source_mask": torch.zeros(1, 1, 1, 1, device=idx.device)}
         encoded = no_mask if cache else self.encode(source)
         logits = self.head(self.decoder(self.wte(idx), idx, cache, **encoded))
         return logits, None if targets is None else self.loss(logits, targets)

@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from humptygpt.cli import UserError
 from humptygpt.prepare.corpus import Corpus, draw, normalised
 from humptygpt.prepare.documents import SKIP_HINT, read_lines
+from humptygpt.prepare.settings import PrepareConfig
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
 SLACK = 8  # one side may always be this many tokens longer, as in "Stop!" and "Halt, stehen bleiben!"
@@ -47,9 +48,18 @@ class Pairs(Corpus):
     task = "translation"
     counts = ("pairs", "characters", "bytes", "tokens", "target_bytes", "target_tokens")
     missing = f"pairs; {LINE_RULE}"
+    defaults: ClassVar = Corpus.defaults | {
+        "val_fraction": 0.02,
+        "tokenizer": "sentencepiece",
+        "vocab_size": 8192,
+        "max_pair_tokens": 128,
+        "max_pair_ratio": 3.0,
+    }
 
-    def __init__(self, config, files: PairFiles, source: str):
-        super().__init__(config, files, source)
+    def __init__(
+        self, config: PrepareConfig, files: PairFiles, source: str, skipped: list[str]
+    ):
+        super().__init__(config, files, source, skipped)
         self.paths = [path for _, paths in files for path in paths]
         if config.held_out is not None:
             self.paths.append(Path(config.held_out))
@@ -76,39 +86,35 @@ class Pairs(Corpus):
         lines = read_lines(Path(self.config.held_out), self.config.encoding_errors)
         held_out = {normalised(line.partition("\t")[0]) for line in lines}
         given = chain.from_iterable(map(self.read, self.given))
-        held_out.update(normalised(pair.source) for pair in given)
+        held_out.update(normalised(pair.source) for _, pair in given)
         held_out.discard("")
         others = [number for number in range(len(self.files)) if number not in self.given]
         before = 0
         while len(held_out) > before:
             before = len(held_out)
-            for pair in chain.from_iterable(map(self.read, others)):
+            for _, pair in chain.from_iterable(map(self.read, others)):
                 texts = set(map(normalised, pair.texts)) - {""}
                 if texts & held_out:
                     held_out |= texts
         return held_out
 
-    def read(self, number: int) -> Iterator[Pair]:
+    def read(self, number: int) -> Iterator[tuple[str, Pair]]:
         """Read one pair per line from self.files[number]. A dropped pair is yielded empty, with a reason."""
         config = self.config
         held_out = set() if number in self.given else self.held_out
-        _, paths = self.files[number]
+        given, paths = self.files[number]
         for pair in read_pairs(paths, config.encoding_errors, config.skip_bad_lines):
             if not all(pair.texts):
-                yield Pair("", "", "empty")
+                pair = Pair("", "", "empty")
             elif held_out and not held_out.isdisjoint(map(normalised, pair.texts)):
-                yield Pair("", "", "held_out")
-            else:
-                yield pair
+                pair = Pair("", "", "held_out")
+            yield given or self.draw_split(pair), pair
 
-    def assign(self, pair: Pair, number: int) -> list[tuple[str, Pair]]:
-        """Return [(split, pair)] for a pair from self.files[number]."""
-        split, _ = self.files[number]
-        if not split:
-            val, test = self.config.val_fraction, self.config.test_fraction
-            drawn = draw(pair.source)
-            split = "val" if drawn < val else "test" if drawn < val + test else "train"
-        return [(split, pair)]
+    def draw_split(self, pair: Pair) -> str:
+        """Choose a split by the source, so that the same source is never in two splits."""
+        val, test = self.config.val_fraction, self.config.test_fraction
+        drawn = draw(pair.source)
+        return "val" if drawn < val else "test" if drawn < val + test else "train"
 
     def encode(
         self, tokenizer: Tokenizer, split: str, pairs: list[Pair]
@@ -120,11 +126,9 @@ class Pairs(Corpus):
         """
         ids = []
         counted = Counter()
-        sides = iter(
-            tokenizer.encode_batch(chain.from_iterable(pair.texts for pair in pairs))
-        )
-        for pair, *both in zip(pairs, sides, sides, strict=True):
-            source, target = (np.append(side, tokenizer.eot) for side in both)
+        for pair in pairs:
+            sides = map(tokenizer.encode, pair.texts)
+            source, target = (np.append(side, tokenizer.eot) for side in sides)
             shorter, longer = sorted((len(source), len(target)))
             if pair.dropped:
                 counted[pair.dropped] += 1
@@ -148,7 +152,6 @@ class Pairs(Corpus):
         return ids, counted
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
-        """Return the entries of meta.json that are specific to pairs. first_text: the start of the training split."""
         sides = first_text.split(END_OF_TEXT)[:-1]
         dropped = sum(splits.values(), Counter())
         return {
@@ -158,7 +161,6 @@ class Pairs(Corpus):
         }
 
     def summary(self, meta: dict) -> dict[str, str]:
-        """Return the summary lines that are specific to pairs, as {title: text}."""
         dropped = [
             f"{count:,} {DROPPED[why].format(**vars(self.config))}"
             for why, count in meta["dropped"].items()

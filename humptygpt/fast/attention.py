@@ -1,0 +1,54 @@
+"""Attention by PyTorch's fused kernel, which keeps no scores, where it computes what attend() in model.py does."""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import model as models
+from model import Mask, SelfAttention
+
+# a CPU computes the formula in model.py for up to this many scores of a layer: 128 MB in float32
+EXPLICIT_SCORES = 2**25
+
+
+def use_fused_kernel(model: nn.Module) -> None:
+    """Let each attention without a kernel of its own use faster_attend(), unless the user has edited attend()."""
+    if agrees(models.attend, fused_attend):
+        for module in model.modules():
+            if isinstance(module, SelfAttention) and module.kernel is None:
+                module.kernel = faster_attend
+
+
+def faster_attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Compute attend(), by the fused kernel on GPUs, for long contexts, and for a token whose heads share keys."""
+    many = q.shape[:3].numel() * k.shape[2] > EXPLICIT_SCORES
+    # for each new token, attend() would repeat all cached keys and values
+    repeats = q.shape[2] == 1 and q.shape[1] != k.shape[1]
+    if many or repeats or not q.is_cpu:
+        return fused_attend(q, k, v, mask)
+    return models.attend(q, k, v, mask)
+
+
+def fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    if mask is not None:
+        mask = mask.to(v.dtype)
+    causal = mask is None and q.shape[2] > 1
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+@cache
+@torch.no_grad()
+def agrees(attend: Callable, kernel: Callable) -> bool:
+    """True if both compute the same."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v, mask = torch.randn(4, 1, 2, 5, 5, generator=random, device="cpu")
+    return all(
+        torch.allclose(attend(q, k, v, m), kernel(q, k, v, m), atol=1e-4)
+        for m in (None, mask)
+    )

@@ -1,0 +1,272 @@
+"""Prepare a data set: find the text or pairs, encode them, and write data/<name> whole or not at all."""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from itertools import chain
+from pathlib import Path
+
+from humptygpt.chat.conversations import Conversations, is_conversations
+from humptygpt.cli import UserError, note
+from humptygpt.data import COMMAND, TokenFiles, is_nanogpts
+from humptygpt.files import locked, refuse_unwritable, remove, write_text
+from humptygpt.prepare.corpus import Corpus, Documents
+from humptygpt.prepare.documents import file_format, find_files, read_errors
+from humptygpt.prepare.encoding import encode
+from humptygpt.prepare.settings import CHOICES, OPTIONS, PrepareConfig
+from humptygpt.prepare.sources import SOURCES, Source
+from humptygpt.prepare.vocabulary import make_tokenizer
+from humptygpt.tokenizers import Tokenizer, from_state
+from humptygpt.translation.pairs import PairFiles, Pairs
+
+OURS = re.compile(r"meta\.pkl|(train|val|test)(_\d+)?\.bin")
+PREPARING = "preparing"  # subfolder for data that is not complete
+# keys that do not affect the output, and name, which is positional
+NOT_IN_COMMAND = ("name", "workers", "verify", "overwrite")
+ONLY_FOR_PAIRS = ("test_fraction", "max_pair_tokens", "max_pair_ratio", "held_out")
+
+
+def prepare(config: PrepareConfig) -> dict:
+    """Write data/<name>, print a summary and return meta.json, which is written last and marks the folder complete."""
+    folder = Path("data") / config.name
+    advice = "wait until it has finished, or choose another --name"
+    with locked(folder, str(folder), advice), refuse_unwritable(folder):
+        meta = read_old_meta(folder)
+        filled = bool(meta) or is_nanogpts(folder)
+        with empty_folder(folder / PREPARING) as preparing:
+            corpus = find_corpus(config, folder)
+            loaded = None
+            if corpus.config.tokenizer not in CHOICES:
+                loaded = load_tokenizer(corpus)
+            command = command_text(config)
+            made_from = data_id(corpus, command, loaded)
+            same = meta.get("made_from") == made_from
+            if filled and not same and not config.overwrite:
+                raise UserError(
+                    f"{folder} already holds data from other files or settings; choose another name, or replace it:"
+                    f" {command} --overwrite=True"
+                )
+            if same and is_whole(folder, meta):
+                note(
+                    f"{folder} already has this text with these settings; it is left unchanged"
+                )
+            else:
+                corpus.survey()
+                tokenizer = corpus.wrap(loaded or make_tokenizer(corpus))
+                meta = encode(corpus, tokenizer, preparing)
+                meta |= {"command": command, "made_from": made_from}
+                write_text(preparing / COMMAND, f"{command}\n")
+                write_text(preparing / "meta.json", json.dumps(meta, indent=1))
+                install(preparing, folder)
+    print(summary(folder, corpus, meta))
+    return meta
+
+
+@contextmanager
+def empty_folder(path: Path) -> Iterator[Path]:
+    """Create a folder for the block, and remove it at the end. A killed process may have left an earlier one."""
+    remove(path)
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        remove(path)
+
+
+def command_text(config: PrepareConfig) -> str:
+    """Command for this config, ready to paste into a shell, without keys that do not affect the output."""
+    words = ["python", "prepare_data.py", config.name]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value != field.default and field.name not in NOT_IN_COMMAND:
+            words.append(f"--{field.name}={value}")
+    return shlex.join(words)
+
+
+# --------------------------------------------------------------------------------------
+# The input
+
+
+def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
+    """Find the documents, pairs or conversations that the config names. folder: the data set's, in data/."""
+    source = built_in(config)
+    preset = with_defaults(config, source.settings) if source else config
+    files, name = find_input(preset, folder)
+    skipped = []
+    kind = Pairs
+    if not isinstance(files, list):
+        files, skipped = find_files(str(files))
+        files = files[: preset.files]
+        formats = set(map(file_format, files))
+        if config.text_key and formats <= {".txt"}:
+            raise UserError(
+                f"text_key={config.text_key} has no effect, since {name} has no records with keys or columns"
+            )
+        if formats == {".tsv"} and not config.text_key:
+            files = [(None, (file,)) for file in files]
+        elif formats == {".jsonl"} and not config.text_key and is_conversations(files[0]):
+            kind = Conversations
+        else:
+            kind = Documents
+    return kind(resolve(config, preset, kind), files, name, skipped)
+
+
+def built_in(config: PrepareConfig) -> Source | None:
+    """Return the built-in data set that the config names; None if there is none."""
+    own_files = config.input or config.source
+    return None if own_files else SOURCES.get(config.name)
+
+
+def find_input(config: PrepareConfig, folder: Path) -> tuple[str | Path | PairFiles, str]:
+    """Find the input: a path, or files of pairs. Returns the input and its name in meta.json."""
+    if config.source is not None:
+        paths = (Path(config.source), Path(config.target))
+        return [(None, paths)], f"{config.source} and {config.target}"
+    if config.input == "-":
+        # a copy, because the text is read several times
+        path = folder / PREPARING / "standard_input.txt"
+        with path.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        return path, "standard input"
+    if config.input is not None:
+        return config.input, config.input
+    for path in (folder / "input.txt", folder / "input.tsv"):
+        if os.path.exists(path):
+            return path, str(path)
+    if source := built_in(config):
+        return source.fetch(config)
+    raise UserError(
+        f"no data set {config.name}: it is not one of {', '.join(SOURCES)}, and {folder.absolute()} has no input.txt;"
+        f" start the script where {folder} is, or prepare your own text with --input=FILE_OR_FOLDER"
+    )
+
+
+def with_defaults(config: PrepareConfig, defaults: dict) -> PrepareConfig:
+    """Fill in the keys that the config leaves unset."""
+    unset = {
+        key: default
+        for key, default in defaults.items()
+        if getattr(config, key) in (None, "auto")
+    }
+    return replace(config, **unset)
+
+
+def resolve(
+    config: PrepareConfig, preset: PrepareConfig, kind: type[Corpus]
+) -> PrepareConfig:
+    """Fill in all remaining defaults. config: as the user gave it. preset: with the settings of a built-in data set.
+
+    Raises UserError if config sets a key that has no effect on this data or with this tokenizer.
+    """
+    tokenizer = "bpe" if preset.vocab_size else "auto"
+    resolved = with_defaults(preset, {"tokenizer": tokenizer} | kind.defaults)
+    resolved = with_defaults(resolved, {"test_fraction": resolved.val_fraction})
+    used = OPTIONS.get(resolved.tokenizer, ())
+    others = [key for key in chain(*OPTIONS.values()) if key not in used]
+    vain = dict.fromkeys(others, f"tokenizer={resolved.tokenizer}")
+    if kind is not Pairs:
+        vain |= dict.fromkeys(ONLY_FOR_PAIRS, f"task={kind.task}")
+    for key, setting in vain.items():
+        if (value := getattr(config, key)) is not None:
+            raise UserError(f"{key}={value} has no effect with {setting}; leave it out")
+    return resolved
+
+
+def load_tokenizer(corpus: Corpus) -> Tokenizer:
+    """Load the tokenizer of a run, a folder or a model on the Hub. Raises UserError if it is missing or unsuitable."""
+    from humptygpt.convert import sources  # imported here, since it loads torch
+
+    tokenizer = sources.load_tokenizer(corpus.config.tokenizer)
+    state = tokenizer.state()
+    if corpus.separated and tokenizer.eot is None and "separated" in state:
+        separated = from_state(state | {"separated": True})
+        # add end-of-text to a vocabulary only if that grows anyway; otherwise it would not fit the tokenizer's model
+        if separated.vocab_size == tokenizer.vocab_size or corpus.task == "chat":
+            tokenizer = separated
+    if tokenizer.eot is None and corpus.task != "language modelling":
+        raise UserError(
+            f"tokenizer={corpus.config.tokenizer} has no end-of-text token, which {corpus.task} needs;"
+            " choose another --tokenizer"
+        )
+    return tokenizer
+
+
+# --------------------------------------------------------------------------------------
+# The folder
+
+
+def read_old_meta(folder: Path) -> dict:
+    """Read the meta.json of a folder. Returns {} if it is missing or damaged."""
+    try:
+        return json.loads((folder / "meta.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def is_whole(folder: Path, meta: dict) -> bool:
+    """Return True if the token files in a folder are complete and, unless they are large, match their checksums."""
+    try:
+        for split in meta["splits"]:
+            TokenFiles(folder, split, meta)
+    except UserError:
+        return False
+    return True
+
+
+def data_id(corpus: Corpus, command: str, loaded: Tokenizer | None) -> str:
+    """Hash what determines the data: the command, the files (path, size and modification time), a loaded tokenizer."""
+    made_from = [command]
+    for path in corpus.paths:
+        with read_errors(path):
+            status = path.stat()
+        made_from.append([path.as_posix(), status.st_mtime_ns, status.st_size])
+    if loaded:
+        made_from.append(loaded.state())
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+
+
+def install(preparing: Path, folder: Path) -> None:
+    """Replace the data in a folder by the prepared files. The folder is incomplete until it has the new meta.json."""
+    (folder / "meta.json").unlink(missing_ok=True)
+    for path in list(folder.iterdir()):
+        if OURS.fullmatch(path.name):
+            path.unlink()
+    files = [path.name for path in preparing.glob("*.bin")]
+    for name in (COMMAND, *files, "meta.json"):
+        (preparing / name).replace(folder / name)
+
+
+# --------------------------------------------------------------------------------------
+# The report
+
+
+def summary(folder: Path, corpus: Corpus, meta: dict) -> str:
+    """Summarize the data: a table of counts, then lines about the vocabulary and the corpus."""
+    columns = {"total": meta} | meta["splits"]
+    table = [
+        f"{folder}: {meta['source']}",
+        12 * " " + "".join(f"{name:>14}" for name in columns),
+    ]
+    for key in corpus.counts:
+        # leave out a count of 1: a single document, cut in two
+        if meta[key] > 1 and not key.startswith("target"):
+            counts = "".join(f"{column[key]:>14,}" for column in columns.values())
+            table.append(f"  {key:<10}{counts}")
+    kind = meta["tokenizer"]["tokenizer"]
+    unused = meta["vocab_size"] - meta["vocabulary_used"]
+    lines = {
+        "tokenizer": f"{kind}, {meta['bytes_per_token']:.2f} bytes per token, stored as {meta['dtype']}",
+        "vocabulary": f"{meta['vocab_size']:,} tokens, {f'{unused:,} unused' if unused else 'all used'}",
+    }
+    frequent = [
+        f"{entry['text']!r} {100 * entry['share']:.1f}%" for entry in meta["commonest"][:6]
+    ]
+    lines |= {"most frequent": ", ".join(frequent)} | corpus.summary(meta)
+    return "\n".join([*table, *(f"  {key:<15}{line}" for key, line in lines.items())])
