@@ -420,7 +420,7 @@ BAD_LLAMA = [
         "rope_scaling.type must be default or llama3",
     ),
     (edit_config(rope_scaling={"type": "llama3"}), "rope_factor=None must be float"),
-    (edit_config(rope_scaling=ROPE | {"factor": 0}), "rope_factor=0.0 must be at least 1"),
+    (edit_config(rope_scaling=ROPE | {"factor": 0}), "rope_factor=0.0 must be from 1"),
     (edit_config(rope_scaling="linear"), "config.json: rope_scaling must be dict"),
 ]
 

@@ -35,8 +35,10 @@ COMMON = {
     "model": "gpt",
     "n_members": 1,
 }
-# settings that are not exported: biases that a model lacks are 0, and the others are for training
-NOT_EXPORTED = {"bias", "attn_bias", "mlp_bias", "init", "dropout", "label_smoothing"}
+# settings that are not exported: biases that a model lacks are 0, only rotary positions have a base, and the others are
+# for training
+NOT_EXPORTED = {"bias", "attn_bias", "mlp_bias", "rope_base", "init", "dropout"}
+NOT_EXPORTED |= {"label_smoothing"}
 
 
 @dataclass(frozen=True)
