@@ -19,7 +19,6 @@ Files are streamed and never held in memory.
 
 import runpy
 import shlex
-from pathlib import Path
 
 from humptygpt import machine
 
@@ -30,19 +29,12 @@ from humptygpt import config as configurator
 from humptygpt.config import our_configs
 from humptygpt.prepare.dataset import PrepareConfig, built_in, prepare
 from humptygpt.prepare.settings import CHOICES
-from humptygpt.token_files import TokenFiles, read_meta
 from humptygpt.translation.pairs import Pairs
 
 
 def main(argv: list[str]) -> None:
-    given = configurator.read(argv, PrepareConfig, positional="name")
-    config = configurator.make(PrepareConfig, given)
-    if config.verify:
-        folder = Path("data") / config.name
-        meta = read_meta(folder)
-        count = sum(TokenFiles(folder, split, meta).verify() for split in meta["splits"])
-        print(f"{folder}: {count} token files match their checksums")
-        return
+    keys = configurator.read(argv, PrepareConfig, positional="name")
+    config = configurator.make(PrepareConfig, keys)
     meta = prepare(config)
     command = f"python train.py {shlex.join(training_arguments(config, meta))}"
     print(f"\ntrain on it: {command}")

@@ -1,7 +1,7 @@
 """Token files: consecutive ids without a header, as nanoGPT writes them, and a meta.json that describes them.
 
-meta.json has a checksum of each file. Small files are verified when they are opened, and files of any size by
-`prepare_data.py NAME --verify=True`. A folder that nanoGPT or an earlier version prepared has no such checksums.
+meta.json has a checksum of each file. Small files are verified when they are opened, and files of any size when they
+are prepared again by the same command. A folder that nanoGPT or an earlier version prepared has no such checksums.
 """
 
 import hashlib

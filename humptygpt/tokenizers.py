@@ -24,6 +24,7 @@ MAX_UNPACKED_BYTES = 1 << 26
 # How GPT-2 splits text before byte pairs are merged: contractions, words and numbers with the space before them,
 # punctuation, spaces. Source: Radford et al. 2019.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how sentencepiece writes a byte
 
 
 class Tokenizer:
@@ -283,6 +284,6 @@ def printable_bytes() -> dict[str, int]:
 
 def sentencepiece_bytes(piece: str, byte_fallback: bool) -> bytes:
     """Convert a sentencepiece piece to bytes: "▁" stands for a space, and <0x41> for a single byte."""
-    if byte_fallback and re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
+    if byte_fallback and BYTE_TOKEN.fullmatch(piece):
         return bytes([int(piece[3:5], 16)])
     return piece.replace("▁", " ").encode()
