@@ -20,7 +20,6 @@ Files are streamed and never held in memory.
 import os
 import runpy
 import shlex
-from pathlib import Path
 
 from humptygpt import machine
 
@@ -29,21 +28,14 @@ if __name__ == "__main__":
 
 from humptygpt import cli
 from humptygpt.cli import CONFIGS
-from humptygpt.data import TokenFiles, read_meta
 from humptygpt.prepare.dataset import PrepareConfig, built_in, prepare
 from humptygpt.prepare.settings import CHOICES
 from humptygpt.translation.pairs import Pairs
 
 
 def main(argv: list[str]) -> None:
-    given = cli.read(argv, PrepareConfig, positional="name")
-    config = cli.make(PrepareConfig, given)
-    if config.verify:
-        folder = Path("data") / config.name
-        meta = read_meta(folder)
-        count = sum(TokenFiles(folder, split, meta).verify() for split in meta["splits"])
-        print(f"{folder}: {count} token files match their checksums")
-        return
+    keys = cli.read(argv, PrepareConfig, positional="name")
+    config = cli.make(PrepareConfig, keys)
     meta = prepare(config)
     command = f"python train.py {shlex.join(training_arguments(config, meta))}"
     print(f"\ntrain on it: {command}")

@@ -1,8 +1,8 @@
 """Token files -> batches. The order of the data is a pure function of (seed, step), so there is no state to save.
 
 Token files hold consecutive ids without a header, as nanoGPT writes them, and a meta.json describes them. It has a
-checksum of each file. Small files are verified when they are opened, and files of any size by
-`prepare_data.py NAME --verify=True`. A folder that nanoGPT prepared has no such checksums.
+checksum of each file. Small files are verified when they are opened, and files of any size when they are prepared again
+by the same command. A folder that nanoGPT prepared has no such checksums.
 """
 
 import hashlib

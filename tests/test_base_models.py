@@ -30,6 +30,7 @@ from humptygpt import checkpoint, setup
 from humptygpt.cli import UserError
 from humptygpt.convert import sources
 from humptygpt.loading import Loaded, load
+from humptygpt.prepare import vocabulary
 from humptygpt.scoring import pairs
 from humptygpt.setup import read_settings
 from humptygpt.tasks import build_on_meta
@@ -216,10 +217,10 @@ def test_without_its_meta_pkl_a_large_vocabulary_is_gpt2s(folder, monkeypatch):
     complaint = "needs the alphabet of its dataset, but there is no data/letters/meta.pkl"
     with pytest.raises(UserError, match=complaint):
         load("nano/out")
-    made = object()
-    monkeypatch.setattr(sources.tokenizers.GPT2Tokenizer, "train", lambda separated: made)
-    saved = {"model": {}, "model_args": {"vocab_size": 50304}}
-    assert sources.nanogpt_tokenizer(Path("nano/out/ckpt.pt"), saved) is made
+    monkeypatch.setattr(vocabulary, "gpt2_pieces", lambda: [bytes([i]) for i in range(256)])
+    saved = {"model_args": {"vocab_size": 50304}}
+    found = sources.nanogpt_tokenizer(Path("nano/out/ckpt.pt"), saved)
+    assert (found.name, found.eot) == ("gpt2", 256)
 
 
 def test_a_padded_vocabulary_of_nanogpt_is_kept_and_its_padding_never_drawn(folder, capsys):

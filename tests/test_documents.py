@@ -34,9 +34,9 @@ def read(path: Path | str, text_key: str = "text", errors: str = "strict") -> li
     """The documents of a file, whole; checks that start and last fit."""
     texts, open_one = [], False
     for piece in read_documents(Path(path), text_key, errors):
-        assert (piece.start == 0) != open_one
+        assert piece.first != open_one
         assert 0 < len(piece.text) <= documents.PIECE
-        texts.append(piece.text if piece.start == 0 else texts.pop() + piece.text)
+        texts.append(piece.text if piece.first else texts.pop() + piece.text)
         open_one = not piece.last
     assert not open_one
     return texts

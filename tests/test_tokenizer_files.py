@@ -218,7 +218,7 @@ def test_the_ends_of_texts_are_the_models_own(made):
 def test_a_document_in_pieces_has_the_tokens_of_the_whole(kind, made):
     _, theirs, ours = made(kind)
     first, second = "Hello the dog.", " and plain words\n12"
-    pieces = [Piece(first, 0, False), Piece(second, len(first), True)]
+    pieces = [Piece(first, True, False), Piece(second, False, True)]
     ids, _ = Documents(None, [], "", []).encode(ours, "train", pieces)
     assert np.concatenate(ids).tolist() == [*theirs(first + second).input_ids, ours.eot]
 

@@ -133,15 +133,15 @@ class Documents(Corpus):
         settings = (config.text_key, config.encoding_errors, config.skip_bad_lines)
         before = 0  # characters of the file before this piece
         for piece in read_documents(self.files[number], *settings):
-            if piece.start == 0:
+            if piece.first:
                 split = "val" if draw(piece.text) <= config.val_fraction else "train"
             if self.cuts is None or not piece.text:
                 yield split, piece
                 continue
-            first, rest = piece.cut(max(0, self.cuts[number] - before))
+            begun, rest = piece.cut(max(0, self.cuts[number] - before))
             before += len(piece.text)
-            if first.text:
-                yield "train", first
+            if begun.text:
+                yield "train", begun
             if rest.text:
                 yield "val", rest
 
@@ -154,15 +154,16 @@ class Documents(Corpus):
             if not piece.text:
                 counted["skipped_lines"] += 1
                 continue
-            begins = piece.start == 0
-            if begins and tokenizer.bos is not None:
+            if piece.first and tokenizer.bos is not None:
                 ids.append([tokenizer.bos])
-            encode = tokenizer.encode if begins else tokenizer.encode_rest
+            encode = tokenizer.encode if piece.first else tokenizer.encode_rest
             ids.append(encode(piece.text))
             if piece.last and tokenizer.eot is not None:
                 ids.append([tokenizer.eot])
             size = len(piece.text.encode())
-            counted.update(documents=int(begins), characters=len(piece.text), bytes=size)
+            counted.update(
+                documents=int(piece.first), characters=len(piece.text), bytes=size
+            )
         return ids, counted
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:

@@ -29,7 +29,7 @@ from humptygpt.translation.pairs import PairFiles, Pairs
 OURS = re.compile(r"meta\.pkl|(train|val|test)(_\d+)?\.bin")
 PREPARING = "preparing"  # subfolder for data that is not complete
 # keys that do not affect the output, and name, which is positional
-NOT_IN_COMMAND = ("name", "workers", "verify", "overwrite")
+NOT_IN_COMMAND = ("name", "workers", "overwrite")
 ONLY_FOR_PAIRS = ("test_fraction", "max_pair_tokens", "max_pair_ratio", "held_out")
 
 
@@ -150,12 +150,8 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | Path | PairFi
 
 def with_defaults(config: PrepareConfig, defaults: dict) -> PrepareConfig:
     """Fill in the keys that the config leaves unset."""
-    unset = {
-        key: default
-        for key, default in defaults.items()
-        if getattr(config, key) in (None, "auto")
-    }
-    return replace(config, **unset)
+    unset = [key for key in defaults if getattr(config, key) in (None, "auto")]
+    return replace(config, **{key: defaults[key] for key in unset})
 
 
 def resolve(
@@ -211,10 +207,10 @@ def read_old_meta(folder: Path) -> dict:
 
 
 def is_whole(folder: Path, meta: dict) -> bool:
-    """Return True if the token files in a folder are complete and, unless they are large, match their checksums."""
+    """Return True if the token files in a folder are complete and match their checksums."""
     try:
         for split in meta["splits"]:
-            TokenFiles(folder, split, meta)
+            TokenFiles(folder, split, meta).verify()
     except UserError:
         return False
     return True

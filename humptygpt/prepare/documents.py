@@ -43,7 +43,7 @@ class Piece(NamedTuple):
     """A document, or a part of a long one."""
 
     text: str  # "" for a line or row without text, which is skipped
-    start: int  # number of characters of the document before this piece
+    first: bool  # True: the document begins with this piece
     last: bool  # True: the document ends with this piece
 
     @property
@@ -52,9 +52,9 @@ class Piece(NamedTuple):
 
     def cut(self, at: int) -> tuple[Self, Self]:
         """Cut off the first `at` characters, where the document ends. Returns them and the rest, which may be empty."""
-        ends = self.last or at <= len(self.text)
-        first = self._replace(text=self.text[:at], last=ends)
-        return first, self._replace(text=self.text[at:], start=self.start + at)
+        begun = self._replace(text=self.text[:at], last=self.last or at <= len(self.text))
+        rest = self._replace(text=self.text[at:], first=self.first and at == 0)
+        return begun, rest
 
 
 class BadFile(UserError):
@@ -96,8 +96,8 @@ def find_files(where: str) -> tuple[list[Path], list[str]]:
 
 def file_format(path: Path) -> str:
     """Determine the format of a file from its name: .jsonl, .parquet, .csv or .tsv; .txt for any other name."""
-    packed = path.suffix.lower() in UNPACK
-    suffix = Path(path.stem if packed else path.name).suffix.lower()
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    suffix = Path(name).suffix
     return suffix if suffix in READERS else ".txt"
 
 
@@ -137,7 +137,7 @@ def read_documents(
             if isinstance(text, str):
                 yield from pieces([text.replace("\r\n", "\n").replace("\r", "\n")])
             elif skip_bad_lines:
-                yield Piece("", 0, last=True)
+                yield Piece("", first=True, last=True)
             else:
                 raise UserError(
                     f"{path}, {'line' if form == '.jsonl' else 'row'} {number:,} has no text under {text_key!r}:"
@@ -233,16 +233,16 @@ def check_column(path: Path, text_key: str, columns: list[str]) -> None:
 def pieces(parts: Iterable[str]) -> Iterator[Piece]:
     """Cut one document into pieces. parts: its text, in parts of any length. An empty document yields no piece."""
     text = ""
-    start = 0
+    first = True
     for part in parts:
         text += part
         while len(text) > PIECE:
             end = cut_position(text)
-            yield Piece(text[:end], start, False)
+            yield Piece(text[:end], first, last=False)
             text = text[end:]
-            start += end
+            first = False
     if text:
-        yield Piece(text, start, True)
+        yield Piece(text, first, last=True)
 
 
 def cut_position(text: str) -> int:

@@ -41,7 +41,6 @@ class PrepareConfig:
     split_digits: bool | None = None  # bpe: each digit is a token, to learn sums; None: off
     # existing data
     overwrite: bool = False  # replace a different dataset of the same name
-    verify: bool = False  # only check the token files against their checksums
     # system
     workers: int | None = None  # encoding threads; None: one per usable core
 

