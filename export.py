@@ -15,11 +15,15 @@ import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from humptygpt import config as configurator
 from humptygpt import machine
 from humptygpt.config import UserError, check_choices
 from humptygpt.files import whole
+
+if TYPE_CHECKING:
+    from humptygpt.loading import Loaded
 
 # torch takes seconds to import. Only the functions that need it import it, so a misspelt key is reported at once.
 
@@ -67,8 +71,8 @@ def main(argv: list[str]) -> None:
     print(write(loaded, to, config.dtype))
 
 
-def write_folder(loaded, to: Path, dtype: str) -> str:
-    """Write a folder for transformers and return a line to print. loaded: a loading.Loaded."""
+def write_folder(loaded: "Loaded", to: Path, dtype: str) -> str:
+    """Write a folder for transformers and return a line to print."""
     from humptygpt.convert.huggingface import write_files, write_pretrained
     from humptygpt.convert.model_card import model_card
     from humptygpt.convert.write_huggingface import tokenizer_files
@@ -84,7 +88,7 @@ def write_folder(loaded, to: Path, dtype: str) -> str:
     return f"{to}: its README.md shows how to use it"
 
 
-def write_gguf_file(loaded, to: Path, dtype: str) -> str:
+def write_gguf_file(loaded: "Loaded", to: Path, dtype: str) -> str:
     """Write a file for llama.cpp and return a line to print."""
     from humptygpt.convert.gguf import vocabulary, write_gguf
 
@@ -94,7 +98,7 @@ def write_gguf_file(loaded, to: Path, dtype: str) -> str:
     return f"{to}: with llama.cpp, run: llama-completion -m {shlex.quote(str(to))} -n 200"
 
 
-def write_checkpoint(loaded, to: Path, dtype: str) -> str:
+def write_checkpoint(loaded: "Loaded", to: Path, dtype: str) -> str:
     """Write all entries of a run's checkpoint to one file and return a line to print."""
     from humptygpt.checkpoint import save
 
@@ -106,7 +110,7 @@ def write_checkpoint(loaded, to: Path, dtype: str) -> str:
     return f"{to}: python sample.py {shlex.quote(f'--out_dir={to}')}"
 
 
-def generation_config(loaded) -> dict[str, object]:
+def generation_config(loaded: "Loaded") -> dict[str, object]:
     """Make the contents of generation_config.json, which gives transformers the sampling defaults of sample.py."""
     from sample import SampleConfig
 
