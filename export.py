@@ -15,10 +15,14 @@ import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from humptygpt import cli, machine
 from humptygpt.cli import UserError, check_choices
 from humptygpt.files import whole
+
+if TYPE_CHECKING:
+    from humptygpt.loading import Loaded
 
 # torch takes seconds to import. Only the functions that need it import it, so a misspelt key is reported at once.
 
@@ -66,8 +70,8 @@ def main(argv: list[str]) -> None:
     print(write(loaded, to, config.dtype))
 
 
-def write_folder(loaded, to: Path, dtype: str) -> str:
-    """Write a folder for transformers and return a line to print. loaded: a loading.Loaded."""
+def write_folder(loaded: "Loaded", to: Path, dtype: str) -> str:
+    """Write a folder for transformers and return a line to print."""
     from humptygpt.convert.huggingface import write_files, write_pretrained
     from humptygpt.convert.model_card import model_card
     from humptygpt.convert.write_huggingface import tokenizer_files
@@ -83,7 +87,7 @@ def write_folder(loaded, to: Path, dtype: str) -> str:
     return f"{to}: its README.md shows how to use it"
 
 
-def write_gguf_file(loaded, to: Path, dtype: str) -> str:
+def write_gguf_file(loaded: "Loaded", to: Path, dtype: str) -> str:
     """Write a file for llama.cpp and return a line to print."""
     from humptygpt.convert.gguf import vocabulary, write_gguf
 
@@ -93,7 +97,7 @@ def write_gguf_file(loaded, to: Path, dtype: str) -> str:
     return f"{to}: with llama.cpp, run: llama-completion -m {shlex.quote(str(to))} -n 200"
 
 
-def write_checkpoint(loaded, to: Path, dtype: str) -> str:
+def write_checkpoint(loaded: "Loaded", to: Path, dtype: str) -> str:
     """Write all entries of a run's checkpoint to one file and return a line to print."""
     from humptygpt.checkpoint import save
 
@@ -105,7 +109,7 @@ def write_checkpoint(loaded, to: Path, dtype: str) -> str:
     return f"{to}: python sample.py {shlex.quote(f'--out_dir={to}')}"
 
 
-def generation_config(loaded) -> dict[str, object]:
+def generation_config(loaded: "Loaded") -> dict[str, object]:
     """Make the contents of generation_config.json, which gives transformers the sampling defaults of sample.py."""
     tokenizer, rows = loaded.tokenizer, loaded.model.config.vocab_size
     eot, bos = tokenizer.eot, tokenizer.bos

@@ -113,9 +113,13 @@ def stored(path: Path) -> Path:
 # Reading a torch.save file: checksums are verified, and code in it is never run
 
 
-def load_plain(path: Path) -> object:
-    """Load a torch.save file onto the CPU. Raises an exception of any type if it is corrupt or would run code."""
-    check_records(path)
+def load_plain(path: Path, legacy: bool = False) -> object:
+    """Load a torch.save file onto the CPU. Raises an exception of any type if it is corrupt or would run code.
+
+    legacy: also read files written by PyTorch before version 1.6, which are not zip files and have no checksums.
+    """
+    if not legacy or zipfile.is_zipfile(path):
+        check_records(path)
     with warnings.catch_warnings():
         # torch warns at length about a pickle that it did not write
         warnings.simplefilter("ignore")

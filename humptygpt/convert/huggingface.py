@@ -192,13 +192,13 @@ def open_file(path: Path) -> Weights:
     from safetensors.torch import load_file
 
     path.open("rb").close()  # raises OSError if the file cannot be read
-    problem = "is truncated, damaged or older than PyTorch 1.6, or holds more than tensors"
+    problem = "is truncated or damaged, or holds more than tensors and plain data"
     with refuse_damaged(path, problem):
         if path.suffix == ".safetensors":
             return load_file(
                 path
             )  # checks that the file has the size that its header declares
-        return plain_weights(load_plain(path))
+        return plain_weights(load_plain(path, legacy=True))
 
 
 def plain_weights(state: Mapping) -> Weights:
