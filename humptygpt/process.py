@@ -15,7 +15,8 @@ from humptygpt.data import Dataset, Prefetcher, count_targets
 from humptygpt.device import pick_device
 from humptygpt.optimizers import Optimizer
 
-if TYPE_CHECKING:  # settings.py imports this file
+if TYPE_CHECKING:  # these two import this file
+    from humptygpt.run import Run
     from humptygpt.settings import TrainConfig
 
 PARALLEL = ("ddp", "fsdp")
@@ -47,15 +48,8 @@ class Process(AbstractContextManager):
     def __exit__(self, error: type | None, *_: object) -> None:
         """End the run. With several processes, wait until all have finished, unless there was an error."""
 
-    def place(
-        self,
-        model: nn.Module,
-        config: "TrainConfig",
-        dtype: torch.dtype,
-        dataset: Dataset,
-        step: int,
-    ) -> None:
-        """Move the model of a run, which has no optimizer yet, to the device. step: number of steps done."""
+    def place(self, model: nn.Module, run: "Run") -> None:
+        """Move a model of the run, which has no optimizer yet, to the device."""
         model.to(self.device)
 
     def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
