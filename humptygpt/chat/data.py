@@ -134,11 +134,6 @@ class ChatDataset(TokenDataset):
             batch += f"; {what}: {count:,}" if count else ""
         return batch, f"{len(self.val_starts(batch_size, eval_iters)):,} of {total:,} rows"
 
-    def val_bytes_per_token(self) -> float:
-        """UTF-8 bytes of the replies per target token in the validation split."""
-        entry = self.meta["splits"]["val"]
-        return entry["target_bytes"] / entry["target_tokens"]
-
 
 def best_fit(lengths: list[int], size: int) -> list[list[int]]:
     """Group texts into rows of at most `size` tokens: each goes into the fullest row that has room for it.
