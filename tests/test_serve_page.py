@@ -304,8 +304,7 @@ def test_the_keyboard_is_enough(reciter, opened):
     assert page.evaluate("document.activeElement !== document.body")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1200])
+@pytest.mark.parametrize("scheme, width", [("light", 390), ("dark", 1200)])
 def test_axe_finds_nothing_and_nothing_is_wider_than_the_window(
     reciter, opened, scheme, width
 ):
