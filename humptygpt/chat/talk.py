@@ -26,7 +26,7 @@ class Talk:
         self.context: Context | None = None
 
     def reply(
-        self, said: str, sample: int, max_new_tokens: int, **sampling
+        self, said: str, sample: int, max_new_tokens: int, **sampling: object
     ) -> Iterator[str]:
         """Yield the reply in pieces; there is none to an empty text. sample: seeds it. sampling: for stream_texts().
 

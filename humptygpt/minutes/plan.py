@@ -354,30 +354,28 @@ def find_best(
     most = max(most_parameters(text), tried[0].parameters)
     tried = [candidate for candidate in tried if candidate.parameters <= most]
 
-    def seconds(candidate: Candidate) -> float:
-        """Seconds per step: as measured if this candidate was timed, else estimated from its number of operations."""
-        more = candidate.operations - small.operations
-        return times.get(candidate) or times[small] + slope * more
-
     def promise(candidate: Candidate) -> float:
         context, tokens = candidate.model_config.block_size, candidate.tokens
-        read = available / seconds(candidate) * tokens * bytes_per_token
+        read = available / seconds[candidate] * tokens * bytes_per_token
         return loss(candidate.parameters, read, text, context * bytes_per_token, tokens)
 
-    small, large = tried[0], tried[len(tried) // 2]
-    times = {small: time_step(small)}
+    small, middle = tried[0], tried[len(tried) // 2]
+    shortest = time_step(small)
     available = clock.planned()
-    if available < times[small]:
+    if available < shortest:
         raise UserError(
-            f"minutes={small.config.minutes:g} is too short for a single step, which takes {times[small]:.2g} s;"
+            f"minutes={small.config.minutes:g} is too short for a single step, which takes {shortest:.2g} s;"
             " use more, or try again now that the data is prepared"
         )
-    times[large] = time_step(large)
-    more = large.operations - small.operations
-    slope = max(0.0, times[large] - times[small]) / max(1, more)
+    timed = {small: shortest, middle: time_step(middle)}
+    # seconds per step: those that are not timed are estimated from the numbers of operations
+    more = max(1, middle.operations - small.operations)
+    slope = max(0.0, timed[middle] - shortest) / more
+    seconds = {x: shortest + slope * (x.operations - small.operations) for x in tried}
+    seconds |= timed
     # once the best candidate has been timed, a different one may turn out to be better
-    while (best := min(tried, key=promise)) not in times:
-        times[best] = time_step(best)
+    while (best := min(tried, key=promise)) not in timed:
+        seconds[best] = timed[best] = time_step(best)
     return best
 
 

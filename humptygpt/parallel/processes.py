@@ -101,7 +101,13 @@ class DataParallel(Process):
     # thread that waits for Python's lock (PyTorch issue 56297)
     world: dist.ProcessGroup | None = None
 
-    def __init__(self, rank: int, size: int, device: torch.device, patient=None):
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        device: torch.device,
+        patient: dist.ProcessGroup | None = None,
+    ):
         """patient: a process group whose collectives have the timeout LONG."""
         super().__init__(device)
         self.rank = rank
