@@ -11,7 +11,7 @@ programs on this machine can reach the server, unless --host says otherwise. It 
 import json
 import re
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 from humptygpt import cli
 from humptygpt.chat.api import Api
-from humptygpt.cli import UserError, check_choices, first_line, refuse_vain
+from humptygpt.cli import UserError, check_choices
 from humptygpt.fast.generation import choose_threads
 from humptygpt.loading import CHOICES, chosen_source, pipeline
 
@@ -50,7 +50,7 @@ class ServeConfig:
     # system
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # dtype of the linear layers; auto: float32 on a CPU
-    quantize: str | None = None  # int8: 8-bit weights, CPU only; None: off
+    quantize: str | None = None  # int8: 8-bit weights instead of dtype, CPU only; None: off
 
     validate = check_choices
 
@@ -62,7 +62,6 @@ class ServeConfig:
 def main(argv: list[str]) -> None:
     given = cli.read(argv, ServeConfig)
     config = cli.make(ServeConfig, given)
-    refuse_vain(given, vars(config), {"dtype": ("quantize", ("int8",))})
     source = chosen_source(config, given)
     loaded = pipeline(
         source,
@@ -87,8 +86,13 @@ class Server(ThreadingHTTPServer):
     """
 
     request_queue_size = 128  # clients that may wait until they are accepted
-    api: Api
-    unfinished: SimpleQueue  # answers: (generator, queue of its parts, Event that is set when the client has left)
+
+    def __init__(self, host: str, port: int, api: Api):
+        super().__init__((host, port), Handler)
+        self.api = api
+        # answers: (generator, queue of its parts, Event that is set when the client has left)
+        self.unfinished = SimpleQueue()
+        Thread(target=self.generate, daemon=True).start()
 
     def generate(self) -> None:
         """Compute the next part of each answer in turn. Its last part is None, or the exception that ended it."""
@@ -107,12 +111,9 @@ class Server(ThreadingHTTPServer):
 
 def listen(host: str, port: int, api: Api) -> Server:
     try:
-        server = Server((host, port), Handler)
+        return Server(host, port, api)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen on {host}, port {port}: {error}") from error
-    server.api, server.unfinished = api, SimpleQueue()
-    Thread(target=server.generate, daemon=True).start()
-    return server
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -152,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
 
     do_POST = do_GET
 
-    def answer(self, method: Callable) -> None:
+    def answer(self, method: Callable[[bytes], Iterator[str]]) -> None:
         """Send the answer of one of the API's methods, part by part."""
         kind = None
         parts, left = SimpleQueue(), Event()
@@ -172,7 +173,7 @@ class Handler(BaseHTTPRequestHandler):
             status, message = 400, str(error)
             if not isinstance(error, UserError | ValueError):
                 traceback.print_exc()
-                status, message = 500, f"{type(error).__name__}: {first_line(error)}"
+                status, message = 500, f"{type(error).__name__}: {error}"
             if kind is None:
                 self.send_error(status, message)
             else:

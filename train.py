@@ -155,7 +155,7 @@ def setup(
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         test_pairs=make_tester(config, dataset, process),
     )
-    process.place(model, config, dtype, dataset, run.progress.iter)
+    process.place(model, run)
     run.optimizer = make_optimizer(config, model, process.optimizer_class)
     if saved:
         run.restore(saved)

@@ -131,6 +131,16 @@ class Dataset:
             identity["files_sha256"] = hashlib.sha256(repr(sums).encode()).hexdigest()
         return identity
 
+    def val_bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per predicted token in the validation split."""
+        entry = self.meta["splits"]["val"]
+        if "target_bytes" in entry:  # of translations or replies
+            return entry["target_bytes"] / entry["target_tokens"]
+        if "bytes" in entry:
+            return entry["bytes"] / entry["tokens"]
+        lengths = self.tokenizer.token_bytes()
+        return sum(int(lengths[ids].sum()) for _, ids in self.chunks("val")) / len(self.val)
+
 
 class TokenDataset(Dataset):
     """Text as one stream of tokens, cut into blocks of block_size. Raises UserError if a split is too short."""
@@ -213,14 +223,6 @@ class TokenDataset(Dataset):
         ids = self.read(split, starts, self.block_size + 1)
         after = starts[:, None] + np.arange(1, ids.shape[1]) >= len(self.splits[split])
         return next_tokens(ids, ignored=after)
-
-    def val_bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token in the validation split."""
-        entry = self.meta["splits"]["val"]
-        if "bytes" in entry:
-            return entry["bytes"] / entry["tokens"]
-        lengths = self.tokenizer.token_bytes()
-        return sum(int(lengths[ids].sum()) for _, ids in self.chunks("val")) / len(self.val)
 
 
 class Prefetcher:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from humptygpt.optimizers import Optimizer
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build
 from model import ModelConfig
+
+if TYPE_CHECKING:  # run.py imports this file
+    from humptygpt.run import Run
 
 # A measurement takes as many tokens as multiply this many weights of a block, in about 10 ms, but at most TOKENS.
 WEIGHTS = 2**27
@@ -58,15 +61,8 @@ class Process(AbstractContextManager):
     def __exit__(self, error: type | None, *_: object) -> None:
         """End the run. With several processes, wait until all have finished, unless there was an error."""
 
-    def place(
-        self,
-        model: nn.Module,
-        config: TrainConfig,
-        dtype: torch.dtype,
-        dataset: Dataset,
-        step: int,
-    ) -> None:
-        """Move the model of a run, which has no optimizer yet, to the device. step: number of steps done."""
+    def place(self, model: nn.Module, run: "Run") -> None:
+        """Move a model of the run, which has no optimizer yet, to the device."""
         model.to(self.device)
 
     def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:

@@ -513,7 +513,7 @@ def keep_best(run: Run, saved: dict) -> None:
     if run.config.eval_only or progress.best_val_loss == math.inf or not changed:
         return
     best = load(run.config.out_dir).model
-    run.process.place(best, run.config, run.dtype, run.dataset, progress.iter)
+    run.process.place(best, run)
     loss = evaluation.evaluate(run, best, run.config.evaluated_batches()).mean
     note(
         f"the evaluation set changed: on the new one, the loss of best.pt is {loss:.4f}"

@@ -109,7 +109,7 @@ def test_the_search_finds_what_a_plain_one_without_a_cache_finds(
     make, num_beams, length_penalty
 ):
     model = make(vocab_size=4)
-    sources = [source % 4 for source in some_sources(*[2 + i % 4 for i in range(8)])]
+    sources = [source % 4 for source in some_sources(2, 3, 5, 2, 3)]
     how = {"num_beams": num_beams, "length_penalty": length_penalty}
     found = translated(model, sources, **how, max_new_tokens=5)
     for source, translation in zip(sources, found, strict=True):

@@ -24,6 +24,7 @@ from test_chat import prepare_chats
 import train
 from humptygpt import checkpoint, machine, optimizers, setup
 from humptygpt.data import TokenDataset
+from humptygpt.parallel import fsdp
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import DataParallel
 from humptygpt.prepare import dataset
@@ -31,7 +32,8 @@ from humptygpt.process import restarted
 from humptygpt.settings import TrainConfig
 from humptygpt.setup import read_settings
 
-assert torch._dynamo  # DDP needs it; loaded once here, and not in each process
+# loaded once here, and not in each process; DDP needs torch._dynamo
+assert torch._dynamo and fsdp
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
 OUT = Path("out/run")
@@ -87,7 +89,7 @@ def losses(rows: list[dict]) -> list[float]:
     return [row.get("train_loss", row.get("val_loss")) for row in rows]
 
 
-STEPS = ["--max_iters=12", "--eval_interval=6", "--eval_iters=3", "--learning_rate=3e-3"]
+STEPS = ["--max_iters=6", "--eval_interval=3", "--eval_iters=3", "--learning_rate=3e-3"]
 ACCUMULATE = "--gradient_accumulation_steps="
 RUNS = {
     "micro-batches are divided": (2, [f"{ACCUMULATE}4", "--dropout=0.2"]),
@@ -124,7 +126,7 @@ def test_several_processes_have_the_losses_of_one_on_sentence_pairs(
     pairs, run_train, parallel
 ):
     argv = [*UNEVEN, *STEPS, "--dataset=pairs", "--model=transformer", "--dropout=0.2"]
-    argv += ["--block_size=64", "--batch_size=2"]
+    argv += ["--block_size=40", "--batch_size=2"]
     *one, end = run_train(*argv)
     assert launch(4, *argv, f"--parallel={parallel}") == [0] * 4
     *several, end_of_several = read_rows(OUT)

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import prepare_data
 import train
 from humptygpt.prepare import dataset, sources, vocabulary
 from humptygpt.setup import data_name, prepare_missing
+from humptygpt.translation import task
 
 SMALL = [
     *("--n_layer=2", "--n_head=2", "--n_embd=32", "--device=cpu", "--dtype=float32"),
@@ -32,7 +34,11 @@ ADVISED = {
 
 
 @pytest.mark.parametrize("case", ADVISED)
-def test_the_command_that_is_printed_after_preparing_trains(folder, capsys, case):
+def test_the_command_that_is_printed_after_preparing_trains(
+    folder, capsys, monkeypatch, case
+):
+    without_examples = replace(task.TRANSLATION, evaluation_examples=None, score=None)
+    monkeypatch.setattr(task, "TRANSLATION", without_examples)
     write_own(make_text())
     rows = [(4 * f"{source} ", 4 * f"{target} ") for source, target in ROWS]
     write_tsv("pairs.tsv", rows)

@@ -32,7 +32,6 @@ from humptygpt.convert.huggingface import (
     to_theirs,
     write_pretrained,
 )
-from model import ModelConfig
 
 transformers = pytest.importorskip(
     "transformers", reason="needs transformers: pip install -r requirements-dev.txt"

@@ -8,6 +8,7 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -263,7 +264,8 @@ def test_what_cannot_be_sharded_is_refused(settings, dtype):
     config = TrainConfig(init_from="out/other", **settings)
     dtype = getattr(torch, dtype)
     with pytest.raises(UserError, match="LoRA, snapshots or float16; use --parallel=ddp"):
-        sharding.FullySharded(0, 2, CPU).place(None, config, dtype, None, 0)
+        run = SimpleNamespace(config=config, dtype=dtype)
+        sharding.FullySharded(0, 2, CPU).place(None, run)
 
 
 def test_a_sharded_run_shows_no_examples_because_no_process_has_the_whole_model(

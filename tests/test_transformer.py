@@ -178,7 +178,7 @@ def test_one_batch_of_pairs_overfits(variant):
         "idx": nn.functional.pad(target[:, :-1], (1, 0)),
         "targets": target,
     }
-    assert overfit(model, batch, steps=200, lr=5e-3, until=0.1) < 0.1
+    assert overfit(model, batch, steps=200, lr=5e-3, until=0.3) < 0.3
 
 
 def test_in_the_encoder_a_window_reaches_equally_far_to_both_sides():

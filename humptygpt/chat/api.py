@@ -6,10 +6,8 @@ Source: OpenAI's API reference for /v1/models, /v1/chat/completions and /v1/comp
 import json
 import time
 from collections.abc import Iterator
-from itertools import repeat
 
 import torch
-from torch import Tensor
 
 from humptygpt.chat.tokens import MESSAGES, Turn
 from humptygpt.cli import UserError
@@ -24,8 +22,8 @@ from humptygpt.sampling import (
     with_likeliest,
 )
 
-CHAT, TEXT = "chat.completion", "text_completion"
-ECHOED = 128  # tokens of a prompt whose logits are computed at once
+CHAT, CHUNK = "chat.completion", "chat.completion.chunk"
+TEXT = "text_completion"
 COMMON = {  # other keys are ignored, as other servers do
     "stream?": bool,
     "max_tokens?": range(4097),
@@ -35,14 +33,25 @@ COMMON = {  # other keys are ignored, as other servers do
     "seed?": range(2**63),
     "n?": range(1, 2),
 }
-CHAT_SCHEMA = {
+CHAT_SCHEMA = COMMON | {
     "messages": MESSAGES,
     "logprobs?": bool,
     "top_logprobs?": range(21),
     "max_completion_tokens?": range(4097),  # the new name of max_tokens
     "reply_tokens?": list,  # our own: ids of the tokens with which the reply begins
 }
-TEXT_SCHEMA = {"prompt": (str, list), "echo?": bool, "logprobs?": range(21)}
+TEXT_SCHEMA = COMMON | {
+    "prompt": (str, list),
+    "echo?": bool,
+    "logprobs?": range(21),
+}
+DEFAULTS = {
+    "stream": False,
+    "stop": (),
+    "temperature": 1,
+    "echo": False,
+    "logprobs": None,
+}
 
 
 class Api:
@@ -85,8 +94,8 @@ class Api:
         room = self.block_size - len(prompt)
         limit = request.get("max_completion_tokens", request.get("max_tokens", room))
         # as in a request for a text: how many of the likeliest tokens to list
-        likeliest = request.get("top_logprobs", 0) if request.get("logprobs") else None
-        request |= {"max_tokens": min(limit, room), "logprobs": likeliest}
+        likeliest = request.get("top_logprobs", 0) if request["logprobs"] else None
+        request |= {"max_tokens": min(limit, room), "logprobs": likeliest, "echo": False}
         return self.answer(request, prompt, CHAT)
 
     def complete(self, body: bytes) -> Iterator[str]:
@@ -104,9 +113,9 @@ class Api:
         check_schema(prompt, [range(self.tokenizer.vocab_size)], "prompt")
         what = "context_length_exceeded: the number of tokens in the prompt"
         check_schema(len(prompt), range(1, self.block_size), what)
-        streams, likeliest = request.get("stream"), request.get("logprobs")
+        streams, likeliest = request["stream"], request["logprobs"]
         if streams and kind == CHAT:
-            kind += ".chunk"
+            kind = CHUNK
         now = time.time_ns()
         frame = {
             "id": str(now),
@@ -118,24 +127,22 @@ class Api:
         for number, piece in enumerate(self.write(prompt, request)):
             text += piece.text
             if piece.end:
-                read = len(prompt)
-                written = number - read if request.get("echo") else number
+                written = number - len(prompt) * request["echo"]
                 frame["usage"] = {
-                    "prompt_tokens": read,
+                    "prompt_tokens": len(prompt),
                     "completion_tokens": written,
-                    "total_tokens": read + written,
+                    "total_tokens": len(prompt) + written,
                 }
             elif likeliest is not None:
                 tokens.append(self.describe(piece, likeliest))
-            if piece.end or streams:
-                found = choice(
-                    text, tokens, piece.end, kind, is_first=not (streams and number)
-                )
-                part = json.dumps(frame | {"choices": [found]})
-                yield f"data: {part}\n\n" if streams else part
-                text, tokens = "", []
-            else:
+            if not piece.end and not streams:
                 yield " "
+                continue
+            is_first = not streams or number == 0
+            choices = [choice(kind, text, tokens, piece.end, is_first)]
+            part = json.dumps(frame | {"choices": choices})
+            yield f"data: {part}\n\n" if streams else part
+            text, tokens = "", []
         if streams:
             yield "data: [DONE]\n\n"
 
@@ -143,10 +150,12 @@ class Api:
     def write(self, prompt: list[int], request: dict) -> Iterator[Piece]:
         """Continue a prompt. With "echo", the pieces begin with the prompt's own tokens."""
         tokenizer = self.tokenizer
-        if request.get("echo"):
-            rows = self.logits(prompt) if "logprobs" in request else repeat(None)
+        if request["echo"]:
+            logits, _ = self.model(torch.tensor([prompt], device=self.device))
+            # nothing precedes and so predicts the first token
+            rows = [None, *logits[0, :-1, : tokenizer.vocab_size].float()]
             decode = TextStream(tokenizer).decoder.decode
-            for token, row in zip(prompt, rows, strict=False):
+            for token, row in zip(prompt, rows, strict=True):
                 yield Piece(0, decode(tokenizer.pieces[token]), token, row)
         yield from stream_texts(
             Context(self.model, [prompt], device=self.device),
@@ -155,18 +164,9 @@ class Api:
             request["stop"],
             max_new_tokens=request["max_tokens"],
             seed=request.get("seed", time.time_ns()),
-            temperature=request.get("temperature", 1),
+            temperature=request["temperature"],
             top_p=request.get("top_p"),
         )
-
-    def logits(self, prompt: list[int]) -> Iterator[Tensor | None]:
-        """Yield the logits, (V,), that predict each token of a prompt; None for the first, which follows nothing."""
-        yield None
-        cache = {"cache": self.model.make_cache()} if self.model.has_cache else {}
-        at_once = ECHOED if cache else len(prompt)
-        for idx in torch.tensor([prompt], device=self.device).split(at_once, dim=1):
-            logits, _ = self.model(idx, **cache)
-            yield from logits[0, :, : self.tokenizer.vocab_size].float()
 
     def describe(self, piece: Piece, likeliest: int) -> dict:
         """Return a token's entry in a chat's logprobs. likeliest: how many others to list."""
@@ -188,29 +188,31 @@ class Api:
 
 
 def read(body: bytes, schema: dict) -> dict:
-    """Parse and check a request. A null is the same as no entry."""
+    """Parse and check a request, and add the defaults. A null is the same as no entry."""
     request = parse_json(body, {})
     request = {key: value for key, value in request.items() if value is not None}
-    check_schema(request, COMMON | schema)
-    if not 0 <= request.get("temperature", 0) <= 2:
+    check_schema(request, schema)
+    request = DEFAULTS | request
+    if not 0 <= request["temperature"] <= 2:
         raise UserError("temperature must be from 0 to 2")
     if not 0 < request.get("top_p", 1) <= 1:
         raise UserError("top_p must be above 0 and at most 1")
-    stop = request.get("stop", [])
-    stop = [stop] if isinstance(stop, str) else stop
-    if "" in stop:  # every text begins with it
+    if isinstance(request["stop"], str):
+        request["stop"] = [request["stop"]]
+    if "" in request["stop"]:  # every text begins with it
         raise UserError("stop must not be empty")
-    return request | {"stop": stop}
+    return request
 
 
 def choice(
-    text: str, tokens: list[dict], end: str | None, kind: str, is_first: bool
+    kind: str, text: str, tokens: list[dict], end: str | None, is_first: bool
 ) -> dict:
     """Return an entry of "choices". tokens: entries of a chat's logprobs. end: why the text ends: stop or length."""
     logprobs = {"content": tokens} if tokens else None
     found = {"index": 0, "finish_reason": end, "logprobs": logprobs}
     if kind != TEXT:
-        message = {"role": "assistant", "content": text} if is_first else {"content": text}
+        message = {"role": "assistant"} if is_first else {}
+        message["content"] = text
         return found | {"message" if kind == CHAT else "delta": message}
     if tokens:
         logprobs |= {

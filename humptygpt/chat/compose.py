@@ -17,6 +17,8 @@ LINES = Path(__file__).with_name("humpty.txt")
 HELD_OUT = 0.1  # the share of the compositions, of the sums and of the made-up words
 # exchanges in a conversation: one of these numbers at random
 TURNS = [1, 1, 1, 1, 2, 2, 2, 3, 3, 4]
+# kinds of values that are numbers: from, to; the large ones are too large for him
+NUMBERS = {"age": (3, 99), "large": (21, 999), "larger": (100, 9999)}
 MADE_UP = ("name", "town", "word")  # kinds of values that are made up two times in three
 QUESTION = re.compile(
     r"(who|what|why|when|where|which|how|are|is|am|do|does|did|can|could|will|would|have|has|was|were|may)\b"
@@ -126,22 +128,17 @@ class Composer:
 
     def draw(self, kind: str) -> dict[str, str | int]:
         """Draw a value of a kind; for a sum, also its other parts."""
-        number = self.random.randint
-        match kind:
-            case "age":
-                return {kind: number(3, 99)}
-            case "large":  # too large for him
-                return {kind: number(21, 999)}
-            case "larger":
-                return {kind: number(100, 9999)}
-            case "a" | "b" | "ones" | "sum":
-                return self.draw_sum()
+        if kind in NUMBERS:
+            return {kind: self.random.randint(*NUMBERS[kind])}
+        if kind in ("a", "b", "ones", "sum"):
+            return self.draw_sum()
         if kind in MADE_UP and self.random.random() < 2 / 3:
             word = self.made_up()
             return {kind: word if kind == "word" else word.capitalize()}
         return {kind: self.random.choice(self.values[kind])}
 
     def draw_sum(self) -> dict[str, str | int]:
+        """Draw two numbers, their sum, and what he says before it."""
         while True:
             a, b = self.random.randint(0, 20), self.random.randint(0, 20)
             if is_held_out(f"{min(a, b)}+{max(a, b)}") == self.held_out:

@@ -130,16 +130,9 @@ class ChatDataset(TokenDataset):
         rows, total = len(self.rows["train"]), len(self.rows["val"])
         each = self.meta["splits"]["train"]["conversations"] / rows
         batch = f"{batch_size} rows of {self.block_size} tokens, with {each:.1f} conversations in a row"
-        if self.meta["longest"] > self.block_size + 1:
-            batch += "; longer ones are cut before a question"
         for what, count in self.cut["train"].items():
             batch += f"; {what}: {count:,}" if count else ""
         return batch, f"{len(self.val_starts(batch_size, eval_iters)):,} of {total:,} rows"
-
-    def val_bytes_per_token(self) -> float:
-        """UTF-8 bytes of the replies per target token in the validation split."""
-        entry = self.meta["splits"]["val"]
-        return entry["target_bytes"] / entry["target_tokens"]
 
 
 def best_fit(lengths: list[int], size: int) -> list[list[int]]:

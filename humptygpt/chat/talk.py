@@ -11,8 +11,8 @@ from humptygpt.sampling import Context, stream_texts
 class Talk:
     """A conversation with a model. When the context is full, the oldest exchanges are dropped, but not the system's.
 
-    loaded: its tokenizer is a ChatTokenizer or a TemplateTokenizer. For each reply, it encodes the
-    whole conversation. Tokens that are in the context already stay there, with their cache.
+    loaded: its tokenizer is a ChatTokenizer or a TemplateTokenizer. For each reply, it encodes the whole conversation.
+    Tokens that are in the context already stay there, with their cache.
     """
 
     advice = ""  # see Text in sample.py
@@ -26,7 +26,7 @@ class Talk:
         self.context: Context | None = None
 
     def reply(
-        self, said: str, sample: int, max_new_tokens: int, **sampling
+        self, said: str, sample: int, max_new_tokens: int, **sampling: object
     ) -> Iterator[str]:
         """Yield the reply in pieces; there is none to an empty text. sample: seeds it. sampling: for stream_texts().
 

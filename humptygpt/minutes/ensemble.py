@@ -35,7 +35,7 @@ class Ensemble(nn.Module):
         if self.training and targets is not None:
             losses = [member(idx, targets)[1] for member in self.members]
             return None, torch.stack(losses).mean()
-        logits = average(self.each(lambda member, part: member(idx, None, part)[0], cache))
+        logits = self.average(lambda member, part: member(idx, None, part)[0], cache)
         return logits, None if targets is None else self.loss(logits, targets)
 
     loss = GPT.loss
@@ -43,23 +43,24 @@ class Ensemble(nn.Module):
 
     def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
         """Compute the logits (B, V) of the token that follows idx."""
-        return average(self.each(lambda member, part: member.next_logits(idx, part), cache))
+        return self.average(lambda member, part: member.next_logits(idx, part), cache)
 
     def make_cache(self, size: int | None = None) -> Cache:
         """Make an empty cache for up to `size` tokens, by default block_size."""
         n_layer, block_size = self.config.n_layer, self.config.block_size
         return Cache(len(self.members) * n_layer, min(size or block_size, block_size))
 
-    def each(self, call: Callable, cache: Cache | None) -> list:
-        """Return call(member, its part of the cache) for each member."""
-        parts = [copy.copy(cache) for _ in self.members]
+    def average(self, call: Callable[..., Tensor], cache: Cache | None) -> Tensor:
+        """Average the probabilities whose logits are call(member, its part of the cache)."""
+        logits = []
+        for i, member in enumerate(self.members):
+            part = copy.copy(cache)
+            if cache:
+                part.layers = cache.layers[i :: len(self.members)]
+            logits.append(call(member, part))
         if cache:
-            for i, part in enumerate(parts):
-                part.layers = cache.layers[i :: len(parts)]
-        results = [call(*pair) for pair in zip(self.members, parts, strict=True)]
-        if cache:
-            cache.length = parts[0].length
-        return results
+            cache.length = part.length
+        return average(logits)
 
 
 def average(logits: list[Tensor]) -> Tensor:

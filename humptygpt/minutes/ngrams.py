@@ -117,14 +117,10 @@ class SoftTargets:
     """
 
     def __init__(self, dataset: TokenDataset, share: float, vocab_size: int):
-        if dataset.task != "language modelling":
-            raise UserError(
-                f"ngram_targets={share:g} works only for text, but {dataset.folder} is for {dataset.task}"
-            )
-        if len(dataset.train) > MOST_TOKENS:
+        if dataset.task != "language modelling" or len(dataset.train) > MOST_TOKENS:
             raise UserError(
                 f"ngram_targets={share:g} works only for texts of up to {MOST_TOKENS:,} tokens,"
-                f" but {dataset.folder} has {len(dataset.train):,}"
+                f" but {dataset.folder} has {len(dataset.train):,} for {dataset.task}"
             )
         self.dataset = dataset
         self.share = share

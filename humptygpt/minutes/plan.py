@@ -30,8 +30,8 @@ from humptygpt.minutes.ngrams import MOST_TOKENS
 from humptygpt.optimizers import make_optimizer
 from humptygpt.report import Memory, check_training_fits, model_on_meta, training_memory
 from humptygpt.run import Run
-from humptygpt.settings import IN_VAIN, RECIPE, TrainConfig
-from humptygpt.setup import make_model, recipe
+from humptygpt.settings import IN_VAIN, TrainConfig
+from humptygpt.setup import make_model
 from model import ModelConfig
 
 # The sizes to try, (n_layer, n_embd): each is about twice as expensive as the one before.
@@ -64,7 +64,6 @@ NGRAM_BYTES = 270  # memory that counting n-grams takes, for each token of the t
 CHARACTERS = 300  # a larger vocabulary has tokens of several characters
 # seconds reserved at the end of a run to load the best model, sample from it, draw the plot and exit
 ENDING = 1.5
-CHOSEN = ("weight_decay", "warmup_iters")  # keys of the recipe that are chosen to fit
 
 
 class Clock:
@@ -275,16 +274,30 @@ def begin(
             f"minutes={config.minutes:g} works only for text, but {config.dataset} is for {dataset.task};"
             " use max_iters instead"
         )
-    earlier = saved["progress"]["run_seconds"] if saved else 0.0
-    clock = Clock(config.minutes, earlier)
+    clock = Clock(config.minutes, saved["progress"]["run_seconds"] if saved else 0.0)
     # compiling takes about a minute, so a timed run compiles only if the user asks for it
     config = replace(config, compile=bool(config.compile))
-    if saved:
-        return config, model_config, clock
+    if not saved:
+        config, model_config = choose(
+            config, model_config, given, dataset, clock, device, dtype
+        )
+        dataset.block_size = model_config.block_size
+    return config, model_config, clock
+
+
+def choose(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    given: Collection[str],
+    dataset: Dataset,
+    clock: Clock,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[TrainConfig, ModelConfig]:
+    """Choose the settings that are not given: size, members, dropout, steps, weight decay and n-grams."""
 
     @cache
     def time_step(candidate: Candidate) -> float:
-        dataset.block_size = candidate.model_config.block_size
         return seconds_per_step(*candidate[:2], dataset, device, dtype)
 
     tried = candidates(config, model_config, given, dataset, device, dtype)
@@ -296,8 +309,9 @@ def begin(
     config, model_config, parameters, tokens, *_ = best
     text = len(dataset.train)
     epochs = clock.planned() / time_step(best) * tokens / text
+    from_scratch = config.init_from == "scratch"
     # a model that can be exported stays one that can
-    may_have_members = config.init_from == "scratch" and model_config.model == "gpt"
+    may_have_members = from_scratch and model_config.model == "gpt"
     if may_have_members and not can_be_exported(model_config) and "n_members" not in given:
         fit = max(1, int(free / best.memory.total))
         members = min(MOST_MEMBERS, fit, count_members(epochs))
@@ -307,7 +321,6 @@ def begin(
         model_config = replace(model_config, dropout=dropout(epochs, parameters))
     # members and dropout make steps slower, so they are timed again
     clock.step = time_step(best._replace(model_config=model_config))
-    dataset.block_size = model_config.block_size
     steps = max(1, int(clock.planned() / clock.step))
     chosen = {
         "max_iters": steps,
@@ -315,15 +328,15 @@ def begin(
         "eval_interval": max(1, math.ceil(steps / EVALUATIONS)),
         "warmup_iters": min(config.warmup_iters, steps // 10),
     }
-    if config.init_from == "scratch":  # more weight decay would make a trained model forget
+    if from_scratch:  # more weight decay would make a trained model forget
         chosen["weight_decay"] = decay(config.weight_decay, tokens, text)
         left = free - model_config.n_members * best.memory.total
         small = text <= min(MOST_TOKENS, left / NGRAM_BYTES)
         small = small and model_config.vocab_size <= NGRAM_VOCABULARY
         if epochs > FEW_EPOCHS and small and device.type == "cpu":
             chosen["ngram_targets"] = ngram_targets(epochs, model_config.vocab_size)
-    config = replace(config, **{k: v for k, v in chosen.items() if k not in given})
-    return config, model_config, clock
+    chosen = {key: value for key, value in chosen.items() if key not in given}
+    return replace(config, **chosen), model_config
 
 
 def find_best(
@@ -341,30 +354,28 @@ def find_best(
     most = max(most_parameters(text), tried[0].parameters)
     tried = [candidate for candidate in tried if candidate.parameters <= most]
 
-    def seconds(candidate: Candidate) -> float:
-        """Seconds per step: as measured if this candidate was timed, else estimated from its number of operations."""
-        more = candidate.operations - small.operations
-        return times.get(candidate) or times[small] + slope * more
-
     def promise(candidate: Candidate) -> float:
         context, tokens = candidate.model_config.block_size, candidate.tokens
-        read = available / seconds(candidate) * tokens * bytes_per_token
+        read = available / seconds[candidate] * tokens * bytes_per_token
         return loss(candidate.parameters, read, text, context * bytes_per_token, tokens)
 
-    small, large = tried[0], tried[len(tried) // 2]
-    times = {small: time_step(small)}
+    small, middle = tried[0], tried[len(tried) // 2]
+    shortest = time_step(small)
     available = clock.planned()
-    if available < times[small]:
+    if available < shortest:
         raise UserError(
-            f"minutes={small.config.minutes:g} is too short: {clock.seconds():.1f} s have passed before the first step,"
-            f" and a step takes {times[small]:.2g} s; try again now that the data is prepared, or with more minutes"
+            f"minutes={small.config.minutes:g} is too short for a single step, which takes {shortest:.2g} s;"
+            " use more, or try again now that the data is prepared"
         )
-    times[large] = time_step(large)
-    more = large.operations - small.operations
-    slope = max(0.0, times[large] - times[small]) / max(1, more)
+    timed = {small: shortest, middle: time_step(middle)}
+    # seconds per step: those that are not timed are estimated from the numbers of operations
+    more = max(1, middle.operations - small.operations)
+    slope = max(0.0, timed[middle] - shortest) / more
+    seconds = {x: shortest + slope * (x.operations - small.operations) for x in tried}
+    seconds |= timed
     # once the best candidate has been timed, a different one may turn out to be better
-    while (best := min(tried, key=promise)) not in times:
-        times[best] = time_step(best)
+    while (best := min(tried, key=promise)) not in timed:
+        seconds[best] = timed[best] = time_step(best)
     return best
 
 
@@ -430,6 +441,7 @@ def seconds_per_step(
     dtype: torch.dtype,
 ) -> float:
     """Train a model of this size for a few steps. Returns the median time per step, in seconds."""
+    dataset.block_size = model_config.block_size
     model = make_model(config, model_config).to(device)
     optimizer = make_optimizer(config, model)
     times = []
@@ -458,7 +470,7 @@ def can_be_exported(model_config: ModelConfig) -> bool:
 
 
 def choice(run: Run) -> str:
-    """Describe the settings chosen for a run, and say whether its model can be exported."""
+    """Describe the model chosen for a run, and say whether it can be exported."""
     config = run.model.config
     try:
         export = f"as {find_family(config)}"
@@ -467,24 +479,11 @@ def choice(run: Run) -> str:
     several = f"{config.n_members} members of " if config.n_members > 1 else ""
     share = run.config.ngram_targets
     soft = f", {share:.0%} of each target from n-grams" if share else ""
-    size = f"{several}{config.n_layer} layers of {config.n_embd} features, a context of {config.block_size} tokens"
-    base = run.config.init_from
-    chosen = f"chosen: {size}," if base == "scratch" else f"as in {base}: {size}; chosen:"
     return (
-        f"minutes: {run.config.minutes:g}; {chosen} dropout {config.dropout:g}{soft};"
-        f" keys that you set keep their values{unlike_recipe(run)}\n"
+        f"minutes: {run.config.minutes:g}; {several}{config.n_layer} layers of {config.n_embd} features,"
+        f" a context of {config.block_size} tokens, dropout {config.dropout:g}{soft}\n"
         f"export: {export}"
     )
-
-
-def unlike_recipe(run: Run) -> str:
-    """Say which settings of a new run differ from those that the law was fitted to. Returns "" or "; ..."."""
-    settings = asdict(run.config) | asdict(run.model.config)
-    fitted = recipe().items()
-    others = [key for key, x in fitted if key not in CHOSEN and settings[key] != x]
-    if not others or run.config.init_from != "scratch":
-        return ""
-    return f"; the choice was fitted to the recipe of {RECIPE}, which has other values of {', '.join(others)}"
 
 
 def closing(run: Run, out_dir: Path) -> str:
@@ -510,12 +509,12 @@ def write_plan(path: Path, run: Run) -> None:
             settings[key] = max(1, round(steps))
     unused = in_vain(settings, settings | {"input": None}, IN_VAIN)
     left_out = {"minutes", "input", "overwrite", "parallel", "backend", "threads", *unused}
-    text = (
-        f"# The run that --minutes chose for {run.config.dataset}, step by step.\n#\n"
-        f"#   python train.py {path} --out_dir=out/again\n\n"
-    )
+    lines = [
+        f"# The run that --minutes chose for {run.config.dataset}, step by step.",
+        "#",
+        f"#   python train.py {path} --out_dir=out/again",
+        "",
+    ]
     # write default values too, because a run that starts from a model has different defaults
-    for key in settings:
-        if key not in left_out:
-            text += f"{key} = {settings[key]!r}\n"
-    write_text(path, text)
+    lines += [f"{key} = {x!r}" for key, x in settings.items() if key not in left_out]
+    write_text(path, "\n".join([*lines, ""]))

@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from humptygpt import checkpoint
 from humptygpt.cli import UserError
-from humptygpt.data import Dataset
 from humptygpt.files import remove
 from humptygpt.parallel import sharded
 from humptygpt.parallel.processes import (
@@ -32,7 +31,7 @@ from humptygpt.parallel.processes import (
     share_dropout,
 )
 from humptygpt.process import Share
-from humptygpt.settings import TrainConfig
+from humptygpt.run import Run
 from humptygpt.tasks import build
 from model import Block
 
@@ -84,26 +83,20 @@ class FullySharded(DataParallel):
     sharded = True
     optimizer_class = ShardedOptimizer
 
-    def place(
-        self,
-        model: nn.Module,
-        config: TrainConfig,
-        dtype: torch.dtype,
-        dataset: Dataset,
-        step: int,
-    ) -> None:
+    def place(self, model: nn.Module, run: Run) -> None:
         """Move this rank's part of each parameter to the device, and drop the rest. Blocks are gathered one by one.
 
         Raises UserError if the settings are not supported, or the ranks cannot train together.
         """
-        if config.lora_rank or config.snapshots or dtype == torch.float16:
+        config = run.config
+        if config.lora_rank or config.snapshots or run.dtype == torch.float16:
             raise UserError(
                 "parallel=fsdp does not support LoRA, snapshots or float16; use --parallel=ddp"
             )
-        self.check(config, model.config, dataset, step)
+        self.check(run)
         share_dropout(model)
         self.mesh = init_device_mesh(self.device.type, (self.size,))
-        policy = precision(self.device, dtype)
+        policy = precision(self.device, run.dtype)
         for block in blocks(model):
             fully_shard(block, mesh=self.mesh, mp_policy=policy)
         # the rest in float32, because the embedding starts a float32 residual stream
@@ -114,7 +107,7 @@ class FullySharded(DataParallel):
             if any(p.is_meta for p in module.parameters(recurse=False)):
                 module.to_empty(device=self.device, recurse=False)
         model.to(self.device)  # also moves the position tables
-        if config.init_from == "scratch" and not step:
+        if config.init_from == "scratch" and not run.progress.iter:
             # rank 0 draws the weights that a single process would draw, and sends them
             torch.manual_seed(config.seed)
             whole = build(model.config).state_dict() if self.first else {}

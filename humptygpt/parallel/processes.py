@@ -30,8 +30,8 @@ from humptygpt.cli import UserError, first_line
 from humptygpt.data import Dataset, Prefetcher, count_targets
 from humptygpt.optimizers import Optimizer
 from humptygpt.process import Process, Share, launched
+from humptygpt.run import Run
 from humptygpt.settings import TrainConfig
-from model import ModelConfig
 
 TIMEOUT = datetime.timedelta(minutes=10)  # for a collective during training
 LONG = datetime.timedelta(days=7)  # while one rank prepares data or scores translations
@@ -101,7 +101,13 @@ class DataParallel(Process):
     # thread that waits for Python's lock (PyTorch issue 56297)
     world: dist.ProcessGroup | None = None
 
-    def __init__(self, rank: int, size: int, device: torch.device, patient=None):
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        device: torch.device,
+        patient: dist.ProcessGroup | None = None,
+    ):
         """patient: a process group whose collectives have the timeout LONG."""
         super().__init__(device)
         self.rank = rank
@@ -140,33 +146,25 @@ class DataParallel(Process):
     # ----------------------------------------------------------------------------------
     # Methods that a single process also has
 
-    def place(
-        self,
-        model: nn.Module,
-        config: TrainConfig,
-        dtype: torch.dtype,
-        dataset: Dataset,
-        step: int,
-    ) -> None:
-        """Check that the ranks can train this run together, and move its model to the device."""
-        self.check(config, model.config, dataset, step)
+    def place(self, model: nn.Module, run: Run) -> None:
+        """Check that the ranks can train this run together, and move a model of it to the device."""
+        self.check(run)
         share_dropout(model)
         model.to(self.device)
 
     @raise_if_rank_died()
-    def check(
-        self, config: TrainConfig, model_config: ModelConfig, dataset: Dataset, step: int
-    ) -> None:
+    def check(self, run: Run) -> None:
         """Raise UserError if a step cannot be split evenly over ranks, or if ranks differ in settings or data."""
-        count = config.gradient_accumulation_steps
+        count = run.config.gradient_accumulation_steps
         if count % self.size and self.size % count:
             raise UserError(
                 f"gradient_accumulation_steps={count} micro-batches cannot be split evenly over {self.size} processes;"
                 f" use gradient_accumulation_steps={count + -count % self.size}"
             )
-        own = asdict(config) | asdict(model_config) | dataset.identity
+        settings = asdict(run.config) | asdict(run.model.config)
+        own = settings | run.dataset.identity | {"iter": run.progress.iter}
         ranks = [None] * self.size
-        dist.all_gather_object(ranks, own | {"iter": step})
+        dist.all_gather_object(ranks, own)
         for rank, settings in enumerate(ranks):
             if differ := dict(settings.items() - ranks[0].items()):
                 raise UserError(

@@ -68,10 +68,9 @@ def save(folder: Path, entries: dict) -> None:
     except CheckpointException as error:
         raise cannot_write(folder, first_failure(error)) from error
     if first:
-        plain = dict(entries)
-        del plain["model"]
+        plain = entries | {"model": {}}
         if "optimizer" in entries:
-            plain["optimizer"] = {"steps": entries["optimizer"]["steps"]}
+            plain["optimizer"] = entries["optimizer"] | {"state": {}}
         write_whole(temporary / ENTRIES, lambda file: torch.save(plain, file))
         put_in_place(temporary, folder)
 
@@ -91,14 +90,15 @@ def put_in_place(temporary: Path, folder: Path) -> None:
 def flat(entries: dict) -> dict[str, Tensor]:
     """Flatten a checkpoint into {name: tensor}, with names such as optimizer/wte.weight/exp_avg."""
     tensors = {f"model/{name}": tensor for name, tensor in entries["model"].items()}
-    for name, state in entries.get("optimizer", {"state": {}})["state"].items():
-        tensors |= {f"optimizer/{name}/{key}": tensor for key, tensor in state.items()}
+    if "optimizer" in entries:
+        for name, state in entries["optimizer"]["state"].items():
+            tensors |= {f"optimizer/{name}/{key}": x for key, x in state.items()}
     return tensors
 
 
 def first_failure(error: CheckpointException) -> BaseException:
     """Return the error of the first rank that failed."""
-    (reason, _), *_ = error.failures.values()
+    reason, _ = next(iter(error.failures.values()))
     return reason
 
 

@@ -20,7 +20,7 @@ class Translation(NamedTuple):
 
 
 def translate(
-    model: nn.Module, tokenizer: Tokenizer, sources: list[np.ndarray], **settings
+    model: nn.Module, tokenizer: Tokenizer, sources: list[np.ndarray], **settings: object
 ) -> list[Translation]:
     """Translate sentences. Those of a batch have the same length, so no padding is needed.
 

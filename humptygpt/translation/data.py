@@ -117,11 +117,6 @@ class PairDataset(Dataset):
         """Count the batches of the whole validation split."""
         return len(batches(self, "val", batch_size))
 
-    def val_bytes_per_token(self) -> float:
-        """Average number of UTF-8 bytes per target token in the validation split."""
-        entry = self.meta["splits"]["val"]
-        return entry["target_bytes"] / entry["target_tokens"]
-
 
 @lru_cache(3)  # for the training split, unshuffled and shuffled, and the validation split
 def batches(

@@ -14,7 +14,7 @@ AT_ONCE = 500  # lines translated together; none is returned before all are done
 
 
 def translate_lines(
-    model: nn.Module, tokenizer: Tokenizer, lines: list[str], **search
+    model: nn.Module, tokenizer: Tokenizer, lines: list[str], **search: object
 ) -> Iterator[str]:
     """Translate each line; empty lines stay empty. search: keyword arguments for beam_search()."""
     block_size = model.config.block_size
