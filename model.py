@@ -316,9 +316,8 @@ class Shared(NamedTuple):
     # positions of the T new tokens; (B, T) int64 if the texts of a batch start at different positions
     at: slice | Tensor
     end: int  # the position after the new tokens
-    rotary: (
-        tuple[Tensor, Tensor] | None
-    )  # cos and sin for rotate(), each (1, T, D) or (B, 1, T, D)
+    # cos and sin for rotate(), each (1, T, D) or (B, 1, T, D)
+    rotary: tuple[Tensor, Tensor] | None
     masks: dict[int, Mask]  # {window: mask}
     padding: Tensor | None  # (B, S) bool, True if a token is padding; None: no padding
     kept: dict[str, Tensor]  # what a layer computes for later ones
@@ -392,13 +391,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     return scores.softmax(dim=-1) @ v
 
 
-def attention_mask(
-    distance: Tensor,
-    causal: bool = True,
-    window: int = 0,
-    bias: Tensor | None = None,
-    padding: Tensor | None = None,
-) -> Mask:
+def attention_mask(distance, causal=True, window=0, bias=None, padding=None) -> Mask:
     """Make a mask that hides later keys if causal, keys `window` or more tokens away, and padding.
 
     distance: (T, S) int64, query position minus key position. bias: (1, H, T, S), from Position.score_bias.
@@ -670,7 +663,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(block(config, i) for i in range(config.n_layer))
         self.norm = NORMS["none" if block.ends_with_norm else config.norm](config)
 
-    def forward(self, x: Tensor, idx: Tensor, cache: Cache | None = None, **more) -> Tensor:
+    def forward(self, x, idx, cache=None, **more):
         """Read tokens that follow those in the cache.
 
         x: (B, T, C), their embeddings. idx: (B, T), their ids. more: see share(). Returns (B, T, C).
@@ -687,13 +680,7 @@ class Stack(nn.Module):
             cache.length = shared.end
         return self.norm(x)
 
-    def share(
-        self,
-        idx: Tensor,
-        cache: Cache | None = None,
-        padding: Tensor | None = None,
-        **kept: Tensor,
-    ) -> Shared:
+    def share(self, idx, cache=None, padding=None, **kept) -> Shared:
         """Compute positions and masks for T new tokens. idx: (B, T). padding: (B, T) bool, True if a token is padding.
 
         kept: values that the layers need.
