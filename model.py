@@ -4,10 +4,10 @@
      |
      embedding + positional encoding
      |
-     |--- norm -- attention -- dropout --+      each token attends to the tokens before it
+     |--- norm -- attention -- dropout --+      each token attends to itself and the tokens before it
      +<----------------------------------|
      |--- norm -- feed-forward -- dropout --+   each token separately
-     +<-------------------------------------|   ... both n_layer times
+     +<-------------------------------------|   ... this pair n_layer times
      |
      norm -- head
      |
@@ -61,7 +61,7 @@ class ModelConfig:
     vocab_size: int | None = None  # embedding rows; None: the tokenizer's size
     dropout: float = 0.0  # probability that an activation is zeroed in training
     label_smoothing: float = 0.0  # fraction of each target spread over the vocabulary
-    bias: bool = False  # biases in linear layers and layer norms, as in GPT-2
+    bias: bool = False  # biases in linear layers and layer norms; GPT-2 has them
     attn_bias: bool | None = None  # biases in attention's linear layers; None: same as bias
     mlp_bias: bool | None = None  # biases in the feed-forward network; None: same as bias
     tie_weights: bool = True  # the embedding and the output head share one matrix
@@ -79,7 +79,7 @@ class ModelConfig:
     mlp_conv: int = 0  # earlier tokens seen by a causal convolution before the MLP; 0: off
     activation: str = "gelu"  # nonlinearity of the feed-forward network
     qk_norm: bool = False  # RMS norm of queries and keys, which bounds the scores
-    embed_norm: bool = False  # a norm after the embedding
+    embed_norm: bool = False  # a norm after the embedding and its positional encoding
     logit_soft_cap: float = 0.0  # limits logits to between -cap and cap with tanh; 0: off
     init: str = "gpt2"  # initial weights; zero: each block starts as the identity
 
@@ -226,7 +226,7 @@ class SinusoidalPosition(Position):
 
 
 class RotaryPosition(Position):
-    """Rotate feature pairs of queries and keys by angles proportional to position, so q.k depends only on distance.
+    """Rotate feature pairs of queries and keys by angles proportional to position, so that scores depend on distance.
 
     Pair i of the D / 2 pairs is rotated by rope_base^(-2i/D) radians per position, computed in float32.
     Source: Su et al. 2021, arXiv:2104.09864, eq. 34; pairs are (i, i + D/2), the layout of Llama's weights.
@@ -238,8 +238,8 @@ class RotaryPosition(Position):
         frequency = config.rope_base ** (-torch.arange(0, D, 2) / D)  # radians per position
         frequency = frequency * llama_scale(frequency, config)
         angle = torch.arange(config.block_size)[:, None] * frequency  # (block_size, D / 2)
-        cos = angle.cos().repeat(1, 2)
-        sin = torch.cat([-angle.sin(), angle.sin()], dim=1)
+        cos = angle.cos().repeat(1, 2)  # (block_size, D)
+        sin = torch.cat([-angle.sin(), angle.sin()], dim=1)  # negated as rotate() needs it
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -287,7 +287,11 @@ class AlibiPosition(Position):
 
 
 def alibi_slopes(n_head: int) -> list[float]:
-    """Slopes 2^(-8/n), ..., 2^-8 for the first n heads, a power of two; the rest use every second slope of 2n heads."""
+    """Compute a slope for each head.
+
+    With n the largest power of two of heads, head i of the first n has 2^(-8i/n). Further heads have the slopes that 2n
+    heads would have, beginning with every second one.
+    """
     n = 2 ** int(math.log2(n_head))
     order = [*range(2, 2 * n + 1, 2), *range(1, 2 * n, 2)]
     return [2 ** (-4 * i / n) for i in order[:n_head]]
@@ -320,7 +324,9 @@ class Shared(NamedTuple):
     rotary: tuple[Tensor, Tensor] | None
     masks: dict[int, Mask]  # {window: mask}
     padding: Tensor | None  # (B, S) bool, True if a token is padding; None: no padding
-    kept: dict[str, Tensor]  # what a layer computes for later ones
+    kept: dict[
+        str, Tensor
+    ]  # values for the layers: given to Stack.forward(), or computed by earlier layers
 
 
 class SelfAttention(nn.Module):
@@ -331,7 +337,7 @@ class SelfAttention(nn.Module):
     attention); Henry et al. 2020, arXiv:2010.04245 (norm of queries and keys).
     """
 
-    # a function that computes what attend() does, but faster: see humptygpt/fast/attention.py
+    # of an instance: a function that computes what attend() does, but faster; see humptygpt/fast/attention.py
     kernel = None
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -339,7 +345,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         C, D = config.n_embd, config.features
         bias = config.bias if config.attn_bias is None else config.attn_bias
-        self.window = config.window  # could depend on layer
+        self.window = config.window  # a pattern of windows would depend on layer
         self.n_head = config.n_head
         self.head_size = D
         self.qk_norm = nn.RMSNorm(D, elementwise_affine=False) if config.qk_norm else None
@@ -380,7 +386,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     Unlike in GPT-2, the weights get no dropout: it made training slower and the model no better.
     """
     T = q.shape[2]
-    q, k = q.to(v.dtype), k.to(v.dtype)  # RoPE or the norm of queries may have upcast them
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, their norm is in float32
     if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, S)
@@ -400,7 +406,7 @@ def attention_mask(distance, causal=True, window=0, bias=None, padding=None) -> 
     T, S = distance.shape
     narrow = 0 < window < S
     if causal and not narrow and bias is None and padding is None and T in (1, S):
-        return None
+        return None  # attend() hides later tokens itself
     hidden = distance < (0 if causal else -S)
     if window:
         hidden = hidden | (distance.abs() >= window)
@@ -414,17 +420,20 @@ ATTENTIONS = {"softmax": SelfAttention}
 
 
 class LayerCache:
-    """What one block remembers of the tokens that it has read: tensors of any shape, by name."""
+    """What one block remembers of the tokens that it has read: named tensors.
+
+    buffers: one row per token, (..., size, features). state: tensors that are replaced in each forward pass.
+    """
 
     def __init__(self, size: int):
         self.size = size
-        self.buffers: dict[str, Tensor] = {}  # one entry per token: (..., size, features)
-        self.state: dict[str, Tensor] = {}  # replaced with every token
+        self.buffers: dict[str, Tensor] = {}
+        self.state: dict[str, Tensor] = {}
 
     def append(self, end: int, **new: Tensor) -> list[Tensor]:
         """Write each tensor, (..., T, features), into the T positions before `end` of the buffer of its name.
 
-        The first call allocates the buffers. Returns for each name all entries before `end`, (..., end, features).
+        The first call allocates the buffers. Returns for each name all rows before `end`, (..., end, features).
         """
         for name, x in new.items():
             if name not in self.buffers:
@@ -558,9 +567,11 @@ class Block(nn.Module):
     x: (B, T, C). layer: index of the block in its stack, from 0.
     """
 
-    residual = True  # outputs are added to inputs
-    one_norm = False  # attention and feed-forward network read the same normalised input
-    ends_with_norm = False  # the stack needs no norm at its end
+    residual = True  # whether outputs are added to inputs
+    one_norm = (
+        False  # whether attention and feed-forward network read the same normalised input
+    )
+    ends_with_norm = False  # whether the last operation is a norm, so that the stack needs none at its end
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -623,7 +634,7 @@ class PlainBlock(Block):
 
 
 class ParallelBlock(Block):
-    """Both branches read the same input, so a GPU can compute them at the same time.
+    """Both branches read the same input, so a GPU could compute them at the same time.
 
     Source: Wang and Komatsuzaki 2021 (GPT-J); Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, section 2.
     """
@@ -683,18 +694,18 @@ class Stack(nn.Module):
     def share(self, idx, cache=None, padding=None, **kept) -> Shared:
         """Compute positions and masks for T new tokens. idx: (B, T). padding: (B, T) bool, True if a token is padding.
 
-        kept: values that the layers need.
+        kept: as in Shared.
         """
         T = idx.shape[1]
         start, S = (cache.length, cache.span(T)) if cache else (0, T)
         assert self.block_size >= S, f"{S} tokens, but block_size is {self.block_size}"
         at = slice(start, start + T)
-        key = torch.arange(S, device=idx.device)
-        query = start + key[:T]
+        key_at = torch.arange(S, device=idx.device)
+        query_at = start + key_at[:T]
         if cache and cache.padding is not None:
-            padding = key < cache.padding[:, None]
-            at = (query - cache.padding[:, None]).clamp(min=0)
-        distance = query[:, None] - key
+            padding = key_at < cache.padding[:, None]
+            at = (query_at - cache.padding[:, None]).clamp(min=0)
+        distance = query_at[:, None] - key_at
         bias = self.position.score_bias(distance)
         masks = {
             window: attention_mask(distance, self.causal, window, bias, padding)
@@ -737,7 +748,7 @@ class GPT(nn.Module):
         logits = self.head(self.stack(self.wte(idx), idx, cache))
         if targets is None:
             return logits, None
-        # logits that are not detached would get a gradient of zeros, as large as they are
+        # otherwise the backward pass would allocate zeros as the logits' gradient
         return logits.detach(), self.loss(logits, targets)
 
     def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
@@ -782,7 +793,7 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             if cache and cache.length + new.shape[1] > block_size:
                 cache.clear()  # it is full: keep only the newest half
-                new = idx[:, -(block_size + 1) // 2 :]
+                new = idx[:, -(block_size // 2 + 1) :]
             logits = self.next_logits(new, cache).float() / temperature
             if top_k:
                 smallest = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
@@ -793,18 +804,21 @@ class GPT(nn.Module):
 
 
 def init_weights(model: nn.Module) -> None:
-    """Draw all weights from normal distributions. config.init sets the standard deviations:
+    """Draw the weights of embeddings and linear layers from normal distributions, with these standard deviations:
 
                                    gpt2                      zero
     embeddings                     0.02                      1, or 1 / sqrt(n_embd) if tied
     linear layers                  0.02                      1 / sqrt(inputs)
     last layer of each branch      0.02 / sqrt(branches)     0, so that a new block is the identity
     an untied head                 0.02                      0, so that all tokens are equally likely
-    biases, norms                  0, 1                      0, 1
+    biases                         0                         0
+
+    Norms and convolutions keep the values with which they were made.
 
     GPT-2 divides by the square root of the number of residual branches in a stack (2 n_layer with attention and
-    feed-forward), so that the residual stream keeps the variance of its input. Without residual connections
-    (block=plain), only the blocks' linear layers carry the signal: all get 1 / sqrt(inputs), which keeps its scale.
+    feed-forward), so that what the branches add to the residual stream does not grow with their number. Without
+    residual connections (block=plain), only the blocks' linear layers carry the signal: all get 1 / sqrt(inputs), which
+    keeps its scale.
     """
     config = model.config
     untied = not config.tie_weights
