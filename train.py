@@ -115,9 +115,7 @@ def setup(
     measured = left_open(config, saved, given)
     config = tune(config, model_config, process)
     dtype = DTYPES[config.dtype]
-    if (
-        not process.sharded
-    ):  # it gathers whole weights and frees them again, which would leave gaps
+    if not process.sharded:  # that gathers whole weights and frees them, which leaves gaps
         tune_malloc()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
@@ -133,13 +131,9 @@ def setup(
     elif not config.eval_only:
         check_training_fits(config, model_config, device, dtype, process.size)
 
-    tokens = dataset.tokenizer.vocab_size
-    model = make_model(config, model_config, saved, base, process.sharded, tokens)
+    sharded, tokenizer = process.sharded, dataset.tokenizer
+    model = make_model(config, model_config, saved, base, sharded, tokenizer)
     check_model(model)
-    if config.lora_rank and dataset.tokenizer.marks:
-        from humptygpt.finetune.lora import train_rows
-
-        train_rows(model, dataset.tokenizer.marks)
     run = Run(
         config=config,
         process=process,

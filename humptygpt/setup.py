@@ -45,7 +45,7 @@ from humptygpt.tasks import (
     make_model_config,
     model_class,
 )
-from humptygpt.tokenizers import from_state
+from humptygpt.tokenizers import Tokenizer, from_state
 from model import ModelConfig, Stack, count_parameters
 
 # on a GPU, a run of at least this many micro-batches is compiled, which takes a minute
@@ -380,11 +380,11 @@ def make_model(
     saved: dict | None = None,
     base: Loaded | None = None,
     sharded: bool = False,
-    tokens: int = 0,
+    tokenizer: Tokenizer | None = None,
 ) -> nn.Module:
     """Return the model to train, on the CPU. sharded: do not allocate the weights of a new model yet.
 
-    tokens: vocabulary size of the data, if there is a base model.
+    tokenizer: that of the data; a trial without it trains a new model.
     """
     if saved:
         model = build_on_meta(model_config, vars(config))
@@ -392,7 +392,7 @@ def make_model(
     elif base:
         from humptygpt.finetune.base import adapt_model
 
-        model = adapt_model(base, config, model_config, tokens)
+        model = adapt_model(base, config, model_config, tokenizer.vocab_size)
     else:
         torch.manual_seed(config.seed)
         model = (
@@ -402,6 +402,10 @@ def make_model(
         if isinstance(module, Stack):
             module.checkpoint_activations = config.checkpoint_activations
     freeze(model, config.freeze)
+    if config.lora_rank and tokenizer and tokenizer.marks:
+        from humptygpt.finetune.lora import train_rows
+
+        train_rows(model, tokenizer.marks)
     return model
 
 
