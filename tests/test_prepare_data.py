@@ -20,6 +20,7 @@ from texts import make_text
 import prepare_data
 import sample
 import train
+from humptygpt import checkpoint
 from humptygpt import tokenizers as tokenizer
 from humptygpt.config import UserError
 from humptygpt.data import TokenDataset
@@ -494,7 +495,7 @@ def test_a_users_own_input_comes_before_any_download(downloads):
 def test_train_prepares_a_missing_data_set_and_the_checkpoint_names_its_source(downloads):
     assert train.main([*TINY_RUN, "--dataset=shakespeare_char"]) == 0
     assert meta("shakespeare_char")["source"] == "tiny Shakespeare"
-    saved = train.checkpoint.read(Path("out/run/ckpt.pt"))
+    saved = checkpoint.read(Path("out/run/ckpt.pt"))
     assert saved["data"]["source"] == "tiny Shakespeare"
 
 
