@@ -51,8 +51,7 @@ TATOEBA_VAL = 1000  # pairs in the validation split
 class Source(NamedTuple):
     """A built-in data set."""
 
-    # returns what to prepare (a path, as for prepare_data.py --input, or files of pairs), and a description of the
-    # source for meta.json
+    # result: the input (a path, as for prepare_data.py --input, or files of pairs), and its description for meta.json
     fetch: Callable[[PrepareConfig], tuple[Path | PairFiles, str]]
     settings: dict  # this data set's default values for keys of PrepareConfig
 
