@@ -320,12 +320,16 @@ class TextStream:
 
     A character is shown once its last byte has arrived; an incomplete one is never shown. The text ends before the
     first stop text. Text that may be the beginning of a stop text is held back until later tokens show whether it is.
+    before: the tokens before the text, which may begin its first character.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = ()):
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Iterable[str] = (), before: Iterable[int] = ()
+    ):
         self.tokenizer = tokenizer
         self.stop = stop
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.decoder.decode(b"".join(tokenizer.pieces[token] for token in before))
         self.held = ""
         self.ended = False
 
@@ -369,7 +373,7 @@ def stream_texts(
     **sampling,
 ) -> Iterator[Piece]:
     """Continue the texts of the context. stop: as for TextStream. sampling: arguments of continue_texts()."""
-    streams = [TextStream(tokenizer, stop) for _ in context.texts]
+    streams = [TextStream(tokenizer, stop, text) for text in context.texts]
     for ids, logits in continue_texts(context, samples, tokenizer.vocab_size, **sampling):
         for row, (stream, token) in enumerate(zip(streams, ids, strict=True)):
             if not stream.ended:
