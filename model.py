@@ -13,7 +13,8 @@
      |
     logits (B, T, V)                            softmax turns them into probabilities of the next token
 
-Shapes: B batch, T new tokens, S tokens attended to, C n_embd, H heads, D head size, V vocabulary.
+Shapes: B batch, T new tokens, S all tokens (those in the cache, then the new ones), C n_embd, H heads (of keys and
+values, n_kv_head), D head size, V vocabulary.
 
 A variant is one class or function plus one line in a dictionary (NORMS, POSITIONS, BLOCKS, ...). The config selects it.
 """
@@ -81,7 +82,7 @@ class ModelConfig:
     qk_norm: bool = False  # RMS norm of queries and keys, which bounds the scores
     embed_norm: bool = False  # a norm after the embedding and its positional encoding
     logit_soft_cap: float = 0.0  # limits logits to between -cap and cap with tanh; 0: off
-    init: str = "gpt2"  # initial weights; zero: each block starts as the identity
+    init: str = "gpt2"  # initial weights; zero: each branch of a block starts at 0
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
@@ -209,7 +210,7 @@ class SinusoidalPosition(Position):
     """Fixed sinusoids with geometrically spaced wavelengths, added to the embedding.
 
     Features 2i and 2i + 1 are sin and cos of p / 10000^(2i/C) at position p. The embedding is first multiplied by
-    sqrt(C), since otherwise the sinusoids would dominate it.
+    sqrt(C), as in the paper.
     Source: Vaswani et al. 2017, arXiv:1706.03762, sections 3.4 and 3.5.
     """
 
@@ -261,7 +262,7 @@ def llama_scale(frequency: Tensor, config: ModelConfig) -> Tensor:
     return kept + (1 - kept) / config.rope_factor
 
 
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x, rotary):
     """Rotate all pairs at once: each (a, b) becomes (a cos - b sin, b cos + a sin).
 
     x: (B, H, T, D). Returns the same shape and dtype.
@@ -319,7 +320,7 @@ class Shared(NamedTuple):
     idx: Tensor  # (B, T), ids of the new tokens
     # positions of the T new tokens; (B, T) int64 if the texts of a batch start at different positions
     at: slice | Tensor
-    end: int  # the position after the new tokens
+    end: int  # number of tokens read, including the new ones
     # cos and sin for rotate(), each (1, T, D) or (B, 1, T, D)
     rotary: tuple[Tensor, Tensor] | None
     masks: dict[int, Mask]  # {window: mask}
@@ -334,11 +335,8 @@ class SelfAttention(nn.Module):
 
     With n_kv_head below n_head, each group of query heads shares one key and value head, which makes the cache smaller.
     Sources: Vaswani et al. 2017, arXiv:1706.03762, section 3.2; Ainslie et al. 2023, arXiv:2305.13245 (grouped-query
-    attention); Henry et al. 2020, arXiv:2010.04245 (norm of queries and keys).
+    attention); Henry et al. 2020, arXiv:2010.04245 (norm of queries and keys, here an RMS norm).
     """
-
-    # of an instance: a function that computes what attend() does, but faster; see humptygpt/fast/attention.py
-    kernel = None
 
     def __init__(self, config: ModelConfig, layer: int):
         """layer: index of the block in its stack, from 0."""
@@ -346,6 +344,9 @@ class SelfAttention(nn.Module):
         C, D = config.n_embd, config.features
         bias = config.bias if config.attn_bias is None else config.attn_bias
         self.window = config.window  # a pattern of windows would depend on layer
+        self.kernel = (
+            None  # a faster function than attend(): see humptygpt/fast/attention.py
+        )
         self.n_head = config.n_head
         self.head_size = D
         self.qk_norm = nn.RMSNorm(D, elementwise_affine=False) if config.qk_norm else None
@@ -364,12 +365,16 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, shared.rotary), rotate(k, shared.rotary)
         if cache:
             k, v = cache.append(shared.end, k=k, v=v)  # (B, H, S, D)
-        y = (self.kernel or attend)(q, k, v, shared.masks[self.window])  # (B, H, T, D)
+        y = self.mix(q, k, v, shared.masks[self.window])  # (B, H, T, D)
         return self.output(y, x)
 
     def heads(self, x):
         """Split the features into heads: (B, T, H D) -> (B, H, T, D)."""
         return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
+
+    def mix(self, q, k, v, mask):
+        """Compute attend(), perhaps with a kernel that gives the same numbers."""
+        return (self.kernel or attend)(q, k, v, mask)
 
     def output(self, y, x):
         """Concatenate the heads' outputs y, (B, H, T, D), and project them. A gate would go here.
@@ -404,10 +409,10 @@ def attention_mask(distance, causal=True, window=0, bias=None, padding=None) -> 
     padding: (B, S) bool, True if a key is padding.
     """
     T, S = distance.shape
-    narrow = 0 < window < S
-    if causal and not narrow and bias is None and padding is None and T in (1, S):
+    windowed = 0 < window < S
+    if causal and not windowed and bias is None and padding is None and T in (1, S):
         return None  # attend() hides later tokens itself
-    hidden = distance < (0 if causal else -S)
+    hidden = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
     if window:
         hidden = hidden | (distance.abs() >= window)
     if padding is not None:
@@ -471,17 +476,17 @@ class Cache:
 
 
 # --------------------------------------------------------------------------------------
-# Feed-forward networks: the article's first network, applied to each token separately.
+# Feed-forward networks: two layers of neurons, applied to each token separately.
 
 
-def relu_squared(x: Tensor) -> Tensor:
+def relu_squared(x):
     """max(x, 0)^2. Source: So et al. 2021, arXiv:2109.08668."""
     x = torch.relu(x)
     return x * x  # on a GPU, autocast would compute x.square() in float32
 
 
 ACTIVATIONS = {
-    "relu": F.relu,  # max(x, 0), as in the article
+    "relu": F.relu,  # max(x, 0)
     "gelu": F.gelu,  # x times the probability that a standard normal variable is below x. Source: arXiv:1606.08415
     "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's, within 0.001 of gelu
     "silu": F.silu,  # x / (1 + e^-x). Source: arXiv:1702.03118
@@ -516,7 +521,7 @@ class GatedMLP(MLP):
     """Multiply each hidden neuron by a gate; the activation is applied to the gate. With silu, this is SwiGLU.
 
     By default it has 8/3 C neurons, so that its three matrices have as many weights as the two of MLP. The number is
-    rounded up to a multiple of 8, since GPUs multiply matrices in tiles of 8. Source: Shazeer 2020, arXiv:2002.05202.
+    rounded up to a multiple of 8, with which GPUs are faster. Source: Shazeer 2020, arXiv:2002.05202.
     """
 
     gated = True
@@ -535,7 +540,7 @@ class CausalConv(nn.Module):
     (Canon layers, which are placed before attention and before the MLP).
     """
 
-    GAIN = 4.0  # w is GAIN times a parameter, because AdamW moves all parameters equally fast and w should move faster
+    GAIN = 4.0  # w is GAIN times a parameter: AdamW's steps are equally large for all, and w should move faster
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -548,12 +553,12 @@ class CausalConv(nn.Module):
         before = cache.state.get("inputs") if cache else None
         if before is None:
             before = x.new_zeros(len(x), n, x.shape[2])  # zeros come before the first token
-        text = torch.cat([before, x], dim=1)  # (B, n + T, C)
+        inputs = torch.cat([before, x], dim=1)  # (B, n + T, C)
         if cache:
-            cache.update(inputs=text[:, T:])
+            cache.update(inputs=inputs[:, T:])
         weight = self.GAIN * self.weight.to(x.dtype)
         for back in range(1, n + 1):
-            x = x + text[:, n - back :][:, :T] * weight[back - 1]
+            x = x + inputs[:, n - back : n - back + T] * weight[back - 1]
         return x
 
 
@@ -564,7 +569,7 @@ class CausalConv(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network. Each kind of block combines them in its forward().
 
-    x: (B, T, C). layer: index of the block in its stack, from 0.
+    x: (B, T, C). cache: a LayerCache. layer: index of the block in its stack, from 0.
     """
 
     residual = True  # whether outputs are added to inputs
@@ -788,12 +793,13 @@ class GPT(nn.Module):
         top_k: sample from the k most probable tokens only; 0: from all.
         """
         block_size = self.config.block_size
+        half = block_size // 2 + 1  # and the new token
         cache = self.make_cache() if self.has_cache else None
         new = idx[:, -block_size:]
         for _ in range(max_new_tokens):
             if cache and cache.length + new.shape[1] > block_size:
-                cache.clear()  # it is full: keep only the newest half
-                new = idx[:, -(block_size // 2 + 1) :]
+                cache.clear()  # it is full: read the newest half again
+                new = idx[:, -half:]
             logits = self.next_logits(new, cache).float() / temperature
             if top_k:
                 smallest = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
@@ -809,7 +815,7 @@ def init_weights(model: nn.Module) -> None:
                                    gpt2                      zero
     embeddings                     0.02                      1, or 1 / sqrt(n_embd) if tied
     linear layers                  0.02                      1 / sqrt(inputs)
-    last layer of each branch      0.02 / sqrt(branches)     0, so that a new block is the identity
+    last layer of each branch      0.02 / sqrt(branches)     0, so that a new branch adds nothing
     an untied head                 0.02                      0, so that all tokens are equally likely
     biases                         0                         0
 
@@ -851,8 +857,9 @@ def count_parameters(model: nn.Module) -> int:
 def flops_per_token(model: nn.Module) -> int:
     """Floating-point operations to train on one token. The backward pass costs twice as much as the forward pass.
 
-    In the forward pass, each matrix weight costs one multiply-add. Attention costs 2 H D multiply-adds per token
-    attended to, even if heads share keys and values. Source: Chowdhery et al. 2022, arXiv:2204.02311, app. B.
+    In the forward pass, each matrix weight costs one multiply-add. Attention costs 2 H D multiply-adds per token of the
+    window, even if heads share keys and values; a causal mask would halve that. Source: Chowdhery et al. 2022,
+    arXiv:2204.02311, app. B.
     """
     matrices = attended = 0
     for module in model.modules():

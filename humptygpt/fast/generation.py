@@ -21,7 +21,7 @@ from humptygpt.checks import check_model, is_close, randomize, tiny
 from humptygpt.cli import UserError, note
 from humptygpt.device import free_memory, thread_counts
 from humptygpt.machine import check_fits, fastest
-from model import SelfAttention, attend, rotate
+from model import SelfAttention, rotate
 
 Product = Callable[[Tensor], Tensor]  # (..., inputs) -> (..., outputs)
 CPU = torch.device("cpu")
@@ -170,7 +170,7 @@ class JoinedAttention(SelfAttention):
         q, k = qk.tensor_split([self.n_head], dim=1)
         if cache:
             k, v = cache.append(shared.end, k=k, v=v)
-        y = (self.kernel or attend)(q, k, v, shared.masks[self.window])
+        y = self.mix(q, k, v, shared.masks[self.window])
         return self.output(y, x)
 
 

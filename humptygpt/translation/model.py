@@ -21,7 +21,6 @@ from model import (
     ModelConfig,
     SelfAttention,
     Stack,
-    attend,
     init_weights,
 )
 
@@ -40,8 +39,7 @@ class CrossAttention(SelfAttention):
             k, v = cache.state["source_k"], cache.state["source_v"]
         else:
             k, v = self.keys_and_values(shared.kept["source"])
-        y = (self.kernel or attend)(q, k, v, shared.kept["source_mask"])
-        return self.output(y, x)
+        return self.output(self.mix(q, k, v, shared.kept["source_mask"]), x)
 
     def keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """source: (B, S, C), the encoder's output. Returns keys and values, each (B, H, S, D) with n_kv_head heads."""
