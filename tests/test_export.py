@@ -48,7 +48,7 @@ ROTARY = {
 }
 LLAMA = " ".join(f"--{key}={x}" for key, x in ROTARY.items()) + " --n_kv_head=1"
 RUNG = str(ROOT / "config/article/11_llama/2-llama.py")
-NEW_TOKENS = 200
+NEW_TOKENS = 100
 
 
 def transformers():
@@ -77,7 +77,10 @@ CASES = {  # options of prepare_data.py and train.py
         "",
     ),
     "llama, documents of bpe": ("--input=texts --tokenizer=bpe --vocab_size=320", LLAMA),
-    "the rung 11_llama, char": ("--input=ascii.txt --tokenizer=char", RUNG),
+    "the rung 11_llama, char": (
+        "--input=ascii.txt --tokenizer=char",
+        f"{RUNG} --n_layer=2 --n_embd=32",
+    ),
 }
 
 
@@ -108,8 +111,8 @@ def make_run(prepared: str, trained: str) -> None:
         Path("texts", f"{number}.txt").write_text(text)
     prepare_data.main(["--input=text.txt", "--name=mine", *prepared.split()])
     shape = [*PLAIN, "--n_layer=2", "--n_head=2", "--n_embd=32", "--activation=gelu_tanh"]
-    given = [RUNG] if trained == RUNG else [*shape, *trained.split()]
-    train_briefly(*given, "--max_iters=20", "--block_size=256", "--out_dir=out/run")
+    given = trained.split() if RUNG in trained else [*shape, *trained.split()]
+    train_briefly(*given, "--max_iters=20", "--block_size=160", "--out_dir=out/run")
 
 
 def train_briefly(*given: str) -> None:
@@ -138,7 +141,7 @@ def llama_cpp_server(path: Path):
         "xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt"
     )
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx = str(path), 256
+    params.model.path, params.n_ctx = str(path), 160
     params.n_parallel, params.n_gpu_layers = 1, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.verbosity, params.cache_ram_mib, params.warmup = -1, 0, False
@@ -175,7 +178,7 @@ def test_transformers_has_the_logits_the_tokens_and_the_greedy_text_of_sample_py
             theirs(idx).logits, ours.model(idx)[0], atol=1e-4, rtol=1e-4
         )
     prompt = tokenizer(text[:20], return_tensors="pt")
-    assert prompt.input_ids.shape[1] + NEW_TOKENS <= 256
+    assert prompt.input_ids.shape[1] + NEW_TOKENS <= 160
     output = theirs.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[0]
     if output[-1] == ours.tokenizer.eot:
         output = output[:-1]

@@ -15,6 +15,7 @@ from servers import serving
 from test_tokenizer_files import merges_folder
 
 import export
+import prepare_data
 import sample
 from humptygpt.cli import UserError
 from humptygpt.convert.huggingface import write_pretrained
@@ -120,7 +121,7 @@ def test_a_model_comes_by_its_name_and_is_kept_for_when_there_is_no_network(serv
 
 def test_a_tokenizer_comes_by_the_models_name_without_its_weights(server):
     Path("text.txt").write_text(make_text(3000))
-    run_script("prepare_data.py", "--input=text.txt", "--name=mine", f"--tokenizer={REPO}")
+    prepare_data.main(["--input=text.txt", "--name=mine", f"--tokenizer={REPO}"])
     tokens = read_meta(Path("data/mine"))["tokenizer"]
     assert tokens == read_tokenizer(Path("made")).state()
     assert fetched(server) == {"config.json", "merges.txt", "vocab.json"}

@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from humptygpt.checkpoint import check_tensors
 from humptygpt.cli import UserError, refuse
 from humptygpt.convert.families import FAMILIES, find_family
-from humptygpt.convert.huggingface import (
-    check_weights,
-    layer_names,
-    open_weights,
-    write_files,
-)
+from humptygpt.convert.huggingface import layer_names, open_weights, write_files
 from humptygpt.files import parse_json
 from humptygpt.finetune.lora import adapted
 
@@ -129,7 +125,8 @@ def merge_adapter(folder: Path, adapter: dict, model: nn.Module) -> None:
             inputs, outputs = matrices[0].shape[1], [len(W) for W in matrices]
             with torch.device("meta"):
                 like = torch.empty(rank, inputs), torch.empty(sum(outputs), rank)
-            check_weights(pair, dict(zip(names, like, strict=True)))
+            like = dict(zip(names, like, strict=True))
+            check_tensors("the weight ", pair, like, any_float=True)
             A, B = (x.float() for x in pair.values())
             updates = (scale(theirs, adapter, rank) * (B @ A)).split(outputs)
             for W, update in zip(matrices, updates, strict=True):

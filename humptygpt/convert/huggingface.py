@@ -153,7 +153,8 @@ def build_model(
     if config.tie_weights:  # older files contain the tied head as well
         stored.pop("lm_head.weight", None)
     with refuse(f"cannot read {what}: "):
-        check_weights(stored, to_theirs(family, config, like))
+        expected = to_theirs(family, config, like)
+        check_tensors("the weight ", stored, expected, any_float=True)
     ours = {}
     for name, parts in weight_names(family, config, like):
         tensor = transposed(family, name, stored.pop(name).detach())
@@ -189,15 +190,15 @@ def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Weights:
 
 
 def open_file(path: Path) -> Weights:
+    """Read all tensors from a file. Raises UserError if it is damaged or has anything else, and OSError."""
     from safetensors.torch import load_file
 
     path.open("rb").close()  # raises OSError if the file cannot be read
     problem = "is truncated or damaged, or holds more than tensors and plain data"
     with refuse_damaged(path, problem):
         if path.suffix == ".safetensors":
-            return load_file(
-                path
-            )  # checks that the file has the size that its header declares
+            # load_file also checks that the file has the size that its header declares
+            return load_file(path)
         return plain_weights(load_plain(path, legacy=True))
 
 
@@ -206,11 +207,6 @@ def plain_weights(state: Mapping) -> Weights:
     weights = dict(state)
     check_schema(weights, {str: (Tensor, nn.Parameter)})
     return weights
-
-
-def check_weights(weights: Weights, like: Weights) -> None:
-    """Raise ValueError unless the weights have the names and shapes of `like`."""
-    check_tensors("the weight ", weights, like, any_float=True)
 
 
 # --------------------------------------------------------------------------------------

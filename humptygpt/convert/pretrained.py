@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from humptygpt.tokenizers import (
     sentencepiece_bytes,
     unpack,
 )
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Engine
 
 SENTENCEPIECE_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 
@@ -49,7 +52,7 @@ class PretrainedTokenizer(Tokenizer):
             self.pieces[i] = as_bytes(token)
 
     @cached_property
-    def _rest(self):
+    def _rest(self) -> "Engine":
         return load_rest(self.content)
 
     def encode(self, text: str) -> np.ndarray:
@@ -94,8 +97,8 @@ class PretrainedTokenizer(Tokenizer):
         return cls(unpack(content).decode(), **entries)
 
 
-def load_engine(content: str):
-    """Create a tokenizers.Tokenizer that neither truncates nor pads. Raises ValueError if its tokenizer.json is bad."""
+def load_engine(content: str) -> "Engine":
+    """Create a tokenizer that neither truncates nor pads. Raises ValueError if its tokenizer.json is bad."""
     import tokenizers
 
     try:
@@ -110,12 +113,12 @@ def load_engine(content: str):
     return engine
 
 
-def load_rest(content: str):
+def load_rest(content: str) -> "Engine":
     """Create an engine for text that continues an earlier text. It adds no space at the start."""
     return load_engine(json.dumps(json.loads(content, object_hook=without_prefix)))
 
 
-def encode_with(engine, texts: Iterable[str]) -> list[np.ndarray]:
+def encode_with(engine: "Engine", texts: Iterable[str]) -> list[np.ndarray]:
     encodings = engine.encode_batch_fast(list(texts), add_special_tokens=False)
     return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 

@@ -1,17 +1,21 @@
 """Read the tokenizer of a model in Hugging Face's format. Ids and text are the same as in transformers.
 
-The path is a folder or one of these files: tokenizer.json, tokenizer.model (sentencepiece), or vocab.json, which has a
-merges.txt beside it. tokenizer_config.json in the same folder names the special tokens. No code from the folder is run,
-and transformers is not needed.
+The path is a folder or one of these files: tokenizer.json, tokenizer.model (sentencepiece), or vocab.json, which needs
+merges.txt in the same folder. tokenizer_config.json there names the special tokens. No code from the folder is run, and
+transformers is not needed.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from humptygpt.cli import UserError, one_line
 from humptygpt.convert.pretrained import PretrainedTokenizer, load_engine
 from humptygpt.convert.sentencepiece_model import convert_sentencepiece
 from humptygpt.files import parse_json
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Engine
 
 ENDS = ("bos_token", "eos_token")
 SWITCHES = ("legacy?", "add_bos_token?", "add_prefix_space?")
@@ -92,7 +96,7 @@ READERS = {
 }
 
 
-def finish(engine, settings: dict) -> PretrainedTokenizer:
+def finish(engine: "Engine", settings: dict) -> PretrainedTokenizer:
     """Add the special tokens named in the settings, and determine the start-of-text and end-of-text tokens."""
     from tokenizers import AddedToken, processors
 

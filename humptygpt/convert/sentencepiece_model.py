@@ -1,7 +1,16 @@
 """Convert sentencepiece models for Hugging Face's tokenizers library. Ids and text stay the same."""
 
+from typing import TYPE_CHECKING
 
-def convert_sentencepiece(proto: bytes, scheme: str | None):
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer
+    from tokenizers.models import Model
+
+
+def convert_sentencepiece(
+    proto: bytes, scheme: str | None
+) -> tuple["Tokenizer", dict[str, str]]:
     """Convert another project's tokenizer.model to a tokenizers.Tokenizer. Raises ValueError if no equivalent exists.
 
     Returns the tokenizer, and the tokens that begin and end a text, under their names in tokenizer_config.json.
@@ -43,14 +52,14 @@ def convert_sentencepiece(proto: bytes, scheme: str | None):
     return engine, {key: model.id_to_piece(i) for key, i in ends.items() if i >= 0}
 
 
-def normal_ids(model) -> list[int]:
-    """Return the ids of the pieces that sentencepiece learned. model: a SentencePieceProcessor."""
+def normal_ids(model: "SentencePieceProcessor") -> list[int]:
+    """List the ids of the pieces that sentencepiece learned."""
     others = (model.is_byte, model.is_control, model.is_unknown)
     return [i for i in range(model.vocab_size()) if not any(kind(i) for kind in others)]
 
 
-def subword_model(model, space: str, first: int = 0):
-    """Build a model for the tokenizers library from the pieces of a SentencePieceProcessor.
+def subword_model(model: "SentencePieceProcessor", space: str, first: int = 0) -> "Model":
+    """Build a model for the tokenizers library from the pieces of a sentencepiece model.
 
     The two model types are told apart by their scores. In a BPE model these are 0, -1, -2, and so on, and the pair with
     the highest score is merged first. In a unigram model they are log-probabilities.

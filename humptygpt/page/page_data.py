@@ -23,7 +23,7 @@ START_TOKENS = 64  # length of the text that a page starts with
 def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> dict:
     """Collect the data of a page. Raises UserError if the page cannot show this run.
 
-    path: a checkpoint. start: the text that the page shows first; None: the beginning of the validation split.
+    path: the run's checkpoint. start: the text that the page shows first; None: the beginning of the validation split.
     """
     run = from_run(path, checkpoint.read_plain(path))
     check_settings(run.model.config, run.tokenizer.name)
