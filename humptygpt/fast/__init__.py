@@ -1,1 +1,1 @@
-"""Faster generation: other layers that compute the same numbers, and a compiled step."""
+"""Faster ways to compute the same numbers: a fused kernel of attention, other layers, a compiled step."""

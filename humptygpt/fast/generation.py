@@ -75,7 +75,7 @@ def make_generator(
 
 @torch.inference_mode()
 def choose_threads(loaded) -> None:
-    """On a CPU, set the number of threads to that with which a model generates fastest. loaded: a sample.Pipeline."""
+    """On a CPU, set the number of threads to that with which a model generates fastest. loaded: a loading.Pipeline."""
     model = loaded.model
     if loaded.device.type != "cpu" or not model.has_cache:
         return
