@@ -228,7 +228,7 @@ def test_without_its_meta_pkl_a_large_vocabulary_is_gpt2s(folder, monkeypatch):
         load("nano/out")
     made = object()
     monkeypatch.setattr(sources.tokenizers.GPT2Tokenizer, "train", lambda separated: made)
-    saved = {"model": {}, "model_args": {"vocab_size": 50304}}
+    saved = {"model_args": {"vocab_size": 50304}}
     assert sources.nanogpt_tokenizer(Path("nano/out/ckpt.pt"), saved) is made
 
 

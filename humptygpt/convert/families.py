@@ -43,6 +43,7 @@ NOT_NEEDED = {"bias", "attn_bias", "mlp_bias", "init"}
 class Family:
     """An architecture in transformers. Models of a family differ only in the values of `settings`."""
 
+    name: str  # model_type in config.json
     architecture: str  # name of the class in transformers
     # prefix of all weight names except the head's; files saved without a head may omit it
     prefix: str
@@ -57,6 +58,7 @@ class Family:
 
 
 GPT2 = Family(
+    name="gpt2",
     architecture="GPT2LMHeadModel",
     prefix="transformer.",
     settings={
@@ -104,6 +106,7 @@ GPT2 = Family(
     preset="config/gpt2_124m.py",
 )
 LLAMA = Family(
+    name="llama",
     architecture="LlamaForCausalLM",
     prefix="model.",
     settings={
@@ -146,7 +149,7 @@ LLAMA = Family(
     transposed=False,
     preset="config/shakespeare_char_llama.py",
 )
-FAMILIES = {"gpt2": GPT2, "llama": LLAMA}  # {model_type in config.json: family}
+FAMILIES = {family.name: family for family in (GPT2, LLAMA)}
 # nanoGPT's checkpoints have GPT-2's names, but matrices as ours
 NANOGPT = replace(
     GPT2,
@@ -155,10 +158,9 @@ NANOGPT = replace(
 )
 
 
-def find_family(config: ModelConfig) -> str:
-    """Return the model_type that a model with this config is exported as. Raises UserError if a setting prevents it."""
-    name = "gpt2" if config.position == "learned" else "llama"
-    family = FAMILIES[name]
+def find_family(config: ModelConfig) -> Family:
+    """Return the family that a model with this config is exported as. Raises UserError if a setting prevents it."""
+    family = GPT2 if config.position == "learned" else LLAMA
     for key, needed in family.fixed.items():
         value = getattr(config, key)
         if value != needed and key not in NOT_NEEDED:
@@ -175,4 +177,4 @@ def find_family(config: ModelConfig) -> str:
         raise UserError(
             f"n_embd={config.n_embd} cannot be exported; transformers needs a multiple of n_head={config.n_head}"
         )
-    return name
+    return family

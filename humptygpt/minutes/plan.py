@@ -459,7 +459,7 @@ def choice(run) -> str:
     """Describe the settings chosen for a train.Run, and say whether its model can be exported."""
     config = run.model.config
     try:
-        export = f"as {find_family(config)}"
+        export = f"as {find_family(config).name}"
     except UserError as error:
         export = f"not possible; {error}"
     several = f"{config.n_members} members of " if config.n_members > 1 else ""
