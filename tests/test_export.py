@@ -483,7 +483,7 @@ PRESETS |= dict.fromkeys(map(str, ROOT.glob("config/*_llama.py")), "llama")
 @pytest.mark.parametrize("path", PRESETS)
 def test_the_presets_can_be_exported_in_both_formats(path):
     config = preset(path)
-    assert find_family(config) == PRESETS[path]
+    assert find_family(config).name == PRESETS[path]
     keys = vars(config) | {"n_layer": 1, "vocab_size": 11}
     _, weights = to_pretrained(random_model(**keys))
     assert config.activation == ACTIVATIONS[PRESETS[path]]

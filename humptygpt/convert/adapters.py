@@ -11,7 +11,7 @@ from torch import nn
 
 from humptygpt.checkpoint import check_tensors
 from humptygpt.cli import UserError, refuse
-from humptygpt.convert.families import FAMILIES, find_family
+from humptygpt.convert.families import find_family
 from humptygpt.convert.huggingface import layer_names, open_weights, write_files
 from humptygpt.files import parse_json
 from humptygpt.finetune.lora import adapted
@@ -39,7 +39,7 @@ def adapter_names(model: nn.Module) -> list[tuple[str, list[str]]]:
     Adapters use transformers' names if transformers supports the architecture, and our names otherwise.
     """
     try:
-        family = FAMILIES[find_family(model.config)]
+        family = find_family(model.config)
     except UserError:
         modules = model.named_modules()
         return [(name, [name]) for name, layer in modules if isinstance(layer, nn.Linear)]

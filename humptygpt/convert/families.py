@@ -45,6 +45,7 @@ NOT_EXPORTED |= {"label_smoothing"}
 class Family:
     """An architecture in transformers. Models of a family differ only in the values of `settings`."""
 
+    name: str  # model_type in config.json
     architecture: str  # name of the class in transformers
     # prefix of all weight names except the head's; files saved without a head may omit it
     prefix: str
@@ -59,6 +60,7 @@ class Family:
 
 
 GPT2 = Family(
+    name="gpt2",
     architecture="GPT2LMHeadModel",
     prefix="transformer.",
     settings={
@@ -106,6 +108,7 @@ GPT2 = Family(
     preset="config/gpt2_124m.py",
 )
 LLAMA = Family(
+    name="llama",
     architecture="LlamaForCausalLM",
     prefix="model.",
     settings={
@@ -148,7 +151,7 @@ LLAMA = Family(
     transposed=False,
     preset="config/shakespeare_char_llama.py",
 )
-FAMILIES = {"gpt2": GPT2, "llama": LLAMA}  # {model_type in config.json: family}
+FAMILIES = {family.name: family for family in (GPT2, LLAMA)}
 # nanoGPT's checkpoints have GPT-2's names, but matrices as ours
 NANOGPT = replace(
     GPT2,
@@ -157,10 +160,9 @@ NANOGPT = replace(
 )
 
 
-def find_family(config: ModelConfig) -> str:
-    """Return the model_type that a model with this config is exported as. Raises UserError if a setting prevents it."""
-    name = "gpt2" if config.position == "learned" else "llama"
-    family = FAMILIES[name]
+def find_family(config: ModelConfig) -> Family:
+    """Return the family that a model with this config is exported as. Raises UserError if a setting prevents it."""
+    family = GPT2 if config.position == "learned" else LLAMA
     free = {*family.settings.values(), *ROPE_SCALING.values(), *NOT_EXPORTED}
     # a key that is not in the tables is a user's own, and off by default
     for key, needed in (family.fixed | vars(ModelConfig()) | family.fixed).items():
@@ -179,4 +181,4 @@ def find_family(config: ModelConfig) -> str:
         raise UserError(
             f"n_embd={config.n_embd} cannot be exported; transformers needs a multiple of n_head={config.n_head}"
         )
-    return name
+    return family

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from torch import Tensor, nn
 
 from humptygpt.cli import UserError, refuse
-from humptygpt.convert.families import FAMILIES, find_family
+from humptygpt.convert.families import find_family
 from humptygpt.convert.huggingface import all_settings, exported_weights
 from humptygpt.convert.write_huggingface import tokenizer_json
 from humptygpt.tokenizers import (
@@ -191,23 +191,23 @@ def write_gguf(
     OSError if writing fails.
     """
     config = model.config
-    architecture = find_family(config)
-    supported = ACTIVATIONS[architecture]
+    family = find_family(config)
+    supported = ACTIVATIONS[family.name]
     if config.activation != supported:
         raise UserError(
             f"activation={config.activation} cannot be exported as GGUF; train with --activation={supported}"
         )
-    # GGUF's matrices are (outputs, inputs), as ours
-    family = replace(FAMILIES[architecture], transposed=False)
-    writer = GGUFWriter(path, architecture)
+    writer = GGUFWriter(path, family.name)
     settings = all_settings(model)
     known = family.settings.values()
     values = {name: settings[key] for name, key in HYPERPARAMETERS.items() if key in known}
     for name, value in ({"name": title} | values | vocabulary).items():
         if value is not None:
             getattr(writer, f"add_{name}")(value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.n_layer)
-    for name, tensor in exported_weights(family, model).items():
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.name.upper()], config.n_layer)
+    # GGUF's matrices are (outputs, inputs), as ours
+    weights = exported_weights(replace(family, transposed=False), model)
+    for name, tensor in weights.items():
         if name in EMBEDDINGS:
             tensor = tensor[: len(vocabulary["token_list"])]
         if ".q_proj." in name or ".k_proj." in name:
@@ -222,7 +222,7 @@ def write_gguf(
         writer.add_tensor(
             names.get_name(name, (".weight", ".bias")), array, raw_dtype=stored
         )
-    if architecture == "llama" and config.rope_factor != 1:
+    if config.position == "rotary" and config.rope_factor != 1:
         writer.add_tensor("rope_freqs.weight", rope_factors(config))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -220,13 +220,12 @@ def to_pretrained(
 
     dtype: data type of the weights, which are on the CPU. Raises UserError if a setting cannot be exported.
     """
-    name = find_family(model.config)
-    family = FAMILIES[name]
+    family = find_family(model.config)
     settings = all_settings(model)
     names = {ours: theirs for theirs, ours in ACTIVATION_NAMES.items()}
     settings["activation"] = names[settings["activation"]]
     content = {
-        "model_type": name,
+        "model_type": family.name,
         "architectures": [family.architecture],
         "torch_dtype": dtype,
         # None, because transformers' defaults are ids of other tokenizers; generation_config.json has ours
@@ -234,7 +233,7 @@ def to_pretrained(
         "eos_token_id": None,
     }
     content |= {theirs: settings[key] for theirs, key in family.settings.items()}
-    if name == "llama" and model.config.rope_factor != 1:
+    if model.config.position == "rotary" and model.config.rope_factor != 1:
         scaling = {theirs: settings[key] for theirs, key in ROPE_SCALING.items()}
         content["rope_scaling"] = {"rope_type": "llama3"} | scaling
     return content, {

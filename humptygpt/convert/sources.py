@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from pathlib import Path
 
-from humptygpt import checkpoint, tokenizers
+from humptygpt import tokenizers
 from humptygpt.cli import UserError, refuse, restore
 from humptygpt.convert.adapters import CONFIG, merge_adapter, read_config
 from humptygpt.convert.families import NANOGPT
@@ -23,19 +23,16 @@ SCHEMA = {  # of nanoGPT's checkpoints
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """Load the tokenizer that --tokenizer names, without the model's weights. Raises UserError if this fails."""
+    """Load the tokenizer that --tokenizer names. Raises UserError if this fails.
+
+    The weights of a model in Hugging Face's format are not needed.
+    """
     if tokenizer_file(Path(source)):
         return read_tokenizer(Path(source))
     path = find_source(source, key="tokenizer")
-    if (path / CONFIG).is_file():
-        return load_tokenizer(find_base(path, read_config(path)))
-    if is_folder(path):
+    if is_folder(path) and not (path / CONFIG).is_file():
         return read_tokenizer(path)
-    saved = checkpoint.read_plain(path)
-    if checkpoint.is_nanogpt(saved):
-        return nanogpt_tokenizer(path, saved)
-    _, tokenizer = checkpoint.check(path, saved)
-    return tokenizer
+    return load(path).tokenizer
 
 
 def from_folder(path: Path, source: str | Path) -> Loaded:
@@ -60,21 +57,19 @@ def find_base(path: Path, adapter: dict) -> Path:
 
 def from_nanogpt(path: Path, saved: dict) -> Loaded:
     """Make a model from the content of a checkpoint of nanoGPT. Raises UserError if it is not valid."""
-    tokenizer = nanogpt_tokenizer(path, saved)
     with refuse(f"cannot read {path}: "):
+        check_schema(saved, SCHEMA)
         weights = plain_weights(saved["model"])
         settings = NANOGPT.fixed | saved["model_args"] | {"dropout": 0.0}
         config = restore(ModelConfig, settings)
     # torch.compile puts this prefix before all names
     weights = {name.removeprefix("_orig_mod."): x for name, x in weights.items()}
     model = build_model(path, NANOGPT, config, weights)
-    return Loaded(model, tokenizer, path, f"nanoGPT's {path}")
+    return Loaded(model, nanogpt_tokenizer(path, saved), path, f"nanoGPT's {path}")
 
 
 def nanogpt_tokenizer(path: Path, saved: dict) -> Tokenizer:
     """Read the dataset's meta.pkl, from our data/ or from nanoGPT's. If there is none, return GPT-2's tokenizer."""
-    with refuse(f"cannot read {path}: "):
-        check_schema(saved, SCHEMA)
     dataset = Path(saved.get("config", {}).get("dataset", "")).name
     meta = Path("data", dataset, "meta.pkl")
     for file in (meta, path.absolute().parent.parent / meta):

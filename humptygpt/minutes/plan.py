@@ -473,7 +473,7 @@ def choice(run: Run) -> str:
     """Describe the model chosen for a run, and say whether it can be exported."""
     config = run.model.config
     try:
-        export = f"as {find_family(config)}"
+        export = f"as {find_family(config).name}"
     except UserError as error:
         export = f"not possible; {error}"
     several = f"{config.n_members} members of " if config.n_members > 1 else ""
