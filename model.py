@@ -338,7 +338,7 @@ class SelfAttention(nn.Module):
     attention); Henry et al. 2020, arXiv:2010.04245 (norm of queries and keys, here an RMS norm).
     """
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int = 0):
         """layer: index of the block in its stack, from 0."""
         super().__init__()
         C, D = config.n_embd, config.features
@@ -578,7 +578,7 @@ class Block(nn.Module):
     )
     ends_with_norm = False  # whether the last operation is a norm, so that the stack needs none at its end
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int = 0):
         super().__init__()
         mlp = MLPS[config.mlp]
         self.attn_norm = NORMS[config.norm](config)

@@ -101,13 +101,14 @@ def append(path: Path, line: str) -> None:
 def locked(folder: Path, what: str, advice: str) -> Iterator[None]:
     """Let no other process write to a folder until the block ends or the process dies.
 
-    If the folder does not exist, it is created, and removed at the end if it is empty.
+    If the folder does not exist, it is created, and removed again at the end if it is empty.
     what, advice: parts of the error message: what is locked, and what to do instead. Raises UserError if another
     process holds the lock, or the folder cannot be written to.
     """
     from filelock import FileLock, Timeout  # late import: most scripts take no lock
 
     path = folder / ".lock"
+    created = [parent for parent in path.parents if not parent.exists()]
     lock = FileLock(path, timeout=0)
     with refuse_unwritable(folder, "; choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,8 @@ def locked(folder: Path, what: str, advice: str) -> Iterator[None]:
         # this fails if a folder is not empty, and on Windows, which cannot remove an open file
         with suppress(OSError):
             path.unlink()
-            folder.rmdir()
+            for parent in created:
+                parent.rmdir()
         lock.release()
 
 
