@@ -47,7 +47,8 @@ def inputs(T: int, position: Position | None = None) -> Shared:
     distance = torch.arange(T)[:, None] - torch.arange(T)
     mask = attention_mask(distance, bias=position.score_bias(distance))
     at = slice(0, T)
-    return Shared(at, T, position.rotary(at), {0: mask}, None)
+    idx = torch.zeros(1, T, dtype=torch.int64)
+    return Shared(idx, at, T, position.rotary(at), {0: mask}, None, {})
 
 
 # --------------------------------------------------------------------------------------
