@@ -124,7 +124,7 @@ def test_several_models_make_one_table_with_paired_differences(run_dir, capsys):
     assert rows[0]["tests"] == 3 and "difference" not in rows[0]
     assert rows[1]["difference"] == rows[1]["sum"] - rows[0]["sum"]
     printed = scored(capsys, *argv)
-    assert "out/run/ckpt.pt" in printed and "  difference" in printed
+    assert "out/run/ckpt.pt" in printed and " passed      difference\n" in printed
 
 
 def test_a_line_separator_inside_a_text_does_not_end_its_line_and_one_test_makes_valid_json(
