@@ -18,7 +18,9 @@ n_embd = 128
 block_size = 256  # context of 256 characters
 position = "rotary"  # positions rotate queries and keys: 1.6455 -> 1.5743
 activation = "relu_squared"  # 1.5822 -> 1.5743
-mlp_conv = 3  # each feed-forward network also sees the three previous characters: 1.6626 -> 1.5743
+mlp_conv = (
+    3  # each feed-forward network also sees the three previous characters: 1.6626 -> 1.5743
+)
 qk_norm = True  # bounds the scores of attention: 1.5736 -> 1.5743, no difference in so short a run
 init = "zero"  # each branch starts at 0: 1.5702 -> 1.5743, no gain in so short a run
 tie_weights = False  # 1.5802 -> 1.5743
@@ -27,7 +29,9 @@ tie_weights = False  # 1.5802 -> 1.5743
 batch_size = 4  # small, because many steps matter more than precise gradients
 max_iters = 2400
 optimizer = "normuon"  # 1.7792 with AdamW at 2e-3 -> 1.5743
-learning_rate = 6e-3  # for what NorMuon does not train: embeddings, the head and the convolution
+learning_rate = (
+    6e-3  # for what NorMuon does not train: embeddings, the head and the convolution
+)
 muon_learning_rate = 0.03
 muon_momentum = 0.85
 beta2 = 0.95  # 1.5754 -> 1.5743
