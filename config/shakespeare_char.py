@@ -27,9 +27,7 @@ tie_weights = False  # 1.5802 -> 1.5743
 batch_size = 4  # small, because many steps matter more than precise gradients
 max_iters = 2400
 optimizer = "normuon"  # 1.7792 with AdamW at 2e-3 -> 1.5743
-learning_rate = (
-    6e-3  # for what NorMuon does not train: embeddings, the head and the convolution
-)
+learning_rate = 6e-3  # of the embedding, the head and the convolution
 muon_learning_rate = 0.03
 muon_momentum = 0.85
 beta2 = 0.95  # 1.5754 -> 1.5743
