@@ -152,12 +152,6 @@ class SentencePieceTokenizer(Tokenizer):
         if (model.unk_id(), model.eos_id()) != (0, 1) or 0 in needed:
             raise ValueError("the model lacks a token that any text may need")
 
-    @classmethod
-    def train(cls, texts: Iterable[str], separated: bool = False, **options) -> Self:
-        from humptygpt.prepare.vocabulary import learn_sentencepiece
-
-        return cls(learn_sentencepiece(texts, **options), separated)
-
     def encode(self, text: str) -> np.ndarray:
         parts = re.split("([\n▁])", text)
         plain = [part for part in parts if part not in self._separators]
@@ -189,12 +183,6 @@ class BytePairTokenizer(Tokenizer):
             raise ValueError("a piece occurs twice, or one of the 256 bytes is missing")
         self.pieces = [*pieces, END_OF_TEXT.encode()]
         self.eot = len(pieces) if separated else None
-
-    @classmethod
-    def train(cls, texts: Iterable[str], separated: bool = False, **options) -> Self:
-        from humptygpt.prepare.vocabulary import learn_byte_pairs
-
-        return cls(learn_byte_pairs(texts, **options), separated)
 
     @cached_property
     def engine(self):
