@@ -231,7 +231,7 @@ def write_gguf(
 
 
 def with_adjacent_pairs(tensor: Tensor, head_size: int) -> Tensor:
-    """Reorder the rows of q_proj or k_proj so that the two features of a rotary pair, D / 2 rows apart, are adjacent."""
+    """Reorder the rows of q_proj or k_proj: the two features of a rotary pair, D / 2 apart, become neighbours."""
     halves = tensor.unflatten(0, (-1, 2, head_size // 2))
     return halves.transpose(1, 2).reshape(tensor.shape)
 
