@@ -1,4 +1,4 @@
-"""Write a model in Hugging Face's format and its vocabulary to a single GGUF file, which llama.cpp can run.
+"""Write a model and its vocabulary to a single GGUF file, which llama.cpp can run.
 
 The file is laid out like those written by llama.cpp's own convert_hf_to_gguf.py. llama.cpp can run fewer of our models
 than transformers can: GPT-2 only with gelu_tanh, Llama only with silu, and both only with some kinds of tokenizer.
@@ -231,7 +231,7 @@ def write_gguf(
 
 
 def with_adjacent_pairs(tensor: Tensor, head_size: int) -> Tensor:
-    """Reorder the rows of q_proj or k_proj so that the two features of a rotary pair, which are D / 2 apart, meet."""
+    """Reorder the rows of q_proj or k_proj: the two features of a rotary pair, D / 2 apart, become neighbours."""
     halves = tensor.unflatten(0, (-1, 2, head_size // 2))
     return halves.transpose(1, 2).reshape(tensor.shape)
 
