@@ -43,7 +43,6 @@ FROM_CORE = {
     ("tasks", "minutes"): "a model may be an ensemble",
     ("tokenizers", "chat"): "a tokenizer may have marks of turns",
     ("tokenizers", "convert"): "a tokenizer may come from another project",
-    ("tokenizers", "prepare"): "a vocabulary is learned only to prepare data",
 }
 # Imports of one slice by another, with their reasons.
 BETWEEN_SLICES = {
