@@ -344,9 +344,8 @@ class SelfAttention(nn.Module):
         C, D = config.n_embd, config.features
         bias = config.bias if config.attn_bias is None else config.attn_bias
         self.window = config.window  # a pattern of windows would depend on layer
-        self.kernel = (
-            None  # a faster function than attend(): see humptygpt/fast/attention.py
-        )
+        # a faster function than attend(): see humptygpt/fast/attention.py
+        self.kernel = None
         self.n_head = config.n_head
         self.head_size = D
         self.qk_norm = nn.RMSNorm(D, elementwise_affine=False) if config.qk_norm else None
@@ -572,11 +571,9 @@ class Block(nn.Module):
     x: (B, T, C). cache: a LayerCache. layer: index of the block in its stack, from 0.
     """
 
-    residual = True  # whether outputs are added to inputs
-    one_norm = (
-        False  # whether attention and feed-forward network read the same normalised input
-    )
-    ends_with_norm = False  # whether the last operation is a norm, so that the stack needs none at its end
+    residual = True  # outputs are added to inputs
+    one_norm = False  # True: both branches read the same normalised input
+    ends_with_norm = False  # True: the stack needs no norm at its end
 
     def __init__(self, config: ModelConfig, layer: int = 0):
         super().__init__()

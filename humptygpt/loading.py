@@ -132,9 +132,7 @@ def pipeline(
     source, which: init_from and checkpoint in SampleConfig. talks: True: a model with a chat template is for the task
     "chat", otherwise it continues a text. The other parameters have the same names as in SampleConfig.
     """
-    from humptygpt.fast.generation import (
-        make_generator,  # late import: training does not generate
-    )
+    from humptygpt.fast.generation import make_generator
 
     torch_device = pick_device(device)
     weight_dtype = torch.int8 if quantize else pick_dtype(dtype, torch_device)

@@ -23,7 +23,7 @@ def use_fused_kernel(model: nn.Module) -> None:
 
 
 def faster_attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """Compute attend(), by the fused kernel on GPUs, for long contexts, and for a token whose heads share keys."""
+    """Compute attend(), with the fused kernel on GPUs, for long contexts, and for single tokens if heads share keys."""
     many = q.shape[:3].numel() * k.shape[2] > EXPLICIT_SCORES
     # for each new token, attend() would repeat all cached keys and values
     repeats = q.shape[2] == 1 and q.shape[1] != k.shape[1]
@@ -33,6 +33,7 @@ def faster_attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 
 def fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Compute attend() with the fused kernel."""
     q, k = q.to(v.dtype), k.to(v.dtype)
     if mask is not None:
         mask = mask.to(v.dtype)
@@ -45,7 +46,7 @@ def fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 @cache
 @torch.no_grad()
 def agrees(attend: Callable, kernel: Callable) -> bool:
-    """True if both compute the same."""
+    """True if both functions compute the same numbers."""
     random = torch.Generator().manual_seed(0)
     q, k, v, mask = torch.randn(4, 1, 2, 5, 5, generator=random, device="cpu")
     return all(

@@ -120,7 +120,7 @@ class SoftTargets:
         if dataset.task != "language modelling" or len(dataset.train) > MOST_TOKENS:
             raise UserError(
                 f"ngram_targets={share:g} works only for texts of up to {MOST_TOKENS:,} tokens,"
-                f" but {dataset.folder} has {len(dataset.train):,} for {dataset.task}"
+                f" but {dataset.folder} has {len(dataset.train):,} tokens for {dataset.task}"
             )
         self.dataset = dataset
         self.share = share
