@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 from humptygpt import cli
 from humptygpt.chat.api import Api
-from humptygpt.cli import UserError, check_choices
+from humptygpt.cli import UserError, check_choices, first_line, refuse_vain
 from humptygpt.fast.generation import choose_threads
 from humptygpt.loading import CHOICES, chosen_source, pipeline
 
@@ -50,7 +50,7 @@ class ServeConfig:
     # system
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # dtype of the linear layers; auto: float32 on a CPU
-    quantize: str | None = None  # int8: 8-bit weights instead of dtype, CPU only; None: off
+    quantize: str | None = None  # int8: 8-bit weights, CPU only; None: off
 
     validate = check_choices
 
@@ -62,6 +62,7 @@ class ServeConfig:
 def main(argv: list[str]) -> None:
     given = cli.read(argv, ServeConfig)
     config = cli.make(ServeConfig, given)
+    refuse_vain(given, vars(config), {"dtype": ("quantize", ("int8",))})
     source = chosen_source(config, given)
     loaded = pipeline(
         source,
@@ -173,7 +174,7 @@ class Handler(BaseHTTPRequestHandler):
             status, message = 400, str(error)
             if not isinstance(error, UserError | ValueError):
                 traceback.print_exc()
-                status, message = 500, f"{type(error).__name__}: {error}"
+                status, message = 500, f"{type(error).__name__}: {first_line(error)}"
             if kind is None:
                 self.send_error(status, message)
             else:

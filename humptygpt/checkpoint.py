@@ -26,8 +26,8 @@ FORMAT = "gpt checkpoint 3"  # the number increases whenever the schema changes
 CONFIG = {str: (int, float, bool, str, None)}
 COUNT = range(2**63)
 LORA = {"lora_rank?": COUNT, "lora_alpha?": float, "lora_targets?": str}
-PROGRESS = {"iter": COUNT[1:], "losses": [float]}
-PROGRESS |= dict.fromkeys(("position", "seconds", "run_seconds", "best_val_loss"), float)
+AMOUNTS = ("position", "seconds", "run_seconds", "best_val_loss")
+PROGRESS = {"iter": COUNT[1:], "losses": [float], **dict.fromkeys(AMOUNTS, float)}
 PROGRESS |= dict.fromkeys(("tokens", "best_iter", "evals_since_best"), COUNT)
 SCHEMA = {
     "format": str,
@@ -104,9 +104,13 @@ def sharded_folders(path: Path) -> list[Path]:
 
 
 def stored(path: Path) -> Path:
-    """Return `path`, such as ckpt.pt, or the sharded checkpoint saved instead, such as ckpt/."""
+    """Return `path`, such as ckpt.pt, or the sharded checkpoint saved instead, such as ckpt/, if that is newer."""
     folders = sharded_folders(path)
-    return folders[0] if folders and not path.exists() else path
+    if path.suffix == ".pt" and folders:
+        sharded_at = (folders[0] / SHARDED).stat().st_mtime
+        if not path.exists() or path.stat().st_mtime <= sharded_at:
+            return folders[0]
+    return path
 
 
 # --------------------------------------------------------------------------------------
@@ -231,8 +235,12 @@ def check_content(saved: dict, tokens: int) -> ModelConfig:
     _, learns = MODELS[config.model]
     if saved["task"] not in learns:
         raise ValueError(f"model={config.model} does not support task={saved['task']}")
-    if unknown := saved["progress"].keys() - PROGRESS.keys():
+    progress = saved["progress"]
+    if unknown := progress.keys() - PROGRESS.keys():
         raise ValueError(f"it has progress.{min(unknown)}, which this code does not know")
+    for key in AMOUNTS:
+        if not progress[key] >= 0:
+            raise ValueError(f"progress.{key}={progress[key]} must be at least 0")
     return config
 
 
@@ -296,12 +304,13 @@ def check_tensors(
 
 
 def restore_model(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    """Make these tensors the parameters of a model on the meta device, so no weight is in memory twice."""
-    new = {
-        p: nn.Parameter(weights[name], p.requires_grad)
-        for name, p in model.named_parameters()  # a tied parameter has several names: this is the first
-    }
-    for module in model.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            setattr(module, name, new[p])
+    """Make these tensors the state of a model on the meta device, so no weight is in memory twice. Ties stay ties."""
+    names: dict[Tensor, list[str]] = {}  # a tied parameter has several
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
+    model.load_state_dict(weights, assign=True)
+    for first, *others in names.values():
+        for other in others:
+            owner, _, name = other.rpartition(".")
+            setattr(model.get_submodule(owner), name, model.get_parameter(first))
     return model

@@ -199,12 +199,12 @@ def read_option(argument: str, fields: Fields) -> tuple[str, object]:
     return name, parse(name, text, fields[name].type)
 
 
-def check_key(name: str, fields: Fields) -> None:
-    """Raise UserError if no field has this name."""
+def check_key(name: str, fields: Fields, more: str = "") -> None:
+    """Raise UserError if no field has this name. more: the end of the message."""
     if name not in fields:
         near = difflib.get_close_matches(name, fields, n=1)
         advice = f"did you mean {near[0]}?" if near else "--help lists all keys"
-        raise UserError(f"unknown key {name}; {advice}")
+        raise UserError(f"unknown key {name}; {advice}{more}")
 
 
 def kinds_of(hint: object) -> tuple[type, ...]:
@@ -268,7 +268,8 @@ def read_config(path: str, fields: Fields) -> dict[str, object]:
             helper = isinstance(value, types.ModuleType) or callable(value)
             if name.startswith("_") or (helper and name not in fields):
                 continue
-            check_key(name, fields)
+            own = " (a variable of your own begins with _)" if path.endswith(".py") else ""
+            check_key(name, fields, own)
             found[name] = convert(name, value, fields[name].type)
     return found
 

@@ -92,20 +92,27 @@ def faster(what: str, choices: Sequence[str]) -> str:
     The result is kept in the user's cache folder, so that it is the same in all runs, on a busy machine too.
     what: dtype or device. choices: the first is taken unless another is clearly faster.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache / "humptygpt" / "measured.json"
+    from filelock import FileLock  # late import: most scripts take no lock
+
     key = measured_key(what)
     kept = {}
-    with suppress(OSError, ValueError):
-        kept = parse_json(path.read_bytes(), {})
-    if kept.get(key) not in choices:
-        kept[key] = fastest_training(choices)
-        try:
-            write_text(path, json.dumps(kept, indent=1))
-            note(f"{kept[key]} trains fastest on this machine; this is kept in {path}")
-        except UserError as error:
-            note(f"the fastest {what} is measured at each start: {error}")
-    return kept[key]
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        path = cache / "humptygpt" / "measured.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # of two runs that start at once, the second waits
+            with suppress(OSError, ValueError):
+                kept = parse_json(path.read_bytes(), {})
+            if kept.get(key) not in choices:
+                kept[key] = fastest_training(choices)
+                write_text(path, json.dumps(kept, indent=1))
+                note(f"{kept[key]} trains fastest on this machine; this is kept in {path}")
+    # a RuntimeError if there is no home folder, or a file system without locks
+    except (OSError, RuntimeError, UserError) as error:
+        note(
+            f"the fastest {what} is measured at each start, because it cannot be kept: {error}"
+        )
+    return kept.get(key) or fastest_training(choices)
 
 
 def fastest_training(choices: Sequence[str]) -> str:

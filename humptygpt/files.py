@@ -1,5 +1,6 @@
 """Files: written whole or not at all, folders with one writer, and JSON whose content is checked."""
 
+import errno
 import json
 import os
 import secrets
@@ -58,9 +59,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def cannot_write(path: Path | str, error: Exception, advice: str = "") -> UserError:
-    """Describe a failed write in one line."""
+    """Describe a failed write in one line. If the disk is full, name its mount point and its free space."""
     # errors from numpy and torch do not give the reason
     reason = getattr(error, "strerror", None) or "the disk may be full"
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        folders = Path(path).resolve().parents  # a link may lead to another disk
+        mounted = next(folder for folder in folders if folder.is_mount())
+        usage = shutil.disk_usage(mounted)
+        megabytes = f"{usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB"
+        reason += f" (the disk {mounted} has {megabytes} free)"
     return UserError(f"cannot write {path}: {reason}{advice}")
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back, what is damaged or foreign is refused in one line, older formats are read."""
 
 import operator
+import os
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -138,7 +139,8 @@ EDITS = [
     ("train_config.lora_alpha must be float", "train_config/lora_alpha", "16"),
     ("n_layer=4000 and n_embd=8 do not match", "model_config/n_layer", 4000),
     ("n_members=4000, n_layer=", "model_config/n_members", 4000),
-    ("n_embd=1099511627776 must be ", "model_config/n_embd", 2**40),
+    ("n_embd=1099511627776 must be from 1 to", "model_config/n_embd", 2**40),
+    ("progress.seconds=nan must be at least 0", "progress/seconds", float("nan")),
     ("description of the tokenizer char is damaged", "tokenizer/alphabet", None),
     ("has 4 tokens, but the model has vocab_size=3", "tokenizer/alphabet", "abcd"),
     ("model=gpt does not support task=", "task", "painting"),
@@ -181,7 +183,9 @@ def test_what_does_not_fit_the_schema_is_never_saved(folder):
 
 
 @pytest.mark.parametrize("position", models.POSITIONS)
-@pytest.mark.parametrize("keys", [{}, {"tie_weights": True}, {"model": "transformer"}])
+@pytest.mark.parametrize(
+    "keys", [{"tie_weights": False}, {"tie_weights": True}, {"model": "transformer"}]
+)
 def test_a_restored_model_is_whole_and_shares_the_tensors_of_the_file(position, keys):
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 11}
     model = build(models.ModelConfig(**sizes, position=position, **keys))
@@ -193,6 +197,30 @@ def test_a_restored_model_is_whole_and_shares_the_tensors_of_the_file(position, 
     if hasattr(model, "encode"):
         batch["source"] = torch.ones(1, 5, dtype=torch.long)
     assert torch.equal(restored(**batch)[0], model(**batch)[0])
+
+
+def test_a_buffer_of_the_users_own_is_restored_with_the_weights(monkeypatch):
+    class Counting(models.MLP):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("steps", torch.zeros(3))
+
+    monkeypatch.setitem(models.MLPS, "counting", Counting)
+    model = build(models.ModelConfig(vocab_size=11, n_layer=1, mlp="counting"))
+    model.stack.blocks[0].mlp.steps += 5
+    weights = dict(model.state_dict())
+    restored = checkpoint.restore_model(build_on_meta(model.config), weights)
+    assert restored.stack.blocks[0].mlp.steps.tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize("newer", ["ckpt.pt", "ckpt"])
+def test_of_a_file_and_a_sharded_checkpoint_the_newer_is_read(folder, newer):
+    Path("ckpt").mkdir()
+    for name, path in (("ckpt.pt", "ckpt.pt"), ("ckpt", "ckpt/.metadata")):
+        Path(path).touch()
+        time = 2e9 if name == newer else 1e9
+        os.utime(path, (time, time))
+    assert checkpoint.stored(Path("ckpt.pt")) == Path(newer)
 
 
 # --------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def test_wrong_types_are_refused_with_the_right_one(argument):
         ("--zzz=3", "unknown key zzz; --help lists all keys"),
         (
             "a.py",
-            "a.py: unknown key learning_rte; did you mean learning_rate?",
+            "a.py: unknown key learning_rte; did you mean learning_rate? (a variable of your own begins with _)",
         ),
         ("--dtype", "--dtype has no value; write --dtype=VALUE"),
         ("--compile", "--compile has no value; write --compile=True"),

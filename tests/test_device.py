@@ -76,9 +76,19 @@ def test_where_the_cache_cannot_be_written_the_dtype_is_measured_each_time_and_t
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     monkeypatch.setattr(devices, "fastest_training", lambda choices: choices[1])
     assert [training_dtype(CPU) for _ in range(2)] == ["bfloat16"] * 2
-    assert (
-        capsys.readouterr().err.count("dtype is measured at each start: cannot write") == 2
-    )
+    assert capsys.readouterr().err.count("dtype is measured at each start, because") == 2
+
+
+def test_without_a_home_folder_the_dtype_is_measured_as_well(monkeypatch, capsys):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(devices.Path, "home", no_home)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    monkeypatch.setattr(devices, "fastest_training", lambda choices: choices[1])
+    assert training_dtype(CPU) == "bfloat16"
+    assert "because it cannot be kept: Could not determine" in capsys.readouterr().err
 
 
 def test_a_damaged_file_of_measurements_is_replaced(monkeypatch, tmp_path):

@@ -161,9 +161,11 @@ def test_what_our_scripts_have_written_is_no_text_of_a_folder_around_it(run_trai
     )
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
 @pytest.mark.parametrize("piece", [1, 1000])
-def test_utf_16_is_read_if_a_byte_order_mark_says_so(encoding, piece, monkeypatch):
+def test_utf_16_and_utf_32_are_read_if_a_byte_order_mark_says_so(
+    encoding, piece, monkeypatch
+):
     monkeypatch.setattr(documents, "PIECE", piece)
     mark = "\ufeff" if encoding.endswith("be") else ""
     Path("a.txt").write_bytes((mark + "Grüße 🙂\n").encode(encoding))

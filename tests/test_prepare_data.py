@@ -269,7 +269,8 @@ def test_a_full_disk_is_one_line_and_gets_its_space_back(corpus, monkeypatch):
     write_often(monkeypatch)
     with full_disk(3) as error:
         prepare(PREPARE)
-    assert str(error.value) == "cannot write data/mine: No space left on device"
+    problem = "cannot write data/mine: No space left on device"
+    assert re.fullmatch(rf"{problem} \(the disk /.*\)", str(error.value))
     assert not Path("data/mine").exists()
 
 

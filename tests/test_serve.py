@@ -33,6 +33,7 @@ import serve
 import train
 from humptygpt import evaluation, loading
 from humptygpt import run as run_module
+from humptygpt.chat import api
 from humptygpt.chat.api import Api
 from humptygpt.chat.tokens import ChatTokenizer, Turn
 from humptygpt.scoring import pairs
@@ -241,7 +242,9 @@ def test_without_a_seed_two_answers_differ(served_text):
     assert seeded[0] == seeded[1]
 
 
-def test_echo_gives_the_log_probability_of_every_token_of_a_prompt(served_text):
+def test_echo_gives_the_log_probability_of_every_token_of_a_prompt_some_at_a_time(
+    served_text, monkeypatch
+):
     loaded = served_text.loaded
     ids = loaded.tokenizer.encode("Akis unat osal").tolist()
     request = {"prompt": [ids], "echo": True, "logprobs": 3, "max_tokens": 2}
@@ -260,6 +263,13 @@ def test_echo_gives_the_log_probability_of_every_token_of_a_prompt(served_text):
         "completion_tokens": 2,
         "total_tokens": len(ids) + 2,
     }
+    computed = []
+    head = loaded.model.head
+    monkeypatch.setattr(loaded.model, "head", lambda x: computed.append(x.shape) or head(x))
+    monkeypatch.setattr(api, "ECHOED", 4)
+    again = ask_well(served_text, TEXT, request | {"seed": 1})["choices"][0]["logprobs"]
+    assert again["token_logprobs"][1 : len(ids)] == pytest.approx(expected, abs=1e-5)
+    assert [shape[1] for shape in computed[:4]] == [4, 4, 4, 2]
     request = {"prompt": ids, "echo": True, "max_tokens": 0}
     assert ask_well(served_text, TEXT, request)["choices"][0]["text"] == "Akis unat osal"
 
@@ -697,6 +707,11 @@ def test_a_port_in_use_and_a_port_that_does_not_exist_are_one_line(
             fails, f"--port={port}"
         )
     assert "port must be 0-65535" in last_line(fails, "--port=99999")
+
+
+def test_a_dtype_without_effect_is_refused(fails):
+    low = ["--quantize=int8", "--dtype=bfloat16"]
+    assert "dtype=bfloat16 has no effect" in last_line(fails, *low)
 
 
 def last_line(fails, *argv: str) -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from humptygpt.chat.tokens import MESSAGES, Turn
 from humptygpt.cli import UserError
@@ -24,6 +25,7 @@ from humptygpt.sampling import (
 
 CHAT, CHUNK = "chat.completion", "chat.completion.chunk"
 TEXT = "text_completion"
+ECHOED = 128  # tokens of a prompt whose logits are computed at once
 COMMON = {  # other keys are ignored, as other servers do
     "stream?": bool,
     "max_tokens?": range(4097),
@@ -151,11 +153,9 @@ class Api:
         """Continue a prompt. With "echo", the pieces begin with the prompt's own tokens."""
         tokenizer = self.tokenizer
         if request["echo"]:
-            logits, _ = self.model(torch.tensor([prompt], device=self.device))
-            # nothing precedes and so predicts the first token
-            rows = [None, *logits[0, :-1, : tokenizer.vocab_size].float()]
+            rows = self.logits(prompt)
             decode = TextStream(tokenizer).decoder.decode
-            for token, row in zip(prompt, rows, strict=True):
+            for token, row in zip(prompt, rows, strict=False):
                 yield Piece(0, decode(tokenizer.pieces[token]), token, row)
         yield from stream_texts(
             Context(self.model, [prompt], device=self.device),
@@ -167,6 +167,15 @@ class Api:
             temperature=request["temperature"],
             top_p=request.get("top_p"),
         )
+
+    def logits(self, prompt: list[int]) -> Iterator[Tensor | None]:
+        """Yield the logits, (V,), that predict each token of a prompt; None for the first, which follows nothing."""
+        yield None
+        cache = {"cache": self.model.make_cache()} if self.model.has_cache else {}
+        at_once = ECHOED if cache else len(prompt)
+        for idx in torch.tensor([prompt], device=self.device).split(at_once, dim=1):
+            logits, _ = self.model(idx, **cache)
+            yield from logits[0, :, : self.tokenizer.vocab_size].float()
 
     def describe(self, piece: Piece, likeliest: int) -> dict:
         """Return a token's entry in a chat's logprobs. likeliest: how many others to list."""

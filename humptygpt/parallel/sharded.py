@@ -84,7 +84,6 @@ def put_in_place(temporary: Path, folder: Path) -> None:
         folder.rename(old)
     temporary.rename(folder)
     remove(old)
-    remove(folder.with_suffix(".pt"))  # the previous checkpoint, if it was not sharded
 
 
 def flat(entries: dict) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ The extension of a file, in upper or lower case, determines its format. A file w
 text.
 """
 
-import codecs
 import csv
 import glob
 import gzip
@@ -27,7 +26,12 @@ except ImportError:  # before Python 3.14
 
 PIECE = 1 << 18  # maximum number of characters in a piece of a document
 HEAD = 8000  # bytes read from the start of a file to determine whether it is text
-UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+BYTE_ORDER_MARKS = {  # UTF-32 comes first, because its mark may begin with that of UTF-16
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
 # files that mark a folder as ours: the first is in every data folder, the second in every run's folder
 MARKS = ("command.txt", "metrics.jsonl")
 UNPACK = {".gz": gzip.open, ".zst": zstd.open}
@@ -151,7 +155,8 @@ def open_text(path: Path, errors: str, newline: str | None = None) -> Iterator[T
     unpack = UNPACK.get(path.suffix.lower(), open)
     with unpack(path, "rb") as file:
         start = file.read(HEAD)
-    encoding = "utf-16" if start.startswith(UTF16_MARKS) else "utf-8-sig"
+    found = (name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark))
+    encoding = next(found, "utf-8-sig")
     # as in git, a file with null bytes is binary; a PDF may have none at its start, so it is recognised by its mark
     if start.startswith(b"%PDF-") or (encoding == "utf-8-sig" and b"\0" in start):
         raise BadFile(f"{path} is not a text file; convert or unpack it")
