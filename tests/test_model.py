@@ -11,7 +11,7 @@ import model as models
 from humptygpt.cli import UserError
 from humptygpt.fast import attention
 from humptygpt.fast.attention import fused_attend
-from humptygpt.tasks import build, config_class, make_model_config
+from humptygpt.tasks import build, config_class, make_model_config, model_class
 from humptygpt.translation.beams import select
 from model import (
     ACTIVATIONS,
@@ -655,8 +655,9 @@ def test_capped_logits_keep_their_precision_in_bfloat16():
 
 @pytest.mark.parametrize("kind", ["gpt", "transformer"])
 def test_an_edit_of_the_head_reaches_next_logits(kind, monkeypatch):
-    head = models.GPT.head
-    monkeypatch.setattr(models.GPT, "head", lambda self, x: head(self, x) + 1)
+    cls = model_class(kind)
+    head = cls.head
+    monkeypatch.setattr(cls, "head", lambda self, x: head(self, x) + 1)
     model = random_model(model=kind).eval()
     idx = tokens(2, 5)
     texts = {"source": tokens(2, 4)} if kind == "transformer" else {}
