@@ -58,11 +58,15 @@ class ModelConfig:
     head_size: int | None = None  # features per attention head; None: n_embd / n_head
     n_hidden: int | None = None  # hidden neurons; None: 4 n_embd, or 8/3 n_embd if gated
     block_size: int = 256  # context length in tokens; transformer: source and target each
-    window: int = 0  # sliding attention window in tokens; 0: the whole context; window_mlp: tokens read
-    vocab_size: int | None = None  # embedding rows; None: the tokenizer's size
+    window: int = 0  # tokens that a token attends to, including itself; 0: all; window_mlp: tokens read
+    vocab_size: int | None = (
+        None  # embedding rows; None: train.py takes the tokenizer's size
+    )
     dropout: float = 0.0  # probability that an activation is zeroed in training
     label_smoothing: float = 0.0  # fraction of each target spread over the vocabulary
-    bias: bool = False  # biases in linear layers and layer norms; GPT-2 has them
+    bias: bool = (
+        False  # biases in layer norms and linear layers, except the head; GPT-2 has them
+    )
     attn_bias: bool | None = None  # biases in attention's linear layers; None: same as bias
     mlp_bias: bool | None = None  # biases in the feed-forward network; None: same as bias
     tie_weights: bool = True  # the embedding and the output head share one matrix
@@ -173,7 +177,7 @@ NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm, "none": nn.Identity}
 
 
 # --------------------------------------------------------------------------------------
-# Positions: attention on its own ignores the order of tokens. A positional encoding can act in three places.
+# Positions: without a mask, attention ignores the order of tokens. A positional encoding can act in three places.
 
 
 class Position(nn.Module):
@@ -308,9 +312,9 @@ POSITIONS = {
 
 
 # --------------------------------------------------------------------------------------
-# Attention: each token looks at the tokens before it.
+# Attention: each token looks at itself and the tokens before it.
 
-# Added to the scores, broadcastable to (B, H, T, S); -inf hides a key. None: only later tokens are hidden
+# Added to the scores, broadcastable to (B, H, T, S); -inf hides a key. None: hide only later tokens (T = 1 or T = S)
 Mask = Tensor | None
 
 
@@ -325,9 +329,8 @@ class Shared(NamedTuple):
     rotary: tuple[Tensor, Tensor] | None
     masks: dict[int, Mask]  # {window: mask}
     padding: Tensor | None  # (B, S) bool, True if a token is padding; None: no padding
-    kept: dict[
-        str, Tensor
-    ]  # values for the layers: given to Stack.forward(), or computed by earlier layers
+    # named values that a layer leaves for later ones, or that Stack.forward() was given for all
+    kept: dict[str, Tensor]
 
 
 class SelfAttention(nn.Module):
@@ -344,8 +347,7 @@ class SelfAttention(nn.Module):
         C, D = config.n_embd, config.features
         bias = config.bias if config.attn_bias is None else config.attn_bias
         self.window = config.window  # a pattern of windows would depend on layer
-        # a faster function than attend(): see humptygpt/fast/attention.py
-        self.kernel = None
+        self.kernel = attend  # humptygpt/fast/attention.py may put a faster function here
         self.n_head = config.n_head
         self.head_size = D
         self.qk_norm = nn.RMSNorm(D, elementwise_affine=False) if config.qk_norm else None
@@ -364,16 +366,12 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, shared.rotary), rotate(k, shared.rotary)
         if cache:
             k, v = cache.append(shared.end, k=k, v=v)  # (B, H, S, D)
-        y = self.mix(q, k, v, shared.masks[self.window])  # (B, H, T, D)
+        y = self.kernel(q, k, v, shared.masks[self.window])  # (B, H, T, D)
         return self.output(y, x)
 
     def heads(self, x):
         """Split the features into heads: (B, T, H D) -> (B, H, T, D)."""
         return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
-
-    def mix(self, q, k, v, mask):
-        """Compute attend(), perhaps with a kernel that gives the same numbers."""
-        return (self.kernel or attend)(q, k, v, mask)
 
     def output(self, y, x):
         """Concatenate the heads' outputs y, (B, H, T, D), and project them. A gate would go here.
@@ -390,7 +388,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     Unlike in GPT-2, the weights get no dropout: it made training slower and the model no better.
     """
     T = q.shape[2]
-    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, their norm is in float32
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, qk_norm returns float32
     if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, S)
@@ -402,7 +400,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 
 def attention_mask(distance, causal=True, window=0, bias=None, padding=None) -> Mask:
-    """Make a mask that hides later keys if causal, keys `window` or more tokens away, and padding.
+    """Make a mask that hides later keys if causal, keys `window` or more tokens away unless it is 0, and padding.
 
     distance: (T, S) int64, query position minus key position. bias: (1, H, T, S), from Position.score_bias.
     padding: (B, S) bool, True if a key is padding.
@@ -452,30 +450,30 @@ class LayerCache:
 
 
 class Cache:
-    """What a decoder remembers of the tokens that it has read, so that each token is processed only once.
+    """What a GPT remembers of the tokens that it has read, so that each token is processed only once.
 
-    length: number of tokens read. padding: (B,) int64, number of padding tokens at the start of each text.
+    length: number of tokens read. n_padding: (B,) int64, number of padding tokens before each text; None: no padding.
     """
 
     def __init__(self, n_layer: int, size: int):
         self.length = 0
-        self.padding: Tensor | None = None
+        self.n_padding: Tensor | None = None
         self.layers = [LayerCache(size) for _ in range(n_layer)]
 
     def span(self, T: int) -> int:
-        """Count the tokens that the next T tokens can attend to, including themselves."""
+        """Count the tokens of the next forward pass: those read, and T new ones."""
         return self.length + T
 
     def clear(self) -> None:
         """Forget the tokens but keep the buffers."""
         self.length = 0
-        self.padding = None
+        self.n_padding = None
         for layer in self.layers:
             layer.state = {}
 
 
 # --------------------------------------------------------------------------------------
-# Feed-forward networks: two layers of neurons, applied to each token separately.
+# Feed-forward networks: two layers of neurons, applied to each token separately. A convolution may come before them.
 
 
 def relu_squared(x):
@@ -536,10 +534,10 @@ class CausalConv(nn.Module):
     """To each token, add the n tokens before it, each with a trained weight per feature: x_t + w_1 x_(t-1) + ...
 
     It starts as the identity. Sources: So et al. 2021 (Primer), arXiv:2109.08668; Allen-Zhu 2025, arXiv:2512.17351
-    (Canon layers, which are placed before attention and before the MLP).
+    (Canon layers, of which this is the one before the MLP).
     """
 
-    GAIN = 4.0  # w is GAIN times a parameter: AdamW's steps are equally large for all, and w should move faster
+    GAIN = 4.0  # w is GAIN times its parameter, so that it moves GAIN times as far in a step of AdamW
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -677,9 +675,10 @@ class Stack(nn.Module):
         self.norm = NORMS["none" if block.ends_with_norm else config.norm](config)
 
     def forward(self, x, idx, cache=None, **more):
-        """Read tokens that follow those in the cache.
+        """Read tokens that follow those in the cache. Returns (B, T, C).
 
-        x: (B, T, C), their embeddings. idx: (B, T), their ids. more: see share(). Returns (B, T, C).
+        x: (B, T, C), their embeddings. idx: (B, T), their ids. more: padding, (B, T) bool, True if a token is padding,
+        which needs no cache; other values are for the layers, in Shared.kept.
         """
         shared = self.share(idx, cache, **more)
         x = self.dropout(self.embed_norm(self.position.embed(x, shared.at)))
@@ -694,26 +693,24 @@ class Stack(nn.Module):
         return self.norm(x)
 
     def share(self, idx, cache=None, padding=None, **kept) -> Shared:
-        """Compute positions and masks for T new tokens. idx: (B, T). padding: (B, T) bool, True if a token is padding.
-
-        kept: as in Shared.
-        """
+        """Compute positions and masks for T new tokens. The arguments are those of forward()."""
         T = idx.shape[1]
         start, S = (cache.length, cache.span(T)) if cache else (0, T)
         assert self.block_size >= S, f"{S} tokens, but block_size is {self.block_size}"
         at = slice(start, start + T)
         key_at = torch.arange(S, device=idx.device)
         query_at = start + key_at[:T]
-        if cache and cache.padding is not None:
-            padding = key_at < cache.padding[:, None]
-            at = (query_at - cache.padding[:, None]).clamp(min=0)
+        if cache and cache.n_padding is not None:
+            padding = key_at < cache.n_padding[:, None]
+            at = (query_at - cache.n_padding[:, None]).clamp(min=0)
         distance = query_at[:, None] - key_at
         bias = self.position.score_bias(distance)
         masks = {
             window: attention_mask(distance, self.causal, window, bias, padding)
             for window in {block.attn.window for block in self.blocks}
         }
-        return Shared(idx, at, start + T, self.position.rotary(at), masks, padding, kept)
+        rotary = self.position.rotary(at)
+        return Shared(idx, at, start + T, rotary, masks, padding, kept)
 
 
 # --------------------------------------------------------------------------------------
@@ -742,15 +739,15 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """idx: (B, T), ids of the tokens that follow those in the cache. targets: (B, T); a target of -1 is ignored.
+        """Compute the logits (B, T, V) of the token after each token and, with targets, the mean cross-entropy in nats.
 
-        Returns logits (B, T, V) and the mean cross-entropy in nats, or None without targets. With targets, gradients
-        flow through the loss only.
+        idx: (B, T), ids of the tokens that follow those in the cache. targets: (B, T), the id after each of them; -1 is
+        ignored. Without targets, the loss is None. With them, gradients flow through the loss only.
         """
         logits = self.head(self.stack(self.wte(idx), idx, cache))
         if targets is None:
             return logits, None
-        # otherwise the backward pass would allocate zeros as the logits' gradient
+        # otherwise a compiled backward pass would allocate zeros as the logits' gradient
         return logits.detach(), self.loss(logits, targets)
 
     def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
@@ -785,12 +782,12 @@ class GPT(nn.Module):
     def generate(
         self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0
     ) -> Tensor:
-        """Append sampled tokens to idx, (B, T) with T >= 1. Returns (B, T + max_new_tokens).
+        """Append sampled tokens to idx, (B, T) with T >= 1. Returns (B, T + max_new_tokens). Call eval() before.
 
-        top_k: sample from the k most probable tokens only; 0: from all.
+        temperature: above 0. top_k: sample from the k most probable tokens only; 0: from all.
         """
         block_size = self.config.block_size
-        half = block_size // 2 + 1  # and the new token
+        half = block_size // 2 + 1  # half of the context, and the token that no longer fits
         cache = self.make_cache() if self.has_cache else None
         new = idx[:, -block_size:]
         for _ in range(max_new_tokens):
@@ -820,8 +817,7 @@ def init_weights(model: nn.Module) -> None:
 
     GPT-2 divides by the square root of the number of residual branches in a stack (2 n_layer with attention and
     feed-forward), so that what the branches add to the residual stream does not grow with their number. Without
-    residual connections (block=plain), only the blocks' linear layers carry the signal: all get 1 / sqrt(inputs), which
-    keeps its scale.
+    residual connections (block=plain), each linear layer of the blocks gets 1 / sqrt(inputs), which keeps the scale.
     """
     config = model.config
     untied = not config.tie_weights

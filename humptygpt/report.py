@@ -236,7 +236,9 @@ def activation_bytes(
     scores = tokens * shape.n_head * shape.block_size  # attention scores per layer
     short = device.type == "cpu" and scores <= EXPLICIT_SCORES
     for module in model.modules():  # attend() in model.py keeps the attention scores
-        if isinstance(module, models.SelfAttention) and (short or not module.kernel):
+        if isinstance(module, models.SelfAttention) and (
+            short or module.kernel is models.attend
+        ):
             kept += dtype.itemsize * scores / tokens
     blocks = sum(isinstance(module, models.Block) for module in model.modules())
     if config.checkpoint_activations and blocks:  # one block at a time is recomputed

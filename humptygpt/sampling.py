@@ -260,7 +260,7 @@ class Context:
             self.cache.clear()
             padding = [self.width - len(text) for text in self.texts]
             if any(padding):
-                self.cache.padding = torch.tensor(padding, device=self.device)
+                self.cache.n_padding = torch.tensor(padding, device=self.device)
 
 
 @torch.inference_mode()

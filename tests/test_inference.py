@@ -21,7 +21,7 @@ from model import POSITIONS
 def logits_in_pieces(model, idx, padding=None) -> torch.Tensor:
     """A prompt of three tokens, then token by token: (B, T - 2, V)."""
     cache = model.make_cache(size=idx.shape[1])
-    cache.padding = padding
+    cache.n_padding = padding
     pieces = [idx[:, :3], *idx[:, 3:].split(1, dim=1)]
     return torch.stack([model.next_logits(piece, cache) for piece in pieces], dim=1)
 

@@ -214,7 +214,7 @@ def test_left_padded_texts_of_different_lengths_give_the_logits_of_each_text_alo
         model = random_model(position=position, block=block, **sizes, **keys).eval()
         alone = [F.pad(model(x)[0][0], (0, 0, T - x.shape[1], 0)) for x in texts]
         cache = model.make_cache()
-        cache.padding = padding
+        cache.n_padding = padding
         # the shortest text begins in the second
         pieces = idx[:, :-1].split([4, 2, 1, 1], dim=1)
         logits = torch.cat([model(piece, cache=cache)[0] for piece in pieces], dim=1)
@@ -331,7 +331,7 @@ def test_an_edited_formula_is_used_where_the_kernel_was(monkeypatch):
     expected = model(idx)[0]
     monkeypatch.setattr(attention, "EXPLICIT_SCORES", 0)
     assert torch.equal(model(idx)[0], expected)
-    assert not any(block.attn.kernel for block in model.stack.blocks)
+    assert all(block.attn.kernel is doubled for block in model.stack.blocks)
 
 
 def test_building_a_model_draws_only_its_weights():

@@ -18,7 +18,7 @@ def use_fused_kernel(model: nn.Module) -> None:
     """Let each attention without a kernel of its own use faster_attend(), unless the user has edited attend()."""
     if agrees(models.attend, fused_attend):
         for module in model.modules():
-            if isinstance(module, SelfAttention) and module.kernel is None:
+            if isinstance(module, SelfAttention) and module.kernel is models.attend:
                 module.kernel = faster_attend
 
 

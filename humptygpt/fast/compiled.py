@@ -38,9 +38,9 @@ class StaticCache(Cache):
         """idx: (B, 1), the next tokens."""
         self.size = cache.layers[0].size
         self.length = torch.full((1,), cache.length, device=idx.device)
-        self.padding = torch.zeros(len(idx), dtype=torch.int64, device=idx.device)
-        if cache.padding is not None:
-            self.padding += cache.padding
+        self.n_padding = torch.zeros(len(idx), dtype=torch.int64, device=idx.device)
+        if cache.n_padding is not None:
+            self.n_padding += cache.n_padding
         self.layers = [StaticLayerCache(layer) for layer in cache.layers]
 
     def span(self, T: int) -> int:

@@ -170,7 +170,7 @@ class JoinedAttention(SelfAttention):
         q, k = qk.tensor_split([self.n_head], dim=1)
         if cache:
             k, v = cache.append(shared.end, k=k, v=v)
-        y = self.mix(q, k, v, shared.masks[self.window])
+        y = self.kernel(q, k, v, shared.masks[self.window])
         return self.output(y, x)
 
 

@@ -106,8 +106,8 @@ def beam_search(
 
 def select(cache: Cache, rows: Tensor) -> None:
     """Select rows of the batch in every tensor of a cache. rows: int64 indices in the new order, which may repeat."""
-    if cache.padding is not None:
-        cache.padding = cache.padding[rows]
+    if cache.n_padding is not None:
+        cache.n_padding = cache.n_padding[rows]
     for layer in cache.layers:
         for tensors in (layer.buffers, layer.state):
             tensors.update({name: x[rows] for name, x in tensors.items()})

@@ -39,7 +39,7 @@ class CrossAttention(SelfAttention):
             k, v = cache.state["source_k"], cache.state["source_v"]
         else:
             k, v = self.keys_and_values(shared.kept["source"])
-        return self.output(self.mix(q, k, v, shared.kept["source_mask"]), x)
+        return self.output(self.kernel(q, k, v, shared.kept["source_mask"]), x)
 
     def keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """source: (B, S, C), the encoder's output. Returns keys and values, each (B, H, S, D) with n_kv_head heads."""
