@@ -59,14 +59,10 @@ class ModelConfig:
     n_hidden: int | None = None  # hidden neurons; None: 4 n_embd, or 8/3 n_embd if gated
     block_size: int = 256  # context length in tokens; transformer: source and target each
     window: int = 0  # tokens that a token attends to, including itself; 0: all; window_mlp: tokens read
-    vocab_size: int | None = (
-        None  # embedding rows; None: train.py takes the tokenizer's size
-    )
+    vocab_size: int | None = None  # embedding rows; None: train.py asks the tokenizer
     dropout: float = 0.0  # probability that an activation is zeroed in training
     label_smoothing: float = 0.0  # fraction of each target spread over the vocabulary
-    bias: bool = (
-        False  # biases in layer norms and linear layers, except the head; GPT-2 has them
-    )
+    bias: bool = False  # biases in norms and linear layers, not in the head; GPT-2 has them
     attn_bias: bool | None = None  # biases in attention's linear layers; None: same as bias
     mlp_bias: bool | None = None  # biases in the feed-forward network; None: same as bias
     tie_weights: bool = True  # the embedding and the output head share one matrix
