@@ -5,11 +5,14 @@
 
 The API is OpenAI's: /v1/models, /v1/completions and, for a chat model, /v1/chat/completions. In Python:
 openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none"). Answers to several clients take turns. Only
-programs on this machine can reach the server, unless --host says otherwise. It has no passwords and no encryption.
+programs on this machine can reach the server, unless --host says otherwise; then clients need the key that --api_key
+sets. There is no encryption: put a proxy in front of it.
 """
 
+import hmac
 import json
 import re
+import socket
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
@@ -18,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
+from urllib.parse import quote, unquote, urlsplit
 
 from humptygpt import machine
 
@@ -34,8 +38,9 @@ PAGE = Path(__file__).parent / "humptygpt/chat/page.html"
 JSON = "application/json"
 LARGEST = 1_000_000  # bytes of a request
 # A website can point its own name at this machine, and a browser then lets its page read our answers. So requests must
-# name the server by an IP address or as localhost.
-HOST = re.compile(r"(localhost|[0-9.]+|\[[0-9a-f:]+\])(:\d+)?")
+# name the server by an IP address, as localhost, or by a name that the user gave.
+HOST = re.compile(r"(localhost|[0-9.]+|\[[0-9a-f:]+\])")
+LOCAL = re.compile(r"localhost|127\..*|::1")  # hosts that no other machine can reach
 
 
 @dataclass(frozen=True)
@@ -47,16 +52,30 @@ class ServeConfig:
     # server
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all addresses of this machine
     port: int = 8000  # 0: any free port
+    api_key: str | None = (
+        None  # what clients must send as their key; none: any client may ask
+    )
+    allowed_hosts: str = (
+        ""  # other names of this machine, as behind a proxy: box.local,host.docker.internal
+    )
+    allowed_origins: str = ""  # pages of other servers that may ask: http://localhost:3000
+    # chat
+    forget: bool = False  # leave out the oldest turns of a conversation that is too long
     # system
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # dtype of the linear layers; auto: float32 on a CPU
     quantize: str | None = None  # int8: 8-bit weights, CPU only; None: off
 
-    validate = check_choices
-
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
         return CHOICES
+
+    def validate(self) -> None:
+        check_choices(self)
+        if self.api_key is None and not LOCAL.fullmatch(self.host):
+            raise ValueError(
+                f"host={self.host} lets other machines in; set --api_key=KEY, or --api_key=none to let anybody ask"
+            )
 
 
 def main(argv: list[str]) -> None:
@@ -75,8 +94,10 @@ def main(argv: list[str]) -> None:
     if loaded.task == "translation":
         raise UserError(f"{source} translates; use sample.py for that")
     choose_threads(loaded)
-    server = listen(config.host, config.port, Api(loaded, str(source)))
-    print(f"open http://{config.host}:{server.server_port} (Ctrl-C stops)", flush=True)
+    server = listen(config, Api(loaded, str(source), config.forget))
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    key = f"/#{quote(server.key)}" if server.key else ""
+    print(f"open http://{host}:{server.server_port}{key} (Ctrl-C stops)", flush=True)
     server.serve_forever()
 
 
@@ -88,9 +109,14 @@ class Server(ThreadingHTTPServer):
 
     request_queue_size = 128  # clients that may wait until they are accepted
 
-    def __init__(self, host: str, port: int, api: Api):
-        super().__init__((host, port), Handler)
+    def __init__(self, config: ServeConfig, api: Api):
+        if ":" in config.host:
+            self.address_family = socket.AF_INET6
+        super().__init__((config.host, config.port), Handler)
         self.api = api
+        self.key = None if config.api_key == "none" else config.api_key
+        self.hosts = names(f"{config.host},{config.allowed_hosts}")
+        self.origins = names(config.allowed_origins)
         # answers: (generator, queue of its parts, Event that is set when the client has left)
         self.unfinished = SimpleQueue()
         Thread(target=self.generate, daemon=True).start()
@@ -110,11 +136,17 @@ class Server(ThreadingHTTPServer):
                 self.unfinished.put((answer, parts, left))
 
 
-def listen(host: str, port: int, api: Api) -> Server:
+def names(text: str) -> set[str]:
+    """Read names separated by commas."""
+    return set(text.lower().replace(",", " ").split())
+
+
+def listen(config: ServeConfig, api: Api) -> Server:
     try:
-        return Server(host, port, api)
+        return Server(config, api)
     except (OSError, OverflowError) as error:
-        raise UserError(f"cannot listen on {host}, port {port}: {error}") from error
+        where = f"{config.host}, port {config.port}"
+        raise UserError(f"cannot listen on {where}: {error}") from error
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -122,6 +154,7 @@ class Handler(BaseHTTPRequestHandler):
 
     timeout = 20  # seconds to wait for the client's next bytes
     disable_nagle_algorithm = True  # send each token at once
+    origin: str | None = None  # that of another server's page, if it may read our answers
     server: Server
 
     def handle(self) -> None:
@@ -129,30 +162,59 @@ class Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def parse_request(self) -> bool:
-        """Read the headers. Refuse a request that a page of another site may have made."""
+        """Read the headers. Refuse a request that a page of another site may have made, and one without the key."""
         if not super().parse_request():
             return False
-        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        if HOST.fullmatch(host) and origin in (None, f"http://{host}"):
-            return True
-        self.send_error(403, "open this server by its address, not from another page")
-        return False
+        host, origin = (self.headers.get(name, "").lower() for name in ("Host", "Origin"))
+        name = re.sub(r":\d+$", "", host)
+        if not HOST.fullmatch(name) and name not in self.server.hosts:
+            self.send_error(
+                403, f"this server does not know the name {name}: --allowed_hosts={name}"
+            )
+            return False
+        if origin and urlsplit(origin).netloc != host:
+            if origin not in self.server.origins:
+                self.send_error(403, f"pages of {origin} may not ask: --allowed_origins")
+                return False
+            self.origin = origin
+        is_open = self.command == "OPTIONS" or urlsplit(self.path).path in ("/", "/health")
+        sent = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+        key = self.server.key or sent
+        if not is_open and not hmac.compare_digest(sent.encode(), key.encode()):
+            self.send_error(401, "the API key is missing or wrong", code="invalid_api_key")
+            return False
+        return True
 
     def do_GET(self) -> None:
         api = self.server.api
-        match self.path:
+        match urlsplit(self.path).path:
             case "/":
                 self.send(200, "text/html", PAGE.read_bytes())
+            case "/health":
+                self.send_json({"status": "ok"})
             case "/v1/models":
-                self.send(200, JSON, json.dumps(api.models()).encode())
+                self.send_json({"object": "list", "data": [api.model_entry()]})
+            case path if unquote(path) == f"/v1/models/{api.name}":
+                self.send_json(api.model_entry())
             case "/v1/chat/completions":
                 self.answer(api.chat)
             case "/v1/completions":
                 self.answer(api.complete)
-            case _:
-                self.send_error(404, f"there is no {self.path}")
+            case path:
+                self.send_error(404, f"there is no {path}")
 
-    do_POST = do_GET
+    do_POST = do_HEAD = do_GET
+
+    def do_OPTIONS(self) -> None:
+        """Tell a browser what a page of another server may send."""
+        self.send(204, JSON)
+
+    def end_headers(self) -> None:
+        if self.origin:
+            self.send_header("Access-Control-Allow-Origin", self.origin)
+            asked = self.headers.get("Access-Control-Request-Headers", "")
+            self.send_header("Access-Control-Allow-Headers", asked)
+        super().end_headers()
 
     def answer(self, method: Callable[[bytes], Iterator[str]]) -> None:
         """Send the answer of one of the API's methods, part by part."""
@@ -175,10 +237,11 @@ class Handler(BaseHTTPRequestHandler):
             if not isinstance(error, UserError | ValueError):
                 traceback.print_exc()
                 status, message = 500, f"{type(error).__name__}: {first_line(error)}"
+            code = getattr(error, "code", None)
             if kind is None:
-                self.send_error(status, message)
+                self.send_error(status, message, code=code)
             else:
-                content = error_of(status, message)
+                content = error_of(status, message, code)
                 self.wfile.write(content if kind == JSON else b"data: %s\n\n" % content)
         finally:
             left.set()
@@ -195,17 +258,24 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
-    def send_error(self, status: int, message: str = "", *_: object) -> None:
+    def send_json(self, content: dict) -> None:
+        self.send(200, JSON, json.dumps(content).encode())
+
+    def send_error(
+        self, status: int, message: str = "", _: str = "", code: str | None = None
+    ) -> None:
         """Send an error in OpenAI's form. The base class calls this, too."""
-        self.send(status, JSON, error_of(status, message or self.responses[status][0]))
+        content = error_of(status, message or self.responses[status][0], code)
+        self.send(status, JSON, content)
 
 
-def error_of(status: int, message: str) -> bytes:
-    """Describe an error as OpenAI's API does."""
+def error_of(status: int, message: str, code: str | None) -> bytes:
+    """Describe an error as OpenAI's API does. code: a word for programs."""
     kind = "server_error" if status == 500 else "invalid_request_error"
-    error = {"message": message, "type": kind, "param": None, "code": None}
+    error = {"message": message, "type": kind, "param": None, "code": code}
     return json.dumps({"error": error}).encode()
 
 

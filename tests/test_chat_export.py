@@ -414,7 +414,7 @@ def test_a_template_that_is_broken_or_runs_code_is_one_line(template, folder, fa
 def test_a_conversation_that_the_template_refuses_is_a_bad_request(folder):
     path = write_model(STRICT)
     api = Api(sample.load(path, talks=True), "x")
-    server = serve.listen("127.0.0.1", 0, api)
+    server = serve.listen(serve.ServeConfig(port=0), api)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     turns = [Turn("user", "Hi"), Turn("user", "Ho")]
     content = json.dumps({"messages": messages(turns), "max_tokens": 1}).encode()

@@ -78,9 +78,9 @@ class Reciter(nn.Module):
 
 
 @contextmanager
-def serving(pipeline: sample.Pipeline, name: str = "tiny"):
-    """A server of this process, in a thread."""
-    server = serve.listen("127.0.0.1", 0, Api(pipeline, name))
+def serving(pipeline: sample.Pipeline, name: str = "tiny", **keys):
+    """A server of this process, in a thread. keys: of ServeConfig."""
+    server = serve.listen(serve.ServeConfig(port=0, **keys), Api(pipeline, name))
     server.RequestHandlerClass.log_message = lambda *_: None
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -207,11 +207,13 @@ def test_openais_client_gets_the_reply_of_sample_py_whole_and_streamed(served_ch
     assert whole.choices[0].message.role == "assistant"
     assert whole.usage.prompt_tokens == len(prompt)
     assert whole.usage.total_tokens == len(prompt) + whole.usage.completion_tokens
-    stream = client.chat.completions.create(**keys, max_completion_tokens=40, stream=True)
-    parts = list(stream)
+    counted = {"stream": True, "stream_options": {"include_usage": True}}
+    *parts, last = client.chat.completions.create(
+        **keys, **counted, max_completion_tokens=40
+    )
     assert "".join(part.choices[0].delta.content for part in parts) == expected
     assert parts[-1].choices[0].finish_reason == whole.choices[0].finish_reason
-    assert parts[-1].usage == whole.usage
+    assert (last.choices, last.usage) == ([], whole.usage)
 
 
 def test_openais_client_puts_a_streamed_reply_together(reciter):

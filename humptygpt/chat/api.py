@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from humptygpt.chat.tokens import MESSAGES, Turn
+from humptygpt.chat.talk import keep_newest
+from humptygpt.chat.tokens import ROLES, Turn
 from humptygpt.cli import UserError
 from humptygpt.files import check_schema, parse_json
 from humptygpt.loading import Pipeline
@@ -26,21 +27,41 @@ from humptygpt.sampling import (
 CHAT, CHUNK = "chat.completion", "chat.completion.chunk"
 TEXT = "text_completion"
 ECHOED = 128  # tokens of a prompt whose logits are computed at once
-COMMON = {  # other keys are ignored, as other servers do
+LONGEST = 4096  # tokens of an answer; a request for more gets this many
+COMMON = {
     "stream?": bool,
-    "max_tokens?": range(4097),
+    "stream_options?": {"include_usage?": bool},
+    "max_tokens?": range(2**53),
     "stop?": (str, [str]),
     "temperature?": float,
     "top_p?": float,
-    "seed?": range(2**63),
-    "n?": range(1, 2),
+    "top_k?": range(1, 2**31),
+    "min_p?": float,
+    "seed?": int,
+    "n?": range(1, 17),
 }
+# other names of roles; a tool's result is read as if the user had said it
+ALIASES = {"developer": "system", "tool": "user", "function": "user"}
 CHAT_SCHEMA = COMMON | {
-    "messages": MESSAGES,
+    "messages": [{"role": {*ROLES, *ALIASES}, "content?": (str, [{"type": str}], None)}],
     "logprobs?": bool,
     "top_logprobs?": range(21),
-    "max_completion_tokens?": range(4097),  # the new name of max_tokens
+    "max_completion_tokens?": range(2**53),  # the new name of max_tokens
     "reply_tokens?": list,  # our own: ids of the tokens with which the reply begins
+}
+# Keys that would change the answer but are not supported, with the values that ask for nothing. All other unknown keys
+# are ignored, as most servers do.
+REFUSED = {
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("auto", "none"),
+    "function_call": ("auto", "none"),
+    "modalities": (["text"],),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "best_of": (1,),
+    "suffix": ("",),
 }
 TEXT_SCHEMA = COMMON | {
     "prompt": (str, list),
@@ -53,55 +74,75 @@ DEFAULTS = {
     "temperature": 1,
     "echo": False,
     "logprobs": None,
+    "n": 1,
 }
+
+
+class TooLong(UserError):
+    """A prompt that leaves no room for an answer."""
+
+    code = "context_length_exceeded"  # from this, clients know what happened
 
 
 class Api:
     """Answers requests with one model. name: the model's id in answers.
+
+    forgets: leave out the oldest turns of a conversation that is too long, instead of raising TooLong.
 
     chat() and complete() take a request as JSON and yield the answer in parts: events if the request says "stream";
     otherwise a space for each token, which JSON ignores, and then the whole answer. So the server notices a client that
     has left. If the request is not valid, the call or the first step raises UserError or ValueError.
     """
 
-    def __init__(self, loaded: Pipeline, name: str):
+    def __init__(self, loaded: Pipeline, name: str, forgets: bool = False):
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.device = loaded.device
         self.block_size = loaded.model.config.block_size
         self.is_chat = loaded.task == "chat"
         self.name = name
+        self.forgets = forgets
+        self.started = int(time.time())
 
-    def models(self) -> dict:
-        model = {
+    def model_entry(self) -> dict:
+        """Describe the model, as in a list of models."""
+        return {
             "id": self.name,
             "object": "model",
+            "created": self.started,
             "owned_by": "humptygpt",
             # the rest is for our page
             "is_chat": self.is_chat,
             "context": self.block_size,
             "ends": [self.tokenizer.eot, *self.tokenizer.ends],
         }
-        return {"object": "list", "data": [model]}
 
     def chat(self, body: bytes) -> Iterator[str]:
         request = read(body, CHAT_SCHEMA)
         if not self.is_chat:
             raise UserError(f"{self.name} is not a chat model; use /v1/completions")
-        turns = [
-            Turn(each["role"], each["content"].strip()) for each in request["messages"]
-        ]
-        prompt = self.tokenizer.encode_turns(turns, reply=True).tolist()
-        prompt += request.get("reply_tokens", [])
+        if not request["messages"]:
+            raise UserError("messages must not be empty")
+        turns = list(map(read_turn, request["messages"]))
+        begun = request.get("reply_tokens", [])
+        limit = request.get("max_completion_tokens", request.get("max_tokens", LONGEST))
+        most = self.block_size - len(begun)
+        if self.forgets:  # up to half of the context is for the reply
+            _, prompt = keep_newest(
+                turns, self.tokenizer, most - min(limit, self.block_size // 2)
+            )
+        else:
+            prompt = self.tokenizer.encode_turns(turns, reply=True).tolist()
+        prompt += begun
         # a longer reply would no longer see what it answers
-        room = self.block_size - len(prompt)
-        limit = request.get("max_completion_tokens", request.get("max_tokens", room))
+        limit = min(limit, self.block_size - len(prompt))
         # as in a request for a text: how many of the likeliest tokens to list
         likeliest = request.get("top_logprobs", 0) if request["logprobs"] else None
-        request |= {"max_tokens": min(limit, room), "logprobs": likeliest, "echo": False}
+        request |= {"max_tokens": limit, "logprobs": likeliest, "echo": False}
         return self.answer(request, prompt, CHAT)
 
     def complete(self, body: bytes) -> Iterator[str]:
         request = {"max_tokens": 16} | read(body, TEXT_SCHEMA)
+        request["max_tokens"] = min(request["max_tokens"], LONGEST)
         prompt = request["prompt"]
         if isinstance(prompt, list) and len(prompt) == 1 and type(prompt[0]) is not int:
             prompt = prompt[0]
@@ -113,8 +154,13 @@ class Api:
     def answer(self, request: dict, prompt: list[int], kind: str) -> Iterator[str]:
         """Yield the answer in parts. prompt: token ids, which are checked here. kind: CHAT or TEXT."""
         check_schema(prompt, [range(self.tokenizer.vocab_size)], "prompt")
-        what = "context_length_exceeded: the number of tokens in the prompt"
-        check_schema(len(prompt), range(1, self.block_size), what)
+        if not prompt:
+            raise UserError("the prompt must have at least one token")
+        if len(prompt) >= self.block_size:
+            raise TooLong(
+                f"the prompt takes {len(prompt):,} tokens, and the model's context has {self.block_size:,}, of which"
+                " the answer needs at least one; shorten it"
+            )
         streams, likeliest = request["stream"], request["logprobs"]
         if streams and kind == CHAT:
             kind = CHUNK
@@ -125,47 +171,56 @@ class Api:
             "created": now // 10**9,
             "model": self.name,
         }
-        text, tokens = "", []
-        for number, piece in enumerate(self.write(prompt, request)):
-            text += piece.text
-            if piece.end:
-                written = number - len(prompt) * request["echo"]
-                frame["usage"] = {
-                    "prompt_tokens": len(prompt),
-                    "completion_tokens": written,
-                    "total_tokens": len(prompt) + written,
-                }
-            elif likeliest is not None:
-                tokens.append(self.describe(piece, likeliest))
-            if not piece.end and not streams:
+        # of each choice: its text and tokens that were not sent yet, and whether any were
+        texts, tokens = [""] * request["n"], [[] for _ in range(request["n"])]
+        begun, choices = set(), []
+        written = -len(prompt) * request["echo"] * request["n"]
+        for piece in self.write(prompt, request):
+            row = piece.row
+            texts[row] += piece.text
+            written += not piece.end
+            if likeliest is not None and not piece.end:
+                tokens[row].append(self.describe(piece, likeliest))
+            if not streams and not piece.end:
                 yield " "
                 continue
-            is_first = not streams or number == 0
-            choices = [choice(kind, text, tokens, piece.end, is_first)]
-            part = json.dumps(frame | {"choices": choices})
-            yield f"data: {part}\n\n" if streams else part
-            text, tokens = "", []
-        if streams:
-            yield "data: [DONE]\n\n"
+            choices.append(
+                choice(kind, row, texts[row], tokens[row], piece.end, row not in begun)
+            )
+            if streams:
+                yield event(frame | {"choices": choices})
+                texts[row], tokens[row], choices = "", [], []
+                begun.add(row)
+        usage = {
+            "prompt_tokens": len(prompt),
+            "completion_tokens": written,
+            "total_tokens": len(prompt) + written,
+        }
+        if not streams:
+            yield json.dumps(frame | {"choices": choices, "usage": usage})
+            return
+        if request.get("stream_options", {}).get("include_usage"):
+            yield event(frame | {"choices": [], "usage": usage})
+        yield "data: [DONE]\n\n"
 
     @torch.inference_mode()
     def write(self, prompt: list[int], request: dict) -> Iterator[Piece]:
         """Continue a prompt. With "echo", the pieces begin with the prompt's own tokens."""
-        tokenizer = self.tokenizer
+        tokenizer, numbers = self.tokenizer, range(request["n"])
         if request["echo"]:
-            rows = self.logits(prompt)
             decode = TextStream(tokenizer).decoder.decode
-            for token, row in zip(prompt, rows, strict=False):
-                yield Piece(0, decode(tokenizer.pieces[token]), token, row)
+            for token, logits in zip(prompt, self.logits(prompt), strict=False):
+                text = decode(tokenizer.pieces[token])
+                yield from [Piece(number, text, token, logits) for number in numbers]
         yield from stream_texts(
-            Context(self.model, [prompt], device=self.device),
+            Context(self.model, [prompt] * len(numbers), device=self.device),
             tokenizer,
-            [0],
+            numbers,
             request["stop"],
             max_new_tokens=request["max_tokens"],
-            seed=request.get("seed", time.time_ns()),
+            seed=request.get("seed", time.time_ns()) % 2**63,
             temperature=request["temperature"],
-            top_p=request.get("top_p"),
+            **{key: request.get(key) for key in ("top_p", "top_k", "min_p")},
         )
 
     def logits(self, prompt: list[int]) -> Iterator[Tensor | None]:
@@ -201,11 +256,16 @@ def read(body: bytes, schema: dict) -> dict:
     request = parse_json(body, {})
     request = {key: value for key, value in request.items() if value is not None}
     check_schema(request, schema)
+    for key, neutral in REFUSED.items():
+        if key in request and request[key] not in neutral:
+            raise UserError(f"{key} is not supported")
     request = DEFAULTS | request
     if not 0 <= request["temperature"] <= 2:
         raise UserError("temperature must be from 0 to 2")
     if not 0 < request.get("top_p", 1) <= 1:
         raise UserError("top_p must be above 0 and at most 1")
+    if not 0 <= request.get("min_p", 0) <= 1:
+        raise UserError("min_p must be from 0 to 1")
     if isinstance(request["stop"], str):
         request["stop"] = [request["stop"]]
     if "" in request["stop"]:  # every text begins with it
@@ -213,12 +273,31 @@ def read(body: bytes, schema: dict) -> dict:
     return request
 
 
+def read_turn(message: dict) -> Turn:
+    """Read a message of a request. Its text may be in parts, and a call of a tool has none."""
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        for part in content:
+            if part["type"] != "text":
+                raise UserError(
+                    f"a message has a part of type {part['type']}; only text is supported"
+                )
+            check_schema(part, {"text": str})
+        content = "\n".join(part["text"] for part in content)
+    return Turn(ALIASES.get(message["role"], message["role"]), content.strip())
+
+
+def event(content: dict) -> str:
+    """Format a part of a streamed answer."""
+    return f"data: {json.dumps(content)}\n\n"
+
+
 def choice(
-    kind: str, text: str, tokens: list[dict], end: str | None, is_first: bool
+    kind: str, index: int, text: str, tokens: list[dict], end: str | None, is_first: bool
 ) -> dict:
     """Return an entry of "choices". tokens: entries of a chat's logprobs. end: why the text ends: stop or length."""
     logprobs = {"content": tokens} if tokens else None
-    found = {"index": 0, "finish_reason": end, "logprobs": logprobs}
+    found = {"index": index, "finish_reason": end, "logprobs": logprobs}
     if kind != TEXT:
         message = {"role": "assistant"} if is_first else {}
         message["content"] = text

@@ -6,6 +6,24 @@ from humptygpt.chat.tokens import Turn
 from humptygpt.cli import UserError, note
 from humptygpt.loading import Pipeline
 from humptygpt.sampling import Context, stream_texts
+from humptygpt.tokenizers import Tokenizer
+
+
+def keep_newest(
+    turns: list[Turn], tokenizer: Tokenizer, most: int
+) -> tuple[list[Turn], list[int]]:
+    """Leave out the oldest exchanges until the turns take at most `most` tokens. The system's turns and the last stay.
+
+    An exchange begins with a turn of the user. Returns the turns that are left, and their ids with the beginning of a
+    reply.
+    """
+    starts = [i for i, turn in enumerate(turns) if turn.role == "user"]
+    for start in [0, *starts[1:]]:
+        kept = [turn for i, turn in enumerate(turns) if i >= start or turn.role == "system"]
+        ids = tokenizer.encode_turns(kept, reply=True).tolist()
+        if len(ids) <= most:
+            break
+    return kept, ids
 
 
 class Talk:
@@ -21,8 +39,7 @@ class Talk:
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
         self.device = loaded.device
-        self.system = [] if system is None else [Turn("system", system.strip())]
-        self.exchanges: list[list[Turn]] = []  # what was said and replied
+        self.turns = [] if system is None else [Turn("system", system.strip())]
         self.context: Context | None = None
 
     def reply(
@@ -38,18 +55,14 @@ class Talk:
         block_size = self.model.config.block_size
         # up to half of the context is for the reply, unless the question alone takes more
         room = min(max_new_tokens, block_size // 2)
-        for dropped in range(len(self.exchanges) + 1):
-            kept = self.exchanges[dropped:]
-            turns = [*sum(kept, self.system), new]
-            ids = self.tokenizer.encode_turns(turns, reply=True).tolist()
-            if len(ids) + room <= block_size:
-                break
+        turns = [*self.turns, new]
+        kept, ids = keep_newest(turns, self.tokenizer, block_size - room)
         if len(ids) >= block_size:
             raise UserError(
                 f"this takes {len(ids):,} tokens, more than fit into block_size={block_size}"
             )
         room = min(room, block_size - len(ids))
-        if dropped:
+        if dropped := (len(turns) - len(kept)) // 2:
             note(f"the context is full; forgetting the oldest exchanges: {dropped}")
         if self.context and ids[: len(known := self.context.texts[0])] == known:
             self.context.append([ids[len(known) :]])
@@ -61,4 +74,4 @@ class Talk:
         ):
             reply += piece.text
             yield piece.text
-        self.exchanges = [*kept, [new, Turn("assistant", reply)]]
+        self.turns = [*kept, Turn("assistant", reply)]
