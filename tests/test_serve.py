@@ -80,7 +80,8 @@ class Reciter(nn.Module):
 @contextmanager
 def serving(pipeline: sample.Pipeline, name: str = "tiny", **keys):
     """A server of this process, in a thread. keys: of ServeConfig."""
-    server = serve.listen(serve.ServeConfig(port=0, **keys), Api(pipeline, name))
+    keys = {"port": 0} | keys
+    server = serve.listen(serve.ServeConfig(**keys), Api(pipeline, name))
     server.RequestHandlerClass.log_message = lambda *_: None
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -236,6 +237,77 @@ def test_openais_client_gets_the_text_of_sample_py_and_text_may_outgrow_the_cont
     assert "Ak" + "".join(part.choices[0].text for part in stream) == expected
 
 
+def said(*turns: tuple[str, object]) -> dict:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return {"messages": messages, "temperature": 0, "max_tokens": 5}
+
+
+def test_parts_of_text_and_the_roles_of_other_programs_are_read(served_chat):
+    parts = [{"type": "text", "text": " king"}, {"type": "text", "text": "3 "}]
+    sent = said(
+        ("developer", "Be brief."),
+        ("user", parts),
+        ("assistant", None),
+        ("tool", "wall"),
+    )
+    same = said(
+        ("system", "Be brief."), ("user", "king\n3"), ("assistant", ""), ("user", "wall")
+    )
+    given, plain = (ask_well(served_chat, CHAT, request) for request in (sent, same))
+    assert (given["usage"], content(given)) == (plain["usage"], content(plain))
+
+
+def test_n_answers_are_the_first_n_samples(served_chat):
+    loaded = served_chat.loaded
+    prompt = loaded.tokenizer.encode_turns([Turn("user", "king 3")], reply=True).tolist()
+    config = sample.SampleConfig(temperature=0.9, seed=7, top_k=5, max_new_tokens=9)
+    pieces = list(sample.write([prompt] * 3, [0, 1, 2], config, loaded))
+    expected = ["".join(x.text for x in pieces if x.row == row) for row in range(3)]
+    request = said(("user", "king 3")) | {"temperature": 0.9, "seed": 7, "top_k": 5}
+    request |= {"n": 3, "max_tokens": 9}
+    whole = ask_well(served_chat, CHAT, request)
+    assert [each["message"]["content"] for each in whole["choices"]] == expected
+    assert [each["index"] for each in whole["choices"]] == [0, 1, 2]
+    assert whole["usage"]["completion_tokens"] == sum(not x.end for x in pieces)
+    found, roles = ["", "", ""], []
+    for part in chunks(served_chat, CHAT, request):
+        (each,) = part["choices"]
+        found[each["index"]] += each["delta"]["content"]
+        roles += ["role"] * ("role" in each["delta"])
+    assert (found, len(roles)) == (expected, 3)
+
+
+def test_a_longer_answer_than_there_is_room_for_and_any_seed_are_allowed(reciter):
+    answer = ask_well(reciter, CHAT, HELLO | {"max_tokens": 10**9, "seed": -1})
+    assert content(answer) == REPLY
+
+
+def test_a_long_conversation_is_an_error_unless_the_server_forgets():
+    long = said(("system", "s"), ("user", "a" * 30), ("assistant", "b" * 30), ("user", "c"))
+    short = said(("system", "s"), ("user", "c"))
+    for forgets in (False, True):
+        with recite(block_size=100) as server:
+            server.api.forgets = forgets
+            status, answer = ask(server, CHAT, long)
+            expected = ask_well(server, CHAT, short)
+        if forgets:
+            assert (status, answer["usage"]) == (200, expected["usage"])
+        else:
+            assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_the_model_and_the_servers_health_have_addresses(reciter):
+    (entry,) = ask(reciter, "/v1/models?limit=1", method="GET")[1]["data"]
+    assert type(entry["created"]) is int
+    assert ask(reciter, "/v1/models/tiny", method="GET") == (200, entry)
+    assert ask(reciter, "/v1/models/big", method="GET")[0] == 404
+    assert ask(reciter, "/health", method="GET") == (200, {"status": "ok"})
+    head, _, body = raw(reciter, b"HEAD /health HTTP/1.1\r\n" + HOST + b"\r\n").partition(
+        b"\r\n\r\n"
+    )
+    assert b" 200 " in head and not body
+
+
 def test_without_a_seed_two_answers_differ(served_text):
     request = {"prompt": "Ak", "max_tokens": 60, "temperature": 1.5}
     answers = [ask_well(served_text, TEXT, request)["choices"] for _ in range(2)]
@@ -328,6 +400,11 @@ BAD = {
     "messages must be list": {"messages": "Hello"},
     "messages[0] must be dict": {"messages": ["Hello"]},
     "messages[0].content must be str": {"messages": [{"role": "user", "content": 1}]},
+    "messages must not be empty": {"messages": []},
+    "a part of type image_url; only text": {
+        "messages": [{"role": "user", "content": [{"type": "image_url"}]}]
+    },
+    "text is missing": {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
     "messages[0].role must be assistant or": {"messages": [{"role": "x", "content": ""}]},
     "temperature must be from 0 to 2": HELLO | {"temperature": -1},
     "temperature must be float": HELLO | {"temperature": "hot"},
@@ -335,19 +412,27 @@ BAD = {
     "top_p must be above": HELLO | {"top_p": 0},
     "stop must not be empty": HELLO | {"stop": ["a", ""]},
     "stop must not be": HELLO | {"stop": ""},
-    "max_tokens must be an int from 0 to 4,096": HELLO | {"max_tokens": 10**9},
-    "n must be an int from 1 to 1": HELLO | {"n": 2},
-    "seed must be an int from 0": HELLO | {"seed": -1},
+    "max_tokens must be an int from 0": HELLO | {"max_tokens": -1},
+    "n must be an int from 1 to 16": HELLO | {"n": 17},
+    "min_p must be from 0 to 1": HELLO | {"min_p": -0.1},
+    "response_format is not supported": HELLO
+    | {"response_format": {"type": "json_object"}},
+    "tool_choice is not supported": HELLO | {"tool_choice": "required"},
+    "frequency_penalty is not supported": HELLO | {"frequency_penalty": 0.5},
+    "stream_options.include_usage must be bool": HELLO
+    | {"stream_options": {"include_usage": 1}},
     "stop must be str or list": HELLO | {"stop": 1},
     "logprobs must be bool": HELLO | {"logprobs": 5},
     "top_logprobs must be an int from 0 to 20": HELLO | {"top_logprobs": 21},
     "stream must be bool": HELLO | {"stream": "yes"},
     "must be an int from 0 to 258": HELLO | {"reply_tokens": [259]},
-    "context_length_exceeded": {"messages": [{"role": "user", "content": "x" * 400}]},
+    "the prompt takes 419 tokens, and the model's context has 400": {
+        "messages": [{"role": "user", "content": "x" * 400}]
+    },
     "surrogates not allowed": {"messages": [{"role": "user", "content": "\ud800"}]},
     "Expecting": b'{"messages": [',
     "nested too deeply": b"[" * 10**5,
-    "must be from 0": b'{"messages": [], "temperature": NaN}',
+    "temperature must be from 0": b'{"messages": [], "temperature": NaN}',
     "at most 1": b'{"messages": [], "top_p": 1e999}',
     "Exceeds the limit": b'{"messages": [], "seed": ' + b"9" * 5000 + b"}",
     "can't decode": b'"\xff"',
@@ -374,8 +459,8 @@ BAD_PROMPTS = {
     "prompt must be list": {"prompt": [1.0]},
     "prompt[0] must be an int ": {"prompt": [True, False]},
     "prompt[0] must be an int from 0 to": {"prompt": [10**6]},
-    "tokens in the prompt must be an int from 1 to 63": {"prompt": []},
-    "must be an int from 1 to 63": {"prompt": "A" * 64},
+    "the prompt must have at least one token": {"prompt": []},
+    "the prompt takes 64 tokens, and the model's context has 64": {"prompt": "A" * 64},
     "character 'é' (U+00E9)": {"prompt": "é"},
     "echo must be bool": {"prompt": "A", "echo": 1},
     "logprobs must be an int": {"prompt": "A", "logprobs": True},
@@ -457,6 +542,40 @@ def test_a_body_of_many_megabytes_is_answered_with_an_error(reciter):
 def test_a_page_of_another_site_is_refused(reciter, status, headers):
     assert ask(reciter, CHAT, HELLO, **headers)[0] == status
     assert ask(reciter, "/", None, "GET", **headers)[0] == status
+
+
+def test_names_and_pages_that_the_user_allows_may_ask():
+    keys = {"allowed_hosts": "Box.local, other", "allowed_origins": "http://app.example"}
+    page = {"Origin": "http://app.example", "Access-Control-Request-Headers": "x-a"}
+    with recite(**keys) as server:
+        for host in ("box.local:80", "BOX.local", "other:1"):
+            assert ask(server, "/health", method="GET", Host=host)[0] == 200
+        assert ask(server, "/health", method="GET", Host="third:1")[0] == 403
+        assert ask(server, CHAT, HELLO, **page)[0] == 200
+        asked = "".join(f"{name}: {value}\r\n" for name, value in page.items()).encode()
+        answer = raw(
+            server, f"OPTIONS {CHAT} HTTP/1.1\r\n".encode() + HOST + asked + b"\r\n"
+        )
+    assert b" 204 " in answer and b"Allow-Origin: http://app.example" in answer
+    assert b"Allow-Headers: x-a" in answer
+
+
+def test_a_server_with_a_key_answers_only_those_who_send_it():
+    with recite(api_key="geheim é") as server:
+        for sent in ({}, {"Authorization": "Bearer wrong"}):
+            for path, method in ((CHAT, "POST"), ("/v1/models", "GET")):
+                status, answer = ask(server, path, HELLO, method, **sent)
+                assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
+        assert ask(server, "/", method="GET")[0] == 200
+    with recite(api_key="secret") as server:
+        assert ask(server, CHAT, HELLO, Authorization="Bearer secret")[0] == 200
+
+
+def test_a_server_for_other_machines_needs_a_key_or_the_word_none(fails):
+    assert "set --api_key=KEY" in fails(serve.main, "--host=0.0.0.0")
+    assert serve.ServeConfig(host="0.0.0.0", api_key="none").validate() is None
+    with recite(host="::1", api_key="none") as server:
+        assert server.server_address[0] == "::1"
 
 
 # --------------------------------------------------------------------------------------
