@@ -1,5 +1,6 @@
 """Conversations: their lines, tokens, rows and targets; composed ones; talking to a model; the API and its server."""
 
+import csv
 import json
 import re
 from io import BytesIO, StringIO, TextIOWrapper
@@ -15,11 +16,12 @@ import train
 from humptygpt import loading
 from humptygpt.chat.api import Api
 from humptygpt.chat.compose import Composer, Values
-from humptygpt.chat.conversations import parse
+from humptygpt.chat.conversations import is_conversations, parse
 from humptygpt.chat.data import ChatDataset, best_fit
 from humptygpt.chat.talk import Talk
 from humptygpt.chat.tokens import BEGIN, END, ChatTokenizer, Turn
 from humptygpt.data import read_meta
+from humptygpt.prepare.documents import read_records
 from humptygpt.sampling import Context, stream_texts
 from humptygpt.tokenizers import ByteTokenizer, from_state
 
@@ -81,46 +83,121 @@ def talker(made_once):
 # Lines
 
 
-def test_three_conventions_of_a_line_give_the_same_turns():
+FORMS = {
+    "OpenAI": {
+        "messages": [
+            {"role": "user", "content": " Hi\r\n\ryou"},
+            {"role": "assistant", "content": "Ho\n", "weight": 1},
+        ]
+    },
+    "parts of text": {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Hi\n\nyou"}]},
+            {"role": "assistant", "content": "Ho"},
+        ],
+        "tools": [],
+    },
+    "ShareGPT": {
+        "conversations": [
+            {"from": "human", "value": "Hi\n\nyou"},
+            {"from": "gpt", "value": "Ho"},
+        ]
+    },
+    "Alpaca": {"instruction": "Hi", "input": "you", "output": "Ho"},
+    "Alpaca without input": {"instruction": "Hi\n\nyou", "input": None, "output": "Ho"},
+    "Dolly": {"instruction": "Hi", "context": "you", "response": "Ho", "category": "qa"},
+    "OpenAI's older form": {"prompt": "Hi\n\nyou", "completion": " Ho"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_of_a_conversation_gives_the_same_turns(folder, form):
     expected = (Turn("user", "Hi\n\nyou"), Turn("assistant", "Ho"))
-    lines = [
-        {
-            "messages": [
-                {"role": "user", "content": " Hi\r\n\ryou"},
-                {"role": "assistant", "content": "Ho\n"},
-            ]
-        },
-        {
-            "conversations": [
-                {"from": "human", "value": "Hi\n\nyou"},
-                {"from": "gpt", "value": "Ho"},
-            ]
-        },
-        {"instruction": "Hi", "input": "you", "output": "Ho"},
-    ]
-    for line in lines:
-        assert parse(json.dumps(line)) == expected
-    assert parse('{"instruction": "Hi", "input": "", "output": "Ho"}')[0].content == "Hi"
-    assert parse(json.dumps(chat("Hi"))) == ()  # no reply
+    assert parse(FORMS[form], []) == expected
+    for path, text in (
+        ("a.jsonl", "\n" + json.dumps(FORMS[form]) + "\n"),
+        ("a.json", json.dumps([FORMS[form]] * 2, indent=1)),
+        ("b.json", json.dumps(FORMS[form])),
+    ):
+        Path(path).write_text(text)
+        assert is_conversations(Path(path), None)
+        for _, record in read_records(Path(path), "strict", []):
+            assert parse(record, []) == expected
+
+
+def test_a_conversation_without_a_reply_is_empty():
+    assert parse(chat("Hi"), []) == ()
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_columns_of_questions_and_answers_are_conversations(folder, ending):
+    rows = [{"id": f"{i}", "Q": f"what, {i}?", "A": f"this {i}"} for i in range(60)]
+    path = Path(f"faq.{ending}")
+    if ending == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    elif ending == "parquet":
+        pa = pytest.importorskip("pyarrow", reason="needs pyarrow")
+        pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        with path.open("w") as file:
+            table = csv.DictWriter(
+                file, rows[0], delimiter={"csv": ",", "tsv": "\t"}[ending]
+            )
+            table.writeheader()
+            table.writerows(rows)
+    prepare_data.main([f"--input={path}", "--text_key=Q,A", "--name=tiny"])
+    meta = json.loads(Path("data/tiny/meta.json").read_text())
+    assert (meta["task"], meta["conversations"]) == ("chat", 60)
+    assert re.search(
+        r"user\nwhat, \d+\?.*assistant\n\[this \d+<", meta["example"], re.DOTALL
+    )
 
 
 BAD = {
-    "chats.jsonl, line 2: Expecting": '{"messages": [\n',
-    "line 2: messages[0].role must be assistant or system or user": json.dumps(
+    'chats.jsonl, line 2: it is not an object with keys: {"messages"': '{"messages": [\n',
+    "line 2: it has a turn of 'tool'; only system, user, assistant can speak": json.dumps(
         {"messages": [{"role": "tool", "content": "x"}]}
+    ),
+    "line 2: it has a call of a tool": json.dumps(
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}
+    ),
+    "line 2: it has tools": json.dumps({"messages": [], "tools": [{}]}),
+    "line 2: a message has no content": '{"messages": [{"role": "user", "content": null}]}',
+    "line 2: a message has a part of type image_url": json.dumps(
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}
+    ),
+    "line 2: it has a reply of weight 0": json.dumps(
+        {"messages": [{"role": "assistant", "content": "x", "weight": 0}]}
     ),
     "line 2: the assistant replies twice in a row": json.dumps(
         {"messages": [{"role": "assistant", "content": "x"}] * 2}
     ),
     "line 2: messages[0].content must be str": '{"messages": [{"role": "user", "content": 1}]}',
-    "line 2: it has neither messages, conversations, nor instruction and output": '{"text": "a"}',
+    "line 2: instruction or output[1] must be str": '{"instruction": "a", "output": 1}',
+    "line 2: it has none of: messages, conversations, instruction and output": '{"text": 1}',
+    r"line 2: it is not an object with keys": r'{"prompt": "\ud800", "completion": "a"}',
 }
 
 
 @pytest.mark.parametrize("message, line", BAD.items())
-def test_a_bad_line_is_one_line_that_names_it(folder, fails, message, line):
+def test_a_bad_line_is_one_line_that_names_it_and_can_be_skipped(
+    folder, fails, capsys, message, line
+):
     Path("chats.jsonl").write_text(json.dumps(chat("a", "b")) + "\n" + line)
     assert message in fails(prepare_data.main, "--input=chats.jsonl", "--name=tiny")
+    keys = ["--skip_bad_lines=True", "--name=tiny", "--val_fraction=0.9"]
+    prepare_data.main(["--input=chats.jsonl", *keys])
+    assert "skipped lines  1 that are no conversations" in capsys.readouterr().out
+
+
+def test_conversations_beside_other_files_are_read_and_the_others_named(folder, capsys):
+    Path("all").mkdir()
+    Path("all/README.md").write_text("About these chats.")
+    lines = [json.dumps(chat(f"a {i}", "b")) + "\n" for i in range(60)]
+    Path("all/chats.jsonl").write_text("".join(lines))
+    prepare_data.main(["--input=all", "--name=tiny"])
+    assert json.loads(Path("data/tiny/meta.json").read_text())["conversations"] == 60
+    assert "README.md" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
@@ -275,9 +352,9 @@ def test_a_full_context_forgets_the_oldest_exchanges_whole_but_not_the_system_me
     assert (
         "the context is full; forgetting the oldest exchanges: 1" in capsys.readouterr().err
     )
-    assert 0 < len(talk.exchanges) < 8
+    assert 0 < len(talk.turns) // 2 < 8
     short = Talk(talker, "Be brief.")
-    short.exchanges = talk.exchanges[:-1]
+    short.turns = talk.turns[:-2]
     assert replies(short, said[-1]) == [last]
 
 

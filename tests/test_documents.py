@@ -256,7 +256,7 @@ BAD = {
     "number.jsonl, line 1 has no text under 'text': ": "number.jsonl",
     "number.jsonl has no text to learn from": "number.jsonl --skip_bad_lines=True",
     "broken.jsonl, line 2 has no text under 'text': {\"text\":": "broken.jsonl",
-    "null.parquet, row 2 has no text under 'text': None; set --text_key": "null.parquet",
+    "null.parquet, row 2 has no text under 'text': {'text': None}; set --text_key": "null.parquet",
     "null.parquet has no column 'body'; set --text_key to one of: id, text": (
         "null.parquet --text_key=body"
     ),

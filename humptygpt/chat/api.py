@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from humptygpt.chat.talk import keep_newest
-from humptygpt.chat.tokens import ROLES, Turn
+from humptygpt.chat.tokens import ROLES, Turn, join_parts
 from humptygpt.cli import UserError
 from humptygpt.files import check_schema, parse_json
 from humptygpt.loading import Pipeline
@@ -275,15 +275,7 @@ def read(body: bytes, schema: dict) -> dict:
 
 def read_turn(message: dict) -> Turn:
     """Read a message of a request. Its text may be in parts, and a call of a tool has none."""
-    content = message.get("content") or ""
-    if isinstance(content, list):
-        for part in content:
-            if part["type"] != "text":
-                raise UserError(
-                    f"a message has a part of type {part['type']}; only text is supported"
-                )
-            check_schema(part, {"text": str})
-        content = "\n".join(part["text"] for part in content)
+    content = join_parts(message.get("content") or "")
     return Turn(ALIASES.get(message["role"], message["role"]), content.strip())
 
 

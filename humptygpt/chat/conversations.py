@@ -1,33 +1,41 @@
-"""Read conversations from JSON lines, assign each to a split, and encode them.
+"""Read conversations from JSON or tables, assign each to a split, and encode them.
 
-A line has "messages" (OpenAI, Hugging Face), "conversations" (ShareGPT) or "instruction" and "output" (Alpaca).
+A record has "messages" (OpenAI, Hugging Face), "conversations" (ShareGPT), or a question and its answer (Alpaca, Dolly,
+columns of a table).
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from textwrap import indent
 
 import numpy as np
 
-from humptygpt.chat.tokens import BEGIN, END, MESSAGES, ROLES, ChatTokenizer, Turn
-from humptygpt.cli import refuse
-from humptygpt.files import parse_json
+from humptygpt.chat.tokens import BEGIN, END, ROLES, ChatTokenizer, Turn, join_parts
+from humptygpt.cli import UserError
+from humptygpt.files import check_schema
 from humptygpt.prepare.corpus import Corpus, draw
-from humptygpt.prepare.documents import read_lines
+from humptygpt.prepare.documents import SKIP_HINT, Record, read_records
 from humptygpt.tokenizers import Tokenizer
 
-SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of the roles
-FIRST_LINE = r'\s*\{.*"(messages|conversations|instruction)"\s*:'
-SCHEMA = {
-    "messages?": MESSAGES,
-    "conversations?": [{"from": {*ROLES, *SHAREGPT}, "value": str}],
-    "instruction?": str,
-    "input?": str,
-    "output?": str,
+# other names of the roles
+ALIASES = {"human": "user", "gpt": "assistant", "developer": "system"}
+# (keys of the parts of a question, key of its answer); only the first part is needed
+EXCHANGES = (
+    (("instruction", "input"), "output"),  # Alpaca
+    (("instruction", "context"), "response"),  # Dolly
+    (("prompt",), "completion"),  # OpenAI's older files
+)
+TURNS = {
+    "messages": [{"role": str, "content?": (str, [{"type": str}], None)}],
+    "conversations": [{"from": str, "value": str}],
 }
+JSON = tuple(
+    f".{name}{packed}" for name in ("jsonl", "json") for packed in ("", ".gz", ".zst")
+)
 SHOWN = 1500  # maximum length of the conversation in the summary, in characters
 REPLY = re.compile(rf"({re.escape(BEGIN)}assistant\n)(.*?({re.escape(END)}|$))", re.DOTALL)
 
@@ -60,14 +68,19 @@ class Conversations(Corpus):
         return tokenizer if tokenizer.name == "chat" else ChatTokenizer(tokenizer)
 
     def read(self, number: int) -> Iterator[tuple[str, Conversation]]:
-        """Read one conversation per line of a file. Equal conversations are in the same split."""
-        path = self.files[number]
-        for line, text in enumerate(read_lines(path, self.config.encoding_errors), start=1):
-            if text.strip():
-                with refuse(f"{path}, line {line:,}: "):
-                    conversation = parse(text)
-                drawn = draw("\n".join(conversation.texts), hashed=None)
-                yield "val" if drawn <= self.config.val_fraction else "train", conversation
+        """Read the conversations of a file. Equal conversations are in the same split."""
+        path, config = self.files[number], self.config
+        columns = asked_columns(config.text_key)
+        for place, record in read_records(path, config.encoding_errors, columns):
+            try:
+                conversation = parse(record, columns)
+            except ValueError as error:
+                if not config.skip_bad_lines:
+                    raise UserError(f"{path}, {place}: {error}; {SKIP_HINT}") from error
+                yield "train", BAD
+                continue
+            drawn = draw("\n".join(conversation.texts), hashed=None)
+            yield "val" if drawn <= config.val_fraction else "train", conversation
 
     def encode(
         self, tokenizer: ChatTokenizer, split: str, conversations: list[Conversation]
@@ -76,7 +89,7 @@ class Conversations(Corpus):
         counted = Counter()
         for conversation in conversations:
             if not conversation:
-                counted["without_reply"] += 1
+                counted["skipped" if conversation is BAD else "without_reply"] += 1
                 continue
             tokens = tokenizer.encode_turns(conversation)
             ids.append(np.append(tokens, tokenizer.base.eot))
@@ -95,8 +108,10 @@ class Conversations(Corpus):
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
         # after a conversation's last turn comes the token that separates conversations, whatever its text is
         first = re.split(rf"(?<={re.escape(END)}\n)(?!{re.escape(BEGIN)})", first_text)[0]
+        left_out = sum(splits.values(), Counter())
         return {
-            "without_reply": sum(splits.values(), Counter())["without_reply"],
+            "without_reply": left_out["without_reply"],
+            "skipped_lines": left_out["skipped"],
             "longest": max(counted["longest"] for counted in splits.values()),
             "example": REPLY.sub(r"\1[\2]", first[:SHOWN].strip()),
         }
@@ -106,28 +121,32 @@ class Conversations(Corpus):
         lines = {"longest": longest}
         if meta["without_reply"]:
             lines["left out"] = f"{meta['without_reply']:,} without a reply"
+        if meta["skipped_lines"]:
+            lines["skipped lines"] = f"{meta['skipped_lines']:,} that are no conversations"
         example = indent(meta["example"], 17 * " ")
         return lines | {"example": f"the model learns what is in brackets\n\n{example}"}
 
 
-def parse(line: str) -> Conversation:
-    """Read a line. Raises ValueError if it is not valid."""
-    row = parse_json(line, SCHEMA)
-    if "messages" in row:
-        turns = [(each["role"], each["content"]) for each in row["messages"]]
-    elif "conversations" in row:
-        turns = [(each["from"], each["value"]) for each in row["conversations"]]
-    elif {"instruction", "output"} <= row.keys():
-        asked = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
-        turns = [("user", asked), ("assistant", row["output"])]
+BAD = Conversation()  # stands for a record that is skipped
+
+
+def asked_columns(text_key: str) -> list[str]:
+    """Return the keys of a question and its answer, if text_key is two keys separated by a comma, otherwise []."""
+    return [key.strip() for key in text_key.split(",")] if "," in text_key else []
+
+
+def parse(record: Record, columns: list[str]) -> Conversation:
+    """Read a record. columns: keys of a question and its answer, or []. Raises ValueError if it is not valid."""
+    if not isinstance(record, dict):
+        raise ValueError(f"it is not an object with keys: {str(record).strip()[:100]}")
+    if record.get("tools") or record.get("functions"):
+        raise ValueError("it has tools, which a model cannot learn to call here")
+    form = next((key for key in TURNS if key in record and not columns), None)
+    if form:
+        check_schema(record, {form: TURNS[form]})
+        turns = list(map(read_turn, record[form]))
     else:
-        raise ValueError(
-            "it has neither messages, conversations, nor instruction and output"
-        )
-    turns = [
-        Turn(SHAREGPT.get(role, role), re.sub("\r\n?", "\n", text.strip()))
-        for role, text in turns
-    ]
+        turns = read_exchange(record, [(columns[:1], columns[1])] if columns else EXCHANGES)
     for before, turn in pairwise(turns):
         if before.role == turn.role == "assistant":
             raise ValueError("the assistant replies twice in a row")
@@ -136,6 +155,42 @@ def parse(line: str) -> Conversation:
     return Conversation(turns)
 
 
-def is_conversations(path: Path) -> bool:
-    """True if the first line of a file of JSON lines is a conversation."""
-    return bool(re.match(FIRST_LINE, next(read_lines(path, "replace"), "")))
+def read_turn(message: dict) -> Turn:
+    role = message.get("role") or message["from"]
+    role = ALIASES.get(role, role)
+    if role not in ROLES or message.get("tool_calls") or message.get("function_call"):
+        what = "a call of a tool" if role in ROLES else f"a turn of {role!r}"
+        raise ValueError(f"it has {what}; only {', '.join(ROLES)} can speak")
+    if message.get("weight") == 0:
+        raise ValueError("it has a reply of weight 0, but all replies are learned")
+    return Turn(role, clean(join_parts(message.get("content", message.get("value")))))
+
+
+def read_exchange(record: dict, forms: Iterable[tuple]) -> list[Turn]:
+    """Read a question and its answer. forms: as EXCHANGES."""
+    for (first, *more), answer in forms:
+        if first in record and answer in record:
+            asked = [record[first], *(record.get(key) or "" for key in more)]
+            check_schema([*asked, record[answer]], [str], f"{first} or {answer}")
+            question = clean("\n\n".join(filter(None, asked)))
+            return [Turn("user", question), Turn("assistant", clean(record[answer]))]
+    names = [*TURNS, *(f"{first} and {answer}" for (first, *_), answer in forms)]
+    raise ValueError(f"it has none of: {', '.join(names)}")
+
+
+def clean(text: str) -> str:
+    return re.sub("\r\n?", "\n", text.strip())
+
+
+def is_conversations(path: Path, text_key: str | None) -> bool:
+    """True if text_key names a question and its answer, or the first record of a file is a conversation."""
+    if asked_columns(text_key or ""):
+        return True
+    if text_key or not path.name.lower().endswith(JSON):
+        return False
+    with suppress(UserError):
+        _, first = next(read_records(path, "replace", []), ("", None))
+        keys = {*first} if isinstance(first, dict) else set()
+        exchanges = ({questions[0], answer} for questions, answer in EXCHANGES)
+        return not keys.isdisjoint(TURNS) or any(pair <= keys for pair in exchanges)
+    return False

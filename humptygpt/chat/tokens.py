@@ -12,11 +12,11 @@ from typing import ClassVar, NamedTuple, Self
 import numpy as np
 
 from humptygpt import tokenizers
+from humptygpt.files import check_schema
 from humptygpt.tokenizers import Tokenizer
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
-MESSAGES = [{"role": set(ROLES), "content": str}]  # schema of OpenAI's form of turns
 # ChatML for transformers and llama.cpp; Ollama knows the template by this very text
 TEMPLATE = (
     r"{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content']"
@@ -32,6 +32,21 @@ class Turn(NamedTuple):
     def text(self) -> str:
         """The turn without its special tokens."""
         return f"{self.role}\n{self.content}"
+
+
+def join_parts(content: str | list[dict] | None) -> str:
+    """Return the text of a message, which may be in parts. Raises ValueError if there is none, or more than text."""
+    if content is None:
+        raise ValueError("a message has no content")
+    if isinstance(content, str):
+        return content
+    for part in content:
+        if part["type"] != "text":
+            raise ValueError(
+                f"a message has a part of type {part['type']}; only text is supported"
+            )
+        check_schema(part, {"text": str})
+    return "\n".join(part["text"] for part in content)
 
 
 class ChatTokenizer(Tokenizer):

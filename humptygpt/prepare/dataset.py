@@ -111,8 +111,11 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
             )
         if formats == {".tsv"} and not config.text_key:
             files = [(None, (file,)) for file in files]
-        elif formats == {".jsonl"} and not config.text_key and is_conversations(files[0]):
+        elif chats := [file for file in files if is_conversations(file, config.text_key)]:
             kind = Conversations
+            others = sorted({*files} - {*chats})
+            skipped += [f"{file} has no conversations" for file in others]
+            files = chats
         else:
             kind = Documents
     return kind(resolve(config, preset, kind), files, name, skipped)

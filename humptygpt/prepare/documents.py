@@ -24,6 +24,7 @@ try:
 except ImportError:  # before Python 3.14
     from backports import zstd
 
+Record = dict | str | None  # its entries; a line that is not an object; None: a blank line
 PIECE = 1 << 18  # maximum number of characters in a piece of a document
 HEAD = 8000  # bytes read from the start of a file to determine whether it is text
 BYTE_ORDER_MARKS = {  # UTF-32 comes first, because its mark may begin with that of UTF-16
@@ -98,11 +99,15 @@ def find_files(where: str) -> tuple[list[Path], list[str]]:
     return files, skipped
 
 
+def file_suffix(path: Path) -> str:
+    """Return the extension of a file, in lower case and without that of its compression."""
+    return Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
+
+
 def file_format(path: Path) -> str:
     """Determine the format of a file from its name: .jsonl, .parquet, .csv or .tsv; .txt for any other name."""
-    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
-    suffix = Path(name).suffix
-    return suffix if suffix in READERS else ".txt"
+    suffix = file_suffix(path)
+    return suffix if suffix in READERS and suffix != ".json" else ".txt"
 
 
 @contextmanager
@@ -130,23 +135,21 @@ def read_documents(
     errors: strict, replace or ignore, as in bytes.decode. skip_bad_lines: skip lines and rows without text, instead of
     raising UserError at the first.
     """
-    form = file_format(path)
-    with read_errors(path):
-        if form == ".txt":
-            with open_text(path, errors) as text:
-                yield from pieces(iter(partial(text.read, PIECE), ""))
-            return
-        records = READERS[form](path, text_key, errors)
-        for number, (text, record) in enumerate(records, start=1):
-            if isinstance(text, str):
-                yield from pieces([text.replace("\r\n", "\n").replace("\r", "\n")])
-            elif skip_bad_lines:
-                yield Piece("", first=True, last=True)
-            else:
-                raise UserError(
-                    f"{path}, {'line' if form == '.jsonl' else 'row'} {number:,} has no text under {text_key!r}:"
-                    f" {str(record)[:100]}; set --text_key to another key, {ENCODING_HINT}, or {SKIP_HINT}"
-                )
+    if file_format(path) == ".txt":
+        with read_errors(path), open_text(path, errors) as text:
+            yield from pieces(iter(partial(text.read, PIECE), ""))
+        return
+    for place, record in read_records(path, errors, [text_key]):
+        text = record.get(text_key) if isinstance(record, dict) else None
+        if isinstance(text, str):
+            yield from pieces([text.replace("\r\n", "\n").replace("\r", "\n")])
+        elif skip_bad_lines:
+            yield Piece("", first=True, last=True)
+        else:
+            raise UserError(
+                f"{path}, {place} has no text under {text_key!r}: {str(record)[:100]};"
+                f" set --text_key to another key, {ENCODING_HINT}, or {SKIP_HINT}"
+            )
 
 
 @contextmanager
@@ -175,35 +178,64 @@ def read_lines(path: Path, errors: str) -> Iterator[str]:
         yield from text
 
 
-def read_json_lines(
-    path: Path, text_key: str, errors: str
-) -> Iterator[tuple[str | None, str]]:
-    """Yield (text under text_key, line) for each line. The text is "" for a blank line, and None if there is none."""
+def read_records(
+    path: Path, errors: str, columns: list[str]
+) -> Iterator[tuple[str, Record]]:
+    """Yield the records of a file of JSON, Parquet or CSV, each with its place for messages. Blank lines are left out.
+
+    errors: as in read_documents. columns: the keys to read; []: all, which works only for JSON.
+    """
+    suffix = file_suffix(path)
+    unit = "line" if suffix == ".jsonl" else "row"
+    with read_errors(path):
+        for number, record in enumerate(READERS[suffix](path, columns, errors), start=1):
+            if record is not None:
+                yield f"{unit} {number:,}", record
+
+
+def read_json_lines(path: Path, columns: list[str], errors: str) -> Iterator[Record]:
     with open_text(path, "surrogateescape") as lines:
         for line in lines:
-            text = None if line.strip() else ""
-            with suppress(
-                ValueError, LookupError, TypeError, AttributeError, RecursionError
-            ):
-                # lone surrogates are not text: they stand for invalid bytes, or the JSON contains them as escapes
-                codes = json.loads(line)[text_key].encode("utf-16", "surrogatepass")
-                text = codes.decode("utf-16", errors)
-            yield text, line
+            yield parse_record(line, columns, errors) if line.strip() else None
 
 
-def read_parquet(path: Path, text_key: str, errors: str) -> Iterator[tuple[object, object]]:
-    """Yield (value, value) for each row, where value is the one in column text_key."""
+def read_json(path: Path, columns: list[str], errors: str) -> Iterator[Record]:
+    """Read a JSON array, or lines of JSON."""
+    with open_text(path, "surrogateescape") as text:
+        content = text.read()
+    if content.lstrip().startswith("["):
+        yield from (
+            parse_record(json.dumps(each), columns, errors) for each in json.loads(content)
+        )
+    else:
+        yield from read_json_lines(path, columns, errors)
+
+
+def parse_record(line: str, columns: list[str], errors: str) -> Record:
+    """Parse a JSON object, or return what is not one. errors: what to do about invalid text, as in read_documents."""
+    with suppress(ValueError, RecursionError):
+        record = json.loads(line)
+        if isinstance(record, dict):
+            if columns and {*columns} <= record.keys():
+                record = {key: record[key] for key in columns}
+            text = json.dumps(record, ensure_ascii=False)
+            # lone surrogates are not text: they stand for invalid bytes, or the JSON contains them as escapes
+            codes = text.encode("utf-16", "surrogatepass")
+            return json.loads(codes.decode("utf-16", errors))
+    return line
+
+
+def read_parquet(path: Path, columns: list[str], errors: str) -> Iterator[Record]:
     import pyarrow.parquet  # slow to import and rarely needed
 
     with pyarrow.parquet.ParquetFile(path) as table:
-        check_column(path, text_key, table.schema_arrow.names)
-        for batch in table.iter_batches(256, columns=[text_key], use_threads=False):
-            values = batch.column(0).to_pylist()
-            yield from zip(values, values, strict=True)
+        check_columns(path, columns, table.schema_arrow.names)
+        for batch in table.iter_batches(256, columns=columns, use_threads=False):
+            yield from batch.to_pylist()
 
 
-def read_table(path: Path, text_key: str, errors: str) -> Iterator[tuple[object, dict]]:
-    """Yield (value in column text_key, row) for each row of a CSV or TSV file.
+def read_table(path: Path, columns: list[str], errors: str) -> Iterator[Record]:
+    """Read the rows of a CSV or TSV file.
 
     The first line names the columns. The separator is whichever of comma, semicolon and tab is most frequent there.
     Between tabs, quotes are part of the text.
@@ -214,25 +246,27 @@ def read_table(path: Path, text_key: str, errors: str) -> Iterator[tuple[object,
         separator = max(",;\t", key=header.count)
         quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
         table = csv.DictReader(chain([header], text), delimiter=separator, quoting=quoting)
-        check_column(path, text_key, table.fieldnames)
+        check_columns(path, columns, table.fieldnames)
         for row in table:
             # the csv module stores surplus cells under None; in such a row, the text probably contains the separator
-            yield None if None in row else row[text_key], row
+            yield str(row) if None in row else row
 
 
-READERS = {  # {extension: reads (text, the record that has it)}
+READERS = {  # {extension: reads the records}
     ".jsonl": read_json_lines,
+    ".json": read_json,  # only of conversations; other files of this kind are text
     ".parquet": read_parquet,
     ".csv": read_table,
     ".tsv": read_table,
 }
 
 
-def check_column(path: Path, text_key: str, columns: list[str]) -> None:
-    if text_key not in columns:
-        raise BadFile(
-            f"{path} has no column {text_key!r}; set --text_key to one of: {', '.join(columns)}"
-        )
+def check_columns(path: Path, columns: list[str], found: list[str]) -> None:
+    for column in columns:
+        if column not in found:
+            raise BadFile(
+                f"{path} has no column {column!r}; set --text_key to one of: {', '.join(found)}"
+            )
 
 
 def pieces(parts: Iterable[str]) -> Iterator[Piece]:
