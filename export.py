@@ -58,12 +58,14 @@ class ExportConfig:
 def main(argv: list[str]) -> None:
     given = cli.read(argv, ExportConfig)
     config = cli.make(ExportConfig, given)
+    from humptygpt.convert.families import find_family
     from humptygpt.loading import chosen_source, load
     from humptygpt.page.known_settings import check_formulas
 
     loaded = load(chosen_source(config, given), config.checkpoint)
     to = Path(config.to)
     if to.suffix != ".pt":
+        find_family(loaded.model.config)  # refuse now, not after asking for packages
         check_formulas(loaded.model.config, "transformers or llama.cpp")
     writers = {".gguf": write_gguf_file, ".pt": write_checkpoint}
     write = writers.get(to.suffix, write_folder)

@@ -562,6 +562,7 @@ class CausalConv(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network. Each kind of block combines them in its forward().
 
+    With model=transformer, the decoder has kinds of its own: humptygpt/translation/model.py.
     x: (B, T, C). cache: a LayerCache. layer: index of the block in its stack, from 0.
     """
 
@@ -780,6 +781,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Append sampled tokens to idx, (B, T) with T >= 1. Returns (B, T + max_new_tokens). Call eval() before.
 
+        sample.py and serve.py have more filters, and sample in humptygpt/sampling.py instead.
         temperature: above 0. top_k: sample from the k most probable tokens only; 0: from all.
         """
         block_size = self.config.block_size

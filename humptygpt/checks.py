@@ -1,14 +1,22 @@
-"""Try a model before it is used, because its user may have edited model.py, and say in a line what does not hold."""
+"""Try a model before it is used, because its user may have edited model.py, and say in a line what does not hold.
+
+What is tried is a small model of the same classes and settings, or one of the same size if that is small.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import model as models
 from humptygpt.cli import first_line, note
-from model import SelfAttention
+from model import SelfAttention, count_parameters
+
+SMALL = 2e6  # parameters of a model that is tried in its own width
+VOCABULARY = 11  # of the model that is tried
+TOKENS = 70  # of the text that is tried
 
 
 def check_model(model: nn.Module) -> None:
@@ -27,7 +35,7 @@ def check_model(model: nn.Module) -> None:
                 note(problem)
         except Exception as error:
             model.has_cache = False
-            note(f"a tiny model like this one fails: {describe(error)}")
+            note(f"a small model like this one fails: {describe(error)}")
 
 
 def problems(model: nn.Module) -> Iterator[str]:
@@ -44,42 +52,57 @@ def problems(model: nn.Module) -> Iterator[str]:
         )
     randomize(small)
     if lost := without_gradient(small, text):
-        yield f"these weights get no gradient, so they cannot learn: {', '.join(lost[:5])}"
+        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+        named = f"{', '.join(lost[:5])}{more}"
+        yield f"these weights get no gradient, so they cannot learn: {named}"
     with torch.no_grad():
         training = small(**text)[0]
-        logits = small.eval()(**text)[0]
+        logits, loss = small.eval()(**text, targets=text["idx"])
         if not logits.isfinite().all():
             yield "model.py computes nan or infinity from small random weights; is a softmax or a norm missing?"
             return
+        if not is_close(small(**text)[0], logits):
+            yield "model.py is random in evaluation, so its losses and texts are"
+            return
         if not is_close(training, logits):
             yield "training and evaluation compute different logits, even without dropout"
+        if not is_close(F.cross_entropy(logits.flatten(0, 1), text["idx"].flatten()), loss):
+            yield "the loss is not the cross-entropy, so bits per byte and perplexity do not follow from it"
         idx = text["idx"].clone()
-        idx[:, -1] = (idx[:, -1] + 1) % 11
+        idx[:, -1] = (idx[:, -1] + 1) % VOCABULARY
         changed = small(**text | {"idx": idx})[0]
         if not is_close(changed[:, :-1], logits[:, :-1]):
             yield (
-                "a token sees later tokens, so the model can copy what it should predict: the losses below are no"
-                " measure of prediction, and it cannot write"
+                "a token sees later tokens, so the model can copy what it should predict: its losses are no measure"
+                " of prediction, and it cannot write"
             )
-        if model.has_cache and (problem := cache_problem(small, text, logits)):
+        if "source" not in text and not is_close(small.next_logits(idx), changed[:, -1]):
+            yield "next_logits(), with which the model writes, computes other logits than forward()"
+        elif model.has_cache and (problem := cache_problem(small, text, logits)):
             model.has_cache = False
             yield f"generating without a cache, which is slower: {problem}"
 
 
 def tiny(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Build a tiny model with the same classes and settings, and a text for it: the arguments of its forward()."""
+    """Build a small model with the same classes and settings, and a text for it: the arguments of its forward()."""
+    from humptygpt.fast.attention import use_fused_kernel
+
     config = model.config
     sizes = {
         "n_members": min(config.n_members, 2),
-        "n_embd": min(config.n_embd, 4 * config.n_head),
-        "vocab_size": 11,
+        "vocab_size": VOCABULARY,
         "window": min(config.window, 5),
         "dropout": 0.0,
     }
+    if count_parameters(model) > SMALL:
+        width = min(config.n_embd, 4 * config.n_head)
+        sizes |= {"n_embd": width, "head_size": config.features}
     random = torch.Generator().manual_seed(0)
-    idx = torch.randint(11, (1, min(config.block_size, 17)), generator=random)
+    idx = torch.randint(VOCABULARY, (1, min(config.block_size, TOKENS)), generator=random)
     text = {"idx": idx} | ({"source": idx} if hasattr(model, "encode") else {})
-    return type(model)(replace(config, **sizes)), text
+    small = type(model)(replace(config, **sizes))
+    use_fused_kernel(small)
+    return small, text
 
 
 def randomize(small: nn.Module) -> None:
@@ -87,7 +110,8 @@ def randomize(small: nn.Module) -> None:
     random = torch.Generator().manual_seed(0)
     std = (2 * small.config.n_layer) ** -0.5  # the sum of many blocks must not overflow
     for p in small.parameters():
-        p.data.normal_(std=std, generator=random)
+        narrower = min(1, 8 / p.shape[-1]) ** 0.5 if p.dim() > 1 else 1
+        p.data.normal_(std=std * narrower, generator=random)
 
 
 def without_gradient(small: nn.Module, text: dict[str, Tensor]) -> list[str]:
@@ -99,18 +123,30 @@ def without_gradient(small: nn.Module, text: dict[str, Tensor]) -> list[str]:
 
 
 def cache_problem(small: nn.Module, text: dict[str, Tensor], logits: Tensor) -> str:
-    """Read a text in pieces with a cache, and say so if the last logits are not those of the whole text."""
+    """Read a text in pieces with a cache, and beside a shorter one. Returns what does not hold.
+
+    logits: those of the whole text, (1, T, V).
+    """
     idx, *source = text.values()
+    T = idx.shape[1]
     try:
         cache = small.make_cache(*source)
-        singles = min(3, idx.shape[1] - 1)
-        for piece in idx.split([idx.shape[1] - singles, *[1] * singles], dim=1):
+        singles = min(3, T - 1)
+        for piece in idx.split([T - singles, *[1] * singles], dim=1):
             found = small.next_logits(piece, cache)
+        if not is_close(found, logits[:, -1]):
+            return "with one, model.py computes other logits"
+        if not source and T > 2:  # prompts of different lengths
+            cache = small.make_cache()
+            cache.n_padding = torch.tensor([0, 2])
+            both = torch.cat([idx, F.pad(idx[:, 2:], (2, 0))])
+            found = small.next_logits(both, cache)
+            alone = torch.cat([logits[:, -1], small.next_logits(idx[:, 2:])])
+            if not is_close(found, alone):
+                return "beside a longer text, model.py computes other logits"
     except Exception as error:
         return describe(error)
-    return (
-        "" if is_close(found, logits[:, -1]) else "with one, model.py computes other logits"
-    )
+    return ""
 
 
 def is_close(found: Tensor, expected: Tensor) -> bool:

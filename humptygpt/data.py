@@ -161,7 +161,8 @@ class TokenDataset(Dataset):
         evaluated = min(
             targets, len(self.val_starts(batch_size, eval_iters)) * self.block_size
         )
-        batch = f"{batch_size * self.block_size:,} tokens ({batch_size} sequences of {self.block_size})"
+        sequences = f"{batch_size} sequence{'s' * (batch_size > 1)} of {self.block_size:,}"
+        batch = f"{batch_size * self.block_size:,} tokens ({sequences})"
         return batch, f"{evaluated:,} of {targets:,} tokens"
 
     def batches_per_epoch(self, batch_size: int) -> float:

@@ -83,17 +83,23 @@ def build_on_meta(config: ModelConfig, training: dict | None = None) -> nn.Modul
         return build(config, training)
 
 
-class WithoutValues(TorchFunctionMode):
-    """Skips weight initialization and creates position tables on the CPU.
+# functions that make constants, such as the tables of positions
+CONSTANTS = {torch.arange, torch.eye, torch.full, torch.linspace, torch.logspace}
+CONSTANTS |= {torch.ones, torch.tensor, torch.zeros}
 
-    Doing either on the meta device would make torch load its compiler, which takes more than a second.
+
+class WithoutValues(TorchFunctionMode):
+    """Skips weight initialization and creates constants on the CPU.
+
+    Doing either on the meta device would make torch load its compiler, which takes more than a second. Constants are in
+    no checkpoint, so they need their values.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"]
-        if func in (torch.arange, torch.tensor):
+        if func in CONSTANTS:
             kwargs = kwargs | {"device": "cpu"}
         return func(*args, **kwargs)
 

@@ -12,12 +12,20 @@ from test_model import random_model
 import model as models
 import sample
 import train
-from humptygpt import loading
+from humptygpt import checks, loading
 from humptygpt.checks import check_model
+from humptygpt.fast.generation import agrees
 from humptygpt.tasks import MODELS
 from model import BLOCKS, POSITIONS, SelfAttention
 
-ORIGINAL = {"attend": models.attend, "forward": SelfAttention.forward}
+ORIGINAL = {
+    "attend": models.attend,
+    "forward": SelfAttention.forward,
+    "next_logits": models.GPT.next_logits,
+    "loss": models.GPT.loss,
+    "append": models.LayerCache.append,
+    "embed": models.Position.embed,
+}
 
 
 def see_everything(q, k, v, mask):
@@ -57,6 +65,29 @@ def cut_gradient(self, x, shared, cache=None):
     return ORIGINAL["forward"](self, x.detach(), shared, cache).detach()
 
 
+def random_weights(q, k, v, mask):
+    return torch.nn.functional.dropout(ORIGINAL["attend"](q, k, v, mask), 0.2)
+
+
+def doubled(self, idx, cache=None):
+    return 2 * ORIGINAL["next_logits"](self, idx, cache)
+
+
+def with_more(self, logits, targets):
+    return ORIGINAL["loss"](self, logits, targets) + 0.1 * logits.square().mean()
+
+
+def forget_all_but_20(self, end, **new):
+    found = ORIGINAL["append"](self, end, **new)
+    return [x.narrow(-2, max(0, end - 20), min(20, end)) for x in found]
+
+
+def by_column(self, x, at):
+    """A position that counts the padding before a shorter prompt."""
+    columns = at if isinstance(at, slice) else slice(0, at.shape[1])
+    return x * (1 + 0.1 * torch.arange(columns.start, columns.stop)[:, None])
+
+
 # {what is replaced by what: what train.py says}
 EDITS = {
     (
@@ -91,14 +122,36 @@ EDITS = {
         "forward",
         cut_gradient,
     ): "these weights get no gradient, so they cannot learn: stack.blocks.0.attn",
+    (
+        "attend",
+        random_weights,
+    ): "model.py is random in evaluation, so its losses and texts are",
+    (
+        "next_logits",
+        doubled,
+    ): "next_logits(), with which the model writes, computes other logits than",
+    (
+        "loss",
+        with_more,
+    ): "the loss is not the cross-entropy, so bits per byte and perplexity",
+    (
+        "append",
+        forget_all_but_20,
+    ): "generating without a cache, which is slower: RuntimeError: The size of tensor",
+    (
+        "embed",
+        by_column,
+    ): "generating without a cache, which is slower: beside a longer text, model.py",
 }
 
 
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit[1].__name__)
 def test_train_py_says_in_a_line_what_an_edit_breaks(edit, tiny, monkeypatch, capsys):
     name, edited = edit
-    where = {"attend": models, "forward": SelfAttention, "block": BLOCKS["pre_norm"]}[name]
-    monkeypatch.setattr(where, "forward" if name == "block" else name, edited)
+    where = {"attend": models, "forward": SelfAttention, "block": BLOCKS["pre_norm"]}
+    where |= {"next_logits": models.GPT, "loss": models.GPT}
+    where |= {"append": models.LayerCache, "embed": POSITIONS["rotary"]}
+    monkeypatch.setattr(where[name], "forward" if name == "block" else name, edited)
     train.main([*TINY_RUN, "--block_size=32", "--max_iters=1"])
     notes = re.findall("^note: (.*)$", capsys.readouterr().err, re.MULTILINE)
     assert sum(note.startswith(EDITS[edit]) for note in notes) == 1, notes
@@ -139,11 +192,48 @@ def test_an_edit_that_fails_in_a_tiny_model_is_sampled_from_without_faster_layer
         return ORIGINAL["forward"](self, x, shared, cache) * torch.ones(16)
 
     run_train("--n_embd=16", "--n_head=2")
+    monkeypatch.setattr(checks, "SMALL", 0)
     monkeypatch.setattr(SelfAttention, "forward", only_16_features)
     sample.main(["--out_dir=out/run", "--max_new_tokens=3", "--device=cpu"])
     notes = capsys.readouterr().err
-    assert "a tiny model like this one fails: RuntimeError" in notes
+    assert "a small model like this one fails: RuntimeError" in notes
     assert "not using faster layers" in notes
+
+
+def test_an_edit_that_only_a_model_of_its_own_size_shows_is_found(run_train, monkeypatch):
+    def first_8_features(self, x, shared, cache=None):
+        cos, sin = shared.rotary
+        rotary = torch.cat([cos[..., :8], torch.ones_like(cos)[..., 8:]], -1), sin
+        return ORIGINAL["forward"](self, x, shared._replace(rotary=rotary), cache)
+
+    run_train("--n_embd=32", "--n_head=2", "--position=rotary")
+    monkeypatch.setattr(SelfAttention, "forward", first_8_features)
+    model = loading.load("out/run").model
+    assert agrees(model) and not agrees(model, joins=True)
+
+
+class Gain(torch.nn.Module):
+    """A norm with constants that are in no checkpoint."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.register_buffer("gain", torch.linspace(0.5, 1, 16), persistent=False)
+        self.others = [torch.zeros(16), torch.ones(16), torch.full((16,), 2.0)]
+
+    def forward(self, x):
+        return x * self.gain + sum(self.others)
+
+
+def test_a_model_with_constants_of_its_own_is_sampled_from_and_resumed(
+    run_train, monkeypatch, capsys
+):
+    monkeypatch.setitem(models.NORMS, "gain", Gain)
+    run_train("--n_embd=16", "--n_head=2", "--norm=gain")
+    expected = loading.load("out/run").model.stack.norm(torch.ones(16))
+    assert torch.equal(expected, Gain(None)(torch.ones(16)))
+    sample.main(["--out_dir=out/run", "--max_new_tokens=3", "--device=cpu"])
+    train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=7"])
+    assert "iter 7" in capsys.readouterr().out
 
 
 def test_sampling_and_resuming_say_that_model_py_has_changed_since(

@@ -32,19 +32,20 @@ import train
 from humptygpt import checkpoint
 from humptygpt import tokenizers as tokenizer
 from humptygpt.cli import UserError
-from humptygpt.loading import load
-from humptygpt.page import page_data
+from humptygpt.loading import code_checksum, load
+from humptygpt.page import known_settings, page_data
 from humptygpt.page.known_settings import (
     REFERENCE,
     TOKENIZERS,
     check_formulas,
     check_settings,
     known_logits,
+    name_of,
 )
 from humptygpt.prepare.vocabulary import train_byte_pairs, train_sentencepiece
 from humptygpt.tasks import build, make_model_config
 from humptygpt.tokenizers import BytePairTokenizer, CharTokenizer
-from model import ACTIVATIONS, ModelConfig, count_parameters
+from model import ACTIVATIONS, ModelConfig, SelfAttention, count_parameters
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "config").rglob("*.py"))
@@ -871,16 +872,19 @@ def test_the_reference_is_what_the_javascript_computes(node, every):
     """
     content = reference()
     text, entries = content["text"], content.pop("logits")
+    names = set()
     written = os.environ.get("WRITE_REFERENCE") and every == 1
     for entry in entries[::every]:
         model = build(make_model_config(content["config"] | entry[0]))
         known_logits(model, torch.tensor([text]))
+        names |= set(map(name_of, model.state_dict()))
         source = text if hasattr(model, "encode") else None
         request = {"data": data_of(model), "idx": text, "source": source}
         logits = node.arrays("forward", **request, only=["logits"])["logits"][-1]
         assert written or entry[1] == pytest.approx(logits, rel=1e-4, abs=1e-4), entry[0]
         entry[1] = [float(f"{logit:.5g}") for logit in logits]
     if written:
+        content |= {"names": sorted(names), "model.py": code_checksum()}
         lines = ",\n".join(map(json.dumps, entries))
         head = json.dumps(content).removesuffix("}")
         REFERENCE.write_text(f'{head}, "logits": [\n{lines}\n]}}\n')
@@ -889,6 +893,31 @@ def test_the_reference_is_what_the_javascript_computes(node, every):
 @every_variant
 def test_an_unchanged_model_is_that_of_the_reference(variant):
     check_formulas(test_model.tiny(**variant).config, "a page")
+
+
+def test_the_reference_was_written_for_this_model_py():
+    assert reference()["model.py"] == code_checksum(), "WRITE_REFERENCE=1, see above"
+
+
+def test_a_model_py_that_is_not_the_reference_is_refused_or_noted(monkeypatch, capsys):
+    class Renamed(SelfAttention):
+        def __init__(self, config, layer=0):
+            super().__init__(config, layer)
+            self.query = self._modules.pop("q_proj")
+
+        q_proj = property(lambda self: self.query)
+
+    config = test_model.tiny(position="learned").config
+    with monkeypatch.context() as patch:
+        patch.setitem(models.ATTENTIONS, "softmax", Renamed)
+        with pytest.raises(UserError, match="a page computes the formulas"):
+            check_formulas(config, "a page")
+        patch.setitem(models.ATTENTIONS, "softmax", None)  # as any other error
+        with pytest.raises(UserError, match="a page computes the formulas"):
+            check_formulas(config, "a page")
+    monkeypatch.setattr(known_settings, "code_checksum", lambda: "another")
+    check_formulas(config, "a page")
+    assert "this model.py has been edited, and gives the same" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from humptygpt.tasks import build, config_class, make_model_config, model_class
 from humptygpt.translation.beams import select
 from model import (
     ACTIVATIONS,
+    ATTENTIONS,
     BLOCKS,
     MLPS,
     NORMS,
@@ -33,6 +34,7 @@ COMMON_VARIANTS = [
     *({"activation": name} for name in ACTIVATIONS),
     *({"mlp": name} for name in MLPS),
     *({"block": name} for name in BLOCKS),
+    *({"attention": name} for name in ATTENTIONS),
     {"bias": True},
     {"tie_weights": False},
     {"qk_norm": True},
@@ -332,6 +334,30 @@ def test_an_edited_formula_is_used_where_the_kernel_was(monkeypatch):
     monkeypatch.setattr(attention, "EXPLICIT_SCORES", 0)
     assert torch.equal(model(idx)[0], expected)
     assert all(block.attn.kernel is doubled for block in model.stack.blocks)
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [
+        lambda scores: scores.clamp(-5, 5),
+        lambda scores: scores.where(scores >= scores.topk(min(8, scores.shape[-1])).values[..., -1:], -math.inf),
+        lambda scores: scores * (3 if scores.shape[-1] > 60 else 1),
+        lambda scores: 50 * torch.tanh(scores / 50),
+        lambda scores: scores.roll(1, dims=1),
+    ],
+    ids=["clamped", "8 largest", "many keys", "capped", "other heads"],
+)  # fmt: skip
+def test_the_kernel_is_not_used_for_an_edit_that_few_keys_or_small_scores_do_not_show(
+    edited,
+):
+    def explicit(q, k, v, mask):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        scores = q @ k.mT / math.sqrt(q.shape[-1])
+        if mask is None and q.shape[2] > 1:
+            mask = torch.full(scores.shape[-2:], -math.inf).triu(1)
+        return (edited(scores) + (0 if mask is None else mask)).softmax(-1) @ v
+
+    assert not attention.agrees(explicit, fused_attend)
 
 
 def test_building_a_model_draws_only_its_weights():

@@ -70,7 +70,7 @@ class CompiledGPT(nn.Module):
 
     def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
         """Same as GPT.next_logits, but a single token uses the compiled step if the cache is not empty."""
-        if idx.shape[1] > 1 or not cache or not cache.length:
+        if idx.shape[1] > 1 or not cache or not cache.length or not self.step:
             return self.model.next_logits(idx, cache)
         static = StaticCache(cache, idx)
         if idx.is_cuda:
@@ -81,7 +81,7 @@ class CompiledGPT(nn.Module):
             logits = self.step(idx, static)
         except Exception as error:  # compilers fail in many ways
             note(f"torch.compile failed ({first_line(error)}); generating without it")
-            self.step = self.model.next_logits
-            logits = self.step(idx, static)
+            self.step = None
+            return self.model.next_logits(idx, cache)
         cache.length += 1
         return logits.clone()  # the next CUDA graph replay overwrites the original

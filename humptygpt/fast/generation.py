@@ -54,8 +54,9 @@ def make_generator(
     check_model(model)
     joins = not compiles and agrees(model, joins=True)
     if not joins and not agrees(model):
+        kept = "" if dtype == torch.float32 else ", and the weights stay in float32"
         note(
-            "not using faster layers, because this model.py's logits would change; generation is slower"
+            f"not using faster layers, because this model.py's logits would change; generation is slower{kept}"
         )
         return model.to(device)
     replace_layers(model, dtype, device, compiles, joins)
