@@ -173,7 +173,7 @@ BAD = {
         {"messages": [{"role": "assistant", "content": "x"}] * 2}
     ),
     "line 2: messages[0].content must be str": '{"messages": [{"role": "user", "content": 1}]}',
-    "line 2: instruction or output[1] must be str": '{"instruction": "a", "output": 1}',
+    "line 2: output must be str": '{"instruction": "a", "output": 1}',
     "line 2: it has none of: messages, conversations, instruction and output": '{"text": 1}',
     r"line 2: it is not an object with keys": r'{"prompt": "\ud800", "completion": "a"}',
 }
@@ -183,9 +183,10 @@ BAD = {
 def test_a_bad_line_is_one_line_that_names_it_and_can_be_skipped(
     folder, fails, capsys, message, line
 ):
-    Path("chats.jsonl").write_text(json.dumps(chat("a", "b")) + "\n" + line)
+    good = [json.dumps(chat(f"a {i}", "b")) for i in range(20)]
+    Path("chats.jsonl").write_text("\n".join([good[0], line, *good[1:]]))
     assert message in fails(prepare_data.main, "--input=chats.jsonl", "--name=tiny")
-    keys = ["--skip_bad_lines=True", "--name=tiny", "--val_fraction=0.9"]
+    keys = ["--skip_bad_lines=True", "--name=tiny", "--val_fraction=0.5"]
     prepare_data.main(["--input=chats.jsonl", *keys])
     assert "skipped lines  1 that are no conversations" in capsys.readouterr().out
 

@@ -1,5 +1,6 @@
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow
@@ -137,15 +138,46 @@ def test_binary_and_hidden_files_are_skipped_counted_and_named(capsys):
     with gzip.open("t/d.tar.gz", "wb") as file:
         file.write(b"name\0\0\0some text")
     assert found("t") == ["t/notes", "t/utf16.txt"]
+    kinds = "1 .png, 1 .pdf (pdftotext converts them), 1 .txt, 1 .tar (tar converts them)"
     binary = "; ".join(
-        f"t/{name} is not a text file; convert or unpack it"
-        for name in ("a.png", "b.pdf", "c.txt", "d.tar.gz")
+        f"t/{name} is not a text file{hint}"
+        for name, hint in {
+            "a.png": "",
+            "b.pdf": " (pdftotext converts them)",
+            "c.txt": "",
+            "d.tar.gz": "",
+        }.items()
     )
     hidden = "t/.git/config is hidden"
-    note = f"note: skipped files: 5; {hidden}; {binary}\n"
+    note = f"note: skipped files: 5: 1 config, {kinds}; {hidden}; {binary}\n"
     assert capsys.readouterr().err == note
     assert found("t/*") == ["t/notes", "t/utf16.txt"]
-    assert capsys.readouterr().err == f"note: skipped files: 4; {binary}\n"
+    assert capsys.readouterr().err == f"note: skipped files: 4: {kinds}; {binary}\n"
+
+
+@pytest.mark.parametrize("ending", ["zip", "tar.gz"])
+def test_the_texts_in_an_archive_are_prepared(ending, capsys):
+    Path("all/sub").mkdir(parents=True)
+    for number in range(3):
+        Path(f"all/sub/{number}.txt").write_text(make_text(3000, seed=number))
+    form = {"zip": "zip", "tar.gz": "gztar"}[ending]
+    archive = shutil.make_archive("texts", form, "all")
+    assert archive.endswith(f"texts.{ending}")
+    command = [f"--input=texts.{ending}", "--name=mine", "--tokenizer=char"]
+    prepare_data.main(command)
+    assert json.loads(Path("data/mine/meta.json").read_text())["documents"] == 3
+    assert sorted(path.name for path in Path("data/mine").iterdir()) == sorted(
+        ["command.txt", "meta.json", "train.bin", "val.bin"]
+    )
+    prepare_data.main(command)  # the same archive
+    assert "is left unchanged" in capsys.readouterr().err
+
+
+def test_an_archive_that_is_none_is_one_line(fails):
+    Path("texts.zip").write_text("no archive")
+    assert "cannot read texts.zip" in fails(
+        prepare_data.main, "--input=texts.zip", "--name=mine"
+    )
 
 
 def test_what_our_scripts_have_written_is_no_text_of_a_folder_around_it(run_train, capsys):
@@ -241,8 +273,8 @@ BAD = {
         "a.csv --text_key=body"
     ),
     "chats.jsonl, line 1 has no text under 'text': {\"dialogue\": [{": "chats.jsonl",
-    "a.pdf is not a text file; convert or unpack it": "a.pdf",
-    "a.zip is not a text file; convert or unpack it": "a.zip",
+    "a.pdf is not a text file (pdftotext converts them)": "a.pdf",
+    "cannot read a.zip: a.zip is not a zip file": "a.zip",
     "text_key=body has no effect, since latin1.txt has no records with keys or columns": (
         "latin1.txt --text_key=body --encoding_errors=replace"
     ),
@@ -256,7 +288,7 @@ BAD = {
     "number.jsonl, line 1 has no text under 'text': ": "number.jsonl",
     "number.jsonl has no text to learn from": "number.jsonl --skip_bad_lines=True",
     "broken.jsonl, line 2 has no text under 'text': {\"text\":": "broken.jsonl",
-    "null.parquet, row 2 has no text under 'text': {'text': None}; set --text_key": "null.parquet",
+    "null.parquet, row 2 has no text under 'text': {\"text\": null}; set --text_key": "null.parquet",
     "null.parquet has no column 'body'; set --text_key to one of: id, text": (
         "null.parquet --text_key=body"
     ),

@@ -371,7 +371,7 @@ def test_files_of_a_folder_that_are_no_text_are_skipped_in_every_pass_named_and_
     Path("mixed/f.txt").write_bytes(b"\xff\xfea\0\0")
     prepare("mine --input=mixed/* --tokenizer=char")
     out, err = capsys.readouterr()
-    assert "note: skipped files: 5; mixed/b.txt is not valid utf-8; " in err
+    assert "note: skipped files: 5: 4 .txt, 1 d.gz; mixed/b.txt is not valid utf-8; " in err
     assert "; cannot read mixed/c.txt.gz: " in err and "; mixed/e.txt has no text" in err
     assert "mine: 3 files: mixed/*\n" in out
     train_texts, _ = documents_of("mine")
@@ -387,7 +387,10 @@ def test_sentence_pairs_are_skipped_in_a_folder_of_text_and_prepared_by_themselv
     Path("pairs.tsv").rename("mixed/a.TSV")
     Path("mixed/b.md").write_text(make_text())
     prepare("mine --input=mixed")
-    assert "skipped files: 1; mixed/a.TSV has no column 'text'" in capsys.readouterr().err
+    assert (
+        "skipped files: 1: 1 .tsv; mixed/a.TSV has no column 'text'"
+        in capsys.readouterr().err
+    )
     assert meta("mine")["task"] == "language modelling"
     prepare("mine --input=mixed/*.TSV --tokenizer=byte --overwrite=True")
     assert meta("mine")["task"] == "translation"

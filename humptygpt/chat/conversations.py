@@ -18,7 +18,7 @@ from humptygpt.chat.tokens import BEGIN, END, ROLES, ChatTokenizer, Turn, join_p
 from humptygpt.cli import UserError
 from humptygpt.files import check_schema
 from humptygpt.prepare.corpus import Corpus, draw
-from humptygpt.prepare.documents import SKIP_HINT, Record, read_records
+from humptygpt.prepare.documents import SKIP_HINT, Record, read_records, shown
 from humptygpt.tokenizers import Tokenizer
 
 # other names of the roles
@@ -138,7 +138,7 @@ def asked_columns(text_key: str) -> list[str]:
 def parse(record: Record, columns: list[str]) -> Conversation:
     """Read a record. columns: keys of a question and its answer, or []. Raises ValueError if it is not valid."""
     if not isinstance(record, dict):
-        raise ValueError(f"it is not an object with keys: {str(record).strip()[:100]}")
+        raise ValueError(f"it is not an object with keys: {shown(record)}")
     if record.get("tools") or record.get("functions"):
         raise ValueError("it has tools, which a model cannot learn to call here")
     form = next((key for key in TURNS if key in record and not columns), None)
@@ -170,10 +170,11 @@ def read_exchange(record: dict, forms: Iterable[tuple]) -> list[Turn]:
     """Read a question and its answer. forms: as EXCHANGES."""
     for (first, *more), answer in forms:
         if first in record and answer in record:
-            asked = [record[first], *(record.get(key) or "" for key in more)]
-            check_schema([*asked, record[answer]], [str], f"{first} or {answer}")
-            question = clean("\n\n".join(filter(None, asked)))
-            return [Turn("user", question), Turn("assistant", clean(record[answer]))]
+            schema = {first: str, answer: str} | {f"{key}?": (str, None) for key in more}
+            check_schema(record, schema)
+            parts = filter(None, [record[first], *map(record.get, more)])
+            question = Turn("user", clean("\n\n".join(parts)))
+            return [question, Turn("assistant", clean(record[answer]))]
     names = [*TURNS, *(f"{first} and {answer}" for (first, *_), answer in forms)]
     raise ValueError(f"it has none of: {', '.join(names)}")
 

@@ -9,13 +9,21 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from humptygpt.cli import UserError, note
-from humptygpt.prepare.documents import BadFile, Piece, file_format, read_documents
+from humptygpt.prepare.documents import (
+    BadFile,
+    Piece,
+    describe_skipped,
+    file_format,
+    file_suffix,
+    read_documents,
+)
 from humptygpt.prepare.settings import PrepareConfig
 from humptygpt.tokenizers import Tokenizer
 
@@ -52,15 +60,22 @@ class Corpus:
         "split_digits": False,
     }
 
-    def __init__(self, config: PrepareConfig, files: list, source: str, skipped: list[str]):
+    def __init__(
+        self, config: PrepareConfig, files: list, source: str, skipped: dict[Path, str]
+    ):
         """config: without unset keys. source: description of the files for meta.json. skipped: from find_files."""
         self.config = config
         self.files = self.paths = files
         self.source = source
         self.skipped = skipped
 
+    def note_skipped(self) -> None:
+        if self.skipped:
+            note(describe_skipped(self.skipped))
+
     def survey(self) -> None:
         """Read everything once, to check it and to find the size of the text. Raises UserError if there is none."""
+        self.note_skipped()
         items = read_all(self, f"checking the {self.counts[0]}")
         self.text_size = sum(len("".join(item.texts).encode()) for _, item in items)
         if not self.text_size:
@@ -100,9 +115,8 @@ class Documents(Corpus):
                 except BadFile as error:
                     if len(self.files) == 1:
                         raise
-                    self.skipped.append(str(error))
-        if self.skipped:
-            note("; ".join([f"skipped files: {len(self.skipped):,}", *self.skipped[:5]]))
+                    self.skipped[file] = str(error)
+        self.note_skipped()
         if not sizes:
             raise UserError(f"{self.source} has no {self.missing}")
         self.files = list(sizes)
@@ -119,6 +133,10 @@ class Documents(Corpus):
     def measure(self, number: int, bar: tqdm) -> Counter:
         """Count a file's characters in each split, and its bytes of UTF-8. Raises BadFile if there are none."""
         size = Counter()
+        if file_suffix(self.files[number]) == ".mbox":
+            note(
+                f"{self.files[number]} is a mailbox; its headers and attachments are learned as text, too"
+            )
         for split, piece in self.read(number):
             read = len(piece.text.encode())
             size.update({split: len(piece.text), "bytes": read})

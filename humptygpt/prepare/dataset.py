@@ -18,7 +18,13 @@ from humptygpt.cli import UserError, note
 from humptygpt.data import COMMAND, TokenFiles, is_nanogpts
 from humptygpt.files import locked, refuse_unwritable, remove, write_text
 from humptygpt.prepare.corpus import Corpus, Documents
-from humptygpt.prepare.documents import file_format, find_files, read_errors
+from humptygpt.prepare.documents import (
+    ARCHIVES,
+    file_format,
+    find_files,
+    read_errors,
+    unpack,
+)
 from humptygpt.prepare.encoding import encode
 from humptygpt.prepare.settings import CHOICES, OPTIONS, PrepareConfig
 from humptygpt.prepare.sources import SOURCES, Source
@@ -99,7 +105,7 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
     source = built_in(config)
     preset = with_defaults(config, source.settings) if source else config
     files, name = find_input(preset, folder)
-    skipped = []
+    skipped = {}
     kind = Pairs
     if not isinstance(files, list):
         files, skipped = find_files(str(files))
@@ -114,11 +120,14 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
         elif chats := [file for file in files if is_conversations(file, config.text_key)]:
             kind = Conversations
             others = sorted({*files} - {*chats})
-            skipped += [f"{file} has no conversations" for file in others]
+            skipped |= {file: f"{file} has no conversations" for file in others}
             files = chats
         else:
             kind = Documents
-    return kind(resolve(config, preset, kind), files, name, skipped)
+    corpus = kind(resolve(config, preset, kind), files, name, skipped)
+    if name.lower().endswith(ARCHIVES):  # its files are unpacked anew each time
+        corpus.paths = [Path(name)]
+    return corpus
 
 
 def built_in(config: PrepareConfig) -> Source | None:
@@ -138,6 +147,8 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | Path | PairFi
         with path.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
         return path, "standard input"
+    if config.input is not None and config.input.lower().endswith(ARCHIVES):
+        return unpack(Path(config.input), folder / PREPARING / "unpacked"), config.input
     if config.input is not None:
         return config.input, config.input
     for path in (folder / "input.txt", folder / "input.tsv"):

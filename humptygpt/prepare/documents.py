@@ -9,7 +9,11 @@ import glob
 import gzip
 import json
 import re
+import shutil
+import tarfile
+import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -36,10 +40,15 @@ BYTE_ORDER_MARKS = {  # UTF-32 comes first, because its mark may begin with that
 # files that mark a folder as ours: the first is in every data folder, the second in every run's folder
 MARKS = ("command.txt", "metrics.jsonl")
 UNPACK = {".gz": gzip.open, ".zst": zstd.open}
-# what raises them: files, compressed files, Parquet (ValueError), CSV
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+# what raises them: files, compressed files, Parquet (ValueError), CSV, archives
 DAMAGE = (OSError, EOFError, zlib.error, zstd.ZstdError, ValueError, csv.Error)
+DAMAGE += (tarfile.TarError, zipfile.BadZipFile)
 # position before a single space and a word, where cutting a text does not change its tokens
 BEFORE_WORD = re.compile(r"(?<=\S) (?=[^\W_])")
+CONVERTERS = {".pdf": "pdftotext", ".zip": "unzip", ".tar": "tar"}
+CONVERTERS |= dict.fromkeys((".docx", ".odt", ".epub", ".rtf"), "pandoc")
+CONVERTERS |= dict.fromkeys((".doc", ".ppt", ".pptx", ".xls", ".xlsx"), "LibreOffice")
 ENCODING_HINT = "set --encoding_errors=replace or ignore"
 SKIP_HINT = "skip such lines with --skip_bad_lines=True"
 
@@ -70,8 +79,8 @@ class BadFile(UserError):
 # Files
 
 
-def find_files(where: str) -> tuple[list[Path], list[str]]:
-    """Find the files to read. Returns them, sorted, and a reason for each file that is skipped.
+def find_files(where: str) -> tuple[list[Path], dict[Path, str]]:
+    """Find the files to read. Returns them, sorted, and {file that is skipped: the reason}.
 
     Hidden files and files written by our scripts are skipped. Raises UserError if no file is left.
     where: path of a file or a folder, or a glob pattern.
@@ -81,22 +90,45 @@ def find_files(where: str) -> tuple[list[Path], list[str]]:
         if path.is_dir():
             found = path.rglob("*")
         elif path.exists():
-            return [path], []
+            return [path], {}
         else:
             found = map(Path, glob.glob(where, recursive=True))  # noqa: PTH207, since the pattern may be absolute
         found = sorted(filter(Path.is_file, found), key=Path.as_posix)
     files = []
-    skipped = []
+    skipped = {}
     for file in found:
         if any(part.startswith(".") for part in file.parts[len(path.parts) :]):
-            skipped.append(f"{file} is hidden")
+            skipped[file] = f"{file} is hidden"
         elif any((at / mark).exists() for at in file.parents[:2] for mark in MARKS):
-            skipped.append(f"{file} is part of a data folder or of a run")
+            skipped[file] = f"{file} is part of a data folder or of a run"
         else:
             files.append(file)
     if not files:
-        raise UserError("; ".join([f"no text files found at {where}", *skipped[:5]]))
+        raise UserError(f"no text files found at {where}{describe_skipped(skipped, '; ')}")
     return files, skipped
+
+
+def describe_skipped(skipped: dict[Path, str], before: str = "") -> str:
+    """Count the skipped files by kind, and give the first reasons. Returns "" if there are none."""
+    if not skipped:
+        return ""
+    kinds = Counter(file_suffix(path) or path.name for path in skipped)
+    counts = [f"{count:,} {kind}{convert(kind)}" for kind, count in kinds.most_common()]
+    counted = f"{before}skipped files: {len(skipped):,}: {', '.join(counts)}"
+    return "; ".join([counted, *list(skipped.values())[:5]])
+
+
+def convert(kind: str) -> str:
+    """Name the program that makes text of files with this extension."""
+    return f" ({CONVERTERS[kind]} converts them)" if kind in CONVERTERS else ""
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """Unpack an archive into a folder, and return that. Names that lead out of the folder are refused or changed."""
+    safe = {} if archive.suffix.lower() == ".zip" else {"filter": "data"}
+    with read_errors(archive):
+        shutil.unpack_archive(archive, folder, **safe)
+    return folder
 
 
 def file_suffix(path: Path) -> str:
@@ -147,7 +179,7 @@ def read_documents(
             yield Piece("", first=True, last=True)
         else:
             raise UserError(
-                f"{path}, {place} has no text under {text_key!r}: {str(record)[:100]};"
+                f"{path}, {place} has no text under {text_key!r}: {shown(record)};"
                 f" set --text_key to another key, {ENCODING_HINT}, or {SKIP_HINT}"
             )
 
@@ -162,7 +194,7 @@ def open_text(path: Path, errors: str, newline: str | None = None) -> Iterator[T
     encoding = next(found, "utf-8-sig")
     # as in git, a file with null bytes is binary; a PDF may have none at its start, so it is recognised by its mark
     if start.startswith(b"%PDF-") or (encoding == "utf-8-sig" and b"\0" in start):
-        raise BadFile(f"{path} is not a text file; convert or unpack it")
+        raise BadFile(f"{path} is not a text file{convert(path.suffix.lower())}")
     try:
         with unpack(path, "rt", encoding=encoding, errors=errors, newline=newline) as text:
             yield text
@@ -191,6 +223,12 @@ def read_records(
         for number, record in enumerate(READERS[suffix](path, columns, errors), start=1):
             if record is not None:
                 yield f"{unit} {number:,}", record
+
+
+def shown(record: Record) -> str:
+    """The beginning of a record, for messages."""
+    text = record if isinstance(record, str) else json.dumps(record, default=str)
+    return text.strip()[:100]
 
 
 def read_json_lines(path: Path, columns: list[str], errors: str) -> Iterator[Record]:

@@ -56,9 +56,7 @@ class Pairs(Corpus):
         "max_pair_ratio": 3.0,
     }
 
-    def __init__(
-        self, config: PrepareConfig, files: PairFiles, source: str, skipped: list[str]
-    ):
+    def __init__(self, config: PrepareConfig, files: PairFiles, source: str, skipped: dict):
         super().__init__(config, files, source, skipped)
         self.paths = [path for _, paths in files for path in paths]
         if config.held_out is not None:
