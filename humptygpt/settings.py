@@ -37,7 +37,6 @@ IN_VAIN = dict.fromkeys(OF_INPUT, ("input", (None,)))
 IN_VAIN |= dict.fromkeys(("schedule", "lr_decay_iters", "min_lr"), ("decay_lr", (False,)))
 IN_VAIN |= dict.fromkeys(("lora_alpha", "lora_targets"), ("lora_rank", (0,)))
 IN_VAIN |= dict.fromkeys(("rope_base", "rope_factor"), ("position", NOT_ROTARY))
-IN_VAIN |= dict.fromkeys(("mlp_conv", "n_hidden", "activation"), ("mlp", ("none",)))
 FOR_SEVERAL = dict.fromkeys(("parallel", "backend"), ("processes", (1,)))
 # Defaults for a run that starts from a model: small steps, so that the model keeps what it has learned.
 GENTLE = {
