@@ -63,7 +63,7 @@ class TrainConfig:
     # data
     dataset: str = "shakespeare_char"  # folder in data/ that prepare_data.py wrote
     input: str | None = None  # your own text: a file or folder to prepare as a dataset
-    text_key: str | None = None  # field or column of the input that holds the text
+    text_key: str | None = None  # key of the text, or of a question and its answer: q,a
     encoding_errors: str | None = None  # on invalid UTF-8: strict (fail), replace or ignore
     skip_bad_lines: bool | None = None  # skip lines of the input that have no text
     batch_size: int = 4  # sequences per micro-batch (pairs: batch_size * block_size tokens)
