@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
@@ -146,6 +146,17 @@ class TokenDataset(Dataset):
     """Text as one stream of tokens, cut into blocks of block_size. Raises UserError if a split is too short."""
 
     task = "language modelling"
+    target_share = 1.0  # share of the tokens of a training batch that are targets
+
+    def resize(self, block_size: int) -> None:
+        """Cut the text into blocks of another size."""
+        if block_size != self.block_size:
+            self.block_size = block_size
+            self.set_up()
+
+    def contexts(self, sizes: Collection[int]) -> list[int]:
+        """Return those of the sizes that suit the text as block_size."""
+        return [size for size in sizes if size < len(self.train)]
 
     def set_up(self) -> None:
         for split, least in (("train", self.block_size + 1), ("val", 2)):

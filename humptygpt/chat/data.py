@@ -2,13 +2,23 @@
 
 from bisect import bisect_left, insort
 from collections import Counter
+from collections.abc import Collection
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from humptygpt.cli import UserError
 from humptygpt.data import TokenDataset, next_tokens, permute, random_key
+
+
+class Asked(NamedTuple):
+    """A question of a conversation, and the reply that it has there."""
+
+    prompt: list[int]  # ids of the turns up to the reply, and of its beginning
+    reply: str
+    length: int  # tokens of the reply, with its end
 
 
 class ChatDataset(TokenDataset):
@@ -19,17 +29,29 @@ class ChatDataset(TokenDataset):
     out if its question alone fills the row. Raises UserError if no reply is left.
 
     is_target: {split: which tokens are targets, (T,)}. rows: {split: positions of each row's tokens}; see pack().
-    cut: {split: Counter of what happened to replies that do not fit}.
+    cut: {split: Counter of what happened to replies that do not fit}. exchanges: {split: where each exchange starts}.
     """
 
     task = "chat"
 
     def set_up(self) -> None:
         self.ids, self.is_target, self.rows, self.cut = {}, {}, {}, {}
+        self.exchanges = {}
         for split in self.splits:
             self.ids[split] = np.concatenate([ids for _, ids in self.chunks(split)])
-            self.is_target[split], exchanges = self.find_targets(self.ids[split])
-            self.rows[split] = self.pack(split, exchanges)
+            found = self.find_targets(self.ids[split])
+            self.is_target[split], self.exchanges[split] = found
+            self.rows[split] = self.pack(split, self.exchanges[split])
+
+    @property
+    def target_share(self) -> float:
+        rows = self.rows["train"]
+        return self.is_target["train"][rows].mean()
+
+    def contexts(self, sizes: Collection[int]) -> list[int]:
+        """Return the smallest size that has room for each conversation and a few more turns."""
+        needed = max(256, self.meta["longest"])
+        return [next((size for size in sizes if size >= needed), max(sizes))]
 
     def find_targets(self, ids: np.ndarray) -> tuple[np.ndarray, list[int]]:
         """Find the tokens of the assistant's turns, each with its end and without its first line.
@@ -95,6 +117,20 @@ class ChatDataset(TokenDataset):
             first = pieces[-1].start
             pieces[-1] = range(first, min(end, first + size))
         return pieces
+
+    def asked(self, count: int) -> list[Asked]:
+        """Return up to `count` questions of the validation split, each the first of a conversation."""
+        ids, is_target = self.ids["val"], self.is_target["val"]
+        starts = [start for start in self.exchanges["val"] if self.begins(ids, start)]
+        found = []
+        for start in starts[:: max(1, len(starts) // count)][:count]:
+            reply = start + int(np.argmax(is_target[start:]))
+            end = reply + int(np.argmin(is_target[reply:]))
+            prompt = ids[start:reply].tolist()
+            if len(prompt) < self.block_size:
+                true = self.tokenizer.decode(ids[reply : end - 1].tolist())
+                found.append(Asked(prompt, true, end - reply))
+        return found
 
     def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
         """Make training batch number `index`: idx and targets, both int64 (batch_size, block_size).

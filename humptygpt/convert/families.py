@@ -149,7 +149,7 @@ LLAMA = Family(
         "lm_head": "lm_head",
     },
     transposed=False,
-    preset="config/shakespeare_char_llama.py",
+    preset="config/exportable.py",
 )
 FAMILIES = {family.name: family for family in (GPT2, LLAMA)}
 # nanoGPT's checkpoints have GPT-2's names, but matrices as ours
@@ -161,24 +161,22 @@ NANOGPT = replace(
 
 
 def find_family(config: ModelConfig) -> Family:
-    """Return the family that a model with this config is exported as. Raises UserError if a setting prevents it."""
+    """Return the family that a model with this config is exported as. Raises UserError that names all that prevents it."""
     family = GPT2 if config.position == "learned" else LLAMA
     free = {*family.settings.values(), *ROPE_SCALING.values(), *NOT_EXPORTED}
     # a key that is not in the tables is a user's own, and off by default
-    for key, needed in (family.fixed | vars(ModelConfig()) | family.fixed).items():
-        value = getattr(config, key)
-        if key not in free and value != needed:
-            raise UserError(
-                f"{key}={value} cannot be exported; {family.architecture} needs {key}={needed},"
-                f" as in {family.preset}"
-            )
+    needed = family.fixed | vars(ModelConfig()) | family.fixed
+    needed = {key: value for key, value in needed.items() if key not in free}
+    needed = {key: value for key, value in needed.items() if getattr(config, key) != value}
     known = dict.fromkeys(ACTIVATION_NAMES.values())
     if config.activation not in known:
-        raise UserError(
-            f"activation={config.activation} cannot be exported; transformers needs activation={' or '.join(known)}"
-        )
+        needed["activation"] = " or ".join(known)
     if config.n_embd % config.n_head:
+        needed["n_embd"] = f"a multiple of n_head={config.n_head}"
+    if needed:
+        own = ", ".join(f"{key}={getattr(config, key)}" for key in needed)
+        asked = ", ".join(f"{key}={value}" for key, value in needed.items())
         raise UserError(
-            f"n_embd={config.n_embd} cannot be exported; transformers needs a multiple of n_head={config.n_head}"
+            f"{own} cannot be exported; {family.architecture} needs {asked}, as in {family.preset}"
         )
     return family

@@ -22,7 +22,7 @@ import model as models
 from humptygpt import machine
 from humptygpt.cli import UserError, in_vain
 from humptygpt.convert.huggingface import find_family
-from humptygpt.data import Dataset
+from humptygpt.data import TokenDataset
 from humptygpt.device import autocast, free_memory, to_device
 from humptygpt.evaluation import LINE_TOKENS, SAMPLE_TOKENS, cost_of_whole_split
 from humptygpt.files import write_text
@@ -227,7 +227,7 @@ def ngram_targets(epochs: float, vocab_size: int) -> float:
     return round(most * min(1.0, epochs / MANY_EPOCHS), 2)
 
 
-def decay(weight_decay: float, tokens: int, text: int) -> float:
+def decay(weight_decay: float, tokens: float, text: int) -> float:
     """Scale the default weight decay to the size of the step and of the text.
 
     Weight decay makes the weights an average over recent updates. With this scaling, the average covers the same number
@@ -258,7 +258,7 @@ def begin(
     model_config: ModelConfig,
     given: Collection[str],
     saved: dict | None,
-    dataset: Dataset,
+    dataset: TokenDataset,
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[TrainConfig, ModelConfig, Clock]:
@@ -269,10 +269,10 @@ def begin(
 
     given: keys set by the user, which keep their values. saved: the checkpoint of a resumed run; None for a new run.
     """
-    if dataset.task != "language modelling":
+    if dataset.task not in ("language modelling", "chat"):
         raise UserError(
-            f"minutes={config.minutes:g} works only for text, but {config.dataset} is for {dataset.task};"
-            " use max_iters instead"
+            f"minutes={config.minutes:g} works only for text and conversations, but {config.dataset} is for"
+            f" {dataset.task}; use max_iters instead"
         )
     clock = Clock(config.minutes, saved["progress"]["run_seconds"] if saved else 0.0)
     # compiling takes about a minute, so a timed run compiles only if the user asks for it
@@ -281,7 +281,7 @@ def begin(
         config, model_config = choose(
             config, model_config, given, dataset, clock, device, dtype
         )
-        dataset.block_size = model_config.block_size
+        dataset.resize(model_config.block_size)
     return config, model_config, clock
 
 
@@ -289,7 +289,7 @@ def choose(
     config: TrainConfig,
     model_config: ModelConfig,
     given: Collection[str],
-    dataset: Dataset,
+    dataset: TokenDataset,
     clock: Clock,
     device: torch.device,
     dtype: torch.dtype,
@@ -307,8 +307,9 @@ def choose(
     fitting = [candidate for candidate in tried if candidate.memory.least <= free]
     best = find_best(fitting, dataset, clock, time_step)
     config, model_config, parameters, tokens, *_ = best
-    text = len(dataset.train)
-    epochs = clock.planned() / time_step(best) * tokens / text
+    dataset.resize(model_config.block_size)
+    text, targets = text_tokens(dataset), tokens * dataset.target_share
+    epochs = clock.planned() / time_step(best) * targets / text
     from_scratch = config.init_from == "scratch"
     # a model that can be exported stays one that can
     may_have_members = from_scratch and model_config.model == "gpt"
@@ -329,9 +330,10 @@ def choose(
         "warmup_iters": min(config.warmup_iters, steps // 10),
     }
     if from_scratch:  # more weight decay would make a trained model forget
-        chosen["weight_decay"] = decay(config.weight_decay, tokens, text)
+        chosen["weight_decay"] = decay(config.weight_decay, targets, text)
         left = free - model_config.n_members * best.memory.total
         small = text <= min(MOST_TOKENS, left / NGRAM_BYTES)
+        small = small and dataset.task == "language modelling"
         small = small and model_config.vocab_size <= NGRAM_VOCABULARY
         if epochs > FEW_EPOCHS and small and device.type == "cpu":
             chosen["ngram_targets"] = ngram_targets(epochs, model_config.vocab_size)
@@ -339,9 +341,15 @@ def choose(
     return replace(config, **chosen), model_config
 
 
+def text_tokens(dataset: TokenDataset) -> int:
+    """Count the tokens to learn: all of a text, or the replies of conversations."""
+    entry = dataset.meta["splits"]["train"]
+    return entry.get("target_tokens", len(dataset.train))
+
+
 def find_best(
     tried: list[Candidate],
-    dataset: Dataset,
+    dataset: TokenDataset,
     clock: Clock,
     time_step: Callable[[Candidate], float],
 ) -> Candidate:
@@ -349,14 +357,15 @@ def find_best(
 
     tried: candidates, sorted by operations. time_step: measures the seconds per step of a candidate.
     """
-    bytes_per_token = dataset.val_bytes_per_token()
-    text = len(dataset.train) * bytes_per_token
+    dataset.resize(tried[0].model_config.block_size)
+    bytes_per_token, share = dataset.val_bytes_per_token(), dataset.target_share
+    text = text_tokens(dataset) * bytes_per_token
     most = max(most_parameters(text), tried[0].parameters)
     tried = [candidate for candidate in tried if candidate.parameters <= most]
 
     def promise(candidate: Candidate) -> float:
         context, tokens = candidate.model_config.block_size, candidate.tokens
-        read = available / seconds[candidate] * tokens * bytes_per_token
+        read = available / seconds[candidate] * tokens * share * bytes_per_token
         return loss(candidate.parameters, read, text, context * bytes_per_token, tokens)
 
     small, middle = tried[0], tried[len(tried) // 2]
@@ -383,7 +392,7 @@ def candidates(
     config: TrainConfig,
     model_config: ModelConfig,
     given: Collection[str],
-    dataset: Dataset,
+    dataset: TokenDataset,
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[Candidate]:
@@ -394,7 +403,7 @@ def candidates(
     fixed = vars(model_config)  # a model loaded with init_from keeps all of its settings
     if config.init_from == "scratch":
         fixed = {key: value for key, value in fixed.items() if key in given}
-    contexts = [context for context in CONTEXTS if context < len(dataset.train)]
+    contexts = dataset.contexts(CONTEXTS)
     shapes = {model_config: None}  # a dict, used as an ordered set
     for (n_layer, n_embd), context in product(SIZES, contexts):
         size = {"n_layer": n_layer, "n_embd": n_embd, "block_size": context} | fixed
@@ -436,12 +445,12 @@ def count_inner(model: nn.Module) -> int:
 def seconds_per_step(
     config: TrainConfig,
     model_config: ModelConfig,
-    dataset: Dataset,
+    dataset: TokenDataset,
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
     """Train a model of this size for a few steps. Returns the median time per step, in seconds."""
-    dataset.block_size = model_config.block_size
+    dataset.resize(model_config.block_size)
     model = make_model(config, model_config).to(device)
     optimizer = make_optimizer(config, model)
     times = []
@@ -491,7 +500,7 @@ def closing(run: Run, out_dir: Path) -> str:
     path = out_dir / "plan.py"
     write_plan(path, run)
     bytes_per_token = run.dataset.val_bytes_per_token()
-    text = len(run.dataset.train) * bytes_per_token
+    text = text_tokens(run.dataset) * bytes_per_token
     read = run.progress.tokens * bytes_per_token
     return (
         f"{path} is a config file that repeats this run step by step\n"

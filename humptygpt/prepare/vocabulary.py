@@ -62,6 +62,8 @@ def choose_tokenizer(corpus: Corpus) -> PrepareConfig:
             fitting.pop()
             measured += " that repeats itself"
         chosen = {"tokenizer": "bpe", "vocab_size": fitting[-1]}
+    elif corpus.task == "chat":  # its users type any character
+        chosen = {"tokenizer": "bpe", "vocab_size": AUTO[0][1]}
     else:
         characters = set(chain.from_iterable(texts))
         measured += f" with {len(characters):,} different characters"
