@@ -50,6 +50,7 @@ class ScoreConfig:
     stride: int | None = None  # with text: window step in tokens; None: half of block_size
     pairs: str | None = None  # a file of pairs, or - for stdin
     suite: str | None = None  # a set of pairs
+    recites: bool = False  # how much of what a run writes stands in its training text
     json: bool = False  # print JSON instead of a table
     # system
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -63,10 +64,10 @@ class ScoreConfig:
     def validate(self) -> None:
         check_choices(self)
         check_least(self, 1, "stride")
-        given = sum(map(bool, (self.text, self.pairs, self.suite)))
+        given = sum(map(bool, (self.text, self.pairs, self.suite, self.recites)))
         if given != 1:
             raise ValueError(
-                f"choose one of --text, --pairs and --suite; {given} are given"
+                f"choose one of --text, --pairs, --suite and --recites; {given} are given"
             )
 
 
@@ -81,7 +82,9 @@ def main(argv: list[str]) -> None:
     elif "out_dir" in given:
         note(f"out_dir={config.out_dir} has no effect with init_from")
     with machine.memory_advice("score a smaller file, or use --quantize=int8"):
-        if config.text:
+        if config.recites:
+            print_recited(config, sources)
+        elif config.text:
             print_texts(config, sources)
         else:
             print_tests(config, sources)
@@ -116,6 +119,15 @@ def print_texts(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
             )
     if config.json:
         print(json.dumps(rows))
+
+
+def print_recited(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
+    from humptygpt.scoring.recites import describe
+    from humptygpt.setup import training_data
+
+    for name, source in sources.items():
+        loaded = load(config, source)
+        print(f"{name}: {describe(loaded.model, training_data(source))}")
 
 
 def print_tests(config: ScoreConfig, sources: dict[str, str | Path]) -> None:

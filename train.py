@@ -366,6 +366,10 @@ def show_best(run: Run, folder: RunFolder) -> None:
         folder.record(stamp | {f"whole_{key}": value for key, value in row.items()})
     if run.task.final_examples:
         print(show(run, run.task.final_examples, model))
+    if run.config.minutes:
+        from humptygpt.scoring import recites
+
+        print(show(run, recites.describe, model))
     if run.task.score:
         score = show(run, run.task.score, model)
         folder.record(stamp | score.metrics)

@@ -18,7 +18,14 @@ from humptygpt.checkpoint import refuse_other_code
 from humptygpt.cli import UserError, fields_of, first_line, note, refuse_vain
 from humptygpt.data import COMMAND, Dataset, Prefetcher, is_command, made_by, read_meta
 from humptygpt.device import autocast, pick_device, pick_dtype, to_device
-from humptygpt.loading import Loaded, code_checksum, load, note_edits, recorded
+from humptygpt.loading import (
+    Loaded,
+    code_checksum,
+    find_source,
+    load,
+    note_edits,
+    recorded,
+)
 from humptygpt.loggers import chosen_loggers
 from humptygpt.machine import GIVEN
 from humptygpt.optimizers import freeze
@@ -368,6 +375,16 @@ def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
     raise UserError(
         f"{dataset.folder} is not the data that {out_dir}/ckpt.pt was trained on{advice}"
     )
+
+
+def training_data(path: str | Path) -> Dataset:
+    """Open the data that the run of a checkpoint was trained on. Raises UserError if it is not there any more."""
+    saved = checkpoint.read(find_source(path), with_tensors=False)
+    config = cli.restore(TrainConfig, saved["train_config"])
+    folder = Path("data") / config.dataset
+    dataset = open_prepared(folder, make_model_config(saved["model_config"]), config.seed)
+    check_same_data(saved, dataset, config.out_dir)
+    return dataset
 
 
 # --------------------------------------------------------------------------------------

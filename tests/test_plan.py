@@ -14,13 +14,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY_RUN, read_rows
+from test_chat import chat, write_chats
 from texts import make_text
 
 import compare
+import prepare_data
 import train
 from humptygpt import checkpoint, cli, evaluation, report
 from humptygpt import machine as cores
 from humptygpt import run as runs
+from humptygpt.chat.data import ChatDataset
 from humptygpt.cli import UserError
 from humptygpt.minutes import plan
 from humptygpt.optimizers import trained_parameters
@@ -615,9 +618,38 @@ def test_minutes_that_cannot_be_are_refused_in_one_line(tiny, machine, fails, ar
     assert not list(OUT.glob("*.pt"))
 
 
+def test_conversations_get_a_plan_that_counts_what_is_learned(
+    folder, machine, small_sizes, monkeypatch, capsys
+):
+    write_chats(*(chat(f"what is {i}?", f"it is {i}") for i in range(80)))
+    prepare_data.main(["--input=chats.jsonl", "--name=chats"])
+    machine.step = lambda: 0.02
+    counted = []
+    decay = plan.decay
+    monkeypatch.setattr(plan, "decay", lambda *args: counted.append(args) or decay(*args))
+    machine.run("--dataset=chats", *SHOWN[1:], "--minutes=0.2")
+    config = read_config()
+    assert (config["block_size"], config["ngram_targets"]) == (256, 0.0)
+    assert config["n_members"] > 1  # the replies are read many times
+    data = run_data(config)
+    [(_, targets, text)] = counted
+    assert text == data.meta["splits"]["train"]["target_tokens"]
+    batch = data.batch(0, config["batch_size"])["targets"]
+    assert targets == pytest.approx((batch >= 0).sum().item(), rel=0.3)
+    out = capsys.readouterr().out
+    assert re.search(r"answered word for word: \d of \d", out)
+    assert "of its replies, " in out
+
+
+def run_data(config: dict) -> ChatDataset:
+    return ChatDataset(Path("data") / config["dataset"], config["block_size"], 0)
+
+
 def test_minutes_are_for_text_and_one_process(tiny, pairs, fails, monkeypatch):
     line = fails(train.main, *TIMED, "--dataset=pairs", "--minutes=1", "--block_size=64")
-    complaint = "minutes=1 works only for text, but pairs is for translation; use max_iters"
+    complaint = (
+        "minutes=1 works only for text and conversations, but pairs is for translation; use"
+    )
     assert line == f"{complaint} instead\n"
     monkeypatch.setenv("WORLD_SIZE", "2")
     line = fails(train.main, *TIMED, "--minutes=1")

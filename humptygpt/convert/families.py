@@ -161,7 +161,7 @@ NANOGPT = replace(
 
 
 def find_family(config: ModelConfig) -> Family:
-    """Return the family that a model with this config is exported as. Raises UserError that names all that prevents it."""
+    """Return the family that a model with this config is exported as. Raises UserError that names all obstacles."""
     family = GPT2 if config.position == "learned" else LLAMA
     free = {*family.settings.values(), *ROPE_SCALING.values(), *NOT_EXPORTED}
     # a key that is not in the tables is a user's own, and off by default

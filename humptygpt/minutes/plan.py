@@ -115,7 +115,9 @@ class Clock:
 
     def seconds_left(self, position: float, config: TrainConfig) -> float:
         """Seconds left for training steps, excluding the remaining evaluations and the end of the run."""
-        closing = self.at_the_end * self.evaluation + max(self.evaluation, self.sample)
+        # the texts that show whether the model recites take as long as two samples
+        last = max(self.evaluation, 3 * self.sample)
+        closing = self.at_the_end * self.evaluation + last
         left = self.end - time.monotonic() - closing
         before = math.ceil((config.max_iters - position) / config.eval_interval) - 1
         # at least half of the time is kept for steps; evaluations that no longer fit are skipped
