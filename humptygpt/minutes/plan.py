@@ -190,8 +190,11 @@ def most_parameters(text: float) -> float:
     return 140 * text**0.75
 
 
-def advice(parameters: int, read: float, text: float) -> str:
-    """Say what would lower the loss most: more minutes, more text or a larger model. Parameters: as for loss()."""
+def advice(parameters: int, read: float, text: float, bits: float = math.inf) -> str:
+    """Say what would lower the loss most: more minutes, more text or a larger model.
+
+    bits: the loss of the run in bits per byte; the rest as for loss().
+    """
     now = loss(parameters, read, text)
     losses = {
         "twice the minutes": loss(parameters, 2 * read, text),
@@ -199,7 +202,7 @@ def advice(parameters: int, read: float, text: float) -> str:
         "twice the parameters, in twice the minutes": loss(2 * parameters, read, text),
     }
     best = min(losses, key=losses.get)
-    gain = now - losses[best]
+    gain = min(now, bits) * (1 - losses[best] / now)  # no more than there is to gain
     return f"what would help most: {best}; it would lower the loss by about {gain:.2f} bits per byte"
 
 
@@ -504,9 +507,10 @@ def closing(run: Run, out_dir: Path) -> str:
     bytes_per_token = run.dataset.val_bytes_per_token()
     text = text_tokens(run.dataset) * bytes_per_token
     read = run.progress.tokens * bytes_per_token
+    bits = run.progress.best_val_loss / math.log(2) / bytes_per_token
     return (
         f"{path} is a config file that repeats this run step by step\n"
-        f"{advice(count_inner(run.model), read, text)}"
+        f"{advice(count_inner(run.model), read, text, bits)}"
     )
 
 
