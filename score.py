@@ -126,8 +126,8 @@ def print_recited(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
     from humptygpt.setup import training_data
 
     for name, source in sources.items():
-        loaded = load(config, source)
-        print(f"{name}: {describe(loaded.model, training_data(source))}")
+        dataset = training_data(source)
+        print(f"{name}: {describe(load(config, source).model, dataset)}")
 
 
 def print_tests(config: ScoreConfig, sources: dict[str, str | Path]) -> None:

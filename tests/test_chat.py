@@ -136,8 +136,9 @@ def test_columns_of_questions_and_answers_are_conversations(folder, ending):
     if ending == "jsonl":
         path.write_text("\n".join(map(json.dumps, rows)))
     elif ending == "parquet":
-        pa = pytest.importorskip("pyarrow", reason="needs pyarrow")
-        pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+        parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         with path.open("w") as file:
             table = csv.DictWriter(

@@ -104,9 +104,8 @@ def test_a_run_is_saved_and_loaded_with_the_tied_weights_of_each_member(tiny):
 
 def test_it_is_not_exported(tiny, fails):
     assert train.main([*TINY_RUN, "--n_members=2"]) == 0
-    # a key that prevents it with one member, too, is named first
-    other = "mlp_conv=3 cannot be exported; LlamaForCausalLM needs mlp_conv=0"
-    assert other in fails(export.main, "--out_dir=out/run", "--to=exported")
+    line = fails(export.main, "--out_dir=out/run", "--to=exported")
+    assert "mlp_conv=3" in line and "n_members=2" in line
     llama = ModelConfig(**FAMILIES["llama"].fixed | {"n_members": 2})
     one = "n_members=2 cannot be exported; LlamaForCausalLM needs n_members=1"
     with pytest.raises(UserError, match=one):

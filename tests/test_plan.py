@@ -27,6 +27,7 @@ from humptygpt.chat.data import ChatDataset
 from humptygpt.cli import UserError
 from humptygpt.minutes import plan
 from humptygpt.optimizers import trained_parameters
+from humptygpt.scoring import recites
 from humptygpt.settings import RECIPE, TrainConfig
 from humptygpt.setup import read_settings, recipe
 from humptygpt.tasks import MODELS, build_on_meta, make_model_config
@@ -233,6 +234,7 @@ def test_a_run_reserves_the_time_that_its_model_takes_for_the_text_at_the_end(
         final_examples=partial(write, 1.0),
     )
     machine.patch.setattr(evaluation, "TEXT", task)
+    machine.patch.setattr(recites, "describe", partial(write, 2.0))
     machine.run(*TIMED, "--minutes=0.2")
     assert machine.now == pytest.approx(12 - plan.ENDING, abs=0.11)
 
@@ -275,6 +277,10 @@ def choose(monkeypatch):
             task="language modelling",
             train=range(text),
             val_bytes_per_token=lambda: 1.0,
+            meta={"splits": {"train": {}}},
+            target_share=1.0,
+            contexts=lambda sizes: [size for size in sizes if size < text],
+            resize=lambda size: None,
         )
         config = cli.make(TrainConfig, settings)
         model_config = make_model_config(settings)
@@ -410,7 +416,7 @@ def test_a_plan_takes_the_time_that_is_left_also_with_dropout(choose):
 def test_every_size_keeps_the_architecture_and_can_be_built():
     config = ModelConfig(vocab_size=65, n_layer=4, n_head=2, n_kv_head=2, n_embd=128)
     training = TrainConfig(optimizer="normuon", gradient_accumulation_steps=4)
-    dataset = SimpleNamespace(train=range(10**6))
+    dataset = SimpleNamespace(contexts=lambda sizes: sizes)
     given = {"n_kv_head", "block_size"}
     tried = plan.candidates(training, config, given, dataset, CPU, torch.float32)
     assert {candidate.tokens for candidate in tried} == set(plan.STEPS)
@@ -647,9 +653,7 @@ def run_data(config: dict) -> ChatDataset:
 
 def test_minutes_are_for_text_and_one_process(tiny, pairs, fails, monkeypatch):
     line = fails(train.main, *TIMED, "--dataset=pairs", "--minutes=1", "--block_size=64")
-    complaint = (
-        "minutes=1 works only for text and conversations, but pairs is for translation; use"
-    )
+    complaint = "minutes=1 works only for text and conversations, but pairs is for translation; use max_iters"
     assert line == f"{complaint} instead\n"
     monkeypatch.setenv("WORLD_SIZE", "2")
     line = fails(train.main, *TIMED, "--minutes=1")

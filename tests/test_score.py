@@ -239,7 +239,7 @@ def test_a_bad_file_of_pairs_is_one_line(message, content, fails):
 
 
 def test_other_mistakes_are_explained(run_dir, fails):
-    assert "one of --text, --pairs and --suite; 0 are given" in fails(score.main)
+    assert "one of --text, --pairs, --suite and --recites; 0 are given" in fails(score.main)
     assert "stride=4 has no effect" in fails(score.main, "--suite=english", "--stride=4")
     Path("short.txt").write_text("A")
     with pytest.raises(UserError, match="no token to predict"):

@@ -16,6 +16,8 @@ def answer(
     model: nn.Module, dataset: ChatDataset, asked: list[Asked], longest: int
 ) -> list[str]:
     """Answer questions greedily, with up to `longest` tokens each."""
+    if not asked:
+        return []
     device = next(model.parameters()).device
     context = Context(model, [each.prompt for each in asked], device=device)
     replies = [""] * len(asked)
@@ -48,7 +50,7 @@ def show_replies(model: nn.Module, dataset: ChatDataset, count: int = 3) -> str:
 def show_answers(model: nn.Module, dataset: ChatDataset) -> str:
     """Count the held-out questions that are answered as in their conversation, and show some of the answers."""
     asked = dataset.asked(QUESTIONS)
-    longest = max(each.length for each in asked)
+    longest = max((each.length for each in asked), default=0)
     replies = answer(model, dataset, asked, longest)
     right = [reply == each.reply for each, reply in zip(asked, replies, strict=True)]
     lines = [f"held-out questions answered word for word: {sum(right)} of {len(asked)}"]

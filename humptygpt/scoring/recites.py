@@ -34,7 +34,8 @@ def write_texts(model: nn.Module, dataset: TokenDataset) -> list[str]:
         from humptygpt.chat.task import QUESTIONS, answer
 
         asked = dataset.asked(QUESTIONS)
-        return answer(model, dataset, asked, max(each.length for each in asked))
+        longest = max((each.length for each in asked), default=0)
+        return answer(model, dataset, asked, longest)
     context = Context(model, [tokenizer.start().tolist()] * TEXTS, device=device)
     tokens = round(LENGTH / dataset.val_bytes_per_token())
     texts = [""] * TEXTS
