@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import model as models
 from humptygpt.cli import first_line, note
+from humptygpt.machine import is_out_of_memory
 from model import SelfAttention, count_parameters
 
 SMALL = 2e6  # parameters of a model that is tried in its own width
@@ -34,6 +35,8 @@ def check_model(model: nn.Module) -> None:
             for problem in problems(model):
                 note(problem)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             model.has_cache = False
             note(f"a small model like this one fails: {describe(error)}")
 
