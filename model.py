@@ -446,7 +446,7 @@ class LayerCache:
 
 
 class Cache:
-    """What each block keeps of the tokens read, such as keys and values, so that no later pass computes them again.
+    """Keys, values and other tensors of the tokens read, which the blocks keep so that no later pass computes them.
 
     length: number of tokens read. n_padding: (B,) int64, number of padding tokens before each text; None: no padding.
     """
@@ -457,7 +457,7 @@ class Cache:
         self.layers = [LayerCache(size) for _ in range(n_layer)]
 
     def span(self, T: int) -> int:
-        """Count the tokens of the next forward pass: those read, and T new ones."""
+        """Count the tokens after the next forward pass: those already read and T new ones."""
         return self.length + T
 
     def clear(self) -> None:
@@ -588,7 +588,7 @@ class Block(nn.Module):
 
 
 class PreNormBlock(Block):
-    """Only the branches are normalised; what they compute is added to the residual stream.
+    """Only the branches are normalised; their outputs are added to the residual stream.
 
     Source: Radford et al. 2019 (GPT-2); Xiong et al. 2020, arXiv:2002.04745.
     """
