@@ -2,7 +2,7 @@
 
     idx (B, T)
      |
-     embedding + positional encoding
+     embedding + positional encoding -- dropout
      |
      |--- norm -- attention -- dropout --+      each token attends to itself and the tokens before it
      +<----------------------------------|
@@ -361,7 +361,7 @@ class SelfAttention(nn.Module):
         if shared.rotary:
             q, k = rotate(q, shared.rotary), rotate(k, shared.rotary)
         if cache:
-            k, v = cache.append(shared.end, k=k, v=v)  # (B, H, S, D)
+            k, v = cache.append(shared.end, k=k, v=v)  # (B, n_kv_head, S, D)
         y = self.kernel(q, k, v, shared.masks[self.window])  # (B, H, T, D)
         return self.output(y, x)
 
@@ -446,7 +446,7 @@ class LayerCache:
 
 
 class Cache:
-    """What a GPT remembers of the tokens that it has read, so that each token is processed only once.
+    """Keys, values and other tensors of the tokens read, which the blocks keep so that no later pass computes them.
 
     length: number of tokens read. n_padding: (B,) int64, number of padding tokens before each text; None: no padding.
     """
@@ -457,7 +457,7 @@ class Cache:
         self.layers = [LayerCache(size) for _ in range(n_layer)]
 
     def span(self, T: int) -> int:
-        """Count the tokens of the next forward pass: those read, and T new ones."""
+        """Count the tokens after the next forward pass: those already read and T new ones."""
         return self.length + T
 
     def clear(self) -> None:
@@ -588,7 +588,7 @@ class Block(nn.Module):
 
 
 class PreNormBlock(Block):
-    """The norm is inside each branch, so the residual stream passes through unchanged.
+    """Only the branches are normalised; their outputs are added to the residual stream.
 
     Source: Radford et al. 2019 (GPT-2); Xiong et al. 2020, arXiv:2002.04745.
     """
@@ -616,7 +616,7 @@ class PostNormBlock(Block):
 
 
 class PlainBlock(Block):
-    """No residual connections, to show what they contribute.
+    """Pre-norm without residual connections, to show what they contribute.
 
     Source of residual connections: He et al. 2015, arXiv:1512.03385.
     """
@@ -674,8 +674,8 @@ class Stack(nn.Module):
     def forward(self, x, idx, cache=None, **more):
         """Read tokens that follow those in the cache. Returns (B, T, C).
 
-        x: (B, T, C), their embeddings. idx: (B, T), their ids. more: padding, (B, T) bool, True if a token is padding,
-        which needs no cache; other values are for the layers, in Shared.kept.
+        x: (B, T, C), their embeddings. idx: (B, T), their ids. more: padding, (B, T) bool, True if a token is padding
+        (only without a cache); other values are for the layers, in Shared.kept.
         """
         shared = self.share(idx, cache, **more)
         x = self.dropout(self.embed_norm(self.position.embed(x, shared.at)))
@@ -759,7 +759,7 @@ class GPT(nn.Module):
         return logits
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats.
+        """Mean of -ln(probability of the target) over all targets except -1.
 
         In training, a fraction label_smoothing of each target is spread over the vocabulary, so that the model does not
         become overconfident. Source: Szegedy et al. 2015, arXiv:1512.00567, section 7.
@@ -781,16 +781,16 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Append sampled tokens to idx, (B, T) with T >= 1. Returns (B, T + max_new_tokens). Call eval() before.
 
-        sample.py and serve.py have more filters, and sample in humptygpt/sampling.py instead.
+        sample.py and serve.py use humptygpt/sampling.py instead, which has more filters.
         temperature: above 0. top_k: sample from the k most probable tokens only; 0: from all.
         """
         block_size = self.config.block_size
-        half = block_size // 2 + 1  # half of the context, and the token that no longer fits
+        half = block_size // 2 + 1  # half of the context, and the new token
         cache = self.make_cache() if self.has_cache else None
         new = idx[:, -block_size:]
         for _ in range(max_new_tokens):
             if cache and cache.length + new.shape[1] > block_size:
-                cache.clear()  # it is full: read the newest half again
+                cache.clear()  # it is full: read the newest half again, from position 0
                 new = idx[:, -half:]
             logits = self.next_logits(new, cache).float() / temperature
             if top_k:

@@ -1,6 +1,6 @@
 """Try a model before it is used, because its user may have edited model.py, and say in a line what does not hold.
 
-What is tried is a small model of the same classes and settings, or one of the same size if that is small.
+It tries a smaller model with the same classes and settings, or one of the same width if that is small.
 """
 
 from collections.abc import Iterator
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 import model as models
 from humptygpt.cli import first_line, note
+from humptygpt.machine import is_out_of_memory
+from humptygpt.tasks import build
 from model import SelfAttention, count_parameters
 
-SMALL = 2e6  # parameters of a model that is tried in its own width
-VOCABULARY = 11  # of the model that is tried
-TOKENS = 70  # of the text that is tried
+SMALL = 2e6  # a model of up to this many parameters is tried in its own width
+VOCABULARY = 11  # tokens that the smaller model knows
+TOKENS = 70  # length of its text
 
 
 def check_model(model: nn.Module) -> None:
@@ -34,6 +36,8 @@ def check_model(model: nn.Module) -> None:
             for problem in problems(model):
                 note(problem)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             model.has_cache = False
             note(f"a small model like this one fails: {describe(error)}")
 
@@ -43,7 +47,7 @@ def problems(model: nn.Module) -> Iterator[str]:
     parts = (part for part in model.modules() if isinstance(part, SelfAttention))
     if any(part.kernel is models.attend for part in parts):
         yield "attend() in model.py has been edited, so PyTorch's fused kernel is not used"
-    small, text = tiny(model)
+    small, text = smaller(model)
     lost = without_gradient(small, text)
     if len(lost) == len(list(small.parameters())):
         yield (
@@ -62,7 +66,7 @@ def problems(model: nn.Module) -> Iterator[str]:
             yield "model.py computes nan or infinity from small random weights; is a softmax or a norm missing?"
             return
         if not is_close(small(**text)[0], logits):
-            yield "model.py is random in evaluation, so its losses and texts are"
+            yield "model.py is random in evaluation, so its losses and texts are random, too"
             return
         if not is_close(training, logits):
             yield "training and evaluation compute different logits, even without dropout"
@@ -83,10 +87,8 @@ def problems(model: nn.Module) -> Iterator[str]:
             yield f"generating without a cache, which is slower: {problem}"
 
 
-def tiny(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Build a small model with the same classes and settings, and a text for it: the arguments of its forward()."""
-    from humptygpt.fast.attention import use_fused_kernel
-
+def smaller(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Build a smaller model with the same classes and settings, and a text for it: the arguments of its forward()."""
     config = model.config
     sizes = {
         "n_members": min(config.n_members, 2),
@@ -100,9 +102,7 @@ def tiny(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     random = torch.Generator().manual_seed(0)
     idx = torch.randint(VOCABULARY, (1, min(config.block_size, TOKENS)), generator=random)
     text = {"idx": idx} | ({"source": idx} if hasattr(model, "encode") else {})
-    small = type(model)(replace(config, **sizes))
-    use_fused_kernel(small)
-    return small, text
+    return build(replace(config, **sizes)), text
 
 
 def randomize(small: nn.Module) -> None:
@@ -110,8 +110,9 @@ def randomize(small: nn.Module) -> None:
     random = torch.Generator().manual_seed(0)
     std = (2 * small.config.n_layer) ** -0.5  # the sum of many blocks must not overflow
     for p in small.parameters():
-        narrower = min(1, 8 / p.shape[-1]) ** 0.5 if p.dim() > 1 else 1
-        p.data.normal_(std=std * narrower, generator=random)
+        # a layer with more inputs sums more of them
+        scale = min(1, 8 / p.shape[-1]) ** 0.5 if p.dim() > 1 else 1
+        p.data.normal_(std=std * scale, generator=random)
 
 
 def without_gradient(small: nn.Module, text: dict[str, Tensor]) -> list[str]:

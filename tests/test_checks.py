@@ -24,7 +24,6 @@ ORIGINAL = {
     "next_logits": models.GPT.next_logits,
     "loss": models.GPT.loss,
     "append": models.LayerCache.append,
-    "embed": models.Position.embed,
 }
 
 

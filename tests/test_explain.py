@@ -903,7 +903,11 @@ def test_a_model_py_that_is_not_the_reference_is_refused_or_noted(monkeypatch, c
     class Renamed(SelfAttention):
         def __init__(self, config, layer=0):
             super().__init__(config, layer)
-            self.query = self._modules.pop("q_proj")
+            modules = (
+                self._modules.items()
+            )  # in the same order, so that the logits are the same
+            new = {"query" if name == "q_proj" else name: each for name, each in modules}
+            self._modules = new
 
         q_proj = property(lambda self: self.query)
 

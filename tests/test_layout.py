@@ -26,7 +26,6 @@ FROM_CORE = {
         "checkpoint",
         "parallel",
     ): "a run on several processes may save its checkpoint in parts",
-    ("checks", "fast"): "what is tried has the faster kernel, too",
     ("data", "prepare"): "a folder that nanoGPT prepared has no meta.json",
     ("loading", "chat"): "a model of another project may have a chat template",
     ("loading", "convert"): "a source may be a model of another project",

@@ -46,7 +46,7 @@ def fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 @cache
 @torch.no_grad()
 def agrees(attend: Callable, kernel: Callable) -> bool:
-    """True if both functions compute the same numbers: of many keys, large scores, and heads that share keys."""
+    """True if both functions compute the same numbers, with many keys, large scores and heads that share keys, too."""
     random = torch.Generator().manual_seed(0)
     for T, S, H in ((70, 70, 2), (70, 70, 4), (1, 70, 4)):
         shapes = (H, T, 64), (2, S, 64), (2, S, 64), (1, T, S)

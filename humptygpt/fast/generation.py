@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from humptygpt.checks import check_model, is_close, randomize, tiny
+from humptygpt.checks import check_model, is_close, randomize, smaller
 from humptygpt.cli import UserError, note
 from humptygpt.device import free_memory, thread_counts
 from humptygpt.machine import check_fits, fastest
@@ -54,9 +54,9 @@ def make_generator(
     check_model(model)
     joins = not compiles and agrees(model, joins=True)
     if not joins and not agrees(model):
-        kept = "" if dtype == torch.float32 else ", and the weights stay in float32"
         note(
-            f"not using faster layers, because this model.py's logits would change; generation is slower{kept}"
+            "not using faster layers, because this model.py's logits would change; generation is slower, in float32 and"
+            " not compiled"
         )
         return model.to(device)
     replace_layers(model, dtype, device, compiles, joins)
@@ -95,7 +95,7 @@ def choose_threads(loaded) -> None:
 def agrees(model: nn.Module, joins: bool = False) -> bool:
     """True if replace_layers() does not change the logits of this model.py, which the user may have edited."""
     try:
-        small, text = tiny(model)
+        small, text = smaller(model)
         randomize(small.eval())
         expected = small(**text)[0]
         replace_layers(small, torch.float32, CPU, compiles=False, joins=joins)

@@ -66,20 +66,17 @@ def check_formulas(config: ModelConfig, reader: str) -> None:
         if any(kind(getattr(config, key)) != kind(settings[key]) for key in settings):
             continue  # this entry is for a different variant
         expected = torch.tensor([logits])
-        known = close = False
         with suppress(Exception):  # in an edited model.py
             model = build(replace(config, n_members=1, **KNOWN["config"] | settings))
             found = known_logits(model, torch.tensor([KNOWN["text"]]))
             known = {name_of(name) for name in model.state_dict()} <= {*KNOWN["names"]}
-            close = torch.allclose(
-                found, expected, 2e-4, 2e-4 * float(expected.abs().max())
-            )
-        if not (known and close):
-            raise UserError(
-                f"{reader} computes the formulas that model.py came with, but this model.py has been edited and"
-                " computes something else; undo the edit, or use sample.py and score.py, which run model.py itself"
-            )
-
+            largest = float(expected.abs().max())
+            if known and torch.allclose(found, expected, 2e-4, 2e-4 * largest):
+                continue
+        raise UserError(
+            f"{reader} computes the formulas that model.py came with, but this model.py has been edited and"
+            " computes something else; undo the edit, or use sample.py and score.py, which run model.py itself"
+        )
     if code_checksum() != KNOWN["model.py"]:
         note(
             f"{reader} computes the formulas that model.py came with; this model.py has been edited, and gives the same"
