@@ -147,24 +147,31 @@ def evaluation_line(row: dict[str, float]) -> str:
 # The language modelling task
 
 
-def sample(model: nn.Module, dataset: TokenDataset, max_new_tokens: int) -> str:
-    """Generate text without a prompt."""
+def samples(
+    model: nn.Module, dataset: TokenDataset, length: int = SAMPLE_TOKENS, count: int = 20
+) -> list[str]:
+    """Generate texts of `length` tokens without a prompt."""
     tokenizer = dataset.tokenizer
-    idx = torch.from_numpy(tokenizer.start()).to(next(model.parameters()).device)[None]
-    tokens = model.generate(idx, max_new_tokens, temperature=0.8)[0, idx.shape[1] :]
-    tokens = tokens[tokens < tokenizer.vocab_size]  # drop ids that only pad the vocabulary
-    return tokenizer.decode(tokens.tolist()).strip()
+    start = torch.from_numpy(tokenizer.start()).to(next(model.parameters()).device)
+    rows = model.generate(start.repeat(count, 1), length, temperature=0.8)
+    rows = rows[:, len(start) :]
+    # drop ids that only pad the vocabulary
+    rows = [row[row < tokenizer.vocab_size].tolist() for row in rows]
+    return [tokenizer.decode(row).strip() for row in rows]
 
 
 def sample_line(model: nn.Module, dataset: TokenDataset, count: int = 1) -> str:
-    line = " ".join(sample(model, dataset, LINE_TOKENS).split())
+    line = " ".join(samples(model, dataset, LINE_TOKENS, 1)[0].split())
     return f"  > {line[:100]}"
 
 
 def sample_text(model: nn.Module, dataset: TokenDataset) -> str:
-    return f"\n{sample(model, dataset, SAMPLE_TOKENS)}\n"
+    return f"\n{samples(model, dataset, count=1)[0]}\n"
 
 
 TEXT = Task(
-    dataset=TokenDataset, evaluation_examples=sample_line, final_examples=sample_text
+    dataset=TokenDataset,
+    evaluation_examples=sample_line,
+    final_examples=sample_text,
+    write=samples,
 )

@@ -125,6 +125,8 @@ class Task:
     # shown after each evaluation; its third argument is the number of examples
     evaluation_examples: Show | None = None
     final_examples: Show | None = None  # shown at the end of a run
+    # the texts or replies that the model writes, (model, dataset) -> list of them, to compare with the training text
+    write: Callable[..., list[str]] | None = None
     score: Callable[..., Score] | None = None  # at the end of a run and with --eval_only
     sample_label: str = "more of this"  # label printed before sample_command
     sample_command: str = "python sample.py {}"  # {} is the argument that names the run

@@ -56,7 +56,6 @@ BETWEEN_SLICES = {
     ("prepare", "chat"): "conversations are one kind of data",
     ("prepare", "convert"): "a tokenizer may come from a model of any format",
     ("prepare", "translation"): "sentence pairs are one kind of data",
-    ("scoring", "chat"): "replies, too, are compared with the training text",
     ("scoring", "prepare"): "BLiMP is downloaded like a data set",
     ("translation", "prepare"): "files of pairs are read like other documents",
 }

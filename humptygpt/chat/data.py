@@ -4,21 +4,12 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Collection
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from humptygpt.cli import UserError
 from humptygpt.data import TokenDataset, next_tokens, permute, random_key
-
-
-class Asked(NamedTuple):
-    """A question of a conversation, and the reply that it has there."""
-
-    prompt: list[int]  # ids of the turns up to the reply, and of its beginning
-    reply: str
-    length: int  # tokens of the reply, with its end
 
 
 class ChatDataset(TokenDataset):
@@ -29,19 +20,19 @@ class ChatDataset(TokenDataset):
     out if its question alone fills the row. Raises UserError if no reply is left.
 
     is_target: {split: which tokens are targets, (T,)}. rows: {split: positions of each row's tokens}; see pack().
-    cut: {split: Counter of what happened to replies that do not fit}. exchanges: {split: where each exchange starts}.
+    fitting: {split: positions of each conversation, or part of one, that is in a row}.
+    cut: {split: Counter of what happened to replies that do not fit}.
     """
 
     task = "chat"
 
     def set_up(self) -> None:
         self.ids, self.is_target, self.rows, self.cut = {}, {}, {}, {}
-        self.exchanges = {}
+        self.fitting = {}
         for split in self.splits:
             self.ids[split] = np.concatenate([ids for _, ids in self.chunks(split)])
-            found = self.find_targets(self.ids[split])
-            self.is_target[split], self.exchanges[split] = found
-            self.rows[split] = self.pack(split, self.exchanges[split])
+            self.is_target[split], exchanges = self.find_targets(self.ids[split])
+            self.rows[split] = self.pack(split, exchanges)
 
     @property
     def target_share(self) -> float:
@@ -88,7 +79,7 @@ class ChatDataset(TokenDataset):
         size = self.block_size + 1
         is_target = self.is_target[split]
         self.cut[split] = cut = Counter()
-        pieces = []
+        self.fitting[split] = pieces = []
         for piece in self.pieces(self.ids[split], exchanges):
             # the first token of a row is not predicted
             if is_target[piece.start + 1 : piece.stop].any():
@@ -118,18 +109,15 @@ class ChatDataset(TokenDataset):
             pieces[-1] = range(first, min(end, first + size))
         return pieces
 
-    def asked(self, count: int) -> list[Asked]:
-        """Return up to `count` questions of the validation split, each the first of a conversation."""
+    def held_out(self, count: int) -> list[tuple[list[int], list[int]]]:
+        """Return up to `count` questions of the validation split: the ids up to a reply, and those of the reply."""
         ids, is_target = self.ids["val"], self.is_target["val"]
-        starts = [start for start in self.exchanges["val"] if self.begins(ids, start)]
+        pieces = self.fitting["val"]
         found = []
-        for start in starts[:: max(1, len(starts) // count)][:count]:
-            reply = start + int(np.argmax(is_target[start:]))
-            end = reply + int(np.argmin(is_target[reply:]))
-            prompt = ids[start:reply].tolist()
-            if len(prompt) < self.block_size:
-                true = self.tokenizer.decode(ids[reply : end - 1].tolist())
-                found.append(Asked(prompt, true, end - reply))
+        for piece in pieces[:: max(1, len(pieces) // count)][:count]:
+            start = piece.start + int(np.argmax(is_target[piece.start :]))
+            end = start + int(np.argmin(is_target[start:]))
+            found.append((ids[piece.start : start].tolist(), ids[start:end].tolist()))
         return found
 
     def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from humptygpt.chat.data import Asked, ChatDataset
+from humptygpt.chat.data import ChatDataset
 from humptygpt.chat.tokens import BEGIN, END
 from humptygpt.sampling import Context, stream_texts
 from humptygpt.tasks import Task
@@ -12,54 +12,56 @@ QUESTIONS = 50  # held-out questions that are answered at the end of a run
 SHOWN = 5  # of these
 
 
-def answer(
-    model: nn.Module, dataset: ChatDataset, asked: list[Asked], longest: int
-) -> list[str]:
-    """Answer questions greedily, with up to `longest` tokens each."""
-    if not asked:
-        return []
-    device = next(model.parameters()).device
-    context = Context(model, [each.prompt for each in asked], device=device)
-    replies = [""] * len(asked)
+def answers(
+    model: nn.Module, dataset: ChatDataset, count: int, longest: int | None = None
+) -> list[tuple[str, str, str]]:
+    """Answer up to `count` held-out questions greedily.
+
+    Returns each question, the reply that its conversation has, and the model's reply.
+    longest: maximum number of tokens in a reply; None: as many as the longest expected reply has.
+    """
+    prompts, expected = zip(*dataset.held_out(count), strict=True)
+    device, decode = next(model.parameters()).device, dataset.tokenizer.decode
+    replies = [""] * len(prompts)
     for piece in stream_texts(
-        context,
+        Context(model, prompts, device=device),
         dataset.tokenizer,
-        range(len(asked)),
-        max_new_tokens=longest,
+        range(len(prompts)),
+        max_new_tokens=longest or max(map(len, expected)),
         temperature=0,
     ):
         replies[piece.row] += piece.text
-    return replies
+    asked = [decode(ids).split(BEGIN)[-2] for ids in prompts]
+    expected = [decode(ids).removesuffix(END) for ids in expected]
+    return list(zip(asked, expected, replies, strict=True))
 
 
-def said(dataset: ChatDataset, asked: Asked) -> str:
-    """The last turn before the reply, in one line."""
-    turns = dataset.tokenizer.decode(asked.prompt).split(BEGIN)
-    return " ".join(turns[-2].removesuffix(f"{END}\n").split())
+def one_line(turn: str) -> str:
+    return " ".join(turn.replace(END, "").split())
 
 
 def show_replies(model: nn.Module, dataset: ChatDataset, count: int = 3) -> str:
-    """Answer the first question of up to `count` conversations of the validation split."""
-    asked = dataset.asked(count)
-    lines = []
-    for each, reply in zip(asked, answer(model, dataset, asked, LONGEST), strict=True):
-        lines += [f"    {said(dataset, each)}", f"    > {' '.join(reply.split())}"]
-    return "\n".join(lines)
+    """Answer up to `count` held-out questions."""
+    found = answers(model, dataset, count, LONGEST)
+    return "\n".join(
+        f"    {one_line(asked)}\n    > {one_line(reply)}" for asked, _, reply in found
+    )
 
 
 def show_answers(model: nn.Module, dataset: ChatDataset) -> str:
     """Count the held-out questions that are answered as in their conversation, and show some of the answers."""
-    asked = dataset.asked(QUESTIONS)
-    longest = max((each.length for each in asked), default=0)
-    replies = answer(model, dataset, asked, longest)
-    right = [reply == each.reply for each, reply in zip(asked, replies, strict=True)]
-    lines = [f"held-out questions answered word for word: {sum(right)} of {len(asked)}"]
-    for number in range(0, len(asked), -(-len(asked) // SHOWN)):
-        reply, true = (" ".join(x.split()) for x in (replies[number], asked[number].reply))
-        lines += [f"    {said(dataset, asked[number])}", f"    > {reply}"]
-        if not right[number]:
-            lines.append(f"      the conversation has: {true}")
+    found = answers(model, dataset, QUESTIONS)
+    right = sum(reply == expected for _, expected, reply in found)
+    lines = [f"held-out questions answered word for word: {right} of {len(found)}"]
+    for asked, expected, reply in found[:: -(-len(found) // SHOWN)]:
+        lines += [f"    {one_line(asked)}", f"    > {one_line(reply)}"]
+        if reply != expected:
+            lines.append(f"      the conversation has: {one_line(expected)}")
     return "\n".join(lines)
+
+
+def write_replies(model: nn.Module, dataset: ChatDataset) -> list[str]:
+    return [reply for *_, reply in answers(model, dataset, QUESTIONS)]
 
 
 CARD_INPUT = """tokenizer.apply_chat_template(
@@ -72,6 +74,7 @@ CHAT = Task(
     dataset=ChatDataset,
     evaluation_examples=show_replies,
     final_examples=show_answers,
+    write=write_replies,
     sample_label="talk to it",
     card_input=CARD_INPUT,
     card_note="It answers as in the conversations that it was trained on.",

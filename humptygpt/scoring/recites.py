@@ -1,79 +1,58 @@
 """Find out how much of what a model writes stands word for word in its training text."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-import numpy as np
 from torch import nn
 
 from humptygpt.data import TokenDataset
-from humptygpt.sampling import Context, stream_texts
+from humptygpt.tasks import find_task
 
 PIECE = 50  # characters
-TEXTS = 20  # written by the model
-LENGTH = 500  # characters of a text, about
-FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no character's bits are lost
+HALF = PIECE // 2
 
 
 def describe(model: nn.Module, dataset: TokenDataset) -> str:
     """Let a model write texts or answer held-out questions, and say how much of that is its training text."""
-    texts = write_texts(model, dataset)
-    ids = (ids for _, ids in dataset.chunks("train"))
-    share, longest = recited(texts, map(dataset.tokenizer.decode, ids))
+    texts = find_task(dataset.task).write(model, dataset)
+    chunks = (dataset.tokenizer.decode(ids) for _, ids in dataset.chunks("train"))
+    share, longest = recited(texts, chunks)
     what = "replies" if dataset.task == "chat" else "texts"
-    if not longest:
-        return f"of its {what}, no {PIECE} characters in a row stand in the training text"
     return (
         f"of its {what}, {share:.1%} of all pieces of {PIECE} characters stand word for word in the training text;"
-        f" the longest run has {longest:,} characters"
+        f" no run there is longer than {longest:,} characters"
     )
 
 
-def write_texts(model: nn.Module, dataset: TokenDataset) -> list[str]:
-    tokenizer, device = dataset.tokenizer, next(model.parameters()).device
-    if dataset.task == "chat":
-        from humptygpt.chat.task import QUESTIONS, answer
-
-        asked = dataset.asked(QUESTIONS)
-        longest = max((each.length for each in asked), default=0)
-        return answer(model, dataset, asked, longest)
-    context = Context(model, [tokenizer.start().tolist()] * TEXTS, device=device)
-    tokens = round(LENGTH / dataset.val_bytes_per_token())
-    texts = [""] * TEXTS
-    for piece in stream_texts(
-        context, tokenizer, range(TEXTS), max_new_tokens=tokens, temperature=0.8
-    ):
-        texts[piece.row] += piece.text
-    return texts
-
-
-def recited(texts: list[str], training: Iterable[str]) -> tuple[float, int]:
-    """Compare texts with a training text, which comes in parts.
+def recited(texts: list[str], chunks: Iterable[str]) -> tuple[float, int]:
+    """Compare texts with the chunks of a training text.
 
     Returns the share of the texts' pieces that stand in the training text, and the characters of the longest run in
     which every piece does.
     """
-    pieces = [hashes(text) for text in texts]
-    found = [np.zeros(len(each), dtype=bool) for each in pieces]
-    text = ""
-    for part in training:
-        text = text[-PIECE + 1 :] + part
-        known = np.unique(hashes(text))
-        for each, is_known in zip(pieces, found, strict=True):
-            is_known |= np.isin(each, known)
-    longest = 0
-    for is_known in found:
-        # runs of True lie between neighbouring places that are False
-        ends = np.flatnonzero(~np.concatenate([[False], is_known, [False]]))
-        longest = max(longest, int(np.diff(ends).max()) - 1)
-    share = np.concatenate(found).mean() if any(map(len, found)) else 0.0
-    return float(share), longest + PIECE - 1 if longest else 0
+    wanted = {piece for text in texts for piece in windows(text, PIECE)}
+    halves = {half for text in texts for half in windows(text, HALF)}
+    found = set()
+    before = ""
+    for chunk in chunks:
+        training = before + chunk
+        # a piece contains one of these halves, wherever it begins
+        for start in range(0, len(training), HALF):
+            if training[start : start + HALF] in halves:
+                around = training[max(0, start - HALF) : start + PIECE]
+                found |= wanted.intersection(windows(around, PIECE))
+        before = training[1 - PIECE :]
+    count = known = 0
+    longest = PIECE - 1
+    for text in texts:
+        run = 0
+        for piece in windows(text, PIECE):
+            run = run + 1 if piece in found else 0
+            known += piece in found
+            count += 1
+            longest = max(longest, run + PIECE - 1)
+    return known / max(1, count), longest
 
 
-def hashes(text: str) -> np.ndarray:
-    """Hash each piece of a text, (len(text) - PIECE + 1,)."""
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    codes = codes.astype(np.uint64)
-    result = np.zeros(max(0, len(codes) - PIECE + 1), dtype=np.uint64)
-    for i in range(PIECE):
-        result = result * FACTOR + codes[i : i + len(result)]
-    return result
+def windows(text: str, size: int) -> Iterator[str]:
+    """Yield every `size` characters in a row."""
+    return (text[i : i + size] for i in range(len(text) - size + 1))
