@@ -12,7 +12,6 @@ sets. There is no encryption: put a proxy in front of it.
 import hmac
 import json
 import re
-import socket
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
@@ -30,7 +29,7 @@ if __name__ == "__main__":
 
 from humptygpt import cli
 from humptygpt.chat.api import Api
-from humptygpt.cli import UserError, check_choices, first_line, refuse_vain
+from humptygpt.cli import TEXTS, UserError, check_choices, first_line, refuse_vain
 from humptygpt.fast.generation import choose_threads
 from humptygpt.loading import CHOICES, chosen_source, pipeline
 
@@ -40,7 +39,7 @@ LARGEST = 1_000_000  # bytes of a request
 # A website can point its own name at this machine, and a browser then lets its page read our answers. So requests must
 # name the server by an IP address, as localhost, or by a name that the user gave.
 HOST = re.compile(r"(localhost|[0-9.]+|\[[0-9a-f:]+\])")
-LOCAL = re.compile(r"localhost|127\..*|::1")  # hosts that no other machine can reach
+LOCAL = ("127.0.0.1", "localhost")  # addresses that no other machine can reach
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,9 @@ class ServeConfig:
     # server
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all addresses of this machine
     port: int = 8000  # 0: any free port
-    api_key: str | None = (
-        None  # what clients must send as their key; none: any client may ask
-    )
-    allowed_hosts: str = (
-        ""  # other names of this machine, as behind a proxy: box.local,host.docker.internal
-    )
-    allowed_origins: str = ""  # pages of other servers that may ask: http://localhost:3000
+    api_key: str | None = None  # the key that clients must send; none: they need none
+    allowed_hosts: TEXTS = ()  # other names of this machine, as behind a proxy: box.local
+    allowed_origins: TEXTS = ()  # other servers whose pages may ask: http://localhost:3000
     # chat
     forget: bool = False  # leave out the oldest turns of a conversation that is too long
     # system
@@ -72,7 +67,7 @@ class ServeConfig:
 
     def validate(self) -> None:
         check_choices(self)
-        if self.api_key is None and not LOCAL.fullmatch(self.host):
+        if self.api_key is None and self.host not in LOCAL:
             raise ValueError(
                 f"host={self.host} lets other machines in; set --api_key=KEY, or --api_key=none to let anybody ask"
             )
@@ -95,9 +90,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{source} translates; use sample.py for that")
     choose_threads(loaded)
     server = listen(config, Api(loaded, str(source), config.forget))
-    host = f"[{config.host}]" if ":" in config.host else config.host
     key = f"/#{quote(server.key)}" if server.key else ""
-    print(f"open http://{host}:{server.server_port}{key} (Ctrl-C stops)", flush=True)
+    print(f"open http://{config.host}:{server.server_port}{key} (Ctrl-C stops)", flush=True)
     server.serve_forever()
 
 
@@ -110,13 +104,10 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128  # clients that may wait until they are accepted
 
     def __init__(self, config: ServeConfig, api: Api):
-        if ":" in config.host:
-            self.address_family = socket.AF_INET6
         super().__init__((config.host, config.port), Handler)
         self.api = api
+        self.config = config
         self.key = None if config.api_key == "none" else config.api_key
-        self.hosts = names(f"{config.host},{config.allowed_hosts}")
-        self.origins = names(config.allowed_origins)
         # answers: (generator, queue of its parts, Event that is set when the client has left)
         self.unfinished = SimpleQueue()
         Thread(target=self.generate, daemon=True).start()
@@ -134,11 +125,6 @@ class Server(ThreadingHTTPServer):
             parts.put(part)
             if isinstance(part, str):
                 self.unfinished.put((answer, parts, left))
-
-
-def names(text: str) -> set[str]:
-    """Read names separated by commas."""
-    return set(text.lower().replace(",", " ").split())
 
 
 def listen(config: ServeConfig, api: Api) -> Server:
@@ -165,16 +151,19 @@ class Handler(BaseHTTPRequestHandler):
         """Read the headers. Refuse a request that a page of another site may have made, and one without the key."""
         if not super().parse_request():
             return False
+        config = self.server.config
         host, origin = (self.headers.get(name, "").lower() for name in ("Host", "Origin"))
         name = re.sub(r":\d+$", "", host)
-        if not HOST.fullmatch(name) and name not in self.server.hosts:
+        if not HOST.fullmatch(name) and name not in (config.host, *config.allowed_hosts):
             self.send_error(
                 403, f"this server does not know the name {name}: --allowed_hosts={name}"
             )
             return False
         if origin and urlsplit(origin).netloc != host:
-            if origin not in self.server.origins:
-                self.send_error(403, f"pages of {origin} may not ask: --allowed_origins")
+            if origin not in config.allowed_origins:
+                self.send_error(
+                    403, f"pages of {origin} may not ask: --allowed_origins={origin}"
+                )
                 return False
             self.origin = origin
         is_open = self.command == "OPTIONS" or urlsplit(self.path).path in ("/", "/health")

@@ -155,11 +155,11 @@ def test_columns_of_questions_and_answers_are_conversations(folder, ending):
 
 
 BAD = {
-    'chats.jsonl, line 2: it is not an object with keys: {"messages"': '{"messages": [\n',
+    "chats.jsonl, line 2: it is no object with messages or": '{"messages": [\n',
     "line 2: it has a turn of 'tool'; only system, user, assistant can speak": json.dumps(
         {"messages": [{"role": "tool", "content": "x"}]}
     ),
-    "line 2: it has a call of a tool": json.dumps(
+    "line 2: a message has no content, as if it called a tool": json.dumps(
         {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}
     ),
     "line 2: it has tools": json.dumps({"messages": [], "tools": [{}]}),
@@ -175,8 +175,8 @@ BAD = {
     ),
     "line 2: messages[0].content must be str": '{"messages": [{"role": "user", "content": 1}]}',
     "line 2: output must be str": '{"instruction": "a", "output": 1}',
-    "line 2: it has none of: messages, conversations, instruction and output": '{"text": 1}',
-    r"line 2: it is not an object with keys": r'{"prompt": "\ud800", "completion": "a"}',
+    "line 2: it is no object with messages or conversations or instruction and output": '{"text": 1}',
+    r"or prompt and completion: {": r'{"prompt": "\ud800", "completion": "a"}',
 }
 
 
@@ -189,7 +189,7 @@ def test_a_bad_line_is_one_line_that_names_it_and_can_be_skipped(
     assert message in fails(prepare_data.main, "--input=chats.jsonl", "--name=tiny")
     keys = ["--skip_bad_lines=True", "--name=tiny", "--val_fraction=0.5"]
     prepare_data.main(["--input=chats.jsonl", *keys])
-    assert "skipped lines  1 that are no conversations" in capsys.readouterr().out
+    assert "left out       1 without a reply to learn" in capsys.readouterr().out
 
 
 def test_conversations_beside_other_files_are_read_and_the_others_named(folder, capsys):

@@ -149,7 +149,7 @@ def test_binary_and_hidden_files_are_skipped_counted_and_named(capsys):
         }.items()
     )
     hidden = "t/.git/config is hidden"
-    note = f"note: skipped files: 5: 1 config, {kinds}; {hidden}; {binary}\n"
+    note = f"note: skipped files: 5: 1 without an extension, {kinds}; {hidden}; {binary}\n"
     assert capsys.readouterr().err == note
     assert found("t/*") == ["t/notes", "t/utf16.txt"]
     assert capsys.readouterr().err == f"note: skipped files: 4: {kinds}; {binary}\n"

@@ -400,7 +400,6 @@ BAD = {
     "messages must be list": {"messages": "Hello"},
     "messages[0] must be dict": {"messages": ["Hello"]},
     "messages[0].content must be str": {"messages": [{"role": "user", "content": 1}]},
-    "messages must not be empty": {"messages": []},
     "a part of type image_url; only text": {
         "messages": [{"role": "user", "content": [{"type": "image_url"}]}]
     },
@@ -408,8 +407,8 @@ BAD = {
     "messages[0].role must be assistant or": {"messages": [{"role": "x", "content": ""}]},
     "temperature must be from 0 to 2": HELLO | {"temperature": -1},
     "temperature must be float": HELLO | {"temperature": "hot"},
-    "top_p must be above 0 and at most 1": HELLO | {"top_p": 1.5},
-    "top_p must be above": HELLO | {"top_p": 0},
+    "top_p must be from 1e-06 to 1": HELLO | {"top_p": 1.5},
+    "top_p must be from": HELLO | {"top_p": 0},
     "stop must not be empty": HELLO | {"stop": ["a", ""]},
     "stop must not be": HELLO | {"stop": ""},
     "max_tokens must be an int from 0": HELLO | {"max_tokens": -1},
@@ -433,7 +432,7 @@ BAD = {
     "Expecting": b'{"messages": [',
     "nested too deeply": b"[" * 10**5,
     "temperature must be from 0": b'{"messages": [], "temperature": NaN}',
-    "at most 1": b'{"messages": [], "top_p": 1e999}',
+    "to 1": b'{"messages": [], "top_p": 1e999}',
     "Exceeds the limit": b'{"messages": [], "seed": ' + b"9" * 5000 + b"}",
     "can't decode": b'"\xff"',
     "from 1 to 1,000,000": b"",
@@ -459,7 +458,6 @@ BAD_PROMPTS = {
     "prompt must be list": {"prompt": [1.0]},
     "prompt[0] must be an int ": {"prompt": [True, False]},
     "prompt[0] must be an int from 0 to": {"prompt": [10**6]},
-    "the prompt must have at least one token": {"prompt": []},
     "the prompt takes 64 tokens, and the model's context has 64": {"prompt": "A" * 64},
     "character 'é' (U+00E9)": {"prompt": "é"},
     "echo must be bool": {"prompt": "A", "echo": 1},
@@ -545,7 +543,10 @@ def test_a_page_of_another_site_is_refused(reciter, status, headers):
 
 
 def test_names_and_pages_that_the_user_allows_may_ask():
-    keys = {"allowed_hosts": "Box.local, other", "allowed_origins": "http://app.example"}
+    keys = {
+        "allowed_hosts": ("box.local", "other"),
+        "allowed_origins": ("http://app.example",),
+    }
     page = {"Origin": "http://app.example", "Access-Control-Request-Headers": "x-a"}
     with recite(**keys) as server:
         for host in ("box.local:80", "BOX.local", "other:1"):
@@ -574,8 +575,6 @@ def test_a_server_with_a_key_answers_only_those_who_send_it():
 def test_a_server_for_other_machines_needs_a_key_or_the_word_none(fails):
     assert "set --api_key=KEY" in fails(serve.main, "--host=0.0.0.0")
     assert serve.ServeConfig(host="0.0.0.0", api_key="none").validate() is None
-    with recite(host="::1", api_key="none") as server:
-        assert server.server_address[0] == "::1"
 
 
 # --------------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def test_when_the_context_is_full_the_oldest_exchanges_are_forgotten(browser):
         assert page.locator("text=no longer sees the conversation up to here").count() == 1
         say(page, "x" * 200)
         wait_until_done(page)
-        assert "number of tokens in the prompt" in page.locator(".note").last.inner_text()
+        assert "the prompt takes 219 tokens" in page.locator(".note").last.inner_text()
         context.close()
 
 

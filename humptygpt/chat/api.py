@@ -4,6 +4,7 @@ Source: OpenAI's API reference for /v1/models, /v1/chat/completions and /v1/comp
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator
 
@@ -63,6 +64,7 @@ REFUSED = {
     "best_of": (1,),
     "suffix": ("",),
 }
+LIMITS = {"temperature": (0, 2), "top_p": (1e-6, 1), "min_p": (0, 1)}
 TEXT_SCHEMA = COMMON | {
     "prompt": (str, list),
     "echo?": bool,
@@ -120,19 +122,13 @@ class Api:
         request = read(body, CHAT_SCHEMA)
         if not self.is_chat:
             raise UserError(f"{self.name} is not a chat model; use /v1/completions")
-        if not request["messages"]:
-            raise UserError("messages must not be empty")
         turns = list(map(read_turn, request["messages"]))
         begun = request.get("reply_tokens", [])
         limit = request.get("max_completion_tokens", request.get("max_tokens", LONGEST))
-        most = self.block_size - len(begun)
-        if self.forgets:  # up to half of the context is for the reply
-            _, prompt = keep_newest(
-                turns, self.tokenizer, most - min(limit, self.block_size // 2)
-            )
-        else:
-            prompt = self.tokenizer.encode_turns(turns, reply=True).tolist()
-        prompt += begun
+        # up to half of the context is for the reply
+        most = self.block_size - len(begun) - min(limit, self.block_size // 2)
+        most = most if self.forgets else math.inf
+        prompt = keep_newest(turns, self.tokenizer, most)[1] + begun
         # a longer reply would no longer see what it answers
         limit = min(limit, self.block_size - len(prompt))
         # as in a request for a text: how many of the likeliest tokens to list
@@ -142,20 +138,17 @@ class Api:
 
     def complete(self, body: bytes) -> Iterator[str]:
         request = {"max_tokens": 16} | read(body, TEXT_SCHEMA)
-        request["max_tokens"] = min(request["max_tokens"], LONGEST)
         prompt = request["prompt"]
         if isinstance(prompt, list) and len(prompt) == 1 and type(prompt[0]) is not int:
             prompt = prompt[0]
+        prompt = prompt or "\n"  # an empty one is continued like a line break
         if isinstance(prompt, str):
-            # an empty text is continued like a line break
-            prompt = encode_prompt(prompt or "\n", self.tokenizer)
+            prompt = encode_prompt(prompt, self.tokenizer)
         return self.answer(request, prompt, TEXT)
 
     def answer(self, request: dict, prompt: list[int], kind: str) -> Iterator[str]:
         """Yield the answer in parts. prompt: token ids, which are checked here. kind: CHAT or TEXT."""
         check_schema(prompt, [range(self.tokenizer.vocab_size)], "prompt")
-        if not prompt:
-            raise UserError("the prompt must have at least one token")
         if len(prompt) >= self.block_size:
             raise TooLong(
                 f"the prompt takes {len(prompt):,} tokens, and the model's context has {self.block_size:,}, of which"
@@ -171,26 +164,23 @@ class Api:
             "created": now // 10**9,
             "model": self.name,
         }
-        # of each choice: its text and tokens that were not sent yet, and whether any were
-        texts, tokens = [""] * request["n"], [[] for _ in range(request["n"])]
-        begun, choices = set(), []
-        written = -len(prompt) * request["echo"] * request["n"]
-        for piece in self.write(prompt, request):
-            row = piece.row
-            texts[row] += piece.text
-            written += not piece.end
-            if likeliest is not None and not piece.end:
-                tokens[row].append(self.describe(piece, likeliest))
-            if not streams and not piece.end:
-                yield " "
-                continue
-            choices.append(
-                choice(kind, row, texts[row], tokens[row], piece.end, row not in begun)
-            )
-            if streams:
-                yield event(frame | {"choices": choices})
-                texts[row], tokens[row], choices = "", [], []
-                begun.add(row)
+        choices, written = [], 0
+        for index in range(request["n"]):
+            text, tokens = "", []  # not sent yet
+            for number, piece in enumerate(self.write(prompt, request, index)):
+                text += piece.text
+                if piece.end:
+                    written += number - len(prompt) * request["echo"]
+                elif likeliest is not None:
+                    tokens.append(self.describe(piece, likeliest))
+                if not piece.end and not streams:
+                    yield " "
+                    continue
+                is_first = not streams or number == 0
+                choices.append(choice(kind, index, text, tokens, piece.end, is_first))
+                if streams:
+                    yield event(frame | {"choices": choices})
+                    text, tokens, choices = "", [], []
         usage = {
             "prompt_tokens": len(prompt),
             "completion_tokens": written,
@@ -204,21 +194,21 @@ class Api:
         yield "data: [DONE]\n\n"
 
     @torch.inference_mode()
-    def write(self, prompt: list[int], request: dict) -> Iterator[Piece]:
-        """Continue a prompt. With "echo", the pieces begin with the prompt's own tokens."""
-        tokenizer, numbers = self.tokenizer, range(request["n"])
+    def write(self, prompt: list[int], request: dict, index: int) -> Iterator[Piece]:
+        """Continue a prompt. With "echo", the pieces begin with the prompt's own tokens. index: seeds the sample."""
+        tokenizer = self.tokenizer
         if request["echo"]:
+            rows = self.logits(prompt)
             decode = TextStream(tokenizer).decoder.decode
-            for token, logits in zip(prompt, self.logits(prompt), strict=False):
-                text = decode(tokenizer.pieces[token])
-                yield from [Piece(number, text, token, logits) for number in numbers]
+            for token, row in zip(prompt, rows, strict=False):
+                yield Piece(0, decode(tokenizer.pieces[token]), token, row)
         yield from stream_texts(
-            Context(self.model, [prompt] * len(numbers), device=self.device),
+            Context(self.model, [prompt], device=self.device),
             tokenizer,
-            numbers,
+            [index],
             request["stop"],
-            max_new_tokens=request["max_tokens"],
-            seed=request.get("seed", time.time_ns()) % 2**63,
+            max_new_tokens=min(request["max_tokens"], LONGEST),
+            seed=request["seed"] % 2**63,
             temperature=request["temperature"],
             **{key: request.get(key) for key in ("top_p", "top_k", "min_p")},
         )
@@ -259,13 +249,10 @@ def read(body: bytes, schema: dict) -> dict:
     for key, neutral in REFUSED.items():
         if key in request and request[key] not in neutral:
             raise UserError(f"{key} is not supported")
-    request = DEFAULTS | request
-    if not 0 <= request["temperature"] <= 2:
-        raise UserError("temperature must be from 0 to 2")
-    if not 0 < request.get("top_p", 1) <= 1:
-        raise UserError("top_p must be above 0 and at most 1")
-    if not 0 <= request.get("min_p", 0) <= 1:
-        raise UserError("min_p must be from 0 to 1")
+    request = DEFAULTS | {"seed": time.time_ns()} | request
+    for key, (least, most) in LIMITS.items():
+        if key in request and not least <= request[key] <= most:
+            raise UserError(f"{key} must be from {least} to {most}")
     if isinstance(request["stop"], str):
         request["stop"] = [request["stop"]]
     if "" in request["stop"]:  # every text begins with it

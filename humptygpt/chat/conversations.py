@@ -18,24 +18,32 @@ from humptygpt.chat.tokens import BEGIN, END, ROLES, ChatTokenizer, Turn, join_p
 from humptygpt.cli import UserError
 from humptygpt.files import check_schema
 from humptygpt.prepare.corpus import Corpus, draw
-from humptygpt.prepare.documents import SKIP_HINT, Record, read_records, shown
+from humptygpt.prepare.documents import (
+    READERS,
+    SKIP_HINT,
+    Record,
+    file_suffix,
+    read_records,
+    shown,
+)
 from humptygpt.tokenizers import Tokenizer
 
 # other names of the roles
 ALIASES = {"human": "user", "gpt": "assistant", "developer": "system"}
-# (keys of the parts of a question, key of its answer); only the first part is needed
-EXCHANGES = (
-    (("instruction", "input"), "output"),  # Alpaca
-    (("instruction", "context"), "response"),  # Dolly
-    (("prompt",), "completion"),  # OpenAI's older files
+# keys by which a record is a conversation: that of its turns, or those of a question,
+# its answer and what may follow the question
+FORMS = (
+    ("messages",),
+    ("conversations",),  # ShareGPT
+    ("instruction", "output", "input"),  # Alpaca
+    ("instruction", "response", "context"),  # Dolly
+    ("prompt", "completion"),  # OpenAI's older files
 )
 TURNS = {
     "messages": [{"role": str, "content?": (str, [{"type": str}], None)}],
     "conversations": [{"from": str, "value": str}],
 }
-JSON = tuple(
-    f".{name}{packed}" for name in ("jsonl", "json") for packed in ("", ".gz", ".zst")
-)
+JSON = (".jsonl", ".json")
 SHOWN = 1500  # maximum length of the conversation in the summary, in characters
 REPLY = re.compile(rf"({re.escape(BEGIN)}assistant\n)(.*?({re.escape(END)}|$))", re.DOTALL)
 
@@ -77,8 +85,7 @@ class Conversations(Corpus):
             except ValueError as error:
                 if not config.skip_bad_lines:
                     raise UserError(f"{path}, {place}: {error}; {SKIP_HINT}") from error
-                yield "train", BAD
-                continue
+                conversation = Conversation()
             drawn = draw("\n".join(conversation.texts), hashed=None)
             yield "val" if drawn <= config.val_fraction else "train", conversation
 
@@ -89,7 +96,7 @@ class Conversations(Corpus):
         counted = Counter()
         for conversation in conversations:
             if not conversation:
-                counted["skipped" if conversation is BAD else "without_reply"] += 1
+                counted["without_reply"] += 1
                 continue
             tokens = tokenizer.encode_turns(conversation)
             ids.append(np.append(tokens, tokenizer.base.eot))
@@ -108,10 +115,8 @@ class Conversations(Corpus):
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
         # after a conversation's last turn comes the token that separates conversations, whatever its text is
         first = re.split(rf"(?<={re.escape(END)}\n)(?!{re.escape(BEGIN)})", first_text)[0]
-        left_out = sum(splits.values(), Counter())
         return {
-            "without_reply": left_out["without_reply"],
-            "skipped_lines": left_out["skipped"],
+            "without_reply": sum(counted["without_reply"] for counted in splits.values()),
             "longest": max(counted["longest"] for counted in splits.values()),
             "example": REPLY.sub(r"\1[\2]", first[:SHOWN].strip()),
         }
@@ -120,33 +125,50 @@ class Conversations(Corpus):
         longest = f"{meta['longest']:,} tokens; train.py cuts longer ones than block_size before a question"
         lines = {"longest": longest}
         if meta["without_reply"]:
-            lines["left out"] = f"{meta['without_reply']:,} without a reply"
-        if meta["skipped_lines"]:
-            lines["skipped lines"] = f"{meta['skipped_lines']:,} that are no conversations"
+            lines["left out"] = f"{meta['without_reply']:,} without a reply to learn"
         example = indent(meta["example"], 17 * " ")
         return lines | {"example": f"the model learns what is in brackets\n\n{example}"}
 
 
-BAD = Conversation()  # stands for a record that is skipped
-
-
 def asked_columns(text_key: str) -> list[str]:
-    """Return the keys of a question and its answer, if text_key is two keys separated by a comma, otherwise []."""
+    """Return the keys of a question and its answer, if text_key is keys separated by a comma, otherwise []."""
     return [key.strip() for key in text_key.split(",")] if "," in text_key else []
+
+
+def is_conversations(path: Path, text_key: str | None) -> bool:
+    """True if text_key names a question and its answer, or the first record of a file is a conversation."""
+    suffix = file_suffix(path)
+    if asked_columns(text_key or ""):
+        return suffix in READERS
+    if text_key or suffix not in JSON:
+        return False
+    with suppress(UserError, StopIteration):
+        _, first = next(read_records(path, "replace", []))
+        return bool(find_form(first, FORMS))
+    return False
+
+
+def find_form(record: Record, forms: Iterable[tuple]) -> tuple:
+    """Return the first form of which a record has the first two keys, or (). forms: as FORMS."""
+    keys = record.keys() if isinstance(record, dict) else set()
+    return next((form for form in forms if keys >= {*form[:2]}), ())
 
 
 def parse(record: Record, columns: list[str]) -> Conversation:
     """Read a record. columns: keys of a question and its answer, or []. Raises ValueError if it is not valid."""
-    if not isinstance(record, dict):
-        raise ValueError(f"it is not an object with keys: {shown(record)}")
+    forms = [columns] if columns else FORMS
+    form = find_form(record, forms)
+    if not form:
+        names = " or ".join(" and ".join(form[:2]) for form in forms)
+        raise ValueError(f"it is no object with {names}: {shown(record)}")
     if record.get("tools") or record.get("functions"):
         raise ValueError("it has tools, which a model cannot learn to call here")
-    form = next((key for key in TURNS if key in record and not columns), None)
-    if form:
-        check_schema(record, {form: TURNS[form]})
-        turns = list(map(read_turn, record[form]))
+    first = form[0]
+    if first in TURNS:
+        check_schema(record, {first: TURNS[first]})
+        turns = list(map(read_turn, record[first]))
     else:
-        turns = read_exchange(record, [(columns[:1], columns[1])] if columns else EXCHANGES)
+        turns = read_exchange(record, *form)
     for before, turn in pairwise(turns):
         if before.role == turn.role == "assistant":
             raise ValueError("the assistant replies twice in a row")
@@ -158,40 +180,20 @@ def parse(record: Record, columns: list[str]) -> Conversation:
 def read_turn(message: dict) -> Turn:
     role = message.get("role") or message["from"]
     role = ALIASES.get(role, role)
-    if role not in ROLES or message.get("tool_calls") or message.get("function_call"):
-        what = "a call of a tool" if role in ROLES else f"a turn of {role!r}"
-        raise ValueError(f"it has {what}; only {', '.join(ROLES)} can speak")
+    if role not in ROLES:
+        raise ValueError(f"it has a turn of {role!r}; only {', '.join(ROLES)} can speak")
     if message.get("weight") == 0:
         raise ValueError("it has a reply of weight 0, but all replies are learned")
     return Turn(role, clean(join_parts(message.get("content", message.get("value")))))
 
 
-def read_exchange(record: dict, forms: Iterable[tuple]) -> list[Turn]:
-    """Read a question and its answer. forms: as EXCHANGES."""
-    for (first, *more), answer in forms:
-        if first in record and answer in record:
-            schema = {first: str, answer: str} | {f"{key}?": (str, None) for key in more}
-            check_schema(record, schema)
-            parts = filter(None, [record[first], *map(record.get, more)])
-            question = Turn("user", clean("\n\n".join(parts)))
-            return [question, Turn("assistant", clean(record[answer]))]
-    names = [*TURNS, *(f"{first} and {answer}" for (first, *_), answer in forms)]
-    raise ValueError(f"it has none of: {', '.join(names)}")
+def read_exchange(record: dict, question: str, answer: str, *more: str) -> list[Turn]:
+    """Read a question and its answer. more: keys of what follows the question, which may be missing or empty."""
+    optional = {f"{key}?": (str, None) for key in more}
+    check_schema(record, {question: str, answer: str} | optional)
+    asked = "\n\n".join(filter(None, [record[question], *map(record.get, more)]))
+    return [Turn("user", clean(asked)), Turn("assistant", clean(record[answer]))]
 
 
 def clean(text: str) -> str:
     return re.sub("\r\n?", "\n", text.strip())
-
-
-def is_conversations(path: Path, text_key: str | None) -> bool:
-    """True if text_key names a question and its answer, or the first record of a file is a conversation."""
-    if asked_columns(text_key or ""):
-        return True
-    if text_key or not path.name.lower().endswith(JSON):
-        return False
-    with suppress(UserError):
-        _, first = next(read_records(path, "replace", []), ("", None))
-        keys = {*first} if isinstance(first, dict) else set()
-        exchanges = ({questions[0], answer} for questions, answer in EXCHANGES)
-        return not keys.isdisjoint(TURNS) or any(pair <= keys for pair in exchanges)
-    return False

@@ -37,7 +37,7 @@ class Turn(NamedTuple):
 def join_parts(content: str | list[dict] | None) -> str:
     """Return the text of a message, which may be in parts. Raises ValueError if there is none, or more than text."""
     if content is None:
-        raise ValueError("a message has no content")
+        raise ValueError("a message has no content, as if it called a tool")
     if isinstance(content, str):
         return content
     for part in content:

@@ -28,7 +28,7 @@ try:
 except ImportError:  # before Python 3.14
     from backports import zstd
 
-Record = dict | str | None  # its entries; a line that is not an object; None: a blank line
+Record = object  # a dict, unless the line or row is not valid; None: a blank line
 PIECE = 1 << 18  # maximum number of characters in a piece of a document
 HEAD = 8000  # bytes read from the start of a file to determine whether it is text
 BYTE_ORDER_MARKS = {  # UTF-32 comes first, because its mark may begin with that of UTF-16
@@ -104,17 +104,19 @@ def find_files(where: str) -> tuple[list[Path], dict[Path, str]]:
         else:
             files.append(file)
     if not files:
-        raise UserError(f"no text files found at {where}{describe_skipped(skipped, '; ')}")
+        reasons = list(skipped.values())[:5]
+        raise UserError("; ".join([f"no text files found at {where}", *reasons]))
     return files, skipped
 
 
-def describe_skipped(skipped: dict[Path, str], before: str = "") -> str:
-    """Count the skipped files by kind, and give the first reasons. Returns "" if there are none."""
-    if not skipped:
-        return ""
-    kinds = Counter(file_suffix(path) or path.name for path in skipped)
-    counts = [f"{count:,} {kind}{convert(kind)}" for kind, count in kinds.most_common()]
-    counted = f"{before}skipped files: {len(skipped):,}: {', '.join(counts)}"
+def describe_skipped(skipped: dict[Path, str]) -> str:
+    """Count the skipped files by kind, and give the first reasons."""
+    kinds = Counter(file_suffix(path) for path in skipped)
+    counts = [
+        f"{count:,} {kind or 'without an extension'}{convert(kind)}"
+        for kind, count in kinds.most_common()
+    ]
+    counted = f"skipped files: {len(skipped):,}: {', '.join(counts)}"
     return "; ".join([counted, *list(skipped.values())[:5]])
 
 
@@ -231,35 +233,24 @@ def shown(record: Record) -> str:
     return text.strip()[:100]
 
 
-def read_json_lines(path: Path, columns: list[str], errors: str) -> Iterator[Record]:
-    with open_text(path, "surrogateescape") as lines:
-        for line in lines:
-            yield parse_record(line, columns, errors) if line.strip() else None
-
-
 def read_json(path: Path, columns: list[str], errors: str) -> Iterator[Record]:
-    """Read a JSON array, or lines of JSON."""
-    with open_text(path, "surrogateescape") as text:
-        content = text.read()
-    if content.lstrip().startswith("["):
-        yield from (
-            parse_record(json.dumps(each), columns, errors) for each in json.loads(content)
-        )
-    else:
-        yield from read_json_lines(path, columns, errors)
+    """Read the lines of a JSON file, or the entries of the array in a .json file."""
+    with open_text(path, "surrogateescape") as lines:
+        if file_suffix(path) == ".json":
+            text = lines.read()
+            is_array = text.lstrip().startswith("[")
+            lines = map(json.dumps, json.loads(text)) if is_array else text.split("\n")
+        for line in lines:
+            yield parse_record(line, errors) if line.strip() else None
 
 
-def parse_record(line: str, columns: list[str], errors: str) -> Record:
-    """Parse a JSON object, or return what is not one. errors: what to do about invalid text, as in read_documents."""
+def parse_record(line: str, errors: str) -> Record:
+    """Parse JSON, or return the line if that is not valid. errors: as in read_documents, for invalid text."""
     with suppress(ValueError, RecursionError):
-        record = json.loads(line)
-        if isinstance(record, dict):
-            if columns and {*columns} <= record.keys():
-                record = {key: record[key] for key in columns}
-            text = json.dumps(record, ensure_ascii=False)
-            # lone surrogates are not text: they stand for invalid bytes, or the JSON contains them as escapes
-            codes = text.encode("utf-16", "surrogatepass")
-            return json.loads(codes.decode("utf-16", errors))
+        text = json.dumps(json.loads(line), ensure_ascii=False)
+        # lone surrogates are not text: they stand for invalid bytes, or the JSON contains them as escapes
+        codes = text.encode("utf-16", "surrogatepass")
+        return json.loads(codes.decode("utf-16", errors))
     return line
 
 
@@ -291,7 +282,7 @@ def read_table(path: Path, columns: list[str], errors: str) -> Iterator[Record]:
 
 
 READERS = {  # {extension: reads the records}
-    ".jsonl": read_json_lines,
+    ".jsonl": read_json,
     ".json": read_json,  # only of conversations; other files of this kind are text
     ".parquet": read_parquet,
     ".csv": read_table,
