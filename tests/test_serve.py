@@ -400,7 +400,7 @@ BAD = {
     "messages must be list": {"messages": "Hello"},
     "messages[0] must be dict": {"messages": ["Hello"]},
     "messages[0].content must be str": {"messages": [{"role": "user", "content": 1}]},
-    "a part of type image_url; only text": {
+    "messages[0].content[0].type must be text": {
         "messages": [{"role": "user", "content": [{"type": "image_url"}]}]
     },
     "text is missing": {"messages": [{"role": "user", "content": [{"type": "text"}]}]},

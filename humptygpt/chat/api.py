@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from humptygpt.chat.talk import keep_newest
-from humptygpt.chat.tokens import ROLES, Turn, join_parts
+from humptygpt.chat.tokens import CONTENT, ROLES, Turn, join_parts
 from humptygpt.cli import UserError
 from humptygpt.files import check_schema, parse_json
 from humptygpt.loading import Pipeline
@@ -44,7 +44,7 @@ COMMON = {
 # other names of roles; a tool's result is read as if the user had said it
 ALIASES = {"developer": "system", "tool": "user", "function": "user"}
 CHAT_SCHEMA = COMMON | {
-    "messages": [{"role": {*ROLES, *ALIASES}, "content?": (str, [{"type": str}], None)}],
+    "messages": [{"role": {*ROLES, *ALIASES}, "content?": CONTENT}],
     "logprobs?": bool,
     "top_logprobs?": range(21),
     "max_completion_tokens?": range(2**53),  # the new name of max_tokens
@@ -261,8 +261,8 @@ def read(body: bytes, schema: dict) -> dict:
 
 
 def read_turn(message: dict) -> Turn:
-    """Read a message of a request. Its text may be in parts, and a call of a tool has none."""
-    content = join_parts(message.get("content") or "")
+    """Read a message of a request. A call of a tool has no content."""
+    content = join_parts(message.get("content"))
     return Turn(ALIASES.get(message["role"], message["role"]), content.strip())
 
 

@@ -8,13 +8,20 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from textwrap import indent
 
 import numpy as np
 
-from humptygpt.chat.tokens import BEGIN, END, ROLES, ChatTokenizer, Turn, join_parts
+from humptygpt.chat.tokens import (
+    BEGIN,
+    CONTENT,
+    END,
+    ROLES,
+    ChatTokenizer,
+    Turn,
+    join_parts,
+)
 from humptygpt.cli import UserError
 from humptygpt.files import check_schema
 from humptygpt.prepare.corpus import Corpus, draw
@@ -40,8 +47,8 @@ FORMS = (
     ("prompt", "completion"),  # OpenAI's older files
 )
 TURNS = {
-    "messages": [{"role": str, "content?": (str, [{"type": str}], None)}],
-    "conversations": [{"from": str, "value": str}],
+    "messages": [{"role": {*ROLES, *ALIASES}, "content?": CONTENT}],
+    "conversations": [{"from": {*ROLES, *ALIASES}, "value": str}],
 }
 JSON = (".jsonl", ".json")
 SHOWN = 1500  # maximum length of the conversation in the summary, in characters
@@ -169,9 +176,6 @@ def parse(record: Record, columns: list[str]) -> Conversation:
         turns = list(map(read_turn, record[first]))
     else:
         turns = read_exchange(record, *form)
-    for before, turn in pairwise(turns):
-        if before.role == turn.role == "assistant":
-            raise ValueError("the assistant replies twice in a row")
     while turns and turns[-1].role != "assistant":
         turns.pop()
     return Conversation(turns)
@@ -179,12 +183,12 @@ def parse(record: Record, columns: list[str]) -> Conversation:
 
 def read_turn(message: dict) -> Turn:
     role = message.get("role") or message["from"]
-    role = ALIASES.get(role, role)
-    if role not in ROLES:
-        raise ValueError(f"it has a turn of {role!r}; only {', '.join(ROLES)} can speak")
+    content = message.get("content", message.get("value"))
+    if content is None:
+        raise ValueError("it has a turn without content, as if that called a tool")
     if message.get("weight") == 0:
         raise ValueError("it has a reply of weight 0, but all replies are learned")
-    return Turn(role, clean(join_parts(message.get("content", message.get("value")))))
+    return Turn(ALIASES.get(role, role), clean(join_parts(content)))
 
 
 def read_exchange(record: dict, question: str, answer: str, *more: str) -> list[Turn]:

@@ -12,11 +12,11 @@ from typing import ClassVar, NamedTuple, Self
 import numpy as np
 
 from humptygpt import tokenizers
-from humptygpt.files import check_schema
 from humptygpt.tokenizers import Tokenizer
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
+CONTENT = (str, [{"type": {"text"}, "text": str}], None)  # schema of a message's content
 # ChatML for transformers and llama.cpp; Ollama knows the template by this very text
 TEMPLATE = (
     r"{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content']"
@@ -35,18 +35,10 @@ class Turn(NamedTuple):
 
 
 def join_parts(content: str | list[dict] | None) -> str:
-    """Return the text of a message, which may be in parts. Raises ValueError if there is none, or more than text."""
-    if content is None:
-        raise ValueError("a message has no content, as if it called a tool")
-    if isinstance(content, str):
-        return content
-    for part in content:
-        if part["type"] != "text":
-            raise ValueError(
-                f"a message has a part of type {part['type']}; only text is supported"
-            )
-        check_schema(part, {"text": str})
-    return "\n".join(part["text"] for part in content)
+    """Return the text of a message. content: as in the schema CONTENT."""
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content)
+    return content or ""
 
 
 class ChatTokenizer(Tokenizer):

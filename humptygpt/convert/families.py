@@ -166,8 +166,11 @@ def find_family(config: ModelConfig) -> Family:
     free = {*family.settings.values(), *ROPE_SCALING.values(), *NOT_EXPORTED}
     # a key that is not in the tables is a user's own, and off by default
     needed = family.fixed | vars(ModelConfig()) | family.fixed
-    needed = {key: value for key, value in needed.items() if key not in free}
-    needed = {key: value for key, value in needed.items() if getattr(config, key) != value}
+    needed = {
+        key: value
+        for key, value in needed.items()
+        if key not in free and getattr(config, key) != value
+    }
     known = dict.fromkeys(ACTIVATION_NAMES.values())
     if config.activation not in known:
         needed["activation"] = " or ".join(known)

@@ -124,10 +124,7 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
             files = chats
         else:
             kind = Documents
-    corpus = kind(resolve(config, preset, kind), files, name, skipped)
-    if name.lower().endswith(ARCHIVES):  # its files are unpacked anew each time
-        corpus.paths = [Path(name)]
-    return corpus
+    return kind(resolve(config, preset, kind), files, name, skipped)
 
 
 def built_in(config: PrepareConfig) -> Source | None:
@@ -233,7 +230,9 @@ def is_whole(folder: Path, meta: dict) -> bool:
 def data_id(corpus: Corpus, command: str, loaded: Tokenizer | None) -> str:
     """Hash what determines the data: the command, the files (path, size and modification time), a loaded tokenizer."""
     made_from = [command]
-    for path in corpus.paths:
+    # an archive is unpacked anew each time
+    is_file = os.path.isfile(corpus.config.input or "")
+    for path in [Path(corpus.config.input)] if is_file else corpus.paths:
         with read_errors(path):
             status = path.stat()
         made_from.append([path.as_posix(), status.st_mtime_ns, status.st_size])

@@ -8,7 +8,6 @@ from humptygpt.data import TokenDataset
 from humptygpt.tasks import find_task
 
 PIECE = 50  # characters
-HALF = PIECE // 2
 
 
 def describe(model: nn.Module, dataset: TokenDataset) -> str:
@@ -29,23 +28,18 @@ def recited(texts: list[str], chunks: Iterable[str]) -> tuple[float, int]:
     Returns the share of the texts' pieces that stand in the training text, and the characters of the longest run in
     which every piece does.
     """
-    wanted = {piece for text in texts for piece in windows(text, PIECE)}
-    halves = {half for text in texts for half in windows(text, HALF)}
+    wanted = {piece for text in texts for piece in pieces(text)}
     found = set()
     before = ""
     for chunk in chunks:
         training = before + chunk
-        # a piece contains one of these halves, wherever it begins
-        for start in range(0, len(training), HALF):
-            if training[start : start + HALF] in halves:
-                around = training[max(0, start - HALF) : start + PIECE]
-                found |= wanted.intersection(windows(around, PIECE))
+        found |= wanted.intersection(pieces(training))
         before = training[1 - PIECE :]
     count = known = 0
     longest = PIECE - 1
     for text in texts:
         run = 0
-        for piece in windows(text, PIECE):
+        for piece in pieces(text):
             run = run + 1 if piece in found else 0
             known += piece in found
             count += 1
@@ -53,6 +47,6 @@ def recited(texts: list[str], chunks: Iterable[str]) -> tuple[float, int]:
     return known / max(1, count), longest
 
 
-def windows(text: str, size: int) -> Iterator[str]:
-    """Yield every `size` characters in a row."""
-    return (text[i : i + size] for i in range(len(text) - size + 1))
+def pieces(text: str) -> Iterator[str]:
+    """Yield all pieces of a text, one for each position at which it fits."""
+    return (text[i : i + PIECE] for i in range(len(text) - PIECE + 1))
