@@ -272,7 +272,7 @@ BAD = {
     "a.csv, row 2 has no text under 'body': {'id': '2', 'body': 'two', None: ['three']}; set": (
         "a.csv --text_key=body"
     ),
-    "chats.jsonl, line 1 has no text under 'text': {\"dialogue\": [{": "chats.jsonl",
+    "chats.jsonl, line 1 has no text under 'text': {'dialogue': [{": "chats.jsonl",
     "a.pdf is not a text file (pdftotext converts them)": "a.pdf",
     "cannot read a.zip: a.zip is not a zip file": "a.zip",
     "text_key=body has no effect, since latin1.txt has no records with keys or columns": (
@@ -288,7 +288,7 @@ BAD = {
     "number.jsonl, line 1 has no text under 'text': ": "number.jsonl",
     "number.jsonl has no text to learn from": "number.jsonl --skip_bad_lines=True",
     "broken.jsonl, line 2 has no text under 'text': {\"text\":": "broken.jsonl",
-    "null.parquet, row 2 has no text under 'text': {\"text\": null}; set --text_key": "null.parquet",
+    "null.parquet, row 2 has no text under 'text': {'text': None}; set --text_key": "null.parquet",
     "null.parquet has no column 'body'; set --text_key to one of: id, text": (
         "null.parquet --text_key=body"
     ),

@@ -31,7 +31,6 @@ from humptygpt.prepare.documents import (
     Record,
     file_suffix,
     read_records,
-    shown,
 )
 from humptygpt.tokenizers import Tokenizer
 
@@ -50,7 +49,6 @@ TURNS = {
     "messages": [{"role": {*ROLES, *ALIASES}, "content?": CONTENT}],
     "conversations": [{"from": {*ROLES, *ALIASES}, "value": str}],
 }
-JSON = (".jsonl", ".json")
 SHOWN = 1500  # maximum length of the conversation in the summary, in characters
 REPLY = re.compile(rf"({re.escape(BEGIN)}assistant\n)(.*?({re.escape(END)}|$))", re.DOTALL)
 
@@ -147,7 +145,7 @@ def is_conversations(path: Path, text_key: str | None) -> bool:
     suffix = file_suffix(path)
     if asked_columns(text_key or ""):
         return suffix in READERS
-    if text_key or suffix not in JSON:
+    if text_key or suffix not in (".jsonl", ".json"):
         return False
     with suppress(UserError, StopIteration):
         _, first = next(read_records(path, "replace", []))
@@ -167,7 +165,7 @@ def parse(record: Record, columns: list[str]) -> Conversation:
     form = find_form(record, forms)
     if not form:
         names = " or ".join(" and ".join(form[:2]) for form in forms)
-        raise ValueError(f"it is no object with {names}: {shown(record)}")
+        raise ValueError(f"it is no object with {names}: {str(record).strip()[:100]}")
     if record.get("tools") or record.get("functions"):
         raise ValueError("it has tools, which a model cannot learn to call here")
     first = form[0]

@@ -42,7 +42,7 @@ class ChatDataset(TokenDataset):
     def contexts(self, sizes: Collection[int]) -> list[int]:
         """Return the smallest size that has room for each conversation and a few more turns."""
         needed = max(256, self.meta["longest"])
-        return [next((size for size in sizes if size >= needed), max(sizes))]
+        return [min((size for size in sizes if size >= needed), default=max(sizes))]
 
     def find_targets(self, ids: np.ndarray) -> tuple[np.ndarray, list[int]]:
         """Find the tokens of the assistant's turns, each with its end and without its first line.
@@ -111,13 +111,12 @@ class ChatDataset(TokenDataset):
 
     def held_out(self, count: int) -> list[tuple[list[int], list[int]]]:
         """Return up to `count` questions of the validation split: the ids up to a reply, and those of the reply."""
-        ids, is_target = self.ids["val"], self.is_target["val"]
         pieces = self.fitting["val"]
         found = []
         for piece in pieces[:: max(1, len(pieces) // count)][:count]:
-            start = piece.start + int(np.argmax(is_target[piece.start :]))
-            end = start + int(np.argmin(is_target[start:]))
-            found.append((ids[piece.start : start].tolist(), ids[start:end].tolist()))
+            changes = np.flatnonzero(np.diff(self.is_target["val"][piece])) + 1
+            prompt, reply, *_ = np.split(self.ids["val"][piece], changes)
+            found.append((prompt.tolist(), reply.tolist()))
         return found
 
     def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:

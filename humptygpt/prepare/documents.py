@@ -181,7 +181,7 @@ def read_documents(
             yield Piece("", first=True, last=True)
         else:
             raise UserError(
-                f"{path}, {place} has no text under {text_key!r}: {shown(record)};"
+                f"{path}, {place} has no text under {text_key!r}: {str(record).strip()[:100]};"
                 f" set --text_key to another key, {ENCODING_HINT}, or {SKIP_HINT}"
             )
 
@@ -225,12 +225,6 @@ def read_records(
         for number, record in enumerate(READERS[suffix](path, columns, errors), start=1):
             if record is not None:
                 yield f"{unit} {number:,}", record
-
-
-def shown(record: Record) -> str:
-    """The beginning of a record, for messages."""
-    text = record if isinstance(record, str) else json.dumps(record, default=str)
-    return text.strip()[:100]
 
 
 def read_json(path: Path, columns: list[str], errors: str) -> Iterator[Record]:
