@@ -288,7 +288,8 @@ def check_columns(path: Path, columns: list[str], found: list[str]) -> None:
     for column in columns:
         if column not in found:
             raise BadFile(
-                f"{path} has no column {column!r}; set --text_key to one of: {', '.join(found)}"
+                f"{path} has no column {column!r}; set --text_key to one of: {', '.join(found)};"
+                " or to two of them for a chat: QUESTION,ANSWER"
             )
 
 

@@ -17,8 +17,8 @@ def describe(model: nn.Module, dataset: TokenDataset) -> str:
     share, longest = recited(texts, chunks)
     what = "replies" if dataset.task == "chat" else "texts"
     return (
-        f"of its {what}, {share:.1%} of all pieces of {PIECE} characters stand word for word in the training text;"
-        f" no run there is longer than {longest:,} characters"
+        f"of its {what}, {share:.1%} of all pieces of {PIECE} characters stand word for word in the training text,"
+        f" and no run of more than {longest:,} characters does"
     )
 
 
