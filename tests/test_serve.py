@@ -260,11 +260,13 @@ def test_parts_of_text_and_the_roles_of_other_programs_are_read(served_chat):
 def test_n_answers_are_the_first_n_samples(served_chat):
     loaded = served_chat.loaded
     prompt = loaded.tokenizer.encode_turns([Turn("user", "king 3")], reply=True).tolist()
-    config = sample.SampleConfig(temperature=0.9, seed=7, top_k=5, max_new_tokens=9)
+    config = sample.SampleConfig(
+        temperature=0.9, seed=7, top_k=5, max_new_tokens=9, repetition_penalty=1.3
+    )
     pieces = list(sample.write([prompt] * 3, [0, 1, 2], config, loaded))
     expected = ["".join(x.text for x in pieces if x.row == row) for row in range(3)]
     request = said(("user", "king 3")) | {"temperature": 0.9, "seed": 7, "top_k": 5}
-    request |= {"n": 3, "max_tokens": 9}
+    request |= {"n": 3, "max_tokens": 9, "repetition_penalty": 1.3}
     whole = ask_well(served_chat, CHAT, request)
     assert [each["message"]["content"] for each in whole["choices"]] == expected
     assert [each["index"] for each in whole["choices"]] == [0, 1, 2]
@@ -417,6 +419,7 @@ BAD = {
     "response_format is not supported": HELLO
     | {"response_format": {"type": "json_object"}},
     "tool_choice is not supported": HELLO | {"tool_choice": "required"},
+    "repetition_penalty must be from": HELLO | {"repetition_penalty": 0},
     "frequency_penalty is not supported": HELLO | {"frequency_penalty": 0.5},
     "stream_options.include_usage must be bool": HELLO
     | {"stream_options": {"include_usage": 1}},

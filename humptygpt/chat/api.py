@@ -38,6 +38,7 @@ COMMON = {
     "top_p?": float,
     "top_k?": range(1, 2**31),
     "min_p?": float,
+    "repetition_penalty?": float,
     "seed?": int,
     "n?": range(1, 17),
 }
@@ -50,30 +51,37 @@ CHAT_SCHEMA = COMMON | {
     "max_completion_tokens?": range(2**53),  # the new name of max_tokens
     "reply_tokens?": list,  # our own: ids of the tokens with which the reply begins
 }
-# Keys that would change the answer but are not supported, with the values that ask for nothing. All other unknown keys
-# are ignored, as most servers do.
-REFUSED = {
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("auto", "none"),
-    "function_call": ("auto", "none"),
-    "modalities": (["text"],),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "best_of": (1,),
-    "suffix": ("",),
+# Keys that would change the answer but are not supported, and values of them that ask for nothing. All other unknown
+# keys are ignored, as most servers do.
+REFUSED = (
+    "response_format",
+    "tool_choice",
+    "function_call",
+    "modalities",
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+    "suffix",
+)
+NEUTRAL = ({"type": "text"}, "auto", "none", ["text"], 0, {}, "")
+LIMITS = {
+    "temperature": (0, 2),
+    "top_p": (1e-6, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (1e-6, 1e6),
 }
-LIMITS = {"temperature": (0, 2), "top_p": (1e-6, 1), "min_p": (0, 1)}
 TEXT_SCHEMA = COMMON | {
     "prompt": (str, list),
     "echo?": bool,
     "logprobs?": range(21),
+    "best_of?": range(1, 2),
 }
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 DEFAULTS = {
     "stream": False,
     "stop": (),
     "temperature": 1,
+    "repetition_penalty": 1.0,
     "echo": False,
     "logprobs": None,
     "n": 1,
@@ -209,8 +217,7 @@ class Api:
             request["stop"],
             max_new_tokens=min(request["max_tokens"], LONGEST),
             seed=request["seed"] % 2**63,
-            temperature=request["temperature"],
-            **{key: request.get(key) for key in ("top_p", "top_k", "min_p")},
+            **{key: request.get(key) for key in SAMPLING},
         )
 
     def logits(self, prompt: list[int]) -> Iterator[Tensor | None]:
@@ -246,8 +253,8 @@ def read(body: bytes, schema: dict) -> dict:
     request = parse_json(body, {})
     request = {key: value for key, value in request.items() if value is not None}
     check_schema(request, schema)
-    for key, neutral in REFUSED.items():
-        if key in request and request[key] not in neutral:
+    for key in REFUSED:
+        if request.get(key, "") not in NEUTRAL:
             raise UserError(f"{key} is not supported")
     request = DEFAULTS | {"seed": time.time_ns()} | request
     for key, (least, most) in LIMITS.items():
