@@ -124,7 +124,10 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
             files = chats
         else:
             kind = Documents
-    return kind(resolve(config, preset, kind), files, name, skipped)
+    corpus = kind(resolve(config, preset, kind), files, name, skipped)
+    if name.lower().endswith(ARCHIVES):  # its files are unpacked anew each time
+        corpus.paths = [Path(name)]
+    return corpus
 
 
 def built_in(config: PrepareConfig) -> Source | None:
@@ -230,9 +233,7 @@ def is_whole(folder: Path, meta: dict) -> bool:
 def data_id(corpus: Corpus, command: str, loaded: Tokenizer | None) -> str:
     """Hash what determines the data: the command, the files (path, size and modification time), a loaded tokenizer."""
     made_from = [command]
-    # an archive is unpacked anew each time
-    is_file = os.path.isfile(corpus.config.input or "")
-    for path in [Path(corpus.config.input)] if is_file else corpus.paths:
+    for path in corpus.paths:
         with read_errors(path):
             status = path.stat()
         made_from.append([path.as_posix(), status.st_mtime_ns, status.st_size])
