@@ -129,6 +129,17 @@ def test_a_conversation_without_a_reply_is_empty():
     assert parse(chat("Hi"), []) == ()
 
 
+def test_two_replies_in_a_row_are_both_learned(folder):
+    more = {"role": "assistant", "content": "Hum"}
+    twice = [chat(f"Hi {i}", "Ho")["messages"] + [more] for i in range(40)]
+    write_chats(*({"messages": each} for each in twice))
+    prepare_data.main(["--input=chats.jsonl", "--name=tiny"])
+    dataset = ChatDataset(Path("data/tiny"), block_size=64, seed=0)
+    ids = dataset.ids["train"][dataset.is_target["train"]]
+    learned = dataset.tokenizer.decode(ids)
+    assert learned == f"Ho{END}Hum{END}" * learned.count("Ho") != ""
+
+
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
 def test_columns_of_questions_and_answers_are_conversations(folder, ending):
     rows = [{"id": f"{i}", "Q": f"what, {i}?", "A": f"this {i}"} for i in range(60)]
