@@ -53,16 +53,8 @@ CHAT_SCHEMA = COMMON | {
 }
 # Keys that would change the answer but are not supported, and values of them that ask for nothing. All other unknown
 # keys are ignored, as most servers do.
-REFUSED = (
-    "response_format",
-    "tool_choice",
-    "function_call",
-    "modalities",
-    "frequency_penalty",
-    "presence_penalty",
-    "logit_bias",
-    "suffix",
-)
+REFUSED = "response_format tool_choice function_call modalities logit_bias suffix"
+REFUSED += " frequency_penalty presence_penalty"
 NEUTRAL = ({"type": "text"}, "auto", "none", ["text"], 0, {}, "")
 LIMITS = {
     "temperature": (0, 2),
@@ -76,7 +68,7 @@ TEXT_SCHEMA = COMMON | {
     "logprobs?": range(21),
     "best_of?": range(1, 2),
 }
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+SAMPLING = "temperature top_p top_k min_p repetition_penalty"
 DEFAULTS = {
     "stream": False,
     "stop": (),
@@ -217,7 +209,7 @@ class Api:
             request["stop"],
             max_new_tokens=min(request["max_tokens"], LONGEST),
             seed=request["seed"] % 2**63,
-            **{key: request.get(key) for key in SAMPLING},
+            **{key: request.get(key) for key in SAMPLING.split()},
         )
 
     def logits(self, prompt: list[int]) -> Iterator[Tensor | None]:
@@ -253,7 +245,7 @@ def read(body: bytes, schema: dict) -> dict:
     request = parse_json(body, {})
     request = {key: value for key, value in request.items() if value is not None}
     check_schema(request, schema)
-    for key in REFUSED:
+    for key in REFUSED.split():
         if request.get(key, "") not in NEUTRAL:
             raise UserError(f"{key} is not supported")
     request = DEFAULTS | {"seed": time.time_ns()} | request

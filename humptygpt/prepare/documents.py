@@ -46,9 +46,13 @@ DAMAGE = (OSError, EOFError, zlib.error, zstd.ZstdError, ValueError, csv.Error)
 DAMAGE += (tarfile.TarError, zipfile.BadZipFile)
 # position before a single space and a word, where cutting a text does not change its tokens
 BEFORE_WORD = re.compile(r"(?<=\S) (?=[^\W_])")
-CONVERTERS = {".pdf": "pdftotext", ".zip": "unzip", ".tar": "tar"}
-CONVERTERS |= dict.fromkeys((".docx", ".odt", ".epub", ".rtf"), "pandoc")
-CONVERTERS |= dict.fromkeys((".doc", ".ppt", ".pptx", ".xls", ".xlsx"), "LibreOffice")
+CONVERTERS = {  # {program: extensions of the files that it converts to text or unpacks}
+    "pdftotext": ".pdf",
+    "pandoc": ".docx .odt .epub .rtf",
+    "LibreOffice": ".doc .ppt .pptx .xls .xlsx",
+    "unzip": ".zip",
+    "tar": ".tar",
+}
 ENCODING_HINT = "set --encoding_errors=replace or ignore"
 SKIP_HINT = "skip such lines with --skip_bad_lines=True"
 
@@ -122,7 +126,10 @@ def describe_skipped(skipped: dict[Path, str]) -> str:
 
 def convert(kind: str) -> str:
     """Name the program that makes text of files with this extension."""
-    return f" ({CONVERTERS[kind]} converts them)" if kind in CONVERTERS else ""
+    for program, kinds in CONVERTERS.items():
+        if kind in kinds.split():
+            return f" ({program} converts them)"
+    return ""
 
 
 def unpack(archive: Path, folder: Path) -> Path:
