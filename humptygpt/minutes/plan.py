@@ -508,10 +508,12 @@ def closing(run: Run, out_dir: Path) -> str:
     text = text_tokens(run.dataset) * bytes_per_token
     read = run.progress.tokens * bytes_per_token
     bits = run.progress.best_val_loss / math.log(2) / bytes_per_token
-    return (
-        f"{path} is a config file that repeats this run step by step\n"
-        f"{advice(count_inner(run.model), read, text, bits)}"
-    )
+    told = f"{path} is a config file that repeats this run step by step"
+    if run.progress.best_iter < run.progress.iter:
+        told += "\nwhat would help most: more text"
+    elif run.config.init_from == "scratch":  # the law does not know what a model had learned
+        told += f"\n{advice(count_inner(run.model), read, text, bits)}"
+    return told
 
 
 def write_plan(path: Path, run: Run) -> None:
