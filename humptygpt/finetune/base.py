@@ -19,24 +19,27 @@ from model import ModelConfig
 
 GPT2_WIDTH = 768  # features of the smallest GPT-2, whose learning rate GENTLE has
 # training settings that a run shares with the run that it starts from, unless they are given
-LIKE_BASE = ("optimizer", "beta1", "beta2", "muon_momentum", "grad_clip", "weight_decay")
+LIKE_BASE = ("optimizer", "beta1", "beta2", "muon_momentum", "grad_clip")
 RATES = ("learning_rate", "muon_learning_rate")
-FRACTION = 0.3  # of the rates of a new model, with which a trained one goes on: see RECORDS.md
+FRACTION = 0.5  # of the rates of a new model, with which a trained one goes on: see RECORDS.md
+FOR_LORA = 4  # times that rate trains the matrices of LoRA
 
 
 def base_defaults(base: Loaded, given: dict) -> dict[str, object]:
     """Choose the optimizer and the learning rates of a run that starts from a model.
 
-    If a run of ours trained the model, they are that run's, with FRACTION of its rates. The rates of a run that itself
-    started from a model stay as they are. Other models are trained with AdamW, the wider the more slowly.
+    If a run of ours trained the model, they are that run's, with FRACTION of its rates. If that run itself started from
+    a model, its rates stay as they are. Other models are trained with AdamW, the wider the more slowly.
     """
-    if not base.saved:
-        rate = GENTLE["learning_rate"] * GPT2_WIDTH / base.model.config.n_embd
-        return GENTLE | {"learning_rate": rate}
-    saved = base.saved["train_config"]
+    saved = base.saved["train_config"] if base.saved else {}
+    more = FOR_LORA if given.get("lora_rank") else 1
+    if not saved:
+        width = base.model.config.n_embd
+        rate = GENTLE["learning_rate"] * GPT2_WIDTH / width
+        return GENTLE | {"learning_rate": more * rate}
     keys = saved.keys() & {*LIKE_BASE, *RATES} - given.keys()
     own = cli.restore(TrainConfig, {key: saved[key] for key in keys})
-    fraction = FRACTION if saved.get("init_from") == "scratch" else 1
+    fraction = more * FRACTION if saved.get("init_from") == "scratch" else 1
     rates = {key: fraction * getattr(own, key) for key in RATES}
     return GENTLE | {key: getattr(own, key) for key in LIKE_BASE} | rates
 
