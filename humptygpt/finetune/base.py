@@ -17,31 +17,30 @@ from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 
 
-GPT2_WIDTH = 768  # features of the smallest GPT-2, whose learning rate GENTLE has
 # training settings that a run shares with the run that it starts from, unless they are given
 LIKE_BASE = ("optimizer", "beta1", "beta2", "muon_momentum", "grad_clip")
 RATES = ("learning_rate", "muon_learning_rate")
-FRACTION = 0.5  # of the rates of a new model, with which a trained one goes on: see RECORDS.md
-FOR_LORA = 4  # times that rate trains the matrices of LoRA
+# with these fractions of a new model's rates, a trained model goes on: see RECORDS.md
+FRACTION = 0.5
+LORA_FRACTION = 2.0
 
 
 def base_defaults(base: Loaded, given: dict) -> dict[str, object]:
-    """Choose the optimizer and the learning rates of a run that starts from a model.
+    """Choose the optimizer and the learning rates of a run that starts from a model: those of the model's own run.
 
-    If a run of ours trained the model, they are that run's, with FRACTION of its rates. If that run itself started from
-    a model, its rates stay as they are. Other models are trained with AdamW, the wider the more slowly.
+    The rates are a fraction of that run's, or the same if it started from a model itself. A model that no run of ours
+    trained counts as trained with the defaults, at rates that are the lower the wider the model is.
     """
     saved = base.saved["train_config"] if base.saved else {}
-    more = FOR_LORA if given.get("lora_rank") else 1
-    if not saved:
-        width = base.model.config.n_embd
-        rate = GENTLE["learning_rate"] * GPT2_WIDTH / width
-        return GENTLE | {"learning_rate": more * rate}
     keys = saved.keys() & {*LIKE_BASE, *RATES} - given.keys()
-    own = cli.restore(TrainConfig, {key: saved[key] for key in keys})
-    fraction = more * FRACTION if saved.get("init_from") == "scratch" else 1
-    rates = {key: fraction * getattr(own, key) for key in RATES}
-    return GENTLE | {key: getattr(own, key) for key in LIKE_BASE} | rates
+    own = vars(cli.restore(TrainConfig, {key: saved[key] for key in keys}))
+    scale = LORA_FRACTION if given.get("lora_rank") else FRACTION
+    if not saved:
+        scale *= ModelConfig.n_embd / base.model.config.n_embd
+    elif saved.get("init_from") != "scratch":
+        scale = 1
+    rates = {key: scale * own[key] for key in RATES}
+    return GENTLE | {key: own[key] for key in LIKE_BASE} | rates
 
 
 def base_settings(base: Loaded, given: dict) -> dict[str, object]:
