@@ -170,7 +170,9 @@ def test_a_run_that_was_best_at_its_end_prints_the_command_that_takes_twice_as_l
 ):
     evaluations(monkeypatch, 3.0, 2.0, 1.0, 0.5, 2.0, 3.0)
     run_train()
-    command = re.search("^twice as long: python train.py (.*)", capsys.readouterr().out, re.M)
+    command = re.search(
+        "^twice as long: python train.py (.*)", capsys.readouterr().out, re.M
+    )
     assert train.main(command[1].split()) == 0
     assert read_rows(OUT)[-1]["iter"] == 12
     run_train("--overwrite=True")

@@ -16,7 +16,6 @@ from humptygpt.settings import GENTLE, TRAINING_ONLY, TrainConfig
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 
-
 # training settings that a run shares with the run that it starts from, unless they are given
 LIKE_BASE = ("optimizer", "beta1", "beta2", "muon_momentum", "grad_clip")
 RATES = ("learning_rate", "muon_learning_rate")

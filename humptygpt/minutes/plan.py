@@ -521,7 +521,9 @@ def closing(run: Run, out_dir: Path) -> str:
     told = f"{path} is a config file that repeats this run step by step"
     if run.progress.best_iter < run.progress.iter:
         told += "\nwhat would help most: more text"
-    elif run.config.init_from == "scratch":  # the law does not know what a model had learned
+    elif (
+        run.config.init_from == "scratch"
+    ):  # the law does not know what a model had learned
         told += f"\n{advice(count_inner(run.model), read, text, bits)}"
     return told
 
