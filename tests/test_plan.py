@@ -617,9 +617,8 @@ def test_plan_py_has_the_settings_and_learning_rates_of_a_run_that_stopped_early
     ("start", "change", "expected"),
     [
         ("scratch", -0.01, r"twice the .* by about [\d.]+ bits per byte"),
-        ("scratch", 0.01, "more text"),
+        ("scratch", 0.01, None),
         ("out/base", -0.01, None),
-        ("out/base", 0.01, "more text"),
     ],
 )
 def test_the_law_promises_nothing_to_a_run_from_a_model_or_one_that_became_worse(

@@ -348,9 +348,9 @@ def choose(
         chosen["weight_decay"] = decay(config.weight_decay, targets, text)
     left = free - model_config.n_members * best.memory.total
     small = text <= min(MOST_TOKENS, left / NGRAM_BYTES)
-    small = small and dataset.task == "language modelling"
-    small = small and model_config.vocab_size <= NGRAM_VOCABULARY
-    if epochs > FEW_EPOCHS and small and device.type == "cpu":
+    few = model_config.vocab_size <= NGRAM_VOCABULARY
+    suited = dataset.task == "language modelling" and device.type == "cpu"
+    if epochs > FEW_EPOCHS and small and few and suited:
         chosen["ngram_targets"] = ngram_targets(epochs, model_config.vocab_size)
     chosen = {key: value for key, value in chosen.items() if key not in given}
     return replace(config, **chosen), model_config
@@ -519,11 +519,8 @@ def closing(run: Run, out_dir: Path) -> str:
     read = run.progress.tokens * bytes_per_token
     bits = run.progress.best_val_loss / math.log(2) / bytes_per_token
     told = f"{path} is a config file that repeats this run step by step"
-    if run.progress.best_iter < run.progress.iter:
-        told += "\nwhat would help most: more text"
-    elif (
-        run.config.init_from == "scratch"
-    ):  # the law does not know what a model had learned
+    improving = run.progress.best_iter == run.progress.iter
+    if improving and run.config.init_from == "scratch":  # the law describes no other run
         told += f"\n{advice(count_inner(run.model), read, text, bits)}"
     return told
 
