@@ -642,7 +642,7 @@ def test_a_model_to_start_from_keeps_its_size(tiny, machine, small_sizes, capsys
     OUT.rename("out/base")
     rows = machine.run(*SHOWN, "--init_from=out/base", "--minutes=0.1")
     assert rows[0]["iter"] == 0 and "val_loss" in rows[0]
-    line = "minutes: 0.1; 2 layers of 32 features, a context of 16 tokens, dropout 0, 50%"
+    line = "minutes: 0.1; 2 layers of 32 features, a context of 16 tokens, dropout 0"
     assert line in capsys.readouterr().out
     saved = checkpoint.read(OUT / "best.pt")["model_config"]
     assert (saved["n_layer"], saved["n_embd"], saved["block_size"]) == (2, 32, 16)
