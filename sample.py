@@ -247,12 +247,22 @@ def converse(config: SampleConfig, loaded: Pipeline) -> None:
     first = [] if config.start is None else [read_start(config.start)]
     lines = typed_lines(partner.advice) if config.interactive or not first else []
     for turn, line in enumerate(chain(first, lines)):
+        line = skip_unknown(line, loaded.tokenizer.alphabet)
         try:
             for text in partner.reply(line, turn, **config.select(SAMPLING)):
                 print(text, end="", flush=True)
             print(flush=True)
         except (UserError, UnicodeEncodeError) as error:
             note(str(error))
+
+
+def skip_unknown(line: str, alphabet: str | None) -> str:
+    """Remove the characters that are not in the alphabet, if there is one, and show them struck through."""
+    unknown = set(line) - set(alphabet or line)
+    if unknown:
+        marked = (f"\033[9m{char}\033[m" if char in unknown else char for char in line)
+        note(f"the model does not know all of these characters: {''.join(marked)}")
+    return "".join(char for char in line if char not in unknown)
 
 
 class Text:

@@ -38,14 +38,8 @@ IN_VAIN |= dict.fromkeys(("schedule", "lr_decay_iters", "min_lr"), ("decay_lr", 
 IN_VAIN |= dict.fromkeys(("lora_alpha", "lora_targets"), ("lora_rank", (0,)))
 IN_VAIN |= dict.fromkeys(("rope_base", "rope_factor"), ("position", NOT_ROTARY))
 FOR_SEVERAL = dict.fromkeys(("parallel", "backend"), ("processes", (1,)))
-# Defaults for a run that starts from a model: small steps, so that the model keeps what it has learned.
-GENTLE = {
-    "learning_rate": 1e-4,
-    "muon_learning_rate": 0.002,
-    "beta2": 0.95,
-    "schedule": "linear",
-    "min_lr": 0.0,
-}
+# Defaults for a run that starts from a model; finetune/base.py chooses the optimizer and its rates.
+GENTLE = {"schedule": "linear", "min_lr": 0.0, "warmup_iters": 10}
 RECIPE = "config/shakespeare_char.py"  # what a new GPT is trained with if its command names no config file
 # keys of that file that say what is trained and for how long
 NOT_IN_RECIPE = ("out_dir", "dataset", "n_layer", "n_head", "n_embd", "block_size")

@@ -34,7 +34,6 @@ from humptygpt.report import memory_report
 from humptygpt.run import MOVING, Progress, Run, lock_out_dir, refuse_earlier_run
 from humptygpt.settings import (
     FOR_SEVERAL,
-    GENTLE,
     IN_VAIN,
     MAY_CHANGE,
     MAY_DIFFER,
@@ -90,11 +89,11 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     init_from = given.get("init_from", "scratch")
     saved, base, settings, defaults = None, None, given, {}
     if init_from not in ("scratch", "resume"):
-        from humptygpt.finetune.base import base_settings
+        from humptygpt.finetune.base import base_defaults, base_settings
 
         base = load(init_from)
         settings = given | base_settings(base, given)
-        defaults = GENTLE
+        defaults = base_defaults(base, given)
     elif init_from == "scratch" and takes_recipe(argv, given):
         defaults = recipe()
     # while the subfolder MOVING exists, ckpt.pt belongs to the run that is being moved into it

@@ -41,6 +41,7 @@ class Tokenizer:
     ends: Collection[int] = ()  # further tokens that end a generated text, like eot
     marks: Collection[int] = ()  # tokens that mark the turns of a conversation
     chat_template: str | None = None  # how conversations are written, in Jinja; for exports
+    alphabet: str | None = None  # the only characters that can be encoded; None: any can
 
     @property
     def vocab_size(self) -> int:
@@ -104,7 +105,8 @@ class CharTokenizer(Tokenizer):
             (char,) = error.args
             raise UserError(
                 f"character {char!r} (U+{ord(char):04X}) is not among"
-                f" the {len(self.alphabet)} characters of this tokenizer"
+                f" the {len(self.alphabet)} characters of this tokenizer; leave it out, or train a model on data"
+                " prepared with --tokenizer=bpe, which knows all characters"
             ) from error
 
     def state(self) -> dict:

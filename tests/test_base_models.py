@@ -29,6 +29,7 @@ import train
 from humptygpt import checkpoint, setup
 from humptygpt.cli import UserError
 from humptygpt.convert import sources
+from humptygpt.finetune.base import FRACTION, LORA_FRACTION
 from humptygpt.loading import Loaded, load
 from humptygpt.prepare import vocabulary
 from humptygpt.scoring import pairs
@@ -75,12 +76,50 @@ def test_a_run_that_started_from_a_model_resumes_without_it(other):
     assert len(val_losses("out/other")) == 3
 
 
-def test_fine_tuning_has_gentle_settings_unless_others_are_given(other):
+def rates(*argv: str) -> tuple[float, float]:
+    config = read_settings([*FROM_RUN, *argv]).config
+    return config.learning_rate, config.muon_learning_rate
+
+
+def test_fine_tuning_has_the_optimizer_of_the_base_run_and_a_fraction_of_its_rates(other):
     config = read_settings(FROM_RUN).config
-    assert (config.optimizer, config.grad_clip) == ("adamw", 1.0)
-    assert (config.learning_rate, config.muon_learning_rate) == (1e-4, 0.002)
-    assert read_settings([*FROM_RUN, "--learning_rate=0.5"]).config.learning_rate == 0.5
+    assert (config.optimizer, config.grad_clip, config.beta2) == ("normuon", 0.0, 0.95)
+    expected = pytest.approx((FRACTION * 0.01, FRACTION * 0.03))
+    assert rates() == expected  # the base run had 0.01 and 0.03
+    assert rates("--learning_rate=0.5") == (0.5, expected.expected[1])
+    assert rates("--lora_rank=2")[0] == pytest.approx(LORA_FRACTION * 0.01)
+    config = read_settings([*FROM_RUN, "--optimizer=muon", "--weight_decay=0.5"]).config
+    assert (config.optimizer, config.weight_decay) == ("muon", 0.5)
     assert read_settings(TINY_RUN).config.learning_rate == 6e-3
+
+
+def test_the_rates_do_not_shrink_from_one_fine_tuning_to_the_next(other):
+    first = rates()
+    assert train.main(FROM_RUN) == 0
+    assert rates("--init_from=out/other", "--out_dir=out/third") == first
+
+
+def test_a_base_run_of_an_earlier_version_or_with_an_optimizer_that_is_gone_is_a_start(
+    other, fails
+):
+    path = Path("out/run/best.pt")
+    saved = checkpoint.read(path)
+    del saved["train_config"]["muon_momentum"]
+    saved["train_config"] |= {"optimizer": "own", "forgotten": 1}
+    checkpoint.save(path, saved)
+    assert "optimizer=own is not one of" in fails(train.main, *FROM_RUN)
+    config = read_settings([*FROM_RUN, "--optimizer=adamw"]).config
+    assert (config.optimizer, config.muon_momentum) == ("adamw", 0.85)
+
+
+def test_a_model_that_no_run_trained_gets_adamw_and_a_rate_for_its_width(folder):
+    write_nanogpt()
+    prepare_letters()
+    argv = [*TINY_RUN, "--dataset=letters", "--init_from=nano/out"]
+    config = read_settings(argv).config
+    # the smallest GPT-2, with 768 features, gets a rate near 1e-4; this model has 16
+    assert (config.optimizer, config.learning_rate) == ("adamw", 4e-3)
+    assert read_settings([*argv, "--lora_rank=2"]).config.learning_rate == 1.6e-2
 
 
 def test_a_fine_tuning_is_resumed_when_torchrun_starts_it_again(other, monkeypatch, capsys):

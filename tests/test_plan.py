@@ -324,6 +324,23 @@ def test_a_small_text_gets_dropout_and_more_weight_decay_unless_a_model_is_fine_
     assert choose(300, 3, init_from="out/other")[0].weight_decay == 0.1
 
 
+def test_minutes_for_which_a_new_model_would_be_larger_are_noted_if_a_model_is_fine_tuned(
+    choose, capsys
+):
+    for minutes, notes in ((0.1, 0), (300, 1)):
+        choose(10**8, minutes, init_from="out/other")
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == notes
+        for line in lines:
+            assert re.fullmatch(
+                r"note: a new model would have [\d,]+ parameters outside its embedding, and this one has [\d,]+; in"
+                r" 300 minutes, training without --init_from may become better",
+                line,
+            )
+    choose(10**8, 300)
+    assert not capsys.readouterr().err
+
+
 def test_ngrams_predict_more_of_the_targets_the_more_often_a_text_is_read(choose):
     found = [choose(text, 20)[0].ngram_targets for text in TEXTS]
     assert found == sorted(found, reverse=True)
@@ -332,7 +349,7 @@ def test_ngrams_predict_more_of_the_targets_the_more_often_a_text_is_read(choose
     assert choose(1_000_000, 0.1)[0].ngram_targets == 0.0
     assert choose(10_000, 10, vocab_size=257)[0].ngram_targets == 0.5  # bytes
     assert choose(10_000, 3, vocab_size=8192)[0].ngram_targets == 0.0
-    assert choose(10_000, 3, init_from="out/other")[0].ngram_targets == 0.0
+    assert choose(10_000, 3, init_from="out/other")[0].ngram_targets == 0.5
 
 
 def test_ngrams_are_counted_only_if_they_fit_into_memory(choose, monkeypatch):
@@ -596,12 +613,36 @@ def test_plan_py_has_the_settings_and_learning_rates_of_a_run_that_stopped_early
         assert written[key] == recorded[key]
 
 
+@pytest.mark.parametrize(
+    ("start", "change", "expected"),
+    [
+        ("scratch", -0.01, r"twice the .* by about [\d.]+ bits per byte"),
+        ("scratch", 0.01, None),
+        ("out/base", -0.01, None),
+    ],
+)
+def test_the_law_promises_nothing_to_a_run_from_a_model_or_one_that_became_worse(
+    tiny, machine, capsys, start, change, expected
+):
+    machine.run(*TINY_RUN, "--out_dir=out/base")
+    losses = itertools.count(3.0, change)
+    machine.patch.setattr(
+        evaluation, "evaluate", lambda *args: evaluation.Loss(next(losses), 0.0)
+    )
+    capsys.readouterr()
+    machine.now = 0.0
+    machine.run(*TIMED, f"--init_from={start}", "--minutes=0.2")
+    found = re.search("^what would help most: (.*)", capsys.readouterr().out, re.M)
+    assert bool(found) == bool(expected)
+    assert not found or re.fullmatch(expected, found[1])
+
+
 def test_a_model_to_start_from_keeps_its_size(tiny, machine, small_sizes, capsys):
     machine.run(*TINY_RUN)
     OUT.rename("out/base")
     rows = machine.run(*SHOWN, "--init_from=out/base", "--minutes=0.1")
     assert rows[0]["iter"] == 0 and "val_loss" in rows[0]
-    line = "minutes: 0.1; 2 layers of 32 features, a context of 16 tokens, dropout 0\n"
+    line = "minutes: 0.1; 2 layers of 32 features, a context of 16 tokens, dropout 0"
     assert line in capsys.readouterr().out
     saved = checkpoint.read(OUT / "best.pt")["model_config"]
     assert (saved["n_layer"], saved["n_embd"], saved["block_size"]) == (2, 32, 16)

@@ -80,6 +80,7 @@ def test_the_best_checkpoint_is_sampled_unless_the_latest_is_asked_for(run_dir, 
 
 BAD = {
     "character 'é' (U+00E9) is not among the": ["--start=é"],
+    "; leave it out, or train a model on data prepared with --tokenizer=bpe": ["--start=é"],
     "cannot read latin1.txt: it is not valid UTF-8": ["--start=FILE:latin1.txt"],
     "cannot read promts.txt: No such file or directory": ["--prompts=promts.txt"],
     "cannot read : Is a directory": ["--start=FILE:"],
@@ -172,11 +173,11 @@ def test_log_probabilities_add_up_to_the_score_of_the_text(run_dir, capsys):
 
 
 def test_each_line_typed_continues_the_text_so_far(run_dir, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("A\n\né\nk\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("A\n\nékü\n"))
     greedy = ["--temperature=0", "--max_new_tokens=5"]
     out, err = printed(capsys, "--interactive=True", *greedy)
     first, second, third = out.splitlines()
-    assert "note: character 'é'" in err
+    assert "characters: \033[9mé\033[mk\033[9mü\033[m\n" in err
     alone = text_of(capsys, "--start=A", *greedy, "--max_new_tokens=10")[:-1]
     assert alone == "A" + first + second
     assert f"{alone}k{third}\n" == text_of(capsys, f"--start={alone}k", *greedy)

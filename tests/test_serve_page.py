@@ -17,8 +17,8 @@ from test_serve import (
 )
 
 import sample
-from humptygpt.chat.tokens import Turn
-from humptygpt.tokenizers import ByteTokenizer
+from humptygpt.chat.tokens import ChatTokenizer, Turn
+from humptygpt.tokenizers import ByteTokenizer, CharTokenizer
 
 
 @pytest.fixture
@@ -277,6 +277,26 @@ def test_a_text_model_continues_a_text_and_then_itself(writer, opened):
     assert replies(page) == [REPLY]
     token(page, "G").click()
     assert "is the first token" in page.inner_text(".likeliest")
+
+
+@pytest.mark.parametrize("task", ["chat", "language modelling"])
+def test_a_character_that_the_model_does_not_know_is_struck_through_and_not_sent(
+    opened, task
+):
+    alphabet = "".join(sorted({*REPLY, *"\nHeluasrint"}))
+    tokenizer = CharTokenizer(alphabet, separated=True)
+    if task == "chat":
+        tokenizer = ChatTokenizer(tokenizer)
+    else:
+        tokenizer.begin = -1
+    model = Reciter(tokenizer, shift=int(task != "chat"))
+    pipeline = sample.Pipeline(model, tokenizer, task, torch.device("cpu"))
+    with serving(pipeline) as server:
+        page = opened(server)
+        say(page, "G☕😀")
+        wait_for_reply(page)
+        wait_until_done(page)
+        assert page.locator("s").all_inner_texts() == ["☕", "😀"]
 
 
 def test_the_keyboard_is_enough(reciter, opened):

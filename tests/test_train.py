@@ -165,6 +165,20 @@ def test_early_stopping_counts_evaluations_without_a_lower_loss_and_holds_on_res
     assert stopped not in capsys.readouterr().out
 
 
+def test_a_run_that_was_best_at_its_end_prints_the_command_that_takes_twice_as_long(
+    run_train, monkeypatch, capsys
+):
+    evaluations(monkeypatch, 3.0, 2.0, 1.0, 0.5, 2.0, 3.0)
+    run_train()
+    command = re.search(
+        "^twice as long: python train.py (.*)", capsys.readouterr().out, re.M
+    )
+    assert train.main(command[1].split()) == 0
+    assert read_rows(OUT)[-1]["iter"] == 12
+    run_train("--overwrite=True")
+    assert "twice as long" not in capsys.readouterr().out.rpartition("iter 3:")[2]
+
+
 def test_a_folder_with_a_space_is_quoted_in_what_to_do_next(tiny, capsys):
     assert train.main([*TINY_RUN, "--out_dir=out/my run"]) == 0
     line = "more of this: python sample.py --out_dir='out/my run'\n"

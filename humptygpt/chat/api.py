@@ -115,6 +115,7 @@ class Api:
             # the rest is for our page
             "is_chat": self.is_chat,
             "context": self.block_size,
+            "alphabet": self.tokenizer.alphabet,
             "ends": [self.tokenizer.eot, *self.tokenizer.ends],
         }
 

@@ -54,6 +54,7 @@ class ChatTokenizer(Tokenizer):
 
     def __init__(self, base: Tokenizer):
         self.base = base
+        self.alphabet = base.alphabet
         marks = [BEGIN.encode(), END.encode()]
         self.pieces = base.pieces + [mark for mark in marks if mark not in base.pieces]
         self.marks = [self.pieces.index(mark) for mark in marks]

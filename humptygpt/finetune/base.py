@@ -6,14 +6,40 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
+from humptygpt import cli
 from humptygpt.checkpoint import restore_model
 from humptygpt.cli import UserError, note
 from humptygpt.data import Dataset
 from humptygpt.finetune import lora
 from humptygpt.loading import Loaded
-from humptygpt.settings import TRAINING_ONLY, TrainConfig
+from humptygpt.settings import GENTLE, TRAINING_ONLY, TrainConfig
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig
+
+# training settings that a run shares with the run that it starts from, unless they are given
+LIKE_BASE = ("optimizer", "beta1", "beta2", "muon_momentum", "grad_clip")
+RATES = ("learning_rate", "muon_learning_rate")
+# with these fractions of a new model's rates, a trained model goes on: see RECORDS.md
+FRACTION = 0.5
+LORA_FRACTION = 2.0
+
+
+def base_defaults(base: Loaded, given: dict) -> dict[str, object]:
+    """Choose the optimizer and the learning rates of a run that starts from a model: those of the model's own run.
+
+    The rates are a fraction of that run's, or the same if it started from a model itself. A model that no run of ours
+    trained counts as trained with the defaults, at rates that are the lower the wider the model is.
+    """
+    saved = base.saved["train_config"] if base.saved else {}
+    keys = saved.keys() & {*LIKE_BASE, *RATES} - given.keys()
+    own = vars(cli.restore(TrainConfig, {key: saved[key] for key in keys}))
+    scale = LORA_FRACTION if given.get("lora_rank") else FRACTION
+    if not saved:
+        scale *= ModelConfig.n_embd / base.model.config.n_embd
+    elif saved.get("init_from") != "scratch":
+        scale = 1
+    rates = {key: scale * own[key] for key in RATES}
+    return GENTLE | {key: own[key] for key in LIKE_BASE} | rates
 
 
 def base_settings(base: Loaded, given: dict) -> dict[str, object]:

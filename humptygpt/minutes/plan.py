@@ -20,7 +20,7 @@ from torch import nn
 
 import model as models
 from humptygpt import machine
-from humptygpt.cli import UserError, in_vain
+from humptygpt.cli import UserError, in_vain, note
 from humptygpt.convert.huggingface import find_family
 from humptygpt.data import TokenDataset
 from humptygpt.device import autocast, free_memory, to_device
@@ -305,17 +305,27 @@ def choose(
     def time_step(candidate: Candidate) -> float:
         return seconds_per_step(*candidate[:2], dataset, device, dtype)
 
-    tried = candidates(config, model_config, given, dataset, device, dtype)
-    tried.sort(key=lambda candidate: candidate.operations)
-    check_training_fits(*tried[0][:2], device, dtype)
+    def find(config: TrainConfig) -> Candidate:
+        tried = candidates(config, model_config, given, dataset, device, dtype)
+        tried.sort(key=lambda candidate: candidate.operations)
+        check_training_fits(*tried[0][:2], device, dtype)
+        fitting = [candidate for candidate in tried if candidate.memory.least <= free]
+        return find_best(fitting, dataset, clock, time_step)
+
     free = free_memory(device)
-    fitting = [candidate for candidate in tried if candidate.memory.least <= free]
-    best = find_best(fitting, dataset, clock, time_step)
+    from_scratch = config.init_from == "scratch"
+    best = find(config)
+    if not from_scratch:
+        new = find(replace(config, init_from="scratch"))
+        if new.parameters > best.parameters:
+            note(
+                f"a new model would have {new.parameters:,} parameters outside its embedding, and this one has"
+                f" {best.parameters:,}; in {config.minutes:g} minutes, training without --init_from may become better"
+            )
     config, model_config, parameters, tokens, *_ = best
     dataset.resize(model_config.block_size)
     text, targets = text_tokens(dataset), tokens * dataset.target_share
     epochs = clock.planned() / time_step(best) * targets / text
-    from_scratch = config.init_from == "scratch"
     # a model that can be exported stays one that can
     may_have_members = from_scratch and model_config.model == "gpt"
     if may_have_members and not can_be_exported(model_config) and "n_members" not in given:
@@ -336,12 +346,12 @@ def choose(
     }
     if from_scratch:  # more weight decay would make a trained model forget
         chosen["weight_decay"] = decay(config.weight_decay, targets, text)
-        left = free - model_config.n_members * best.memory.total
-        small = text <= min(MOST_TOKENS, left / NGRAM_BYTES)
-        small = small and dataset.task == "language modelling"
-        small = small and model_config.vocab_size <= NGRAM_VOCABULARY
-        if epochs > FEW_EPOCHS and small and device.type == "cpu":
-            chosen["ngram_targets"] = ngram_targets(epochs, model_config.vocab_size)
+    left = free - model_config.n_members * best.memory.total
+    small = text <= min(MOST_TOKENS, left / NGRAM_BYTES)
+    few = model_config.vocab_size <= NGRAM_VOCABULARY
+    suited = dataset.task == "language modelling" and device.type == "cpu"
+    if epochs > FEW_EPOCHS and small and few and suited:
+        chosen["ngram_targets"] = ngram_targets(epochs, model_config.vocab_size)
     chosen = {key: value for key, value in chosen.items() if key not in given}
     return replace(config, **chosen), model_config
 
@@ -508,10 +518,11 @@ def closing(run: Run, out_dir: Path) -> str:
     text = text_tokens(run.dataset) * bytes_per_token
     read = run.progress.tokens * bytes_per_token
     bits = run.progress.best_val_loss / math.log(2) / bytes_per_token
-    return (
-        f"{path} is a config file that repeats this run step by step\n"
-        f"{advice(count_inner(run.model), read, text, bits)}"
-    )
+    told = f"{path} is a config file that repeats this run step by step"
+    improving = run.progress.best_iter == run.progress.iter
+    if improving and run.config.init_from == "scratch":  # the law describes no other run
+        told += f"\n{advice(count_inner(run.model), read, text, bits)}"
+    return told
 
 
 def write_plan(path: Path, run: Run) -> None:
