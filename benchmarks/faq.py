@@ -1,4 +1,4 @@
-"""A bot from one file: 40 answers of a library's desk in benchmarks/faq.txt, each asked for in seven ways.
+"""A bot from one file: 40 answers of a bicycle shop in benchmarks/faq.txt, each asked for in seven ways.
 
     python -m benchmarks.faq faq.jsonl               write the first five ways of each, to train on
     python train.py --input=faq.jsonl --minutes=5
@@ -15,7 +15,7 @@ from pathlib import Path
 
 FAQ = Path(__file__).parent / "faq.txt"
 TAUGHT = 5  # ways of asking for each answer
-ODD = ("WHERE IS THE TOILET???", "Où est le café?", "Do you have coffee ☕?", "hi 👋")
+ODD = ("DO YOU FIX PUNCTURES???", "Où est le magasin, s'il vous plaît ? Vélo?", "Can I rent a helmet ⛑?", "hi 👋")
 
 
 def blocks() -> list[tuple[str, list[str]]]:

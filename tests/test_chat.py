@@ -247,6 +247,23 @@ def test_no_text_is_encoded_to_the_tokens_that_mark_turns():
     assert again.pieces == tokenizer.pieces and again.eot == tokenizer.eot
 
 
+def test_a_long_reply_that_occurs_three_times_is_one_token_and_nobody_can_type_it(folder):
+    often, rare = "We are open from nine to six.", "We close at six on a Sunday."
+    replies = [often] * 40 + [rare] * 2 + ["Yes."] * 40
+    write_chats(*(chat(f"{often} {i}?", reply) for i, reply in enumerate(replies)))
+    prepare_data.main(["--input=chats.jsonl", "--name=faq"])
+    meta = read_meta(Path("data/faq"))
+    tokenizer = from_state(json.loads(json.dumps(meta["tokenizer"])))
+    assert list(tokenizer.replies) == [often]
+    turns = [Turn("user", often), Turn("assistant", often)]
+    ids = tokenizer.encode_turns(turns).tolist()
+    assert ids.count(tokenizer.vocab_size - 1) == 1
+    assert tokenizer.decode(ids).count(often) == 2
+    dataset = ChatDataset(Path("data/faq"), block_size=64, seed=0)
+    tokens = dataset.meta["splits"]["train"]["target_tokens"]
+    assert tokens == dataset.is_target["train"].sum()
+
+
 def test_the_targets_are_the_replies_and_their_ends_and_nothing_else(chats):
     dataset = ChatDataset(chats, block_size=200, seed=0)
     for split in ("train", "val"):

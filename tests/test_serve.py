@@ -431,6 +431,7 @@ BAD = {
     "the prompt takes 419 tokens, and the model's context has 400": {
         "messages": [{"role": "user", "content": "x" * 400}]
     },
+    "messages is empty": {"messages": []},
     "surrogates not allowed": {"messages": [{"role": "user", "content": "\ud800"}]},
     "Expecting": b'{"messages": [',
     "nested too deeply": b"[" * 10**5,
@@ -459,6 +460,7 @@ BAD_PROMPTS = {
     "prompt must be str or list": {"prompt": 1},
     "prompt[1] must be an int": {"prompt": [1, "a"]},
     "prompt must be list": {"prompt": [1.0]},
+    "there are several prompts": {"prompt": ["one", "two"]},
     "prompt[0] must be an int ": {"prompt": [True, False]},
     "prompt[0] must be an int from 0 to": {"prompt": [10**6]},
     "the prompt takes 64 tokens, and the model's context has 64": {"prompt": "A" * 64},

@@ -124,6 +124,8 @@ class Api:
         if not self.is_chat:
             raise UserError(f"{self.name} is not a chat model; use /v1/completions")
         turns = list(map(read_turn, request["messages"]))
+        if not turns:
+            raise UserError("messages is empty, so there is nothing to answer")
         begun = request.get("reply_tokens", [])
         limit = request.get("max_completion_tokens", request.get("max_tokens", LONGEST))
         # up to half of the context is for the reply
@@ -140,8 +142,10 @@ class Api:
     def complete(self, body: bytes) -> Iterator[str]:
         request = {"max_tokens": 16} | read(body, TEXT_SCHEMA)
         prompt = request["prompt"]
-        if isinstance(prompt, list) and len(prompt) == 1 and type(prompt[0]) is not int:
-            prompt = prompt[0]
+        if isinstance(prompt, list) and isinstance(next(iter(prompt), 0), str | list):
+            prompt, *more = prompt
+            if more:
+                raise UserError("there are several prompts; send a request for each")
         prompt = prompt or "\n"  # an empty one is continued like a line break
         if isinstance(prompt, str):
             prompt = encode_prompt(prompt, self.tokenizer)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from textwrap import indent
+from typing import ClassVar
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from humptygpt.chat.tokens import (
 )
 from humptygpt.cli import UserError
 from humptygpt.files import check_schema
-from humptygpt.prepare.corpus import Corpus, draw
+from humptygpt.prepare.corpus import Corpus, draw, read_all
 from humptygpt.prepare.documents import (
     READERS,
     SKIP_HINT,
@@ -49,6 +50,9 @@ TURNS = {
     "messages": [{"role": {*ROLES, *ALIASES}, "content?": CONTENT}],
     "conversations": [{"from": {*ROLES, *ALIASES}, "value": str}],
 }
+OFTEN = 3  # a reply of a training split that occurs so many times is one token
+LONG = 20  # if it has at least so many characters
+SMALL = 2_000_000  # bytes of conversations; larger ones teach a model to spell
 SHOWN = 1500  # maximum length of the conversation in the summary, in characters
 REPLY = re.compile(rf"({re.escape(BEGIN)}assistant\n)(.*?({re.escape(END)}|$))", re.DOTALL)
 
@@ -75,10 +79,25 @@ class Conversations(Corpus):
         "target_tokens",
     )
     missing = "conversation with a reply of the assistant"
+    defaults: ClassVar = Corpus.defaults | {"val_fraction": 0.05}  # each way to ask counts
 
     def wrap(self, tokenizer: Tokenizer) -> Tokenizer:
-        """Add the tokens that mark turns, unless the tokenizer is one of a chat model, which has them."""
-        return tokenizer if tokenizer.name == "chat" else ChatTokenizer(tokenizer)
+        """Add the tokens of conversations, unless the tokenizer is one of a chat model, which has them."""
+        if tokenizer.name == "chat":
+            return tokenizer
+        # only a small model, whose own tokenizer is chosen here, needs help
+        small = self.config.tokenizer == "auto" and self.text_size <= SMALL
+        return ChatTokenizer(tokenizer, self.frequent_replies() if small else ())
+
+    def frequent_replies(self) -> list[str]:
+        """Find the LONG replies that occur OFTEN, such as the answers of a FAQ, most frequent first."""
+        counted = Counter(
+            turn.content
+            for split, conversation in read_all(self, "counting replies")
+            for turn in conversation
+            if split == "train" and turn.role == "assistant" and len(turn.content) >= LONG
+        )
+        return [text for text, count in counted.most_common() if count >= OFTEN]
 
     def read(self, number: int) -> Iterator[tuple[str, Conversation]]:
         """Read the conversations of a file. Equal conversations are in the same split."""
@@ -105,15 +124,19 @@ class Conversations(Corpus):
                 continue
             tokens = tokenizer.encode_turns(conversation)
             ids.append(np.append(tokens, tokenizer.base.eot))
-            replies = [turn.content for turn in conversation if turn.role == "assistant"]
+            replies = [turn for turn in conversation if turn.role == "assistant"]
+            header = len(tokenizer.encode("assistant\n"))
             text = "".join(conversation.texts)
             counted.update(
                 conversations=1,
                 turns=len(conversation),
                 characters=len(text),
                 bytes=len(text.encode()),
-                target_bytes=len("".join(replies).encode()),
-                target_tokens=sum(len(tokenizer.encode(reply)) + 1 for reply in replies),
+                target_bytes=len("".join(turn.content for turn in replies).encode()),
+                # each with its end
+                target_tokens=sum(
+                    len(tokenizer.encode_turn(turn)) - header + 1 for turn in replies
+                ),
             )
         return ids, counted
 

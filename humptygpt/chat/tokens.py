@@ -6,7 +6,7 @@ Who are you?<|im_end|>
 I am Humpty Dumpty.<|im_end|>
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -42,27 +42,35 @@ def join_parts(content: str | list[dict] | None) -> str:
 
 
 class ChatTokenizer(Tokenizer):
-    """A tokenizer with two more tokens, BEGIN and END, to which no text is encoded.
+    """A tokenizer with two more tokens, BEGIN and END, to which no text is encoded, and one for each of some replies.
 
     Its eot is END, so that a text that a model generates ends with the turn. base: the tokenizer of the text, whose own
     eot separates conversations in token files. If another project's tokenizer has BEGIN and END, they are used.
+    replies: a model chooses each of them as a whole, so it never mixes two.
     """
 
     name = "chat"
-    schema: ClassVar = {"base": dict}
+    schema: ClassVar = {"base": dict, "replies?": [str]}
     chat_template = TEMPLATE
 
-    def __init__(self, base: Tokenizer):
+    def __init__(self, base: Tokenizer, replies: Sequence[str] = ()):
         self.base = base
         self.alphabet = base.alphabet
         marks = [BEGIN.encode(), END.encode()]
         self.pieces = base.pieces + [mark for mark in marks if mark not in base.pieces]
         self.marks = [self.pieces.index(mark) for mark in marks]
         self.begin, self.eot = self.marks
+        self.replies = {text: number for number, text in enumerate(replies, len(self.pieces))}
+        self.pieces += [text.encode() for text in replies]
 
     def encode(self, text: str) -> np.ndarray:
         """Encode a part of a turn. It follows BEGIN, so no space is added before it."""
         return self.base.encode_plain(text)
+
+    def encode_turn(self, turn: Turn) -> np.ndarray:
+        if turn.role == "assistant" and turn.content in self.replies:
+            return np.append(self.encode("assistant\n"), self.replies[turn.content])
+        return self.encode(turn.text)
 
     def start(self) -> np.ndarray:
         return np.array([self.begin])
@@ -72,14 +80,15 @@ class ChatTokenizer(Tokenizer):
         ids = []
         line_break = self.encode("\n")
         for turn in turns:
-            ids += [[self.begin], self.encode(turn.text), [self.eot], line_break]
+            ids += [[self.begin], self.encode_turn(turn), [self.eot], line_break]
         if reply:
             ids += [[self.begin], self.encode("assistant\n")]
         return np.concatenate(ids)
 
     def state(self) -> dict:
-        return {"tokenizer": self.name, "base": self.base.state()}
+        state = {"base": self.base.state(), "replies": list(self.replies)}
+        return {"tokenizer": self.name} | state
 
     @classmethod
-    def from_state(cls, base: dict) -> Self:
-        return cls(tokenizers.from_state(base))
+    def from_state(cls, base: dict, replies: Sequence[str] = ()) -> Self:
+        return cls(tokenizers.from_state(base), replies)

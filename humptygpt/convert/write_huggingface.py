@@ -8,7 +8,7 @@ several bytes that are not valid UTF-8, each becomes a U+FFFD, whereas ours writ
 from functools import singledispatch
 
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from humptygpt.chat.tokens import BEGIN, END, ChatTokenizer
 from humptygpt.cli import UserError
@@ -113,4 +113,5 @@ def _(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
 def _(tokenizer: ChatTokenizer) -> tokenizers.Tokenizer:
     theirs = load_rest(tokenizer_json(tokenizer.base))
     theirs.add_special_tokens([BEGIN, END])
+    theirs.add_tokens([AddedToken(text, normalized=False) for text in tokenizer.replies])
     return theirs
