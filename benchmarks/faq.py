@@ -15,7 +15,12 @@ from pathlib import Path
 
 FAQ = Path(__file__).parent / "faq.txt"
 TAUGHT = 5  # ways of asking for each answer
-ODD = ("DO YOU FIX PUNCTURES???", "Où est le magasin, s'il vous plaît ? Vélo?", "Can I rent a helmet ⛑?", "hi 👋")
+ODD = (
+    "DO YOU FIX PUNCTURES???",
+    "Où est le magasin, s'il vous plaît ? Vélo?",
+    "Can I rent a helmet ⛑?",
+    "hi 👋",
+)
 
 
 def blocks() -> list[tuple[str, list[str]]]:

@@ -123,11 +123,9 @@ def closing(run: Run, rows: list[dict]) -> str:
     command = run.task.sample_command.format(out_dir_key(run))
     text = f"{run.task.sample_label}: {command}"
     if progress.best_iter == progress.iter:
-        key = "minutes" if run.config.minutes else "max_iters"
-        text += (
-            f"\ntwice as long: python train.py --init_from=resume {out_dir_key(run)}"
-            f" --{key}={2 * getattr(run.config, key)}"
-        )
+        minutes, steps = run.config.minutes, run.config.max_iters
+        twice = f"--minutes={2 * minutes:g}" if minutes else f"--max_iters={2 * steps}"
+        text += f"\ntwice as long: python train.py --init_from=resume {out_dir_key(run)} {twice}"
     if progress.best_val_loss < math.inf:
         text += f"\nbest val loss {progress.best_val_loss:.4f} at iter {progress.best_iter}"
     start = next((row.get("val_loss", 0) for row in rows if not row["iter"]), 0)

@@ -459,7 +459,7 @@ BAD_PROMPTS = {
     "prompt is missing": {},
     "prompt must be str or list": {"prompt": 1},
     "prompt[1] must be an int": {"prompt": [1, "a"]},
-    "prompt must be list": {"prompt": [1.0]},
+    "prompt[0] must be an int from": {"prompt": [1.0]},
     "there are several prompts": {"prompt": ["one", "two"]},
     "prompt[0] must be an int ": {"prompt": [True, False]},
     "prompt[0] must be an int from 0 to": {"prompt": [10**6]},

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from textwrap import indent
-from typing import ClassVar
 
 import numpy as np
 
@@ -79,7 +78,6 @@ class Conversations(Corpus):
         "target_tokens",
     )
     missing = "conversation with a reply of the assistant"
-    defaults: ClassVar = Corpus.defaults | {"val_fraction": 0.05}  # each way to ask counts
 
     def wrap(self, tokenizer: Tokenizer) -> Tokenizer:
         """Add the tokens of conversations, unless the tokenizer is one of a chat model, which has them."""

@@ -60,7 +60,7 @@ class ChatTokenizer(Tokenizer):
         self.pieces = base.pieces + [mark for mark in marks if mark not in base.pieces]
         self.marks = [self.pieces.index(mark) for mark in marks]
         self.begin, self.eot = self.marks
-        self.replies = {text: number for number, text in enumerate(replies, len(self.pieces))}
+        self.replies = {text: i for i, text in enumerate(replies, len(self.pieces))}
         self.pieces += [text.encode() for text in replies]
 
     def encode(self, text: str) -> np.ndarray:

@@ -25,7 +25,7 @@ class PrepareConfig:
     text_key: str | None = None  # key of the text, or of a question and its answer: q,a
     encoding_errors: str = "strict"  # how to handle bytes that are not UTF-8
     skip_bad_lines: bool = False  # skip lines that have no text or, in a .tsv file, do not have exactly one tab
-    val_fraction: float | None = None  # validation fraction; None: 0.1, conversations 0.05, pairs 0.02
+    val_fraction: float | None = None  # validation fraction; None: 0.1, or 0.02 for pairs
     files: int | None = None  # maximum number of files
     # sentence pairs; all but source and target also apply to a .tsv input
     source: str | None = None  # file with one sentence per line
