@@ -4,10 +4,12 @@ import csv
 import json
 import re
 from io import BytesIO, StringIO, TextIOWrapper
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY_RUN, read_rows
 
 import prepare_data
@@ -313,6 +315,26 @@ def test_each_reply_in_a_row_follows_its_question_and_only_its_end_may_be_missin
 
 def text_of(dataset: ChatDataset, split: str) -> str:
     return dataset.tokenizer.decode(dataset.ids[split])
+
+
+def test_each_epoch_has_every_conversation_once_and_beside_others_than_the_one_before(
+    folder,
+):
+    write_chats(*(chat(f"{i:03}" + "?" * (i % 5), "Yes.") for i in range(100)))
+    prepare_data.main(["--input=chats.jsonl", "--name=short", "--tokenizer=byte"])
+    dataset = ChatDataset(Path("data/short"), block_size=250, seed=0)
+    count = len(dataset.rows["train"])
+
+    def epoch(number: int) -> list[set[str]]:
+        batches = (dataset.batch(number * count + i, 1)["idx"][0] for i in range(count))
+        texts = (dataset.tokenizer.decode(idx.tolist()) for idx in batches)
+        return [{*text.split("<|endoftext|>")} - {""} for text in texts]
+
+    first, second = epoch(0), epoch(1)
+    assert sorted(chain(*first)) == sorted(chain(*second))
+    assert not any(row in first for row in second)
+    again = ChatDataset(Path("data/short"), block_size=250, seed=0)
+    assert torch.equal(again.batch(3 * count, 1)["idx"], dataset.batch(3 * count, 1)["idx"])
 
 
 def test_a_text_goes_into_the_fullest_row_that_has_room_for_it():

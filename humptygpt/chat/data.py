@@ -3,6 +3,7 @@
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Collection
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -20,6 +21,7 @@ class ChatDataset(TokenDataset):
     out if its question alone fills the row. Raises UserError if no reply is left.
 
     is_target: {split: which tokens are targets, (T,)}. rows: {split: positions of each row's tokens}; see pack().
+    numbers: {split: to which piece each of these belongs; -1: to none}.
     fitting: {split: positions of each conversation, or part of one, that is in a row}.
     cut: {split: Counter of what happened to replies that do not fit}.
     """
@@ -28,11 +30,12 @@ class ChatDataset(TokenDataset):
 
     def set_up(self) -> None:
         self.ids, self.is_target, self.rows, self.cut = {}, {}, {}, {}
-        self.fitting = {}
+        self.fitting, self.numbers = {}, {}
         for split in self.splits:
             self.ids[split] = np.concatenate([ids for _, ids in self.chunks(split)])
             self.is_target[split], exchanges = self.find_targets(self.ids[split])
             self.rows[split] = self.pack(split, exchanges)
+        self.moves = lru_cache(2)(self.find_moves)  # of an epoch and the next
 
     @property
     def target_share(self) -> float:
@@ -93,10 +96,26 @@ class ChatDataset(TokenDataset):
             )
         grouped = best_fit([len(piece) for piece in pieces], size)
         rows = np.full((len(grouped), size), -1, dtype=np.int32)
-        for row, numbers in zip(rows, grouped, strict=True):
+        self.numbers[split] = np.full_like(rows, -1)
+        for row, own, numbers in zip(rows, self.numbers[split], grouped, strict=True):
             positions = np.concatenate([pieces[number] for number in numbers])
             row[: len(positions)] = positions
+            own[: len(positions)] = np.repeat(numbers, [len(pieces[i]) for i in numbers])
         return rows
+
+    def find_moves(self, epoch: int) -> np.ndarray:
+        """Let pieces of the same length change places, or a model learns which reply comes after which.
+
+        Returns how far each piece of the training split is from the one in whose place it was, and 0 for no piece.
+        """
+        starts = np.array([piece.start for piece in self.fitting["train"]])
+        lengths = [len(piece) for piece in self.fitting["train"]]
+        draw = np.random.default_rng((self.seed, epoch)).permutation(len(starts))
+        places = np.argsort(lengths, kind="stable")
+        moves = np.zeros(len(starts) + 1, dtype=np.int64)
+        if epoch:
+            moves[places] = starts[np.lexsort((draw, lengths))] - starts[places]
+        return moves
 
     def pieces(self, ids: np.ndarray, exchanges: list[int]) -> list[range]:
         """Find the positions of each conversation, or of its parts if it is longer than a row."""
@@ -124,17 +143,21 @@ class ChatDataset(TokenDataset):
 
         An epoch visits each row once, in a random order.
         """
-        count = len(self.rows["train"])
-        visits = range(index * batch_size, (index + 1) * batch_size)
-        order = [
-            permute(np.array([visit % count]), count, random_key(self.seed, visit // count))
-            for visit in visits
-        ]
-        return self.blocks("train", np.concatenate(order))
+        rows, numbers = self.rows["train"], self.numbers["train"]
+        positions = []
+        for visit in range(index * batch_size, (index + 1) * batch_size):
+            epoch, place = divmod(visit, len(rows))
+            key = random_key(self.seed, epoch)
+            row = permute(np.array([place]), len(rows), key)[0]
+            positions.append(rows[row] + self.moves(epoch)[numbers[row]])
+        return self.tokens("train", np.stack(positions))
 
     def blocks(self, split: str, rows: np.ndarray) -> dict[str, Tensor]:
         """Make a batch of the rows with these numbers, (B,), padded with eot."""
-        positions = self.rows[split][rows]
+        return self.tokens(split, self.rows[split][rows])
+
+    def tokens(self, split: str, positions: np.ndarray) -> dict[str, Tensor]:
+        """Make a batch of the tokens at these positions, (B, block_size + 1)."""
         return next_tokens(
             self.ids[split][positions], ~self.is_target[split][positions[:, 1:]]
         )
