@@ -116,6 +116,7 @@ class Conversations(Corpus):
     ) -> tuple[list[np.ndarray], Counter]:
         ids = []
         counted = Counter()
+        header = len(tokenizer.encode("assistant\n"))
         for conversation in conversations:
             if not conversation:
                 counted["without_reply"] += 1
@@ -123,7 +124,6 @@ class Conversations(Corpus):
             tokens = tokenizer.encode_turns(conversation)
             ids.append(np.append(tokens, tokenizer.base.eot))
             replies = [turn for turn in conversation if turn.role == "assistant"]
-            header = len(tokenizer.encode("assistant\n"))
             text = "".join(conversation.texts)
             counted.update(
                 conversations=1,

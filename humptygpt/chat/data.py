@@ -21,7 +21,7 @@ class ChatDataset(TokenDataset):
     out if its question alone fills the row. Raises UserError if no reply is left.
 
     is_target: {split: which tokens are targets, (T,)}. rows: {split: positions of each row's tokens}; see pack().
-    numbers: {split: to which piece each of these belongs; -1: to none}.
+    numbers: {split: number of the piece in `fitting` to which each of these tokens belongs; -1: none}.
     fitting: {split: positions of each conversation, or part of one, that is in a row}.
     cut: {split: Counter of what happened to replies that do not fit}.
     """
