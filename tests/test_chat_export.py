@@ -148,11 +148,13 @@ def test_transformers_template_gives_the_tokens_of_200_conversations(
     base = SEPARATED[name] if name in SEPARATED else imported(name)
     if name == "char":
         base = CharTokenizer("".join(map(chr, range(9, 127))), separated=True)
-    state = json.loads(json.dumps(ChatTokenizer(base).state()))
+    reply = "We are open from nine."
+    state = json.loads(json.dumps(ChatTokenizer(base, [reply]).state()))
     ours = from_state(state)
     write_files(folder, tokenizer_files(ours, 256))
     theirs = transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    for turns in conversations(ours.base, 200):
+    known = [Turn("user", "When?"), Turn("assistant", reply), Turn("user", "Why?")]
+    for turns in [known, *conversations(ours.base, 200)]:
         expected = ours.encode_turns(turns, reply=True).tolist()
         keys = {"add_generation_prompt": True, "return_dict": False}
         assert theirs.apply_chat_template(messages(turns), **keys) == expected
