@@ -13,7 +13,7 @@ feature 17 of token 5; of scores and weights they are head, query and key. expla
 
 An operand has a value; a name; an address, if it is a number of the trace; weight: true if it is a trained one.
 
-model.js is needed: head(), headSize(), ACTIVATIONS, GAIN. */
+model.js is needed: headSize(), ACTIVATIONS, GAIN. */
 
 function parseAddress(address) {
   const [path, indices] = address.split(":");
@@ -28,6 +28,12 @@ function lookUp(root, path) {
 function valueAt(trace, address) {
   const { path, at } = parseAddress(address);
   return at.reduce((value, i) => value?.[i], lookUp(trace, path));
+}
+
+function dot(x, y, from = 0) {
+  let sum = 0;
+  for (let i = 0; i < x.length; i++) sum += x[i] * y[from + i];
+  return sum;
 }
 
 const layerOf = (path) => path.match(/^(.*\.blocks)\.(\d+)\.?(.*)$/); // blocks, number, rest
@@ -347,7 +353,7 @@ function activationRule(c, from) {
   return {
     formula: `${name}(x)`,
     terms: [term("x", x)],
-    steps: [{ text: name, value: ACTIVATIONS[name](x.value) }],
+    steps: [{ text: name, value: ACTIVATIONS[name][0](x.value) }],
   };
 }
 
@@ -437,6 +443,48 @@ function probabilityRule(c) {
 const FIXED = { wte: tokenRule, logits: logitRule, probs: probabilityRule, window: windowRule };
 FIXED["source.wte"] = tokenRule;
 
+/** The derivative of the loss by a weight: over the tokens, the derivative by what is computed with the weight, times
+what the weight is multiplied by. */
+function gradientRule(c) {
+  const [, layer, kind] = c.path.match(/^gradient\.weights\.(.+)\.(\w+)$/);
+  const [o, i] = c.at;
+  const { config, weights } = c.model;
+  const tied = layer === "wte" && weights.lm_head.weight === weights.wte.weight;
+  const terms = [];
+  const add = (output, t, feature, ...factors) => {
+    const path = `gradient.trace.${output}`;
+    const derivative = { value: lookUp(c.trace, path)[t][feature], name: `derivative of the loss by ${output}` };
+    terms.push(term(`token ${t}`, derivative, ...factors));
+  };
+  const ofLinear = (t, linear) => {
+    const capped = linear === "lm_head" && config.logit_soft_cap;
+    const output = linear === "lm_head" ? "logits" : linear.replace(".mlp.", ".feed_forward.");
+    const feature = kind === "bias" ? i : o;
+    const slope = { value: capped && 1 - (c.trace.logits[t][feature] / capped) ** 2, name: "slope of the soft cap" };
+    const input = kind === "bias" ? [] : [operand(c.trace, linearInput(c, linear), [t, i])];
+    add(output, t, feature, ...(capped ? [slope] : []), ...input);
+  };
+  c.trace.idx.forEach((id, t) => {
+    const back = t - 1 - o;
+    const block = layer.replace(/\.conv$/, ".feed_forward");
+    if (layer === "wte" && id === o) add("wte", t, i);
+    if (layer.endsWith("wpe") && t === o) add(layer.replace("wpe", "vectors"), t, i);
+    if (layer.endsWith("norm"))
+      add(`${layer}.output`, t, i, ...(kind === "bias" ? [] : [normedOperand(c, layer, t, i)]));
+    if (block !== layer && back >= 0)
+      add(`${block}.conv`, t, i, trained(GAIN, "gain"), operand(c.trace, `${block}.input`, [back, i]));
+    if (linearInput(c, layer)) ofLinear(t, layer);
+    if (tied) ofLinear(t, "lm_head");
+  });
+  return { formula: "Σ derivative of the loss by the output × input, over the tokens", terms };
+}
+
+/** A number of a norm's input, less the mean and divided by the scale. */
+function normedOperand(c, norm, t, i) {
+  const { input, mean, std, rms } = lookUp(c.trace, norm);
+  return { value: (input[t][i] - (mean ? mean[t] : 0)) / (std ?? rms)[t], name: "x, normalised" };
+}
+
 /** The rule for a path whose numbers are computed there. */
 function applyRule(c) {
   if (FIXED[c.path]) return FIXED[c.path](c);
@@ -446,6 +494,7 @@ function applyRule(c) {
     return linearRule(c, +layer ? `layers.${layer - 1}.activation` : "window", c.model.weights.layers[layer], c.at);
   const [, norm, number] = c.path.match(/^(.*norm)\.(output|mean|std|rms)$/) ?? [];
   if (norm) return NORM_RULES[number](c, norm);
+  if (c.path.startsWith("gradient.")) return gradientRule(c);
   const stack = stackOf(c.path);
   if (c.path === `${stack}.embed`) return embedRule(c, stack);
   if (c.path === `${stack}.position.vectors`) return positionRule(c);
@@ -459,29 +508,32 @@ function blockRule(c) {
   const [, branch] = rest.match(/^(?:after_(\w+))$/) ?? rest.match(/^(attn|cross|mlp)_norm\.input$/) ?? [];
   if (branch) return residualRule(c, block, branch);
   const [, part, name] = rest.match(/^([\w.]+)\.(\w+)$/);
-  if (part === "feed_forward") return feedForwardRule(c, block, name, weights);
-  const attention = `${block}.${part.replace(".context", "")}`;
-  const layers = weights[part.replace(".context", "")];
-  if (name === "o_proj") return linearRule(c, `${attention}.heads`, layers.o_proj, c.at);
-  if (name.endsWith("_proj")) {
-    const own = branchInput(c.model, c.trace, block, part === "attn" ? "attn" : "cross");
-    return linearRule(c, part.endsWith("context") ? "source.encoder.norm.output" : own, layers[name], c.at);
-  }
+  const reads = linearInput(c, c.path);
+  if (reads)
+    return linearRule(c, reads, weights[part.replace("feed_forward", "mlp").replace(".context", "")][name], c.at);
+  if (name === "conv") return convRule(c, block, weights);
+  if (name === "activation")
+    return activationRule(c, `${block}.${part}.${c.model.config.mlp === "gated" ? "gate_proj" : "up_proj"}`);
+  if (name === "hidden") return gateRule(c, block);
   if (name.endsWith("_norm")) return headNormRule(c, c.path.replace("_norm", "_proj"));
   if (name.endsWith("_rms")) return headRootRule(c, c.path.replace("_rms", "_proj"));
+  const attention = `${block}.${part.replace(".context", "")}`;
   return (
     { scores: scoreRule, weights: weightRule, heads: headsRule }[name]?.(c, attention) ?? rotaryRule(c, attention, name)
   );
 }
 
-function feedForwardRule(c, block, name, weights) {
-  const path = `${block}.feed_forward`;
-  if (name === "down_proj") return linearRule(c, `${path}.hidden`, weights.mlp.down_proj, c.at);
-  if (name === "conv") return convRule(c, block, weights);
-  if (name === "activation")
-    return activationRule(c, `${path}.${c.model.config.mlp === "gated" ? "gate_proj" : "up_proj"}`);
-  if (name === "hidden") return gateRule(c, block);
-  return linearRule(c, has(c.trace, `${path}.conv`) ? `${path}.conv` : `${path}.input`, weights.mlp[name], c.at);
+/** The path of what a linear layer of a block, or the head, reads; null for any other path. */
+function linearInput({ model, trace }, path) {
+  if (path === "lm_head") return "output";
+  const [, block, part, name] = path.match(/^(.*\.blocks\.\d+)\.(.+)\.(\w+_proj)$/) ?? [];
+  if (!block) return null;
+  if (name === "o_proj") return `${block}.${part}.heads`;
+  if (name === "down_proj") return `${block}.feed_forward.hidden`;
+  if (!part.includes("attn"))
+    return `${block}.feed_forward.${has(trace, `${block}.feed_forward.conv`) ? "conv" : "input"}`;
+  if (part.endsWith("context")) return "source.encoder.norm.output";
+  return branchInput(model, trace, block, part === "attn" ? "attn" : "cross");
 }
 
 function addUp(terms) {
@@ -554,6 +606,7 @@ const NAMES_BY_POSITION = {
 
 /** Describe an address: "MLP's output, layer 2, position 5, feature 17". Layers count from 1, as in the panels. */
 function titleOf(path, at, config) {
+  if (path.startsWith("gradient.")) return `derivative of the loss by ${path.replace("gradient.weights.", "")}[${at}]`;
   const name = path.split(".").at(-1);
   const norm = path.match(/(attn|cross|mlp|embed)?_?norm\.output$/);
   const layer = path.match(/(?:blocks|layers)\.(\d+)/);
@@ -663,14 +716,32 @@ function effectOnLogits(model, trace, stack, { layer, branch, t, row }) {
   return effect.map((x) => x - mean);
 }
 
+/** What the head makes of a row: its logits. */
+function logitsOf({ config, weights }, row) {
+  const { weight, bias } = weights.lm_head;
+  const cap = config.logit_soft_cap;
+  return Float32Array.from({ length: weight.shape[0] }, (_, v) => {
+    const logit = dot(row, weight.data, v * weight.shape[1]) + (bias ? bias.data[v] : 0);
+    return cap ? cap * Math.tanh(logit / cap) : logit;
+  });
+}
+
+/** The final norm of a row. */
+function normalized(row, layer, { norm, block, norm_eps }) {
+  if (norm === "none" || block === "post_norm") return row;
+  const mean = norm === "layernorm" ? row.reduce((sum, x) => sum + x, 0) / row.length : 0;
+  const scale = Math.sqrt(row.reduce((sum, x) => sum + (x - mean) ** 2, 0) / row.length + norm_eps);
+  const bias = layer.bias?.data;
+  return row.map((x, i) => ((x - mean) / scale) * layer.weight.data[i] + (bias ? bias[i] : 0));
+}
+
 /** The logits that the head would give after each branch: label, path and logits. The embedding comes first. */
 function logitLens(model, trace, stack, t) {
   const y = lookUp(trace, stack);
-  const norm = NORMS[model.config.block === "post_norm" ? "none" : model.config.norm];
-  const layer = lookUp(model.weights, stack).norm;
+  const { norm } = lookUp(model.weights, stack);
   const read = (label, path) => {
-    const row = norm([lookUp(trace, path)[t]], layer, model.config.norm_eps).output;
-    return { label, path, logits: head(model, row)[0] };
+    const row = normalized(lookUp(trace, path)[t], norm, model.config);
+    return { label, path, logits: logitsOf(model, row) };
   };
   const lens = [read("embedding", `${stack}.blocks.0.input`)];
   y.blocks.forEach((_, i) => {

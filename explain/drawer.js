@@ -7,6 +7,7 @@ const ROUNDED = "The page has the weights in 16 bits: a checkpoint's number can 
 
 /** The section that shows the numbers of a path: the first that matches. */
 const PLACES = [
+  [/^gradient/, "step"],
   [/^source/, "transformer"],
   [/(attn|cross|mlp)_norm/, "norm"],
   [/cross/, "transformer"],
@@ -109,6 +110,7 @@ class Drawer {
   title(y) {
     const { path, at } = parseAddress(y.address);
     const { tokenizer, trace } = this.app;
+    if (path.startsWith("gradient.")) return y.title;
     if (path === "logits" || path === "probs") return `${y.title}: “${shown(tokenizer, at[1])}”`;
     const source = path.startsWith("source") || path.includes(".context.");
     const name = (t, ofSource) => `“${shown(tokenizer, (ofSource ? trace.source.idx : trace.idx)[t])}”`;
@@ -146,7 +148,7 @@ class Drawer {
     const { trace, tokenizer, at } = this.app;
     const path = parseAddress(at.number).path;
     if (/logits|probs/.test(path)) return `“${shown(tokenizer, +i)}”`;
-    if (kind === "token") return name;
+    if (kind === "token" && !path.startsWith("gradient.")) return name;
     const keys = path.startsWith("source") || path.includes("cross_attn") ? trace.source.idx : trace.idx;
     return `${name} “${shown(tokenizer, keys[+i])}”`;
   }

@@ -61,10 +61,6 @@ function presentNumbers(app) {
   return { losses: app.trace.idx.slice(1).fill(NaN), probs: app.probs(), attention, wte: app.trace.wte[t] };
 }
 
-function meanOf(losses) {
-  return losses.reduce((sum, value) => sum + value, 0) / losses.length;
-}
-
 function learnedText(app, step, losses) {
   const guessing = Math.log(app.model.tokenizer_vocab_size);
   const rounding = step === app.data.progress.iter ? "" : " Its weights are rounded to 8 bits.";
@@ -89,62 +85,117 @@ function lossRow(app, losses) {
 // --------------------------------------------------------------------------------------
 // One step of training
 
-const MOST_STEPS = 10;
-
-function needsBackward(app) {
-  const text = missingBackward(app.config);
+function needsTraining(app) {
+  const text = whyUntrained(app.config);
   return text && [text, "humpty_dumpty.py"];
 }
 
+const RULES = { adamw: "AdamW", muon: "Muon and AdamW", normuon: "NorMuon and AdamW", gradient_descent: "plain" };
+
+/** A copy of the model learns the text, and the gradient by which it does so. */
 function stepPanel(app) {
-  const state = { rate: 0.1, count: 0, text: null, undone: false };
+  const rules = [app.data.training.optimizer, "gradient_descent"];
+  const state = { optimizer: rules[0], factor: 1, count: 0, text: null, undone: false };
+  const asked = () => ({ idx: app.trace.idx, optimizer: state.optimizer, factor: state.factor });
   const question = () => {
     const { idx } = app.trace;
-    if (state.text !== JSON.stringify(idx))
-      Object.assign(state, { text: JSON.stringify(idx), count: 0, undone: state.count > 0 });
-    return idx.length > 1 ? { idx, rate: state.rate, count: state.count } : null;
+    const text = JSON.stringify(idx);
+    if (state.text !== text) Object.assign(state, { text, count: 0, undone: state.count > 0 });
+    return idx.length > 1 ? { ...asked(), count: state.count } : null;
   };
+  const curve = new Strip({ label: "Mean loss before each step, in nats", unit: "step" });
   const result = answered(app, "descend", question, (answer) => {
-    const { before, after } = answer ?? {};
-    if (!after?.sizes) {
-      const loss = answer ? ` The mean loss of this text is ${digits(meanOf(before.losses))}.` : "";
+    if (!answer?.sizes) {
+      const loss = answer ? ` The mean loss of this text is ${digits(meanOf(answer.before.losses))}.` : "";
       const more = app.trace.idx.length < 2 ? " A single token has no loss: type another." : loss;
       const undone = state.undone ? " The text changed, so its steps are undone." : "";
       return h("p", { class: "quiet", role: "status" }, `The weights are those of the run.${undone}${more}`);
     }
-    const losses = [before, after].map(({ losses }) => meanOf(losses));
-    const rows = after.sizes.map(({ name, gradient, weights }) => [
+    const { before, after, losses, sizes } = answer;
+    curve.show([...losses, meanOf(after.losses)]);
+    const row = ({ name, gradient, weights, moved }) => [
       name,
-      digits(gradient),
-      digits(weights),
-      percent((state.rate * gradient) / weights),
-    ]);
+      ...[gradient, weights].map(digits),
+      percent(moved / weights),
+    ];
     return [
-      h(
-        "p",
-        { role: "status", "data-loss": losses[1] },
-        `${counted(state.count, "step")} on this text: its mean loss was ${digits(losses[0])} and is ` +
-          `${digits(losses[1])}. A trial: the picture above still has the weights of the run.`,
-      ),
+      h("p", { role: "status", "data-loss": meanOf(after.losses) }, trialText(app, state.count, before, after)),
+      curve.root,
       comparison(app, "The next token", ["before", "after"], [before.probs, after.probs]),
       table(
-        "The last step: norm of the gradient, norm of the weights, and how far they moved",
+        "The last step: norm of the gradient, norm of the weights, and how far the optimizer moved them",
         ["part", "gradient", "weights", "moved"],
-        rows,
+        sizes.map(row),
         [1, 2, 3],
       ),
     ];
   });
-  const move = (change) => {
-    Object.assign(state, { count: Math.min(Math.max(state.count + change, 0), MOST_STEPS), undone: false });
+  const change = (changes) => {
+    Object.assign(state, { undone: false }, changes);
     result.update();
+    opened.update();
   };
-  const rates = { min: -3, max: 1, step: 0.1, value: -1, format: (x) => (10 ** x).toPrecision(2) };
-  const rate = slider("Learning rate", rates, (x) => {
-    Object.assign(state, { rate: 10 ** x, count: 0 });
-    result.update();
+  const take = (steps) => change({ count: Math.max(state.count + steps, 0) });
+  const rule = picker(
+    "Optimizer",
+    rules.map((name) => RULES[name]),
+    0,
+    (i) => change({ optimizer: rules[i], count: 0 }),
+  );
+  const rates = { min: -2, max: 2, step: 0.1, value: 0, format: (x) => `${(10 ** x).toPrecision(2)} × the run's` };
+  const rate = slider("Learning rate", rates, (x) => change({ factor: 10 ** x, count: 0 }));
+  const buttons = [
+    ["Take a step", 1],
+    ["Take ten", 10],
+    ["Undo a step", -1],
+  ].map(([label, n]) => button(label, () => take(n)));
+  const opened = gradientOf(app, asked);
+  return assemble(controlRow(rule, rate, ...buttons), result, opened);
+}
+
+function trialText(app, steps, before, after) {
+  const [was, is] = [before, after].map(({ losses }) => meanOf(losses));
+  const guessing = Math.log(app.model.tokenizer_vocab_size);
+  const outcome = `${counted(steps, "step")} on this text: its mean loss was ${digits(was)} and is ${digits(is)}.`;
+  if (is <= Math.max(was, guessing) + 1)
+    return `${outcome} A trial: the picture above still has the weights of the run.`;
+  const worse = `It exploded: guessing among all tokens has ${digits(guessing)}.`;
+  return `${outcome} ${worse} Each step goes too far, past where the loss is low. Undo, and try a lower rate.`;
+}
+
+/** The gradient by one row of any weights, and how far a step moves them. Each number opens to its sum. */
+function gradientOf(app, asked) {
+  const { names } = app.data;
+  const state = { name: names.find((name) => name.endsWith("up_proj.weight")) ?? names[0], row: 0 };
+  const path = () => `gradient.weights.${state.name}`;
+  const gradient = rowStrip(app, "Derivative of the loss by each weight of this row", path, {
+    unit: "input",
+    token: () => state.row,
   });
-  return assemble(controlRow(rate, button("Take a step", () => move(1)), button("Undo", () => move(-1))), result);
+  const moved = new Strip({ label: "How far one step of the optimizer moves each of them", unit: "input" });
+  const row = slider("Row", { min: 0, max: 0, step: 1, value: 0 }, (r) => ((state.row = r), show()));
+  const show = () => {
+    const rows = lookUp(app.trace, path());
+    for (const part of [gradient.root, moved.root]) part.hidden = !rows;
+    if (!rows) return;
+    row.querySelector("input").max = rows.length - 1;
+    row.set((state.row = Math.min(state.row, rows.length - 1)));
+    gradient.update();
+    moved.show(Array.from(lookUp(app.trace, path().replace("weights", "moved"))[state.row]));
+  };
+  const question = () => (app.trace.idx.length > 1 ? asked() : null);
+  const result = answered(app, "gradient", question, (answer, then) => {
+    if (answer) then.trace.gradient = unpack(answer);
+    show();
+    return null;
+  });
+  const weights = picker("Weights", names, names.indexOf(state.name), (i) => ((state.name = names[i]), show()));
+  const intro = h(
+    "p",
+    {},
+    "The gradient: by how much the loss of this text changes with each weight. Each opens its sum.",
+  );
+  return assemble(intro, controlRow(weights, row), gradient, moved, result);
 }
 
 // --------------------------------------------------------------------------------------
@@ -198,7 +249,13 @@ class LeafPictures {
     const dots = objects.map(({ x, kind }) => [x[0], x[1], kind ? 1 : -1]);
     const text = "Red to the right, green upwards, the two others in the middle. Blue: a leaf; orange: a flower.";
     this.boundary.show(field, dots, text);
-    const losses = leafLandscape(network, objects, weights.map(([, ...at]) => at), 2, LANDSCAPE);
+    const losses = leafLandscape(
+      network,
+      objects,
+      weights.map(([, ...at]) => at),
+      2,
+      LANDSCAPE,
+    );
     const all = losses.flat();
     const [least, most] = [Math.min(...all), Math.max(...all)];
     const heights = losses.map((row) => row.map((loss) => (loss - least) / (most - least || 1)));

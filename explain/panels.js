@@ -1167,10 +1167,10 @@ const PANELS = [
     title: "One step of training",
     short: "One step",
     build: stepPanel,
-    missing: needsBackward,
+    missing: needsTraining,
     intro:
-      "Plain gradient descent on this text alone, not the run's optimizer: each weight of your model moves against " +
-      "its derivative, that is how the loss changes with it; all of these are the gradient. Nothing else here changes.",
+      "A copy of your model learns this text alone, from the run's weights: each weight moves against its derivative, " +
+      "that is how the loss changes with it; all of these are the gradient. Nothing else here changes.",
   },
   {
     id: "writing",

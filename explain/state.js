@@ -90,6 +90,7 @@ function changesTo(address) {
   const changes = { number: address };
   const layer = path.match(/(?:blocks|layers)\.(\d+)/);
   if (layer) changes.layer = +layer[1];
+  if (path.startsWith("gradient.")) return changes;
   const ofSource = path.startsWith("source") || path.includes(".context.");
   if (at.length === 3) Object.assign(changes, { head: at[0], key: at[2] });
   if (!ofSource) changes.t = at.at(-2) ?? at[0];

@@ -220,7 +220,7 @@ class App {
   ensureLogits(t) {
     const { trace } = this;
     if (trace.logits[t]) return;
-    trace.logits[t] = head(this.model, [trace.output[t]])[0];
+    trace.logits[t] = logitsOf(this.model, trace.output[t]);
     trace.probs[t] = probabilities(this.model, trace.logits[t]);
   }
 

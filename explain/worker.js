@@ -6,6 +6,7 @@ The page asks under a topic; a newer question under the same topic makes the old
 next look, which comes every few tokens. Traces are kept, so that a text that begins as an earlier one costs only what
 follows. A trace goes to the page as the rows that it does not have yet, in one buffer that is handed over. */
 
+const PLAIN_RATE = 0.1; // learning rate of plain gradient descent
 const STRIDE = 16; // tokens between two looks at what has arrived
 const KEPT = 4; // number of traces that are kept
 
@@ -103,11 +104,13 @@ const TOPICS = {
     computer.models = snapshots.map((snapshot) => once(() => makeSnapshot({ weights, ...data }, snapshot)));
     computer.models.push(() => computer.model);
     // tied tensors count once
-    const sizes = new Map(weights.tensors.map(({ shape, offset }) => [offset, sizeOf(shape)]));
-    data.parameters = [...sizes.values()].reduce((sum, size) => sum + size, 0);
+    const tensors = weights.tensors.filter(({ offset }, i, all) => all.findIndex((x) => x.offset === offset) === i);
+    data.names = tensors.map(({ name }) => name);
+    data.parameters = tensors.reduce((sum, { shape }) => sum + sizeOf(shape), 0);
     data.steps = [...snapshots.map(({ iter }) => iter), data.progress.iter];
     computer.tokenizer = makeTokenizer(data.tokenizer);
     computer.translates = data.task === "translation";
+    computer.settings = data.training;
     return { data, model: computer.model };
   },
 
@@ -124,7 +127,7 @@ const TOPICS = {
 
   /** The prediction after these tokens with branches switched off. names: as dropout() of forward() gives them. */
   async off(computer, { idx, source, names }, wanted) {
-    const dropout = (rows, name) => (names.includes(name) ? rows.map((row) => new Float32Array(row.length)) : rows);
+    const dropout = (x, name) => (names.includes(name) ? x.engine.zeros(x.rows, x.columns) : x);
     const trace = await computer.trace(idx, { source, dropout }, wanted);
     return trace && { probs: trace.probs.at(-1) };
   },
@@ -134,7 +137,7 @@ const TOPICS = {
     const results = [];
     for (const seed of seeds) {
       const random = randomNumbers(seed);
-      const dropout = (rows) => rows.map((row) => row.map((x) => (random() < p ? 0 : x / (1 - p))));
+      const dropout = (x) => map(x, (value) => (random() < p ? 0 : value / (1 - p)));
       const trace = await computer.trace(idx, { source, dropout }, wanted);
       if (!trace) return null;
       results.push(trace.probs.at(-1));
@@ -153,21 +156,37 @@ const TOPICS = {
     return { losses: tokenLosses(trace), probs: trace.probs[t], attention, wte: trace.wte[t] };
   },
 
-  /** Take `count` steps of gradient descent on these tokens: losses and last prediction before and after, and the
-  sizes of the gradient of the last step. The models in between are kept, so that steps can be undone. */
-  async descend(computer, { idx, rate, count }, wanted) {
-    const text = JSON.stringify([idx, rate]);
-    if (computer.descent?.text !== text) computer.descent = { text, steps: [outcome(computer.model, idx)] };
-    const { steps } = computer.descent;
-    while (steps.length <= count) {
-      const { model } = steps.at(-1);
-      const { gradient } = lossAndGradient(model, forward(model, idx));
-      steps.push({ ...outcome(descend(model, gradient, rate), idx), sizes: sizesByPart(model, gradient) });
+  /** Train a copy of the model on these tokens alone for `count` steps. Returns losses and last prediction before and
+  after, the losses of all steps, and the sizes of the last step. factor: of the run's learning rate. */
+  async descend(computer, { idx, optimizer, factor, count }, wanted) {
+    const text = JSON.stringify([idx, optimizer, factor]);
+    if (computer.trial?.text !== text || computer.trial.trainer.steps > count) {
+      computer.trial = { text, trainer: makeTrainer(computer, optimizer, factor), losses: [], sizes: null };
+    }
+    const { trial } = computer;
+    while (trial.trainer.steps < count) {
+      const { losses, sizes } = stepWithSizes(trial.trainer, batchOf(idx));
+      trial.losses.push(meanOf(losses));
+      trial.sizes = sizes;
       await nextMessage();
       if (!wanted()) return null;
     }
-    const [before, after] = [steps[0], steps[count]].map(({ model, ...rest }) => rest);
-    return { before, after };
+    const [before, after] = [computer.model, trial.trainer.model].map((model) => outcome(model, idx));
+    return { before, after, losses: trial.losses, sizes: trial.sizes };
+  },
+
+  /** The derivatives of the loss of these tokens by the weights and by the numbers of their trace, and how far a step
+  moves each weight. */
+  gradient(computer, { idx, optimizer, factor }) {
+    const trainer = makeTrainer(computer, optimizer, factor);
+    const { weights } = trainer.model;
+    const gradients = (tree) => toRows(mapTree(tree, isMatrix, ({ grad }) => grad));
+    const before = new Map(trainer.weights.map(({ weight }) => [weight, weight.data.slice()]));
+    const { seen } = trainer.step(batchOf(idx), (trace) => ({ weights: gradients(weights), trace: gradients(trace) }));
+    const moved = mapTree(weights, isMatrix, (weight) =>
+      weight.toRows().map((row, r) => row.map((x, i) => x - before.get(weight)[r * row.length + i])),
+    );
+    return pack({ ...seen, moved });
   },
 
   /** The prediction after other tokens. */
@@ -183,10 +202,17 @@ function once(f) {
   return () => (made ??= f());
 }
 
-/** A model and its results for a text. */
 function outcome(model, idx) {
   const trace = forward(model, idx);
-  return { model, losses: tokenLosses(trace), probs: trace.probs.at(-1) };
+  return { losses: tokenLosses(trace), probs: trace.probs.at(-1) };
+}
+
+/** A trainer of a copy of the run's model, by the run's rules at a constant rate, or by plain gradient descent. */
+function makeTrainer({ model, settings }, optimizer, factor) {
+  const rates = ["learning_rate", "muon_learning_rate"].map((key) => [key, settings[key] * factor]);
+  const keys = { ...settings, ...Object.fromEntries(rates), decay_lr: false, optimizer };
+  if (optimizer === "gradient_descent") Object.assign(keys, { learning_rate: PLAIN_RATE * factor, grad_clip: 0 });
+  return new Trainer(model, keys);
 }
 
 // --------------------------------------------------------------------------------------
@@ -198,7 +224,7 @@ function pack(value) {
   const places = new Map(); // keyed by the first row, so that a list with several names is stored once
   let size = 0;
   const isList = (part) => Array.isArray(part) && ArrayBuffer.isView(part[0]);
-  const form = replace(value, isList, (rows) => {
+  const form = mapTree(value, isList, (rows) => {
     if (!places.has(rows[0])) {
       const lengths = rows.map((row) => row.length);
       places.set(rows[0], { from: size, lengths });
@@ -219,7 +245,7 @@ function pack(value) {
 function unpack({ form, numbers }) {
   const made = new Map();
   const isPlace = (part) => part?.lengths !== undefined;
-  return replace(form, isPlace, ({ from, lengths }) => {
+  return mapTree(form, isPlace, ({ from, lengths }) => {
     if (!made.has(from)) {
       let at = from;
       made.set(
@@ -231,20 +257,15 @@ function unpack({ form, numbers }) {
   });
 }
 
-/** Replace each part that is wanted in a value by f(part). */
-function replace(value, wanted, f) {
-  if (wanted(value)) return f(value);
-  if (Array.isArray(value)) return typeof value[0] === "object" ? value.map((item) => replace(item, wanted, f)) : value;
-  if (value === null || typeof value !== "object" || ArrayBuffer.isView(value)) return value;
-  return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, replace(item, wanted, f)]));
-}
-
 // --------------------------------------------------------------------------------------
 // The two ends of the connection
 
 /** In the worker: answer the page's questions. */
 function serve() {
-  const computer = new Computer((answer) => postMessage(answer, answer.news ? [answer.news.numbers.buffer] : []));
+  const computer = new Computer((answer) => {
+    const { numbers } = answer.news ?? answer;
+    postMessage(answer, numbers ? [numbers.buffer] : []);
+  });
   onmessage = ({ data }) => computer.answer(data);
 }
 

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import test_model
 import torch
-import torch.nn.functional as F
 from conftest import TINY_RUN, prepare_tiny
 from test_snapshots import restored
 from test_tokenizer import ALPHABET, EVERY, TEXT, anything
@@ -33,6 +32,7 @@ from humptygpt import checkpoint
 from humptygpt import tokenizers as tokenizer
 from humptygpt.cli import UserError
 from humptygpt.loading import code_checksum, load
+from humptygpt.optimizers import make_optimizer
 from humptygpt.page import known_settings, page_data
 from humptygpt.page.known_settings import (
     REFERENCE,
@@ -65,12 +65,14 @@ TOLERANCE = 2e-4
 DRIVER = r"""
 const { readFileSync } = require("node:fs");
 const root = process.argv[2];
-const functions = require(`${root}/explain/model.js`);
+const functions = { ...require(`${root}/explain/model.js`), ...require(`${root}/explain/trace.js`) };
 const { makeTokenizer, TOKENIZERS } = require(`${root}/explain/tokenizer.js`);
 const { crc32, makeModel, makeSnapshot, readData, readPair, readText } = require(`${root}/explain/data.js`);
 const arithmetic = require(`${root}/explain/arithmetic.js`);
-const gradients = require(`${root}/explain/gradient.js`);
-const { descend, lossAndGradient, missingBackward, namedTensors } = gradients;
+const { KERNEL, plainProduct, product } = require(`${root}/explain/kernel.js`);
+const { Engine } = require(`${root}/explain/engine.js`);
+const training = require(`${root}/explain/training.js`);
+const { batchOf, differentiate, namedWeights, rateAt, Trainer } = training;
 const { contributions, effectOnLogits, explainNumber, logitLens, valueAt } = arithmetic;
 const leaf = require(`${root}/explain/leaf.js`);
 const { LEAF_SEED, randomNumbers } = leaf;
@@ -101,7 +103,7 @@ function pack(value) {
 }
 
 function switchOff(names) {
-  return (rows, name) => (names.includes(name) ? rows.map((row) => row.map(() => 0)) : rows);
+  return (x, name) => (names.includes(name) ? x.engine.zeros(x.rows, x.columns) : x);
 }
 
 /** Names of the numbers that differ between two traces, bit for bit. */
@@ -112,11 +114,16 @@ function differences(a, b, name = "") {
   return [...keys].flatMap((key) => differences(a[key], b?.[key], `${name}.${key}`));
 }
 
+function lastRow(engine, { data, rows, columns, toRow, toColumn }) {
+  const at = (rows - 1) * toRow;
+  return engine.stacked([Float32Array.from({ length: columns }, (_, k) => data[at + k * toColumn])]);
+}
+
 const answers = {
   dictionaries: () => ({ ...functions, TOKENIZERS }),
   erf: ({ args }) => args.map(functions.erf),
   softmax: ({ args }) => functions.softmax(args),
-  activation: ({ name, args }) => args.map((x) => functions.ACTIVATIONS[name](x)),
+  activation: ({ name, args }) => args.map((x) => functions.ACTIVATIONS[name][0](x)),
   crc32: ({ text }) => crc32(text),
   forward({ data, idx, source, off = [], only }) {
     const found = flatten(forward(makeModel(data), idx, { source, dropout: switchOff(off) }), "", {});
@@ -226,22 +233,45 @@ const answers = {
     const own = parts.map((list) => list.find((part) => part.path === address).value);
     return { effect: [...effectOnLogits(model, trace, stack, { layer, branch, t, row })], own };
   },
-  /** The gradient by name, and the losses and weights before and after a step. */
-  gradient({ data, idx, rate }) {
-    const model = makeModel(data);
-    const trace = forward(model, idx);
-    const numbers = (tensors) => Object.fromEntries(tensors.map(([name, { data }]) => [name, pack(data)]));
-    const before = numbers(namedTensors(model.weights));
-    const { loss, losses, gradient } = lossAndGradient(model, trace);
-    const stepped = descend(model, gradient, rate);
-    const after = lossAndGradient(stepped, forward(stepped, idx)).losses;
-    const kept = lossAndGradient(model, forward(model, idx)).losses;
-    return { losses: pack([loss, ...losses]), after: pack(after), kept: pack(kept), before,
-      gradient: numbers(namedTensors(gradient)), stepped: numbers(namedTensors(stepped.weights)),
-      tied: stepped.weights.wte.weight === stepped.weights.lm_head.weight };
+  /** The losses of the texts of a batch, its logits, and the gradient by name. */
+  gradient({ data, idx, targets, texts }) {
+    const model = functions.load(makeModel(data));
+    return differentiate(model, { idx, targets, texts }, ({ losses, logits }) => ({
+      ...Object.fromEntries(namedWeights(model).map(([name, { grad }]) => [name, pack(grad.data)])),
+      losses: pack(losses), logits: pack(logits.data),
+    }));
   },
-  activation_backward: ({ name, args }) => args.map((x) => gradients.ACTIVATIONS_BACKWARD[name](x)),
-  missing: ({ config }) => missingBackward(config),
+  /** The mean losses and the norms of steps, and the weights after them. */
+  train({ data, settings, batches }) {
+    const trainer = new Trainer(makeModel(data), settings);
+    const steps = batches.map((batch) => trainer.step(batch));
+    const mean = ({ losses }) => losses.reduce((sum, loss) => sum + loss, 0) / losses.length;
+    const weights = namedWeights(trainer.model).map(([name, { data }]) => [name, pack(data)]);
+    const norms = steps.map(({ norm }) => norm);
+    return { ...Object.fromEntries(weights), losses: pack(steps.map(mean)), norms: pack(norms) };
+  },
+  rates: ({ settings, steps }) => steps.map((step) => rateAt(step, settings)),
+  /** Products of random matrices of these shapes whose bits differ: by the kernel, plain, and of the last row alone. */
+  products({ shapes, adds }) {
+    const random = randomNumbers(1);
+    return shapes.filter(([rows, terms, columns, flipped]) => {
+      const engine = new Engine();
+      const drawn = (m, n) => {
+        const row = () => Float32Array.from({ length: n }, () => random() - 0.5);
+        return engine.stacked(Array.from({ length: m }, row));
+      };
+      const a = flipped ? drawn(terms, rows).flipped : drawn(rows, terms);
+      const [b, c] = [drawn(terms, columns), drawn(rows, columns)];
+      const [plain, alone] = [engine.stacked(c.toRows()), engine.stacked(c.toRows().slice(-1))];
+      product(c, a, b, adds);
+      plainProduct(plain, a, b, adds);
+      product(alone, lastRow(engine, a), b, adds);
+      return differences(c.toRows(), plain.toRows()).length || differences(c.toRows().slice(-1), alone.toRows()).length;
+    });
+  },
+  kernel: () => KERNEL !== null,
+  activation_backward: ({ name, args }) => args.map((x) => functions.ACTIVATIONS[name][1](x)),
+  untrained: ({ config }) => training.whyUntrained(config),
   leaf({ rate, steps }) {
     const objects = leaf.leafObjects(80, 1);
     let network = leaf.randomNetwork(LEAF_SEED);
@@ -531,7 +561,23 @@ def test_a_branch_that_is_switched_off_adds_nothing(node):
 
 
 # --------------------------------------------------------------------------------------
-# The backward pass, and a step of gradient descent
+# Training
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_the_kernel_and_the_plain_product_give_the_same_bits_and_a_row_alone_too(
+    node, adds
+):
+    assert node.ask("kernel")
+    sizes = [1, 2, 3, 4, 5, 15, 16, 17, 33]
+    shapes = [
+        [m, k, n, turned]
+        for m in (1, 2, 5)
+        for k in sizes
+        for n in sizes
+        for turned in (0, 1)
+    ]
+    assert node.ask("products", shapes=shapes, adds=adds) == []
 
 
 def preset(path: str, **keys) -> dict:
@@ -540,50 +586,147 @@ def preset(path: str, **keys) -> dict:
     return model_settings(ROOT / "config" / path) | small | keys
 
 
+def drawn_settings(seed: int) -> dict:
+    """Settings of a GPT, at random."""
+    draw = random.Random(seed)
+    some = {
+        key: draw.choice(sorted(variants_of(key))) for key in ("position", "norm", "block")
+    }
+    some |= {key: draw.choice(sorted(variants_of(key))) for key in ("mlp", "activation")}
+    if some["block"] == "parallel" and some["mlp"] == "none":
+        some["mlp"] = "plain"
+    for key in ("bias", "qk_norm", "tie_weights", "embed_norm", "attn_bias"):
+        some[key] = draw.random() < 0.5
+    some |= {"n_embd": 24, "n_head": 4, "n_kv_head": draw.choice([None, 1, 2])}
+    some |= {"head_size": draw.choice([None, 10]), "n_hidden": draw.choice([None, 27])}
+    some |= {"window": draw.choice([None, 3]), "logit_soft_cap": draw.choice([0.0, 0.5])}
+    return some | {"mlp_conv": draw.choice([0, 2]) if some["mlp"] != "none" else 0}
+
+
+GPTS = [variant for variant in VARIANTS if variant.get("model", "gpt") == "gpt"]
 TRAINED = {
     "demo": preset("shakespeare_char.py"),
     "rhyme": preset("humpty_dumpty.py"),
     "llama": preset("shakespeare_sp_llama.py"),
-    # without positions in queries and keys the bias of keys changes nothing: its derivative is 0
-    "tied, with biases": {"bias": True, "embed_norm": True, "position": "rotary"},
-    "padded, capped": {"tie_weights": False, "vocab_size": 17, "logit_soft_cap": 0.5},
-    "sinusoids": {"position": "sinusoidal", "norm": "rmsnorm", "n_kv_head": 1, "window": 5},
-    "neither": {"position": "alibi", "norm": "none", "mlp": "none"},
+    **{case_id(variant): variant for variant in GPTS},
+    **{f"drawn {seed}": drawn_settings(seed) for seed in range(60)},
 }
 
 
+def batch_of(texts: int, T: int, vocab_size: int, seed: int) -> dict:
+    """Texts of random tokens, each followed by another one."""
+    ids = torch.tensor(tokens(texts * (T + 1), vocab_size, seed)).view(texts, T + 1)
+    idx, targets = ids[:, :-1].flatten().tolist(), ids[:, 1:].flatten().tolist()
+    return {"idx": idx, "targets": targets, "texts": texts}
+
+
+def loss_of(model: nn.Module, batch: dict) -> Tensor:
+    idx, targets = (
+        torch.tensor(batch[key]).view(batch["texts"], -1) for key in ("idx", "targets")
+    )
+    return model(idx, targets)[1]
+
+
 @pytest.mark.parametrize("name", TRAINED)
-def test_the_gradient_of_a_text_and_a_step_along_it_are_pytorchs(node, name):
-    rate = 0.02
+def test_the_logits_and_the_gradients_of_a_batch_are_pytorchs(node, name):
     model = rounded(test_model.tiny(**TRAINED[name]), std=0.2)
-    data = data_of(model, tokenizer_vocab_size=11)
-    ids = torch.tensor([tokens(16)])
-    answer = node.ask("gradient", data=data, idx=ids[0].tolist(), rate=rate)
+    batch = batch_of(3, 13, 11, seed=0)
+    found = node.arrays("gradient", data=data_of(model), **batch)
+    model = model.double()
+    logits = model(torch.tensor(batch["idx"]).view(3, -1))[0]
+    np.testing.assert_allclose(found["logits"], logits.detach().flatten(), atol=TOLERANCE)
+    loss = loss_of(model, batch)
+    loss.backward()
+    assert found["losses"].mean() == pytest.approx(loss.item(), abs=1e-5)
+    for key, p in model.named_parameters():
+        expected = p.grad.numpy().ravel()
+        largest = np.abs(expected).max()
+        # without positions in queries and keys the bias of keys changes nothing: its derivative is 0
+        assert largest > 1e-12 or key.endswith("k_proj.bias")
+        np.testing.assert_allclose(
+            found[key], expected, rtol=0, atol=1e-5 * max(largest, 1e-3), err_msg=key
+        )
 
-    def losses() -> Tensor:
-        logits = model(ids[:, :-1])[0]
-        return F.cross_entropy(logits[0], ids[0, 1:], reduction="none")
 
-    loss, *each = unpacked(answer["losses"])
-    assert each == pytest.approx(losses().tolist(), abs=1e-5)
-    losses().mean().backward()
-    assert loss == pytest.approx(losses().mean().item(), abs=1e-5)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    assert answer["gradient"].keys() == answer["stepped"].keys() == parameters.keys()
-    for key, p in parameters.items():
-        expected = p.grad.double().numpy().ravel()
-        gradient = unpacked(answer["gradient"][key])
-        assert np.linalg.norm(expected) > 0, key
-        error = np.linalg.norm(gradient - expected) / np.linalg.norm(expected)
-        assert error < 1e-4, (key, error)
-        moved = unpacked(answer["before"][key]) - rate * gradient
-        np.testing.assert_allclose(unpacked(answer["stepped"][key]), moved, atol=1e-6)
-    assert answer["tied"] == model.config.tie_weights
-    with torch.no_grad():
-        for p in model.parameters():
-            p -= rate * p.grad
-    assert unpacked(answer["after"]) == pytest.approx(losses().tolist(), abs=1e-4)
-    assert unpacked(answer["kept"]).tolist() == each  # the model itself did not change
+def train_both(node, model: nn.Module, batches: list[dict], settings: dict):
+    """Train in JavaScript and in PyTorch. Returns what JavaScript has, and PyTorch's mean losses and norms."""
+    config = train.TrainConfig(
+        **{"muon_dtype": "float32", "max_iters": len(batches)} | settings
+    )
+    found = node.arrays(
+        "train", data=data_of(model), settings=vars(config), batches=batches
+    )
+    optimizer = make_optimizer(config, model.train())
+    losses, norms = [], []
+    for it, batch in enumerate(batches):
+        loss = loss_of(model, batch)
+        loss.backward()
+        norms.append(train.clip(model, config.grad_clip).item())
+        losses.append(loss.item())
+        optimizer.set_lr(config.lr(it) / config.learning_rate)
+        optimizer.step()
+        model.zero_grad()
+    return found, losses, norms
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "normuon"])
+@pytest.mark.parametrize(
+    "name", ["demo", "rhyme", "llama", "drawn 1", "drawn 2", "drawn 3"]
+)
+def test_five_steps_of_training_are_pytorchs(node, name, optimizer):
+    model = rounded(test_model.tiny(**TRAINED[name]))
+    batches = [batch_of(3, 13, 11, seed) for seed in range(5)]
+    settings = {"optimizer": optimizer, "warmup_iters": 2, "grad_clip": 0.5}
+    found, losses, norms = train_both(node, model, batches, settings)
+    assert found["losses"] == pytest.approx(losses, abs=1e-5)
+    assert found["norms"] == pytest.approx(norms, rel=1e-4)
+    for key, p in model.named_parameters():
+        np.testing.assert_allclose(
+            found[key], p.detach().flatten(), rtol=0, atol=1e-5, err_msg=key
+        )
+
+
+def test_the_rhymes_120_steps_are_pytorchs(node):
+    path = ROOT / "config/humpty_dumpty.py"
+    settings = {
+        key: x
+        for key, x in runpy.run_path(str(path)).items()
+        if key in train.TrainConfig.__annotations__
+    }
+    torch.manual_seed(1)
+    model = rounded(
+        build(
+            make_model_config(model_settings(path) | {"block_size": 256, "vocab_size": 41})
+        ),
+        std=None,
+    )
+    rhyme = tokens(600, 41)
+    batches = []
+    for seed in range(120):
+        at = 3 * seed % 300
+        batches.append(
+            {"idx": rhyme[at : at + 256], "targets": rhyme[at + 1 : at + 257], "texts": 1}
+        )
+    _, losses, _ = answer = train_both(node, model, batches, settings)
+    assert answer[0]["losses"] == pytest.approx(losses, abs=1e-3)
+    assert losses[-1] < losses[0] - 1
+
+
+SCHEDULED = [
+    {},
+    {"schedule": "linear", "min_lr": 0.0},
+    {"schedule": "wsd", "lr_decay_iters": 30},
+    {"decay_lr": False},
+]
+
+
+@pytest.mark.parametrize("keys", SCHEDULED, ids=case_id)
+def test_the_learning_rate_of_each_step_is_that_of_a_run(node, keys):
+    config = train.TrainConfig(max_iters=40, warmup_iters=5, **keys)
+    expected = [config.lr(step) / config.learning_rate for step in range(45)]
+    assert node.ask("rates", settings=vars(config), steps=list(range(45))) == pytest.approx(
+        expected
+    )
 
 
 # --------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from humptygpt import evaluation
 from humptygpt import loading as interchange
 from humptygpt import run as run_module
 from humptygpt.checkpoint import load_plain
+from humptygpt.optimizers import make_optimizer
 
 START = "Ak"
 SMALL = "--block_size=40 --position=sinusoidal --norm=rmsnorm --mlp=gated"
@@ -806,24 +807,68 @@ def test_what_a_step_of_training_knew_of_a_text_follows_the_text_while_it_is_wri
             assert loss == pytest.approx(mean_loss(model, ids).item(), abs=1e-4)
 
 
-def test_a_step_of_gradient_descent_on_the_text_is_pytorchs_and_can_be_undone(opened, runs):
-    model, tokenizer = load(runs)
-    ids = tensor_of(tokenizer, "Akis unat")
-    view = opened("run", "#section=step&text=Akis unat")
-    view.page.click("text=Take a step")
-    view.page.click("text=Take a step")
+PLAIN_RATE = 0.1  # of plain gradient descent
+
+
+def losses_of_steps(model, ids: torch.Tensor, optimizer, steps: int) -> list[float]:
+    """The mean loss of a text before each step on it."""
     losses = []
-    for _ in range(3):
+    for _ in range(steps):
         loss = mean_loss(model, ids)
         losses.append(loss.item())
         model.zero_grad()
         loss.backward()
-        with torch.no_grad():
-            for p in model.parameters():
-                p -= 0.1 * p.grad
-    assert losses[2] < losses[1] < losses[0]
-    assert status(view, "step", "2 steps") == pytest.approx(losses[2], abs=1e-4)
+        optimizer.step()
+    return losses
+
+
+def test_steps_of_the_runs_optimizer_on_the_text_are_pytorchs_and_can_be_undone(
+    opened, runs
+):
+    model, tokenizer = load(runs)
+    ids = tensor_of(tokenizer, "Akis unat")
+    saved = load_plain(runs / "out/run/best.pt")["train_config"]
+    config = train.TrainConfig(**saved | {"grad_clip": 0.0})
+    losses = losses_of_steps(model, ids, make_optimizer(config, model), 13)
+    view = opened("run", "#section=step&text=Akis unat")
+    view.page.click("text=Take ten")
+    view.page.click("text=Take a step")
+    view.page.click("text=Take a step")
+    assert losses[12] < losses[11] < losses[0]
+    assert status(view, "step", "12 steps") == pytest.approx(losses[12], abs=1e-4)
     view.page.click("text=Undo")
-    assert status(view, "step", "1 step ") == pytest.approx(losses[1], abs=1e-4)
+    assert status(view, "step", "11 steps") == pytest.approx(losses[11], abs=1e-4)
     view.page.fill("#text", "Akis")  # steps belong to one text
     view.page.wait_for_selector("text=The weights are those of the run.")
+
+
+def test_plain_steps_are_pytorchs_and_too_large_ones_explode_with_a_reason(opened, runs):
+    model, tokenizer = load(runs)
+    ids = tensor_of(tokenizer, "Akis unat")
+    losses = losses_of_steps(model, ids, torch.optim.SGD(model.parameters(), PLAIN_RATE), 3)
+    view = opened("run", "#section=step&text=Akis unat")
+    view.page.select_option("#step select", label="plain")
+    view.page.click("text=Take a step")
+    view.page.click("text=Take a step")
+    assert status(view, "step", "2 steps") == pytest.approx(losses[2], abs=1e-4)
+    slide(view, "step", 2)
+    view.page.click("text=Take ten")
+    view.page.wait_for_selector("text=It exploded")
+
+
+def test_a_number_of_the_gradient_opens_to_its_sum_over_the_tokens(opened, runs):
+    model, tokenizer = load(runs)
+    ids = tensor_of(tokenizer, "Akis unat")
+    mean_loss(model, ids).backward()
+    expected = model.get_parameter("stack.blocks.0.mlp.up_proj.weight").grad[0, 3].item()
+    view = opened("run", "#section=step&text=Akis unat")
+    strip = view.page.get_by_role("slider", name="Derivative of the loss by each weight")
+    strip.focus()
+    for key in ("Home", "ArrowRight", "ArrowRight", "ArrowRight", "Enter"):
+        view.page.keyboard.press(key)
+    value = view.page.locator("#arithmetic .value")
+    value.wait_for()
+    assert float(value.get_attribute("data-value")) == pytest.approx(expected, rel=1e-4)
+    rows = view.page.locator("#arithmetic tr[data-term]")
+    terms = [float(row.get_attribute("data-term")) for row in rows.all()]
+    assert sum(terms) == pytest.approx(expected, rel=1e-3)

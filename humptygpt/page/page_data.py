@@ -17,6 +17,9 @@ from humptygpt.page.known_settings import check_formulas, check_settings
 from humptygpt.run import SNAPSHOTS, to_8_bits
 from humptygpt.tokenizers import END_OF_TEXT, SentencePieceTokenizer, Tokenizer
 
+# keys of TrainConfig that training.js in explain/ obeys
+TRAINING = "optimizer learning_rate muon_learning_rate muon_momentum beta1 beta2 weight_decay grad_clip"
+TRAINING += " max_iters decay_lr schedule warmup_iters lr_decay_iters min_lr"
 START_TOKENS = 64  # length of the text that a page starts with
 
 
@@ -39,6 +42,7 @@ def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> d
         "name": path.parent.resolve().name,
         "task": run.task,
         "progress": progress,
+        "training": {key: run.saved["train_config"][key] for key in TRAINING.split()},
         **model_data(shown),
         "snapshots": snapshot_data(path.parent, saved["iter"], shown) if snapshots else [],
         "tokenizer": tokenizer_data(run.tokenizer),

@@ -1,0 +1,223 @@
+"use strict";
+
+/* Training: the loss of a batch, its gradients by the tape of engine.js, and the rules of humptygpt/optimizers.py. */
+
+/** The reason why the page does not train such a model, in a sentence for the reader; null if it does. */
+function whyUntrained({ model }) {
+  if (model === "gpt") return null;
+  const what = model === "transformer" ? "through an encoder and cross-attention" : "through a window of tokens";
+  return `This page trains models with model=gpt alone, and does not go backward ${what}.`;
+}
+
+/** The weights of a model from load(): [["wte.weight", matrix], ...]. A matrix with two names is there once. */
+function namedWeights(model) {
+  const found = new Map();
+  const walk = (tree, names) => {
+    if (!isMatrix(tree)) for (const [name, part] of Object.entries(tree)) walk(part, [...names, name]);
+    else if (!found.has(tree)) found.set(tree, names.join("."));
+  };
+  walk(model.weights, []);
+  return Array.from(found, ([weight, name]) => [name, weight]);
+}
+
+/** Compute the loss of a batch and all gradients. Returns f(trace, losses), in which they may be read.
+
+model: from load(). idx: the ids of texts of the same length, one after the other. targets: as in crossEntropy(), which
+also makes the losses. */
+function differentiate(model, { idx, targets, texts = 1 }, f) {
+  const { engine } = model;
+  const weights = namedWeights(model).map(([, weight]) => weight);
+  return engine.scope(() => {
+    const trace = { losses: [] };
+    engine.differentiate(() => {
+      Object.assign(trace, gpt(model, idx, { texts, dropout: (x) => x }));
+      trace.logits = head(model, trace.output);
+      trace.losses = crossEntropy(trace.logits, targets);
+    });
+    const found = f(trace);
+    for (const weight of weights) weight.gradient = null;
+    return found;
+  });
+}
+
+/** A text as a batch: each token predicts the next one. */
+function batchOf(idx) {
+  return { idx, targets: [...idx.slice(1), -1] };
+}
+
+// --------------------------------------------------------------------------------------
+// Rules. Each changes the numbers of a weight by its gradient. state: what a rule keeps of a weight between steps.
+
+function gradientDescent(weight, state, { rate }) {
+  const [W, G] = numbersOf(weight, weight.grad);
+  for (let i = 0; i < W.length; i++) W[i] -= rate * G[i];
+}
+
+/** The rate times the mean gradient, divided by its root mean square. */
+function adamw(weight, state, { rate, decay, step, beta1, beta2 }) {
+  const [W, G] = numbersOf(weight, weight.grad);
+  const mean = (state.mean ??= new Float32Array(W.length));
+  const square = (state.square ??= new Float32Array(W.length));
+  const [size, root] = [rate / (1 - beta1 ** step), Math.sqrt(1 - beta2 ** step)];
+  for (let i = 0; i < W.length; i++) {
+    mean[i] += (1 - beta1) * (G[i] - mean[i]);
+    square[i] += (1 - beta2) * (G[i] * G[i] - square[i]);
+    W[i] = W[i] * (1 - rate * decay) - (size * mean[i]) / (Math.sqrt(square[i]) / root + 1e-8);
+  }
+}
+
+/** The momentum with all singular values set to about 1. */
+function muon(weight, state, { rate, decay, muon_momentum, beta2, normalizes = false }) {
+  const { engine, rows, columns } = weight;
+  engine.scope(() => {
+    const momentum = (state.momentum ??= new Float32Array(rows * columns));
+    const x = engine.matrix(rows, columns);
+    const [X, G] = numbersOf(x, weight.grad);
+    for (let i = 0; i < X.length; i++) {
+      momentum[i] += (1 - muon_momentum) * (G[i] - momentum[i]);
+      X[i] = G[i] + muon_momentum * (momentum[i] - G[i]); // Nesterov's
+    }
+    const update = rows > columns ? orthogonalize(x.transposed()).transposed() : orthogonalize(x);
+    if (normalizes) normalizeNeurons(update, state, beta2);
+    const [W, Y] = numbersOf(weight, update);
+    const size = rate * Math.sqrt(Math.max(1, rows / columns));
+    for (let i = 0; i < W.length; i++) W[i] = W[i] * (1 - rate * decay) - size * Y[i];
+  });
+}
+
+function normuon(weight, state, settings) {
+  muon(weight, state, { ...settings, normalizes: true });
+}
+
+/** U S V^T -> approximately U V^T, by five steps of Newton and Schulz. x has at most as many rows as columns. */
+function orthogonalize(x) {
+  const { engine, rows } = x;
+  const norm = Math.sqrt(x.data.reduce((sum, value) => sum + value * value, 0)) + 1e-7;
+  x = map(x, (value) => value / norm);
+  const [a, b] = [engine.matrix(rows, rows), engine.matrix(rows, rows)];
+  for (let step = 0; step < 5; step++) {
+    product(a, x, x.transposed());
+    product(b, a, a);
+    const [A, B] = numbersOf(a, b);
+    for (let i = 0; i < B.length; i++) B[i] = 2.0315 * B[i] - 4.775 * A[i];
+    const y = map(x, (value) => 3.4445 * value);
+    product(y, b, x, true);
+    x = y;
+  }
+  return x;
+}
+
+/** Divide each neuron's part of an update by its root mean square over recent steps; the norm of the whole stays. A
+neuron is a row, or a column if there are more columns than rows. */
+function normalizeNeurons(update, state, beta2) {
+  const { rows, columns, data } = update;
+  const neuron = rows >= columns ? (i) => Math.floor(i / columns) : (i) => i % columns;
+  const n = Math.max(rows, columns);
+  const squares = new Float64Array(n);
+  for (let i = 0; i < data.length; i++) squares[neuron(i)] += data[i] * data[i];
+  const recent = (state.neurons ??= new Float32Array(n));
+  let [before, after] = [0, 0];
+  squares.forEach((square, j) => {
+    recent[j] += (1 - beta2) * (square / (data.length / n) - recent[j]);
+    before += square;
+    after += square / (recent[j] + 1e-10);
+  });
+  const scale = Math.sqrt(before) / (Math.sqrt(after) + 1e-10);
+  for (let i = 0; i < data.length; i++) data[i] *= scale / Math.sqrt(recent[neuron(i)] + 1e-10);
+}
+
+/** {optimizer: [rule of the matrices in the blocks, the setting of its rate; the same of all other weights]} */
+const OPTIMIZERS = {
+  adamw: [adamw, "learning_rate", adamw],
+  muon: [muon, "muon_learning_rate", adamw],
+  normuon: [normuon, "muon_learning_rate", adamw],
+  gradient_descent: [gradientDescent, "learning_rate", gradientDescent],
+};
+
+/** From 1 at progress 0 to 0 at progress 1. */
+const SCHEDULES = {
+  cosine: (progress) => 0.5 * (1 + Math.cos(Math.PI * progress)),
+  linear: (progress) => 1 - progress,
+  wsd: (progress) => Math.min(1, (1 - progress) / 0.2),
+};
+
+/** The learning rate of a step, counted from 0, as a fraction of the peak: see lr() in humptygpt/settings.py. */
+function rateAt(step, { decay_lr, warmup_iters, schedule, min_lr, learning_rate, lr_decay_iters, max_iters }) {
+  if (!decay_lr) return 1;
+  if (step < warmup_iters) return (step + 1) / (warmup_iters + 1);
+  const [least, end] = [min_lr === null ? 0.1 : min_lr / learning_rate, lr_decay_iters ?? max_iters];
+  if (step >= end) return least;
+  return least + SCHEDULES[schedule]((step - warmup_iters) / (end - warmup_iters)) * (1 - least);
+}
+
+/** Trains a copy of a model. settings: keys of TrainConfig. */
+class Trainer {
+  constructor(model, settings) {
+    this.model = load(model);
+    this.settings = settings;
+    this.steps = 0; // that were taken
+    const [hidden, hiddenRate, others] = OPTIMIZERS[settings.optimizer];
+    this.weights = namedWeights(this.model).map(([name, weight]) => {
+      const isHidden = /_proj\.weight$/.test(name);
+      const [rule, peak] = isHidden ? [hidden, hiddenRate] : [others, "learning_rate"];
+      const decay = weight.rows > 1 || /wpe|wte|conv|lm_head\.weight/.test(name) ? settings.weight_decay : 0;
+      return { name, weight, rule, peak: settings[peak], decay, state: {} };
+    });
+  }
+
+  /** Take a step. Returns its losses, as crossEntropy() does, the norm of the gradient before it was clipped, and
+  look(trace), which may read all gradients. */
+  step(batch, look = () => null) {
+    const { settings, weights } = this;
+    return differentiate(this.model, batch, (trace) => {
+      const seen = look(trace);
+      const norm = Math.sqrt(weights.reduce((sum, { weight }) => sum + squaresOf(weight.grad), 0));
+      const clip = settings.grad_clip ? Math.min(settings.grad_clip / (norm + 1e-6), 1) : 1;
+      const scale = rateAt(this.steps++, settings);
+      for (const { weight, rule, peak, decay, state } of weights) {
+        const G = weight.grad.data;
+        if (clip < 1) for (let i = 0; i < G.length; i++) G[i] *= clip;
+        rule(weight, state, { ...settings, rate: peak * scale, decay, step: this.steps });
+        if (weight.turned) weight.transposed(weight.turned);
+      }
+      return { losses: trace.losses, norm, seen };
+    });
+  }
+}
+
+const squaresOf = ({ data }) => data.reduce((sum, x) => sum + x * x, 0);
+
+/** Take a step. Returns its losses, and of each part of the model the norms of its gradient, of its weights and of
+their change. */
+function stepWithSizes(trainer, batch) {
+  const parts = new Map();
+  const before = trainer.weights.map(({ weight }) => weight.data.slice());
+  const grow = (name, key, squares) => {
+    const part = partOf(name);
+    if (!parts.has(part)) parts.set(part, { name: part, gradient: 0, weights: 0, moved: 0 });
+    parts.get(part)[key] += squares;
+  };
+  const { losses } = trainer.step(batch, () => {
+    for (const { name, weight } of trainer.weights) {
+      grow(name, "gradient", squaresOf(weight.grad));
+      grow(name, "weights", squaresOf(weight));
+    }
+  });
+  trainer.weights.forEach(({ name, weight }, i) => {
+    const change = weight.data.map((x, at) => x - before[i][at]);
+    grow(name, "moved", squaresOf({ data: change }));
+  });
+  const rooted = ([key, value]) => [key, key === "name" ? value : Math.sqrt(value)];
+  return { losses, sizes: [...parts.values()].map((part) => Object.fromEntries(Object.entries(part).map(rooted))) };
+}
+
+function partOf(name) {
+  const [, layer, branch] = name.match(/blocks\.(\d+)\.([a-z]+)/) ?? [];
+  if (layer) return `layer ${+layer + 1} ${branch === "attn" ? "attention" : "MLP"}`;
+  return { wte: "embedding", lm_head: "head" }[name.split(".")[0]] ?? (name.includes("wpe") ? "positions" : "norm");
+}
+
+if (typeof module !== "undefined") {
+  Object.assign(globalThis, require("./model.js"));
+  module.exports = { batchOf, differentiate, namedWeights, rateAt, stepWithSizes, Trainer, whyUntrained };
+}
