@@ -3,8 +3,8 @@
 /* Matrices in the memory of a kernel, and the operations that models are made of.
 
 Each operation computes a matrix. If the engine has a tape, it also pushes its own backward pass: a function that adds
-to the gradients of what it has read what the gradient of its output makes of them, by the chain rule. backward() calls
-these functions, the last one first. Then x.grad has the derivative of the loss by each number of x.
+to the gradients of what it has read, by the chain rule. When these functions are called, the last one first, x.grad
+becomes the derivative of the loss by each number of x: see differentiate() in training.js.
 
 A batch is several texts of T tokens, below one another: row r of a matrix is token r % T of text r / T. kernel.js is
 needed. */
@@ -46,18 +46,6 @@ class Engine {
       return f();
     } finally {
       this.top = top;
-    }
-  }
-
-  /** Call f, which returns a loss, with a tape; then compute the gradients. Returns the loss. */
-  differentiate(f) {
-    this.tape = [];
-    try {
-      const loss = f();
-      while (this.tape.length) this.tape.pop()();
-      return loss;
-    } finally {
-      this.tape = null;
     }
   }
 }
@@ -140,27 +128,31 @@ function map(x, f, slope) {
   return y;
 }
 
-function add(x, z) {
+/** scale x + z. z may have fewer rows, and then begins again after its last: a bias has one row for all. */
+function add(x, z, scale = 1) {
   const y = like(x);
   const [X, Z, Y] = numbersOf(x, z, y);
-  for (let i = 0; i < X.length; i++) Y[i] = X[i] + Z[i];
+  for (let i = 0; i < X.length; i++) Y[i] = scale * X[i] + Z[i % Z.length];
   record(x, () => {
     const [dX, dZ, dY] = numbersOf(x.grad, z.grad, y.grad);
-    for (let i = 0; i < dY.length; i++) dX[i] += dY[i];
-    for (let i = 0; i < dY.length; i++) dZ[i] += dY[i];
+    for (let i = 0; i < dY.length; i++) {
+      dX[i] += scale * dY[i];
+      dZ[i % dZ.length] += dY[i];
+    }
   });
   return y;
 }
 
+/** x z, number by number. z may have fewer rows, as in add(). */
 function multiply(x, z) {
   const y = like(x);
   const [X, Z, Y] = numbersOf(x, z, y);
-  for (let i = 0; i < X.length; i++) Y[i] = X[i] * Z[i];
+  for (let i = 0; i < X.length; i++) Y[i] = X[i] * Z[i % Z.length];
   record(x, () => {
     const [X, Z, dX, dZ, dY] = numbersOf(x, z, x.grad, z.grad, y.grad);
     for (let i = 0; i < dY.length; i++) {
-      dX[i] += dY[i] * Z[i];
-      dZ[i] += dY[i] * X[i];
+      dX[i] += dY[i] * Z[i % Z.length];
+      dZ[i % Z.length] += dY[i] * X[i];
     }
   });
   return y;
@@ -169,7 +161,7 @@ function multiply(x, z) {
 // --------------------------------------------------------------------------------------
 // Rows
 
-/** The rows of a table with these numbers. Row r of the output is row indices[r % indices.length], in all rows. */
+/** The rows of a table with these indices. */
 function gather(table, indices) {
   const C = table.columns;
   const y = table.engine.matrix(indices.length, C);
@@ -180,21 +172,6 @@ function gather(table, indices) {
     indices.forEach((index, r) => {
       for (let i = 0; i < C; i++) dW[index * C + i] += dY[r * C + i];
     });
-  });
-  return y;
-}
-
-/** scale x + vectors, where each text of x has the same vectors: (T, C). */
-function addPositions(x, vectors, scale) {
-  const y = like(x);
-  const [X, V, Y] = numbersOf(x, vectors, y);
-  for (let i = 0; i < X.length; i++) Y[i] = X[i] * scale + V[i % V.length];
-  record(x, () => {
-    const [dX, dV, dY] = numbersOf(x.grad, vectors.grad, y.grad);
-    for (let i = 0; i < dY.length; i++) {
-      dX[i] += dY[i] * scale;
-      dV[i % dV.length] += dY[i];
-    }
   });
   return y;
 }
@@ -211,16 +188,12 @@ function joined(before, x) {
 /** x W^T + b. x: (T, inputs); weight: (outputs, inputs), and turned: the same transposed. Returns (T, outputs). */
 function linear(x, { weight, bias }) {
   const y = x.engine.matrix(x.rows, weight.rows);
-  if (bias) for (let r = 0; r < y.rows; r++) y.data.set(bias.data, r * y.columns);
-  product(y, x, weight.turned, Boolean(bias));
+  product(y, x, weight.turned);
   record(x, () => {
     product(x.grad, y.grad, weight, true);
     product(weight.grad, y.grad.flipped, x, true);
-    if (!bias) return;
-    const [dB, dY] = numbersOf(bias.grad, y.grad);
-    for (let i = 0; i < dY.length; i++) dB[i % dB.length] += dY[i];
   });
-  return y;
+  return bias ? add(y, bias) : y;
 }
 
 /** x_t + gain (w_1 x_(t-1) + w_2 x_(t-2) + ...). weight: (n, C). T: tokens of a text. before: the rows before x. */
@@ -297,25 +270,6 @@ function standardize(x, D, eps, centred = false) {
     }
   });
   return { output: y, mean, scale };
-}
-
-/** x w + b, feature by feature. */
-function scaleFeatures(x, { weight, bias }) {
-  const C = x.columns;
-  const y = like(x);
-  const [X, Y, W] = numbersOf(x, y, weight);
-  const B = bias ? bias.data : new Float32Array(C);
-  for (let i = 0; i < X.length; i++) Y[i] = X[i] * W[i % C] + B[i % C];
-  record(x, () => {
-    const [X, W, dX, dW, dY] = numbersOf(x, weight, x.grad, weight.grad, y.grad);
-    const dB = bias ? bias.grad.data : new Float32Array(C);
-    for (let i = 0; i < dY.length; i++) {
-      dX[i] += dY[i] * W[i % C];
-      dW[i % C] += dY[i] * X[i];
-      dB[i % C] += dY[i];
-    }
-  });
-  return y;
 }
 
 // --------------------------------------------------------------------------------------
@@ -469,6 +423,6 @@ function crossEntropy(logits, targets) {
 
 if (typeof module !== "undefined") {
   Object.assign(globalThis, require("./kernel.js"));
-  const operations = { add, addPositions, attend, causalConv, crossEntropy, gather, linear, map, multiply, rotate };
-  module.exports = { ...operations, Engine, isMatrix, joined, numbersOf, scaleFeatures, standardize, windows };
+  const operations = { add, attend, causalConv, crossEntropy, gather, linear, map, multiply, rotate };
+  module.exports = { ...operations, Engine, isMatrix, joined, numbersOf, standardize, windows };
 }

@@ -85,9 +85,10 @@ function lossRow(app, losses) {
 // --------------------------------------------------------------------------------------
 // One step of training
 
-function needsTraining(app) {
-  const text = whyUntrained(app.config);
-  return text && [text, "humpty_dumpty.py"];
+function needsTraining({ config: { model } }) {
+  if (model === "gpt") return null;
+  const what = model === "transformer" ? "through an encoder and cross-attention" : "through a window of tokens";
+  return [`This page trains models with model=gpt alone, and does not go backward ${what}.`, "humpty_dumpty.py"];
 }
 
 const RULES = { adamw: "AdamW", muon: "Muon and AdamW", normuon: "NorMuon and AdamW", gradient_descent: "plain" };

@@ -15,14 +15,15 @@ const FLOAT32_EPS = 2 ** -23; // the default of F.rms_norm, which the norm of qu
 
 const numbers = (matrix) => Array.from(matrix.data);
 
-function layerNorm(x, layer, eps) {
+function layerNorm(x, { weight, bias }, eps) {
   const { output, mean, scale } = standardize(x, x.columns, eps, true);
-  return { input: x, mean: numbers(mean), std: numbers(scale), output: scaleFeatures(output, layer) };
+  const y = multiply(output, weight);
+  return { input: x, mean: numbers(mean), std: numbers(scale), output: bias ? add(y, bias) : y };
 }
 
-function rmsNorm(x, layer, eps) {
+function rmsNorm(x, { weight }, eps) {
   const { output, scale } = standardize(x, x.columns, eps);
-  return { input: x, rms: numbers(scale), output: scaleFeatures(output, layer) };
+  return { input: x, rms: numbers(scale), output: multiply(output, weight) };
 }
 
 function noNorm(x) {
@@ -98,7 +99,7 @@ const POSITIONS = {
 
 /** x: the token embeddings of texts. */
 function embedPositions(x, { vectors, scale = 1 }) {
-  return vectors ? addPositions(x, vectors, scale) : x;
+  return vectors ? add(x, vectors, scale) : x;
 }
 
 // --------------------------------------------------------------------------------------
@@ -123,30 +124,22 @@ function attentionMasks(engine, at, S, { causal, window, slopes }) {
   });
 }
 
-function queries(x, weights, config) {
-  const q_proj = linear(x, weights.q_proj);
-  if (!config.qk_norm) return { q_proj, q: q_proj };
-  const { output, scale } = normHeads(q_proj, config);
-  return { q_proj, q_rms: scale, q_norm: output, q: output };
-}
-
-function keysAndValues(x, weights, config) {
-  const k_proj = linear(x, weights.k_proj);
-  const v_proj = linear(x, weights.v_proj);
-  if (!config.qk_norm) return { k_proj, v_proj, k: k_proj, v: v_proj };
-  const { output, scale } = normHeads(k_proj, config);
-  return { k_proj, v_proj, k_rms: scale, k_norm: output, k: output, v: v_proj };
-}
-
-/** qk_norm: the RMS norm of each head, without a trained scale. */
-function normHeads(x, config) {
-  return standardize(x, headSize(config), FLOAT32_EPS);
+/** Queries, keys and values of x, those that are named. With qk_norm, each head of queries and keys has an RMS norm. */
+function project(x, weights, config, names) {
+  const y = {};
+  for (const name of names) {
+    y[name] = y[`${name}_proj`] = linear(x, weights[`${name}_proj`]);
+    if (name === "v" || !config.qk_norm) continue;
+    const { output, scale } = standardize(y[name], headSize(config), FLOAT32_EPS);
+    Object.assign(y, { [name]: output, [`${name}_norm`]: output, [`${name}_rms`]: scale });
+  }
+  return y;
 }
 
 /** x: (T, C), which follow the tokens of `before`, the trace of this function for them. */
 function selfAttention(x, { attn: weights }, inputs, before) {
   const { config, position, mask, causal, texts } = inputs;
-  const y = { ...queries(x, weights, config), ...keysAndValues(x, weights, config) };
+  const y = project(x, weights, config, "qkv");
   if (position.cos) {
     y.q = rotate(y.q, position);
     y.k = rotate(y.k, position);
@@ -161,9 +154,9 @@ function selfAttention(x, { attn: weights }, inputs, before) {
 function crossAttention(x, { cross_attn: weights }, inputs, before) {
   const { config } = inputs;
   const { engine } = x;
-  const context = before?.context ?? keysAndValues(engine.stacked(inputs.context), weights, config);
+  const context = before?.context ?? project(engine.stacked(inputs.context), weights, config, "kv");
   const [k, v] = [context.k, context.v].map((rows) => (before ? engine.stacked(rows) : rows));
-  const y = { ...queries(x, weights, config), context };
+  const y = { ...project(x, weights, config, "q"), context };
   Object.assign(y, attend(y.q, k, v, config.n_head));
   y.o_proj = linear(y.heads, weights.o_proj);
   return y;
@@ -185,7 +178,7 @@ function erf(x) {
 
 const SLOPE = Math.sqrt(2 / Math.PI);
 
-/** Each function, and its derivative. */
+/** Each function y of x, and its derivative by x. */
 const ACTIVATIONS = {
   relu: [(x) => Math.max(x, 0), (x) => (x > 0 ? 1 : 0)],
   gelu: [
@@ -199,13 +192,7 @@ const ACTIVATIONS = {
       return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * SLOPE * (1 + 3 * 0.044715 * x * x);
     },
   ],
-  silu: [
-    (x) => x / (1 + Math.exp(-x)),
-    (x) => {
-      const sigmoid = 1 / (1 + Math.exp(-x));
-      return sigmoid * (1 + x * (1 - sigmoid));
-    },
-  ],
+  silu: [(x) => x / (1 + Math.exp(-x)), (x, y) => y + (1 - y) / (1 + Math.exp(-x))],
   relu_squared: [(x) => Math.max(x, 0) ** 2, (x) => 2 * Math.max(x, 0)],
 };
 

@@ -2,13 +2,6 @@
 
 /* Training: the loss of a batch, its gradients by the tape of engine.js, and the rules of humptygpt/optimizers.py. */
 
-/** The reason why the page does not train such a model, in a sentence for the reader; null if it does. */
-function whyUntrained({ model }) {
-  if (model === "gpt") return null;
-  const what = model === "transformer" ? "through an encoder and cross-attention" : "through a window of tokens";
-  return `This page trains models with model=gpt alone, and does not go backward ${what}.`;
-}
-
 /** The weights of a model from load(): [["wte.weight", matrix], ...]. A matrix with two names is there once. */
 function namedWeights(model) {
   const found = new Map();
@@ -20,23 +13,25 @@ function namedWeights(model) {
   return Array.from(found, ([weight, name]) => [name, weight]);
 }
 
-/** Compute the loss of a batch and all gradients. Returns f(trace, losses), in which they may be read.
+/** Compute the loss of a batch and all gradients. Returns f(trace), in which the gradients may be read.
 
 model: from load(). idx: the ids of texts of the same length, one after the other. targets: as in crossEntropy(), which
-also makes the losses. */
+also makes trace.losses. */
 function differentiate(model, { idx, targets, texts = 1 }, f) {
   const { engine } = model;
-  const weights = namedWeights(model).map(([, weight]) => weight);
   return engine.scope(() => {
-    const trace = { losses: [] };
-    engine.differentiate(() => {
-      Object.assign(trace, gpt(model, idx, { texts, dropout: (x) => x }));
+    try {
+      engine.tape = [];
+      const trace = gpt(model, idx, { texts, dropout: (x) => x });
       trace.logits = head(model, trace.output);
       trace.losses = crossEntropy(trace.logits, targets);
-    });
-    const found = f(trace);
-    for (const weight of weights) weight.gradient = null;
-    return found;
+      while (engine.tape.length) engine.tape.pop()();
+      engine.tape = null;
+      return f(trace);
+    } finally {
+      engine.tape = null;
+      for (const [, weight] of namedWeights(model)) weight.gradient = null;
+    }
   });
 }
 
@@ -158,9 +153,8 @@ class Trainer {
     this.steps = 0; // that were taken
     const [hidden, hiddenRate, others] = OPTIMIZERS[settings.optimizer];
     this.weights = namedWeights(this.model).map(([name, weight]) => {
-      const isHidden = /_proj\.weight$/.test(name);
-      const [rule, peak] = isHidden ? [hidden, hiddenRate] : [others, "learning_rate"];
-      const decay = weight.rows > 1 || /wpe|wte|conv|lm_head\.weight/.test(name) ? settings.weight_decay : 0;
+      const [rule, peak] = /_proj\.weight$/.test(name) ? [hidden, hiddenRate] : [others, "learning_rate"];
+      const decay = weight.turned ? settings.weight_decay : 0; // of matrices, not of vectors
       return { name, weight, rule, peak: settings[peak], decay, state: {} };
     });
   }
@@ -187,37 +181,7 @@ class Trainer {
 
 const squaresOf = ({ data }) => data.reduce((sum, x) => sum + x * x, 0);
 
-/** Take a step. Returns its losses, and of each part of the model the norms of its gradient, of its weights and of
-their change. */
-function stepWithSizes(trainer, batch) {
-  const parts = new Map();
-  const before = trainer.weights.map(({ weight }) => weight.data.slice());
-  const grow = (name, key, squares) => {
-    const part = partOf(name);
-    if (!parts.has(part)) parts.set(part, { name: part, gradient: 0, weights: 0, moved: 0 });
-    parts.get(part)[key] += squares;
-  };
-  const { losses } = trainer.step(batch, () => {
-    for (const { name, weight } of trainer.weights) {
-      grow(name, "gradient", squaresOf(weight.grad));
-      grow(name, "weights", squaresOf(weight));
-    }
-  });
-  trainer.weights.forEach(({ name, weight }, i) => {
-    const change = weight.data.map((x, at) => x - before[i][at]);
-    grow(name, "moved", squaresOf({ data: change }));
-  });
-  const rooted = ([key, value]) => [key, key === "name" ? value : Math.sqrt(value)];
-  return { losses, sizes: [...parts.values()].map((part) => Object.fromEntries(Object.entries(part).map(rooted))) };
-}
-
-function partOf(name) {
-  const [, layer, branch] = name.match(/blocks\.(\d+)\.([a-z]+)/) ?? [];
-  if (layer) return `layer ${+layer + 1} ${branch === "attn" ? "attention" : "MLP"}`;
-  return { wte: "embedding", lm_head: "head" }[name.split(".")[0]] ?? (name.includes("wpe") ? "positions" : "norm");
-}
-
 if (typeof module !== "undefined") {
   Object.assign(globalThis, require("./model.js"));
-  module.exports = { batchOf, differentiate, namedWeights, rateAt, stepWithSizes, Trainer, whyUntrained };
+  module.exports = { batchOf, differentiate, namedWeights, rateAt, Trainer };
 }

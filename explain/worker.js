@@ -215,6 +215,36 @@ function makeTrainer({ model, settings }, optimizer, factor) {
   return new Trainer(model, keys);
 }
 
+/** Take a step. Returns its losses, and of each part of the model the norms of its gradient, of its weights and of
+their change. */
+function stepWithSizes(trainer, batch) {
+  const parts = new Map();
+  const before = trainer.weights.map(({ weight }) => weight.data.slice());
+  const grow = (name, key, squares) => {
+    const part = partOf(name);
+    if (!parts.has(part)) parts.set(part, { name: part, gradient: 0, weights: 0, moved: 0 });
+    parts.get(part)[key] += squares;
+  };
+  const { losses } = trainer.step(batch, () => {
+    for (const { name, weight } of trainer.weights) {
+      grow(name, "gradient", squaresOf(weight.grad));
+      grow(name, "weights", squaresOf(weight));
+    }
+  });
+  trainer.weights.forEach(({ name, weight }, i) => {
+    const change = weight.data.map((x, at) => x - before[i][at]);
+    grow(name, "moved", squaresOf({ data: change }));
+  });
+  const rooted = ([key, value]) => [key, key === "name" ? value : Math.sqrt(value)];
+  return { losses, sizes: [...parts.values()].map((part) => Object.fromEntries(Object.entries(part).map(rooted))) };
+}
+
+function partOf(name) {
+  const [, layer, branch] = name.match(/blocks\.(\d+)\.([a-z]+)/) ?? [];
+  if (layer) return `layer ${+layer + 1} ${branch === "attn" ? "attention" : "MLP"}`;
+  return { wte: "embedding", lm_head: "head" }[name.split(".")[0]] ?? (name.includes("wpe") ? "positions" : "norm");
+}
+
 // --------------------------------------------------------------------------------------
 // A trace as one buffer
 

@@ -69,10 +69,9 @@ const functions = { ...require(`${root}/explain/model.js`), ...require(`${root}/
 const { makeTokenizer, TOKENIZERS } = require(`${root}/explain/tokenizer.js`);
 const { crc32, makeModel, makeSnapshot, readData, readPair, readText } = require(`${root}/explain/data.js`);
 const arithmetic = require(`${root}/explain/arithmetic.js`);
-const { KERNEL, plainProduct, product } = require(`${root}/explain/kernel.js`);
+const { addPlainProduct, KERNEL, product } = require(`${root}/explain/kernel.js`);
 const { Engine } = require(`${root}/explain/engine.js`);
-const training = require(`${root}/explain/training.js`);
-const { batchOf, differentiate, namedWeights, rateAt, Trainer } = training;
+const { differentiate, namedWeights, rateAt, Trainer } = require(`${root}/explain/training.js`);
 const { contributions, effectOnLogits, explainNumber, logitLens, valueAt } = arithmetic;
 const leaf = require(`${root}/explain/leaf.js`);
 const { LEAF_SEED, randomNumbers } = leaf;
@@ -264,14 +263,17 @@ const answers = {
       const [b, c] = [drawn(terms, columns), drawn(rows, columns)];
       const [plain, alone] = [engine.stacked(c.toRows()), engine.stacked(c.toRows().slice(-1))];
       product(c, a, b, adds);
-      plainProduct(plain, a, b, adds);
+      if (!adds) plain.data.fill(0);
+      addPlainProduct(plain, a, b);
       product(alone, lastRow(engine, a), b, adds);
       return differences(c.toRows(), plain.toRows()).length || differences(c.toRows().slice(-1), alone.toRows()).length;
     });
   },
   kernel: () => KERNEL !== null,
-  activation_backward: ({ name, args }) => args.map((x) => functions.ACTIVATIONS[name][1](x)),
-  untrained: ({ config }) => training.whyUntrained(config),
+  slope({ name, args }) {
+    const [f, slope] = functions.ACTIVATIONS[name];
+    return args.map((x) => slope(x, f(x)));
+  },
   leaf({ rate, steps }) {
     const objects = leaf.leafObjects(80, 1);
     let network = leaf.randomNetwork(LEAF_SEED);
@@ -515,7 +517,7 @@ def test_activations_and_their_slopes_are_pytorchs_wherever_they_bend(node, name
     x = torch.linspace(-8, 8, 801, dtype=torch.float64, requires_grad=True)
     y = ACTIVATIONS[name](x)
     y.sum().backward()
-    for what, expected in (("activation", y), ("activation_backward", x.grad)):
+    for what, expected in (("activation", y), ("slope", x.grad)):
         found = node.ask(what, name=name, args=x.tolist())
         assert found == pytest.approx(expected.tolist(), abs=1e-8), what
 
