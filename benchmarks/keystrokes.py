@@ -70,6 +70,20 @@ CONTINUED = """seconds => new Promise((done) => {
   }, seconds * 1000);
 })"""
 
+# Milliseconds of steps of training on random tokens: [texts, tokens of each]
+STEPS = """([texts, T, count]) => {
+  const { textContent, dataset } = document.getElementById("data");
+  const data = readData(textContent, dataset.checksum);
+  const trainer = new Trainer(makeModel(data), data.training);
+  const [random, V] = [randomNumbers(1), data.tokenizer.pieces.lengths.length];
+  const drawn = () => Array.from({ length: texts * T }, () => Math.floor(random() * V));
+  return Array.from({ length: count }, () => {
+    const begin = performance.now();
+    trainer.step({ idx: drawn(), targets: drawn(), texts });
+    return performance.now() - begin;
+  });
+}"""
+
 
 def bench(config: BenchConfig) -> dict:
     try:
@@ -111,6 +125,10 @@ def time_page(browser, path: Path, keystrokes: int) -> dict[str, dict]:
     rate, stopped = page.evaluate(CONTINUED, keystrokes / 10)
     figures["continued"] = {"tokens_per_s": round(rate, 1), "stop_ms": round(stopped, 1)}
     figures["longest_task"] = {"ms": round(max(page.evaluate("tasks")), 1)}
+    T = min(block_size, 256)
+    for texts in (1, 4):
+        times = page.evaluate(STEPS, [texts, T, 11])[2:]
+        figures[f"step_{texts}x{T}"] = {"ms": round(statistics.median(times), 1)}
     return figures
 
 

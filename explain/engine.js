@@ -53,7 +53,12 @@ class Engine {
 /** A matrix, or a part of one, which shares its numbers. Row i begins toRow numbers after row i - 1. */
 class Matrix {
   constructor(engine, from, rows, columns, toRow = columns, toColumn = 1) {
-    Object.assign(this, { engine, from, rows, columns, toRow, toColumn });
+    this.engine = engine;
+    this.from = from; // address of the first number
+    this.rows = rows;
+    this.columns = columns;
+    this.toRow = toRow;
+    this.toColumn = toColumn;
     this.gradient = null;
   }
 
@@ -132,13 +137,13 @@ function map(x, f, slope) {
 function add(x, z, scale = 1) {
   const y = like(x);
   const [X, Z, Y] = numbersOf(x, z, y);
-  for (let i = 0; i < X.length; i++) Y[i] = scale * X[i] + Z[i % Z.length];
+  for (let at = 0; at < X.length; at += Z.length) {
+    for (let i = 0; i < Z.length; i++) Y[at + i] = scale * X[at + i] + Z[i];
+  }
   record(x, () => {
     const [dX, dZ, dY] = numbersOf(x.grad, z.grad, y.grad);
-    for (let i = 0; i < dY.length; i++) {
-      dX[i] += scale * dY[i];
-      dZ[i % dZ.length] += dY[i];
-    }
+    for (let i = 0; i < dY.length; i++) dX[i] += scale * dY[i];
+    for (let at = 0; at < dY.length; at += dZ.length) for (let i = 0; i < dZ.length; i++) dZ[i] += dY[at + i];
   });
   return y;
 }
@@ -147,12 +152,14 @@ function add(x, z, scale = 1) {
 function multiply(x, z) {
   const y = like(x);
   const [X, Z, Y] = numbersOf(x, z, y);
-  for (let i = 0; i < X.length; i++) Y[i] = X[i] * Z[i % Z.length];
+  for (let at = 0; at < X.length; at += Z.length) for (let i = 0; i < Z.length; i++) Y[at + i] = X[at + i] * Z[i];
   record(x, () => {
     const [X, Z, dX, dZ, dY] = numbersOf(x, z, x.grad, z.grad, y.grad);
-    for (let i = 0; i < dY.length; i++) {
-      dX[i] += dY[i] * Z[i % Z.length];
-      dZ[i % Z.length] += dY[i] * X[i];
+    for (let at = 0; at < X.length; at += Z.length) {
+      for (let i = 0; i < Z.length; i++) {
+        dX[at + i] += dY[at + i] * Z[i];
+        dZ[i] += dY[at + i] * X[at + i];
+      }
     }
   });
   return y;
@@ -204,21 +211,24 @@ function causalConv(x, weight, gain, T, before) {
   const first = text.rows - x.rows; // of the rows of x
   const [X, W, Y] = numbersOf(text, weight, y);
   Y.set(X.subarray(first * C));
-  /** Call f with the places in y, in the text and in weight of each number that is read. */
+  /** Call f with the places where a row of y, a row of the text that it reads, and a row of weight begin. */
   const eachTerm = (f) => {
     for (let r = 0; r < y.rows; r++) {
-      for (let back = 1; back <= Math.min(weight.rows, (r % T) + first); back++) {
-        for (let i = 0; i < C; i++) f(r * C + i, (r + first - back) * C + i, (back - 1) * C + i);
-      }
+      const rows = Math.min(weight.rows, (r % T) + first);
+      for (let back = 1; back <= rows; back++) f(r * C, (r + first - back) * C, (back - 1) * C);
     }
   };
-  eachTerm((to, from, w) => (Y[to] += gain * W[w] * X[from]));
+  eachTerm((to, from, w) => {
+    for (let i = 0; i < C; i++) Y[to + i] += gain * W[w + i] * X[from + i];
+  });
   record(x, () => {
     const [X, W, dX, dW, dY] = numbersOf(x, weight, x.grad, weight.grad, y.grad);
     for (let i = 0; i < dY.length; i++) dX[i] += dY[i];
     eachTerm((to, from, w) => {
-      dX[from] += gain * W[w] * dY[to];
-      dW[w] += gain * X[from] * dY[to];
+      for (let i = 0; i < C; i++) {
+        dX[from + i] += gain * W[w + i] * dY[to + i];
+        dW[w + i] += gain * X[from + i] * dY[to + i];
+      }
     });
   });
   return y;
@@ -251,7 +261,7 @@ function standardize(x, D, eps, centred = false) {
     let [sum, squares] = [0, 0];
     if (centred) for (let i = at; i < at + D; i++) sum += X[i];
     const m = sum / D;
-    for (let i = at; i < at + D; i++) squares += (X[i] - m) ** 2;
+    for (let i = at; i < at + D; i++) squares += (X[i] - m) * (X[i] - m);
     const s = Math.sqrt(squares / D + eps);
     for (let i = at; i < at + D; i++) Y[i] = (X[i] - m) / s;
     [M[part], S[part]] = [m, s];
@@ -260,13 +270,13 @@ function standardize(x, D, eps, centred = false) {
   record(x, () => {
     const [Y, S, dX, dY] = numbersOf(y, scale, x.grad, y.grad);
     for (let part = 0, at = 0; part < S.length; part++, at += D) {
-      let [byMean, byScale] = [0, 0];
+      let [sum, products] = [0, 0];
       for (let i = at; i < at + D; i++) {
-        byMean += dY[i] / D;
-        byScale += (dY[i] * Y[i]) / D;
+        sum += dY[i];
+        products += dY[i] * Y[i];
       }
-      if (!centred) byMean = 0;
-      for (let i = at; i < at + D; i++) dX[i] += (dY[i] - byMean - Y[i] * byScale) / S[part];
+      const [byMean, byScale, rate] = [centred ? sum / D : 0, products / D, 1 / S[part]];
+      for (let i = at; i < at + D; i++) dX[i] += rate * (dY[i] - byMean - Y[i] * byScale);
     }
   });
   return { output: y, mean, scale };
@@ -280,16 +290,16 @@ which sin has a minus sign in its first half. */
 function rotate(x, { cos, sin }) {
   const y = like(x);
   const D = cos.columns;
-  /** Add to each number of `to` its own times cos and its partner's times sin, or the other way round. */
+  /** Add to `to` what `from` becomes, turned by its positions' angles, or back by them. */
   const turn = (to, from, back) => {
     const [Y, X, COS, SIN] = numbersOf(to, from, cos, sin);
     for (let r = 0; r < x.rows; r++) {
       const angles = (r % cos.rows) * D;
       for (let head = r * x.columns; head < (r + 1) * x.columns; head += D) {
-        for (let i = 0; i < D; i++) {
-          const other = i < D / 2 ? i + D / 2 : i - D / 2;
-          const s = SIN[angles + (back ? other : i)];
-          Y[head + i] += X[head + i] * COS[angles + i] + X[head + other] * s;
+        for (let i = head, j = head + D / 2, angle = angles; i < head + D / 2; i++, j++, angle++) {
+          const [cos, sin] = [COS[angle], back ? SIN[angle] : -SIN[angle]];
+          Y[i] += X[i] * cos - X[j] * sin;
+          Y[j] += X[j] * cos + X[i] * sin;
         }
       }
     }
@@ -303,12 +313,13 @@ function rotate(x, { cos, sin }) {
 const BLOCK = 32; // queries that are computed at once: where attention is causal, only with the keys up to the last one
 
 /** softmax(q k^T / sqrt(D) + mask) v of each head of each text. q: (T, H D); k, v: the same for S tokens, or narrower if
-groups of neighbouring heads share one. masks: (T, S), one for each head or one for all; null: none.
+groups of neighbouring heads share one. masks: (T, S), one for each head or one for all; undefined: none.
 
 causal: the queries are those of the last T keys, and each sees the keys up to its own.
 Returns heads (T, H D), side by side, and of each head of each text scores, before the mask, and weights: (T, S). */
-function attend(q, k, v, n_head, { masks = null, causal = false, texts = 1 } = {}) {
+function attend(q, k, v, n_head, { masks, causal = false, texts = 1 } = {}) {
   const [T, S, D] = [q.rows / texts, k.rows / texts, q.columns / n_head];
+  masks ??= [q.engine.zeros(T, S)];
   const group = q.columns / k.columns; // heads that share one head of keys and values
   const y = { heads: like(q), scores: [], weights: [] };
   for (let text = 0; text < texts; text++) {
@@ -317,7 +328,7 @@ function attend(q, k, v, n_head, { masks = null, causal = false, texts = 1 } = {
       const ofKey = (x) => x.part(text * S, S, Math.floor(h / group) * D, D);
       const first = causal ? S - T : Infinity; // the keys before the first query
       const head = { q: ofQuery(q), k: ofKey(k), v: ofKey(v), y: ofQuery(y.heads), first };
-      const [scores, weights] = attendHead(head, masks && masks[h % masks.length]);
+      const [scores, weights] = attendHead(head, masks[h % masks.length]);
       y.scores.push(scores);
       y.weights.push(weights);
       record(q, () => {
@@ -342,28 +353,39 @@ function eachBlock(T, S, first, f) {
   }
 }
 
+function softmaxRow(A, W, bias, from, end, root) {
+  let largest = -Infinity;
+  for (let s = from; s < end; s++) {
+    const score = A[s] / root;
+    const x = score + bias[s];
+    A[s] = score;
+    W[s] = x;
+    if (x > largest) largest = x;
+  }
+  let sum = 0;
+  for (let s = from; s < end; s++) {
+    const exp = Math.exp(W[s] - largest);
+    W[s] = exp;
+    sum += exp;
+  }
+  const rate = 1 / sum;
+  for (let s = from; s < end; s++) W[s] *= rate;
+}
+
 function attendHead({ q, k, v, y, first }, mask) {
   const [T, S] = [q.rows, k.rows];
   const root = Math.sqrt(q.columns);
   const limits = Array.from({ length: T }, (_, t) => keysSeen(S, first, t));
   const turned = k.transposed();
   const [scores, weights] = [0, 0].map(() => Object.assign(q.engine.matrix(T, S), { limits }));
-  const exp = new Float64Array(S);
   eachBlock(T, S, first, (t, queries, keys) => {
     product(scores.part(t, queries, 0, keys), q.part(t, queries), turned.part(0, turned.rows, 0, keys));
     const [A, W] = numbersOf(scores.part(t, queries), weights.part(t, queries));
-    const bias = mask && mask.part(t, queries).data;
+    const bias = mask.part(t, queries).data;
     for (let row = 0; row < queries; row++) {
-      const [from, seen] = [row * S, limits[t + row]];
-      let [largest, sum] = [-Infinity, 0];
-      for (let s = from; s < from + seen; s++) {
-        A[s] /= root;
-        W[s] = bias ? A[s] + bias[s] : A[s];
-        if (W[s] > largest) largest = W[s];
-      }
-      for (let s = 0; s < seen; s++) sum += exp[s] = Math.exp(W[from + s] - largest);
-      for (let s = 0; s < seen; s++) W[from + s] = exp[s] / sum;
-      W.fill(0, from + seen, from + keys);
+      const [from, end] = [row * S, row * S + limits[t + row]];
+      softmaxRow(A, W, bias, from, end, root);
+      for (let s = end; s < from + keys; s++) W[s] = 0;
     }
     product(y.part(t, queries), weights.part(t, queries, 0, keys), v.part(0, keys));
   });
@@ -374,7 +396,7 @@ function attendHead({ q, k, v, y, first }, mask) {
 the derivative by it is weight (dweight - mean of dweight). */
 function attendHeadBackward({ q, k, v, first }, weights, { dq, dk, dv, dy }) {
   const [T, S] = [q.rows, k.rows];
-  const root = Math.sqrt(q.columns);
+  const rate = 1 / Math.sqrt(q.columns);
   const turned = v.transposed();
   const scratch = q.engine.matrix(BLOCK, S);
   eachBlock(T, S, first, (t, queries, keys) => {
@@ -386,7 +408,7 @@ function attendHeadBackward({ q, k, v, first }, weights, { dq, dk, dv, dy }) {
     for (let from = 0; from < queries * S; from += S) {
       let mean = 0;
       for (let s = from; s < from + keys; s++) mean += W[s] * dA[s];
-      for (let s = from; s < from + keys; s++) dA[s] = (W[s] * (dA[s] - mean)) / root;
+      for (let s = from; s < from + keys; s++) dA[s] = rate * W[s] * (dA[s] - mean);
     }
     product(dq.part(t, queries), dscores, k.part(0, keys), true);
     product(dk.part(0, keys), dscores.flipped, q.part(t, queries), true);

@@ -137,19 +137,12 @@ function stepPanel(app) {
     opened.update();
   };
   const take = (steps) => change({ count: Math.max(state.count + steps, 0) });
-  const rule = picker(
-    "Optimizer",
-    rules.map((name) => RULES[name]),
-    0,
-    (i) => change({ optimizer: rules[i], count: 0 }),
-  );
+  const named = rules.map((name) => RULES[name]);
+  const rule = picker("Optimizer", named, 0, (i) => change({ optimizer: rules[i], count: 0 }));
   const rates = { min: -2, max: 2, step: 0.1, value: 0, format: (x) => `${(10 ** x).toPrecision(2)} × the run's` };
   const rate = slider("Learning rate", rates, (x) => change({ factor: 10 ** x, count: 0 }));
-  const buttons = [
-    ["Take a step", 1],
-    ["Take ten", 10],
-    ["Undo a step", -1],
-  ].map(([label, n]) => button(label, () => take(n)));
+  const moves = Object.entries({ "Take a step": 1, "Take ten": 10, "Undo a step": -1 });
+  const buttons = moves.map(([label, n]) => button(label, () => take(n)));
   const opened = gradientOf(app, asked);
   return assemble(controlRow(rule, rate, ...buttons), result, opened);
 }
@@ -191,11 +184,7 @@ function gradientOf(app, asked) {
     return null;
   });
   const weights = picker("Weights", names, names.indexOf(state.name), (i) => ((state.name = names[i]), show()));
-  const intro = h(
-    "p",
-    {},
-    "The gradient: by how much the loss of this text changes with each weight. Each opens its sum.",
-  );
+  const intro = h("p", {}, "The gradient: how the loss of this text changes with each weight. Each opens its sum.");
   return assemble(intro, controlRow(weights, row), gradient, moved, result);
 }
 
@@ -250,13 +239,7 @@ class LeafPictures {
     const dots = objects.map(({ x, kind }) => [x[0], x[1], kind ? 1 : -1]);
     const text = "Red to the right, green upwards, the two others in the middle. Blue: a leaf; orange: a flower.";
     this.boundary.show(field, dots, text);
-    const losses = leafLandscape(
-      network,
-      objects,
-      weights.map(([, ...at]) => at),
-      2,
-      LANDSCAPE,
-    );
+    const losses = leafLandscape(network, objects, weights.map(([, ...at]) => at), 2, LANDSCAPE);
     const all = losses.flat();
     const [least, most] = [Math.min(...all), Math.max(...all)];
     const heights = losses.map((row) => row.map((loss) => (loss - least) / (most - least || 1)));

@@ -50,10 +50,16 @@ function sinusoidalPosition(config, weights, at, engine) {
 /** Angles are rounded to float32, as in training: at position 1,000 that is up to 0.00003 radians. */
 function rotaryPosition(config, weights, at, engine) {
   const frequency = rotaryFrequencies(config);
-  const angles = at.map((t) => frequency.map((f) => t * f));
-  const cos = angles.map((row) => twice(row, Math.cos, Math.cos));
-  const sin = angles.map((row) => twice(row, (angle) => -Math.sin(angle), Math.sin));
-  return { frequency, cos: engine.stacked(cos), sin: engine.stacked(sin) };
+  const known = (engine.rotary ??= []); // cos and sin of each position so far
+  for (const t of at) known[t] ??= cosAndSin(frequency.map((f) => t * f));
+  const [cos, sin] = [0, 1].map((i) => engine.stacked(at.map((t) => known[t][i])));
+  return { frequency, cos, sin };
+}
+
+/** Both for the two halves of a head; in the first, sin has a minus sign. */
+function cosAndSin(angles) {
+  const [cos, sin] = [angles.map(Math.cos), angles.map(Math.sin)];
+  return [Float32Array.from([...cos, ...cos]), Float32Array.from([...sin.map((x) => -x), ...sin])];
 }
 
 function headSize(config) {
@@ -70,11 +76,6 @@ function rotaryFrequencies(config) {
     const kept = Math.min(Math.max((turns - low) / (high - low), 0), 1); // fraction that is not divided
     return f * (kept + (1 - kept) / config.rope_factor);
   });
-}
-
-/** A row with f of all numbers, followed by g of all numbers. */
-function twice(row, f, g) {
-  return Float32Array.from([...row.map((value) => f(value)), ...row.map((value) => g(value))]);
 }
 
 function alibiPosition(config) {
@@ -180,7 +181,7 @@ const SLOPE = Math.sqrt(2 / Math.PI);
 
 /** Each function y of x, and its derivative by x. */
 const ACTIVATIONS = {
-  relu: [(x) => Math.max(x, 0), (x) => (x > 0 ? 1 : 0)],
+  relu: [(x) => (x > 0 ? x : 0), (x) => (x > 0 ? 1 : 0)],
   gelu: [
     (x) => 0.5 * x * (1 + erf(x * Math.SQRT1_2)),
     (x) => 0.5 * (1 + erf(x * Math.SQRT1_2)) + (x * Math.exp((-x * x) / 2)) / Math.sqrt(2 * Math.PI),
@@ -193,7 +194,7 @@ const ACTIVATIONS = {
     },
   ],
   silu: [(x) => x / (1 + Math.exp(-x)), (x, y) => y + (1 - y) / (1 + Math.exp(-x))],
-  relu_squared: [(x) => Math.max(x, 0) ** 2, (x) => 2 * Math.max(x, 0)],
+  relu_squared: [(x) => (x > 0 ? x * x : 0), (x) => (x > 0 ? 2 * x : 0)],
 };
 
 function mlp(x, weights, config) {

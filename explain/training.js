@@ -43,34 +43,36 @@ function batchOf(idx) {
 // --------------------------------------------------------------------------------------
 // Rules. Each changes the numbers of a weight by its gradient. state: what a rule keeps of a weight between steps.
 
-function gradientDescent(weight, state, { rate }) {
+function gradientDescent(weight, state, { rate, clip }) {
   const [W, G] = numbersOf(weight, weight.grad);
-  for (let i = 0; i < W.length; i++) W[i] -= rate * G[i];
+  for (let i = 0; i < W.length; i++) W[i] -= rate * clip * G[i];
 }
 
 /** The rate times the mean gradient, divided by its root mean square. */
-function adamw(weight, state, { rate, decay, step, beta1, beta2 }) {
+function adamw(weight, state, { rate, decay, clip, step, beta1, beta2 }) {
   const [W, G] = numbersOf(weight, weight.grad);
   const mean = (state.mean ??= new Float32Array(W.length));
   const square = (state.square ??= new Float32Array(W.length));
   const [size, root] = [rate / (1 - beta1 ** step), Math.sqrt(1 - beta2 ** step)];
   for (let i = 0; i < W.length; i++) {
-    mean[i] += (1 - beta1) * (G[i] - mean[i]);
-    square[i] += (1 - beta2) * (G[i] * G[i] - square[i]);
+    const g = clip * G[i];
+    mean[i] += (1 - beta1) * (g - mean[i]);
+    square[i] += (1 - beta2) * (g * g - square[i]);
     W[i] = W[i] * (1 - rate * decay) - (size * mean[i]) / (Math.sqrt(square[i]) / root + 1e-8);
   }
 }
 
 /** The momentum with all singular values set to about 1. */
-function muon(weight, state, { rate, decay, muon_momentum, beta2, normalizes = false }) {
+function muon(weight, state, { rate, decay, clip, muon_momentum, beta2, normalizes = false }) {
   const { engine, rows, columns } = weight;
   engine.scope(() => {
     const momentum = (state.momentum ??= new Float32Array(rows * columns));
     const x = engine.matrix(rows, columns);
     const [X, G] = numbersOf(x, weight.grad);
     for (let i = 0; i < X.length; i++) {
-      momentum[i] += (1 - muon_momentum) * (G[i] - momentum[i]);
-      X[i] = G[i] + muon_momentum * (momentum[i] - G[i]); // Nesterov's
+      const g = clip * G[i];
+      momentum[i] += (1 - muon_momentum) * (g - momentum[i]);
+      X[i] = g + muon_momentum * (momentum[i] - g); // Nesterov's
     }
     const update = rows > columns ? orthogonalize(x.transposed()).transposed() : orthogonalize(x);
     if (normalizes) normalizeNeurons(update, state, beta2);
@@ -87,7 +89,7 @@ function normuon(weight, state, settings) {
 /** U S V^T -> approximately U V^T, by five steps of Newton and Schulz. x has at most as many rows as columns. */
 function orthogonalize(x) {
   const { engine, rows } = x;
-  const norm = Math.sqrt(x.data.reduce((sum, value) => sum + value * value, 0)) + 1e-7;
+  const norm = Math.sqrt(squaresOf(x)) + 1e-7;
   x = map(x, (value) => value / norm);
   const [a, b] = [engine.matrix(rows, rows), engine.matrix(rows, rows)];
   for (let step = 0; step < 5; step++) {
@@ -169,9 +171,7 @@ class Trainer {
       const clip = settings.grad_clip ? Math.min(settings.grad_clip / (norm + 1e-6), 1) : 1;
       const scale = rateAt(this.steps++, settings);
       for (const { weight, rule, peak, decay, state } of weights) {
-        const G = weight.grad.data;
-        if (clip < 1) for (let i = 0; i < G.length; i++) G[i] *= clip;
-        rule(weight, state, { ...settings, rate: peak * scale, decay, step: this.steps });
+        rule(weight, state, { ...settings, rate: peak * scale, decay, clip, step: this.steps });
         if (weight.turned) weight.transposed(weight.turned);
       }
       return { losses: trace.losses, norm, seen };
@@ -179,7 +179,11 @@ class Trainer {
   }
 }
 
-const squaresOf = ({ data }) => data.reduce((sum, x) => sum + x * x, 0);
+function squaresOf({ data }) {
+  let sum = 0;
+  for (let i = 0; i < data.length; i++) sum += data[i] * data[i];
+  return sum;
+}
 
 if (typeof module !== "undefined") {
   Object.assign(globalThis, require("./model.js"));

