@@ -258,7 +258,8 @@ function standardize(x, D, eps, centred = false) {
   const [mean, scale] = [0, 0].map(() => x.engine.zeros(x.rows, x.columns / D));
   const [X, Y, M, S] = numbersOf(x, y, mean, scale);
   for (let part = 0, at = 0; part < M.length; part++, at += D) {
-    let [sum, squares] = [0, 0];
+    let sum = 0;
+    let squares = 0;
     if (centred) for (let i = at; i < at + D; i++) sum += X[i];
     const m = sum / D;
     for (let i = at; i < at + D; i++) squares += (X[i] - m) * (X[i] - m);
@@ -270,12 +271,15 @@ function standardize(x, D, eps, centred = false) {
   record(x, () => {
     const [Y, S, dX, dY] = numbersOf(y, scale, x.grad, y.grad);
     for (let part = 0, at = 0; part < S.length; part++, at += D) {
-      let [sum, products] = [0, 0];
+      let sum = 0;
+      let products = 0;
       for (let i = at; i < at + D; i++) {
         sum += dY[i];
         products += dY[i] * Y[i];
       }
-      const [byMean, byScale, rate] = [centred ? sum / D : 0, products / D, 1 / S[part]];
+      const byMean = centred ? sum / D : 0;
+      const byScale = products / D;
+      const rate = 1 / S[part];
       for (let i = at; i < at + D; i++) dX[i] += rate * (dY[i] - byMean - Y[i] * byScale);
     }
   });
@@ -297,9 +301,9 @@ function rotate(x, { cos, sin }) {
       const angles = (r % cos.rows) * D;
       for (let head = r * x.columns; head < (r + 1) * x.columns; head += D) {
         for (let i = head, j = head + D / 2, angle = angles; i < head + D / 2; i++, j++, angle++) {
-          const [cos, sin] = [COS[angle], back ? SIN[angle] : -SIN[angle]];
-          Y[i] += X[i] * cos - X[j] * sin;
-          Y[j] += X[j] * cos + X[i] * sin;
+          const sin = back ? SIN[angle] : -SIN[angle];
+          Y[i] += X[i] * COS[angle] - X[j] * sin;
+          Y[j] += X[j] * COS[angle] + X[i] * sin;
         }
       }
     }
@@ -377,13 +381,16 @@ function attendHead({ q, k, v, y, first }, mask) {
   const root = Math.sqrt(q.columns);
   const limits = Array.from({ length: T }, (_, t) => keysSeen(S, first, t));
   const turned = k.transposed();
-  const [scores, weights] = [0, 0].map(() => Object.assign(q.engine.matrix(T, S), { limits }));
+  const made = () => Object.assign(q.engine.matrix(T, S), { limits });
+  const weights = made();
+  const scores = q.engine.tape ? weights : made(); // training forgets them, which saves memory
   eachBlock(T, S, first, (t, queries, keys) => {
     product(scores.part(t, queries, 0, keys), q.part(t, queries), turned.part(0, turned.rows, 0, keys));
     const [A, W] = numbersOf(scores.part(t, queries), weights.part(t, queries));
     const bias = mask.part(t, queries).data;
     for (let row = 0; row < queries; row++) {
-      const [from, end] = [row * S, row * S + limits[t + row]];
+      const from = row * S;
+      const end = from + limits[t + row];
       softmaxRow(A, W, bias, from, end, root);
       for (let s = end; s < from + keys; s++) W[s] = 0;
     }
@@ -446,5 +453,5 @@ function crossEntropy(logits, targets) {
 if (typeof module !== "undefined") {
   Object.assign(globalThis, require("./kernel.js"));
   const operations = { add, attend, causalConv, crossEntropy, gather, linear, map, multiply, rotate };
-  module.exports = { ...operations, Engine, isMatrix, joined, numbersOf, standardize, windows };
+  module.exports = { ...operations, Engine, isMatrix, joined, like, numbersOf, record, standardize, windows };
 }

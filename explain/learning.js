@@ -170,7 +170,7 @@ function gradientOf(app, asked) {
   const row = slider("Row", { min: 0, max: 0, step: 1, value: 0 }, (r) => ((state.row = r), show()));
   const show = () => {
     const rows = lookUp(app.trace, path());
-    for (const part of [gradient.root, moved.root]) part.hidden = !rows;
+    for (const part of [gradient.root, moved.root, row]) part.hidden = !rows;
     if (!rows) return;
     row.querySelector("input").max = rows.length - 1;
     row.set((state.row = Math.min(state.row, rows.length - 1)));
@@ -185,7 +185,8 @@ function gradientOf(app, asked) {
   });
   const weights = picker("Weights", names, names.indexOf(state.name), (i) => ((state.name = names[i]), show()));
   const intro = h("p", {}, "The gradient: how the loss of this text changes with each weight. Each opens its sum.");
-  return assemble(intro, controlRow(weights, row), gradient, moved, result);
+  const { nodes, update } = assemble(intro, controlRow(weights, row), gradient, moved, result);
+  return { root: h("div", {}, nodes), update };
 }
 
 // --------------------------------------------------------------------------------------

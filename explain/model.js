@@ -179,36 +179,64 @@ function erf(x) {
 
 const SLOPE = Math.sqrt(2 / Math.PI);
 
-/** Each function y of x, and its derivative by x. */
-const ACTIVATIONS = {
-  relu: [(x) => (x > 0 ? x : 0), (x) => (x > 0 ? 1 : 0)],
-  gelu: [
-    (x) => 0.5 * x * (1 + erf(x * Math.SQRT1_2)),
-    (x) => 0.5 * (1 + erf(x * Math.SQRT1_2)) + (x * Math.exp((-x * x) / 2)) / Math.sqrt(2 * Math.PI),
-  ],
-  gelu_tanh: [
-    (x) => 0.5 * x * (1 + Math.tanh(SLOPE * (x + 0.044715 * x ** 3))),
-    (x) => {
+/** y, the activation of a number x. */
+function activation(name, x) {
+  switch (name) {
+    case "relu":
+      return Math.max(x, 0);
+    case "gelu":
+      return 0.5 * x * (1 + erf(x * Math.SQRT1_2));
+    case "gelu_tanh":
+      return 0.5 * x * (1 + Math.tanh(SLOPE * (x + 0.044715 * x ** 3)));
+    case "silu":
+      return x / (1 + Math.exp(-x));
+    case "relu_squared":
+      return x > 0 ? x * x : 0;
+  }
+}
+
+/** The derivative of y by x. */
+function activationSlope(name, x, y) {
+  switch (name) {
+    case "relu":
+      return x > 0 ? 1 : 0;
+    case "gelu":
+      return 0.5 * (1 + erf(x * Math.SQRT1_2)) + (x * Math.exp((-x * x) / 2)) / Math.sqrt(2 * Math.PI);
+    case "gelu_tanh": {
       const tanh = Math.tanh(SLOPE * (x + 0.044715 * x ** 3));
       return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * SLOPE * (1 + 3 * 0.044715 * x * x);
-    },
-  ],
-  silu: [(x) => x / (1 + Math.exp(-x)), (x, y) => y + (1 - y) / (1 + Math.exp(-x))],
-  relu_squared: [(x) => (x > 0 ? x * x : 0), (x) => (x > 0 ? 2 * x : 0)],
-};
+    }
+    case "silu":
+      return y + (1 - y) / (1 + Math.exp(-x));
+    case "relu_squared":
+      return 2 * Math.max(x, 0);
+  }
+}
+
+/** The activation of each number of a matrix. Not by map(), which would not be compiled as well for any function. */
+function activate(x, name) {
+  const y = like(x);
+  const [X, Y] = numbersOf(x, y);
+  for (let i = 0; i < X.length; i++) Y[i] = activation(name, X[i]);
+  record(x, () => {
+    const [X, Y, dX, dY] = numbersOf(x, y, x.grad, y.grad);
+    for (let i = 0; i < X.length; i++) dX[i] += dY[i] * activationSlope(name, X[i], Y[i]);
+  });
+  return y;
+}
 
 function mlp(x, weights, config) {
   const up_proj = linear(x, weights.up_proj);
-  const hidden = map(up_proj, ...ACTIVATIONS[config.activation]);
+  const hidden = activate(up_proj, config.activation);
   return { up_proj, activation: hidden, hidden, down_proj: linear(hidden, weights.down_proj) };
 }
 
 function gatedMLP(x, weights, config) {
   const gate_proj = linear(x, weights.gate_proj);
   const up_proj = linear(x, weights.up_proj);
-  const activation = map(gate_proj, ...ACTIVATIONS[config.activation]);
-  const hidden = multiply(activation, up_proj);
-  return { gate_proj, up_proj, activation, hidden, down_proj: linear(hidden, weights.down_proj) };
+  const gate = activate(gate_proj, config.activation);
+  const hidden = multiply(gate, up_proj);
+  return { gate_proj, up_proj, activation: gate, hidden, down_proj: linear(hidden, weights.down_proj) };
 }
 
 const MLPS = { plain: mlp, gated: gatedMLP, none: null };
@@ -323,9 +351,9 @@ function windowMLP(model, idx, { before, dropout }) {
   let x = window;
   const layers = weights.layers.map((layer, i) => {
     const y = linear(x, layer);
-    const activation = map(y, ...ACTIVATIONS[config.activation]);
-    x = dropout(activation, `layers.${i}`);
-    return { linear: y, activation };
+    const active = activate(y, config.activation);
+    x = dropout(active, `layers.${i}`);
+    return { linear: y, activation: active };
   });
   return { idx, wte, window, layers, output: x };
 }
@@ -374,6 +402,6 @@ function mapTree(tree, wanted, f) {
 
 if (typeof module !== "undefined") {
   Object.assign(globalThis, require("./engine.js"));
-  const dictionaries = { NORMS, POSITIONS, ACTIVATIONS, MLPS, BLOCKS, EMBEDDINGS, MODELS };
-  module.exports = { ...dictionaries, FLOAT32_EPS, GAIN, encode, erf, gpt, head, headSize, load, mapTree };
+  const dictionaries = { NORMS, POSITIONS, MLPS, BLOCKS, EMBEDDINGS, MODELS };
+  module.exports = { ...dictionaries, FLOAT32_EPS, GAIN, activation, activationSlope, encode, erf, gpt, head, headSize, load, mapTree };
 }

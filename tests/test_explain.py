@@ -124,7 +124,7 @@ const answers = {
   dictionaries: () => ({ ...functions, TOKENIZERS }),
   erf: ({ args }) => args.map(functions.erf),
   softmax: ({ args }) => functions.softmax(args),
-  activation: ({ name, args }) => args.map((x) => functions.ACTIVATIONS[name][0](x)),
+  activation: ({ name, args }) => args.map((x) => functions.activation(name, x)),
   crc32: ({ text }) => crc32(text),
   forward({ data, idx, source, off = [], only }) {
     const found = flatten(forward(makeModel(data), idx, { source, dropout: switchOff(off) }), "", {});
@@ -271,10 +271,7 @@ const answers = {
     });
   },
   kernel: () => KERNEL !== null,
-  slope({ name, args }) {
-    const [f, slope] = functions.ACTIVATIONS[name];
-    return args.map((x) => slope(x, f(x)));
-  },
+  slope: ({ name, args }) => args.map((x) => functions.activationSlope(name, x, functions.activation(name, x))),
   leaf({ rate, steps }) {
     const objects = leaf.leafObjects(80, 1);
     let network = leaf.randomNetwork(LEAF_SEED);
@@ -532,7 +529,7 @@ def test_the_variants_that_a_page_knows_are_those_of_the_javascript(node):
     assert set(dictionaries["TOKENIZERS"]) == set(TOKENIZERS)
     # number_mlp is the window_mlp with other embeddings
     assert {*dictionaries["MODELS"], "number_mlp"} == variants_of("model")
-    for key in ("position", "norm", "block", "mlp", "activation"):
+    for key in ("position", "norm", "block", "mlp"):
         assert set(dictionaries[f"{key.upper()}S"]) == variants_of(key)
 
 

@@ -810,7 +810,9 @@ def test_what_a_step_of_training_knew_of_a_text_follows_the_text_while_it_is_wri
 PLAIN_RATE = 0.1  # of plain gradient descent
 
 
-def losses_of_steps(model, ids: torch.Tensor, optimizer, steps: int) -> list[float]:
+def losses_of_steps(
+    model, ids: torch.Tensor, optimizer, steps: int, grad_clip: float = 0.0
+) -> list[float]:
     """The mean loss of a text before each step on it."""
     losses = []
     for _ in range(steps):
@@ -818,6 +820,7 @@ def losses_of_steps(model, ids: torch.Tensor, optimizer, steps: int) -> list[flo
         losses.append(loss.item())
         model.zero_grad()
         loss.backward()
+        train.clip(model, grad_clip)
         optimizer.step()
     return losses
 
@@ -828,8 +831,9 @@ def test_steps_of_the_runs_optimizer_on_the_text_are_pytorchs_and_can_be_undone(
     model, tokenizer = load(runs)
     ids = tensor_of(tokenizer, "Akis unat")
     saved = load_plain(runs / "out/run/best.pt")["train_config"]
-    config = train.TrainConfig(**saved | {"grad_clip": 0.0})
-    losses = losses_of_steps(model, ids, make_optimizer(config, model), 13)
+    config = train.TrainConfig(**saved)
+    optimizer = make_optimizer(config, model)
+    losses = losses_of_steps(model, ids, optimizer, 13, config.grad_clip)
     view = opened("run", "#section=step&text=Akis unat")
     view.page.click("text=Take ten")
     view.page.click("text=Take a step")
