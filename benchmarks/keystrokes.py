@@ -76,10 +76,11 @@ STEPS = """([texts, T, count]) => {
   const data = readData(textContent, dataset.checksum);
   const trainer = new Trainer(makeModel(data), data.training);
   const [random, V] = [randomNumbers(1), data.tokenizer.pieces.lengths.length];
-  const drawn = () => Array.from({ length: texts * T }, () => Math.floor(random() * V));
+  const drawn = () => Array.from({ length: T }, () => Math.floor(random() * V));
+  const batch = Array.from({ length: texts }, () => ({ idx: drawn(), targets: drawn() }));
   return Array.from({ length: count }, () => {
     const begin = performance.now();
-    trainer.step({ idx: drawn(), targets: drawn(), texts });
+    trainer.step(batch);
     return performance.now() - begin;
   });
 }"""

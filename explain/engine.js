@@ -6,8 +6,7 @@ Each operation computes a matrix. If the engine has a tape, it also pushes its o
 to the gradients of what it has read, by the chain rule. When these functions are called, the last one first, x.grad
 becomes the derivative of the loss by each number of x: see differentiate() in training.js.
 
-A batch is several texts of T tokens, below one another: row r of a matrix is token r % T of text r / T. kernel.js is
-needed. */
+kernel.js is needed. */
 
 class Engine {
   constructor(kernel = KERNEL) {
@@ -203,8 +202,8 @@ function linear(x, { weight, bias }) {
   return bias ? add(y, bias) : y;
 }
 
-/** x_t + gain (w_1 x_(t-1) + w_2 x_(t-2) + ...). weight: (n, C). T: tokens of a text. before: the rows before x. */
-function causalConv(x, weight, gain, T, before) {
+/** x_t + gain (w_1 x_(t-1) + w_2 x_(t-2) + ...). weight: (n, C). before: the rows before x. */
+function causalConv(x, weight, gain, before) {
   const C = x.columns;
   const y = like(x);
   const text = joined(before, x);
@@ -214,7 +213,7 @@ function causalConv(x, weight, gain, T, before) {
   /** Call f with the places where a row of y, a row of the text that it reads, and a row of weight begin. */
   const eachTerm = (f) => {
     for (let r = 0; r < y.rows; r++) {
-      const rows = Math.min(weight.rows, (r % T) + first);
+      const rows = Math.min(weight.rows, r + first);
       for (let back = 1; back <= rows; back++) f(r * C, (r + first - back) * C, (back - 1) * C);
     }
   };
@@ -316,30 +315,28 @@ function rotate(x, { cos, sin }) {
 
 const BLOCK = 32; // queries that are computed at once: where attention is causal, only with the keys up to the last one
 
-/** softmax(q k^T / sqrt(D) + mask) v of each head of each text. q: (T, H D); k, v: the same for S tokens, or narrower if
-groups of neighbouring heads share one. masks: (T, S), one for each head or one for all; undefined: none.
+/** softmax(q k^T / sqrt(D) + mask) v of each head. q: (T, H D); k, v: the same for S tokens, or narrower if groups of
+neighbouring heads share one. masks: (T, S), one for each head or one for all; undefined: none.
 
 causal: the queries are those of the last T keys, and each sees the keys up to its own.
-Returns heads (T, H D), side by side, and of each head of each text scores, before the mask, and weights: (T, S). */
-function attend(q, k, v, n_head, { masks, causal = false, texts = 1 } = {}) {
-  const [T, S, D] = [q.rows / texts, k.rows / texts, q.columns / n_head];
-  masks ??= [q.engine.zeros(T, S)];
+Returns heads, (T, H D), side by side, and of each head scores, before the mask, and weights: (T, S). */
+function attend(q, k, v, n_head, { masks, causal = false } = {}) {
+  const D = q.columns / n_head;
   const group = q.columns / k.columns; // heads that share one head of keys and values
+  const first = causal ? k.rows - q.rows : Infinity; // the keys before the first query
   const y = { heads: like(q), scores: [], weights: [] };
-  for (let text = 0; text < texts; text++) {
-    for (let h = 0; h < n_head; h++) {
-      const ofQuery = (x) => x.part(text * T, T, h * D, D);
-      const ofKey = (x) => x.part(text * S, S, Math.floor(h / group) * D, D);
-      const first = causal ? S - T : Infinity; // the keys before the first query
-      const head = { q: ofQuery(q), k: ofKey(k), v: ofKey(v), y: ofQuery(y.heads), first };
-      const [scores, weights] = attendHead(head, masks[h % masks.length]);
-      y.scores.push(scores);
-      y.weights.push(weights);
-      record(q, () => {
-        const [dq, dk, dv, dy] = [ofQuery(q.grad), ofKey(k.grad), ofKey(v.grad), ofQuery(y.heads.grad)];
-        q.engine.scope(() => attendHeadBackward(head, weights, { dq, dk, dv, dy }));
-      });
-    }
+  masks ??= [q.engine.zeros(q.rows, k.rows)];
+  for (let h = 0; h < n_head; h++) {
+    const ofQuery = (x) => x.part(0, x.rows, h * D, D);
+    const ofKey = (x) => x.part(0, x.rows, Math.floor(h / group) * D, D);
+    const head = { q: ofQuery(q), k: ofKey(k), v: ofKey(v), y: ofQuery(y.heads), first };
+    const [scores, weights] = attendHead(head, masks[h % masks.length]);
+    y.scores.push(scores);
+    y.weights.push(weights);
+    record(q, () => {
+      const [dq, dk, dv, dy] = [ofQuery(q.grad), ofKey(k.grad), ofKey(v.grad), ofQuery(y.heads.grad)];
+      q.engine.scope(() => attendHeadBackward(head, weights, { dq, dk, dv, dy }));
+    });
   }
   return y;
 }
@@ -381,9 +378,7 @@ function attendHead({ q, k, v, y, first }, mask) {
   const root = Math.sqrt(q.columns);
   const limits = Array.from({ length: T }, (_, t) => keysSeen(S, first, t));
   const turned = k.transposed();
-  const made = () => Object.assign(q.engine.matrix(T, S), { limits });
-  const weights = made();
-  const scores = q.engine.tape ? weights : made(); // training forgets them, which saves memory
+  const [scores, weights] = [0, 0].map(() => Object.assign(q.engine.matrix(T, S), { limits }));
   eachBlock(T, S, first, (t, queries, keys) => {
     product(scores.part(t, queries, 0, keys), q.part(t, queries), turned.part(0, turned.rows, 0, keys));
     const [A, W] = numbersOf(scores.part(t, queries), weights.part(t, queries));
@@ -426,8 +421,8 @@ function attendHeadBackward({ q, k, v, first }, weights, { dq, dk, dv, dy }) {
 // Loss
 
 /** -ln of the probability of each target, in nats. targets: an id for each row of logits, or -1 for a row that predicts
-nothing. The loss of which the tape makes the gradients is their mean. */
-function crossEntropy(logits, targets) {
+nothing. The tape makes the gradients of their sum divided by `count`. */
+function crossEntropy(logits, targets, count) {
   const V = logits.columns;
   const X = logits.data;
   const losses = [];
@@ -443,8 +438,8 @@ function crossEntropy(logits, targets) {
     targets.forEach((id, r) => {
       if (id < 0) return;
       const from = r * V;
-      for (let i = 0; i < V; i++) dX[from + i] += Math.exp(X[from + i] - largest[r]) / sums[r] / losses.length;
-      dX[from + id] -= 1 / losses.length;
+      for (let i = 0; i < V; i++) dX[from + i] += Math.exp(X[from + i] - largest[r]) / sums[r] / count;
+      dX[from + id] -= 1 / count;
     });
   });
   return losses;

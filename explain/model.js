@@ -98,7 +98,7 @@ const POSITIONS = {
   alibi: alibiPosition,
 };
 
-/** x: the token embeddings of texts. */
+/** x: the token embeddings. */
 function embedPositions(x, { vectors, scale = 1 }) {
   return vectors ? add(x, vectors, scale) : x;
 }
@@ -139,14 +139,14 @@ function project(x, weights, config, names) {
 
 /** x: (T, C), which follow the tokens of `before`, the trace of this function for them. */
 function selfAttention(x, { attn: weights }, inputs, before) {
-  const { config, position, mask, causal, texts } = inputs;
+  const { config, position, mask, causal } = inputs;
   const y = project(x, weights, config, "qkv");
   if (position.cos) {
     y.q = rotate(y.q, position);
     y.k = rotate(y.k, position);
   }
   const [k, v] = [joined(before?.k, y.k), joined(before?.v, y.v)];
-  Object.assign(y, attend(y.q, k, v, config.n_head, { masks: mask, causal, texts }));
+  Object.assign(y, attend(y.q, k, v, config.n_head, { masks: mask, causal }));
   y.o_proj = linear(y.heads, weights.o_proj);
   return y;
 }
@@ -191,7 +191,7 @@ function activation(name, x) {
     case "silu":
       return x / (1 + Math.exp(-x));
     case "relu_squared":
-      return x > 0 ? x * x : 0;
+      return Math.max(x, 0) * Math.max(x, 0); // without a branch, which a processor could not foresee
   }
 }
 
@@ -244,8 +244,8 @@ const MLPS = { plain: mlp, gated: gatedMLP, none: null };
 const GAIN = 4; // CausalConv.GAIN
 
 /** The convolution, if there is one, and the feed-forward network. x: (T, C). */
-function feedForward(x, weights, { config, texts }, before) {
-  const conv = weights.conv ? causalConv(x, weights.conv.weight, GAIN, x.rows / texts, before?.input) : null;
+function feedForward(x, weights, { config }, before) {
+  const conv = weights.conv ? causalConv(x, weights.conv.weight, GAIN, before?.input) : null;
   return { input: x, conv, ...MLPS[config.mlp](conv ?? x, weights.mlp, config) };
 }
 
@@ -285,15 +285,14 @@ function block(x, weights, inputs, before) {
   return { ...y, output: x };
 }
 
-/** x: (T, C), the embedded tokens of texts, which follow those of `before`, the trace of this stack for them.
+/** x: (T, C), the embedded tokens, which follow those of `before`, the trace of this stack for them.
 
 context: the rows, (S, C), for cross-attention. dropout(x, name): see forward(). */
-function stack(x, weights, config, { causal, name, dropout, texts = 1, before = null, context = null }) {
+function stack(x, weights, config, { causal, name, dropout, before = null, context = null }) {
   const first = before ? before.embed.length : 0;
-  const T = x.rows / texts;
-  const S = first + T;
+  const S = first + x.rows;
   if (S > config.block_size) throw new RangeError(`${S} tokens, but block_size is ${config.block_size}`);
-  const at = Array.from({ length: T }, (_, t) => first + t);
+  const at = Array.from({ length: x.rows }, (_, t) => first + t);
   const { engine } = x;
   const position = POSITIONS[config.position](config, weights.position, at, engine);
   const mask = attentionMasks(engine, at, S, { causal, window: config.window, slopes: position.slopes });
@@ -303,7 +302,7 @@ function stack(x, weights, config, { causal, name, dropout, texts = 1, before = 
   x = dropout(embed_norm.output, `${name}.embed`);
   const blocks = weights.blocks.map((each, i) => {
     const drop = (rows, branch) => dropout(rows, `${name}.blocks.${i}.${branch}`);
-    const inputs = { config, norm: normBy(config.norm), position, mask, causal, texts, context, dropout: drop };
+    const inputs = { config, norm: normBy(config.norm), position, mask, causal, context, dropout: drop };
     const y = block(x, each, inputs, before?.blocks[i]);
     x = y.output;
     return y;
@@ -315,10 +314,9 @@ function stack(x, weights, config, { causal, name, dropout, texts = 1, before = 
 // --------------------------------------------------------------------------------------
 // Models. Each reads the new token ids, which follow those of `before`, and returns their trace up to the head.
 
-/** idx: the ids of texts of the same length, one after the other. */
-function gpt({ weights, config }, idx, { before, dropout, texts }) {
+function gpt({ weights, config }, idx, { before, dropout }) {
   const wte = gather(weights.wte.weight, idx);
-  const options = { causal: true, name: "stack", dropout, texts, before: before?.stack };
+  const options = { causal: true, name: "stack", dropout, before: before?.stack };
   const y = stack(wte, weights.stack, config, options);
   return { idx, wte, stack: y, output: y.norm.output };
 }

@@ -61,7 +61,7 @@ function forward(model, idx, { source = null, before = null, lastOnly = false, d
     let trace = first ? firstTokens(rest, first) : null;
     if (first < idx.length) {
       const read = MODELS[model.config.model];
-      const options = { before: trace, dropout, source: encoded, texts: 1 };
+      const options = { before: trace, dropout, source: encoded };
       trace = appendTokens(trace, toRows(read(loaded, idx.slice(first), options)));
     }
     if (encoded) trace.source = encoded;

@@ -13,31 +13,35 @@ function namedWeights(model) {
   return Array.from(found, ([weight, name]) => [name, weight]);
 }
 
-/** Compute the loss of a batch and all gradients. Returns f(trace), in which the gradients may be read.
+/** Compute the losses of the texts of a batch, and the gradients of their mean. Returns f(losses), in which the gradients
+of the weights may be read.
 
-model: from load(). idx: the ids of texts of the same length, one after the other. targets: as in crossEntropy(), which
-also makes trace.losses. */
-function differentiate(model, { idx, targets, texts = 1 }, f) {
+model: from load(). texts: {idx, targets: as in crossEntropy()} each. look(trace) may also read the gradients of the
+numbers of a text's trace. They are gone before the next text, so that a batch needs no more memory than a text. */
+function differentiate(model, texts, f, look = () => {}) {
   const { engine } = model;
+  const weights = namedWeights(model).map(([, weight]) => weight);
+  const count = texts.flatMap(({ targets }) => targets).filter((id) => id >= 0).length;
+  const lossesOf = ({ idx, targets }) => {
+    engine.tape = [];
+    const trace = gpt(model, idx, { dropout: (x) => x });
+    trace.logits = head(model, trace.output);
+    const losses = crossEntropy(trace.logits, targets, count);
+    while (engine.tape.length) engine.tape.pop()();
+    engine.tape = null;
+    look(trace);
+    return losses;
+  };
   return engine.scope(() => {
-    try {
-      engine.tape = [];
-      const trace = gpt(model, idx, { texts, dropout: (x) => x });
-      trace.logits = head(model, trace.output);
-      trace.losses = crossEntropy(trace.logits, targets);
-      while (engine.tape.length) engine.tape.pop()();
-      engine.tape = null;
-      return f(trace);
-    } finally {
-      engine.tape = null;
-      for (const [, weight] of namedWeights(model)) weight.gradient = null;
-    }
+    for (const weight of weights) weight.gradient = engine.zeros(weight.rows, weight.columns);
+    const losses = texts.flatMap((text) => engine.scope(() => lossesOf(text)));
+    return f(losses);
   });
 }
 
 /** A text as a batch: each token predicts the next one. */
 function batchOf(idx) {
-  return { idx, targets: [...idx.slice(1), -1] };
+  return [{ idx, targets: [...idx.slice(1), -1] }];
 }
 
 // --------------------------------------------------------------------------------------
@@ -161,12 +165,13 @@ class Trainer {
     });
   }
 
-  /** Take a step. Returns its losses, as crossEntropy() does, the norm of the gradient before it was clipped, and
-  look(trace), which may read all gradients. */
-  step(batch, look = () => null) {
+  /** Take a step. Returns the losses of differentiate(), and the norm of the gradient before it was clipped.
+
+  look(trace): as there. f(): called before the weights change. */
+  step(texts, look, f = () => {}) {
     const { settings, weights } = this;
-    return differentiate(this.model, batch, (trace) => {
-      const seen = look(trace);
+    const update = (losses) => {
+      f();
       const norm = Math.sqrt(weights.reduce((sum, { weight }) => sum + squaresOf(weight.grad), 0));
       const clip = settings.grad_clip ? Math.min(settings.grad_clip / (norm + 1e-6), 1) : 1;
       const scale = rateAt(this.steps++, settings);
@@ -174,8 +179,9 @@ class Trainer {
         rule(weight, state, { ...settings, rate: peak * scale, decay, clip, step: this.steps });
         if (weight.turned) weight.transposed(weight.turned);
       }
-      return { losses: trace.losses, norm, seen };
-    });
+      return { losses, norm };
+    };
+    return differentiate(this.model, texts, update, look);
   }
 }
 

@@ -182,7 +182,8 @@ const TOPICS = {
     const { weights } = trainer.model;
     const gradients = (tree) => toRows(mapTree(tree, isMatrix, ({ grad }) => grad));
     const before = new Map(trainer.weights.map(({ weight }) => [weight, weight.data.slice()]));
-    const { seen } = trainer.step(batchOf(idx), (trace) => ({ weights: gradients(weights), trace: gradients(trace) }));
+    let seen;
+    trainer.step(batchOf(idx), (trace) => (seen = { weights: gradients(weights), trace: gradients(trace) }));
     const moved = mapTree(weights, isMatrix, (weight) =>
       weight.toRows().map((row, r) => row.map((x, i) => x - before.get(weight)[r * row.length + i])),
     );
@@ -225,12 +226,13 @@ function stepWithSizes(trainer, batch) {
     if (!parts.has(part)) parts.set(part, { name: part, gradient: 0, weights: 0, moved: 0 });
     parts.get(part)[key] += squares;
   };
-  const { losses } = trainer.step(batch, () => {
+  const measure = () => {
     for (const { name, weight } of trainer.weights) {
       grow(name, "gradient", squaresOf(weight.grad));
       grow(name, "weights", squaresOf(weight));
     }
-  });
+  };
+  const { losses } = trainer.step(batch, undefined, measure);
   trainer.weights.forEach(({ name, weight }, i) => {
     const change = weight.data.map((x, at) => x - before[i][at]);
     grow(name, "moved", squaresOf({ data: change }));

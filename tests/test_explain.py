@@ -235,12 +235,13 @@ const answers = {
     return { effect: [...effectOnLogits(model, trace, stack, { layer, branch, t, row })], own };
   },
   /** The losses of the texts of a batch, its logits, and the gradient by name. */
-  gradient({ data, idx, targets, texts }) {
+  gradient({ data, texts }) {
     const model = functions.load(makeModel(data));
-    return differentiate(model, { idx, targets, texts }, ({ losses, logits }) => ({
-      ...Object.fromEntries(namedWeights(model).map(([name, { grad }]) => [name, pack(grad.data)])),
-      losses: pack(losses), logits: pack(logits.data),
-    }));
+    const rows = [];
+    const found = (losses) => ({ losses: pack(losses), ...Object.fromEntries(
+      namedWeights(model).map(([name, { grad }]) => [name, pack(grad.data)])) });
+    const answer = differentiate(model, texts, found, ({ logits }) => rows.push(...logits.toRows()));
+    return { ...answer, logits: pack(rows) };
   },
   /** The mean losses and the norms of steps, and the weights after them. */
   train({ data, settings, batches }) {
@@ -613,16 +614,15 @@ TRAINED = {
 }
 
 
-def batch_of(texts: int, T: int, vocab_size: int, seed: int) -> dict:
+def batch_of(texts: int, T: int, vocab_size: int, seed: int) -> list[dict]:
     """Texts of random tokens, each followed by another one."""
     ids = torch.tensor(tokens(texts * (T + 1), vocab_size, seed)).view(texts, T + 1)
-    idx, targets = ids[:, :-1].flatten().tolist(), ids[:, 1:].flatten().tolist()
-    return {"idx": idx, "targets": targets, "texts": texts}
+    return [{"idx": row[:-1], "targets": row[1:]} for row in ids.tolist()]
 
 
-def loss_of(model: nn.Module, batch: dict) -> Tensor:
+def loss_of(model: nn.Module, batch: list[dict]) -> Tensor:
     idx, targets = (
-        torch.tensor(batch[key]).view(batch["texts"], -1) for key in ("idx", "targets")
+        torch.tensor([text[key] for text in batch]) for key in ("idx", "targets")
     )
     return model(idx, targets)[1]
 
@@ -631,9 +631,10 @@ def loss_of(model: nn.Module, batch: dict) -> Tensor:
 def test_the_logits_and_the_gradients_of_a_batch_are_pytorchs(node, name):
     model = rounded(test_model.tiny(**TRAINED[name]), std=0.2)
     batch = batch_of(3, 13, 11, seed=0)
-    found = node.arrays("gradient", data=data_of(model), **batch)
-    logits = model(torch.tensor(batch["idx"]).view(3, -1))[0]
-    np.testing.assert_allclose(found["logits"], logits.detach().flatten(), atol=TOLERANCE)
+    found = node.arrays("gradient", data=data_of(model), texts=batch)
+    logits = model(torch.tensor([text["idx"] for text in batch]))[0]
+    logits = logits.detach().flatten(0, 1)
+    np.testing.assert_allclose(found["logits"], logits, rtol=0, atol=TOLERANCE)
     loss = loss_of(model, batch)
     loss.backward()
     assert found["losses"].mean() == pytest.approx(loss.item(), abs=1e-5)
@@ -698,8 +699,7 @@ def test_the_rhymes_120_steps_are_pytorchs(node):
     sizes = {"vocab_size": dataset.meta["vocab_size"]}
     model = build(make_model_config(model_settings(path) | sizes))
     ids = dataset.train.arrays[0][:1101].tolist()
-    batch = {"idx": ids[:-1], "targets": ids[1:], "texts": 1}
-    batches = [batch] * settings["max_iters"]
+    batches = [[{"idx": ids[:-1], "targets": ids[1:]}]] * settings["max_iters"]
     found, losses, _ = train_both(node, rounded(model, std=None), batches, settings)
     assert found["losses"] == pytest.approx(losses, abs=1e-3)
     assert losses[-1] < 0.1 < losses[0]
