@@ -13,7 +13,7 @@ feature 17 of token 5; of scores and weights they are head, query and key. expla
 
 An operand has a value; a name; an address, if it is a number of the trace; weight: true if it is a trained one.
 
-model.js is needed: headSize(), activation(), GAIN. */
+model.js is needed: headSize(), ACTIVATIONS, GAIN. */
 
 function parseAddress(address) {
   const [path, indices] = address.split(":");
@@ -353,7 +353,7 @@ function activationRule(c, from) {
   return {
     formula: `${name}(x)`,
     terms: [term("x", x)],
-    steps: [{ text: name, value: activation(name, x.value) }],
+    steps: [{ text: name, value: ACTIVATIONS[name][0](x.value) }],
   };
 }
 

@@ -92,6 +92,48 @@ function plant(tree, [name, ...rest], tensor) {
 }
 
 // --------------------------------------------------------------------------------------
+// Weights in the memory of an engine
+
+/** A model in the memory of an engine of its own: the same with matrices as weights, and engine. It may be trained. */
+function load(model) {
+  const engine = new Engine();
+  const loaded = new Map(); // a tensor with two names stays one
+  const place = (tensor) => {
+    const { data, shape } = tensor;
+    const matrix = engine.matrix(shape.length > 1 ? shape[0] : 1, shape.at(-1));
+    matrix.data.set(data);
+    if (shape.length > 1) matrix.turned = matrix.transposed();
+    return matrix;
+  };
+  const weights = mapTree(model.weights, isTensor, (tensor) => {
+    if (!loaded.has(tensor)) loaded.set(tensor, place(tensor));
+    return loaded.get(tensor);
+  });
+  return { ...model, weights, engine };
+}
+
+const isTensor = (value) => value?.shape !== undefined;
+
+/** A tree with f(part) instead of each part that is wanted. */
+function mapTree(tree, wanted, f) {
+  if (wanted(tree)) return f(tree);
+  if (Array.isArray(tree)) return typeof tree[0] === "object" ? tree.map((item) => mapTree(item, wanted, f)) : tree;
+  if (tree === null || typeof tree !== "object" || ArrayBuffer.isView(tree)) return tree;
+  return Object.fromEntries(Object.entries(tree).map(([key, item]) => [key, mapTree(item, wanted, f)]));
+}
+
+/** The weights of a model from load(): [["wte.weight", matrix], ...]. A matrix with two names is there once. */
+function namedWeights(model) {
+  const found = new Map();
+  const walk = (tree, names) => {
+    if (!isMatrix(tree)) for (const [name, part] of Object.entries(tree)) walk(part, [...names, name]);
+    else if (!found.has(tree)) found.set(tree, names.join("."));
+  };
+  walk(model.weights, []);
+  return Array.from(found, ([weight, name]) => [name, weight]);
+}
+
+// --------------------------------------------------------------------------------------
 // From typed text to token ids
 
 /** The token ids of a text, as sample.py reads a prompt. */
@@ -135,5 +177,8 @@ function readPair({ model, tokenizer }, sourceText, targetText, ids = tokenizer.
   return { ids, idx, lost, ...(encoder ? { source } : {}) };
 }
 
-if (typeof module !== "undefined")
-  module.exports = { contextStart, crc32, idsOf, makeModel, makeSnapshot, readData, readPair, readText };
+if (typeof module !== "undefined") {
+  Object.assign(globalThis, require("./engine.js"));
+  const models = { load, makeModel, makeSnapshot, mapTree, namedWeights };
+  module.exports = { ...models, contextStart, crc32, idsOf, readData, readPair, readText };
+}

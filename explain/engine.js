@@ -257,8 +257,7 @@ function standardize(x, D, eps, centred = false) {
   const [mean, scale] = [0, 0].map(() => x.engine.zeros(x.rows, x.columns / D));
   const [X, Y, M, S] = numbersOf(x, y, mean, scale);
   for (let part = 0, at = 0; part < M.length; part++, at += D) {
-    let sum = 0;
-    let squares = 0;
+    let [sum, squares] = [0, 0];
     if (centred) for (let i = at; i < at + D; i++) sum += X[i];
     const m = sum / D;
     for (let i = at; i < at + D; i++) squares += (X[i] - m) * (X[i] - m);
@@ -270,15 +269,12 @@ function standardize(x, D, eps, centred = false) {
   record(x, () => {
     const [Y, S, dX, dY] = numbersOf(y, scale, x.grad, y.grad);
     for (let part = 0, at = 0; part < S.length; part++, at += D) {
-      let sum = 0;
-      let products = 0;
+      let [sum, products] = [0, 0];
       for (let i = at; i < at + D; i++) {
         sum += dY[i];
         products += dY[i] * Y[i];
       }
-      const byMean = centred ? sum / D : 0;
-      const byScale = products / D;
-      const rate = 1 / S[part];
+      const [byMean, byScale, rate] = [centred ? sum / D : 0, products / D, 1 / S[part]];
       for (let i = at; i < at + D; i++) dX[i] += rate * (dY[i] - byMean - Y[i] * byScale);
     }
   });
@@ -296,14 +292,12 @@ function rotate(x, { cos, sin }) {
   /** Add to `to` what `from` becomes, turned by its positions' angles, or back by them. */
   const turn = (to, from, back) => {
     const [Y, X, COS, SIN] = numbersOf(to, from, cos, sin);
-    for (let r = 0; r < x.rows; r++) {
-      const angles = (r % cos.rows) * D;
-      for (let head = r * x.columns; head < (r + 1) * x.columns; head += D) {
-        for (let i = head, j = head + D / 2, angle = angles; i < head + D / 2; i++, j++, angle++) {
-          const sin = back ? SIN[angle] : -SIN[angle];
-          Y[i] += X[i] * COS[angle] - X[j] * sin;
-          Y[j] += X[j] * COS[angle] + X[i] * sin;
-        }
+    for (let head = 0; head < X.length; head += D) {
+      const angles = Math.floor(head / x.columns) * D;
+      for (let i = head, j = head + D / 2, angle = angles; i < head + D / 2; i++, j++, angle++) {
+        const sin = back ? SIN[angle] : -SIN[angle];
+        Y[i] += X[i] * COS[angle] - X[j] * sin;
+        Y[j] += X[j] * COS[angle] + X[i] * sin;
       }
     }
   };
@@ -348,29 +342,23 @@ function keysSeen(S, first, t) {
 
 /** Call f(first query, number of queries, number of keys that they see) for each block of queries. */
 function eachBlock(T, S, first, f) {
-  for (let t = 0; t < T; t += BLOCK) {
-    const queries = Math.min(BLOCK, T - t);
-    f(t, queries, keysSeen(S, first, t + queries - 1));
+  for (let t = 0, n; t < T; t += n) {
+    n = Math.min(BLOCK, T - t);
+    f(t, n, keysSeen(S, first, t + n - 1));
   }
 }
 
-function softmaxRow(A, W, bias, from, end, root) {
-  let largest = -Infinity;
+/** Divide the scores A of one query by root, and make W their softmax with the mask added. Its largest number is
+subtracted first, which only prevents overflow. */
+function weigh(A, W, mask, from, end, root) {
+  let [largest, sum] = [-Infinity, 0];
   for (let s = from; s < end; s++) {
-    const score = A[s] / root;
-    const x = score + bias[s];
-    A[s] = score;
-    W[s] = x;
-    if (x > largest) largest = x;
+    A[s] /= root;
+    W[s] = A[s] + mask[s];
+    if (W[s] > largest) largest = W[s];
   }
-  let sum = 0;
-  for (let s = from; s < end; s++) {
-    const exp = Math.exp(W[s] - largest);
-    W[s] = exp;
-    sum += exp;
-  }
-  const rate = 1 / sum;
-  for (let s = from; s < end; s++) W[s] *= rate;
+  for (let s = from; s < end; s++) sum += W[s] = Math.exp(W[s] - largest);
+  for (let s = from; s < end; s++) W[s] /= sum;
 }
 
 function attendHead({ q, k, v, y, first }, mask) {
@@ -384,10 +372,9 @@ function attendHead({ q, k, v, y, first }, mask) {
     const [A, W] = numbersOf(scores.part(t, queries), weights.part(t, queries));
     const bias = mask.part(t, queries).data;
     for (let row = 0; row < queries; row++) {
-      const from = row * S;
-      const end = from + limits[t + row];
-      softmaxRow(A, W, bias, from, end, root);
-      for (let s = end; s < from + keys; s++) W[s] = 0;
+      const end = row * S + limits[t + row];
+      weigh(A, W, bias, row * S, end, root);
+      for (let s = end; s < row * S + keys; s++) W[s] = 0;
     }
     product(y.part(t, queries), weights.part(t, queries, 0, keys), v.part(0, keys));
   });
@@ -448,5 +435,5 @@ function crossEntropy(logits, targets, count) {
 if (typeof module !== "undefined") {
   Object.assign(globalThis, require("./kernel.js"));
   const operations = { add, attend, causalConv, crossEntropy, gather, linear, map, multiply, rotate };
-  module.exports = { ...operations, Engine, isMatrix, joined, like, numbersOf, record, standardize, windows };
+  module.exports = { ...operations, Engine, isMatrix, joined, numbersOf, standardize, windows };
 }

@@ -98,11 +98,6 @@ const POSITIONS = {
   alibi: alibiPosition,
 };
 
-/** x: the token embeddings. */
-function embedPositions(x, { vectors, scale = 1 }) {
-  return vectors ? add(x, vectors, scale) : x;
-}
-
 // --------------------------------------------------------------------------------------
 // Attention
 
@@ -179,64 +174,36 @@ function erf(x) {
 
 const SLOPE = Math.sqrt(2 / Math.PI);
 
-/** y, the activation of a number x. */
-function activation(name, x) {
-  switch (name) {
-    case "relu":
-      return Math.max(x, 0);
-    case "gelu":
-      return 0.5 * x * (1 + erf(x * Math.SQRT1_2));
-    case "gelu_tanh":
-      return 0.5 * x * (1 + Math.tanh(SLOPE * (x + 0.044715 * x ** 3)));
-    case "silu":
-      return x / (1 + Math.exp(-x));
-    case "relu_squared":
-      return Math.max(x, 0) * Math.max(x, 0); // without a branch, which a processor could not foresee
-  }
-}
-
-/** The derivative of y by x. */
-function activationSlope(name, x, y) {
-  switch (name) {
-    case "relu":
-      return x > 0 ? 1 : 0;
-    case "gelu":
-      return 0.5 * (1 + erf(x * Math.SQRT1_2)) + (x * Math.exp((-x * x) / 2)) / Math.sqrt(2 * Math.PI);
-    case "gelu_tanh": {
+/** Each function y of x, and its derivative by x. */
+const ACTIVATIONS = {
+  relu: [(x) => Math.max(x, 0), (x) => (x > 0 ? 1 : 0)],
+  gelu: [
+    (x) => 0.5 * x * (1 + erf(x * Math.SQRT1_2)),
+    (x) => 0.5 * (1 + erf(x * Math.SQRT1_2)) + (x * Math.exp((-x * x) / 2)) / Math.sqrt(2 * Math.PI),
+  ],
+  gelu_tanh: [
+    (x) => 0.5 * x * (1 + Math.tanh(SLOPE * (x + 0.044715 * x ** 3))),
+    (x) => {
       const tanh = Math.tanh(SLOPE * (x + 0.044715 * x ** 3));
       return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * SLOPE * (1 + 3 * 0.044715 * x * x);
-    }
-    case "silu":
-      return y + (1 - y) / (1 + Math.exp(-x));
-    case "relu_squared":
-      return 2 * Math.max(x, 0);
-  }
-}
-
-/** The activation of each number of a matrix. Not by map(), which would not be compiled as well for any function. */
-function activate(x, name) {
-  const y = like(x);
-  const [X, Y] = numbersOf(x, y);
-  for (let i = 0; i < X.length; i++) Y[i] = activation(name, X[i]);
-  record(x, () => {
-    const [X, Y, dX, dY] = numbersOf(x, y, x.grad, y.grad);
-    for (let i = 0; i < X.length; i++) dX[i] += dY[i] * activationSlope(name, X[i], Y[i]);
-  });
-  return y;
-}
+    },
+  ],
+  silu: [(x) => x / (1 + Math.exp(-x)), (x, y) => y + (1 - y) / (1 + Math.exp(-x))],
+  relu_squared: [(x) => (x > 0 ? x * x : 0), (x) => (x > 0 ? 2 * x : 0)],
+};
 
 function mlp(x, weights, config) {
   const up_proj = linear(x, weights.up_proj);
-  const hidden = activate(up_proj, config.activation);
+  const hidden = map(up_proj, ...ACTIVATIONS[config.activation]);
   return { up_proj, activation: hidden, hidden, down_proj: linear(hidden, weights.down_proj) };
 }
 
 function gatedMLP(x, weights, config) {
   const gate_proj = linear(x, weights.gate_proj);
   const up_proj = linear(x, weights.up_proj);
-  const gate = activate(gate_proj, config.activation);
-  const hidden = multiply(gate, up_proj);
-  return { gate_proj, up_proj, activation: gate, hidden, down_proj: linear(hidden, weights.down_proj) };
+  const activation = map(gate_proj, ...ACTIVATIONS[config.activation]);
+  const hidden = multiply(activation, up_proj);
+  return { gate_proj, up_proj, activation, hidden, down_proj: linear(hidden, weights.down_proj) };
 }
 
 const MLPS = { plain: mlp, gated: gatedMLP, none: null };
@@ -296,7 +263,7 @@ function stack(x, weights, config, { causal, name, dropout, before = null, conte
   const { engine } = x;
   const position = POSITIONS[config.position](config, weights.position, at, engine);
   const mask = attentionMasks(engine, at, S, { causal, window: config.window, slopes: position.slopes });
-  const embed = embedPositions(x, position);
+  const embed = position.vectors ? add(x, position.vectors, position.scale) : x;
   const normBy = (kind) => (rows, layer) => NORMS[kind](rows, layer, config.norm_eps);
   const embed_norm = normBy(config.embed_norm ? config.norm : "none")(embed, weights.embed_norm);
   x = dropout(embed_norm.output, `${name}.embed`);
@@ -349,9 +316,9 @@ function windowMLP(model, idx, { before, dropout }) {
   let x = window;
   const layers = weights.layers.map((layer, i) => {
     const y = linear(x, layer);
-    const active = activate(y, config.activation);
-    x = dropout(active, `layers.${i}`);
-    return { linear: y, activation: active };
+    const activation = map(y, ...ACTIVATIONS[config.activation]);
+    x = dropout(activation, `layers.${i}`);
+    return { linear: y, activation };
   });
   return { idx, wte, window, layers, output: x };
 }
@@ -370,36 +337,8 @@ function head({ config, weights }, x) {
   );
 }
 
-/** A model in the memory of an engine of its own: the same with matrices as weights, and engine. It may be trained. */
-function load(model) {
-  const engine = new Engine();
-  const loaded = new Map(); // a tensor with two names stays one
-  const place = (tensor) => {
-    const { data, shape } = tensor;
-    const matrix = engine.matrix(shape.length > 1 ? shape[0] : 1, shape.at(-1));
-    matrix.data.set(data);
-    if (shape.length > 1) matrix.turned = matrix.transposed();
-    return matrix;
-  };
-  const weights = mapTree(model.weights, isTensor, (tensor) => {
-    if (!loaded.has(tensor)) loaded.set(tensor, place(tensor));
-    return loaded.get(tensor);
-  });
-  return { ...model, weights, engine };
-}
-
-const isTensor = (value) => value?.shape !== undefined;
-
-/** A tree with f(part) instead of each part that is wanted. */
-function mapTree(tree, wanted, f) {
-  if (wanted(tree)) return f(tree);
-  if (Array.isArray(tree)) return typeof tree[0] === "object" ? tree.map((item) => mapTree(item, wanted, f)) : tree;
-  if (tree === null || typeof tree !== "object" || ArrayBuffer.isView(tree)) return tree;
-  return Object.fromEntries(Object.entries(tree).map(([key, item]) => [key, mapTree(item, wanted, f)]));
-}
-
 if (typeof module !== "undefined") {
   Object.assign(globalThis, require("./engine.js"));
-  const dictionaries = { NORMS, POSITIONS, MLPS, BLOCKS, EMBEDDINGS, MODELS };
-  module.exports = { ...dictionaries, FLOAT32_EPS, GAIN, activation, activationSlope, encode, erf, gpt, head, headSize, load, mapTree };
+  const dictionaries = { NORMS, POSITIONS, ACTIVATIONS, MLPS, BLOCKS, EMBEDDINGS, MODELS };
+  module.exports = { ...dictionaries, FLOAT32_EPS, GAIN, encode, erf, gpt, head, headSize };
 }

@@ -156,6 +156,6 @@ function mapTrace(trace, f, other) {
 }
 
 if (typeof module !== "undefined") {
-  Object.assign(globalThis, require("./model.js"));
+  Object.assign(globalThis, require("./model.js"), require("./data.js"));
   module.exports = { forward, softmax, tokenLosses, toRows };
 }

@@ -2,17 +2,6 @@
 
 /* Training: the loss of a batch, its gradients by the tape of engine.js, and the rules of humptygpt/optimizers.py. */
 
-/** The weights of a model from load(): [["wte.weight", matrix], ...]. A matrix with two names is there once. */
-function namedWeights(model) {
-  const found = new Map();
-  const walk = (tree, names) => {
-    if (!isMatrix(tree)) for (const [name, part] of Object.entries(tree)) walk(part, [...names, name]);
-    else if (!found.has(tree)) found.set(tree, names.join("."));
-  };
-  walk(model.weights, []);
-  return Array.from(found, ([weight, name]) => [name, weight]);
-}
-
 /** Compute the losses of the texts of a batch, and the gradients of their mean. Returns f(losses), in which the gradients
 of the weights may be read.
 
@@ -37,11 +26,6 @@ function differentiate(model, texts, f, look = () => {}) {
     const losses = texts.flatMap((text) => engine.scope(() => lossesOf(text)));
     return f(losses);
   });
-}
-
-/** A text as a batch: each token predicts the next one. */
-function batchOf(idx) {
-  return [{ idx, targets: [...idx.slice(1), -1] }];
 }
 
 // --------------------------------------------------------------------------------------
@@ -192,6 +176,6 @@ function squaresOf({ data }) {
 }
 
 if (typeof module !== "undefined") {
-  Object.assign(globalThis, require("./model.js"));
-  module.exports = { batchOf, differentiate, namedWeights, rateAt, Trainer };
+  Object.assign(globalThis, require("./model.js"), require("./data.js"));
+  module.exports = { differentiate, rateAt, Trainer };
 }

@@ -208,6 +208,11 @@ function outcome(model, idx) {
   return { losses: tokenLosses(trace), probs: trace.probs.at(-1) };
 }
 
+/** A text as a batch: each token predicts the next one. */
+function batchOf(idx) {
+  return [{ idx, targets: [...idx.slice(1), -1] }];
+}
+
 /** A trainer of a copy of the run's model, by the run's rules at a constant rate, or by plain gradient descent. */
 function makeTrainer({ model, settings }, optimizer, factor) {
   const rates = ["learning_rate", "muon_learning_rate"].map((key) => [key, settings[key] * factor]);

@@ -69,11 +69,12 @@ const { readFileSync } = require("node:fs");
 const root = process.argv[2];
 const functions = { ...require(`${root}/explain/model.js`), ...require(`${root}/explain/trace.js`) };
 const { makeTokenizer, TOKENIZERS } = require(`${root}/explain/tokenizer.js`);
-const { crc32, makeModel, makeSnapshot, readData, readPair, readText } = require(`${root}/explain/data.js`);
+const { crc32, load, makeModel, makeSnapshot, namedWeights, readData, readPair, readText } =
+  require(`${root}/explain/data.js`);
 const arithmetic = require(`${root}/explain/arithmetic.js`);
 const { KERNEL, plainProduct, product } = require(`${root}/explain/kernel.js`);
 const { Engine } = require(`${root}/explain/engine.js`);
-const { differentiate, namedWeights, rateAt, Trainer } = require(`${root}/explain/training.js`);
+const { differentiate, rateAt, Trainer } = require(`${root}/explain/training.js`);
 const { contributions, effectOnLogits, explainNumber, logitLens, valueAt } = arithmetic;
 const leaf = require(`${root}/explain/leaf.js`);
 const { LEAF_SEED, randomNumbers } = leaf;
@@ -124,7 +125,7 @@ const answers = {
   dictionaries: () => ({ ...functions, TOKENIZERS }),
   erf: ({ args }) => args.map(functions.erf),
   softmax: ({ args }) => functions.softmax(args),
-  activation: ({ name, args }) => args.map((x) => functions.activation(name, x)),
+  activation: ({ name, args }) => args.map((x) => functions.ACTIVATIONS[name][0](x)),
   crc32: ({ text }) => crc32(text),
   forward({ data, idx, source, off = [], only }) {
     const found = flatten(forward(makeModel(data), idx, { source, dropout: switchOff(off) }), "", {});
@@ -236,7 +237,7 @@ const answers = {
   },
   /** The losses of the texts of a batch, its logits, and the gradient by name. */
   gradient({ data, texts }) {
-    const model = functions.load(makeModel(data));
+    const model = load(makeModel(data));
     const rows = [];
     const found = (losses) => ({ losses: pack(losses), ...Object.fromEntries(
       namedWeights(model).map(([name, { grad }]) => [name, pack(grad.data)])) });
@@ -272,7 +273,10 @@ const answers = {
     });
   },
   kernel: () => KERNEL !== null,
-  slope: ({ name, args }) => args.map((x) => functions.activationSlope(name, x, functions.activation(name, x))),
+  slope({ name, args }) {
+    const [f, slope] = functions.ACTIVATIONS[name];
+    return args.map((x) => slope(x, f(x)));
+  },
   leaf({ rate, steps }) {
     const objects = leaf.leafObjects(80, 1);
     let network = leaf.randomNetwork(LEAF_SEED);
@@ -530,7 +534,7 @@ def test_the_variants_that_a_page_knows_are_those_of_the_javascript(node):
     assert set(dictionaries["TOKENIZERS"]) == set(TOKENIZERS)
     # number_mlp is the window_mlp with other embeddings
     assert {*dictionaries["MODELS"], "number_mlp"} == variants_of("model")
-    for key in ("position", "norm", "block", "mlp"):
+    for key in ("position", "norm", "block", "mlp", "activation"):
         assert set(dictionaries[f"{key.upper()}S"]) == variants_of(key)
 
 
