@@ -358,7 +358,8 @@ function weigh(A, W, mask, from, end, root) {
     if (W[s] > largest) largest = W[s];
   }
   for (let s = from; s < end; s++) sum += W[s] = Math.exp(W[s] - largest);
-  for (let s = from; s < end; s++) W[s] /= sum;
+  const rate = 1 / sum;
+  for (let s = from; s < end; s++) W[s] *= rate;
 }
 
 function attendHead({ q, k, v, y, first }, mask) {

@@ -333,7 +333,7 @@ function head({ config, weights }, x) {
   return map(
     logits,
     (logit) => cap * Math.tanh(logit / cap),
-    (_, capped) => 1 - (capped / cap) ** 2,
+    (logit) => 1 - Math.tanh(logit / cap) ** 2,
   );
 }
 

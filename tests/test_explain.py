@@ -604,7 +604,7 @@ def drawn_settings(seed: int) -> dict:
         some[key] = draw.random() < 0.5
     some |= {"n_embd": 24, "n_head": 4, "n_kv_head": draw.choice([None, 1, 2])}
     some |= {"head_size": draw.choice([None, 10]), "n_hidden": draw.choice([None, 27])}
-    some |= {"window": draw.choice([0, 3]), "logit_soft_cap": draw.choice([0.0, 0.5])}
+    some |= {"window": draw.choice([0, 3]), "logit_soft_cap": draw.choice([0.0, 2.0])}
     return some | {"mlp_conv": draw.choice([0, 2]) if some["mlp"] != "none" else 0}
 
 
