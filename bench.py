@@ -4,7 +4,7 @@
     python bench.py --what=loss --nanogpt=../nanoGPT      the time to reach a loss, and the losses after equal time
     python bench.py --what=profile                        the time of each part of a training step
     python bench.py --what=sample --nanogpt=../nanoGPT    generation on a CPU, with every other program installed
-    python bench.py --what=page --page=PAGE.html          keystrokes in a page made by explain.py, in Chromium
+    python bench.py --what=page --page=PAGE.html          keystrokes and training in a page of explain.py, in Chromium
     python bench.py --what=gpu --nanogpt=../nanoGPT       fifteen minutes on a GPU, reported as one table for RECORDS.md
     python bench.py --what=machine                        the demo with each dtype, number of threads and way of waiting
 

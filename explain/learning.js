@@ -184,7 +184,8 @@ function gradientOf(app, asked) {
     return null;
   });
   const weights = picker("Weights", names, names.indexOf(state.name), (i) => ((state.name = names[i]), show()));
-  const intro = h("p", {}, "The gradient: how the loss of this text changes with each weight. Each opens its sum.");
+  const what = "The gradient: how the loss of this text changes with each weight of your model. Select a number.";
+  const intro = h("p", {}, what);
   const { nodes, update } = assemble(intro, controlRow(weights, row), gradient, moved, result);
   return { root: h("div", {}, nodes), update };
 }
