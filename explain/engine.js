@@ -436,5 +436,5 @@ function crossEntropy(logits, targets, count) {
 if (typeof module !== "undefined") {
   Object.assign(globalThis, require("./kernel.js"));
   const operations = { add, attend, causalConv, crossEntropy, gather, linear, map, multiply, rotate };
-  module.exports = { ...operations, Engine, isMatrix, joined, numbersOf, standardize, windows };
+  module.exports = { ...operations, Engine, isMatrix, joined, like, numbersOf, standardize, windows };
 }

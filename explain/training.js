@@ -83,9 +83,10 @@ function orthogonalize(x) {
   for (let step = 0; step < 5; step++) {
     product(a, x, x.transposed());
     product(b, a, a);
-    const [A, B] = numbersOf(a, b);
+    const y = like(x);
+    const [A, B, X, Y] = numbersOf(a, b, x, y);
     for (let i = 0; i < B.length; i++) B[i] = 2.0315 * B[i] - 4.775 * A[i];
-    const y = map(x, (value) => 3.4445 * value);
+    for (let i = 0; i < X.length; i++) Y[i] = 3.4445 * X[i];
     product(y, b, x, true);
     x = y;
   }
