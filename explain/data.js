@@ -94,9 +94,8 @@ function plant(tree, [name, ...rest], tensor) {
 // --------------------------------------------------------------------------------------
 // Weights in the memory of an engine
 
-/** A model in the memory of an engine of its own: the same with matrices as weights, and engine. It may be trained. */
-function load(model) {
-  const engine = new Engine();
+/** A model in the memory of an engine: the same with matrices as weights, and engine. It may be trained. */
+function load(model, engine = new Engine()) {
   const loaded = new Map(); // a tensor with two names stays one
   const place = (tensor) => {
     const { data, shape } = tensor;

@@ -273,6 +273,11 @@ const answers = {
     });
   },
   kernel: () => KERNEL !== null,
+  /** The numbers of a trace that differ if they are computed without WebAssembly. */
+  plain({ data, idx, source }) {
+    const [fast, plain] = [undefined, new Engine(null)].map((engine) => load(makeModel(data), engine));
+    return differences(forward(fast, idx, { source }), forward(plain, idx, { source }));
+  },
   slope({ name, args }) {
     const [f, slope] = functions.ACTIVATIONS[name];
     return args.map((x) => slope(x, f(x)));
@@ -583,6 +588,11 @@ def test_the_kernel_and_the_plain_product_give_the_same_bits_and_a_row_alone_too
         for turned in (0, 1)
     ]
     assert node.ask("products", shapes=shapes, adds=adds) == []
+
+
+@every_variant
+def test_without_webassembly_every_number_has_the_same_bits(node, variant):
+    assert node.ask("plain", **explained_case(variant)) == []
 
 
 def preset(path: str, **keys) -> dict:
@@ -1166,7 +1176,7 @@ def test_the_page_is_one_file_that_asks_for_no_other(run_dir):
     assert "{{" not in page and page.count("<script") == page.count("</script>") == 19
     others = r"https?://|\bsrc=|\bhref=|\bimport\b|\bfetch\(|XMLHttpRequest|url\("
     assert not re.search(others, page)
-    assert "default-src 'none'" in page
+    assert "default-src 'none'; script-src 'unsafe-inline' 'wasm-unsafe-eval'; " in page
 
 
 def test_what_a_text_has_of_html_stays_text():

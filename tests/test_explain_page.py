@@ -128,6 +128,7 @@ def tensor_of(tokenizer, text: str) -> torch.Tensor:
 
 def test_the_bars_are_the_models_probabilities_and_change_with_each_keystroke(opened, runs):
     view = opened()
+    assert view.page.evaluate("KERNEL !== null")  # WebAssembly is allowed
     view.page.focus("#text")
     view.page.keyboard.press("Control+End")
     for letter in ("", "i", "s"):
