@@ -109,6 +109,7 @@ function attentionMasks(engine, at, S, { causal, window, slopes }) {
   const limits = at.map((t) => (causal ? t + 1 : S));
   return Array.from(slopes ?? [0], (slope) => {
     const mask = Object.assign(engine.zeros(at.length, S), { limits });
+    if (!window && !slope) return mask;
     const { data } = mask;
     at.forEach((t, row) => {
       for (let s = 0; s < limits[row]; s++) {

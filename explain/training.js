@@ -41,12 +41,12 @@ function adamw(weight, state, { rate, decay, clip, step, beta1, beta2 }) {
   const [W, G] = numbersOf(weight, weight.grad);
   const mean = (state.mean ??= new Float32Array(W.length));
   const square = (state.square ??= new Float32Array(W.length));
-  const [size, root] = [rate / (1 - beta1 ** step), Math.sqrt(1 - beta2 ** step)];
+  const [size, scale] = [rate / (1 - beta1 ** step), 1 / Math.sqrt(1 - beta2 ** step)];
   for (let i = 0; i < W.length; i++) {
     const g = clip * G[i];
     mean[i] += (1 - beta1) * (g - mean[i]);
     square[i] += (1 - beta2) * (g * g - square[i]);
-    W[i] = W[i] * (1 - rate * decay) - (size * mean[i]) / (Math.sqrt(square[i]) / root + 1e-8);
+    W[i] = W[i] * (1 - rate * decay) - (size * mean[i]) / (Math.sqrt(square[i]) * scale + 1e-8);
   }
 }
 
