@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from humptygpt import checkpoint, cli, evaluation, machine
-from humptygpt.checkpoint import refuse_other_code
 from humptygpt.cli import UserError, fields_of, first_line, note, refuse_vain
 from humptygpt.data import COMMAND, Dataset, Prefetcher, is_command, made_by, read_meta
 from humptygpt.device import autocast, pick_device, pick_dtype, to_device
@@ -125,8 +124,6 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     # only noted: a config file may be combined with others, and the same command may run in several processes
     noted = given.keys() - typed | FOR_SEVERAL.keys()
     refuse_vain(chosen | typed, values, IN_VAIN | FOR_SEVERAL, noted)
-    if overwrite and (given.get("init_from") == "resume" or not writes):
-        note("overwrite=True has no effect: no new run is written")
     if not saved and "warmup_iters" not in given:
         config = fit_warmup(config)
     if init_from == "scratch" and defaults:
@@ -188,7 +185,7 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
         raise UserError(
             f"{path} holds a model but no optimizer state, so it cannot be resumed; is it a copy of best.pt?"
         )
-    with refuse_other_code(path):
+    with checkpoint.refuse_other_code(path):
         train_config = cli.restore(TrainConfig, saved["train_config"])
     own = asdict(train_config) | saved["model_config"]
     fixed = own.keys() - MAY_CHANGE
@@ -411,9 +408,8 @@ def make_model(
         model = adapt_model(base, config, model_config, tokenizer.vocab_size)
     else:
         torch.manual_seed(config.seed)
-        model = (
-            build_on_meta(model_config) if sharded else build(model_config, vars(config))
-        )
+        make = build_on_meta if sharded else build
+        model = make(model_config, vars(config))
     for module in model.modules():
         if isinstance(module, Stack):
             module.checkpoint_activations = config.checkpoint_activations
