@@ -18,7 +18,6 @@ new GPT has the recipe of config/shakespeare_char.py instead: that file's values
 import signal
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, closing
-from pathlib import Path
 
 from humptygpt import machine
 
@@ -119,17 +118,17 @@ def setup(
         tune_malloc()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-    dataset = open_prepared(Path("data") / config.dataset, model_config, config.seed)
+    dataset = open_prepared(config, model_config)
     model_config = fit_to_data(config, model_config, saved, base, dataset)
     clock = StepClock()
     if config.minutes:
         from humptygpt.minutes import plan
 
         config, model_config, clock = plan.begin(
-            config, model_config, given, saved, dataset, device, dtype
+            config, model_config, given, saved, dataset, device
         )
     elif not config.eval_only:
-        check_training_fits(config, model_config, device, dtype, process.size)
+        check_training_fits(config, model_config, device, process.size)
 
     sharded, tokenizer = process.sharded, dataset.tokenizer
     model = make_model(config, model_config, saved, base, sharded, tokenizer)

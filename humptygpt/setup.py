@@ -283,8 +283,9 @@ def input_keys(config: TrainConfig, folder: Path) -> dict[str, object]:
     return keys
 
 
-def open_prepared(folder: Path, config: ModelConfig, seed: int) -> Dataset:
-    """Open a prepared folder. Raises UserError if the model is for another task, or a package is missing."""
+def open_prepared(config: TrainConfig, model_config: ModelConfig) -> Dataset:
+    """Open data/<dataset>. Raises UserError if the model is for another task, or a package is missing."""
+    folder = Path("data") / config.dataset
     meta = read_meta(folder)
     own = folder / "input.txt"
     if own.exists() and "made_from" in meta and meta["source"] != str(own):
@@ -293,18 +294,18 @@ def open_prepared(folder: Path, config: ModelConfig, seed: int) -> Dataset:
             f" python prepare_data.py {folder.name} --overwrite=True"
         )
     task = find_task(meta["task"])
-    model = model_class(config.model)
-    _, learns = MODELS[config.model]
+    with_encoder = hasattr(model_class(model_config.model), "encode")
+    _, learns = MODELS[model_config.model]
     if meta["task"] not in learns:
         raise UserError(
-            f"dataset={folder.name} is for {meta['task']}, but model={config.model} is for {' and '.join(learns)}"
+            f"dataset={folder.name} is for {meta['task']}, but model={model_config.model} is for {' and '.join(learns)}"
         )
     # fail now, not at the end of training
     if task.package and not importlib.util.find_spec(task.package):
         raise UserError(
             f"{meta['task']} is scored with a package that is not installed: pip install {task.package}"
         )
-    return task.dataset(folder, config.block_size, seed, hasattr(model, "encode"), meta)
+    return task.dataset(folder, model_config.block_size, config.seed, with_encoder, meta)
 
 
 def make_batches(
@@ -377,8 +378,7 @@ def training_data(path: str | Path) -> Dataset:
     """Open the data that the run of a checkpoint was trained on. Raises UserError if it is not there any more."""
     saved = checkpoint.read(find_source(path), with_tensors=False)
     config = cli.restore(TrainConfig, saved["train_config"])
-    folder = Path("data") / config.dataset
-    dataset = open_prepared(folder, make_model_config(saved["model_config"]), config.seed)
+    dataset = open_prepared(config, make_model_config(saved["model_config"]))
     check_same_data(saved, dataset, config.out_dir)
     return dataset
 
@@ -465,9 +465,9 @@ def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:
         vocab_size = from_state(meta["tokenizer"]).vocab_size
         model_config = replace(model_config, vocab_size=vocab_size)
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
+    dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
     _, processes = launched()
-    return memory_report(config, model_config, device, dtype, processes)
+    return memory_report(replace(config, dtype=dtype), model_config, device, processes)
 
 
 def left_open(config: TrainConfig, saved: dict | None, given: Collection[str]) -> list[str]:

@@ -272,7 +272,8 @@ def choose(monkeypatch):
     monkeypatch.setattr(cores, "STARTED", 0.0)
 
     def chosen(text: int, minutes: float, **given) -> tuple[TrainConfig, ModelConfig]:
-        settings = recipe() | {"vocab_size": 65, "minutes": minutes} | given
+        settings = recipe() | {"vocab_size": 65, "minutes": minutes, "dtype": "float32"}
+        settings |= given
         dataset = SimpleNamespace(
             task="language modelling",
             train=range(text),
@@ -284,9 +285,7 @@ def choose(monkeypatch):
         )
         config = cli.make(TrainConfig, settings)
         model_config = make_model_config(settings)
-        return plan.begin(config, model_config, given, None, dataset, CPU, torch.float32)[
-            :2
-        ]
+        return plan.begin(config, model_config, given, None, dataset, CPU)[:2]
 
     return chosen
 
@@ -432,10 +431,12 @@ def test_a_plan_takes_the_time_that_is_left_also_with_dropout(choose):
 
 def test_every_size_keeps_the_architecture_and_can_be_built():
     config = ModelConfig(vocab_size=65, n_layer=4, n_head=2, n_kv_head=2, n_embd=128)
-    training = TrainConfig(optimizer="normuon", gradient_accumulation_steps=4)
+    training = TrainConfig(
+        optimizer="normuon", gradient_accumulation_steps=4, dtype="float32"
+    )
     dataset = SimpleNamespace(contexts=lambda sizes: sizes)
     given = {"n_kv_head", "block_size"}
-    tried = plan.candidates(training, config, given, dataset, CPU, torch.float32)
+    tried = plan.candidates(training, config, given, dataset, CPU)
     assert {candidate.tokens for candidate in tried} == set(plan.STEPS)
     shapes = {candidate.model_config for candidate in tried}
     sizes = {(shape.n_layer, shape.n_embd) for shape in shapes}
