@@ -16,7 +16,7 @@ new GPT has the recipe of config/shakespeare_char.py instead: that file's values
 """
 
 import signal
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 
 from humptygpt import machine
@@ -32,7 +32,7 @@ from humptygpt import evaluation, report
 from humptygpt.checks import check_model
 from humptygpt.data import random_key
 from humptygpt.device import DTYPES, autocast, to_device, tune_malloc
-from humptygpt.loading import Loaded, load
+from humptygpt.loading import load
 from humptygpt.optimizers import make_optimizer
 from humptygpt.process import (
     Share,
@@ -51,8 +51,8 @@ from humptygpt.run import (
     catch_signals,
     take_snapshot,
 )
-from humptygpt.settings import TrainConfig
 from humptygpt.setup import (
+    Start,
     dry_run,
     fit_to_data,
     keep_best,
@@ -67,7 +67,6 @@ from humptygpt.setup import (
     recorded_settings,
     resumed_progress,
 )
-from model import ModelConfig
 
 # numbers of steps after which the model writes a line
 LINES = {0, *(25 * 2**doublings for doublings in range(40))}
@@ -80,7 +79,7 @@ def main(argv: list[str]) -> int:
         if start.config.dry_run:
             print(dry_run(start.config, start.model_config))
             return 0
-        run = setup(*start)
+        run = setup(start)
         del start  # free the checkpoint's memory
         with run.process:
             print(report.summary(run), flush=True)
@@ -98,20 +97,11 @@ def main(argv: list[str]) -> int:
 # Setup
 
 
-def setup(
-    config: TrainConfig,
-    model_config: ModelConfig,
-    saved: dict | None = None,
-    base: Loaded | None = None,
-    given: Collection[str] = (),
-) -> Run:
-    """Assemble a run.
-
-    saved: the checkpoint to resume from. base: the model to start from. given: settings that --minutes must not change.
-    """
+def setup(start: Start) -> Run:
+    """Assemble a run."""
+    config, model_config, saved, base, given = start
     process = start_process(config, lambda: prepare_missing(config))
     device = process.device
-    measured = left_open(config, saved, given)
     config = tune(config, model_config, process)
     dtype = DTYPES[config.dtype]
     if not process.sharded:  # that gathers whole weights and frees them, which leaves gaps
@@ -119,7 +109,7 @@ def setup(
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     dataset = open_prepared(config, model_config)
-    model_config = fit_to_data(config, model_config, saved, base, dataset)
+    model_config = fit_to_data(start, dataset)
     clock = StepClock()
     if config.minutes:
         from humptygpt.minutes import plan
@@ -130,8 +120,9 @@ def setup(
     elif not config.eval_only:
         check_training_fits(config, model_config, device, process.size)
 
-    sharded, tokenizer = process.sharded, dataset.tokenizer
-    model = make_model(config, model_config, saved, base, sharded, tokenizer)
+    model = make_model(
+        config, model_config, saved, base, process.sharded, dataset.tokenizer
+    )
     check_model(model)
     run = Run(
         config=config,
@@ -143,7 +134,7 @@ def setup(
         model=model,
         net=model,
         progress=resumed_progress(config, saved) if saved else Progress(),
-        measured=measured,
+        measured=left_open(start),
         clock=clock,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         test_pairs=make_tester(config, dataset, process),

@@ -108,7 +108,7 @@ def measure() -> None:
         for number in range(RUNS):
             start = read_settings([*command(text, minutes, number), "--dry_run=True"])
             dataset = open_prepared(start.config, start.model_config)
-            model_config = fit_to_data(*start[:4], dataset)
+            model_config = fit_to_data(start, dataset)
             device = pick_device("cpu")
             config = replace(start.config, dtype=training_dtype(device))
             seconds = plan.seconds_per_step(config, model_config, dataset, device)

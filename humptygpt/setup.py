@@ -331,17 +331,12 @@ def make_tester(config: TrainConfig, dataset: Dataset, process: Process) -> Call
     return tester(config, dataset, process)
 
 
-def fit_to_data(
-    config: TrainConfig,
-    model_config: ModelConfig,
-    saved: dict | None,
-    base: Loaded | None,
-    dataset: Dataset,
-) -> ModelConfig:
+def fit_to_data(start: Start, dataset: Dataset) -> ModelConfig:
     """Return the model's config for this data. A model gets at least the data's vocabulary; vocab_size may be larger.
 
     Raises UserError if vocab_size is too small, or if the resumed run or the base model does not match the data.
     """
+    config, model_config, saved, base, _ = start
     if saved:
         check_same_data(saved, dataset, config.out_dir)
     elif base:
@@ -470,13 +465,13 @@ def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:
     return memory_report(replace(config, dtype=dtype), model_config, device, processes)
 
 
-def left_open(config: TrainConfig, saved: dict | None, given: Collection[str]) -> list[str]:
+def left_open(start: Start) -> list[str]:
     """List the settings that the machine chooses, for config.json: those that the user never set."""
-    if saved:
-        before = recorded(Path(config.out_dir), "_measured", [str])
+    if start.saved:
+        before = recorded(Path(start.config.out_dir), "_measured", [str])
         keys = MEASURED if before is None else before
-        return [key for key in keys if key not in given]
-    return [key for key in MEASURED if getattr(config, key) in ("auto", None)]
+        return [key for key in keys if key not in start.given]
+    return [key for key in MEASURED if getattr(start.config, key) in ("auto", None)]
 
 
 def recorded_settings(run: Run) -> dict[str, object]:

@@ -458,7 +458,7 @@ def test_a_trial_trains_as_the_run_will(tiny, monkeypatch):
         lambda *args: models.append(args[1]) or make_optimizer(*args),
     )
     argv = ["--minutes=100000", "--n_members=1", "--position=learned", "--freeze=wpe"]
-    run = train.setup(*read_settings([*TIMED, *argv, "--checkpoint_activations=True"]))
+    run = train.setup(read_settings([*TIMED, *argv, "--checkpoint_activations=True"]))
     for model in (*models, run.model):
         stacks = [module for module in model.modules() if isinstance(module, Stack)]
         assert stacks and all(stack.checkpoint_activations for stack in stacks)
@@ -480,7 +480,7 @@ def test_a_trial_of_lora_trains_the_added_matrices_only(tiny, small_sizes, monke
         ),
     )
     argv = ["--init_from=out/base", "--lora_rank=2", "--minutes=100000"]
-    run = train.setup(*read_settings([*TIMED, *argv]))
+    run = train.setup(read_settings([*TIMED, *argv]))
     assert trained[0] == trained_parameters(run.model).keys()
 
 

@@ -305,7 +305,7 @@ def test_at_its_end_a_run_evaluates_the_whole_split_if_that_takes_little(
     assert found == f"val loss {last['whole_val_loss']:.4f}"
     assert train.main([*RESUME, "--eval_only=True"]) == 0
     assert found in capsys.readouterr().out
-    run = train.setup(*read_settings(RESUME))
+    run = train.setup(read_settings(RESUME))
     assert evaluation.cost_of_whole_split(run)
     run.process.size = 2  # the other process has ended by then
     assert not evaluation.cost_of_whole_split(run)
@@ -417,7 +417,7 @@ def test_on_a_gpu_a_run_is_compiled_if_it_is_long(tiny, monkeypatch, argv, compi
     found = []
     monkeypatch.setattr(setup, "compile_now", lambda *args: None)
     monkeypatch.setattr(train, "check_training_fits", lambda *args: None)
-    run = train.setup(*train.read_settings([*TINY_RUN, "--compile=False", *argv]))
+    run = train.setup(train.read_settings([*TINY_RUN, "--compile=False", *argv]))
     run.device = torch.device("cuda")
     if "compile" not in argv[-1]:
         run.config = replace(run.config, compile=None)
@@ -555,7 +555,7 @@ def test_settings_of_the_checkpoint_hold_unless_changed(run_train):
     resume("--max_iters=8", "--weight_decay=0.25", "--beta2=0.5", "--dropout=0.1")
     settings = json.loads((OUT / "config.json").read_text())
     assert (settings["learning_rate"], settings["dropout"]) == (0.01, 0.1)
-    hidden, *_, vectors = train.setup(*read_settings(RESUME)).optimizer.param_groups
+    hidden, *_, vectors = train.setup(read_settings(RESUME)).optimizer.param_groups
     assert (hidden["weight_decay"], vectors["weight_decay"]) == (0.25, 0.0)
     assert hidden["betas"] == (0.8, 0.5)
 
@@ -825,7 +825,7 @@ def test_evaluating_only_neither_compiles_nor_loads_the_optimizer_state(
     monkeypatch.setattr(train, "make_net", lambda run: 1 / 0)
     resumed = [*RESUME, "--eval_only=True", "--compile=True"]
     assert train.main(resumed) == 0
-    assert not train.setup(*read_settings(resumed)).optimizer.state
+    assert not train.setup(read_settings(resumed)).optimizer.state
 
 
 def test_two_signals_within_a_second_are_one_request(tiny, signal_in_step):

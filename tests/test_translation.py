@@ -260,7 +260,7 @@ def test_accumulating_gives_the_gradient_of_the_mean_over_all_target_tokens(
     pairs, monkeypatch
 ):
     argv = [*TINY, "--gradient_accumulation_steps=3", "--grad_clip=0"]
-    run = train.setup(*read_settings(argv))
+    run = train.setup(read_settings(argv))
     total, count = 0.0, 0
     for index in range(3):
         batch = run.dataset.batch(index, 4)
