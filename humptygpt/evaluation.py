@@ -53,8 +53,8 @@ def evaluate(run: Run, net: nn.Module, eval_iters: int | None) -> Loss:
     table = torch.zeros(len(losses), process.size, 2, dtype=torch.float64)
     table[:, process.rank, 0] = torch.stack(losses).cpu().double()
     table[:, process.rank, 1] = torch.tensor(weights)
-    rows = process.sum(table).flatten(0, 1).tolist()
-    losses, weights = np.array([row for row in rows if row[1]]).T
+    rows = process.sum(table).flatten(0, 1).numpy()
+    losses, weights = rows[rows[:, 1] > 0].T
     mean = losses @ weights / weights.sum()
     return Loss(float(mean), standard_error(losses - mean, weights))
 
@@ -154,10 +154,11 @@ def samples(
     tokenizer = dataset.tokenizer
     start = torch.from_numpy(tokenizer.start()).to(next(model.parameters()).device)
     rows = model.generate(start.repeat(count, 1), length, temperature=0.8)
-    rows = rows[:, len(start) :]
-    # drop ids that only pad the vocabulary
-    rows = [row[row < tokenizer.vocab_size].tolist() for row in rows]
-    return [tokenizer.decode(row).strip() for row in rows]
+    # ids beyond the tokenizer's only pad the vocabulary
+    return [
+        tokenizer.decode(row[row < tokenizer.vocab_size].tolist()).strip()
+        for row in rows[:, len(start) :]
+    ]
 
 
 def sample_line(model: nn.Module, dataset: TokenDataset, count: int = 1) -> str:

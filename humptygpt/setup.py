@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -326,9 +327,13 @@ def make_tester(config: TrainConfig, dataset: Dataset, process: Process) -> Call
     """With eval_pairs, make a function that tests a model: (model, dataset) -> metrics."""
     if not config.eval_pairs:
         return None
-    from humptygpt.scoring.pairs import tester
+    from humptygpt.scoring.pairs import measure, read_tests
 
-    return tester(config, dataset, process)
+    if dataset.task != "language modelling" or process.sharded:
+        raise UserError(
+            f"eval_pairs={config.eval_pairs} needs a model that continues a text, and is not split among processes"
+        )
+    return partial(measure, tests=read_tests(config.eval_pairs))
 
 
 def fit_to_data(start: Start, dataset: Dataset) -> ModelConfig:
