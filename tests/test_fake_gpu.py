@@ -39,11 +39,11 @@ from humptygpt.loading import Loaded
 from humptygpt.optimizers import OPTIMIZERS, make_optimizer
 from humptygpt.process import Process
 from humptygpt.sampling import Context, continue_texts
+from humptygpt.settings import TrainConfig
 from humptygpt.tasks import MODELS, build, find_task, make_model_config
 from humptygpt.tokenizers import ByteTokenizer
 from humptygpt.translation.beams import beam_search
 from model import ACTIVATIONS, BLOCKS, MLPS, NORMS, POSITIONS, Block
-from train import TrainConfig
 
 # --------------------------------------------------------------------------------------
 # The device

@@ -37,8 +37,8 @@ from humptygpt.evaluation import Loss
 from humptygpt.optimizers import OPTIMIZERS, Optimizer, Rule
 from humptygpt.process import Process
 from humptygpt.report import ADVICE
+from humptygpt.settings import TrainConfig
 from humptygpt.setup import read_settings
-from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 OUT = Path("out/run")
