@@ -173,12 +173,7 @@ def fit(run: Run) -> int:
         folder.record(run.progress.stamp() | {"end": "stopped" if stopped_by else "done"})
         folder.draw()  # a resumed run may have no steps left and no plot yet
         if run.process.first:
-            end = "interrupted"
-            if not stopped_by:
-                finish(run, folder)
-                early = run.progress.position < config.max_iters
-                end = "stopped early" if early else "finished"
-            folder.end(run, end)
+            folder.end(run, "interrupted" if stopped_by else finish(run, folder))
     if run.process.first and stopped_by:
         report.stopped(run, stopped_by)
     return 128 + stopped_by if stopped_by else 0
@@ -326,18 +321,20 @@ def evaluate(run: Run, folder: RunFolder, bar: tqdm) -> bool:
 # End of training
 
 
-def finish(run: Run, folder: RunFolder) -> None:
-    """Show what the best model can do, and say what to do next."""
+def finish(run: Run, folder: RunFolder) -> str:
+    """Show what the best model can do, and say what to do next. Returns how the run ended."""
     progress = run.progress
+    early = progress.position < run.config.max_iters
     if run.config.minutes:
         from humptygpt.minutes import plan
 
         print(plan.closing(run, folder.path))
-    if progress.position < run.config.max_iters:
+    if early:
         print(f"stopped early: the validation loss was lowest at iter {progress.best_iter}")
     if run.task.final_examples or run.task.score or evaluation.cost_of_whole_split(run):
         show_best(run, folder)
     print(report.closing(run, folder.rows))
+    return "stopped early" if early else "finished"
 
 
 def show_best(run: Run, folder: RunFolder) -> None:
