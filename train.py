@@ -130,7 +130,7 @@ def setup(start: Start) -> Run:
         device=device,
         dtype=dtype,
         dataset=dataset,
-        batches=make_batches(config, dataset, process, model_config.vocab_size),
+        batches=make_batches(config, dataset, model_config.vocab_size),
         model=model,
         net=model,
         progress=resumed_progress(config, saved) if saved else Progress(),

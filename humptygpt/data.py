@@ -12,7 +12,6 @@ import re
 import shlex
 from bisect import bisect_right
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
@@ -235,27 +234,6 @@ class TokenDataset(Dataset):
         ids = self.read(split, starts, self.block_size + 1)
         after = starts[:, None] + np.arange(1, ids.shape[1]) >= len(self.splits[split])
         return next_tokens(ids, ignored=after)
-
-
-class Prefetcher:
-    """Reads the next batch of a dataset in a thread while the model trains on the current one.
-
-    This helps if reads wait for a disk while the CPU would otherwise be idle, as when training on a GPU.
-    """
-
-    def __init__(self, dataset: Dataset, stride: int = 1):
-        """stride: difference between the indices of successive batches."""
-        self.dataset = dataset
-        self.stride = stride
-        self.pending = {}  # {(index, batch_size): future of the batch}
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-
-    def batch(self, index: int, batch_size: int) -> Batch:
-        key = (index, batch_size)
-        batch = self.pending.get(key) or self.thread.submit(self.dataset.batch, *key)
-        following = (index + self.stride, batch_size)
-        self.pending = {following: self.thread.submit(self.dataset.batch, *following)}
-        return batch.result()
 
 
 def count_targets(batch: Batch) -> int:

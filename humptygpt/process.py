@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt import checkpoint
-from humptygpt.data import Dataset, Prefetcher, count_targets
+from humptygpt.data import Dataset, count_targets
 from humptygpt.device import (
     DTYPES,
     autocast,
@@ -70,7 +70,7 @@ class Process(AbstractContextManager):
         return torch.compile(model, dynamic=dynamic) if compiled else model
 
     def shares(
-        self, batches: Dataset | Prefetcher, config: TrainConfig, step: int
+        self, batches: Dataset, config: TrainConfig, step: int
     ) -> tuple[list[Share], int]:
         """Return this process's shares of a step, and the number of tokens in the whole step."""
         count = config.gradient_accumulation_steps

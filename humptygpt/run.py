@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from humptygpt import checkpoint, files, tasks
 from humptygpt.cli import UserError, fields_of, note
-from humptygpt.data import Dataset, Prefetcher
+from humptygpt.data import Dataset
 from humptygpt.device import peak_flops
 from humptygpt.loggers import LOGGERS, chosen_loggers, draw_losses, read_metrics
 from humptygpt.optimizers import Optimizer
@@ -135,7 +135,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     dataset: Dataset
-    batches: Dataset | Prefetcher  # or, with ngram_targets, ngrams.SoftTargets
+    batches: Dataset  # or, with ngram_targets, ngrams.SoftTargets
     model: nn.Module
     net: nn.Module  # the model used in training, perhaps compiled or wrapped in DDP; weights are saved from `model`
     progress: Progress

@@ -16,7 +16,7 @@ from torch import nn
 
 from humptygpt import checkpoint, cli, evaluation, machine
 from humptygpt.cli import UserError, fields_of, first_line, note, refuse_vain
-from humptygpt.data import COMMAND, Dataset, Prefetcher, is_command, made_by, read_meta
+from humptygpt.data import COMMAND, Dataset, is_command, made_by, read_meta
 from humptygpt.device import autocast, pick_device, pick_dtype, to_device
 from humptygpt.loading import (
     Loaded,
@@ -309,18 +309,13 @@ def open_prepared(config: TrainConfig, model_config: ModelConfig) -> Dataset:
     return task.dataset(folder, model_config.block_size, config.seed, with_encoder, meta)
 
 
-def make_batches(
-    config: TrainConfig, dataset: Dataset, process: Process, vocab_size: int
-) -> Dataset | Prefetcher:
-    """Make what yields the batches: the dataset itself, with soft targets, or a thread that reads ahead for a GPU."""
-    batches = dataset
-    if config.ngram_targets and not config.eval_only:
-        from humptygpt.minutes.ngrams import SoftTargets
+def make_batches(config: TrainConfig, dataset: Dataset, vocab_size: int) -> Dataset:
+    """Return what makes the training batches: the dataset itself or, with ngram_targets, SoftTargets."""
+    if not config.ngram_targets or config.eval_only:
+        return dataset
+    from humptygpt.minutes.ngrams import SoftTargets
 
-        batches = SoftTargets(dataset, config.ngram_targets, vocab_size)
-    if process.device.type == "cuda":
-        batches = Prefetcher(batches, min(process.size, config.gradient_accumulation_steps))
-    return batches
+    return SoftTargets(dataset, config.ngram_targets, vocab_size)
 
 
 def make_tester(config: TrainConfig, dataset: Dataset, process: Process) -> Callable | None:

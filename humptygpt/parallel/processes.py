@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from humptygpt.cli import UserError, first_line
-from humptygpt.data import Dataset, Prefetcher, count_targets
+from humptygpt.data import Dataset, count_targets
 from humptygpt.optimizers import Optimizer
 from humptygpt.process import Process, Share, launched
 from humptygpt.run import Run
@@ -181,7 +181,7 @@ class DataParallel(Process):
         return net
 
     def shares(
-        self, batches: Dataset | Prefetcher, config: TrainConfig, step: int
+        self, batches: Dataset, config: TrainConfig, step: int
     ) -> tuple[list[Share], int]:
         """Return this rank's shares of a step, and the number of tokens in the whole step.
 
