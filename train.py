@@ -304,7 +304,8 @@ def evaluate(run: Run, folder: RunFolder, bar: tqdm) -> bool:
         row |= show(run, run.test_pairs, run.model)
     improved = run.progress.record(row["val_loss"])
     folder.record(run.progress.stamp() | row)
-    report.evaluated(bar, run, row, improved)
+    best = ", the best so far" if improved else ""
+    report.line(bar, f"iter {run.progress.iter}: {evaluation.evaluation_line(row)}{best}")
     if run.task.evaluation_examples and run.process.first:
         report.line(bar, show(run, run.task.evaluation_examples, run.model))
     if improved:

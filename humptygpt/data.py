@@ -336,12 +336,10 @@ class TokenFiles:
         for row, start in zip(rows, starts.tolist(), strict=True):
             number = bisect_right(self.starts, start) - 1
             offset = start - self.starts[number]
-            # a row may continue in the next file
-            while len(row) and number < len(self.arrays):
-                ids = self.arrays[number][offset : offset + len(row)]
+            for array in self.arrays[number:]:  # a row may continue in the next file
+                ids = array[offset : offset + len(row)]
                 row[: len(ids)] = ids
                 row = row[len(ids) :]
-                number += 1
                 offset = 0
         return rows
 

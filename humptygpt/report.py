@@ -16,7 +16,6 @@ from tqdm import tqdm
 import model as models
 from humptygpt.checkpoint import stored
 from humptygpt.device import DTYPES, free_memory
-from humptygpt.evaluation import evaluation_line
 from humptygpt.machine import check_fits
 from humptygpt.optimizers import freeze, make_optimizer, trained_parameters
 from humptygpt.run import Diverged, Run, RunFolder
@@ -97,11 +96,6 @@ def step(bar: tqdm, run: Run, row: dict) -> None:
     done = f" ({position / steps:.0%})" if run.config.minutes else f"/{steps}"
     left = run.clock.time_left(run)
     line(bar, f"iter {run.progress.iter}{done}: {text}, {left:.0f} s of training left")
-
-
-def evaluated(bar: tqdm, run: Run, row: dict, improved: bool) -> None:
-    best = ", the best so far" if improved else ""
-    line(bar, f"iter {run.progress.iter}: {evaluation_line(row)}{best}")
 
 
 def line(bar: tqdm, text: str) -> None:
