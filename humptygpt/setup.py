@@ -525,7 +525,7 @@ def keep_best(run: Run, saved: dict) -> None:
         return
     best = load(run.config.out_dir).model
     run.process.place(best, run)
-    loss = evaluation.evaluate(run, best, run.config.evaluated_batches()).mean
+    loss, _ = evaluation.evaluate(run, best, run.config.evaluated_batches())
     note(
         f"the evaluation set changed: on the new one, the loss of best.pt is {loss:.4f}"
         f" instead of {progress.best_val_loss:.4f}"

@@ -588,7 +588,7 @@ def test_plan_py_has_the_settings_and_learning_rates_of_a_run_that_stopped_early
     tiny, machine, capsys, start
 ):
     machine.run(*TINY_RUN, "--out_dir=out/base")
-    machine.patch.setattr(evaluation, "evaluate", lambda *args: evaluation.Loss(3.0, 0.0))
+    machine.patch.setattr(evaluation, "evaluate", lambda *args: (3.0, 0.0))
     machine.now = 0.0
     machine.step = lambda: 0.2
     machine.patch.setattr(plan, "seconds_per_step", lambda *args: 0.1)
@@ -627,9 +627,7 @@ def test_the_law_promises_nothing_to_a_run_from_a_model_or_one_that_became_worse
 ):
     machine.run(*TINY_RUN, "--out_dir=out/base")
     losses = itertools.count(3.0, change)
-    machine.patch.setattr(
-        evaluation, "evaluate", lambda *args: evaluation.Loss(next(losses), 0.0)
-    )
+    machine.patch.setattr(evaluation, "evaluate", lambda *args: (next(losses), 0.0))
     capsys.readouterr()
     machine.now = 0.0
     machine.run(*TIMED, f"--init_from={start}", "--minutes=0.2")

@@ -14,7 +14,6 @@ import sample
 import train
 from humptygpt import evaluation
 from humptygpt.cli import UserError
-from humptygpt.evaluation import Loss
 from humptygpt.optimizers import Optimizer
 from humptygpt.setup import read_settings
 from humptygpt.tokenizers import ByteTokenizer
@@ -300,7 +299,7 @@ def test_evaluations_show_translations_and_the_end_has_the_bleu_of_the_best_chec
 
 def test_the_weights_that_are_scored_are_those_of_the_best_checkpoint(pairs, monkeypatch):
     losses, scored, translation = iter([1.0, 2.0]), [], task.TRANSLATION
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args: Loss(next(losses), 0.1))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: (next(losses), 0.1))
     weights = lambda model: model.state_dict()["lm_head.weight"].clone()  # noqa: E731
     keep = lambda *args: (scored.append(weights(args[0])), translation.score(*args))[1]  # noqa: E731
     monkeypatch.setattr(task, "TRANSLATION", replace(translation, score=keep))

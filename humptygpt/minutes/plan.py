@@ -445,10 +445,12 @@ def candidates(
 
 def count_inner(model: nn.Module) -> int:
     """Count the parameters of one member, excluding the embedding and the head."""
-    outside = ("wte", "lm_head")
-    named = model.named_parameters()
-    inner = sum(p.numel() for name, p in named if not any(x in name for x in outside))
-    return inner // model.config.n_members
+    inner = [
+        p.numel()
+        for name, p in model.named_parameters()
+        if "wte" not in name and "lm_head" not in name
+    ]
+    return sum(inner) // model.config.n_members
 
 
 def seconds_per_step(
