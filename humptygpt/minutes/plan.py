@@ -386,15 +386,15 @@ def find_best(
             f"minutes={small.config.minutes:g} is too short for a single step, which takes {shortest:.2g} s;"
             " use more, or try again now that the data is prepared"
         )
-    timed = {small: shortest, middle: time_step(middle)}
     # seconds per step: those that are not timed are estimated from the numbers of operations
     more = max(1, middle.operations - small.operations)
-    slope = max(0.0, timed[middle] - shortest) / more
+    slope = max(0.0, time_step(middle) - shortest) / more
     seconds = {x: shortest + slope * (x.operations - small.operations) for x in tried}
-    seconds |= timed
     # once the best candidate has been timed, a different one may turn out to be better
+    timed = set()
     while (best := min(tried, key=promise)) not in timed:
-        seconds[best] = timed[best] = time_step(best)
+        seconds[best] = time_step(best)
+        timed.add(best)
     return best
 
 
