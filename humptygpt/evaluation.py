@@ -48,7 +48,7 @@ def evaluate(
     table = torch.zeros(len(losses), process.size, 2, dtype=torch.float64)
     table[:, process.rank, 0] = torch.stack(losses).cpu().double()
     table[:, process.rank, 1] = torch.tensor(weights)
-    rows = process.sum(table).flatten(0, 1).numpy()
+    rows = np.array(process.sum(table).flatten(0, 1).tolist())
     losses, weights = rows[rows[:, 1] > 0].T
     mean = losses @ weights / weights.sum()
     return float(mean), standard_error(losses - mean, weights)
