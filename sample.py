@@ -132,9 +132,7 @@ def main(argv: list[str]) -> None:
     loaded = pipeline(source, config.checkpoint, talks=config.interactive, **keys)
     for key in NOT_FOR[loaded.task].split():
         if key in given:
-            raise UserError(
-                f"{key}={given[key]} has no effect with task={loaded.task}; leave it out"
-            )
+            raise UserError(f"{key}={given[key]} has no effect with task={loaded.task}")
     with machine.memory_advice(
         "try a smaller --num_samples, --max_new_tokens or --num_beams"
     ):

@@ -138,10 +138,15 @@ def test_binary_and_hidden_files_are_skipped_counted_and_named(capsys):
     with gzip.open("t/d.tar.gz", "wb") as file:
         file.write(b"name\0\0\0some text")
     assert found("t") == ["t/notes", "t/utf16.txt"]
-    kinds = "1 .png, 1 .pdf, 1 .txt, 1 .tar"
-    binary = (
-        "t/a.png is not a text file; t/b.pdf is a PDF (pdftotext makes text of it);"
-        " t/c.txt is not a text file; t/d.tar.gz is not a text file"
+    kinds = "1 .png, 1 .pdf (pdftotext converts them), 1 .txt, 1 .tar (tar converts them)"
+    binary = "; ".join(
+        f"t/{name} is not a text file{hint}"
+        for name, hint in {
+            "a.png": "",
+            "b.pdf": " (pdftotext converts them)",
+            "c.txt": "",
+            "d.tar.gz": "",
+        }.items()
     )
     hidden = "t/.git/config is hidden"
     note = f"note: skipped files: 5: 1 without an extension, {kinds}; {hidden}; {binary}\n"
@@ -268,7 +273,7 @@ BAD = {
         "a.csv --text_key=body"
     ),
     "chats.jsonl, line 1 has no text under 'text': {'dialogue': [{": "chats.jsonl",
-    "a.pdf is a PDF (pdftotext makes text of it)": "a.pdf",
+    "a.pdf is not a text file (pdftotext converts them)": "a.pdf",
     "cannot read a.zip: a.zip is not a zip file": "a.zip",
     "text_key=body has no effect, since latin1.txt has no records with keys or columns": (
         "latin1.txt --text_key=body --encoding_errors=replace"

@@ -46,6 +46,13 @@ DAMAGE = (OSError, EOFError, zlib.error, zstd.ZstdError, ValueError, csv.Error)
 DAMAGE += (tarfile.TarError, zipfile.BadZipFile)
 # position before a single space and a word, where cutting a text does not change its tokens
 BEFORE_WORD = re.compile(r"(?<=\S) (?=[^\W_])")
+CONVERTERS = {  # {program: extensions of the files that it converts to text or unpacks}
+    "pdftotext": ".pdf",
+    "pandoc": ".docx .odt .epub .rtf",
+    "LibreOffice": ".doc .ppt .pptx .xls .xlsx",
+    "unzip": ".zip",
+    "tar": ".tar",
+}
 ENCODING_HINT = "set --encoding_errors=replace or ignore"
 SKIP_HINT = "skip such lines with --skip_bad_lines=True"
 
@@ -110,10 +117,19 @@ def describe_skipped(skipped: dict[Path, str]) -> str:
     """Count the skipped files by kind, and give the first reasons."""
     kinds = Counter(file_suffix(path) for path in skipped)
     counts = [
-        f"{count:,} {kind or 'without an extension'}" for kind, count in kinds.most_common()
+        f"{count:,} {kind or 'without an extension'}{convert(kind)}"
+        for kind, count in kinds.most_common()
     ]
     counted = f"skipped files: {len(skipped):,}: {', '.join(counts)}"
     return "; ".join([counted, *list(skipped.values())[:5]])
+
+
+def convert(kind: str) -> str:
+    """Name the program that makes text of files with this extension."""
+    for program, kinds in CONVERTERS.items():
+        if kind in kinds.split():
+            return f" ({program} converts them)"
+    return ""
 
 
 def unpack(archive: Path, folder: Path) -> Path:
@@ -185,10 +201,9 @@ def open_text(path: Path, errors: str, newline: str | None = None) -> Iterator[T
         start = file.read(HEAD)
     found = (name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark))
     encoding = next(found, "utf-8-sig")
-    if start.startswith(b"%PDF-"):
-        raise BadFile(f"{path} is a PDF (pdftotext makes text of it)")
-    if encoding == "utf-8-sig" and b"\0" in start:  # as in git, null bytes mean binary
-        raise BadFile(f"{path} is not a text file")
+    # as in git, a file with null bytes is binary; a PDF may have none at its start, so it is recognised by its mark
+    if start.startswith(b"%PDF-") or (encoding == "utf-8-sig" and b"\0" in start):
+        raise BadFile(f"{path} is not a text file{convert(path.suffix.lower())}")
     try:
         with unpack(path, "rt", encoding=encoding, errors=errors, newline=newline) as text:
             yield text
