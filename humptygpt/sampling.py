@@ -5,6 +5,7 @@ Shapes: B texts, T tokens, V vocabulary.
 
 import codecs
 import json
+import os
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -72,17 +73,21 @@ def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
 
 def read_start(start: str) -> str:
     """Return the text of --start, or the content of the file that it names."""
-    if start == "-" or start.startswith("FILE:"):
-        return read_text(start.removeprefix("FILE:"))
-    return start
+    if start.startswith("FILE:"):
+        return read_text(os.path.expanduser(start[5:]))  # noqa: PTH111
+    return read_text(start) if start == "-" else start
 
 
 def read_text(path: str) -> str:
     """Read a text file, or standard input if path is "-"."""
-    with refuse(f"cannot read {path}: "):
+    try:
         if path == "-":
             return sys.stdin.read()
-        return Path(path).expanduser().read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: it is not valid UTF-8") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 # --------------------------------------------------------------------------------------
