@@ -125,6 +125,8 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     # only noted: a config file may be combined with others, and the same command may run in several processes
     noted = given.keys() - typed | FOR_SEVERAL.keys()
     refuse_vain(chosen | typed, values, IN_VAIN | FOR_SEVERAL, noted)
+    if overwrite and (given.get("init_from") == "resume" or not writes):
+        note("overwrite=True has no effect: no new run is written")
     if not saved and "warmup_iters" not in given:
         config = fit_warmup(config)
     if init_from == "scratch" and defaults:

@@ -98,13 +98,14 @@ def test_a_run_that_overwrites_another_moves_it_to_previous_however_it_ends_itse
     assert saved["seed"] == (1 if end == "diverged" else 2)
 
 
-def test_a_run_that_is_refused_or_resumed_does_not_move_the_earlier_one(run_train, fails):
+def test_a_run_that_is_refused_changes_nothing_of_the_earlier_one(run_train, fails, capsys):
     run_train()
     before = files_of(OUT)
     fails(train.main, *TINY_RUN, "--n_head=3")
     fails(train.main, *TINY_RUN, "--n_embd=1000000")
     assert files_of(OUT) == before
     assert train.main([*RESUME, "--overwrite=True"]) == 0
+    assert "note: overwrite=True has no effect" in capsys.readouterr().err
     assert not (OUT / "previous").exists()
 
 

@@ -21,6 +21,7 @@ from humptygpt.prepare.documents import (
     Piece,
     describe_skipped,
     file_format,
+    file_suffix,
     read_documents,
 )
 from humptygpt.prepare.settings import PrepareConfig
@@ -132,6 +133,10 @@ class Documents(Corpus):
     def measure(self, number: int, bar: tqdm) -> Counter:
         """Count a file's characters in each split, and its bytes of UTF-8. Raises BadFile if there are none."""
         size = Counter()
+        if file_suffix(self.files[number]) == ".mbox":
+            note(
+                f"{self.files[number]} is a mailbox; its headers and attachments are learned as text, too"
+            )
         for split, piece in self.read(number):
             read = len(piece.text.encode())
             size.update({split: len(piece.text), "bytes": read})
