@@ -106,7 +106,7 @@ class BenchConfig:
         needed = NEEDED.get(self.what)
         if needed and getattr(self, needed) is None:
             raise ValueError(f"what={self.what} needs --{needed}=PATH")
-        if self.nanogpt is not None and not (Path(self.nanogpt) / "model.py").exists():
+        if self.nanogpt and not (Path(self.nanogpt) / "model.py").exists():
             raise ValueError(
                 f"nanogpt={self.nanogpt} has no model.py; give the folder of a checkout"
             )

@@ -53,13 +53,6 @@ def save(path: Path, entries: dict) -> None:
         remove(folder)
 
 
-def load_sharded(path: Path, entries: dict) -> None:
-    """Read a sharded checkpoint into the tensors of a run's latest_state(). Every process must call this."""
-    from humptygpt.parallel.sharded import load
-
-    load(path, entries)
-
-
 def read(path: Path, with_tensors: bool = True) -> dict:
     """Load a checkpoint onto the CPU and check its entries. Optimizer.load() checks the optimizer state later.
 
@@ -210,11 +203,6 @@ def is_nanogpt(saved: object) -> bool:
 def refuse_other_code(path: Path) -> AbstractContextManager:
     """Turn a ValueError in the block into a UserError: the file is intact, but was written by different code."""
     return refuse(f"{path} was written by different code: ")
-
-
-def lacks_tensors(saved: dict) -> bool:
-    """True if the tensors of a sharded checkpoint are still unread: see read(with_tensors=False)."""
-    return next(iter(saved["model"].values())).is_meta
 
 
 def check_content(saved: dict, tokens: int) -> ModelConfig:

@@ -120,14 +120,14 @@ def fastest_training(choices: Sequence[str]) -> str:
 
     The shortest times are compared, because other programs can only make a step slower.
     """
-    widths = (128, 256, 512)
-    nets = [
-        nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C)) for C in widths
-    ]
+    nets = {
+        C: nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
+        for C in (128, 256, 512)
+    }
 
     def step(choice: str) -> None:
         device = torch.device("cpu" if choice in DTYPES else choice)
-        for C, net in zip(widths, nets, strict=True):
+        for C, net in nets.items():
             x = torch.ones(2**25 // C**2, C, device=device)  # equally much work for each
             with autocast(device, DTYPES.get(choice, torch.float32)):
                 y = net.to(device)(x)

@@ -21,10 +21,8 @@ from pathlib import Path
 from humptygpt.cli import UserError, one_line
 
 # packages that training and sampling a GPT do not need, but that some other features do
-OPTIONAL = {
-    *("gguf", "huggingface_hub", "matplotlib", "pyarrow", "sacrebleu"),
-    *("safetensors", "sentencepiece", "tensorboard", "tiktoken", "tokenizers", "wandb"),
-}
+OPTIONAL = {"gguf", "huggingface_hub", "matplotlib", "pyarrow", "sacrebleu", "safetensors"}
+OPTIONAL |= {"sentencepiece", "tensorboard", "tiktoken", "tokenizers", "wandb"}
 GIVEN = {*os.environ}  # names of the variables that the user has set
 STARTED = time.monotonic()  # when the command started, not counting Python's own startup
 # Linux's control groups (cgroups), version 2, which containers use

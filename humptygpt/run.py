@@ -217,16 +217,18 @@ class Run:
     def restore(self, saved: dict) -> None:
         """Restore the optimizer, scaler and sharded weights from a checkpoint. Raises UserError if it does not fit."""
         eval_only = self.config.eval_only
-        sharded = checkpoint.lacks_tensors(saved)
+        # each process of a sharded run reads its own part of the tensors, last
+        unread = any(x.is_meta for x in saved["model"].values())
         # an evaluation needs neither the optimizer nor the scaler, and the optimizer's state takes memory
         if not eval_only:
             with checkpoint.refuse_other_code(self.path):
-                self.optimizer.load(saved["optimizer"], "meta" if sharded else "cpu")
+                self.optimizer.load(saved["optimizer"], "meta" if unread else "cpu")
             if saved.get("scaler"):
                 self.scaler.load_state_dict(saved["scaler"])
-        if sharded:
-            entries = self.state() if eval_only else self.latest_state()
-            checkpoint.load_sharded(self.path, entries)
+        if unread:
+            from humptygpt.parallel import sharded
+
+            sharded.load(self.path, self.state() if eval_only else self.latest_state())
 
 
 class Meter:
