@@ -144,6 +144,7 @@ def adamw(optimizer: Optimizer, group: dict, slots: list[Slot]) -> None:
     """
     weights, gradients, states, _ = map(list, zip(*slots, strict=True))
     steps = torch.full((), float(optimizer.steps), device=weights[0].device)
+    beta1, beta2 = group["betas"]
     torch._fused_adamw_(
         weights,
         gradients,
@@ -152,8 +153,8 @@ def adamw(optimizer: Optimizer, group: dict, slots: list[Slot]) -> None:
         [],
         [steps] * len(slots),
         lr=group["lr"],
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
+        beta1=beta1,
+        beta2=beta2,
         weight_decay=group["weight_decay"],
         eps=1e-8,
         amsgrad=False,

@@ -405,7 +405,6 @@ class RunFolder:
             move_aside(path)
             note(f"the earlier run in {path} is now in {path / PREVIOUS}")
         with files.refuse_unwritable(path):
-            path.mkdir(parents=True, exist_ok=True)
             if resumed_at:
                 # all rows up to the checkpoint, except those written at the end of a run
                 at_the_end = {"end", "whole_val_loss", "test_bleu"}
@@ -414,10 +413,9 @@ class RunFolder:
                     for row in read_metrics(path / "metrics.jsonl")
                     if row["iter"] <= resumed_at and not at_the_end & row.keys()
                 ]
-            for snapshot in path.glob("snapshots/*.pt"):
-                step = snapshot.stem
-                if step.isdecimal() and int(step) >= resumed_at:  # to be taken again
-                    snapshot.unlink()
+            for step, name in SNAPSHOTS.items():
+                if step >= resumed_at:  # to be taken again
+                    files.remove(path / name)
             files.remove(path / "result.json")  # until this run ends
             files.remove_unfinished(path, [*FILES, "snapshots/*"])
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
