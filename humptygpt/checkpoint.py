@@ -293,12 +293,10 @@ def check_tensors(
 
 def restore_model(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     """Make these tensors the state of a model on the meta device, so no weight is in memory twice. Ties stay ties."""
-    names: dict[Tensor, list[str]] = {}  # a tied parameter has several
-    for name, p in model.named_parameters(remove_duplicate=False):
-        names.setdefault(p, []).append(name)
+    named = [*model.named_parameters(remove_duplicate=False)]
+    first_name = {p: path for path, p in reversed(named)}  # a tied parameter has several
     model.load_state_dict(weights, assign=True)
-    for first, *others in names.values():
-        for other in others:
-            owner, _, name = other.rpartition(".")
-            setattr(model.get_submodule(owner), name, model.get_parameter(first))
+    for path, p in named:
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, model.get_parameter(first_name[p]))
     return model

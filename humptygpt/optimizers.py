@@ -4,6 +4,7 @@ A new rule is one function and one line in OPTIMIZERS; a new schedule is one fun
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -47,7 +48,7 @@ class Optimizer:
     def __init__(self, groups: list[dict]):
         """groups: dicts with rule, params, named_params, lr and anything else the rule needs; see make_optimizer."""
         self.param_groups = groups
-        self.state: dict[str, dict[str, Tensor]] = {}
+        self.state = {}  # {parameter: {name of a state tensor: tensor}}
         self.steps = 0
 
     def set_lr(self, scale: float) -> None:
@@ -171,9 +172,9 @@ def muon(
     normalize: use NorMuon instead; see normalize_neurons().
     Source: Jordan et al. 2024, "Muon: an optimizer for the hidden layers of neural networks".
     """
-    by_shape: dict[torch.Size, list[Slot]] = {}
+    by_shape = defaultdict(list)
     for slot in slots:
-        by_shape.setdefault(slot.shape, []).append(slot)
+        by_shape[slot.shape].append(slot)
     for (rows, columns), alike in by_shape.items():
         # (n, rows, columns); fewer rows if they are sharded
         gradients = torch.stack([slot.gradient for slot in alike])

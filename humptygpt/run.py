@@ -239,12 +239,12 @@ class Meter:
         self.progress = run.progress
         self.peak_flops = peak_flops(run.device)
         self.flops_per_token = flops_per_token(run.model) / run.process.size
-        self.unread: list[tuple[Tensor, Tensor]] = []
+        self.unread = []  # (loss, gradient norm) of each step since read()
         self.grad_norm = 0.0
         self.logged_seconds = self.progress.seconds
         self.logged_tokens = self.progress.tokens
         self.started = time.perf_counter() - self.progress.seconds
-        self.lines: list[float] = []  # seconds that it took the model to write each line
+        self.lines = []  # seconds that it took the model to write each line
 
     def leave_out(self) -> float:
         """Exclude the time since read(), which was not spent on training. Returns that time in seconds."""
