@@ -101,8 +101,7 @@ class CompareConfig:
 
 
 def main(argv: list[str]) -> None:
-    given = cli.read(argv, CompareConfig, positional="runs")
-    config = cli.make(CompareConfig, given)
+    config = cli.make(CompareConfig, cli.read(argv, CompareConfig, positional="runs"))
     # out/* also matches files such as compare.png, written by an earlier call
     runs = read_runs([path for path in config.runs if not os.path.isfile(path)])
     grouped = config.group or config.baseline
@@ -352,8 +351,9 @@ def draw_comparison(
     panels = figure.subplots(len(tables), squeeze=False)[:, 0]
     for panel, (title, table) in zip(panels, tables.items(), strict=True):
         panel.set_prop_cycle(looks)
-        for row, (_, runs) in zip(table, groups[title], strict=True):
-            panel.plot(*curve(runs), label=label(row), marker="o", markersize=4)
+        for row, (name, runs) in zip(table, groups[title], strict=True):
+            label = f"{name}  {row[BITS]:.3f}" if row[BITS] else name
+            panel.plot(*curve(runs), label=label, marker="o", markersize=4)
         # logarithmic, so that the high losses of the first evaluations do not hide the differences between later ones
         panel.set(title=title, yscale="log", ylabel="validation loss, bits per byte")
         panel.yaxis.set_major_formatter("{x:.4g}")
@@ -363,13 +363,6 @@ def draw_comparison(
         panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.supxlabel("training text")
     write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
-
-
-def label(row: dict) -> str:
-    text = row["run"]
-    if row["best_bits_per_byte"]:
-        text += f"  {row['best_bits_per_byte']:.3f}"
-    return text
 
 
 def curve(runs: list[Run]) -> tuple[list[float], list[float]]:

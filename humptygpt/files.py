@@ -29,9 +29,7 @@ def whole(path: Path) -> Iterator[Path]:
             if temporary.is_file():
                 with temporary.open("r+b") as file:
                     os.fsync(file.fileno())
-            if path.is_dir():  # it must be empty; Windows cannot replace a folder
-                path.rmdir()
-            temporary.replace(path)
+            temporary.replace(path)  # a folder there must be empty
     finally:
         with suppress(OSError):
             remove(temporary)

@@ -25,7 +25,7 @@ from humptygpt.machine import fastest, usable_cores
 from humptygpt.optimizers import Optimizer
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build
-from model import ModelConfig
+from model import ModelConfig, count_parameters
 
 if TYPE_CHECKING:  # run.py imports this file
     from humptygpt.run import Run
@@ -141,8 +141,9 @@ def tune(config: TrainConfig, model_config: ModelConfig, process: Process) -> Tr
             dtype = best
     dtype = str(pick_dtype(dtype, device)).removeprefix("torch.")
 
-    counts = [min(config.threads, usable_cores())] if config.threads else thread_counts()
-    counts = counts[::-1]
+    counts = thread_counts()[::-1]
+    if config.threads:
+        counts = [min(config.threads, usable_cores())]
     number = counts[0]
     if device.type == "cpu" and model_config.n_embd <= LARGE:
         number = choose(counts, lambda: fastest_count(counts, model_config, DTYPES[dtype]))
@@ -160,8 +161,7 @@ def fastest_count(counts: Sequence[int], config: ModelConfig, dtype: torch.dtype
     """Time the forward and backward pass of one layer of the model with each number of threads."""
     with suppress(Exception):  # from an edited model.py: training will show the error
         model = build(replace(config, n_layer=1, n_members=1, vocab_size=256))
-        weights = sum(p.numel() for p in model.parameters())
-        tokens = min(TOKENS, WEIGHTS // weights + 1)
+        tokens = min(TOKENS, WEIGHTS // count_parameters(model) + 1)
         T = min(config.block_size, tokens)
         idx = torch.zeros(tokens // T, T, dtype=torch.int64)
         batch = {"idx": idx, "targets": idx} | (
