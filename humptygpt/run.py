@@ -391,7 +391,7 @@ class RunFolder:
     def __init__(self, run: Run, settings: dict):
         """settings: the contents of config.json. Raises UserError if a file cannot be written."""
         self.path = path = Path(run.config.out_dir)
-        self.resumed_at = resumed_at = run.progress.iter
+        resumed_at = run.progress.iter
         self.settings = settings
         self.writes = run.process.first
         self.rows = []
@@ -422,20 +422,15 @@ class RunFolder:
         files.write_text(path / "metrics.jsonl", lines)
         files.write_text(path / "config.json", json.dumps(settings, indent=1))
         files.append(path / "command.txt", self.command)
+        for name in chosen_loggers(settings):
+            self.loggers.append(LOGGERS[name](path, settings, resumed_at))
 
     def record(self, row: dict) -> None:
-        """Add a row of metrics."""
-        if self.writes:
-            self.rows.append(row)
-            files.append(self.path / "metrics.jsonl", json.dumps(row))
-            self.log(row)
-
-    def log(self, row: dict) -> None:
-        """Send a row to the chosen loggers. The first call starts the loggers."""
-        if not self.loggers:
-            for name in chosen_loggers(self.settings):
-                start = LOGGERS[name]
-                self.loggers.append(start(self.path, self.settings, self.resumed_at))
+        """Add a row of metrics, and send it to the chosen loggers."""
+        if not self.writes:
+            return
+        self.rows.append(row)
+        files.append(self.path / "metrics.jsonl", json.dumps(row))
         for logger in self.loggers:
             # skip the row written at the end of a run, because a resumed run drops it
             if "end" not in row:

@@ -117,7 +117,7 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict:
     data = {
         "name": tokenizer.name,
         "eot": tokenizer.eot,
-        "alphabet": getattr(tokenizer, "alphabet", None),  # only a char tokenizer has one
+        "alphabet": tokenizer.alphabet,
         "pieces": {
             "bytes": base64.b64encode(b"".join(tokenizer.pieces)).decode(),
             "lengths": [len(piece) for piece in tokenizer.pieces],
