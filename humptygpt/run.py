@@ -1,6 +1,5 @@
 """A run: its parts, how far it is, the signals that stop it, its folder and its snapshots."""
 
-import dataclasses
 import importlib.util
 import json
 import math
@@ -12,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -150,7 +149,7 @@ class Run:
         task = tasks.find_task(self.dataset.task)
         # no process of a sharded run has the whole model, so none can generate examples
         if self.process.sharded:
-            return dataclasses.replace(task, evaluation_examples=None, final_examples=None)
+            return replace(task, evaluation_examples=None, final_examples=None)
         if task.score and not self.model.has_cache:  # translations are written with a cache
             return tasks.Task(task.dataset, batches_vary=task.batches_vary)
         return task
