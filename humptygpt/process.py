@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -104,16 +104,14 @@ def start_process(config: TrainConfig, prepare: Callable[[], None]) -> Process:
     """
     device = pick_device(config.device)
     _, size = launched()
-    if size > 1 and config.parallel == "fsdp":
-        from humptygpt.parallel.fsdp import FullySharded
-
-        return FullySharded.start(config, device, prepare)
-    if size > 1:
-        from humptygpt.parallel.processes import DataParallel
-
-        return DataParallel.start(config, device, prepare)
-    prepare()
-    return Process(device)
+    if size == 1:
+        prepare()
+        return Process(device)
+    if config.parallel == "fsdp":
+        from humptygpt.parallel.fsdp import FullySharded as Parallel
+    else:
+        from humptygpt.parallel.processes import DataParallel as Parallel
+    return Parallel.start(config, device, prepare)
 
 
 # --------------------------------------------------------------------------------------
@@ -129,7 +127,7 @@ def tune(config: TrainConfig, model_config: ModelConfig, process: Process) -> Tr
     """
     device = process.device
 
-    def choose(choices: Sequence[Hashable], measure: Callable[[], Hashable]) -> Hashable:
+    def choose(choices: Sequence, measure: Callable):
         index = choices.index(measure()) if process.first else 0
         return choices[int(process.sum(torch.tensor(index)))]
 
