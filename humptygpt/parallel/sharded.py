@@ -19,9 +19,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-from torch.futures import Future
 
 from humptygpt.checkpoint import SHARDED, load_plain, refuse_damaged
 from humptygpt.files import cannot_write, remove, write_whole
@@ -129,10 +126,10 @@ class Reader(dcp.FileSystemReader):
         super().__init__(path)
         self.metadata = Unpickler(io.BytesIO((path / SHARDED).read_bytes())).load()
 
-    def read_metadata(self, *args: object, **settings: object) -> Metadata:
+    def read_metadata(self, *args, **settings):
         return self.metadata
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+    def read_data(self, plan, planner):
         """Read this process's tensors."""
         for item in plan.items:
             info = self.storage_data[item.storage_index]
