@@ -96,7 +96,7 @@ def measured_dtype() -> str:
     kept = {}
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        path = cache / "humptygpt" / "measured.json"
+        path = cache / "humptygpt/measured.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # of two runs that start at once, the second waits
             with suppress(OSError, ValueError):
