@@ -235,8 +235,10 @@ def make_table(title: str, rows: Rows) -> list[dict]:
             if title and table[0][BITS] and row is not table[0]:
                 row |= difference(row, table[0])
     elif evaluated:
-        problem = "were evaluated on different texts, so none is marked as the best"
-        note(f"the runs {f'in {title} ' if title else ''}{problem}")
+        where = f" in {title}" if title else ""
+        note(
+            f"the runs{where} were evaluated on different texts, so none is marked as the best"
+        )
     settings = [runs[0].settings for _, runs in rows]
     keys = sorted(differing(settings))
     for row, each in zip(table, settings, strict=True):

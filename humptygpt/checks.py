@@ -99,7 +99,9 @@ def smaller(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
         sizes |= {"n_embd": width, "head_size": config.features}
     random = torch.Generator().manual_seed(0)
     idx = torch.randint(VOCABULARY, (1, min(config.block_size, TOKENS)), generator=random)
-    text = {"idx": idx} | ({"source": idx} if hasattr(model, "encode") else {})
+    text = {"idx": idx}
+    if hasattr(model, "encode"):
+        text["source"] = idx
     return build(replace(config, **sizes)), text
 
 

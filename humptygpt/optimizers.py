@@ -186,8 +186,8 @@ def muon(
         updates = optimizer.spread(function, gradients, rows).to(gradients.dtype)
         if normalize:
             moment = [slot.state["second_moment_buffer"] for slot in alike]
-            beta = group["betas"][1]
-            updates = normalize_neurons(updates, moment, beta, rows, optimizer.total)
+            _, beta2 = group["betas"]
+            updates = normalize_neurons(updates, moment, beta2, rows, optimizer.total)
         weights = [slot.weight for slot in alike]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         lr = group["lr"] * math.sqrt(max(1, rows / columns))

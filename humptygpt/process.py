@@ -162,9 +162,9 @@ def fastest_count(counts: Sequence[int], config: ModelConfig, dtype: torch.dtype
         tokens = min(TOKENS, WEIGHTS // count_parameters(model) + 1)
         T = min(config.block_size, tokens)
         idx = torch.zeros(tokens // T, T, dtype=torch.int64)
-        batch = {"idx": idx, "targets": idx} | (
-            {"source": idx} if hasattr(model, "encode") else {}
-        )
+        batch = {"idx": idx, "targets": idx}
+        if hasattr(model, "encode"):
+            batch["source"] = idx
 
         def train(number: int) -> None:
             torch.set_num_threads(number)
