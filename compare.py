@@ -163,7 +163,7 @@ def read_runs(folders: list[str]) -> list[Run]:
     runs = []
     for folder in folders:
         try:
-            settings = parse_json(Path(folder, "config.json").read_text("utf-8"), SCHEMA)
+            settings = parse_json(Path(folder, "config.json").read_bytes(), SCHEMA)
             rows = read_metrics(Path(folder, "metrics.jsonl"))
             runs.append(Run(Path(folder).absolute(), settings, rows))
         except (OSError, ValueError) as error:

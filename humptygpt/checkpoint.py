@@ -214,8 +214,7 @@ def check_content(saved: dict, tokens: int) -> ModelConfig:
         if type(value) is str and not value.isprintable():
             raise ValueError(f"{key} must not contain control characters")
     check_schema(saved["train_config"], LORA, "train_config")
-    cls = config_class(saved["model_config"])
-    config = cli.restore(cls, saved["model_config"])
+    config = cli.restore(config_class(saved["model_config"]), saved["model_config"])
     if config.vocab_size is None or tokens > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokens} tokens, but the model has vocab_size={config.vocab_size}"

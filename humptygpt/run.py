@@ -50,9 +50,9 @@ FILES = [
 ]
 PREVIOUS = "previous"  # subfolder for the run that --overwrite=True has replaced
 MOVING = ".previous"  # name of that subfolder while files are moved into it
-# {step: the snapshot taken before it}, in the run's folder
+# steps before which a snapshot is taken: 0, 10, 30, 100, 300 and so on
 STEPS = (0, *(first * 10**zeros for zeros in range(1, 12) for first in (1, 3)))
-SNAPSHOTS = {step: f"snapshots/{step}.pt" for step in STEPS}
+SNAPSHOTS = {step: f"snapshots/{step}.pt" for step in STEPS}  # in the run's folder
 SMALL = 10e6  # by default, a run saves snapshots if they total fewer bytes than this
 
 
