@@ -178,13 +178,12 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
 
 def peak_flops(device: torch.device) -> float | None:
     """Peak FLOP/s of the card; None if it is unknown."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    for words, peak in PEAK_FLOPS.items():
-        # variants of a card have peaks of their own
-        if re.search(rf"\b{words}\b(?! (Ti|SUPER|D|Laptop))", name):
-            return peak
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for words, peak in PEAK_FLOPS.items():
+            # variants of a card have peaks of their own
+            if re.search(rf"\b{words}\b(?! (Ti|SUPER|D|Laptop))", name):
+                return peak
     return None
 
 

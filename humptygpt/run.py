@@ -480,10 +480,9 @@ def take_snapshot(run: Run) -> None:
     if step not in SNAPSHOTS or not run.process.first or not keeps_snapshots(run):
         return
     prefix = "members.0." if run.model.config.n_members > 1 else ""
-    weights = {k: v for k, v in run.weights().items() if k.startswith(prefix)}
-    rows = {"rows": to_8_bits(weights)}
+    rows = to_8_bits({k: v for k, v in run.weights().items() if k.startswith(prefix)})
     path = Path(run.config.out_dir, SNAPSHOTS[step])
-    files.write_whole(path, lambda file: torch.save(rows, file))
+    files.write_whole(path, lambda file: torch.save({"rows": rows}, file))
 
 
 def keeps_snapshots(run: Run) -> bool:
