@@ -31,7 +31,7 @@ from pathlib import Path
 CONFIGS = Path(__file__).parent.parent / "config"
 Fields = dict[str, dataclasses.Field]  # {key: its field}, for one or more config classes
 # {key: (another key, the values of that other key for which `key` has no effect)}
-Vain = dict[str, tuple[str, tuple]]
+Vain = dict[str, tuple[str, Collection]]
 # type of a key that can be repeated: --key=ONE --key=ANOTHER
 TEXTS = tuple[str, ...]
 
