@@ -317,9 +317,9 @@ def test_it_translates_without_dropout_and_never_chooses_ids_that_only_pad_the_v
 ):
     calls, search = [], beam_search.beam_search
 
-    def watched(model, source, eot, vocab_size, num_beams=1):
-        calls.append((model.training, num_beams, vocab_size))
-        return search(model, source, eot, vocab_size, num_beams=num_beams)
+    def watched(model, tokenizer, source, num_beams=1):
+        calls.append((model.training, num_beams, tokenizer.vocab_size))
+        return search(model, tokenizer, source, num_beams=num_beams)
 
     monkeypatch.setattr(beam_search, "beam_search", watched)
     assert train.main([*TINY, "--dropout=0.1", "--vocab_size=300"]) == 0
