@@ -55,6 +55,8 @@ def pick_device(name: str) -> torch.device:
     available.append("cpu")
     if name == "auto":
         name = available[0]
+        if name == "mps":  # many small operators may be faster on the CPU
+            name = faster("device", ["cpu", "mps"])
     if name not in available:
         raise UserError(
             f"device={name} is not available; use one of these, or auto: {', '.join(available)}"
@@ -81,18 +83,18 @@ def training_dtype(device: torch.device) -> str:
     """The dtype in which this machine trains faster: float32 or, on a processor that can multiply it, bfloat16."""
     if not multiplies_bfloat16(device):
         return "float32"
-    return measured_dtype() if device.type == "cpu" else "bfloat16"
+    return faster("dtype", ["float32", "bfloat16"]) if device.type == "cpu" else "bfloat16"
 
 
-def measured_dtype() -> str:
-    """Choose float32 or bfloat16 by timing training steps on the CPU, once for a processor and a version of torch.
+def faster(what: str, choices: Sequence[str]) -> str:
+    """Choose a device or a dtype by timing training steps, once for a processor and a version of torch.
 
     The result is kept in the user's cache folder, so that it is the same in all runs, on a busy machine too.
+    what: dtype or device. choices: the first is taken unless another is clearly faster.
     """
     from filelock import FileLock  # late import: most scripts take no lock
 
-    choices = ["float32", "bfloat16"]
-    key = measured_key()
+    key = measured_key(what)
     kept = {}
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -108,13 +110,13 @@ def measured_dtype() -> str:
     # a RuntimeError if there is no home folder, or a file system without locks
     except (OSError, RuntimeError, UserError) as error:
         note(
-            f"the fastest dtype is measured at each start, because it cannot be kept: {error}"
+            f"the fastest {what} is measured at each start, because it cannot be kept: {error}"
         )
     return kept.get(key) or fastest_training(choices)
 
 
 def fastest_training(choices: Sequence[str]) -> str:
-    """Find the dtype in which feed-forward networks of three sizes train fastest, on one thread of the CPU.
+    """Find the device or dtype in which feed-forward networks of three sizes train fastest, on one thread.
 
     The shortest times are compared, because other programs can only make a step slower.
     """
@@ -124,11 +126,13 @@ def fastest_training(choices: Sequence[str]) -> str:
     }
 
     def step(choice: str) -> None:
+        device = torch.device("cpu" if choice in DTYPES else choice)
         for C, net in nets.items():
-            x = torch.ones(2**25 // C**2, C)  # equally much work for each
-            with autocast(torch.device("cpu"), DTYPES[choice]):
-                y = net(x)
+            x = torch.ones(2**25 // C**2, C, device=device)  # equally much work for each
+            with autocast(device, DTYPES.get(choice, torch.float32)):
+                y = net.to(device)(x)
             y.sum().backward()
+        net[0].weight.grad.sum().item()  # waits for the GPU
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -137,13 +141,13 @@ def fastest_training(choices: Sequence[str]) -> str:
     return best
 
 
-def measured_key() -> str:
-    """Describe the measurement by the processor, its instruction sets and the version of torch."""
+def measured_key(what: str) -> str:
+    """Describe a measurement by the processor, its instruction sets and the version of torch."""
     name = re.search(r"^model name\s*: (.*)$", read(Path("/proc/cpuinfo")), re.MULTILINE)
     capabilities = torch.cpu.get_capabilities().items()
     flags = " ".join(sorted(flag for flag, value in capabilities if value is True))
     processor = name[1] if name else platform.processor()
-    return f"dtype: {processor} ({flags}), torch {torch.__version__}"
+    return f"{what}: {processor} ({flags}), torch {torch.__version__}"
 
 
 def thread_counts() -> list[int]:

@@ -93,7 +93,7 @@ class TrainConfig:
     wandb_project: str = "humptygpt"  # project on Weights & Biases
     wandb_run_name: str | None = None  # run name on Weights & Biases; None: name of out_dir
     # system
-    device: str = "auto"  # auto: a GPU if there is one; cpu, cuda, cuda:1, mps
+    device: str = "auto"  # auto: the fastest there is; cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto: the fastest on this machine, measured once
     threads: int | None = None  # CPU threads; None: the fastest, measured at the start
     compile: bool | None = None  # use torch.compile; None: for long runs on CUDA

@@ -95,7 +95,7 @@ def measured(tmp_path_factory):
     """Give the tests a cache of their own, and the processes that they start what training_dtype() returns above."""
     folder = tmp_path_factory.mktemp("cache")
     (folder / "humptygpt").mkdir()
-    text = json.dumps({device.measured_key(): "float32"})
+    text = json.dumps({device.measured_key("dtype"): "float32"})
     (folder / "humptygpt/measured.json").write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
