@@ -29,7 +29,9 @@ def whole(path: Path) -> Iterator[Path]:
             if temporary.is_file():
                 with temporary.open("r+b") as file:
                     os.fsync(file.fileno())
-            temporary.replace(path)  # a folder there must be empty
+            if path.is_dir():  # it must be empty; Windows cannot replace a folder
+                path.rmdir()
+            temporary.replace(path)
     finally:
         with suppress(OSError):
             remove(temporary)
