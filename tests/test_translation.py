@@ -316,9 +316,9 @@ def test_it_translates_without_dropout_and_never_chooses_ids_that_only_pad_the_v
 ):
     calls, search = [], beam_search.beam_search
 
-    def watched(model, source, eot, vocab_size, num_beams=1):
-        calls.append((model.training, num_beams, vocab_size))
-        return search(model, source, eot, vocab_size, num_beams=num_beams)
+    def watched(model, tokenizer, source, num_beams=1):
+        calls.append((model.training, num_beams, tokenizer.vocab_size))
+        return search(model, tokenizer, source, num_beams=num_beams)
 
     monkeypatch.setattr(beam_search, "beam_search", watched)
     assert train.main([*TINY, "--dropout=0.1", "--vocab_size=300"]) == 0
@@ -353,8 +353,8 @@ def test_lines_keep_their_order_and_numbers_and_long_ones_are_cut_and_reported(
     printed = capsys.readouterr()
     assert printed.out == "1 is\n2\n\n\n5\n" + 39 * "6" + "\n"
     assert [line for line in printed.err.splitlines() if line.startswith("note")] == [
-        "note: line 6 has 50 tokens; only the first 39 are read",
         "note: line 5: the translation was cut off at the length limit",
+        "note: line 6 has 50 tokens; only the first 39 are read",
         "note: line 6: the translation was cut off at the length limit",
     ]
 

@@ -55,7 +55,7 @@ def raise_if_rank_died() -> Iterator[None]:
 class SharedDropout(nn.Dropout):
     """Dropout for some rows of a batch. On the CPU, it draws the same mask for them as a single process would."""
 
-    rows: tuple[int, slice] | None = None  # as in process.Share
+    rows = None  # as in process.Share
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rows is None or not self.training or x.device.type != "cpu":
@@ -99,7 +99,7 @@ class DataParallel(Process):
     optimizer_class = SharedOptimizer
     # the default group, kept until Python ends: if DDP were the last to hold it, freeing it could wait forever for a
     # thread that waits for Python's lock (PyTorch issue 56297)
-    world: dist.ProcessGroup | None = None
+    world = None
 
     def __init__(
         self,
