@@ -96,13 +96,12 @@ class CompareConfig:
         return {}
 
     def validate(self) -> None:
-        if self.picture is not None and not self.picture.lower().endswith(".png"):
+        if self.picture and not self.picture.lower().endswith(".png"):
             raise ValueError(f"picture={self.picture} must end in .png")
 
 
 def main(argv: list[str]) -> None:
-    given = cli.read(argv, CompareConfig, positional="runs")
-    config = cli.make(CompareConfig, given)
+    config = cli.make(CompareConfig, cli.read(argv, CompareConfig, positional="runs"))
     # out/* also matches files such as compare.png, written by an earlier call
     runs = read_runs([path for path in config.runs if not os.path.isfile(path)])
     grouped = config.group or config.baseline
@@ -164,7 +163,7 @@ def read_runs(folders: list[str]) -> list[Run]:
     runs = []
     for folder in folders:
         try:
-            settings = parse_json(Path(folder, "config.json").read_text("utf-8"), SCHEMA)
+            settings = parse_json(Path(folder, "config.json").read_bytes(), SCHEMA)
             rows = read_metrics(Path(folder, "metrics.jsonl"))
             runs.append(Run(Path(folder).absolute(), settings, rows))
         except (OSError, ValueError) as error:
@@ -236,8 +235,10 @@ def make_table(title: str, rows: Rows) -> list[dict]:
             if title and table[0][BITS] and row is not table[0]:
                 row |= difference(row, table[0])
     elif evaluated:
-        problem = "were evaluated on different texts, so none is marked as the best"
-        note(f"the runs {f'in {title} ' if title else ''}{problem}")
+        where = f" in {title}" if title else ""
+        note(
+            f"the runs{where} were evaluated on different texts, so none is marked as the best"
+        )
     settings = [runs[0].settings for _, runs in rows]
     keys = sorted(differing(settings))
     for row, each in zip(table, settings, strict=True):
@@ -352,8 +353,9 @@ def draw_comparison(
     panels = figure.subplots(len(tables), squeeze=False)[:, 0]
     for panel, (title, table) in zip(panels, tables.items(), strict=True):
         panel.set_prop_cycle(looks)
-        for row, (_, runs) in zip(table, groups[title], strict=True):
-            panel.plot(*curve(runs), label=label(row), marker="o", markersize=4)
+        for row, (name, runs) in zip(table, groups[title], strict=True):
+            label = f"{name}  {row[BITS]:.3f}" if row[BITS] else name
+            panel.plot(*curve(runs), label=label, marker="o", markersize=4)
         # logarithmic, so that the high losses of the first evaluations do not hide the differences between later ones
         panel.set(title=title, yscale="log", ylabel="validation loss, bits per byte")
         panel.yaxis.set_major_formatter("{x:.4g}")
@@ -363,13 +365,6 @@ def draw_comparison(
         panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.supxlabel("training text")
     write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
-
-
-def label(row: dict) -> str:
-    text = row["run"]
-    if row["best_bits_per_byte"]:
-        text += f"  {row['best_bits_per_byte']:.3f}"
-    return text
 
 
 def curve(runs: list[Run]) -> tuple[list[float], list[float]]:

@@ -30,7 +30,6 @@ from humptygpt import cli
 from humptygpt.cli import CONFIGS
 from humptygpt.prepare.dataset import PrepareConfig, built_in, prepare
 from humptygpt.prepare.settings import CHOICES
-from humptygpt.translation.pairs import Pairs
 
 
 def main(argv: list[str]) -> None:
@@ -47,7 +46,7 @@ def training_arguments(config: PrepareConfig, meta: dict) -> list[str]:
     if config.tokenizer not in CHOICES:
         return [f"--init_from={config.tokenizer}", *arguments]
     own = CONFIGS / f"{config.name}.py"
-    pairs = meta["task"] == Pairs.task
+    pairs = meta["task"] == "translation"
     if built_in(config) and own.is_file():
         arguments = [os.path.relpath(own)]
     elif pairs:

@@ -49,17 +49,19 @@ from humptygpt.sampling import (
 
 SEPARATOR = "---------------"
 SAMPLING = "temperature top_k top_p min_p repetition_penalty seed max_new_tokens stop"
-OF_TEXT = "prompts num_samples stop logprobs temperature top_k repetition_penalty"
-OF_TEXT += " seed compile top_p min_p"
+# {task of the model: the keys that have no effect on it}
+NOT_FOR = {
+    "language modelling": "system num_beams length_penalty",
+    "chat": "prompts num_samples logprobs num_beams length_penalty",
+    "translation": "prompts num_samples logprobs system compile seed stop temperature top_k top_p min_p"
+    " repetition_penalty",
+}
 # {key: (another setting, the values of that setting for which the key has no effect)}
-IN_VAIN = dict.fromkeys(OF_TEXT.split(), ("task", ("translation",)))
-for key in ("prompts", "num_samples", "logprobs"):
-    IN_VAIN[key] = ("task", ("translation", "chat"))
-for key in ("num_beams", "length_penalty"):
-    IN_VAIN[key] = ("task", ("language modelling", "chat"))
-IN_VAIN["system"] = ("task", ("language modelling", "translation"))
-IN_VAIN["dtype"] = ("quantize", ("int8",))
-ONE_BY_ONE = dict.fromkeys(("num_samples", "logprobs"), ("interactive", (True,)))
+IN_VAIN = {
+    "num_samples": ("interactive", (True,)),
+    "logprobs": ("interactive", (True,)),
+    "dtype": ("quantize", ("int8",)),
+}
 
 load = pipeline  # for notebooks, together with complete()
 
@@ -124,11 +126,13 @@ class SampleConfig:
 def main(argv: list[str]) -> None:
     given = cli.read(argv, SampleConfig)
     config = cli.make(SampleConfig, given)
-    refuse_vain(given, vars(config), ONE_BY_ONE)
+    refuse_vain(given, vars(config), IN_VAIN)
     source = chosen_source(config, given)
     keys = config.select("device dtype quantize compile")
     loaded = pipeline(source, config.checkpoint, talks=config.interactive, **keys)
-    refuse_vain(given, vars(config) | {"task": loaded.task}, IN_VAIN)
+    for key in NOT_FOR[loaded.task].split():
+        if key in given:
+            raise UserError(f"{key}={given[key]} has no effect with task={loaded.task}")
     with machine.memory_advice(
         "try a smaller --num_samples, --max_new_tokens or --num_beams"
     ):

@@ -108,8 +108,7 @@ def print_texts(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
     rows = {}
     for name, source in sources.items():
         loaded = load(config, source)
-        row = score_text(loaded.model, loaded.tokenizer, text, config.stride)
-        rows[name] = row
+        row = rows[name] = score_text(loaded.model, loaded.tokenizer, text, config.stride)
         if not config.json:
             print(
                 f"{row['nats_per_token']:.4f} ± {row['standard_error']:.4f} nats per token,"

@@ -16,9 +16,8 @@ new GPT has the recipe of config/shakespeare_char.py instead: that file's values
 """
 
 import signal
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import ExitStack, closing
-from pathlib import Path
 
 from humptygpt import machine
 
@@ -33,7 +32,7 @@ from humptygpt import evaluation, report
 from humptygpt.checks import check_model
 from humptygpt.data import random_key
 from humptygpt.device import DTYPES, autocast, to_device, tune_malloc
-from humptygpt.loading import Loaded, load
+from humptygpt.loading import load
 from humptygpt.optimizers import make_optimizer
 from humptygpt.process import (
     Share,
@@ -52,8 +51,8 @@ from humptygpt.run import (
     catch_signals,
     take_snapshot,
 )
-from humptygpt.settings import TrainConfig
 from humptygpt.setup import (
+    Start,
     dry_run,
     fit_to_data,
     keep_best,
@@ -68,7 +67,6 @@ from humptygpt.setup import (
     recorded_settings,
     resumed_progress,
 )
-from model import ModelConfig
 
 # numbers of steps after which the model writes a line
 LINES = {0, *(25 * 2**doublings for doublings in range(40))}
@@ -81,7 +79,7 @@ def main(argv: list[str]) -> int:
         if start.config.dry_run:
             print(dry_run(start.config, start.model_config))
             return 0
-        run = setup(*start)
+        run = setup(start)
         del start  # free the checkpoint's memory
         with run.process:
             print(report.summary(run), flush=True)
@@ -99,40 +97,32 @@ def main(argv: list[str]) -> int:
 # Setup
 
 
-def setup(
-    config: TrainConfig,
-    model_config: ModelConfig,
-    saved: dict | None = None,
-    base: Loaded | None = None,
-    given: Collection[str] = (),
-) -> Run:
-    """Assemble a run.
-
-    saved: the checkpoint to resume from. base: the model to start from. given: settings that --minutes must not change.
-    """
+def setup(start: Start) -> Run:
+    """Assemble a run."""
+    config, model_config, saved, base, given = start
     process = start_process(config, lambda: prepare_missing(config))
     device = process.device
-    measured = left_open(config, saved, given)
     config = tune(config, model_config, process)
     dtype = DTYPES[config.dtype]
     if not process.sharded:  # that gathers whole weights and frees them, which leaves gaps
         tune_malloc()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-    dataset = open_prepared(Path("data") / config.dataset, model_config, config.seed)
-    model_config = fit_to_data(config, model_config, saved, base, dataset)
+    dataset = open_prepared(config, model_config)
+    model_config = fit_to_data(start, dataset)
     clock = StepClock()
     if config.minutes:
         from humptygpt.minutes import plan
 
         config, model_config, clock = plan.begin(
-            config, model_config, given, saved, dataset, device, dtype
+            config, model_config, given, saved, dataset, device
         )
     elif not config.eval_only:
-        check_training_fits(config, model_config, device, dtype, process.size)
+        check_training_fits(config, model_config, device, process.size)
 
-    sharded, tokenizer = process.sharded, dataset.tokenizer
-    model = make_model(config, model_config, saved, base, sharded, tokenizer)
+    model = make_model(
+        config, model_config, saved, base, process.sharded, dataset.tokenizer
+    )
     check_model(model)
     run = Run(
         config=config,
@@ -140,11 +130,11 @@ def setup(
         device=device,
         dtype=dtype,
         dataset=dataset,
-        batches=make_batches(config, dataset, process, model_config.vocab_size),
+        batches=make_batches(config, dataset, model_config.vocab_size),
         model=model,
         net=model,
         progress=resumed_progress(config, saved) if saved else Progress(),
-        measured=measured,
+        measured=left_open(start),
         clock=clock,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         test_pairs=make_tester(config, dataset, process),
@@ -183,12 +173,7 @@ def fit(run: Run) -> int:
         folder.record(run.progress.stamp() | {"end": "stopped" if stopped_by else "done"})
         folder.draw()  # a resumed run may have no steps left and no plot yet
         if run.process.first:
-            end = "interrupted"
-            if not stopped_by:
-                finish(run, folder)
-                early = run.progress.position < config.max_iters
-                end = "stopped early" if early else "finished"
-            folder.end(run, end)
+            folder.end(run, "interrupted" if stopped_by else finish(run, folder))
     if run.process.first and stopped_by:
         report.stopped(run, stopped_by)
     return 128 + stopped_by if stopped_by else 0
@@ -319,7 +304,8 @@ def evaluate(run: Run, folder: RunFolder, bar: tqdm) -> bool:
         row |= show(run, run.test_pairs, run.model)
     improved = run.progress.record(row["val_loss"])
     folder.record(run.progress.stamp() | row)
-    report.evaluated(bar, run, row, improved)
+    best = ", the best so far" if improved else ""
+    report.line(bar, f"iter {run.progress.iter}: {evaluation.evaluation_line(row)}{best}")
     if run.task.evaluation_examples and run.process.first:
         report.line(bar, show(run, run.task.evaluation_examples, run.model))
     if improved:
@@ -336,18 +322,20 @@ def evaluate(run: Run, folder: RunFolder, bar: tqdm) -> bool:
 # End of training
 
 
-def finish(run: Run, folder: RunFolder) -> None:
-    """Show what the best model can do, and say what to do next."""
+def finish(run: Run, folder: RunFolder) -> str:
+    """Show what the best model can do, and say what to do next. Returns how the run ended."""
     progress = run.progress
+    early = progress.position < run.config.max_iters
     if run.config.minutes:
         from humptygpt.minutes import plan
 
         print(plan.closing(run, folder.path))
-    if progress.position < run.config.max_iters:
+    if early:
         print(f"stopped early: the validation loss was lowest at iter {progress.best_iter}")
     if run.task.final_examples or run.task.score or evaluation.cost_of_whole_split(run):
         show_best(run, folder)
     print(report.closing(run, folder.rows))
+    return "stopped early" if early else "finished"
 
 
 def show_best(run: Run, folder: RunFolder) -> None:

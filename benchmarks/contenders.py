@@ -48,7 +48,8 @@ class Trainer:
             device=self.device,
             dtype=torch.float32,
         )
-        return evaluate(run, self.model, None).mean
+        loss, _ = evaluate(run, self.model, None)
+        return loss
 
 
 class Generator:

@@ -152,8 +152,9 @@ def training(config: BenchConfig, name: str, device: torch.device) -> dict:
         beside.append(f"nanoGPT {nanogpt:,.0f} tokens/s")
     speed = f"{figures['tokens_per_second']:,} tokens/s, {figures['ms_per_step']} ms a step"
     row(f"{name}, training, batch {train_config.batch_size}", speed, ", ".join(beside))
-    dtype = pick_dtype("auto", device)
-    computed = training_memory(train_config, model, device, dtype).total
+    dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
+    train_config = replace(train_config, dtype=dtype)
+    computed = training_memory(train_config, model, device).total
     measured = f"{peak / 1e9:.2f} GB" if device.type == "cuda" else "not on a CPU"
     row(f"{name}, peak memory", measured, f"{computed / 1e9:.2f} GB, uncompiled")
     return figures | {"computed_memory": computed}

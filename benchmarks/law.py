@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from torch import Tensor
 
 from humptygpt import cli
 from humptygpt.data import read_meta
-from humptygpt.device import DTYPES, pick_device, training_dtype, tune_malloc
+from humptygpt.device import pick_device, training_dtype, tune_malloc
 from humptygpt.files import write_whole
 from humptygpt.loggers import read_metrics
 from humptygpt.minutes import plan
@@ -106,13 +107,11 @@ def measure() -> None:
     for text, minutes in CELLS:
         for number in range(RUNS):
             start = read_settings([*command(text, minutes, number), "--dry_run=True"])
-            dataset = open_prepared(Path("data", text), start.model_config, 1337)
-            model_config = fit_to_data(*start[:4], dataset)
+            dataset = open_prepared(start.config, start.model_config)
+            model_config = fit_to_data(start, dataset)
             device = pick_device("cpu")
-            dtype = DTYPES[training_dtype(device)]
-            seconds = plan.seconds_per_step(
-                start.config, model_config, dataset, device, dtype
-            )
+            config = replace(start.config, dtype=training_dtype(device))
+            seconds = plan.seconds_per_step(config, model_config, dataset, device)
             steps[f"{text} {minutes} {number}"] = int(60 * minutes * TRAINED / seconds)
             print(text, minutes, number, f"{seconds:.4f} s a step", flush=True)
     OUT.mkdir(parents=True, exist_ok=True)

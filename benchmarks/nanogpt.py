@@ -40,8 +40,7 @@ class NanoGPTTrainer(Trainer):
         on_gpu = self.device.type == "cuda"
         # nanoGPT has only float32 on a CPU
         self.dtype = pick_dtype("auto" if on_gpu else "float32", self.device)
-        folder = Path("data") / config.dataset
-        self.dataset = open_prepared(folder, model_config, config.seed)
+        self.dataset = open_prepared(config, model_config)
         self.tokens = self.dataset.folder / "train.bin"
         torch.manual_seed(config.seed)
         self.model = build_gpt(checkout, model_config).to(self.device)

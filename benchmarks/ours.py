@@ -12,6 +12,7 @@ from humptygpt.device import pick_device
 from humptygpt.fast.generation import make_generator
 from humptygpt.sampling import Context, continue_texts
 from humptygpt.settings import TrainConfig
+from humptygpt.setup import Start
 from humptygpt.tasks import build
 from model import ModelConfig
 
@@ -22,7 +23,7 @@ class OurTrainer(Trainer):
     ours = True
 
     def __init__(self, config: TrainConfig, model_config: ModelConfig):
-        self.run = train.setup(config, model_config)
+        self.run = train.setup(Start(config, model_config))
         self.config = config
         self.model = self.run.model
         self.dataset = self.run.dataset

@@ -64,8 +64,7 @@ def read_configs(
     on_gpu = pick_device(config.device).type == "cuda"  # where nanoGPT compiles
     train_config = replace(train_config, device=config.device, dtype=dtype, compile=on_gpu)
     prepare_missing(train_config)
-    folder = Path("data") / train_config.dataset
-    dataset = open_prepared(folder, model_config, train_config.seed)
+    dataset = open_prepared(train_config, model_config)
     if dataset.task != "language modelling":
         raise UserError(
             f"dataset={train_config.dataset} has sentence pairs, but what={config.what} is for text"

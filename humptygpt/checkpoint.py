@@ -53,13 +53,6 @@ def save(path: Path, entries: dict) -> None:
         remove(folder)
 
 
-def load_sharded(path: Path, entries: dict) -> None:
-    """Read a sharded checkpoint into the tensors of a run's latest_state(). Every process must call this."""
-    from humptygpt.parallel.sharded import load
-
-    load(path, entries)
-
-
 def read(path: Path, with_tensors: bool = True) -> dict:
     """Load a checkpoint onto the CPU and check its entries. Optimizer.load() checks the optimizer state later.
 
@@ -212,11 +205,6 @@ def refuse_other_code(path: Path) -> AbstractContextManager:
     return refuse(f"{path} was written by different code: ")
 
 
-def lacks_tensors(saved: dict) -> bool:
-    """True if the tensors of a sharded checkpoint are still unread: see read(with_tensors=False)."""
-    return next(iter(saved["model"].values())).is_meta
-
-
 def check_content(saved: dict, tokens: int) -> ModelConfig:
     """Check settings, task and progress, and return the model's config. tokens: size of the tokenizer's vocabulary.
 
@@ -226,8 +214,7 @@ def check_content(saved: dict, tokens: int) -> ModelConfig:
         if type(value) is str and not value.isprintable():
             raise ValueError(f"{key} must not contain control characters")
     check_schema(saved["train_config"], LORA, "train_config")
-    cls = config_class(saved["model_config"])
-    config = cli.restore(cls, saved["model_config"])
+    config = cli.restore(config_class(saved["model_config"]), saved["model_config"])
     if config.vocab_size is None or tokens > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokens} tokens, but the model has vocab_size={config.vocab_size}"
@@ -305,12 +292,10 @@ def check_tensors(
 
 def restore_model(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     """Make these tensors the state of a model on the meta device, so no weight is in memory twice. Ties stay ties."""
-    names: dict[Tensor, list[str]] = {}  # a tied parameter has several
-    for name, p in model.named_parameters(remove_duplicate=False):
-        names.setdefault(p, []).append(name)
+    named = [*model.named_parameters(remove_duplicate=False)]
+    first_name = {p: path for path, p in reversed(named)}  # a tied parameter has several
     model.load_state_dict(weights, assign=True)
-    for first, *others in names.values():
-        for other in others:
-            owner, _, name = other.rpartition(".")
-            setattr(model.get_submodule(owner), name, model.get_parameter(first))
+    for path, p in named:
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, model.get_parameter(first_name[p]))
     return model

@@ -30,6 +30,8 @@ from pathlib import Path
 
 CONFIGS = Path(__file__).parent.parent / "config"
 Fields = dict[str, dataclasses.Field]  # {key: its field}, for one or more config classes
+# {key: (another key, the values of that other key for which `key` has no effect)}
+Vain = dict[str, tuple[str, Collection]]
 # type of a key that can be repeated: --key=ONE --key=ANOTHER
 TEXTS = tuple[str, ...]
 
@@ -124,13 +126,8 @@ def check_above_0(config: object, *names: str) -> None:
             raise ValueError(f"{name}={value} must be above 0")
 
 
-def in_vain(
-    given: Collection[str], settings: dict, table: dict[str, tuple[str, tuple]]
-) -> dict[str, str]:
-    """Find the given keys that have no effect with these settings. Returns {key: why}.
-
-    table: {key: (another key, the values of that other key that make `key` ineffective)}.
-    """
+def in_vain(given: Collection[str], settings: dict, table: Vain) -> dict[str, str]:
+    """Find the given keys that have no effect with these settings. Returns {key: why}."""
     return {
         key: f"{key}={settings[key]} has no effect with {other}={settings[other]}"
         for key, (other, values) in table.items()
@@ -139,15 +136,9 @@ def in_vain(
 
 
 def refuse_vain(
-    given: Collection[str],
-    settings: dict,
-    table: dict[str, tuple[str, tuple]],
-    noted: Collection[str] = (),
+    given: Collection[str], settings: dict, table: Vain, noted: Collection[str] = ()
 ) -> None:
-    """Raise UserError for a given key that has no effect with these settings. Parameters as in in_vain().
-
-    noted: keys for which it prints a note instead.
-    """
+    """Raise UserError for a given key that has no effect with these settings. noted: keys that only get a note."""
     for key, why in in_vain(given, settings, table).items():
         if key not in noted:
             raise UserError(f"{why}; leave it out")
@@ -268,8 +259,7 @@ def read_config(path: str, fields: Fields) -> dict[str, object]:
             helper = isinstance(value, types.ModuleType) or callable(value)
             if name.startswith("_") or (helper and name not in fields):
                 continue
-            own = " (a variable of your own begins with _)" if path.endswith(".py") else ""
-            check_key(name, fields, own)
+            check_key(name, fields, " (a variable of your own begins with _)")
             found[name] = convert(name, value, fields[name].type)
     return found
 

@@ -12,7 +12,6 @@ import re
 import shlex
 from bisect import bisect_right
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
@@ -237,27 +236,6 @@ class TokenDataset(Dataset):
         return next_tokens(ids, ignored=after)
 
 
-class Prefetcher:
-    """Reads the next batch of a dataset in a thread while the model trains on the current one.
-
-    This helps if reads wait for a disk while the CPU would otherwise be idle, as when training on a GPU.
-    """
-
-    def __init__(self, dataset: Dataset, stride: int = 1):
-        """stride: difference between the indices of successive batches."""
-        self.dataset = dataset
-        self.stride = stride
-        self.pending = {}  # {(index, batch_size): future of the batch}
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-
-    def batch(self, index: int, batch_size: int) -> Batch:
-        key = (index, batch_size)
-        batch = self.pending.get(key) or self.thread.submit(self.dataset.batch, *key)
-        following = (index + self.stride, batch_size)
-        self.pending = {following: self.thread.submit(self.dataset.batch, *following)}
-        return batch.result()
-
-
 def count_targets(batch: Batch) -> int:
     """Count the targets that are not ignored. A target may be a distribution."""
     targets = batch["targets"]
@@ -358,24 +336,20 @@ class TokenFiles:
         for row, start in zip(rows, starts.tolist(), strict=True):
             number = bisect_right(self.starts, start) - 1
             offset = start - self.starts[number]
-            # a row may continue in the next file
-            while len(row) and number < len(self.arrays):
-                ids = self.arrays[number][offset : offset + len(row)]
+            for array in self.arrays[number:]:  # a row may continue in the next file
+                ids = array[offset : offset + len(row)]
                 row[: len(ids)] = ids
                 row = row[len(ids) :]
-                number += 1
                 offset = 0
         return rows
 
-    def verify(self) -> int:
-        """Compare the files with their checksums. Returns how many have one. Raises UserError if one differs."""
-        checked = [path for path in self.paths if path.name in self.sums]
-        for path in checked:
-            if sha256(path) != self.sums[path.name]:
+    def verify(self) -> None:
+        """Compare the files with their checksums, where there are any. Raises UserError if one differs."""
+        for path in self.paths:
+            if path.name in self.sums and sha256(path) != self.sums[path.name]:
                 raise self.error(
                     f"{path} was altered or damaged: its checksum does not match meta.json"
                 )
-        return len(checked)
 
 
 # --------------------------------------------------------------------------------------

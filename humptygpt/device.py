@@ -98,7 +98,7 @@ def faster(what: str, choices: Sequence[str]) -> str:
     kept = {}
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        path = cache / "humptygpt" / "measured.json"
+        path = cache / "humptygpt/measured.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # of two runs that start at once, the second waits
             with suppress(OSError, ValueError):
@@ -120,14 +120,14 @@ def fastest_training(choices: Sequence[str]) -> str:
 
     The shortest times are compared, because other programs can only make a step slower.
     """
-    widths = (128, 256, 512)
-    nets = [
-        nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C)) for C in widths
-    ]
+    nets = {
+        C: nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
+        for C in (128, 256, 512)
+    }
 
     def step(choice: str) -> None:
         device = torch.device("cpu" if choice in DTYPES else choice)
-        for C, net in zip(widths, nets, strict=True):
+        for C, net in nets.items():
             x = torch.ones(2**25 // C**2, C, device=device)  # equally much work for each
             with autocast(device, DTYPES.get(choice, torch.float32)):
                 y = net.to(device)(x)
@@ -182,13 +182,12 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
 
 def peak_flops(device: torch.device) -> float | None:
     """Peak FLOP/s of the card; None if it is unknown."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    for words, peak in PEAK_FLOPS.items():
-        # variants of a card have peaks of their own
-        if re.search(rf"\b{words}\b(?! (Ti|SUPER|D|Laptop))", name):
-            return peak
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for words, peak in PEAK_FLOPS.items():
+            # variants of a card have peaks of their own
+            if re.search(rf"\b{words}\b(?! (Ti|SUPER|D|Laptop))", name):
+                return peak
     return None
 
 

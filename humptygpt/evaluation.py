@@ -5,7 +5,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,19 +22,15 @@ BLOCKS = 8  # blocks of batches whose means give the standard error of a loss
 FEWEST_BATCHES = 96
 
 
-class Loss(NamedTuple):
-    """Mean loss in nats per token, over a whole split or a sample of it."""
-
-    mean: float
-    standard_error: float | None  # None if there are too few batches to estimate it
-
-
 @torch.no_grad()
-def evaluate(run: Run, net: nn.Module, eval_iters: int | None) -> Loss:
+def evaluate(
+    run: Run, net: nn.Module, eval_iters: int | None
+) -> tuple[float, float | None]:
     """Compute the loss of net over an evaluation set, which is split among the processes.
 
     Evaluation draws no random numbers, so it cannot affect training. Afterwards, net is in its previous mode again,
     training or evaluation. eval_iters: batches in the set; None: the whole validation split.
+    Returns the mean loss in nats per token, and its standard error; None if there are too few batches to estimate that.
     """
     process = run.process
     was_training = net.training
@@ -53,10 +48,10 @@ def evaluate(run: Run, net: nn.Module, eval_iters: int | None) -> Loss:
     table = torch.zeros(len(losses), process.size, 2, dtype=torch.float64)
     table[:, process.rank, 0] = torch.stack(losses).cpu().double()
     table[:, process.rank, 1] = torch.tensor(weights)
-    rows = process.sum(table).flatten(0, 1).tolist()
-    losses, weights = np.array([row for row in rows if row[1]]).T
+    rows = np.array(process.sum(table).flatten(0, 1).tolist())
+    losses, weights = rows[rows[:, 1] > 0].T
     mean = losses @ weights / weights.sum()
-    return Loss(float(mean), standard_error(losses - mean, weights))
+    return float(mean), standard_error(losses - mean, weights)
 
 
 def standard_error(deviations: np.ndarray, weights: np.ndarray) -> float | None:
@@ -118,16 +113,16 @@ def evaluated(dataset: Dataset, batch_size: int, eval_iters: int | None) -> dict
 
 def measures(run: Run, net: nn.Module, eval_iters: int | None) -> dict[str, float | str]:
     """Evaluate, and return a row of metrics: the loss in several units, and a fingerprint of the text."""
-    loss = evaluate(run, net, eval_iters)
+    loss, error = evaluate(run, net, eval_iters)
     bits_per_nat = 1 / math.log(2) / run.dataset.val_bytes_per_token()  # bits per byte
     row = {
-        "val_loss": loss.mean,
-        "val_bits_per_byte": loss.mean * bits_per_nat,
-        "val_perplexity": math.exp(min(loss.mean, 700)),  # exp overflows beyond 700
+        "val_loss": loss,
+        "val_bits_per_byte": loss * bits_per_nat,
+        "val_perplexity": math.exp(min(loss, 700)),  # exp overflows beyond 700
     }
-    if loss.standard_error:
-        row["val_standard_error"] = loss.standard_error
-        row["val_bits_standard_error"] = loss.standard_error * bits_per_nat
+    if error:
+        row["val_standard_error"] = error
+        row["val_bits_standard_error"] = error * bits_per_nat
     return row | evaluated(run.dataset, run.config.batch_size, eval_iters)
 
 
@@ -154,10 +149,11 @@ def samples(
     tokenizer = dataset.tokenizer
     start = torch.from_numpy(tokenizer.start()).to(next(model.parameters()).device)
     rows = model.generate(start.repeat(count, 1), length, temperature=0.8)
-    rows = rows[:, len(start) :]
-    # drop ids that only pad the vocabulary
-    rows = [row[row < tokenizer.vocab_size].tolist() for row in rows]
-    return [tokenizer.decode(row).strip() for row in rows]
+    # ids beyond the tokenizer's only pad the vocabulary
+    return [
+        tokenizer.decode(row[row < tokenizer.vocab_size].tolist()).strip()
+        for row in rows[:, len(start) :]
+    ]
 
 
 def sample_line(model: nn.Module, dataset: TokenDataset, count: int = 1) -> str:

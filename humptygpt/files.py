@@ -58,12 +58,12 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-def cannot_write(path: Path | str, error: Exception, advice: str = "") -> UserError:
+def cannot_write(path: Path, error: Exception, advice: str = "") -> UserError:
     """Describe a failed write in one line. If the disk is full, name its mount point and its free space."""
     # errors from numpy and torch do not give the reason
     reason = getattr(error, "strerror", None) or "the disk may be full"
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        folders = Path(path).resolve().parents  # a link may lead to another disk
+        folders = path.resolve().parents  # a link may lead to another disk
         mounted = next(folder for folder in folders if folder.is_mount())
         usage = shutil.disk_usage(mounted)
         megabytes = f"{usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB"

@@ -14,17 +14,15 @@ import statistics
 import sys
 import time
 import typing
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from humptygpt.cli import UserError, one_line
 
 # packages that training and sampling a GPT do not need, but that some other features do
-OPTIONAL = {
-    *("gguf", "huggingface_hub", "matplotlib", "pyarrow", "sacrebleu"),
-    *("safetensors", "sentencepiece", "tensorboard", "tiktoken", "tokenizers", "wandb"),
-}
+OPTIONAL = {"gguf", "huggingface_hub", "matplotlib", "pyarrow", "sacrebleu", "safetensors"}
+OPTIONAL |= {"sentencepiece", "tensorboard", "tiktoken", "tokenizers", "wandb"}
 GIVEN = {*os.environ}  # names of the variables that the user has set
 STARTED = time.monotonic()  # when the command started, not counting Python's own startup
 # Linux's control groups (cgroups), version 2, which containers use
@@ -95,26 +93,31 @@ def time_wake_ups(libgomp: Path) -> int:
 
 
 def fastest(
-    choices: Sequence[Hashable],
-    run: Callable[[Hashable], object],
-    typical: Callable[[list[float]], float] = statistics.median,
+    choices: Sequence,
+    run: Callable,
+    typical: Callable = statistics.median,
     seconds: float = 0.5,
-) -> Hashable:
+):
     """Time run(choice) for each choice in turn. Returns the first choice unless another is WORTH times as fast.
 
     typical: reduces the times of a choice to one. seconds: about how long this takes; a large model is timed thrice.
     """
+    default, *others = choices
+    if not others:
+        return default
     timed = {choice: [] for choice in choices}
     end = time.perf_counter() + seconds
-    for count in range(10 if len(choices) > 1 else 0):
-        for choice in choices if count < 4 or time.perf_counter() < end else ():
+    for count in range(10):
+        if count >= 4 and time.perf_counter() >= end:
+            break
+        for choice in choices:
             began = time.perf_counter()
             run(choice)
             timed[choice].append(time.perf_counter() - began)
     # the first call of each is a warmup, and a busy machine disturbs others
-    usual = {key: typical(times[1:] or [0]) for key, times in timed.items()}
+    usual = {choice: typical(times[1:]) for choice, times in timed.items()}
     winner = min(choices, key=usual.get)
-    return winner if usual[choices[0]] >= WORTH * usual[winner] else choices[0]
+    return winner if usual[default] >= WORTH * usual[winner] else default
 
 
 # --------------------------------------------------------------------------------------

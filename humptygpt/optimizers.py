@@ -4,6 +4,7 @@ A new rule is one function and one line in OPTIMIZERS; a new schedule is one fun
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -47,7 +48,7 @@ class Optimizer:
     def __init__(self, groups: list[dict]):
         """groups: dicts with rule, params, named_params, lr and anything else the rule needs; see make_optimizer."""
         self.param_groups = groups
-        self.state: dict[str, dict[str, Tensor]] = {}
+        self.state = {}  # {parameter: {name of a state tensor: tensor}}
         self.steps = 0
 
     def set_lr(self, scale: float) -> None:
@@ -144,6 +145,7 @@ def adamw(optimizer: Optimizer, group: dict, slots: list[Slot]) -> None:
     """
     weights, gradients, states, _ = map(list, zip(*slots, strict=True))
     steps = torch.full((), float(optimizer.steps), device=weights[0].device)
+    beta1, beta2 = group["betas"]
     torch._fused_adamw_(
         weights,
         gradients,
@@ -152,8 +154,8 @@ def adamw(optimizer: Optimizer, group: dict, slots: list[Slot]) -> None:
         [],
         [steps] * len(slots),
         lr=group["lr"],
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
+        beta1=beta1,
+        beta2=beta2,
         weight_decay=group["weight_decay"],
         eps=1e-8,
         amsgrad=False,
@@ -170,9 +172,9 @@ def muon(
     normalize: use NorMuon instead; see normalize_neurons().
     Source: Jordan et al. 2024, "Muon: an optimizer for the hidden layers of neural networks".
     """
-    by_shape: dict[torch.Size, list[Slot]] = {}
+    by_shape = defaultdict(list)
     for slot in slots:
-        by_shape.setdefault(slot.shape, []).append(slot)
+        by_shape[slot.shape].append(slot)
     for (rows, columns), alike in by_shape.items():
         # (n, rows, columns); fewer rows if they are sharded
         gradients = torch.stack([slot.gradient for slot in alike])
@@ -184,8 +186,8 @@ def muon(
         updates = optimizer.spread(function, gradients, rows).to(gradients.dtype)
         if normalize:
             moment = [slot.state["second_moment_buffer"] for slot in alike]
-            beta = group["betas"][1]
-            updates = normalize_neurons(updates, moment, beta, rows, optimizer.total)
+            _, beta2 = group["betas"]
+            updates = normalize_neurons(updates, moment, beta2, rows, optimizer.total)
         weights = [slot.weight for slot in alike]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         lr = group["lr"] * math.sqrt(max(1, rows / columns))

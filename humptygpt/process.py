@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt import checkpoint
-from humptygpt.data import Dataset, Prefetcher, count_targets
+from humptygpt.data import Dataset, count_targets
 from humptygpt.device import (
     DTYPES,
     autocast,
@@ -25,7 +25,7 @@ from humptygpt.machine import fastest, usable_cores
 from humptygpt.optimizers import Optimizer
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build
-from model import ModelConfig
+from model import ModelConfig, count_parameters
 
 if TYPE_CHECKING:  # run.py imports this file
     from humptygpt.run import Run
@@ -70,7 +70,7 @@ class Process(AbstractContextManager):
         return torch.compile(model, dynamic=dynamic) if compiled else model
 
     def shares(
-        self, batches: Dataset | Prefetcher, config: TrainConfig, step: int
+        self, batches: Dataset, config: TrainConfig, step: int
     ) -> tuple[list[Share], int]:
         """Return this process's shares of a step, and the number of tokens in the whole step."""
         count = config.gradient_accumulation_steps
@@ -104,16 +104,14 @@ def start_process(config: TrainConfig, prepare: Callable[[], None]) -> Process:
     """
     device = pick_device(config.device)
     _, size = launched()
-    if size > 1 and config.parallel == "fsdp":
-        from humptygpt.parallel.fsdp import FullySharded
-
-        return FullySharded.start(config, device, prepare)
-    if size > 1:
-        from humptygpt.parallel.processes import DataParallel
-
-        return DataParallel.start(config, device, prepare)
-    prepare()
-    return Process(device)
+    if size == 1:
+        prepare()
+        return Process(device)
+    if config.parallel == "fsdp":
+        from humptygpt.parallel.fsdp import FullySharded as Parallel
+    else:
+        from humptygpt.parallel.processes import DataParallel as Parallel
+    return Parallel.start(config, device, prepare)
 
 
 # --------------------------------------------------------------------------------------
@@ -129,7 +127,7 @@ def tune(config: TrainConfig, model_config: ModelConfig, process: Process) -> Tr
     """
     device = process.device
 
-    def choose(choices: Sequence[Hashable], measure: Callable[[], Hashable]) -> Hashable:
+    def choose(choices: Sequence, measure: Callable):
         index = choices.index(measure()) if process.first else 0
         return choices[int(process.sum(torch.tensor(index)))]
 
@@ -141,8 +139,9 @@ def tune(config: TrainConfig, model_config: ModelConfig, process: Process) -> Tr
             dtype = best
     dtype = str(pick_dtype(dtype, device)).removeprefix("torch.")
 
-    counts = [min(config.threads, usable_cores())] if config.threads else thread_counts()
-    counts = counts[::-1]
+    counts = thread_counts()[::-1]
+    if config.threads:
+        counts = [min(config.threads, usable_cores())]
     number = counts[0]
     if device.type == "cpu" and model_config.n_embd <= LARGE:
         number = choose(counts, lambda: fastest_count(counts, model_config, DTYPES[dtype]))
@@ -160,13 +159,12 @@ def fastest_count(counts: Sequence[int], config: ModelConfig, dtype: torch.dtype
     """Time the forward and backward pass of one layer of the model with each number of threads."""
     with suppress(Exception):  # from an edited model.py: training will show the error
         model = build(replace(config, n_layer=1, n_members=1, vocab_size=256))
-        weights = sum(p.numel() for p in model.parameters())
-        tokens = min(TOKENS, WEIGHTS // weights + 1)
+        tokens = min(TOKENS, WEIGHTS // count_parameters(model) + 1)
         T = min(config.block_size, tokens)
         idx = torch.zeros(tokens // T, T, dtype=torch.int64)
-        batch = {"idx": idx, "targets": idx} | (
-            {"source": idx} if hasattr(model, "encode") else {}
-        )
+        batch = {"idx": idx, "targets": idx}
+        if hasattr(model, "encode"):
+            batch["source"] = idx
 
         def train(number: int) -> None:
             torch.set_num_threads(number)

@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 import model as models
 from humptygpt.checkpoint import stored
-from humptygpt.device import free_memory
-from humptygpt.evaluation import evaluation_line
+from humptygpt.device import DTYPES, free_memory
 from humptygpt.machine import check_fits
 from humptygpt.optimizers import freeze, make_optimizer, trained_parameters
 from humptygpt.run import Diverged, Run, RunFolder
@@ -97,11 +96,6 @@ def step(bar: tqdm, run: Run, row: dict) -> None:
     done = f" ({position / steps:.0%})" if run.config.minutes else f"/{steps}"
     left = run.clock.time_left(run)
     line(bar, f"iter {run.progress.iter}{done}: {text}, {left:.0f} s of training left")
-
-
-def evaluated(bar: tqdm, run: Run, row: dict, improved: bool) -> None:
-    best = ", the best so far" if improved else ""
-    line(bar, f"iter {run.progress.iter}: {evaluation_line(row)}{best}")
 
 
 def line(bar: tqdm, text: str) -> None:
@@ -197,7 +191,6 @@ def training_memory(
     config: TrainConfig,
     model: nn.Module,
     device: torch.device,
-    dtype: torch.dtype,
     processes: int = 1,
 ) -> Memory:
     """Estimate the memory that each process needs. model: from model_on_meta()."""
@@ -205,7 +198,7 @@ def training_memory(
     gradients = FLOAT * sum(p.numel() for p in trained_parameters(model).values())
     states = make_optimizer(config, model).state_like().values()
     optimizer = sum(x.nbytes for state in states for x in state.values())
-    activations = activation_bytes(config, model, device, dtype, processes)
+    activations = activation_bytes(config, model, device, processes)
     if processes == 1 or config.parallel == "ddp":
         return Memory(weights, gradients, optimizer, activations)
     # a process that accumulates several micro-batches holds unsharded gradients
@@ -221,14 +214,11 @@ def training_memory(
 
 
 def activation_bytes(
-    config: TrainConfig,
-    model: nn.Module,
-    device: torch.device,
-    dtype: torch.dtype,
-    processes: int,
+    config: TrainConfig, model: nn.Module, device: torch.device, processes: int
 ) -> float:
     """Estimate the bytes that an uncompiled model keeps for its backward pass, including the logits' gradient."""
     shape = model.config
+    dtype = DTYPES[config.dtype]
     tokens = config.rows(processes) * shape.block_size
     layers = (module for module in model.modules() if not list(module.children()))
     # frozen layers before the first trained one need no activations for the backward pass
@@ -264,15 +254,11 @@ def kept_of(layer: nn.Module, dtype: torch.dtype) -> int:
 
 
 def memory_report(
-    config: TrainConfig,
-    model_config: ModelConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    processes: int,
+    config: TrainConfig, model_config: ModelConfig, device: torch.device, processes: int
 ) -> str:
     """Describe the parameters, FLOPs and memory of a run."""
     model = model_on_meta(config, model_config)
-    memory = training_memory(config, model, device, dtype, processes)
+    memory = training_memory(config, model, device, processes)
     micro_batches = config.gradient_accumulation_steps
     tokens = micro_batches * config.batch_size * model_config.block_size
     flops = models.flops_per_token(model)
@@ -297,7 +283,6 @@ def check_training_fits(
     config: TrainConfig,
     model_config: ModelConfig,
     device: torch.device,
-    dtype: torch.dtype,
     processes: int = 1,
 ) -> None:
     """Raise UserError if a run needs more memory than is free."""
@@ -306,5 +291,5 @@ def check_training_fits(
         f"training {count_parameters(model):,} parameters with batch_size={config.batch_size} and"
         f" block_size={model_config.block_size} takes at least"
     )
-    least = training_memory(config, model, device, dtype, processes).least
+    least = training_memory(config, model, device, processes).least
     check_fits(training, least, free_memory(device), ADVICE)

@@ -1,6 +1,5 @@
 """A run: its parts, how far it is, the signals that stop it, its folder and its snapshots."""
 
-import dataclasses
 import importlib.util
 import json
 import math
@@ -12,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from humptygpt import checkpoint, files, tasks
 from humptygpt.cli import UserError, fields_of, note
-from humptygpt.data import Dataset, Prefetcher
+from humptygpt.data import Dataset
 from humptygpt.device import peak_flops
 from humptygpt.loggers import LOGGERS, chosen_loggers, draw_losses, read_metrics
 from humptygpt.optimizers import Optimizer
@@ -51,9 +50,9 @@ FILES = [
 ]
 PREVIOUS = "previous"  # subfolder for the run that --overwrite=True has replaced
 MOVING = ".previous"  # name of that subfolder while files are moved into it
-# {step: the snapshot taken before it}, in the run's folder
+# steps before which a snapshot is taken: 0, 10, 30, 100, 300 and so on
 STEPS = (0, *(first * 10**zeros for zeros in range(1, 12) for first in (1, 3)))
-SNAPSHOTS = {step: f"snapshots/{step}.pt" for step in STEPS}
+SNAPSHOTS = {step: f"snapshots/{step}.pt" for step in STEPS}  # in the run's folder
 SMALL = 10e6  # by default, a run saves snapshots if they total fewer bytes than this
 
 
@@ -135,7 +134,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     dataset: Dataset
-    batches: Dataset | Prefetcher  # or, with ngram_targets, ngrams.SoftTargets
+    batches: Dataset  # or, with ngram_targets, ngrams.SoftTargets
     model: nn.Module
     net: nn.Module  # the model used in training, perhaps compiled or wrapped in DDP; weights are saved from `model`
     progress: Progress
@@ -150,7 +149,7 @@ class Run:
         task = tasks.find_task(self.dataset.task)
         # no process of a sharded run has the whole model, so none can generate examples
         if self.process.sharded:
-            return dataclasses.replace(task, evaluation_examples=None, final_examples=None)
+            return replace(task, evaluation_examples=None, final_examples=None)
         if task.score and not self.model.has_cache:  # translations are written with a cache
             return tasks.Task(task.dataset, batches_vary=task.batches_vary)
         return task
@@ -217,16 +216,18 @@ class Run:
     def restore(self, saved: dict) -> None:
         """Restore the optimizer, scaler and sharded weights from a checkpoint. Raises UserError if it does not fit."""
         eval_only = self.config.eval_only
-        sharded = checkpoint.lacks_tensors(saved)
+        # each process of a sharded run reads its own part of the tensors, last
+        unread = any(x.is_meta for x in saved["model"].values())
         # an evaluation needs neither the optimizer nor the scaler, and the optimizer's state takes memory
         if not eval_only:
             with checkpoint.refuse_other_code(self.path):
-                self.optimizer.load(saved["optimizer"], "meta" if sharded else "cpu")
+                self.optimizer.load(saved["optimizer"], "meta" if unread else "cpu")
             if saved.get("scaler"):
                 self.scaler.load_state_dict(saved["scaler"])
-        if sharded:
-            entries = self.state() if eval_only else self.latest_state()
-            checkpoint.load_sharded(self.path, entries)
+        if unread:
+            from humptygpt.parallel import sharded
+
+            sharded.load(self.path, self.state() if eval_only else self.latest_state())
 
 
 class Meter:
@@ -237,12 +238,12 @@ class Meter:
         self.progress = run.progress
         self.peak_flops = peak_flops(run.device)
         self.flops_per_token = flops_per_token(run.model) / run.process.size
-        self.unread: list[tuple[Tensor, Tensor]] = []
+        self.unread = []  # (loss, gradient norm) of each step since read()
         self.grad_norm = 0.0
         self.logged_seconds = self.progress.seconds
         self.logged_tokens = self.progress.tokens
         self.started = time.perf_counter() - self.progress.seconds
-        self.lines: list[float] = []  # seconds that it took the model to write each line
+        self.lines = []  # seconds that it took the model to write each line
 
     def leave_out(self) -> float:
         """Exclude the time since read(), which was not spent on training. Returns that time in seconds."""
@@ -364,11 +365,7 @@ def move_aside(out_dir: Path) -> None:
     plan = out_dir / "plan.py"
     with files.refuse_unwritable(out_dir):
         moving.mkdir(exist_ok=True)
-        if checkpoint.stored(out_dir / "ckpt.pt").exists():
-            files.remove(previous)
-        elif previous.exists():
-            # a run that was killed before its first ckpt.pt must not take the place of a whole one
-            previous.replace(moving / PREVIOUS)
+        files.remove(previous)
         for name in FILES:
             path = out_dir / name
             # a folder with the name of one of our files may be a run of its own
@@ -389,7 +386,7 @@ class RunFolder:
     def __init__(self, run: Run, settings: dict):
         """settings: the contents of config.json. Raises UserError if a file cannot be written."""
         self.path = path = Path(run.config.out_dir)
-        self.resumed_at = resumed_at = run.progress.iter
+        resumed_at = run.progress.iter
         self.settings = settings
         self.writes = run.process.first
         self.rows = []
@@ -403,7 +400,6 @@ class RunFolder:
             move_aside(path)
             note(f"the earlier run in {path} is now in {path / PREVIOUS}")
         with files.refuse_unwritable(path):
-            path.mkdir(parents=True, exist_ok=True)
             if resumed_at:
                 # all rows up to the checkpoint, except those written at the end of a run
                 at_the_end = {"end", "whole_val_loss", "test_bleu"}
@@ -412,30 +408,24 @@ class RunFolder:
                     for row in read_metrics(path / "metrics.jsonl")
                     if row["iter"] <= resumed_at and not at_the_end & row.keys()
                 ]
-            for snapshot in path.glob("snapshots/*.pt"):
-                step = snapshot.stem
-                if step.isdecimal() and int(step) >= resumed_at:  # to be taken again
-                    snapshot.unlink()
+            for step, name in SNAPSHOTS.items():
+                if step >= resumed_at:  # to be taken again
+                    files.remove(path / name)
             files.remove(path / "result.json")  # until this run ends
             files.remove_unfinished(path, [*FILES, "snapshots/*"])
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         files.write_text(path / "metrics.jsonl", lines)
         files.write_text(path / "config.json", json.dumps(settings, indent=1))
         files.append(path / "command.txt", self.command)
+        for name in chosen_loggers(settings):
+            self.loggers.append(LOGGERS[name](path, settings, resumed_at))
 
     def record(self, row: dict) -> None:
-        """Add a row of metrics."""
-        if self.writes:
-            self.rows.append(row)
-            files.append(self.path / "metrics.jsonl", json.dumps(row))
-            self.log(row)
-
-    def log(self, row: dict) -> None:
-        """Send a row to the chosen loggers. The first call starts the loggers."""
-        if not self.loggers:
-            for name in chosen_loggers(self.settings):
-                start = LOGGERS[name]
-                self.loggers.append(start(self.path, self.settings, self.resumed_at))
+        """Add a row of metrics, and send it to the chosen loggers."""
+        if not self.writes:
+            return
+        self.rows.append(row)
+        files.append(self.path / "metrics.jsonl", json.dumps(row))
         for logger in self.loggers:
             # skip the row written at the end of a run, because a resumed run drops it
             if "end" not in row:
@@ -490,10 +480,9 @@ def take_snapshot(run: Run) -> None:
     if step not in SNAPSHOTS or not run.process.first or not keeps_snapshots(run):
         return
     prefix = "members.0." if run.model.config.n_members > 1 else ""
-    weights = {k: v for k, v in run.weights().items() if k.startswith(prefix)}
-    rows = {"rows": to_8_bits(weights)}
+    rows = to_8_bits({k: v for k, v in run.weights().items() if k.startswith(prefix)})
     path = Path(run.config.out_dir, SNAPSHOTS[step])
-    files.write_whole(path, lambda file: torch.save(rows, file))
+    files.write_whole(path, lambda file: torch.save({"rows": rows}, file))
 
 
 def keeps_snapshots(run: Run) -> bool:

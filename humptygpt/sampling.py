@@ -118,14 +118,6 @@ def keep_top_p(probs: Tensor, p: float) -> Tensor:
     return probs.masked_fill(probs < least, 0.0)
 
 
-def keep_min_p(probs: Tensor, p: float) -> Tensor:
-    """Set probabilities below p times the highest to 0. probs: (B, V). The result is not rescaled.
-
-    Source: Nguyen et al. 2024, arXiv:2407.01082.
-    """
-    return probs.masked_fill(probs < p * probs.amax(dim=-1, keepdim=True), 0.0)
-
-
 def probabilities(
     logits: Tensor,
     temperature: float = 1.0,
@@ -138,8 +130,9 @@ def probabilities(
     )  # a division by 0 would overflow
     if top_p and top_p < 1:
         probs = keep_top_p(probs, top_p)
-    if min_p is not None:
-        probs = keep_min_p(probs, min_p)
+    if min_p is not None:  # Nguyen et al. 2024, arXiv:2407.01082
+        highest = probs.amax(dim=-1, keepdim=True)
+        probs = probs.masked_fill(probs < min_p * highest, 0.0)
     return probs / probs.sum(dim=-1, keepdim=True) if top_p or min_p else probs
 
 

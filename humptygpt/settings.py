@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from humptygpt.cli import check_above_0, check_choices, check_least
+from humptygpt.cli import check_above_0, check_choices, check_least, fields_of
 from humptygpt.device import DTYPES
 from humptygpt.loggers import chosen_loggers
 from humptygpt.optimizers import OPTIMIZERS, SCHEDULES
@@ -21,17 +21,9 @@ MAY_DIFFER = {"out_dir", "warmup_iters", "input", "vocab_size"}
 MAY_DIFFER |= {"dtype", "muon_dtype", "threads"}
 # keys that control how the text of `input` is read
 OF_INPUT = ("text_key", "encoding_errors", "skip_bad_lines")
-# keys that may change on resume; all others determine the weights or the order of the data
-MAY_CHANGE = {"out_dir", "init_from", "eval_only", "dataset", "input", *OF_INPUT, *STEP}
-MAY_CHANGE |= {"minutes", "max_iters", "learning_rate", "decay_lr", "schedule", "min_lr"}
-MAY_CHANGE |= {"warmup_iters", "lr_decay_iters", "weight_decay", "beta1", "beta2"}
-MAY_CHANGE |= {"muon_learning_rate", "muon_momentum", "muon_dtype", "grad_clip"}
-MAY_CHANGE |= {"ngram_targets", "eval_interval", "eval_iters", "eval_pairs"}
-MAY_CHANGE |= {"early_stopping", "always_save_checkpoint", "snapshots", "log_interval"}
-MAY_CHANGE |= {"checkpoint_activations", "dry_run", "log", "wandb_log", "wandb_project"}
-MAY_CHANGE |= {"wandb_run_name", "device", "dtype", "threads", "compile", "parallel"}
-MAY_CHANGE |= {"backend", *TRAINING_ONLY}
-NOT_ROTARY = tuple(POSITIONS.keys() - {"rotary"})
+# keys that a resumed run keeps, beside those of the model, because the weights or the order of the data depend on them
+FIXED = {"seed", "optimizer", "freeze", "lora_rank", "lora_alpha", "lora_targets"}
+NOT_ROTARY = POSITIONS.keys() - {"rotary"}
 # {key: (another key, the values of that other key for which the key has no effect)}
 IN_VAIN = dict.fromkeys(OF_INPUT, ("input", (None,)))
 IN_VAIN |= dict.fromkeys(("schedule", "lr_decay_iters", "min_lr"), ("decay_lr", (False,)))
@@ -176,3 +168,7 @@ class TrainConfig:
         return math.ceil(
             self.batch_size / max(1, processes // self.gradient_accumulation_steps)
         )
+
+
+# keys that may change on resume
+MAY_CHANGE = fields_of(TrainConfig).keys() - FIXED | TRAINING_ONLY

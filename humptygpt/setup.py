@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +15,8 @@ import torch
 from torch import nn
 
 from humptygpt import checkpoint, cli, evaluation, machine
-from humptygpt.checkpoint import refuse_other_code
 from humptygpt.cli import UserError, fields_of, first_line, note, refuse_vain
-from humptygpt.data import COMMAND, Dataset, Prefetcher, is_command, made_by, read_meta
+from humptygpt.data import COMMAND, Dataset, is_command, made_by, read_meta
 from humptygpt.device import autocast, pick_device, pick_dtype, to_device
 from humptygpt.loading import (
     Loaded,
@@ -188,7 +188,7 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
         raise UserError(
             f"{path} holds a model but no optimizer state, so it cannot be resumed; is it a copy of best.pt?"
         )
-    with refuse_other_code(path):
+    with checkpoint.refuse_other_code(path):
         train_config = cli.restore(TrainConfig, saved["train_config"])
     own = asdict(train_config) | saved["model_config"]
     fixed = own.keys() - MAY_CHANGE
@@ -286,8 +286,9 @@ def input_keys(config: TrainConfig, folder: Path) -> dict[str, object]:
     return keys
 
 
-def open_prepared(folder: Path, config: ModelConfig, seed: int) -> Dataset:
-    """Open a prepared folder. Raises UserError if the model is for another task, or a package is missing."""
+def open_prepared(config: TrainConfig, model_config: ModelConfig) -> Dataset:
+    """Open data/<dataset>. Raises UserError if the model is for another task, or a package is missing."""
+    folder = Path("data") / config.dataset
     meta = read_meta(folder)
     own = folder / "input.txt"
     if own.exists() and "made_from" in meta and meta["source"] != str(own):
@@ -296,54 +297,48 @@ def open_prepared(folder: Path, config: ModelConfig, seed: int) -> Dataset:
             f" python prepare_data.py {folder.name} --overwrite=True"
         )
     task = find_task(meta["task"])
-    model = model_class(config.model)
-    _, learns = MODELS[config.model]
+    with_encoder = hasattr(model_class(model_config.model), "encode")
+    _, learns = MODELS[model_config.model]
     if meta["task"] not in learns:
         raise UserError(
-            f"dataset={folder.name} is for {meta['task']}, but model={config.model} is for {' and '.join(learns)}"
+            f"dataset={folder.name} is for {meta['task']}, but model={model_config.model} is for {' and '.join(learns)}"
         )
     # fail now, not at the end of training
     if task.package and not importlib.util.find_spec(task.package):
         raise UserError(
             f"{meta['task']} is scored with a package that is not installed: pip install {task.package}"
         )
-    return task.dataset(folder, config.block_size, seed, hasattr(model, "encode"), meta)
+    return task.dataset(folder, model_config.block_size, config.seed, with_encoder, meta)
 
 
-def make_batches(
-    config: TrainConfig, dataset: Dataset, process: Process, vocab_size: int
-) -> Dataset | Prefetcher:
-    """Make what yields the batches: the dataset itself, with soft targets, or a thread that reads ahead for a GPU."""
-    batches = dataset
-    if config.ngram_targets and not config.eval_only:
-        from humptygpt.minutes.ngrams import SoftTargets
+def make_batches(config: TrainConfig, dataset: Dataset, vocab_size: int) -> Dataset:
+    """Return what makes the training batches: the dataset itself or, with ngram_targets, SoftTargets."""
+    if not config.ngram_targets or config.eval_only:
+        return dataset
+    from humptygpt.minutes.ngrams import SoftTargets
 
-        batches = SoftTargets(dataset, config.ngram_targets, vocab_size)
-    if process.device.type == "cuda":
-        batches = Prefetcher(batches, min(process.size, config.gradient_accumulation_steps))
-    return batches
+    return SoftTargets(dataset, config.ngram_targets, vocab_size)
 
 
 def make_tester(config: TrainConfig, dataset: Dataset, process: Process) -> Callable | None:
     """With eval_pairs, make a function that tests a model: (model, dataset) -> metrics."""
     if not config.eval_pairs:
         return None
-    from humptygpt.scoring.pairs import tester
+    from humptygpt.scoring.pairs import measure, read_tests
 
-    return tester(config, dataset, process)
+    if dataset.task != "language modelling" or process.sharded:
+        raise UserError(
+            f"eval_pairs={config.eval_pairs} needs a model that continues a text, and is not split among processes"
+        )
+    return partial(measure, tests=read_tests(config.eval_pairs))
 
 
-def fit_to_data(
-    config: TrainConfig,
-    model_config: ModelConfig,
-    saved: dict | None,
-    base: Loaded | None,
-    dataset: Dataset,
-) -> ModelConfig:
+def fit_to_data(start: Start, dataset: Dataset) -> ModelConfig:
     """Return the model's config for this data. A model gets at least the data's vocabulary; vocab_size may be larger.
 
     Raises UserError if vocab_size is too small, or if the resumed run or the base model does not match the data.
     """
+    config, model_config, saved, base, _ = start
     if saved:
         check_same_data(saved, dataset, config.out_dir)
     elif base:
@@ -380,8 +375,7 @@ def training_data(path: str | Path) -> Dataset:
     """Open the data that the run of a checkpoint was trained on. Raises UserError if it is not there any more."""
     saved = checkpoint.read(find_source(path), with_tensors=False)
     config = cli.restore(TrainConfig, saved["train_config"])
-    folder = Path("data") / config.dataset
-    dataset = open_prepared(folder, make_model_config(saved["model_config"]), config.seed)
+    dataset = open_prepared(config, make_model_config(saved["model_config"]))
     check_same_data(saved, dataset, config.out_dir)
     return dataset
 
@@ -411,9 +405,8 @@ def make_model(
         model = adapt_model(base, config, model_config, tokenizer.vocab_size)
     else:
         torch.manual_seed(config.seed)
-        model = (
-            build_on_meta(model_config) if sharded else build(model_config, vars(config))
-        )
+        make = build_on_meta if sharded else build
+        model = make(model_config, vars(config))
     for module in model.modules():
         if isinstance(module, Stack):
             module.checkpoint_activations = config.checkpoint_activations
@@ -469,18 +462,18 @@ def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:
         vocab_size = from_state(meta["tokenizer"]).vocab_size
         model_config = replace(model_config, vocab_size=vocab_size)
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
+    dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
     _, processes = launched()
-    return memory_report(config, model_config, device, dtype, processes)
+    return memory_report(replace(config, dtype=dtype), model_config, device, processes)
 
 
-def left_open(config: TrainConfig, saved: dict | None, given: Collection[str]) -> list[str]:
+def left_open(start: Start) -> list[str]:
     """List the settings that the machine chooses, for config.json: those that the user never set."""
-    if saved:
-        before = recorded(Path(config.out_dir), "_measured", [str])
+    if start.saved:
+        before = recorded(Path(start.config.out_dir), "_measured", [str])
         keys = MEASURED if before is None else before
-        return [key for key in keys if key not in given]
-    return [key for key in MEASURED if getattr(config, key) in ("auto", None)]
+        return [key for key in keys if key not in start.given]
+    return [key for key in MEASURED if getattr(start.config, key) in ("auto", None)]
 
 
 def recorded_settings(run: Run) -> dict[str, object]:
@@ -534,7 +527,7 @@ def keep_best(run: Run, saved: dict) -> None:
         return
     best = load(run.config.out_dir).model
     run.process.place(best, run)
-    loss = evaluation.evaluate(run, best, run.config.evaluated_batches()).mean
+    loss, _ = evaluation.evaluate(run, best, run.config.evaluated_batches())
     note(
         f"the evaluation set changed: on the new one, the loss of best.pt is {loss:.4f}"
         f" instead of {progress.best_val_loss:.4f}"

@@ -65,12 +65,7 @@ def build(config: ModelConfig, training: dict | None = None) -> nn.Module:
 
     model = cls(config)
     use_fused_kernel(model)
-    return add_lora(model, training or {})
-
-
-def add_lora(model: nn.Module, training: dict) -> nn.Module:
-    """Add LoRA to a model, and freeze the rest of it, if the settings of a run have lora_rank."""
-    if training.get("lora_rank"):
+    if training and training.get("lora_rank"):
         from humptygpt.finetune import lora
 
         lora.add(model, training)

@@ -63,7 +63,7 @@ def val_losses(out_dir: str) -> list[float]:
 def test_a_run_starts_with_the_weights_of_another(other):
     best = checkpoint.read(Path("out/run/best.pt"))["model"]
     for source in ("out/run", "out/run/best.pt"):
-        run = train.setup(*read_settings([*FROM_RUN, f"--init_from={source}"]))
+        run = train.setup(read_settings([*FROM_RUN, f"--init_from={source}"]))
         assert_same_weights(dict(run.model.state_dict()), best)
         assert run.progress.iter == 0 and not run.optimizer.state
     assert load("out/run", "latest").path == Path("out/run/ckpt.pt")

@@ -17,7 +17,6 @@ from humptygpt import checkpoint, evaluation
 from humptygpt import data as datasets
 from humptygpt.data import (
     META_FORMAT,
-    Prefetcher,
     TokenDataset,
     TokenFiles,
     permute,
@@ -130,20 +129,6 @@ def test_the_order_depends_on_seed_and_index_only(counted):
 def test_two_small_batches_are_one_big_batch(counted):
     dataset = opened()
     assert starts_of(dataset, 6, 4) + starts_of(dataset, 7, 4) == starts_of(dataset, 3, 8)
-
-
-def test_prefetching_gives_the_same_batches_and_reads_the_next_one(counted, monkeypatch):
-    dataset = opened()
-    ahead, read = Prefetcher(dataset), []
-    monkeypatch.setattr(
-        dataset,
-        "batch",
-        lambda index, size, batch=dataset.batch: read.append(index) or batch(index, size),
-    )
-    for index in (5, 6, 7, 3, 4):
-        assert starts_of(ahead, index, 4) == starts_of(opened(), index, 4)
-    ahead.thread.shutdown()
-    assert read == [5, 6, 7, 8, 3, 4, 5]
 
 
 @pytest.mark.parametrize("n", [17, 18, 31, 32, 33, 34, 48, 1000])

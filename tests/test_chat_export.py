@@ -472,7 +472,7 @@ def test_the_rows_of_new_tokens_start_as_the_mean_of_those_of_the_others(
     tokens = {"byte": 256, "char": 59, "bpe": 300, "sentencepiece": 320}[name]
     base(BASES[name], f"--vocab_size={tokens + padding}")
     before = load("out/base")
-    run = train.setup(*read_settings([*BRIEFLY.split(), *FINETUNED.split()]))
+    run = train.setup(read_settings([*BRIEFLY.split(), *FINETUNED.split()]))
     known, tokens = before.tokenizer.vocab_size, run.dataset.tokenizer.vocab_size
     # a single text has no end-of-text token, which separates conversations
     assert tokens - known == (3 if name in ("byte", "char") else 2)

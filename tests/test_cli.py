@@ -21,9 +21,10 @@ import train
 from humptygpt import cli, settings
 from humptygpt.cli import UserError, check_choices, check_least
 from humptygpt.prepare.dataset import PrepareConfig
+from humptygpt.settings import TrainConfig
+from humptygpt.tasks import TASKS
 from model import ModelConfig
 from sample import SampleConfig
-from train import TrainConfig
 
 CONFIGS = [
     ModelConfig,
@@ -227,10 +228,13 @@ def test_the_tables_of_keys_set_in_vain_name_keys_that_exist():
     ours = settings.IN_VAIN | settings.FOR_SEVERAL
     for table, known in (
         (ours, {"processes", *cli.fields_of(ModelConfig, TrainConfig)}),
-        (sample.IN_VAIN, {"task", *cli.fields_of(SampleConfig)}),
+        (sample.IN_VAIN, cli.fields_of(SampleConfig).keys()),
     ):
         for key, (other, values) in table.items():
             assert {key, other} <= known and values
+    assert sample.NOT_FOR.keys() == TASKS.keys()
+    for keys in sample.NOT_FOR.values():
+        assert set(keys.split()) <= cli.fields_of(SampleConfig).keys()
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from conftest import GPT2, ROOT
 
 import compare
 from humptygpt import checkpoint
+from humptygpt.settings import TrainConfig
 from model import ModelConfig
-from train import TrainConfig
 
 SHAPE = ModelConfig(**GPT2, n_head=4, block_size=64, vocab_size=65)
 DEFAULTS = asdict(TrainConfig(max_iters=200)) | asdict(SHAPE)

@@ -39,11 +39,11 @@ from humptygpt.loading import Loaded
 from humptygpt.optimizers import OPTIMIZERS, make_optimizer
 from humptygpt.process import Process
 from humptygpt.sampling import Context, continue_texts
+from humptygpt.settings import TrainConfig
 from humptygpt.tasks import MODELS, build, find_task, make_model_config
 from humptygpt.tokenizers import ByteTokenizer
 from humptygpt.translation.beams import beam_search
 from model import ACTIVATIONS, BLOCKS, MLPS, NORMS, POSITIONS, Block
-from train import TrainConfig
 
 # --------------------------------------------------------------------------------------
 # The device
@@ -345,7 +345,8 @@ def generate_texts(gpu: FakeGPU, model: nn.Module, padded: bool) -> None:
 def translate(gpu: FakeGPU, model: nn.Module) -> None:
     source = torch.zeros(2, 4, dtype=torch.int64, device=gpu.device)
     with gpu.waiting(3 * 6, "three steps of a beam search"):
-        beam_search(model, source, 1, num_beams=3, max_new_tokens=3)
+        tokenizer = SimpleNamespace(eot=1, vocab_size=None)
+        beam_search(model, tokenizer, source, num_beams=3, max_new_tokens=3)
 
 
 def run_cases(cases: list[dict]) -> str | None:

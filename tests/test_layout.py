@@ -33,6 +33,7 @@ FROM_CORE = {
     ("loading", "finetune"): "a checkpoint may have LoRA",
     ("process", "parallel"): "a run may have several processes",
     ("run", "finetune"): "best.pt has LoRA merged",
+    ("run", "parallel"): "each process of a sharded run reads its part of a checkpoint",
     ("setup", "finetune"): "a run may start from a model",
     ("setup", "minutes"): "a small text may have targets from n-grams",
     ("setup", "scoring"): "an evaluation may test pairs",

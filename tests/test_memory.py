@@ -27,7 +27,7 @@ import train
 from humptygpt import cli, device, evaluation, machine, report, tasks
 from humptygpt import run as runs
 from humptygpt.cli import UserError
-from humptygpt.device import autocast
+from humptygpt.device import DTYPES, autocast
 from humptygpt.optimizers import OPTIMIZERS, freeze, make_optimizer
 from humptygpt.settings import TrainConfig
 from humptygpt.setup import read_settings
@@ -46,13 +46,13 @@ TINY = ModelConfig(**GPT2 | SIZES)
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_memory_of_weights_gradients_and_optimizer_is_what_a_step_holds(optimizer):
-    config = TrainConfig(optimizer=optimizer)
+    config = TrainConfig(optimizer=optimizer, dtype="float32")
     model = build(TINY)
     trained = make_optimizer(config, model)
     idx = torch.zeros(2, 16, dtype=torch.int64)
     model(idx, idx)[1].backward()
     trained.step()
-    needed = report.training_memory(config, build_on_meta(TINY), CPU, torch.float32)
+    needed = report.training_memory(config, build_on_meta(TINY), CPU)
     held = [tensor for state in trained.state.values() for tensor in state.values()]
     assert needed.optimizer == sum(tensor.nbytes for tensor in held)
     assert needed.weights == sum(p.nbytes for p in model.parameters())
@@ -72,11 +72,11 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("key", "value"), VARIANTS)
 def test_the_estimate_is_near_what_autograd_keeps_and_counts_what_trains(key, value, dtype):
     sizes = {"vocab_size": 50, "block_size": 64, "window": 8, "batch_size": 6}
-    settings = vars(TINY) | ADAMW | sizes | {key: value}
+    settings = vars(TINY) | ADAMW | sizes | {"dtype": dtype, key: value}
     config = cli.make(TrainConfig, settings | {"init_from": "out/base"})
     model_config = tasks.make_model_config(settings)
     model = build(model_config, vars(config))
@@ -86,7 +86,7 @@ def test_the_estimate_is_near_what_autograd_keeps_and_counts_what_trains(key, va
     saved = torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
     )
-    with saved, autocast(CPU, dtype):
+    with saved, autocast(CPU, DTYPES[dtype]):
         model(idx, idx, **({"source": idx} if hasattr(model, "encode") else {}))
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
     for p in model.parameters():
@@ -94,7 +94,7 @@ def test_the_estimate_is_near_what_autograd_keeps_and_counts_what_trains(key, va
     logits = 4 * idx.numel() * model_config.vocab_size
     measured = sum(storages.values()) + logits
     on_meta = report.model_on_meta(config, model_config)
-    needed = report.training_memory(config, on_meta, CPU, dtype)
+    needed = report.training_memory(config, on_meta, CPU)
     assert measured / 1.55 < needed.activations < 1.55 * measured
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     assert (needed.gradients, needed.optimizer) == (trained, 2 * trained)
@@ -104,10 +104,10 @@ def test_the_estimate_is_near_what_autograd_keeps_and_counts_what_trains(key, va
 def test_a_gpu_keeps_no_scores_and_checkpointed_activations_take_less_than_half():
     shape = replace(TINY, n_layer=12, block_size=64)
     model = build_on_meta(shape)
-    config = TrainConfig(batch_size=2)
+    config = TrainConfig(batch_size=2, dtype="bfloat16")
     checkpointed = replace(config, checkpoint_activations=True)
     whole, on_gpu, checkpointed = (
-        report.training_memory(config, model, device, torch.bfloat16).activations
+        report.training_memory(config, model, device).activations
         for config, device in ((config, CPU), (config, CUDA), (checkpointed, CPU))
     )
     scores = 2 * 2 * shape.n_head * 64**2
@@ -137,8 +137,8 @@ def test_with_fsdp_each_process_has_a_part_of_all_and_what_is_gathered():
     model = build_on_meta(TINY)
 
     def needed(processes: int = 8, **settings) -> report.Memory:
-        config = TrainConfig(batch_size=2, **settings)
-        return report.training_memory(config, model, CPU, torch.float32, processes)
+        config = TrainConfig(batch_size=2, dtype="float32", **settings)
+        return report.training_memory(config, model, CPU, processes)
 
     alone = needed(1, parallel="fsdp")
     assert alone.buffers == 0 and alone == needed(1)
@@ -218,8 +218,8 @@ def test_the_memory_of_a_gpu_counts_or_that_of_a_machine_which_processes_share(
     tiny, gigabyte, monkeypatch
 ):
     argv = [*TINY_RUN, "--n_embd=1024", "--vocab_size=50", "--n_layer=4"]
-    config, model_config, *_ = read_settings(argv)
-    check = partial(report.check_training_fits, config, model_config, dtype=torch.float32)
+    config, model_config, *_ = read_settings([*argv, "--dtype=float32"])
+    check = partial(report.check_training_fits, config, model_config)
     check(CPU)  # 0.8 GB
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**8, 10**11))
     with pytest.raises(UserError, match=r" but only 100\.0 MB is free"):
@@ -228,7 +228,7 @@ def test_the_memory_of_a_gpu_counts_or_that_of_a_machine_which_processes_share(
     with pytest.raises(UserError, match=r" but only 250\.0 MB is free"):
         check(CPU, processes=4)
     sharded = replace(config, parallel="fsdp")
-    report.check_training_fits(sharded, model_config, CPU, torch.float32, processes=4)
+    report.check_training_fits(sharded, model_config, CPU, processes=4)
 
 
 def test_the_estimate_loads_no_compiler():

@@ -221,6 +221,7 @@ def test_left_padded_texts_of_different_lengths_give_the_logits_of_each_text_alo
         pieces = idx[:, :-1].split([4, 2, 1, 1], dim=1)
         logits = torch.cat([model(piece, cache=cache)[0] for piece in pieces], dim=1)
         select(cache, rows)
+        cache.n_padding = padding[rows]
         last, _ = model(idx[rows, -1:], cache=cache)
         found = logits.masked_fill(is_padding[:, :-1, None], 0), last[:, 0]
         expected = torch.stack(alone)[:, :-1], torch.stack(alone)[rows, -1]

@@ -15,7 +15,7 @@ from humptygpt.optimizers import (
     group_parameters,
     orthogonalize,
 )
-from train import TrainConfig
+from humptygpt.settings import TrainConfig
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 

@@ -15,6 +15,7 @@ from texts import make_text
 import prepare_data
 import train
 from humptygpt.prepare import dataset, sources, vocabulary
+from humptygpt.settings import TrainConfig
 from humptygpt.setup import data_name, prepare_missing
 from humptygpt.translation import task
 
@@ -264,7 +265,7 @@ def test_a_run_with_an_input_resumes_when_torchrun_starts_it_again_and_again(
 
 def test_only_the_first_of_several_processes_prepares_the_input(folder, monkeypatch):
     write_own(make_text())
-    config = train.TrainConfig(dataset="own", input="own.txt")
+    config = TrainConfig(dataset="own", input="own.txt")
     monkeypatch.setenv("RANK", "1")
     prepare_missing(config)  # the only process with this disk
     monkeypatch.setattr(dataset, "prepare", None)

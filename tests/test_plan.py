@@ -272,7 +272,8 @@ def choose(monkeypatch):
     monkeypatch.setattr(cores, "STARTED", 0.0)
 
     def chosen(text: int, minutes: float, **given) -> tuple[TrainConfig, ModelConfig]:
-        settings = recipe() | {"vocab_size": 65, "minutes": minutes} | given
+        settings = recipe() | {"vocab_size": 65, "minutes": minutes, "dtype": "float32"}
+        settings |= given
         dataset = SimpleNamespace(
             task="language modelling",
             train=range(text),
@@ -284,9 +285,7 @@ def choose(monkeypatch):
         )
         config = cli.make(TrainConfig, settings)
         model_config = make_model_config(settings)
-        return plan.begin(config, model_config, given, None, dataset, CPU, torch.float32)[
-            :2
-        ]
+        return plan.begin(config, model_config, given, None, dataset, CPU)[:2]
 
     return chosen
 
@@ -432,10 +431,12 @@ def test_a_plan_takes_the_time_that_is_left_also_with_dropout(choose):
 
 def test_every_size_keeps_the_architecture_and_can_be_built():
     config = ModelConfig(vocab_size=65, n_layer=4, n_head=2, n_kv_head=2, n_embd=128)
-    training = TrainConfig(optimizer="normuon", gradient_accumulation_steps=4)
+    training = TrainConfig(
+        optimizer="normuon", gradient_accumulation_steps=4, dtype="float32"
+    )
     dataset = SimpleNamespace(contexts=lambda sizes: sizes)
     given = {"n_kv_head", "block_size"}
-    tried = plan.candidates(training, config, given, dataset, CPU, torch.float32)
+    tried = plan.candidates(training, config, given, dataset, CPU)
     assert {candidate.tokens for candidate in tried} == set(plan.STEPS)
     shapes = {candidate.model_config for candidate in tried}
     sizes = {(shape.n_layer, shape.n_embd) for shape in shapes}
@@ -457,7 +458,7 @@ def test_a_trial_trains_as_the_run_will(tiny, monkeypatch):
         lambda *args: models.append(args[1]) or make_optimizer(*args),
     )
     argv = ["--minutes=100000", "--n_members=1", "--position=learned", "--freeze=wpe"]
-    run = train.setup(*read_settings([*TIMED, *argv, "--checkpoint_activations=True"]))
+    run = train.setup(read_settings([*TIMED, *argv, "--checkpoint_activations=True"]))
     for model in (*models, run.model):
         stacks = [module for module in model.modules() if isinstance(module, Stack)]
         assert stacks and all(stack.checkpoint_activations for stack in stacks)
@@ -479,7 +480,7 @@ def test_a_trial_of_lora_trains_the_added_matrices_only(tiny, small_sizes, monke
         ),
     )
     argv = ["--init_from=out/base", "--lora_rank=2", "--minutes=100000"]
-    run = train.setup(*read_settings([*TIMED, *argv]))
+    run = train.setup(read_settings([*TIMED, *argv]))
     assert trained[0] == trained_parameters(run.model).keys()
 
 
@@ -587,7 +588,7 @@ def test_plan_py_has_the_settings_and_learning_rates_of_a_run_that_stopped_early
     tiny, machine, capsys, start
 ):
     machine.run(*TINY_RUN, "--out_dir=out/base")
-    machine.patch.setattr(evaluation, "evaluate", lambda *args: evaluation.Loss(3.0, 0.0))
+    machine.patch.setattr(evaluation, "evaluate", lambda *args: (3.0, 0.0))
     machine.now = 0.0
     machine.step = lambda: 0.2
     machine.patch.setattr(plan, "seconds_per_step", lambda *args: 0.1)
@@ -626,9 +627,7 @@ def test_the_law_promises_nothing_to_a_run_from_a_model_or_one_that_became_worse
 ):
     machine.run(*TINY_RUN, "--out_dir=out/base")
     losses = itertools.count(3.0, change)
-    machine.patch.setattr(
-        evaluation, "evaluate", lambda *args: evaluation.Loss(next(losses), 0.0)
-    )
+    machine.patch.setattr(evaluation, "evaluate", lambda *args: (next(losses), 0.0))
     capsys.readouterr()
     machine.now = 0.0
     machine.run(*TIMED, f"--init_from={start}", "--minutes=0.2")

@@ -421,6 +421,7 @@ BAD = {
     "tool_choice is not supported": HELLO | {"tool_choice": "required"},
     "repetition_penalty must be from": HELLO | {"repetition_penalty": 0},
     "frequency_penalty is not supported": HELLO | {"frequency_penalty": 0.5},
+    "presence_penalty is not supported": HELLO | {"presence_penalty": "auto"},
     "stream_options.include_usage must be bool": HELLO
     | {"stream_options": {"include_usage": 1}},
     "stop must be str or list": HELLO | {"stop": 1},

@@ -33,12 +33,11 @@ import sample
 import train
 from humptygpt import checkpoint, evaluation, settings, setup
 from humptygpt import run as runs
-from humptygpt.evaluation import Loss
 from humptygpt.optimizers import OPTIMIZERS, Optimizer, Rule
 from humptygpt.process import Process
 from humptygpt.report import ADVICE
+from humptygpt.settings import TrainConfig
 from humptygpt.setup import read_settings
-from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 OUT = Path("out/run")
@@ -70,7 +69,7 @@ def train_losses(rows: list[dict]) -> list[float]:
 def evaluations(monkeypatch, *losses: float) -> None:
     """Let the evaluations of a run find these losses."""
     found = iter(losses)
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args: Loss(next(found), 0.1))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: (next(found), 0.1))
 
 
 @pytest.fixture
@@ -223,7 +222,7 @@ class OneOfTwo(Process):
         return x if self.other is None else x.add_(self.other)
 
 
-def evaluated(losses: torch.Tensor, sizes: list[int], process: Process) -> evaluation.Loss:
+def evaluated(losses: torch.Tensor, sizes: list[int], process: Process) -> tuple:
     """Evaluate batches with these losses and these numbers of targets."""
     batches = [
         {"targets": torch.tensor([1] * size + [-1]), "loss": loss}
@@ -259,12 +258,12 @@ def test_two_processes_have_the_mean_and_the_standard_error_of_one():
     evaluated(losses, sizes, second)
     assert evaluated(losses, sizes, OneOfTwo(0, second.own)) == one
     weights = torch.tensor(sizes[:-1])
-    assert one.mean == pytest.approx((losses[:-1] @ weights.float() / weights.sum()).item())
+    assert one[0] == pytest.approx((losses[:-1] @ weights.float() / weights.sum()).item())
 
 
 def test_only_an_evaluation_of_many_batches_has_a_standard_error(run_train, capsys):
-    few = evaluated(torch.rand(95), [4] * 95, Process(torch.device("cpu")))
-    assert few.standard_error is None
+    _, error = evaluated(torch.rand(95), [4] * 95, Process(torch.device("cpu")))
+    assert error is None
     for batch_size, has_one in (4, False), (1, True):  # 400 tokens of validation text
         options = ["--eval_iters=99", f"--batch_size={batch_size}", "--block_size=4"]
         last = run_train(*options)[-1]
@@ -305,7 +304,7 @@ def test_at_its_end_a_run_evaluates_the_whole_split_if_that_takes_little(
     assert found == f"val loss {last['whole_val_loss']:.4f}"
     assert train.main([*RESUME, "--eval_only=True"]) == 0
     assert found in capsys.readouterr().out
-    run = train.setup(*read_settings(RESUME))
+    run = train.setup(read_settings(RESUME))
     assert evaluation.cost_of_whole_split(run)
     run.process.size = 2  # the other process has ended by then
     assert not evaluation.cost_of_whole_split(run)
@@ -417,7 +416,7 @@ def test_on_a_gpu_a_run_is_compiled_if_it_is_long(tiny, monkeypatch, argv, compi
     found = []
     monkeypatch.setattr(setup, "compile_now", lambda *args: None)
     monkeypatch.setattr(train, "check_training_fits", lambda *args: None)
-    run = train.setup(*train.read_settings([*TINY_RUN, "--compile=False", *argv]))
+    run = train.setup(train.read_settings([*TINY_RUN, "--compile=False", *argv]))
     run.device = torch.device("cuda")
     if "compile" not in argv[-1]:
         run.config = replace(run.config, compile=None)
@@ -555,7 +554,7 @@ def test_settings_of_the_checkpoint_hold_unless_changed(run_train):
     resume("--max_iters=8", "--weight_decay=0.25", "--beta2=0.5", "--dropout=0.1")
     settings = json.loads((OUT / "config.json").read_text())
     assert (settings["learning_rate"], settings["dropout"]) == (0.01, 0.1)
-    hidden, *_, vectors = train.setup(*read_settings(RESUME)).optimizer.param_groups
+    hidden, *_, vectors = train.setup(read_settings(RESUME)).optimizer.param_groups
     assert (hidden["weight_decay"], vectors["weight_decay"]) == (0.25, 0.0)
     assert hidden["betas"] == (0.8, 0.5)
 
@@ -825,7 +824,7 @@ def test_evaluating_only_neither_compiles_nor_loads_the_optimizer_state(
     monkeypatch.setattr(train, "make_net", lambda run: 1 / 0)
     resumed = [*RESUME, "--eval_only=True", "--compile=True"]
     assert train.main(resumed) == 0
-    assert not train.setup(*read_settings(resumed)).optimizer.state
+    assert not train.setup(read_settings(resumed)).optimizer.state
 
 
 def test_two_signals_within_a_second_are_one_request(tiny, signal_in_step):

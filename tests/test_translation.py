@@ -14,7 +14,6 @@ import sample
 import train
 from humptygpt import evaluation
 from humptygpt.cli import UserError
-from humptygpt.evaluation import Loss
 from humptygpt.optimizers import Optimizer
 from humptygpt.setup import read_settings
 from humptygpt.tokenizers import ByteTokenizer
@@ -260,7 +259,7 @@ def test_accumulating_gives_the_gradient_of_the_mean_over_all_target_tokens(
     pairs, monkeypatch
 ):
     argv = [*TINY, "--gradient_accumulation_steps=3", "--grad_clip=0"]
-    run = train.setup(*read_settings(argv))
+    run = train.setup(read_settings(argv))
     total, count = 0.0, 0
     for index in range(3):
         batch = run.dataset.batch(index, 4)
@@ -300,7 +299,7 @@ def test_evaluations_show_translations_and_the_end_has_the_bleu_of_the_best_chec
 
 def test_the_weights_that_are_scored_are_those_of_the_best_checkpoint(pairs, monkeypatch):
     losses, scored, translation = iter([1.0, 2.0]), [], task.TRANSLATION
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args: Loss(next(losses), 0.1))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: (next(losses), 0.1))
     weights = lambda model: model.state_dict()["lm_head.weight"].clone()  # noqa: E731
     keep = lambda *args: (scored.append(weights(args[0])), translation.score(*args))[1]  # noqa: E731
     monkeypatch.setattr(task, "TRANSLATION", replace(translation, score=keep))
@@ -317,9 +316,9 @@ def test_it_translates_without_dropout_and_never_chooses_ids_that_only_pad_the_v
 ):
     calls, search = [], beam_search.beam_search
 
-    def watched(model, source, eot, vocab_size, num_beams=1):
-        calls.append((model.training, num_beams, vocab_size))
-        return search(model, source, eot, vocab_size, num_beams=num_beams)
+    def watched(model, tokenizer, source, num_beams=1):
+        calls.append((model.training, num_beams, tokenizer.vocab_size))
+        return search(model, tokenizer, source, num_beams=num_beams)
 
     monkeypatch.setattr(beam_search, "beam_search", watched)
     assert train.main([*TINY, "--dropout=0.1", "--vocab_size=300"]) == 0
@@ -354,8 +353,8 @@ def test_lines_keep_their_order_and_numbers_and_long_ones_are_cut_and_reported(
     printed = capsys.readouterr()
     assert printed.out == "1 is\n2\n\n\n5\n" + 39 * "6" + "\n"
     assert [line for line in printed.err.splitlines() if line.startswith("note")] == [
-        "note: line 6 has 50 tokens; only the first 39 are read",
         "note: line 5: the translation was cut off at the length limit",
+        "note: line 6 has 50 tokens; only the first 39 are read",
         "note: line 6: the translation was cut off at the length limit",
     ]
 

@@ -51,11 +51,18 @@ CHAT_SCHEMA = COMMON | {
     "max_completion_tokens?": range(2**53),  # the new name of max_tokens
     "reply_tokens?": list,  # our own: ids of the tokens with which the reply begins
 }
-# Keys that would change the answer but are not supported, and values of them that ask for nothing. All other unknown
-# keys are ignored, as most servers do.
-REFUSED = "response_format tool_choice function_call modalities logit_bias suffix"
-REFUSED += " frequency_penalty presence_penalty"
-NEUTRAL = ({"type": "text"}, "auto", "none", ["text"], 0, {}, "")
+# {key that would change the answer but is not supported: values of it that ask for nothing}. All other unknown keys are
+# ignored, as most servers do.
+REFUSED = {
+    "response_format": [{"type": "text"}],
+    "tool_choice": ["auto", "none"],
+    "function_call": ["auto", "none"],
+    "modalities": [["text"]],
+    "logit_bias": [{}],
+    "suffix": [""],
+    "frequency_penalty": [0],
+    "presence_penalty": [0],
+}
 LIMITS = {
     "temperature": (0, 2),
     "top_p": (1e-6, 1),
@@ -250,8 +257,8 @@ def read(body: bytes, schema: dict) -> dict:
     request = parse_json(body, {})
     request = {key: value for key, value in request.items() if value is not None}
     check_schema(request, schema)
-    for key in REFUSED.split():
-        if request.get(key, "") not in NEUTRAL:
+    for key, neutral in REFUSED.items():
+        if key in request and request[key] not in neutral:
             raise UserError(f"{key} is not supported")
     request = DEFAULTS | {"seed": time.time_ns()} | request
     for key, (least, most) in LIMITS.items():

@@ -21,7 +21,6 @@ class ChatDataset(TokenDataset):
     out if its question alone fills the row. Raises UserError if no reply is left.
 
     is_target: {split: which tokens are targets, (T,)}. rows: {split: positions of each row's tokens}; see pack().
-    numbers: {split: number of the piece in `fitting` to which each of these tokens belongs; -1: none}.
     fitting: {split: positions of each conversation, or part of one, that is in a row}.
     cut: {split: Counter of what happened to replies that do not fit}.
     """
@@ -29,13 +28,12 @@ class ChatDataset(TokenDataset):
     task = "chat"
 
     def set_up(self) -> None:
-        self.ids, self.is_target, self.rows, self.cut = {}, {}, {}, {}
-        self.fitting, self.numbers = {}, {}
+        self.ids, self.is_target, self.rows, self.cut, self.fitting = {}, {}, {}, {}, {}
         for split in self.splits:
             self.ids[split] = np.concatenate([ids for _, ids in self.chunks(split)])
             self.is_target[split], exchanges = self.find_targets(self.ids[split])
             self.rows[split] = self.pack(split, exchanges)
-        self.moves = lru_cache(2)(self.find_moves)  # of an epoch and the next
+        self.places = lru_cache(2)(self.find_places)  # of an epoch and the next
 
     @property
     def target_share(self) -> float:
@@ -96,26 +94,26 @@ class ChatDataset(TokenDataset):
             )
         grouped = best_fit([len(piece) for piece in pieces], size)
         rows = np.full((len(grouped), size), -1, dtype=np.int32)
-        self.numbers[split] = np.full_like(rows, -1)
-        for row, own, numbers in zip(rows, self.numbers[split], grouped, strict=True):
+        for row, numbers in zip(rows, grouped, strict=True):
             positions = np.concatenate([pieces[number] for number in numbers])
             row[: len(positions)] = positions
-            own[: len(positions)] = np.repeat(numbers, [len(pieces[i]) for i in numbers])
         return rows
 
-    def find_moves(self, epoch: int) -> np.ndarray:
+    def find_places(self, epoch: int) -> np.ndarray:
         """Let pieces of the same length change places, or a model learns which reply comes after which.
 
-        Returns how far each piece of the training split is from the one in whose place it was, and 0 for no piece.
+        Returns the position that takes the place of each position of the training split; -1, the padding, stays.
         """
-        starts = np.array([piece.start for piece in self.fitting["train"]])
-        lengths = [len(piece) for piece in self.fitting["train"]]
-        draw = np.random.default_rng((self.seed, epoch)).permutation(len(starts))
-        places = np.argsort(lengths, kind="stable")
-        moves = np.zeros(len(starts) + 1, dtype=np.int64)
+        places = np.arange(len(self.ids["train"]) + 1, dtype=np.int32)
+        places[-1] = -1
         if epoch:
-            moves[places] = starts[np.lexsort((draw, lengths))] - starts[places]
-        return moves
+            pieces = self.fitting["train"]
+            lengths = [len(piece) for piece in pieces]
+            draw = np.random.default_rng((self.seed, epoch)).permutation(len(pieces))
+            before, after = np.argsort(lengths, kind="stable"), np.lexsort((draw, lengths))
+            for old, new in zip(before, after, strict=True):
+                places[pieces[old]] = pieces[new]
+        return places
 
     def pieces(self, ids: np.ndarray, exchanges: list[int]) -> list[range]:
         """Find the positions of each conversation, or of its parts if it is longer than a row."""
@@ -143,13 +141,13 @@ class ChatDataset(TokenDataset):
 
         An epoch visits each row once, in a random order.
         """
-        rows, numbers = self.rows["train"], self.numbers["train"]
+        rows = self.rows["train"]
         positions = []
         for visit in range(index * batch_size, (index + 1) * batch_size):
             epoch, place = divmod(visit, len(rows))
             key = random_key(self.seed, epoch)
             row = permute(np.array([place]), len(rows), key)[0]
-            positions.append(rows[row] + self.moves(epoch)[numbers[row]])
+            positions.append(self.places(epoch)[rows[row]])
         return self.tokens("train", np.stack(positions))
 
     def blocks(self, split: str, rows: np.ndarray) -> dict[str, Tensor]:

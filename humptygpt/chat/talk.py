@@ -40,7 +40,7 @@ class Talk:
         self.tokenizer = loaded.tokenizer
         self.device = loaded.device
         self.turns = [] if system is None else [Turn("system", system.strip())]
-        self.context: Context | None = None
+        self.context = None  # a Context, from the first reply on
 
     def reply(
         self, said: str, sample: int, max_new_tokens: int, **sampling: object

@@ -79,11 +79,11 @@ class TemplateTokenizer(PretrainedTokenizer):
 
     def encode_turns(self, turns: Iterable[Turn], reply: bool = False) -> np.ndarray:
         """Encode turns. reply: also the beginning of the assistant's next one. Raises UserError if that fails."""
-        messages = []
         try:
-            for role, content in turns:
-                content = SIGN.join(self.without_special(content))
-                messages.append({"role": role, "content": content})
+            messages = [
+                {"role": role, "content": SIGN.join(self.without_special(content))}
+                for role, content in turns
+            ]
             source = self.settings["chat_template"]
             if isinstance(source, list):  # several, each with a name
                 source = {each["name"]: each["template"] for each in source}["default"]

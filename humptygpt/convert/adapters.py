@@ -115,20 +115,19 @@ def merge_adapter(folder: Path, adapter: dict, model: nn.Module) -> None:
     with refuse(f"cannot read the adapter in {folder}: "):
         stored = open_weights(folder, WEIGHTS)
         for theirs, ours in adapter_names(model):
-            names = [f"{PREFIX}{theirs}.lora_{part}.weight" for part in "AB"]
+            a, b = (f"{PREFIX}{theirs}.lora_{part}.weight" for part in "AB")
             tied = theirs == "lm_head" and model.config.tie_weights
-            if tied or not stored.keys() >= set(names):
+            if tied or not {a, b} <= stored.keys():
                 continue
-            pair = {name: stored.pop(name) for name in names}
+            pair = {a: stored.pop(a), b: stored.pop(b)}
             matrices = [model.get_submodule(name).weight for name in ours]
-            rank = max(1, pair[names[0]].shape[:1].numel())
+            rank = max(1, pair[a].shape[:1].numel())
             inputs, outputs = matrices[0].shape[1], [len(W) for W in matrices]
             with torch.device("meta"):
-                like = torch.empty(rank, inputs), torch.empty(sum(outputs), rank)
-            like = dict(zip(names, like, strict=True))
+                like = {a: torch.empty(rank, inputs), b: torch.empty(sum(outputs), rank)}
             check_tensors("the weight ", pair, like, any_float=True)
-            A, B = (x.float() for x in pair.values())
-            updates = (scale(theirs, adapter, rank) * (B @ A)).split(outputs)
+            product = pair[b].float() @ pair[a].float()
+            updates = (scale(theirs, adapter, rank) * product).split(outputs)
             for W, update in zip(matrices, updates, strict=True):
                 W += update
         if stored:

@@ -165,10 +165,9 @@ def find_family(config: ModelConfig) -> Family:
     family = GPT2 if config.position == "learned" else LLAMA
     free = {*family.settings.values(), *ROPE_SCALING.values(), *NOT_EXPORTED}
     # a key that is not in the tables is a user's own, and off by default
-    needed = family.fixed | vars(ModelConfig()) | family.fixed
     needed = {
         key: value
-        for key, value in needed.items()
+        for key, value in (vars(ModelConfig()) | family.fixed).items()
         if key not in free and getattr(config, key) != value
     }
     known = dict.fromkeys(ACTIVATION_NAMES.values())

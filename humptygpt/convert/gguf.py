@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import gguf
-import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from torch import Tensor, nn
@@ -223,7 +222,7 @@ def write_gguf(
             names.get_name(name, (".weight", ".bias")), array, raw_dtype=stored
         )
     if config.position == "rotary" and config.rope_factor != 1:
-        writer.add_tensor("rope_freqs.weight", rope_factors(config))
+        writer.add_tensor("rope_freqs.weight", rope_factors(config).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -236,8 +235,8 @@ def with_adjacent_pairs(tensor: Tensor, head_size: int) -> Tensor:
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
-def rope_factors(config: ModelConfig) -> np.ndarray:
+def rope_factors(config: ModelConfig) -> Tensor:
     """Compute the numbers by which llama.cpp divides the rotary frequencies: (D / 2,) float32."""
     D = config.features
     frequency = config.rope_base ** (-torch.arange(0, D, 2) / D)
-    return (1 / llama_scale(frequency, config)).numpy()
+    return 1 / llama_scale(frequency, config)

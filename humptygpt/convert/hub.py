@@ -11,10 +11,7 @@ from pathlib import Path
 
 from humptygpt.cli import UserError, one_line
 
-GPT2 = {
-    name: f"openai-community/{name}"
-    for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-}
+GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TEXT_FILES = [
     "config.json",
@@ -35,7 +32,7 @@ WEIGHTS = [  # groups of file patterns; only the first group that the model has 
 def repository(name: str) -> str | None:
     """Expand a name to owner/model. Returns None if it cannot be a name on the Hub, as a path cannot."""
     if name in GPT2:
-        return GPT2[name]
+        return f"openai-community/{name}"
     owner = name.partition("/")[0]
     local = owner in ("out", "data") or os.path.exists(owner)
     return name if REPOSITORY.fullmatch(name) and not local else None

@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Engine
 
 ENDS = ("bos_token", "eos_token")
-SWITCHES = ("legacy?", "add_bos_token?", "add_prefix_space?")
+TOKEN = (str, {"content": str}, None)
+SWITCH = (bool, None)
 SETTINGS = {
-    **{f"{key}?": (str, {"content": str}, None) for key in ENDS},
-    **dict.fromkeys(SWITCHES, (bool, None)),
+    "bos_token?": TOKEN,
+    "eos_token?": TOKEN,
+    "legacy?": SWITCH,
+    "add_bos_token?": SWITCH,
+    "add_prefix_space?": SWITCH,
     "tokenizer_class?": (str, None),
     "added_tokens_decoder?": {str: {"content": str}},
 }

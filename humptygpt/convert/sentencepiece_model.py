@@ -46,8 +46,9 @@ def convert_sentencepiece(
             decoders.Strip(" ", 1, 0),
         ]
     )
-    special = [i for i in ids if model.is_control(i) or model.is_unknown(i)]
-    engine.add_special_tokens([model.id_to_piece(i) for i in special])
+    for i in ids:
+        if model.is_control(i) or model.is_unknown(i):
+            engine.add_special_tokens([model.id_to_piece(i)])
     ends = {"bos_token": model.bos_id(), "eos_token": model.eos_id()}
     return engine, {key: model.id_to_piece(i) for key, i in ends.items() if i >= 0}
 

@@ -40,19 +40,11 @@ def from_folder(path: Path, source: str | Path) -> Loaded:
     if not (path / CONFIG).is_file():
         return Loaded(read_pretrained(path), read_tokenizer(path), path, f"{source}")
     adapter = read_config(path)
-    base = load(find_base(path, adapter))
+    key = "base_model_name_or_path"
+    base = load(find_source(adapter[key], key=f"{path / CONFIG}: {key}"))
     merge_adapter(path, adapter, base.model)
     about = f"{path}: an adapter for {base.path}"
     return base._replace(path=path, description=about, saved=None)
-
-
-def find_base(path: Path, adapter: dict) -> Path:
-    """Find the model that an adapter was trained on. Raises UserError if it is missing. adapter: from read_config()."""
-    key = "base_model_name_or_path"
-    base = find_source(adapter[key], key=f"{path / CONFIG}: {key}")
-    if base.resolve() == path.resolve():
-        raise UserError(f"{path}: the adapter is its own base model")
-    return base
 
 
 def from_nanogpt(path: Path, saved: dict) -> Loaded:

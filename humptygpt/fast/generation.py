@@ -151,9 +151,7 @@ class JoinedAttention(SelfAttention):
 
     def __init__(self, attention: SelfAttention):
         """Take over the layers of `attention`, which can no longer be used."""
-        nn.Module.__init__(self)
-        for attribute, value in vars(attention).items():
-            setattr(self, attribute, value)
+        vars(self).update(vars(attention))
         layers = [self._modules.pop(name) for name in QKV]
         q, k, v = (layer.out_features for layer in layers)
         self.sizes = q + k, v

@@ -69,10 +69,10 @@ def check_same_tokens(base: Loaded, dataset: Dataset) -> None:
     if dataset.tokenizer.pieces[: tokenizer.vocab_size] == tokenizer.pieces:
         return
     source = tokenizer.name if tokenizer.name == "gpt2" else base.path
-    keys = shlex.join([f"--tokenizer={source}", "--overwrite=True"])
+    key = shlex.quote(f"--tokenizer={source}")
     raise UserError(
         f"the tokens of {dataset.folder} ({dataset.tokenizer.name}) differ from those of the model {base.path}"
-        f" ({tokenizer.name}); prepare the data again with {keys}"
+        f" ({tokenizer.name}); prepare the data again with {key} --overwrite=True"
     )
 
 

@@ -23,7 +23,7 @@ from humptygpt import machine
 from humptygpt.cli import UserError, in_vain, note
 from humptygpt.convert.huggingface import find_family
 from humptygpt.data import TokenDataset
-from humptygpt.device import autocast, free_memory, to_device
+from humptygpt.device import DTYPES, autocast, free_memory, to_device
 from humptygpt.evaluation import LINE_TOKENS, SAMPLE_TOKENS, cost_of_whole_split
 from humptygpt.files import write_text
 from humptygpt.minutes.ngrams import MOST_TOKENS
@@ -265,7 +265,6 @@ def begin(
     saved: dict | None,
     dataset: TokenDataset,
     device: torch.device,
-    dtype: torch.dtype,
 ) -> tuple[TrainConfig, ModelConfig, Clock]:
     """Create the clock, and choose the settings for which the scaling law predicts the lowest loss in the time left.
 
@@ -283,10 +282,7 @@ def begin(
     # compiling takes about a minute, so a timed run compiles only if the user asks for it
     config = replace(config, compile=bool(config.compile))
     if not saved:
-        config, model_config = choose(
-            config, model_config, given, dataset, clock, device, dtype
-        )
-        dataset.resize(model_config.block_size)
+        config, model_config = choose(config, model_config, given, dataset, clock, device)
     return config, model_config, clock
 
 
@@ -297,18 +293,17 @@ def choose(
     dataset: TokenDataset,
     clock: Clock,
     device: torch.device,
-    dtype: torch.dtype,
 ) -> tuple[TrainConfig, ModelConfig]:
     """Choose the settings that are not given: size, members, dropout, steps, weight decay and n-grams."""
 
     @cache
     def time_step(candidate: Candidate) -> float:
-        return seconds_per_step(*candidate[:2], dataset, device, dtype)
+        return seconds_per_step(*candidate[:2], dataset, device)
 
     def find(config: TrainConfig) -> Candidate:
-        tried = candidates(config, model_config, given, dataset, device, dtype)
+        tried = candidates(config, model_config, given, dataset, device)
         tried.sort(key=lambda candidate: candidate.operations)
-        check_training_fits(*tried[0][:2], device, dtype)
+        check_training_fits(*tried[0][:2], device)
         fitting = [candidate for candidate in tried if candidate.memory.least <= free]
         return find_best(fitting, dataset, clock, time_step)
 
@@ -391,15 +386,15 @@ def find_best(
             f"minutes={small.config.minutes:g} is too short for a single step, which takes {shortest:.2g} s;"
             " use more, or try again now that the data is prepared"
         )
-    timed = {small: shortest, middle: time_step(middle)}
     # seconds per step: those that are not timed are estimated from the numbers of operations
     more = max(1, middle.operations - small.operations)
-    slope = max(0.0, timed[middle] - shortest) / more
+    slope = max(0.0, time_step(middle) - shortest) / more
     seconds = {x: shortest + slope * (x.operations - small.operations) for x in tried}
-    seconds |= timed
     # once the best candidate has been timed, a different one may turn out to be better
+    timed = set()
     while (best := min(tried, key=promise)) not in timed:
-        seconds[best] = timed[best] = time_step(best)
+        seconds[best] = time_step(best)
+        timed.add(best)
     return best
 
 
@@ -409,7 +404,6 @@ def candidates(
     given: Collection[str],
     dataset: TokenDataset,
     device: torch.device,
-    dtype: torch.dtype,
 ) -> list[Candidate]:
     """List the model as configured, and every other size, context and batch size that the given keys allow.
 
@@ -444,17 +438,19 @@ def candidates(
             batch = replace(config, batch_size=batch_size)
             tokens = batch_size * of_each
             operations = tokens * models.flops_per_token(model) + muon
-            memory = training_memory(batch, model, device, dtype)
+            memory = training_memory(batch, model, device)
             found.append(Candidate(batch, shape, parameters, tokens, operations, memory))
     return found
 
 
 def count_inner(model: nn.Module) -> int:
     """Count the parameters of one member, excluding the embedding and the head."""
-    outside = ("wte", "lm_head")
-    named = model.named_parameters()
-    inner = sum(p.numel() for name, p in named if not any(x in name for x in outside))
-    return inner // model.config.n_members
+    inner = [
+        p.numel()
+        for name, p in model.named_parameters()
+        if "wte" not in name and "lm_head" not in name
+    ]
+    return sum(inner) // model.config.n_members
 
 
 def seconds_per_step(
@@ -462,7 +458,6 @@ def seconds_per_step(
     model_config: ModelConfig,
     dataset: TokenDataset,
     device: torch.device,
-    dtype: torch.dtype,
 ) -> float:
     """Train a model of this size for a few steps. Returns the median time per step, in seconds."""
     dataset.resize(model_config.block_size)
@@ -472,7 +467,7 @@ def seconds_per_step(
     for index in range(PROBE_STEPS):
         started = time.monotonic()
         batch = to_device(dataset.batch(index, config.batch_size), device)
-        with autocast(device, dtype):
+        with autocast(device, DTYPES[config.dtype]):
             _, value = model(**batch)
         value.backward()
         optimizer.step()

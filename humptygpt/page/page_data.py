@@ -63,7 +63,7 @@ def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
         if step < end and path.exists():
             saved = checkpoint.read_plain(path)
             with checkpoint.refuse_damaged(path, "is not a snapshot of this model"):
-                checkpoint.check_tensors("", saved, like, "cpu")
+                checkpoint.check_tensors("", saved, like)
             rows = base64.b64encode(saved["rows"].numpy().tobytes()).decode()
             data.append({"iter": step, "rows": rows})
     return data
@@ -121,7 +121,7 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict:
     data = {
         "name": tokenizer.name,
         "eot": tokenizer.eot,
-        "alphabet": getattr(tokenizer, "alphabet", None),  # only a char tokenizer has one
+        "alphabet": tokenizer.alphabet,
         "pieces": {
             "bytes": base64.b64encode(b"".join(tokenizer.pieces)).decode(),
             "lengths": [len(piece) for piece in tokenizer.pieces],

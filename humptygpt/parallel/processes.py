@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from humptygpt.cli import UserError, first_line
-from humptygpt.data import Dataset, Prefetcher, count_targets
+from humptygpt.data import Dataset, count_targets
 from humptygpt.optimizers import Optimizer
 from humptygpt.process import Process, Share, launched
 from humptygpt.run import Run
@@ -55,7 +55,7 @@ def raise_if_rank_died() -> Iterator[None]:
 class SharedDropout(nn.Dropout):
     """Dropout for some rows of a batch. On the CPU, it draws the same mask for them as a single process would."""
 
-    rows: tuple[int, slice] | None = None  # as in process.Share
+    rows = None  # as in process.Share
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rows is None or not self.training or x.device.type != "cpu":
@@ -99,7 +99,7 @@ class DataParallel(Process):
     optimizer_class = SharedOptimizer
     # the default group, kept until Python ends: if DDP were the last to hold it, freeing it could wait forever for a
     # thread that waits for Python's lock (PyTorch issue 56297)
-    world: dist.ProcessGroup | None = None
+    world = None
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class DataParallel(Process):
         return net
 
     def shares(
-        self, batches: Dataset | Prefetcher, config: TrainConfig, step: int
+        self, batches: Dataset, config: TrainConfig, step: int
     ) -> tuple[list[Share], int]:
         """Return this rank's shares of a step, and the number of tokens in the whole step.
 

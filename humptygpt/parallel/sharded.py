@@ -19,9 +19,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-from torch.futures import Future
 
 from humptygpt.checkpoint import SHARDED, load_plain, refuse_damaged
 from humptygpt.files import cannot_write, remove, write_whole
@@ -129,10 +126,10 @@ class Reader(dcp.FileSystemReader):
         super().__init__(path)
         self.metadata = Unpickler(io.BytesIO((path / SHARDED).read_bytes())).load()
 
-    def read_metadata(self, *args: object, **settings: object) -> Metadata:
+    def read_metadata(self, *args, **settings):
         return self.metadata
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+    def read_data(self, plan, planner):
         """Read this process's tensors."""
         for item in plan.items:
             info = self.storage_data[item.storage_index]
@@ -154,12 +151,16 @@ def read(path: Path, with_tensors: bool = True) -> dict:
     with refuse_damaged(path):
         entries = load_plain(path / ENTRIES)
         reader = Reader(path)
-        # zeros rather than empty, because rows that are in no file keep their initial values
-        tensors = {
-            name: torch.zeros(entry.size, dtype=entry.properties.dtype, device=device)
-            for name, entry in reader.metadata.state_dict_metadata.items()
-        }
-        add_tensors(entries, tensors)
+        tensors = {}
+        for name, entry in reader.metadata.state_dict_metadata.items():
+            # zeros rather than empty, because rows that are in no file keep their initial values
+            x = torch.zeros(entry.size, dtype=entry.properties.dtype, device=device)
+            # the inverse of flat()
+            *keys, last = name.replace("optimizer/", "optimizer/state/").split("/")
+            place = entries
+            for key in keys:
+                place = place.setdefault(key, {})
+            tensors[name] = place[last] = x
     if with_tensors:
         fill(path, tensors, reader, no_dist=True)
     return entries
@@ -188,13 +189,3 @@ def fill(
     except CheckpointException as error:  # not a subclass of Exception
         with refuse_damaged(path):
             raise first_failure(error) from error
-
-
-def add_tensors(entries: dict, tensors: dict[str, Tensor]) -> None:
-    """Add tensors to the entries of a checkpoint: the inverse of flat()."""
-    for name, tensor in tensors.items():
-        *path, last = name.replace("optimizer/", "optimizer/state/").split("/")
-        place = entries
-        for key in path:
-            place = place.setdefault(key, {})
-        place[last] = tensor

@@ -73,11 +73,13 @@ def shakespeare(config: PrepareConfig) -> tuple[Path, str]:
     plays = DOWNLOADS / "plays.txt"
     if path.exists() or not plays.exists():
         try:
-            path = download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
+            download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
             return path, "tiny Shakespeare"
         except UserError as error:
-            edition = f"the plays in the package {PLAYS_PACKAGE}, a different edition from tiny Shakespeare"
-            note(f"{error}; using {edition}; do not compare losses between the two")
+            note(
+                f"{error}; using the plays in the package {PLAYS_PACKAGE}, a different edition from tiny Shakespeare;"
+                " do not compare losses between the two"
+            )
             fetch_plays(plays)
     return plays, f"the plays and poems in the package {PLAYS_PACKAGE}"
 

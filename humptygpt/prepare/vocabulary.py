@@ -4,7 +4,7 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
@@ -207,7 +207,7 @@ def pieces_of(ids: dict[str, int]) -> list[bytes]:
     return [bytes(map(byte_of.get, token)) for token in sorted(ids, key=ids.get)]
 
 
-TRAINERS: dict[str, Callable[..., Tokenizer]] = {  # called with texts, separated, **options
+TRAINERS = {  # functions of (texts, separated, **options) that make a tokenizer
     "char": train_characters,
     "byte": lambda texts, separated: ByteTokenizer(separated),
     "sentencepiece": train_sentencepiece,

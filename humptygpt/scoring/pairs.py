@@ -11,25 +11,20 @@ A test is passed if the right choice has the highest log-probability. A tie of n
 
 import fnmatch
 import zipfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from torch import nn
 
 from humptygpt.cli import UserError, refuse
+from humptygpt.data import Dataset
 from humptygpt.files import check_schema, parse_json
 from humptygpt.prepare.download import download
 from humptygpt.sampling import read_text
 from humptygpt.scoring.text import log_probabilities, standard_error
 from humptygpt.tokenizers import Tokenizer
-
-if TYPE_CHECKING:
-    from humptygpt.data import Dataset
-    from humptygpt.process import Process
-    from humptygpt.settings import TrainConfig
 
 SUITES = ("english", "python", "blimp")
 BLIMP = Path("data/downloads/BLiMP.zip")
@@ -127,25 +122,11 @@ def encode(test: Test, tokenizer: Tokenizer, room: int) -> list[tuple[np.ndarray
     ]
 
 
-def tester(
-    config: "TrainConfig", dataset: "Dataset", process: "Process"
-) -> Callable[[nn.Module, "Dataset"], dict[str, float]]:
-    """Read config.eval_pairs. Returns a function that tests a model, for metrics.jsonl.
-
-    Raises UserError if the file is not valid, or the model cannot be tested.
-    """
-    tests = read_tests(config.eval_pairs)
-    if dataset.task != "language modelling" or process.sharded:
-        raise UserError(
-            f"eval_pairs={config.eval_pairs} needs a model that continues a text, and is not split among processes"
-        )
-
-    def test(model: nn.Module, dataset: "Dataset") -> dict[str, float]:
-        passed = run_tests(model, dataset.tokenizer, tests)
-        count, accuracy, error = by_group(tests, passed)["all"]
-        return {"pairs": count, "pairs_accuracy": accuracy, "pairs_standard_error": error}
-
-    return test
+def measure(model: nn.Module, dataset: Dataset, tests: list[Test]) -> dict[str, float]:
+    """Test a model that is trained on this dataset. Returns the results for metrics.jsonl."""
+    passed = run_tests(model, dataset.tokenizer, tests)
+    count, accuracy, error = by_group(tests, passed)["all"]
+    return {"pairs": count, "pairs_accuracy": accuracy, "pairs_standard_error": error}
 
 
 def by_group(tests: list[Test], values: np.ndarray) -> dict[str, tuple[int, float, float]]:

@@ -87,7 +87,7 @@ def log_probabilities(model: nn.Module, sequences: list[np.ndarray]) -> list[np.
         while order:
             count = max(1, at_once // len(sequences[order[-1]]))
             order, rows = order[:-count], order[-count:]
-            texts = [torch.from_numpy(sequences[i].astype(np.int64)) for i in rows]
+            texts = [torch.from_numpy(sequences[i]) for i in rows]
             batch = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)
             for i, row in zip(rows, score(model, batch, at_once), strict=True):
                 scores[i] = row[: len(sequences[i]) - 1].cpu().numpy()

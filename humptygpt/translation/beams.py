@@ -37,9 +37,7 @@ def translate(
         for first in range(0, len(numbers), BATCH):
             batch = numbers[first : first + BATCH]
             source = torch.from_numpy(np.stack([sources[number] for number in batch]))
-            found = beam_search(
-                model, source.to(device), tokenizer.eot, tokenizer.vocab_size, **settings
-            )
+            found = beam_search(model, tokenizer, source.to(device), **settings)
             translations.update(zip(batch, found, strict=True))
     return [translations[number] for number in range(len(sources))]
 
@@ -47,9 +45,8 @@ def translate(
 @torch.inference_mode()
 def beam_search(
     model: nn.Module,
+    tokenizer: Tokenizer,
     source: Tensor,
-    eot: int,
-    tokenizer_vocab_size: int | None = None,
     *,
     num_beams: int = 1,
     length_penalty: float = 1.0,
@@ -61,12 +58,12 @@ def beam_search(
     it is among the best, and the result is the best hypothesis that ever finished. The score of a hypothesis is the sum
     of its tokens' log-probabilities, divided by its number of tokens to the power of length_penalty. With 0 this is the
     sum; with 1 it is the mean, so that long translations are not at a disadvantage. With one beam the search is greedy.
-    A translation ends with eot, after max_new_tokens, or when block_size is reached.
+    A translation ends with end-of-text, after max_new_tokens, or when block_size is reached.
 
-    source: (B, S), token ids that end in eot. tokenizer_vocab_size: ids of this and above are padding and are never
-    chosen; None: there is no padding.
+    source: (B, S), token ids that end in end-of-text.
     Source: Sutskever et al. 2014, arXiv:1409.3215; the length penalty: Wu et al. 2016, arXiv:1609.08144, section 7.
     """
+    eot = tokenizer.eot
     if hasattr(model, "encode"):
         cache, idx = model.make_cache(source), torch.full_like(source[:, :1], eot)
     else:
@@ -77,7 +74,8 @@ def beam_search(
     ids = source.new_empty(len(source), 1, 0)  # (n, k, T): k hypotheses per sentence
     log_prob = torch.zeros(ids.shape[:2], device=ids.device)
     for _ in range(min(room, max_new_tokens or room)):
-        logits = model.next_logits(idx, cache)[:, :tokenizer_vocab_size]
+        # the embedding may have more rows than there are tokens; these are never chosen
+        logits = model.next_logits(idx, cache)[:, : tokenizer.vocab_size]
         logp = logits.float().log_softmax(dim=-1).view(*log_prob.shape, -1)
         ids, log_prob, scores, rows = extend(
             ids, log_prob, logp, eot, num_beams, length_penalty
@@ -106,8 +104,6 @@ def beam_search(
 
 def select(cache: Cache, rows: Tensor) -> None:
     """Select rows of the batch in every tensor of a cache. rows: int64 indices in the new order, which may repeat."""
-    if cache.n_padding is not None:
-        cache.n_padding = cache.n_padding[rows]
     for layer in cache.layers:
         for tensors in (layer.buffers, layer.state):
             tensors.update({name: x[rows] for name, x in tensors.items()})
