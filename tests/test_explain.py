@@ -45,6 +45,7 @@ from humptygpt.page.known_settings import (
     name_of,
 )
 from humptygpt.prepare.vocabulary import train_byte_pairs, train_sentencepiece
+from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build, make_model_config
 from humptygpt.tokenizers import BytePairTokenizer, CharTokenizer
 from model import ACTIVATIONS, ModelConfig, SelfAttention, count_parameters
@@ -664,9 +665,7 @@ def test_the_logits_and_the_gradients_of_a_batch_are_pytorchs(node, name):
 
 def train_both(node, model: nn.Module, batches: list[dict], settings: dict):
     """Train in JavaScript and in PyTorch. Returns what JavaScript has, and PyTorch's mean losses and norms."""
-    config = train.TrainConfig(
-        **{"muon_dtype": "float32", "max_iters": len(batches)} | settings
-    )
+    config = TrainConfig(**{"muon_dtype": "float32", "max_iters": len(batches)} | settings)
     found = node.arrays(
         "train", data=data_of(model), settings=vars(config), batches=batches
     )
@@ -705,7 +704,7 @@ def test_the_rhymes_120_steps_are_pytorchs(node):
     """On the same batch each: with others, PyTorch's own float32 and float64 differ by more than 1e-3 on the way."""
     path = ROOT / "config/humpty_dumpty.py"
     keys = runpy.run_path(str(path))
-    names = {field.name for field in fields(train.TrainConfig)}
+    names = {field.name for field in fields(TrainConfig)}
     settings = {key: x for key, x in keys.items() if key in names}
     prepare_data.main(["humpty_dumpty"])
     dataset = TokenDataset(Path("data/humpty_dumpty"), block_size=1100, seed=1)
@@ -729,7 +728,7 @@ SCHEDULED = [
 
 @pytest.mark.parametrize("keys", SCHEDULED, ids=case_id)
 def test_the_learning_rate_of_each_step_is_that_of_a_run(node, keys):
-    config = train.TrainConfig(max_iters=40, warmup_iters=5, **keys)
+    config = TrainConfig(max_iters=40, warmup_iters=5, **keys)
     expected = [config.lr(step) / config.learning_rate for step in range(45)]
     assert node.ask("rates", settings=vars(config), steps=list(range(45))) == pytest.approx(
         expected

@@ -24,6 +24,7 @@ from humptygpt import loading as interchange
 from humptygpt import run as run_module
 from humptygpt.checkpoint import load_plain
 from humptygpt.optimizers import make_optimizer
+from humptygpt.settings import TrainConfig
 
 START = "Ak"
 SMALL = "--block_size=40 --position=sinusoidal --norm=rmsnorm --mlp=gated"
@@ -832,7 +833,7 @@ def test_steps_of_the_runs_optimizer_on_the_text_are_pytorchs_and_can_be_undone(
     model, tokenizer = load(runs)
     ids = tensor_of(tokenizer, "Akis unat")
     saved = load_plain(runs / "out/run/best.pt")["train_config"]
-    config = train.TrainConfig(**saved)
+    config = TrainConfig(**saved)
     optimizer = make_optimizer(config, model)
     losses = losses_of_steps(model, ids, optimizer, 13, config.grad_clip)
     view = opened("run", "#section=step&text=Akis unat")
