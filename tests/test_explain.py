@@ -76,6 +76,9 @@ const arithmetic = require(`${root}/explain/arithmetic.js`);
 const { KERNEL, plainProduct, product } = require(`${root}/explain/kernel.js`);
 const { Engine } = require(`${root}/explain/engine.js`);
 const { differentiate, rateAt, Trainer } = require(`${root}/explain/training.js`);
+// worker.js is in one script with them
+Object.assign(globalThis, functions, { load, Trainer }, require(`${root}/explain/engine.js`));
+const { Computer, unpack } = require(`${root}/explain/worker.js`);
 const { contributions, effectOnLogits, explainNumber, logitLens, valueAt } = arithmetic;
 const leaf = require(`${root}/explain/leaf.js`);
 const { LEAF_SEED, randomNumbers } = leaf;
@@ -254,6 +257,25 @@ const answers = {
     const norms = steps.map(({ norm }) => norm);
     return { ...Object.fromEntries(weights), losses: pack(steps.map(mean)), norms: pack(norms) };
   },
+  /** Of some numbers of the gradient by each weight, what the drawer shows of them. */
+  async gradient_terms({ data, settings, idx, seed, count }) {
+    const model = makeModel(data);
+    const trace = forward(model, idx);
+    const take = ({ id, problem, ...answer }) => (trace.gradient = problem ?? unpack(answer));
+    const computer = Object.assign(new Computer(take), { model, settings });
+    await computer.answer({ topic: "gradient", id: 0, idx, optimizer: settings.optimizer, factor: 1 });
+    if (typeof trace.gradient === "string") throw new Error(trace.gradient);
+    const random = randomNumbers(seed);
+    const pick = (n) => Math.floor(random() * n);
+    return namedWeights(load(model)).flatMap(([name, { rows, columns }]) =>
+      Array.from({ length: count }, () => {
+        const address = `gradient.weights.${name}:${pick(rows)},${pick(columns)}`;
+        const y = explainNumber(model, trace, address);
+        const moved = valueAt(trace, address.replace("weights", "moved"));
+        return { address, value: y.value, sum: y.sum, title: y.title, moved };
+      }),
+    );
+  },
   rates: ({ settings, steps }) => steps.map((step) => rateAt(step, settings)),
   /** Products of random matrices of these shapes whose bits differ: by the kernel, plain, and of the last row alone. */
   products({ shapes, adds }) {
@@ -324,11 +346,11 @@ const answers = {
 };
 
 const names = (value) => Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, Object.keys(inner)]));
-require("node:readline").createInterface({ input: process.stdin }).on("line", (line) => {
+require("node:readline").createInterface({ input: process.stdin }).on("line", async (line) => {
   let answer;
   try {
     const request = JSON.parse(line);
-    const found = answers[request.what](request);
+    const found = await answers[request.what](request);
     answer = { found: request.what === "dictionaries" ? names(found) : found };
   } catch (error) {
     answer = { error: error.stack };
@@ -716,6 +738,19 @@ def test_the_rhymes_120_steps_are_pytorchs(node):
     found, losses, _ = train_both(node, rounded(model, std=None), batches, settings)
     assert found["losses"] == pytest.approx(losses, abs=1e-3)
     assert losses[-1] < 0.1 < losses[0]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_number_of_the_gradient_is_the_sum_of_its_terms_over_the_tokens(node, name):
+    model = rounded(test_model.tiny(**TRAINED[name]), std=0.2)
+    request = {"data": data_of(model), "idx": tokens(13), "settings": vars(TrainConfig())}
+    found = node.ask("gradient_terms", **request, seed=1, count=8)
+    assert len(found) == 8 * len(list(model.parameters()))
+    for answer in found:
+        close = pytest.approx(answer["value"], rel=1e-4, abs=1e-6)
+        assert answer["sum"] == close, answer
+        assert answer["title"].startswith("derivative of the loss by ")
+    assert sum(answer["moved"] != 0 for answer in found) > len(found) / 2
 
 
 SCHEDULED = [
