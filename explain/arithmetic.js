@@ -107,11 +107,15 @@ function aliasInBlock(model, trace, blocks, i, rest) {
   return aliasOfNorm(trace, `${block}.${rest}`);
 }
 
-/** Follow copies back to the address where the number was computed. */
-function resolveAddress(model, trace, address) {
-  let { path, at } = parseAddress(address);
+/** Follow copies back to the path where the numbers were computed. */
+function resolvePath(model, trace, path) {
   for (let next; (next = aliasOf(model, trace, path));) path = next;
-  return `${path}:${at.join(",")}`;
+  return path;
+}
+
+function resolveAddress(model, trace, address) {
+  const { path, at } = parseAddress(address);
+  return `${resolvePath(model, trace, path)}:${at.join(",")}`;
 }
 
 // --------------------------------------------------------------------------------------
@@ -285,13 +289,10 @@ function scoreRule(c, attention) {
   const [h, t, s] = c.at;
   const D = headSize(c.model.config);
   const from = keyStart(c.model.config, h);
-  const terms = Array.from({ length: D }, (_, i) =>
-    term(
-      `feature ${i}`,
-      operand(c, `${attention}.q`, [t, h * D + i], `q[${i}]`),
-      operand(c, `${keysOf(attention)}.k`, [s, from + i], `k[${i}]`),
-    ),
-  );
+  const terms = Array.from({ length: D }, (_, i) => {
+    const q = operand(c, `${attention}.q`, [t, h * D + i], `q[${i}]`);
+    return term(`feature ${i}`, q, operand(c, `${keysOf(attention)}.k`, [s, from + i], `k[${i}]`));
+  });
   const sum = addUp(terms);
   const step = { text: `/ √${D}`, value: sum / Math.sqrt(D) };
   return { formula: "Σ q · k / √D", terms, steps: [step], why: WHY_ROOT };
@@ -326,13 +327,10 @@ function headsRule(c, attention) {
   const h = Math.floor(j / D);
   const feature = keyStart(c.model.config, h) + (j % D);
   const weights = lookUp(c.trace, attention).weights[h][t];
-  const terms = Array.from(weights, (_, s) =>
-    term(
-      `key ${s}`,
-      operand(c, `${attention}.weights`, [h, t, s], "weight"),
-      operand(c, `${keysOf(attention)}.v`, [s, feature], "v"),
-    ),
-  );
+  const terms = Array.from(weights, (_, s) => {
+    const weight = operand(c, `${attention}.weights`, [h, t, s], "weight");
+    return term(`key ${s}`, weight, operand(c, `${keysOf(attention)}.v`, [s, feature], "v"));
+  });
   return { formula: "Σ attention weight × value, over the keys", terms };
 }
 
@@ -558,12 +556,10 @@ const NAMES = {
   hidden: "MLP: gated neuron",
   down_proj: "MLP's output",
   conv: "convolution",
-  output: "output",
   logits: "logit",
   probs: "probability",
   linear: "neuron before activation",
   window: "input",
-  input: "input",
 };
 
 const NAMES_BY_POSITION = {
@@ -576,10 +572,9 @@ const NAMES_BY_POSITION = {
 function titleOf(path, at, config) {
   if (path.startsWith("gradient.")) return `derivative of the loss by ${path.replace("gradient.weights.", "")}[${at}]`;
   const name = path.split(".").at(-1);
-  const norm = path.match(/(attn|cross|mlp|embed)?_?norm\.output$/);
   const layer = path.match(/(?:blocks|layers)\.(\d+)/);
   const named = { ...NAMES, ...NAMES_BY_POSITION[config.position] };
-  const known = norm ? "norm's output" : (named[name] ?? name);
+  const known = path.endsWith("norm.output") ? "norm's output" : (named[name] ?? name);
   const what = path.includes("cross_attn") ? `cross-attention: ${known.replace("attention", "its")}` : known;
   const where = layer ? `, layer ${+layer[1] + 1}` : "";
   const side = path.startsWith("source") ? ", encoder" : "";

@@ -115,20 +115,15 @@ class Drawer {
     const rows = most.map((term) => this.row(term));
     if (others.length) rows.push(this.line(`the other ${others.length}`, addUp(others)));
     rows.push(...bias.map((term) => this.row(term)));
-    if (y.terms.length > 1) rows.push(this.line("sum", y.sum, "sum"));
-    rows.push(...y.steps.map(({ text, value, operand }) => this.line(text, value, "sum", operand)));
-    return rows;
+    if (y.terms.length > 1) rows.push(this.line("sum", y.sum, { kind: "sum" }));
+    const step = ({ text, value, operand }) =>
+      this.line(text, value, { spelled: operand && this.operand(operand), kind: "sum" });
+    return [...rows, ...y.steps.map(step)];
   }
 
   row({ name, parts, value }) {
     const spelled = parts.map((part) => (typeof part === "string" ? part : this.operand(part)));
-    return h(
-      "tr",
-      { "data-term": value },
-      h("th", { scope: "row" }, this.named(name)),
-      h("td", {}, spelled),
-      h("td", { class: "number" }, digits(value)),
-    );
+    return this.line(this.named(name), value, { spelled });
   }
 
   named(name) {
@@ -153,14 +148,11 @@ class Drawer {
     });
   }
 
-  line(text, value, kind = "", operand = null) {
-    return h(
-      "tr",
-      { class: kind, "data-term": kind ? null : value },
-      h("th", { scope: "row", colspan: operand ? 1 : 2 }, text),
-      operand && h("td", {}, this.operand(operand)),
-      h("td", { class: "number" }, digits(value)),
-    );
+  /** A row: a name, what it is spelled out as, and its value. kind: sum, unless it is one of the terms. */
+  line(name, value, { spelled = null, kind = null } = {}) {
+    const head = h("th", { scope: "row", colspan: spelled ? 1 : 2 }, name);
+    const attributes = { class: kind, "data-term": kind ? null : value };
+    return h("tr", attributes, head, spelled && h("td", {}, spelled), h("td", { class: "number" }, digits(value)));
   }
 
   /** Close the drawer, and return the focus to the place where the number was selected. */

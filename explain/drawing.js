@@ -70,12 +70,8 @@ let controls = 0;
 /** A labelled select. options: texts; their numbers are the values. */
 function picker(label, options, value, onPick) {
   const id = `control-${controls++}`;
-  const select = h(
-    "select",
-    { id, onchange: () => onPick(+select.value) },
-    options.map((text, i) => h("option", { value: i }, text)),
-  );
-  select.value = value;
+  const items = options.map((text, i) => h("option", { value: i, selected: i === value }, text));
+  const select = h("select", { id, onchange: () => onPick(+select.value) }, items);
   const root = h("span", { class: "control" }, h("label", { for: id }, label), select);
   root.set = (number) => (select.value = number);
   return root;
@@ -180,14 +176,10 @@ class Strip {
       onblur: () => this.light(false),
     });
     this.title = h("span", { class: "quiet" }, options.label);
-    this.readout = h("span", { class: "readout" });
+    this.readout = h("b");
     this.range = h("span", { class: "range quiet" });
-    this.root = h(
-      "div",
-      { class: "strip" },
-      h("div", { class: "strip-head" }, this.title, this.readout, this.range),
-      this.canvas,
-    );
+    const head = h("div", { class: "strip-head" }, this.title, this.readout, this.range);
+    this.root = h("div", { class: "strip" }, head, this.canvas);
     new ResizeObserver(() => this.draw()).observe(this.root);
     strips.add(this);
   }
@@ -427,8 +419,8 @@ class Chart {
     const y1 = Math.max(...all) * 1.03 || 1;
     const y0 = Math.min(...all) > 0.3 * y1 ? Math.min(...all) * 0.97 : 0; // a scale from 0 would flatten the lines
     const at = ([x, y]) => [44 + (x / x1) * (width - 56), height - 22 - ((y - y0) / (y1 - y0)) * (height - 32)];
-    // the last point twice, so that a single one is a dot
-    const line = (ends, name) => svg("path", { class: name, d: `M${[...ends, ends.at(-1)].map(at).join("L")}` });
+    // h2: the end is 2 pixels longer, so that a single point is seen, too
+    const line = (ends, name) => svg("path", { class: name, d: `M${ends.map(at).join("L")}h2` });
     const level = [0, x1].map((x) => [x, this.level.y]);
     const ticks = [0, 0.25, 0.5, 0.75, 1].map((part) => {
       const y = y0 + part * (y1 - y0);

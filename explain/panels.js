@@ -5,7 +5,7 @@
 Each has id, title and intro; needs: keys of NEEDS; alone: true if it needs no text; build(app): its parts: elements,
 and {root, update()}, which draws root for the text and the selection of now; also lists of parts, and nothing. */
 
-/** One part of several. */
+/** Several parts as one, in an element of this class. */
 function group(className, ...parts) {
   const present = parts.flat(Infinity).filter(Boolean);
   const root = h("div", { class: className }, present.map((part) => part.root ?? part));
@@ -159,7 +159,7 @@ function leafPanel() {
   new ResizeObserver(drawLines).observe(drawing);
   const colour = h("span", { class: "swatch", "aria-hidden": "true" });
   const sum = h("p", { class: "sum", "aria-live": "polite" });
-  const verdict = h("p", { class: "verdict" });
+  const verdict = h("strong");
   const select = (...neuron) => {
     state.selected = neuron;
     draw();
@@ -194,26 +194,23 @@ function leafPanel() {
 }
 
 function networkColumns({ x, sums, hidden, output }, { selected, relu }, onSelect) {
-  const neuron = (layer, o, value, label) =>
-    button([h("small", {}, label), h("span", {}, digits2(value))], () => onSelect(layer, o), {
+  const label = (name, value) => [h("small", {}, name), h("span", {}, digits2(value))];
+  const neuron = (layer, o, value, name) =>
+    button(label(name, value), () => onSelect(layer, o), {
       class: "neuron",
       "aria-pressed": selected[0] === layer && selected[1] === o,
       style: tint(value, 50),
     });
-  const inputs = x.map((value, i) =>
-    h("div", { class: "neuron input" }, h("small", {}, INPUTS[i]), h("span", {}, digits2(value))),
-  );
-  const column = (title, items) => h("div", { class: "column" }, h("h3", { class: "note" }, title), items);
-  return [
-    column("Input", inputs),
-    column(
-      "Hidden",
-      hidden.map((value, o) =>
-        neuron("hidden", o, value, relu && sums[o] < 0 ? `${digits2(sums[o])} → 0` : `neuron ${o + 1}`),
-      ),
+  const columns = {
+    Input: x.map((value, i) => h("div", { class: "neuron input" }, label(INPUTS[i], value))),
+    Hidden: hidden.map((value, o) =>
+      neuron("hidden", o, value, relu && sums[o] < 0 ? `${digits2(sums[o])} → 0` : `neuron ${o + 1}`),
     ),
-    column("Output", output.map((value, o) => neuron("output", o, value, KINDS[o]))),
-  ];
+    Output: output.map((value, o) => neuron("output", o, value, KINDS[o])),
+  };
+  return Object.entries(columns).map(([title, items]) =>
+    h("div", { class: "column" }, h("h3", { class: "note" }, title), items),
+  );
 }
 
 const digits2 = (x) => minus(x.toFixed(Math.abs(x) < 100 ? 2 : 1)).replace(/\.?0+$/, "");
@@ -251,7 +248,7 @@ function weightLines({ children }, network, selected) {
 }
 
 function trainingPanel(app) {
-  return [h("h3", {}, "The leaf network, trained here"), new LeafTraining(), runLoss(app)];
+  return [h("h3", {}, "The leaf network, trained here"), new LeafTraining().root, runLoss(app)];
 }
 
 const weightNames = (layer, inputs, outputs) =>
@@ -277,6 +274,7 @@ class LeafTraining {
     const buttons = [button("Step", () => this.step()), this.go, button("Start over", () => this.reset()), rates];
     const pictures = [this.chart, controlRow(weights), this.pictures, this.nudge];
     this.root = group("drawn", controlRow(buttons), this.status, pictures).root;
+    darkScheme.addEventListener("change", () => this.update());
     this.reset();
   }
 
@@ -582,13 +580,10 @@ function softmaxText(app) {
   const logits = Array.from(app.logits().subarray(0, app.model.tokenizer_vocab_size));
   const largest = Math.max(...logits);
   const sum = logits.reduce((total, x) => total + Math.exp(x - largest), 0);
-  return h(
-    "p",
-    {},
-    `The largest of ${logits.length} logits is ${digits(largest)}; it is subtracted first, which leaves ` +
-      `the result the same and avoids overflow. The sum of all exp(logit − ${digits(largest)}) is ${digits(sum)}. ` +
-      ROUNDED,
-  );
+  const text =
+    `The largest of ${logits.length} logits is ${digits(largest)}; it is subtracted first, which leaves the result ` +
+    `the same and avoids overflow. The sum of all exp(logit − ${digits(largest)}) is ${digits(sum)}. ${ROUNDED}`;
+  return h("p", {}, text);
 }
 
 function softmaxRows(app) {
@@ -642,25 +637,19 @@ function contributionList(app) {
   const rows = list.map(({ name, layer, value }) => {
     const width = (50 * Math.abs(value)) / most;
     const style = `${value < 0 ? "right" : "left"}: 50%; width: ${width}%; ${tint(value, 1e-9)}`;
-    return h(
-      "li",
-      { "data-value": value },
-      h("span", {}, layer === undefined ? name : `layer ${layer + 1} ${name}`),
-      h("span", { class: "number" }, signed(value)),
-      h("span", { class: "balance" }, h("span", { style })),
-    );
+    const title = h("span", {}, layer === undefined ? name : `layer ${layer + 1} ${name}`);
+    const bar = h("span", { class: "balance" }, h("span", { style }));
+    return h("li", { "data-value": value }, title, h("span", { class: "number" }, signed(value)), bar);
   });
   const cap = app.config.logit_soft_cap ? ", before its soft cap" : "";
   const held = { layernorm: "'s mean and deviation are", rmsnorm: "'s root mean square is" }[app.config.norm];
+  const text =
+    `Together ${digits(sum)}: the logit${cap} less the mean over all tokens, since softmax ignores what all logits ` +
+    `share.${held ? ` The final norm${held} held.` : ""} Another next token can be chosen at its bar.`;
   return [
     h("h3", {}, `What each part adds to the logit of “${shown(app.tokenizer, next)}”${cap}, above the mean of all`),
     h("ol", { class: "contributions", "data-sum": sum }, rows),
-    h(
-      "p",
-      {},
-      `Together ${digits(sum)}: the logit${cap} less the mean over all tokens, since softmax ignores what all logits ` +
-        `share.${held ? ` The final norm${held} held.` : ""} Another next token can be chosen at its bar.`,
-    ),
+    h("p", {}, text),
   ];
 }
 

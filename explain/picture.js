@@ -34,7 +34,7 @@ class Picture {
   part(name, label, section, paint = null, layer = null) {
     const tag = name === "tokens" ? "span" : "canvas";
     const canvas = paint && h(tag, { "aria-hidden": "true" });
-    const adds = h("span", { class: "adds" });
+    const adds = h("span", { class: "adds quiet" });
     const where = layer === null ? "" : `Layer ${layer + 1}: `;
     const press = () => this.app.goTo(section, layer === null ? {} : { layer, key: -1 });
     const title = h("span", { class: "part-name" }, h("span", { class: "unseen" }, where), `${label} `, adds);

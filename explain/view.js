@@ -252,8 +252,7 @@ class App {
 
   /** The path from which the numbers of a path were copied. */
   resolvePath(path) {
-    for (let next; (next = aliasOf(this.model, this.trace, path));) path = next;
-    return path;
+    return resolvePath(this.model, this.trace, path);
   }
 
   /** The index of the selected number in a row; -1 if it has none. */
