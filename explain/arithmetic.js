@@ -36,7 +36,6 @@ function dot(x, y, from = 0) {
   return sum;
 }
 
-const layerOf = (path) => path.match(/^(.*\.blocks)\.(\d+)\.?(.*)$/); // blocks, number, rest
 const has = (trace, path) => lookUp(trace, path) !== undefined && lookUp(trace, path) !== null;
 
 /** The path of the stack that a path is in: "stack", "decoder" or "source.encoder". */
@@ -67,26 +66,18 @@ function branchInput({ config }, trace, block, branch) {
 
 /** The path from which numbers were copied; null if they are computed at this path. */
 function aliasOf(model, trace, path) {
-  const found = layerOf(path);
+  const [, blocks, i, rest] = path.match(/^(.*\.blocks)\.(\d+)\.(.*)$/) ?? [];
+  if (rest) return aliasInBlock(model, trace, blocks, +i, rest);
+  const stack = stackOf(path);
   if (path === "output") return lastRows(model, trace);
-  if (!found) return aliasInStack(trace, path);
-  const [, blocks, i, rest] = found;
-  const block = `${blocks}.${i}`;
-  if (rest === "input") return +i ? `${blocks}.${i - 1}.output` : blocks.replace(/blocks$/, "embed_norm.output");
-  if (rest === "output") return `${block}.after_${branchesOf(trace, block).at(-1)}`;
-  return aliasInBlock(model, trace, block, rest);
+  if (path === `${stack}.norm.input`) return `${stack}.blocks.${lookUp(trace, stack).blocks.length - 1}.output`;
+  if (path === `${stack}.embed_norm.input`) return `${stack}.embed`;
+  return aliasOfNorm(trace, path);
 }
 
 function lastRows({ config }, trace) {
   if (config.model === "window_mlp") return `layers.${trace.layers.length - 1}.activation`;
   return `${config.model === "transformer" ? "decoder" : "stack"}.norm.output`;
-}
-
-function aliasInStack(trace, path) {
-  const stack = stackOf(path);
-  if (path === `${stack}.norm.input`) return `${stack}.blocks.${lookUp(trace, stack).blocks.length - 1}.output`;
-  if (path === `${stack}.embed_norm.input`) return `${stack}.embed`;
-  return aliasOfNorm(trace, path);
 }
 
 /** With norm=none, the output of a norm is its input. */
@@ -97,8 +88,11 @@ function aliasOfNorm(trace, path) {
   return mean || rms ? null : `${norm}.input`;
 }
 
-function aliasInBlock(model, trace, block, rest) {
+function aliasInBlock(model, trace, blocks, i, rest) {
   const { config } = model;
+  const block = `${blocks}.${i}`;
+  if (rest === "input") return i ? `${blocks}.${i - 1}.output` : blocks.replace(/blocks$/, "embed_norm.output");
+  if (rest === "output") return `${block}.after_${branchesOf(trace, block).at(-1)}`;
   const [, branch] = rest.match(/^after_(\w+)$/) ?? [];
   if (branch && config.block === "plain") return `${block}.${BRANCH_OUTPUT[branch]}`;
   if (branch && config.block === "post_norm") return `${block}.${branch}_norm.output`;
@@ -113,17 +107,21 @@ function aliasInBlock(model, trace, block, rest) {
   return aliasOfNorm(trace, `${block}.${rest}`);
 }
 
-/** Follow copies back to the address where the number was computed. */
-function resolveAddress(model, trace, address) {
-  let { path, at } = parseAddress(address);
+/** Follow copies back to the path where the numbers were computed. */
+function resolvePath(model, trace, path) {
   for (let next; (next = aliasOf(model, trace, path));) path = next;
-  return `${path}:${at.join(",")}`;
+  return path;
+}
+
+function resolveAddress(model, trace, address) {
+  const { path, at } = parseAddress(address);
+  return `${resolvePath(model, trace, path)}:${at.join(",")}`;
 }
 
 // --------------------------------------------------------------------------------------
 // Rules: how the numbers under each name are computed
 
-function operand(trace, path, at, name) {
+function operand({ trace }, path, at, name) {
   const address = `${path}:${at.join(",")}`;
   return { value: valueAt(trace, address), address, name: name ?? null };
 }
@@ -145,26 +143,38 @@ function operandsOf({ terms, steps }) {
 }
 
 /** The sum of a row of weights times the inputs, and a bias term. */
-function linearRule(c, input, layer, at) {
-  const [t, o] = at;
+function linearRule(c, input, layer) {
+  const [t, o] = c.at;
   const { data, shape } = layer.weight;
   const row = lookUp(c.trace, input)[t];
   const terms = Array.from(row, (_, i) =>
-    term(`x[${i}]`, operand(c.trace, input, [t, i], `x[${i}]`), trained(data[o * shape[1] + i], `w[${o}, ${i}]`)),
+    term(`x[${i}]`, operand(c, input, [t, i], `x[${i}]`), trained(data[o * shape[1] + i], `w[${o}, ${i}]`)),
   );
   if (layer.bias) terms.push(term("bias", trained(layer.bias.data[o], `b[${o}]`)));
   return { formula: layer.bias ? "Σ x · w + b" : "Σ x · w", terms };
 }
 
-function normRule(c, norm, layer) {
+/** The path of the weights of a part whose path in the trace this is. */
+const weightsPath = (path) => path.replace("source.", "").replace("feed_forward", "mlp").replace(".context", "");
+
+function projectionRule(c) {
+  return linearRule(c, linearInput(c, c.path), lookUp(c.model.weights, weightsPath(c.path)));
+}
+
+function layerRule(c, i) {
+  return linearRule(c, +i ? `layers.${i - 1}.activation` : "window", c.model.weights.layers[i]);
+}
+
+function normRule(c, norm) {
   const [t, i] = c.at;
+  const layer = lookUp(c.model.weights, weightsPath(norm));
   const { mean } = lookUp(c.trace, norm);
-  const terms = [term("x", operand(c.trace, `${norm}.input`, [t, i]))];
+  const terms = [term("x", operand(c, `${norm}.input`, [t, i]))];
   if (mean) {
-    const center = operand(c.trace, `${norm}.mean`, [t]);
+    const center = operand(c, `${norm}.mean`, [t]);
     terms.push({ name: "mean", parts: ["− ", center], value: -center.value });
   }
-  const scale = operand(c.trace, `${norm}.${mean ? "std" : "rms"}`, [t]);
+  const scale = operand(c, `${norm}.${mean ? "std" : "rms"}`, [t]);
   const gain = trained(layer.weight.data[i], `gain[${i}]`);
   let value = addUp(terms) / scale.value;
   const name = mean ? "deviation" : "root mean square";
@@ -182,7 +192,7 @@ const perFeature = (n) => `/ ${n}, the number of features`;
 
 function meanRule(c, norm) {
   const terms = Array.from(lookUp(c.trace, `${norm}.input`)[c.at[0]], (_, i) =>
-    term(`x[${i}]`, operand(c.trace, `${norm}.input`, [c.at[0], i])),
+    term(`x[${i}]`, operand(c, `${norm}.input`, [c.at[0], i])),
   );
   const step = { text: perFeature(terms.length), value: addUp(terms) / terms.length };
   return { formula: "Σ x / number of features", terms, steps: [step] };
@@ -198,9 +208,9 @@ function rootOfMean(terms, eps) {
 }
 
 function deviationRule(c, norm) {
-  const mean = operand(c.trace, `${norm}.mean`, c.at);
+  const mean = operand(c, `${norm}.mean`, c.at);
   const terms = Array.from(lookUp(c.trace, `${norm}.input`)[c.at[0]], (_, i) => {
-    const x = operand(c.trace, `${norm}.input`, [c.at[0], i]);
+    const x = operand(c, `${norm}.input`, [c.at[0], i]);
     return { name: `x[${i}]`, parts: ["(", x, " − ", mean, ")²"], value: (x.value - mean.value) ** 2 };
   });
   const steps = rootOfMean(terms, c.model.config.norm_eps);
@@ -210,21 +220,16 @@ function deviationRule(c, norm) {
 /** The root mean square of n numbers of row t, beginning with number `from`. */
 function rootMeanSquareRule(c, path, { t, from, n, eps }) {
   const terms = Array.from({ length: n }, (_, i) => {
-    const x = operand(c.trace, path, [t, from + i]);
+    const x = operand(c, path, [t, from + i]);
     return { name: `x[${i}]`, parts: [x, "²"], value: x.value ** 2 };
   });
   return { formula: "√(Σ x² / number of features)", terms, steps: rootOfMean(terms, eps) };
 }
 
-const NORM_RULES = {
-  output: (c, norm) => normRule(c, norm, lookUp(c.model.weights, norm.replace("source.", ""))),
-  mean: meanRule,
-  std: deviationRule,
-  rms(c, norm) {
-    const size = { t: c.at[0], from: 0, n: c.model.config.n_embd, eps: c.model.config.norm_eps };
-    return rootMeanSquareRule(c, `${norm}.input`, size);
-  },
-};
+function normRootRule(c, norm) {
+  const { n_embd: n, norm_eps: eps } = c.model.config;
+  return rootMeanSquareRule(c, `${norm}.input`, { t: c.at[0], from: 0, n, eps });
+}
 
 /** Two numbers of the residual stream: what was there, and what a branch adds. */
 function residualRule(c, block, branch) {
@@ -232,8 +237,8 @@ function residualRule(c, block, branch) {
   return {
     formula: "residual stream + branch",
     terms: [
-      term("before", operand(c.trace, stream, c.at)),
-      term(BRANCH_NAMES[branch], operand(c.trace, `${block}.${BRANCH_OUTPUT[branch]}`, c.at)),
+      term("before", operand(c, stream, c.at)),
+      term(BRANCH_NAMES[branch], operand(c, `${block}.${BRANCH_OUTPUT[branch]}`, c.at)),
     ],
   };
 }
@@ -247,28 +252,25 @@ function rotaryRule(c, attention, name) {
   return {
     formula: "a cos − b sin, or b cos + a sin: a pair of features, rotated by its position's angle",
     terms: [
-      term("cos", operand(c.trace, from, [t, j]), { value: cos[t][j % D], name: "cos" }),
-      term("sin", operand(c.trace, from, [t, other]), { value: sin[t][j % D], name: "sin, with its sign" }),
+      term("cos", operand(c, from, [t, j]), { value: cos[t][j % D], name: "cos" }),
+      term("sin", operand(c, from, [t, other]), { value: sin[t][j % D], name: "sin, with its sign" }),
     ],
   };
 }
 
-function headNormRule(c, from) {
+function headNormRule(c, name) {
   const [t, j] = c.at;
   const D = headSize(c.model.config);
-  const x = operand(c.trace, from, c.at);
-  const rms = operand(c.trace, from.replace("_proj", "_rms"), [t, Math.floor(j / D)]);
-  return {
-    formula: "x / root mean square of its head",
-    terms: [term("x", x)],
-    steps: [{ text: "/ root mean square", operand: rms, value: x.value / rms.value }],
-  };
+  const x = operand(c, `${name}_proj`, c.at);
+  const rms = operand(c, `${name}_rms`, [t, Math.floor(j / D)]);
+  const step = { text: "/ root mean square", operand: rms, value: x.value / rms.value };
+  return { formula: "x / root mean square of its head", terms: [term("x", x)], steps: [step] };
 }
 
-function headRootRule(c, from) {
+function headRootRule(c, name) {
   const [t, h] = c.at;
-  const D = headSize(c.model.config);
-  return rootMeanSquareRule(c, from, { t, from: h * D, n: D, eps: FLOAT32_EPS });
+  const n = headSize(c.model.config);
+  return rootMeanSquareRule(c, `${name}_proj`, { t, from: h * n, n, eps: FLOAT32_EPS });
 }
 
 /** The head of keys and values that head h reads, and the index in a row at which it begins. */
@@ -287,13 +289,10 @@ function scoreRule(c, attention) {
   const [h, t, s] = c.at;
   const D = headSize(c.model.config);
   const from = keyStart(c.model.config, h);
-  const terms = Array.from({ length: D }, (_, i) =>
-    term(
-      `feature ${i}`,
-      operand(c.trace, `${attention}.q`, [t, h * D + i], `q[${i}]`),
-      operand(c.trace, `${keysOf(attention)}.k`, [s, from + i], `k[${i}]`),
-    ),
-  );
+  const terms = Array.from({ length: D }, (_, i) => {
+    const q = operand(c, `${attention}.q`, [t, h * D + i], `q[${i}]`);
+    return term(`feature ${i}`, q, operand(c, `${keysOf(attention)}.k`, [s, from + i], `k[${i}]`));
+  });
   const sum = addUp(terms);
   const step = { text: `/ √${D}`, value: sum / Math.sqrt(D) };
   return { formula: "Σ q · k / √D", terms, steps: [step], why: WHY_ROOT };
@@ -307,17 +306,9 @@ function softmaxRule(numbers, own, factor, names) {
     parts: [factor(i), ` → exp(${digits(x - largest)})`],
     value: Math.exp(x - largest),
   }));
-  const part = Math.exp(numbers[own] - largest) / addUp(terms);
-  return {
-    formula: "exp(x − largest) / Σ exp(x − largest)",
-    terms,
-    steps: [
-      {
-        text: `exp(${digits(numbers[own] - largest)}) = ${digits(Math.exp(numbers[own] - largest))} / the sum`,
-        value: part,
-      },
-    ],
-  };
+  const exp = terms[own].value;
+  const step = { text: `exp(${digits(numbers[own] - largest)}) = ${digits(exp)} / the sum`, value: exp / addUp(terms) };
+  return { formula: "exp(x − largest) / Σ exp(x − largest)", terms, steps: [step] };
 }
 
 function weightRule(c, attention) {
@@ -326,8 +317,7 @@ function weightRule(c, attention) {
   const { mask } = lookUp(c.trace, stackOf(c.path));
   const bias = attention.endsWith("cross_attn") ? null : mask[h % mask.length][t];
   const sums = Array.from(scores, (score, k) => score + (bias ? bias[k] : 0));
-  const factor = (k) =>
-    operand(c.trace, `${attention}.scores`, [h, t, k], bias?.[k] ? `+ mask ${digits(bias[k])}` : null);
+  const factor = (k) => operand(c, `${attention}.scores`, [h, t, k], bias?.[k] ? `+ mask ${digits(bias[k])}` : null);
   return softmaxRule(sums, s, factor, (k) => `key ${k}`);
 }
 
@@ -337,41 +327,34 @@ function headsRule(c, attention) {
   const h = Math.floor(j / D);
   const feature = keyStart(c.model.config, h) + (j % D);
   const weights = lookUp(c.trace, attention).weights[h][t];
-  const terms = Array.from(weights, (_, s) =>
-    term(
-      `key ${s}`,
-      operand(c.trace, `${attention}.weights`, [h, t, s], "weight"),
-      operand(c.trace, `${keysOf(attention)}.v`, [s, feature], "v"),
-    ),
-  );
+  const terms = Array.from(weights, (_, s) => {
+    const weight = operand(c, `${attention}.weights`, [h, t, s], "weight");
+    return term(`key ${s}`, weight, operand(c, `${keysOf(attention)}.v`, [s, feature], "v"));
+  });
   return { formula: "Σ attention weight × value, over the keys", terms };
 }
 
-function activationRule(c, from) {
-  const name = c.model.config.activation;
-  const x = operand(c.trace, from, c.at);
-  return {
-    formula: `${name}(x)`,
-    terms: [term("x", x)],
-    steps: [{ text: name, value: ACTIVATIONS[name][0](x.value) }],
-  };
+function activationRule(c, layer) {
+  const { model, mlp, activation: name } = c.model.config;
+  const from = model === "window_mlp" ? "linear" : mlp === "gated" ? "gate_proj" : "up_proj";
+  const x = operand(c, `${layer}.${from}`, c.at);
+  const step = { text: name, value: ACTIVATIONS[name][0](x.value) };
+  return { formula: `${name}(x)`, terms: [term("x", x)], steps: [step] };
 }
 
-function gateRule(c, block) {
-  const [gate, up] = ["activation", "up_proj"].map((name) =>
-    operand(c.trace, `${block}.feed_forward.${name}`, c.at, name),
-  );
+function gateRule(c, mlp) {
+  const [gate, up] = ["activation", "up_proj"].map((name) => operand(c, `${mlp}.${name}`, c.at, name));
   return { formula: "gate × value", terms: [term("product", gate, up)] };
 }
 
-function convRule(c, block, weights) {
+function convRule(c, block) {
   const [t, i] = c.at;
-  const { data, shape } = weights.conv.weight;
+  const { data, shape } = lookUp(c.model.weights, weightsPath(block)).conv.weight;
   const input = `${block}.feed_forward.input`;
-  const terms = [term("itself", operand(c.trace, input, [t, i]))];
+  const terms = [term("itself", operand(c, input, [t, i]))];
   for (let back = 1; back <= Math.min(shape[0], t); back++) {
     const weight = trained(GAIN * data[(back - 1) * shape[1] + i], `${GAIN} w[${back}, ${i}]`);
-    terms.push(term(`${back} before`, operand(c.trace, input, [t - back, i]), weight));
+    terms.push(term(`${back} before`, operand(c, input, [t - back, i]), weight));
   }
   return { formula: "x of this token + weighted x of the tokens before", terms };
 }
@@ -380,9 +363,9 @@ function embedRule(c, stack) {
   const { position } = lookUp(c.trace, stack);
   const before = stack === "source.encoder" ? "source." : "";
   const scale = position.scale ?? 1;
-  const scaled = (path) => [operand(c.trace, path, c.at), ...(scale === 1 ? [] : [{ value: scale, name: "√C" }])];
+  const scaled = (path) => [operand(c, path, c.at), ...(scale === 1 ? [] : [{ value: scale, name: "√C" }])];
   const terms = [term("token", ...scaled(`${before}wte`))];
-  if (position.vectors) terms.push(term("position", operand(c.trace, `${stack}.position.vectors`, c.at)));
+  if (position.vectors) terms.push(term("position", operand(c, `${stack}.position.vectors`, c.at)));
   return { formula: terms.map(({ name }) => name).join(" + "), terms };
 }
 
@@ -394,18 +377,16 @@ function tokenRule(c) {
     const text = `(${id} + 1) / ${c.model.config.vocab_size}`;
     return { formula: "(id + 1) / V", terms: [term(`token ${id}`, { value, name: text })] };
   }
-  const weight = trained(value, `wte[${id}, ${i}]`);
-  return { formula: "a weight, learned in training: a row of the embedding table", terms: [term(`token ${id}`, weight)] };
+  const terms = [term(`token ${id}`, trained(value, `wte[${id}, ${i}]`))];
+  return { formula: "a weight, learned in training: a row of the embedding table", terms };
 }
 
 function positionRule(c) {
   const [t, i] = c.at;
   const value = valueAt(c.trace, c.address);
   if (c.model.config.position === "learned") {
-    return {
-      formula: "a weight, learned in training: a row of the position table",
-      terms: [term(`position ${t}`, trained(value, `wpe[${t}, ${i}]`))],
-    };
+    const terms = [term(`position ${t}`, trained(value, `wpe[${t}, ${i}]`))];
+    return { formula: "a weight, learned in training: a row of the position table", terms };
   }
   const text = `${i % 2 ? "cos" : "sin"}(${t} / 10000^(${i - (i % 2)}/${c.model.config.n_embd}))`;
   return { formula: "a sinusoid", terms: [term(text, { value, name: text })] };
@@ -416,14 +397,12 @@ function windowRule(c) {
   const { window, n_embd } = c.model.config;
   const token = t - window + 1 + Math.floor(j / n_embd);
   if (token < 0) return { formula: "no token: 0", terms: [] };
-  return {
-    formula: "a feature of a token",
-    terms: [term(`token ${token}`, operand(c.trace, "wte", [token, j % n_embd]))],
-  };
+  const feature = operand(c, "wte", [token, j % n_embd]);
+  return { formula: "a feature of a token", terms: [term(`token ${token}`, feature)] };
 }
 
 function logitRule(c) {
-  const y = linearRule(c, "output", c.model.weights.lm_head, c.at);
+  const y = linearRule(c, "output", c.model.weights.lm_head);
   const cap = c.model.config.logit_soft_cap;
   if (cap) y.steps = [{ text: `${cap} tanh(x / ${cap})`, value: cap * Math.tanh(addUp(y.terms) / cap) }];
   return y;
@@ -432,21 +411,13 @@ function logitRule(c) {
 function probabilityRule(c) {
   const [t, v] = c.at;
   const logits = Array.from(c.trace.logits[t].subarray(0, c.model.tokenizer_vocab_size));
-  return softmaxRule(
-    logits,
-    v,
-    (i) => operand(c.trace, "logits", [t, i]),
-    (i) => `token ${i}`,
-  );
+  const factor = (i) => operand(c, "logits", [t, i]);
+  return softmaxRule(logits, v, factor, (i) => `token ${i}`);
 }
-
-const FIXED = { wte: tokenRule, logits: logitRule, probs: probabilityRule, window: windowRule };
-FIXED["source.wte"] = tokenRule;
 
 /** The derivative of the loss by a weight: over the tokens, the derivative by what is computed with the weight, times
 what the weight is multiplied by. */
-function gradientRule(c) {
-  const [, layer, kind] = c.path.match(/^gradient\.weights\.(.+)\.(\w+)$/);
+function gradientRule(c, layer, kind) {
   const [o, i] = c.at;
   const { config, weights } = c.model;
   const tied = layer === "wte" && weights.lm_head.weight === weights.wte.weight;
@@ -461,7 +432,7 @@ function gradientRule(c) {
     const output = linear === "lm_head" ? "logits" : linear.replace(".mlp.", ".feed_forward.");
     const feature = kind === "bias" ? i : o;
     const slope = { value: capped && 1 - (c.trace.logits[t][feature] / capped) ** 2, name: "slope of the soft cap" };
-    const input = kind === "bias" ? [] : [operand(c.trace, linearInput(c, linear), [t, i])];
+    const input = kind === "bias" ? [] : [operand(c, linearInput(c, linear), [t, i])];
     add(output, t, feature, ...(capped ? [slope] : []), ...input);
   };
   c.trace.idx.forEach((id, t) => {
@@ -472,7 +443,7 @@ function gradientRule(c) {
     if (layer.endsWith("norm"))
       add(`${layer}.output`, t, i, ...(kind === "bias" ? [] : [normedOperand(c, layer, t, i)]));
     if (block !== layer && back >= 0)
-      add(`${block}.conv`, t, i, trained(GAIN, "gain"), operand(c.trace, `${block}.input`, [back, i]));
+      add(`${block}.conv`, t, i, trained(GAIN, "gain"), operand(c, `${block}.input`, [back, i]));
     if (linearInput(c, layer)) ofLinear(t, layer);
     if (tied) ofLinear(t, "lm_head");
   });
@@ -485,42 +456,37 @@ function normedOperand(c, norm, t, i) {
   return { value: (input[t][i] - (mean ? mean[t] : 0)) / (std ?? rms)[t], name: "x, normalised" };
 }
 
-/** The rule for a path whose numbers are computed there. */
-function applyRule(c) {
-  if (FIXED[c.path]) return FIXED[c.path](c);
-  const [, layer, kind] = c.path.match(/^layers\.(\d+)\.(\w+)$/) ?? [];
-  if (kind === "activation") return activationRule(c, `layers.${layer}.linear`);
-  if (kind)
-    return linearRule(c, +layer ? `layers.${layer - 1}.activation` : "window", c.model.weights.layers[layer], c.at);
-  const [, norm, number] = c.path.match(/^(.*norm)\.(output|mean|std|rms)$/) ?? [];
-  if (norm) return NORM_RULES[number](c, norm);
-  if (c.path.startsWith("gradient.")) return gradientRule(c);
-  const stack = stackOf(c.path);
-  if (c.path === `${stack}.embed`) return embedRule(c, stack);
-  if (c.path === `${stack}.position.vectors`) return positionRule(c);
-  return blockRule(c);
-}
+/** Patterns of paths, and the rule by which their numbers are computed: f(c, what the pattern's groups match). */
+const PATH_RULES = [
+  [/^gradient\.weights\.(.+)\.(\w+)$/, gradientRule],
+  [/^(?:source\.)?wte$/, tokenRule],
+  [/^window$/, windowRule],
+  [/^layers\.(\d+)\.linear$/, layerRule],
+  [/^(.*)\.activation$/, activationRule],
+  [/^logits$/, logitRule],
+  [/^probs$/, probabilityRule],
+  [/^(.*)\.embed$/, embedRule],
+  [/\.position\.vectors$/, positionRule],
+  [/^(.*norm)\.output$/, normRule],
+  [/^(.*norm)\.mean$/, meanRule],
+  [/^(.*norm)\.std$/, deviationRule],
+  [/^(.*norm)\.rms$/, normRootRule],
+  [/^(.*)\.after_(attn|cross|mlp)$/, residualRule],
+  [/^(.*)\.(attn|cross|mlp)_norm\.input$/, residualRule],
+  [/_proj$/, projectionRule],
+  [/^(.*)_norm$/, headNormRule],
+  [/^(.*)_rms$/, headRootRule],
+  [/^(.*)\.([qk])$/, rotaryRule],
+  [/^(.*)\.scores$/, scoreRule],
+  [/^(.*)\.weights$/, weightRule],
+  [/^(.*)\.heads$/, headsRule],
+  [/^(.*)\.feed_forward\.conv$/, convRule],
+  [/^(.*)\.hidden$/, gateRule],
+];
 
-function blockRule(c) {
-  const [, blocks, i, rest] = layerOf(c.path);
-  const block = `${blocks}.${i}`;
-  const weights = lookUp(c.model.weights, block.replace("source.", ""));
-  const [, branch] = rest.match(/^(?:after_(\w+))$/) ?? rest.match(/^(attn|cross|mlp)_norm\.input$/) ?? [];
-  if (branch) return residualRule(c, block, branch);
-  const [, part, name] = rest.match(/^([\w.]+)\.(\w+)$/);
-  const reads = linearInput(c, c.path);
-  if (reads)
-    return linearRule(c, reads, weights[part.replace("feed_forward", "mlp").replace(".context", "")][name], c.at);
-  if (name === "conv") return convRule(c, block, weights);
-  if (name === "activation")
-    return activationRule(c, `${block}.${part}.${c.model.config.mlp === "gated" ? "gate_proj" : "up_proj"}`);
-  if (name === "hidden") return gateRule(c, block);
-  if (name.endsWith("_norm")) return headNormRule(c, c.path.replace("_norm", "_proj"));
-  if (name.endsWith("_rms")) return headRootRule(c, c.path.replace("_rms", "_proj"));
-  const attention = `${block}.${part.replace(".context", "")}`;
-  return (
-    { scores: scoreRule, weights: weightRule, heads: headsRule }[name]?.(c, attention) ?? rotaryRule(c, attention, name)
-  );
+function applyRule(c) {
+  const [pattern, rule] = PATH_RULES.find(([pattern]) => pattern.test(c.path));
+  return rule(c, ...c.path.match(pattern).slice(1));
 }
 
 /** The path of what a linear layer of a block, or the head, reads; null for any other path. */
@@ -590,12 +556,10 @@ const NAMES = {
   hidden: "MLP: gated neuron",
   down_proj: "MLP's output",
   conv: "convolution",
-  output: "output",
   logits: "logit",
   probs: "probability",
   linear: "neuron before activation",
   window: "input",
-  input: "input",
 };
 
 const NAMES_BY_POSITION = {
@@ -608,10 +572,9 @@ const NAMES_BY_POSITION = {
 function titleOf(path, at, config) {
   if (path.startsWith("gradient.")) return `derivative of the loss by ${path.replace("gradient.weights.", "")}[${at}]`;
   const name = path.split(".").at(-1);
-  const norm = path.match(/(attn|cross|mlp|embed)?_?norm\.output$/);
   const layer = path.match(/(?:blocks|layers)\.(\d+)/);
   const named = { ...NAMES, ...NAMES_BY_POSITION[config.position] };
-  const known = norm ? "norm's output" : (named[name] ?? name);
+  const known = path.endsWith("norm.output") ? "norm's output" : (named[name] ?? name);
   const what = path.includes("cross_attn") ? `cross-attention: ${known.replace("attention", "its")}` : known;
   const where = layer ? `, layer ${+layer[1] + 1}` : "";
   const side = path.startsWith("source") ? ", encoder" : "";
@@ -653,13 +616,7 @@ function decompose(model, trace, stack, t) {
   y.blocks.forEach((block, i) => {
     for (const branch of branchesOf(trace, `${stack}.blocks.${i}`)) {
       const path = `${stack}.blocks.${i}.${BRANCH_OUTPUT[branch]}`;
-      const part = {
-        name: BRANCH_NAMES[branch],
-        layer: i,
-        branch,
-        path,
-      };
-      part.row = lookUp(trace, path)[t];
+      const part = { name: BRANCH_NAMES[branch], layer: i, branch, path, row: lookUp(trace, path)[t] };
       parts = model.config.block === "plain" ? [part] : [...parts, part];
       if (model.config.block !== "post_norm") continue;
       freeze(parts, block[`${branch}_norm`], weights.blocks[i][`${branch}_norm`], t);
@@ -701,12 +658,9 @@ function effectOnLogits(model, trace, stack, { layer, branch, t, row }) {
   const weights = lookUp(model.weights, stack);
   if (model.config.block === "post_norm") {
     y.blocks.forEach((block, i) => {
-      for (const name of branchesOf(trace, `${stack}.blocks.${i}`)) {
-        const later =
-          i > layer ||
-          (i === layer && Object.keys(BRANCH_OUTPUT).indexOf(name) >= Object.keys(BRANCH_OUTPUT).indexOf(branch));
-        if (later) row = throughNorm(row, block[`${name}_norm`], weights.blocks[i][`${name}_norm`], t);
-      }
+      const branches = branchesOf(trace, `${stack}.blocks.${i}`);
+      const later = i > layer ? branches : i === layer ? branches.slice(branches.indexOf(branch)) : [];
+      for (const name of later) row = throughNorm(row, block[`${name}_norm`], weights.blocks[i][`${name}_norm`], t);
     });
   }
   row = throughNorm(row, y.norm, weights.norm, t);
@@ -746,10 +700,8 @@ function logitLens(model, trace, stack, t) {
   const lens = [read("embedding", `${stack}.blocks.0.input`)];
   y.blocks.forEach((_, i) => {
     const block = `${stack}.blocks.${i}`;
-    for (const branch of branchesOf(trace, block)) {
-      const name = BRANCH_NAMES[branch];
-      lens.push(read(`${i + 1} ${name}`, `${block}.after_${branch}`));
-    }
+    for (const branch of branchesOf(trace, block))
+      lens.push(read(`${i + 1} ${BRANCH_NAMES[branch]}`, `${block}.after_${branch}`));
   });
   return lens;
 }

@@ -9,40 +9,30 @@ const THUMB = 48; // the largest size of a small picture, in pixels
 
 const attentionOf = (app, branch) => lookUp(app.trace, blockPath(app, branch));
 
-/** A small picture of each head of all layers; one is selected. branch: attn or cross_attn. */
-function headGrid(app, branch, layers = null) {
-  const wanted = () => layers?.() ?? Array.from({ length: app.config.n_layer }, (_, i) => i);
-  const root = h("div", { class: "head-grid", role: "group", "aria-label": "Layers and heads" });
-  const cells = new Map();
-  const cell = (layer, number) => {
+/** A small picture of each head of all layers, or of the selected one; one is selected. branch: attn or cross_attn. */
+function headGrid(app, branch, { oneLayer = false } = {}) {
+  const cell = (layer, head) => {
     const canvas = h("canvas", { "aria-hidden": "true" });
-    const name = `layer ${layer + 1}, head ${number + 1}`;
-    const press = button([canvas], () => app.select({ layer, head: number, number: null }), {
-      class: "thumb",
-      "aria-label": name,
-      title: name,
+    const name = `layer ${layer + 1}, head ${head + 1}`;
+    const press = () => app.select({ layer, head, number: null });
+    const root = button([canvas], press, { class: "thumb", "aria-label": name, title: name });
+    const update = () => {
+      root.setAttribute("aria-pressed", layer === app.at.layer && head === app.at.head);
+      paintMatrix(canvas, lookUp(app.trace, `${app.stack}.blocks.${layer}.${branch}`).weights[head]);
+    };
+    return { root, update };
+  };
+  const columns = Array.from({ length: app.config.n_layer }, (_, layer) => {
+    const cells = Array.from({ length: app.config.n_head }, (_, head) => cell(layer, head));
+    return group("head-column", h("span", { class: "quiet" }, `Layer ${layer + 1}`), cells);
+  });
+  const update = () =>
+    columns.forEach((column, layer) => {
+      column.root.hidden = oneLayer && layer !== app.at.layer;
+      if (!column.root.hidden) column.update();
     });
-    return { canvas, press, layer, number };
-  };
-  const build = () => {
-    cells.clear();
-    const columns = wanted().map((layer) => {
-      const column = Array.from({ length: app.config.n_head }, (_, number) => cell(layer, number));
-      column.forEach((made) => cells.set(`${layer}.${made.number}`, made));
-      const name = h("span", { class: "quiet" }, `Layer ${layer + 1}`);
-      return h("div", { class: "head-column" }, name, column.map(({ press }) => press));
-    });
-    root.replaceChildren(...columns);
-  };
-  const update = () => {
-    if (wanted().join() !== [...new Set([...cells.values()].map(({ layer }) => layer))].join())
-      keepFocus(root, build);
-    for (const { canvas, press, layer, number } of cells.values()) {
-      press.setAttribute("aria-pressed", layer === app.at.layer && number === app.at.head);
-      paintMatrix(canvas, lookUp(app.trace, `${app.stack}.blocks.${layer}.${branch}`).weights[number]);
-    }
-  };
-  return { root, update };
+  const attributes = { class: "head-grid", role: "group", "aria-label": "Layers and heads" };
+  return { root: h("div", attributes, columns.map(({ root }) => root)), update };
 }
 
 /** Paint weights, each row scaled to its largest; if there are many, show the largest of neighbours. */
@@ -63,17 +53,16 @@ function paintMatrix(canvas, rows) {
 }
 
 /** The selected token's weights over all keys. The arrow keys move the selection. */
-function keyStrip(app, branch) {
-  const path = () => `${blockPath(app, branch)}.weights`;
-  const keys = () => (branch === "cross_attn" ? app.source : app.trace.idx);
+function keyStrip(app) {
+  const path = () => blockPath(app, "attn.weights");
   const strip = new Strip({
     label: "",
     cell: 22,
-    describe: (s) => pairText(app, app.trace.idx, keys(), app.at.t, s, strip.values[s]),
+    describe: (s) => pairText(app, app.trace.idx, app.trace.idx, app.at.t, s, strip.values[s]),
     onSelect: (s) => app.open(`${path()}:${app.at.head},${app.at.t},${s}`),
   });
   const update = () => {
-    const row = attentionOf(app, branch).weights[app.at.head][app.at.t];
+    const row = attentionOf(app, "attn").weights[app.at.head][app.at.t];
     const keyCount = row.length === 1 ? "the key" : `all ${row.length} keys`;
     strip.relabel(`${keyCount} of position ${app.at.t}, ${tokenName(app, app.at.t)}`);
     strip.show(Array.from(row), { columns: row.length, selected: Math.min(app.at.key, row.length - 1), part: path() });
@@ -133,14 +122,10 @@ function attentionMatrix(app, branch, { label = null, encoder = false } = {}) {
     const near = !cross && t - s < size; // then both fit into a square at the diagonal
     [region.row, region.rows] = place(t, rows().length, region.row, t - size + 1);
     [region.column, region.columns] = place(s, keys().length, region.column, near ? t - size + 1 : s - (size >> 1));
-    const weights = lookUp(app.trace, path()).weights[app.at.head];
-    const values = [];
-    const scales = [];
-    for (let row = region.row; row < region.row + region.rows; row++) {
-      scales.push(largest(weights[row]));
-      for (let column = region.column; column < region.column + region.columns; column++)
-        values.push(weights[row][column] ?? NaN);
-    }
+    const rowsShown = lookUp(app.trace, path()).weights[app.at.head].slice(region.row, region.row + region.rows);
+    const cells = Array.from({ length: region.columns }, (_, i) => region.column + i);
+    const values = rowsShown.flatMap((row) => cells.map((column) => row[column] ?? NaN));
+    const scales = rowsShown.map((row) => largest(row));
     const range = (first, n) => `${first} to ${first + n - 1}`;
     const shownRows = `queries ${range(region.row, region.rows)}, keys ${range(region.column, region.columns)}`;
     const whole = region.rows === rows().length && region.columns === keys().length;
@@ -155,15 +140,7 @@ function attentionMatrix(app, branch, { label = null, encoder = false } = {}) {
 // --------------------------------------------------------------------------------------
 // Lines
 
-const SVG = new DOMParser().parseFromString("<svg></svg>", "text/html").querySelector("svg").namespaceURI;
 const STEP = 22; // pixels between tokens
-
-function svg(tag, attributes, text) {
-  const made = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
 
 /** Tokens side by side. A click selects one. */
 function tokenLabels(app, idx, from, n, y, { chosen, onPick }) {
@@ -252,44 +229,28 @@ function alignment(app) {
 // --------------------------------------------------------------------------------------
 // The sections
 
-/** Elements side by side, if there is room. */
-function beside(first, others) {
-  const root = h(
-    "div",
-    { class: "beside" },
-    first.root,
-    h("div", { class: "drawn" }, others.map((part) => part.root)),
-  );
-  return { root, update: () => [first, ...others].forEach((part) => part.update?.()) };
-}
-
 function attentionPanel(app) {
-  return assemble(
-    beside(headGrid(app, "attn"), [
-      controlRow(layerPicker(app), headPicker(app)),
-      sentence(() => attentionText(app)),
-      arcs(app),
-      keyStrip(app, "attn"),
-    ]),
+  const chosen = [
+    controlRow(layerPicker(app), headPicker(app)),
+    sentence(() => attentionText(app)),
+    arcs(app),
+    keyStrip(app),
+  ];
+  const heads = ["key", "q·k", "/ √D", "+ mask", "softmax"];
+  return [
+    group("beside", headGrid(app, "attn"), group("drawn", chosen)),
     attentionMatrix(app, "attn"),
     sentence(
       () =>
         `Query: position ${app.at.t}, ${tokenName(app, app.at.t)}. Key: position ${app.at.key}, ` +
         `${tokenName(app, Math.min(app.at.key, app.at.t))}. Select a cell, or walk with the arrow keys.`,
     ),
-    ...pairStrips(app),
+    pairStrips(app),
     h("p", {}, WHY_ROOT),
-    drawn(() =>
-      table(
-        "One query, step by step; the mask: −∞ for later tokens",
-        ["key", "q·k", "/ √D", "+ mask", "softmax"],
-        queryRows(app),
-        [1, 2, 3, 4],
-      ),
-    ),
+    drawn(() => table("One query, step by step; the mask: −∞ for later tokens", heads, queryRows(app), [1, 2, 3, 4])),
     rowStrip(app, "weighted values of all heads, side by side", () => blockPath(app, "attn.heads")),
     rowStrip(app, "after the projection: what attention adds", () => blockPath(app, "attn.o_proj")),
-  );
+  ];
 }
 
 function attentionText(app) {
@@ -301,33 +262,19 @@ function attentionText(app) {
 
 /** Query, key and value of the chosen pair, in the chosen head only. */
 function pairStrips(app) {
-  const make = (label, name, token, start) => {
-    const path = () => blockPath(app, `attn.${name}`);
-    const strip = new Strip({ label, onSelect: (i) => app.open(`${path()}:${token()},${start() + i}`) });
-    const update = () => {
-      const D = headSize(app.config);
-      const row = lookUp(app.trace, path())[token()];
-      const selected = app.selectedIn(path(), token()) - start();
-      strip.show(Array.from(row.subarray(start(), start() + D)), {
-        part: app.resolvePath(path()),
-        selected: selected < 0 || selected >= D ? -1 : selected,
-      });
-    };
-    return { root: strip.root, update };
-  };
+  const size = headSize(app.config);
+  const make = (label, name, token, from) =>
+    rowStrip(app, label, () => blockPath(app, `attn.${name}`), { token, from, size });
   const query = () => app.at.t;
   const key = () => Math.min(app.at.key, app.at.t);
   const shared = () => keyStart(app.config, app.at.head);
   const normed = app.config.qk_norm ? ", normalised" : "";
   const rotated = app.config.position === "rotary" ? " and rotated" : "";
   const made = `${normed}${normed ? rotated : rotated.replace(" and", ",")}`;
-  const own = () => app.at.head * headSize(app.config);
-  const projected = [
-    make("q of the query, as projected", "q_proj", query, own),
-    make("k of the key, as projected", "k_proj", key, shared),
-  ];
+  const own = () => app.at.head * size;
   return [
-    ...(made ? projected : []),
+    made && make("q of the query, as projected", "q_proj", query, own),
+    made && make("k of the key, as projected", "k_proj", key, shared),
     make(`q of the query${made}`, "q", query, own),
     make(`k of the key${made}`, "k", key, shared),
     make("v of the key", "v", key, shared),
@@ -354,19 +301,9 @@ function queryRows(app) {
 }
 
 function headsPanel(app) {
-  return assemble(
-    controlRow(layerPicker(app)),
-    headGrid(app, "attn", () => [app.at.layer]),
-    attentionMatrix(app, "attn"),
-    sentence(
-      () =>
-        `Each head projects all ${app.config.n_embd} features to a query, a key and a value of its own, ` +
-        `${headSize(app.config)} wide; the outputs of the heads lie side by side and go through the projection.`,
-    ),
-  );
-}
-
-function needsHeads(app) {
-  if (!app.stack || app.config.n_head > 1) return needsStack(app);
-  return ["This run has one head.", "article/07_heads/2-four.py"];
+  const text =
+    `Each head projects all ${app.config.n_embd} features to a query, a key and a value of its own, ` +
+    `${headSize(app.config)} wide; the outputs of the heads lie side by side and go through the projection.`;
+  const grid = headGrid(app, "attn", { oneLayer: true });
+  return [controlRow(layerPicker(app)), grid, attentionMatrix(app, "attn"), h("p", {}, text)];
 }

@@ -58,29 +58,18 @@ class Drawer {
     const { trail } = app.state;
     const wasOpen = number === this.was && this.body.querySelector("details[open]");
     this.was = number;
-    const head = h(
-      "div",
-      { class: "drawer-head" },
-      h("h3", {}, this.title(y)),
-      h(
-        "span",
-        {},
-        button("Back", () => app.open(trail.at(-1), trail.slice(0, -1)), { disabled: !trail.length }),
-        button("Close", () => this.close()),
-      ),
-    );
+    const back = button("Back", () => app.open(trail.at(-1), trail.slice(0, -1)), { disabled: !trail.length });
+    const close = button("Close", () => this.close());
+    const head = h("div", { class: "drawer-head" }, h("h3", {}, this.title(y)), h("span", {}, back, close));
+    const shownValue = h("p", { class: "value", "data-value": y.value }, digits(y.value));
+    const place = this.place(parseAddress(y.address).path);
+    const value = h("div", { class: "drawer-head" }, shownValue, h("span", {}, place));
     const rows = h("table", { class: "terms" }, h("tbody", {}, this.chosenTerms(y)));
-    const value = h(
-      "div",
-      { class: "drawer-head" },
-      h("p", { class: "value", "data-value": y.value }, digits(y.value)),
-      h("span", {}, this.place(parseAddress(y.address).path)),
-    );
-    const formula = h("p", { class: "formula" }, y.formula);
+    const formula = h("p", { class: "note" }, y.formula);
     const trained = operandsOf(y).some(({ weight }) => weight);
     const ends = trained && [h("b", { class: "weight" }, "Numbers in this colour"), TRAINED, " "];
-    const more = [...this.more(y, wasOpen), h("p", { class: "rounded" }, ends || null, ROUNDED)];
-    if (y.why) more.unshift(h("p", { class: "rounded" }, y.why));
+    const more = [...this.more(y, wasOpen), h("p", { class: "note" }, ends || null, ROUNDED)];
+    if (y.why) more.unshift(h("p", { class: "note" }, y.why));
     this.body.replaceChildren(head, value, formula, rows, ...more);
     if (focused) this.body.querySelector("button:not([disabled])")?.focus({ preventScroll: true });
   }
@@ -126,20 +115,15 @@ class Drawer {
     const rows = most.map((term) => this.row(term));
     if (others.length) rows.push(this.line(`the other ${others.length}`, addUp(others)));
     rows.push(...bias.map((term) => this.row(term)));
-    if (y.terms.length > 1) rows.push(this.line("sum", y.sum, "sum"));
-    rows.push(...y.steps.map(({ text, value, operand }) => this.line(text, value, "sum", operand)));
-    return rows;
+    if (y.terms.length > 1) rows.push(this.line("sum", y.sum, { kind: "sum" }));
+    const step = ({ text, value, operand }) =>
+      this.line(text, value, { spelled: operand && this.operand(operand), kind: "sum" });
+    return [...rows, ...y.steps.map(step)];
   }
 
   row({ name, parts, value }) {
     const spelled = parts.map((part) => (typeof part === "string" ? part : this.operand(part)));
-    return h(
-      "tr",
-      { "data-term": value },
-      h("th", { scope: "row" }, this.named(name)),
-      h("td", {}, spelled),
-      h("td", { class: "number" }, digits(value)),
-    );
+    return this.line(this.named(name), value, { spelled });
   }
 
   named(name) {
@@ -164,14 +148,11 @@ class Drawer {
     });
   }
 
-  line(text, value, kind = "", operand = null) {
-    return h(
-      "tr",
-      { class: kind, "data-term": kind ? null : value },
-      h("th", { scope: "row", colspan: operand ? 1 : 2 }, text),
-      operand && h("td", {}, this.operand(operand)),
-      h("td", { class: "number" }, digits(value)),
-    );
+  /** A row: a name, what it is spelled out as, and its value. kind: sum, unless it is one of the terms. */
+  line(name, value, { spelled = null, kind = null } = {}) {
+    const head = h("th", { scope: "row", colspan: spelled ? 1 : 2 }, name);
+    const attributes = { class: kind, "data-term": kind ? null : value };
+    return h("tr", attributes, head, spelled && h("td", {}, spelled), h("td", { class: "number" }, digits(value)));
   }
 
   /** Close the drawer, and return the focus to the place where the number was selected. */
@@ -187,17 +168,16 @@ class Drawer {
 
   /** A neuron's contributions to the logits, and all terms, spelled out on request. */
   more(y, wasOpen) {
-    const effect = this.effect(y);
-    if (y.terms.length <= LARGEST) return effect ? [effect] : [];
+    const effect = [this.effect(y)].filter(Boolean);
+    if (y.terms.length <= LARGEST) return effect;
     const details = h("details", { open: Boolean(wasOpen) }, h("summary", {}, `All ${y.terms.length} terms`));
     const spell = () => {
       if (!details.open || details.querySelector("table")) return;
       const body = h("tbody", {}, y.terms.map((term) => this.row(term)));
-      const scroll = { class: "scroll", tabindex: 0, role: "group", "aria-label": "all terms" };
-      details.append(h("div", scroll, h("table", { class: "terms" }, body)));
+      details.append(scrolling("all terms", h("table", { class: "terms" }, body)));
     };
     details.addEventListener("toggle", spell);
-    return effect ? [effect, details] : [details];
+    return [...effect, details];
   }
 
   /** The contributions of a neuron to the logits, by its outgoing weights. */
@@ -213,12 +193,9 @@ class Drawer {
     if (!effect || !y.value) return null;
     const sorted = [...effect.keys()].sort((a, b) => effect[b] - effect[a]);
     const show = (id) => [shown(app.tokenizer, id), signed(effect[id])];
-    return table(
-      "Times its outgoing weights and the last norm: what it adds directly to logits, less the mean over all tokens",
-      ["token", "logit"],
-      [...sorted.slice(0, 4), ...sorted.slice(-4)].map(show),
-      [1],
-    );
+    const caption =
+      "Times its outgoing weights and the last norm: what it adds directly to logits, less the mean over all tokens";
+    return table(caption, ["token", "logit"], [...sorted.slice(0, 4), ...sorted.slice(-4)].map(show), [1]);
   }
 }
 

@@ -16,6 +16,15 @@ function h(tag, attributes = {}, ...children) {
   return made;
 }
 
+const SVG = new DOMParser().parseFromString("<svg></svg>", "text/html").querySelector("svg").namespaceURI;
+
+function svg(tag, attributes, text = "") {
+  const made = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.textContent = text;
+  return made;
+}
+
 /** Redraw the contents of an element and keep the focus at its place. */
 function keepFocus(root, draw) {
   const all = () => [...root.querySelectorAll("button:not([disabled]), [tabindex]")];
@@ -61,12 +70,8 @@ let controls = 0;
 /** A labelled select. options: texts; their numbers are the values. */
 function picker(label, options, value, onPick) {
   const id = `control-${controls++}`;
-  const select = h(
-    "select",
-    { id, onchange: () => onPick(+select.value) },
-    options.map((text, i) => h("option", { value: i }, text)),
-  );
-  select.value = value;
+  const items = options.map((text, i) => h("option", { value: i, selected: i === value }, text));
+  const select = h("select", { id, onchange: () => onPick(+select.value) }, items);
   const root = h("span", { class: "control" }, h("label", { for: id }, label), select);
   root.set = (number) => (select.value = number);
   return root;
@@ -76,17 +81,16 @@ function picker(label, options, value, onPick) {
 function slider(label, { min, max, step, value, format = String }, onSlide) {
   const id = `control-${controls++}`;
   const shown = h("output", { for: id }, format(value));
-  const input = h("input", { id, type: "range", min, max, step, value, oninput: () => change() });
-  const change = () => {
-    shown.textContent = format(+input.value);
-    input.setAttribute("aria-valuetext", shown.textContent);
-    onSlide(+input.value);
-  };
+  const input = h("input", { id, type: "range", min, max, step, value });
   const root = h("span", { class: "control" }, h("label", { for: id }, label), input, shown);
   root.set = (number) => {
     input.value = number;
     shown.textContent = format(number);
     input.setAttribute("aria-valuetext", shown.textContent);
+  };
+  input.oninput = () => {
+    root.set(+input.value);
+    onSlide(+input.value);
   };
   return root;
 }
@@ -103,42 +107,30 @@ function button(label, onPress, attributes = {}) {
 
 /** A table of texts and elements. numeric: the columns that are aligned as numbers. */
 function table(caption, heads, rows, numeric = []) {
-  const cells = (tag, row) =>
-    row.map((cell, i) =>
-      h(tag, { class: numeric.includes(i) ? "number" : null, scope: tag === "th" ? "col" : null }, cell),
-    );
-  return h(
-    "div",
-    { class: "captioned" },
-    h("p", { class: "caption", "aria-hidden": "true" }, caption),
-    h(
-      "div",
-      { class: "scroll", tabindex: 0, role: "group", "aria-label": caption },
-      h(
-        "table",
-        { "aria-label": caption },
-        h("thead", {}, h("tr", {}, cells("th", heads))),
-        h("tbody", {}, rows.map((row) => h("tr", {}, cells("td", row)))),
-      ),
-    ),
-  );
+  const kind = (i) => (numeric.includes(i) ? "number" : null);
+  const head = heads.map((text, i) => h("th", { scope: "col", class: kind(i) }, text));
+  const cells = (row) => row.map((cell, i) => h("td", { class: kind(i) }, cell));
+  const body = rows.map((row) => h("tr", {}, cells(row)));
+  const made = h("table", { "aria-label": caption }, h("thead", {}, h("tr", {}, head)), h("tbody", {}, body));
+  const title = h("p", { class: "note", "aria-hidden": "true" }, caption);
+  return h("div", { class: "captioned" }, title, scrolling(caption, made));
+}
+
+/** The place of a table that is too large for it: it has the focus, so that the arrow keys scroll it. */
+function scrolling(label, contents) {
+  return h("div", { class: "scroll", tabindex: 0, role: "group", "aria-label": label }, contents);
 }
 
 // --------------------------------------------------------------------------------------
 // Colour: blue below zero, orange above, the colour of the surface at zero
 
-const PALETTES = {
-  light: {
-    ...{ negative: [28, 98, 176], zero: [238, 240, 242], positive: [200, 84, 16] },
-    ...{ ink: "#16191d", line: "#5c6670", weight: "#7a3299", surface: "#ffffff" },
-  },
-  dark: {
-    ...{ negative: [98, 168, 240], zero: [38, 42, 48], positive: [246, 150, 74] },
-    ...{ ink: "#eef1f4", line: "#9aa5b1", weight: "#cf9be8", surface: "#15181c" },
-  },
+/** As in style.css; canvases have no variables. */
+const COLOURS = {
+  light: { negative: [28, 98, 176], zero: [238, 240, 242], positive: [200, 84, 16], ink: "#16191d", line: "#5c6670" },
+  dark: { negative: [98, 168, 240], zero: [38, 42, 48], positive: [246, 150, 74], ink: "#eef1f4", line: "#9aa5b1" },
 };
 const darkScheme = matchMedia("(prefers-color-scheme: dark)");
-const palette = () => PALETTES[darkScheme.matches ? "dark" : "light"];
+const palette = () => COLOURS[darkScheme.matches ? "dark" : "light"];
 
 /** RGB of x in [-1, 1]. */
 function colourOf(x, { negative, zero, positive } = palette()) {
@@ -183,15 +175,11 @@ class Strip {
       onfocus: () => this.light(true),
       onblur: () => this.light(false),
     });
-    this.title = h("span", { class: "strip-label" }, options.label);
-    this.readout = h("span", { class: "readout" });
-    this.range = h("span", { class: "range" });
-    this.root = h(
-      "div",
-      { class: "strip" },
-      h("div", { class: "strip-head" }, this.title, this.readout, this.range),
-      this.canvas,
-    );
+    this.title = h("span", { class: "quiet" }, options.label);
+    this.readout = h("b");
+    this.range = h("span", { class: "range quiet" });
+    const head = h("div", { class: "strip-head" }, this.title, this.readout, this.range);
+    this.root = h("div", { class: "strip" }, head, this.canvas);
     new ResizeObserver(() => this.draw()).observe(this.root);
     strips.add(this);
   }
@@ -210,7 +198,7 @@ class Strip {
     this.options.columns = columns;
     this.mark();
     selected ??= this.options.onSelect ? -1 : this.selected;
-    this.selected = selected < values.length ? selected : -1;
+    this.selected = selected >= 0 && selected < values.length ? selected : -1;
     this.scales = scales;
     const known = values.filter(Number.isFinite);
     this.max = max || known.reduce((most, x) => Math.max(most, Math.abs(x)), 0) || 1;
@@ -273,17 +261,8 @@ class Strip {
     canvas.height = Math.round((top + height) * ratio);
     canvas.style.width = `${left + width}px`;
     canvas.style.height = `${top + height}px`;
-    const pixels = new ImageData(columns, rows);
-    const colours = colourTable();
-    values.forEach((x, i) => {
-      if (!Number.isFinite(x)) return;
-      const scale = scales ? scales[Math.floor(i / columns)] : max;
-      const part = Math.round(255 * Math.min(Math.max(x / scale, -1), 1));
-      pixels.data.set(colours[part + 255], 4 * i);
-      pixels.data[4 * i + 3] = 255;
-    });
     const small = new OffscreenCanvas(columns, rows);
-    small.getContext("2d").putImageData(pixels, 0, 0);
+    paintCells(small, rows, columns, (row, column) => values[row * columns + column] / (scales?.[row] ?? max));
     const context = canvas.getContext("2d");
     context.imageSmoothingEnabled = false;
     context.scale(ratio, ratio);
@@ -380,19 +359,10 @@ class Strip {
     }
     const last = this.values.length - 1;
     const from = Math.max(this.selected, 0);
-    const moves = {
-      ArrowLeft: from - 1,
-      ArrowRight: from + 1,
-      ArrowUp: from - columns,
-      ArrowDown: from + columns,
-      Home: 0,
-      End: last,
-      Enter: from,
-      " ": from,
-    };
-    if (!(event.key in moves)) return;
+    const [dx, dy] = steps[event.key] ?? [];
+    const to = { Home: 0, End: last, Enter: from, " ": from }[event.key] ?? from + dx + dy * columns;
+    if (Number.isNaN(to)) return;
     event.preventDefault();
-    const to = moves[event.key];
     if (to >= 0 && to <= last) this.pick(to);
   }
 }
@@ -418,45 +388,25 @@ function lightDependencies(part) {
   onLight(lit.origin, lit.read);
 }
 
-darkScheme.addEventListener("change", () => strips.forEach((strip) => strip.draw()));
-
-/** The meaning of the colours in the picture and in strips. */
-function legend() {
-  const canvas = h("canvas", { width: 120, height: 10, "aria-hidden": "true" });
-  const draw = () => {
-    const context = canvas.getContext("2d");
-    for (let x = 0; x < 120; x++) {
-      context.fillStyle = `rgb(${colourOf((x - 59.5) / 59.5).join()})`;
-      context.fillRect(x, 0, 1, 10);
-    }
-  };
-  draw();
-  darkScheme.addEventListener("change", draw);
-  return h("span", { class: "legend" }, "−", canvas, "+ each picture to its largest.");
-}
-
 // --------------------------------------------------------------------------------------
 // Curves
 
-/** Lines over steps. lines: {name, points: [x, y], dashed, colour: 0 or 1}; level: {name, y}, a horizontal line. */
+/** Lines over steps. lines: {name, points: [x, y], colour: 0 or 1}; level: {name, y}, a horizontal line. */
 class Chart {
   constructor(label) {
-    this.canvas = h("canvas", { role: "img", "aria-label": label, class: "chart" });
-    this.key = h("p", { class: "chart-key" });
-    this.root = h("div", {}, this.canvas, this.key);
+    this.picture = svg("svg", { role: "img", "aria-label": label, class: "chart" });
+    this.key = h("p", { class: "chart-key note" });
+    this.root = h("div", {}, this.picture, this.key);
     this.lines = [];
     new ResizeObserver(() => this.draw()).observe(this.root);
-    darkScheme.addEventListener("change", () => this.draw());
   }
 
-  show(lines, { level = null, unit = "step" } = {}) {
-    Object.assign(this, { lines, level, unit });
-    const end = (points) => +points.at(-1)[1].toPrecision(4);
+  show(lines, level) {
+    Object.assign(this, { lines, level });
     const names = lines.map(({ name, colour, points }) =>
-      h("span", { class: `key-${colour}` }, `${name}, ${end(points)} at the end`),
+      h("span", { class: `key-${colour}` }, `${name}, ${+points.at(-1)[1].toPrecision(4)} at the end`),
     );
-    if (level) names.push(h("span", { class: "key-level" }, level.name));
-    this.key.replaceChildren(...names);
+    this.key.replaceChildren(...names, h("span", { class: "key-level" }, level.name));
     this.draw();
   }
 
@@ -464,42 +414,24 @@ class Chart {
     const [width, height] = [this.root.clientWidth, 180];
     const points = this.lines.flatMap((line) => line.points);
     if (!width || !points.length) return;
-    const ratio = devicePixelRatio || 1;
-    Object.assign(this.canvas, { width: width * ratio, height: height * ratio });
-    const context = this.canvas.getContext("2d");
-    context.scale(ratio, ratio);
     const x1 = Math.max(...points.map(([x]) => x), 1);
-    const all = [...points.map(([, y]) => y), ...(this.level ? [this.level.y] : [])];
+    const all = [...points.map(([, y]) => y), this.level.y];
     const y1 = Math.max(...all) * 1.03 || 1;
     const y0 = Math.min(...all) > 0.3 * y1 ? Math.min(...all) * 0.97 : 0; // a scale from 0 would flatten the lines
     const at = ([x, y]) => [44 + (x / x1) * (width - 56), height - 22 - ((y - y0) / (y1 - y0)) * (height - 32)];
-    this.axes(context, { width, height, x1, y0, y1 });
-    if (this.level) this.line(context, [at([0, this.level.y]), at([x1, this.level.y])], palette().line, [4, 4]);
-    for (const { points: line, colour } of this.lines) {
-      this.line(context, line.map(at), `rgb(${[palette().negative, palette().positive][colour]})`, []);
-    }
-  }
-
-  axes(context, { width, height, x1, y0, y1 }) {
-    context.font = "12px system-ui, sans-serif";
-    context.fillStyle = context.strokeStyle = palette().line;
-    context.lineWidth = 1;
-    context.strokeRect(44.5, 10.5, 0, height - 32);
-    context.strokeRect(44.5, height - 21.5, width - 56, 0);
-    context.textAlign = "right";
-    for (const part of [0, 0.25, 0.5, 0.75, 1])
-      context.fillText(+(y0 + part * (y1 - y0)).toPrecision(2), 40, height - 18 - part * (height - 32));
-    context.fillText(`${this.unit} ${x1.toLocaleString("en")}`, width - 10, height - 6);
-  }
-
-  line(context, points, colour, dashes) {
-    context.strokeStyle = colour;
-    context.lineWidth = 1.75;
-    context.setLineDash(dashes);
-    context.beginPath();
-    points.forEach(([x, y], i) => context[i ? "lineTo" : "moveTo"](x, y));
-    context.stroke();
-    if (points.length === 1) context.strokeRect(points[0][0] - 1, points[0][1] - 1, 2, 2);
-    context.setLineDash([]);
+    // h2: the end is 2 pixels longer, so that a single point is seen, too
+    const line = (ends, name) => svg("path", { class: name, d: `M${ends.map(at).join("L")}h2` });
+    const level = [0, x1].map((x) => [x, this.level.y]);
+    const ticks = [0, 0.25, 0.5, 0.75, 1].map((part) => {
+      const y = y0 + part * (y1 - y0);
+      return svg("text", { x: 40, y: at([0, y])[1] + 4 }, +y.toPrecision(2));
+    });
+    this.picture.replaceChildren(
+      svg("path", { class: "axes", d: `M44.5 10.5V${height - 21.5}H${width - 11.5}` }),
+      svg("text", { x: width - 10, y: height - 6 }, `step ${x1.toLocaleString("en")}`),
+      ...ticks,
+      line(level, "key-level"),
+      ...this.lines.map((each) => line(each.points, `key-${each.colour}`)),
+    );
   }
 }

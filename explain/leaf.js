@@ -104,12 +104,9 @@ function leafGradient(network, objects) {
     const total = exp[0] + exp[1];
     const byOutput = exp.map((value, o) => (value / total - (o === kind ? 1 : 0)) / objects.length);
     const byHidden = hidden.map((_, h) => byOutput.reduce((sum, g, o) => sum + g * network.output.weight[o][h], 0));
+    const bySums = byHidden.map((g, h) => (sums[h] > 0 ? g : 0));
     accumulate(gradient.output, byOutput, hidden);
-    accumulate(
-      gradient.hidden,
-      byHidden.map((g, h) => (sums[h] > 0 ? g : 0)),
-      x,
-    );
+    accumulate(gradient.hidden, bySums, x);
   }
   return gradient;
 }

@@ -6,11 +6,6 @@ how the leaf network learns. */
 // --------------------------------------------------------------------------------------
 // Snapshots
 
-function needsSnapshots(app) {
-  if (app.data.steps.length > 1) return null;
-  return ["This page has no earlier weights of its model.", "humpty_dumpty.py --snapshots=True"];
-}
-
 function learnedPanel(app) {
   const { steps } = app.data;
   let number = Math.min(2, steps.length - 2); // the first snapshot that shows some learning
@@ -47,12 +42,9 @@ function learnedPanel(app) {
     ];
   });
   const named = (i) => `${count(steps[i])}${steps[i] ? "" : ", before training"}`;
-  const step = slider(
-    "Step of training",
-    { min: 0, max: steps.length - 1, step: 1, value: number, format: named },
-    (i) => ((number = i), result.update()),
-  );
-  return assemble(controlRow(step), app.stack ? controlRow(layerPicker(app), headPicker(app)) : "", result);
+  const limits = { min: 0, max: steps.length - 1, step: 1, value: number, format: named };
+  const step = slider("Step of training", limits, (i) => ((number = i), result.update()));
+  return [controlRow(step), app.stack && controlRow(layerPicker(app), headPicker(app)), result];
 }
 
 function presentNumbers(app) {
@@ -85,12 +77,6 @@ function lossRow(app, losses) {
 // --------------------------------------------------------------------------------------
 // One step of training
 
-function needsTraining({ config: { model } }) {
-  if (model === "gpt") return null;
-  const what = model === "transformer" ? "through an encoder and cross-attention" : "through a window of tokens";
-  return [`This page trains models with model=gpt alone, and does not go backward ${what}.`, "humpty_dumpty.py"];
-}
-
 const RULES = { adamw: "AdamW", muon: "Muon and AdamW", normuon: "NorMuon and AdamW", gradient_descent: "plain" };
 
 /** A copy of the model learns the text, and the gradient by which it does so. */
@@ -114,21 +100,15 @@ function stepPanel(app) {
     }
     const { before, after, losses, sizes } = answer;
     curve.show([...losses, meanOf(after.losses)]);
-    const row = ({ name, gradient, weights, moved }) => [
-      name,
-      ...[gradient, weights].map(digits),
-      percent(moved / weights),
-    ];
+    const caption = "The last step: norm of the gradient, norm of the weights, and how far the optimizer moved them";
+    const rows = sizes.map(({ name, gradient, weights, moved }) => {
+      return [name, digits(gradient), digits(weights), percent(moved / weights)];
+    });
     return [
       h("p", { role: "status", "data-loss": meanOf(after.losses) }, trialText(app, state.count, before, after)),
       curve.root,
       comparison(app, "The next token", ["before", "after"], [before.probs, after.probs]),
-      table(
-        "The last step: norm of the gradient, norm of the weights, and how far the optimizer moved them",
-        ["part", "gradient", "weights", "moved"],
-        sizes.map(row),
-        [1, 2, 3],
-      ),
+      table(caption, ["part", "gradient", "weights", "moved"], rows, [1, 2, 3]),
     ];
   });
   const change = (changes) => {
@@ -144,7 +124,7 @@ function stepPanel(app) {
   const moves = Object.entries({ "Take a step": 1, "Take ten": 10, "Undo a step": -1 });
   const buttons = moves.map(([label, n]) => button(label, () => take(n)));
   const opened = gradientOf(app, asked);
-  return assemble(controlRow(rule, rate, ...buttons), result, opened);
+  return [controlRow(rule, rate, buttons), result, opened];
 }
 
 function trialText(app, steps, before, after) {
@@ -170,7 +150,8 @@ function gradientOf(app, asked) {
   const row = slider("Row", { min: 0, max: 0, step: 1, value: 0 }, (r) => ((state.row = r), show()));
   const show = () => {
     const rows = lookUp(app.trace, path());
-    for (const part of [gradient.root, moved.root, row]) part.hidden = !rows;
+    for (const part of [gradient.root, moved.root]) part.hidden = !rows;
+    row.hidden = !rows || rows.length === 1;
     if (!rows) return;
     row.querySelector("input").max = rows.length - 1;
     row.set((state.row = Math.min(state.row, rows.length - 1)));
@@ -185,9 +166,7 @@ function gradientOf(app, asked) {
   });
   const weights = picker("Weights", names, names.indexOf(state.name), (i) => ((state.name = names[i]), show()));
   const what = "The gradient: how the loss of this text changes with each weight of your model. Select a number.";
-  const intro = h("p", {}, what);
-  const { nodes, update } = assemble(intro, controlRow(weights, row), gradient, moved, result);
-  return { root: h("div", {}, nodes), update };
+  return group("", h("p", {}, what), controlRow(weights, row), gradient, moved, result);
 }
 
 // --------------------------------------------------------------------------------------
@@ -196,34 +175,20 @@ function gradientOf(app, asked) {
 const FIELD = 40; // cells across
 const LANDSCAPE = 15;
 
-/** A square of numbers from -1 to 1 as colours, with dots on it: [x, y, colour], from 0 to 1, y upwards. */
+/** A square of numbers from -1 to 1 as colours, with dots on it: [x, y, class], from 0 to 1, y upwards. */
 class Field {
   constructor(label) {
-    this.canvas = h("canvas", { role: "img", "aria-label": label, class: "field", width: 320, height: 320 });
-    this.caption = h("p", { class: "caption" });
-    this.root = h("div", {}, this.canvas, this.caption);
-    darkScheme.addEventListener("change", () => this.rows && this.show(this.rows, this.dots, this.caption.textContent));
+    this.canvas = h("canvas", { "aria-hidden": "true" });
+    this.dots = svg("svg", { role: "img", "aria-label": label, viewBox: "0 0 1 1" });
+    this.caption = h("p", { class: "note" });
+    this.root = h("div", {}, h("div", { class: "field" }, this.canvas, this.dots), this.caption);
   }
 
   show(rows, dots, caption) {
-    Object.assign(this, { rows, dots });
     this.caption.textContent = caption;
-    const context = this.canvas.getContext("2d");
-    const [size, cell] = [this.canvas.width, this.canvas.width / rows.length];
-    rows.forEach((row, y) =>
-      row.forEach((value, x) => {
-        context.fillStyle = `rgb(${colourOf(value).join()})`;
-        context.fillRect(Math.floor(x * cell), Math.floor(y * cell), Math.ceil(cell), Math.ceil(cell));
-      }),
-    );
-    context.strokeStyle = palette().surface;
-    for (const [x, y, value] of dots) {
-      context.fillStyle = value ? `rgb(${colourOf(value).join()})` : palette().ink;
-      context.beginPath();
-      context.arc(x * size, (1 - y) * size, 4, 0, 2 * Math.PI);
-      context.fill();
-      context.stroke();
-    }
+    paintCells(this.canvas, rows.length, rows.length, (row, column) => rows[row][column]);
+    const circles = dots.map(([x, y, name]) => svg("circle", { cx: x, cy: 1 - y, r: 0.0125, class: name }));
+    this.dots.replaceChildren(...circles);
   }
 }
 
@@ -232,13 +197,13 @@ class LeafPictures {
   constructor() {
     this.boundary = new Field("Where the network sees a leaf and where a flower, by red and green");
     this.landscape = new Field("The loss where two weights are changed");
-    this.root = h("div", { class: "fields" }, this.boundary.root, this.landscape.root);
+    this.root = group("fields", this.boundary, this.landscape).root;
   }
 
   /** weights: two entries of WEIGHT_NAMES. */
   show(network, objects, weights) {
     const field = leafField(network, [0, 1], FIELD).map((row) => row.map((p) => 2 * p - 1));
-    const dots = objects.map(({ x, kind }) => [x[0], x[1], kind ? 1 : -1]);
+    const dots = objects.map(({ x, kind }) => [x[0], x[1], `key-${kind}`]);
     const text = "Red to the right, green upwards, the two others in the middle. Blue: a leaf; orange: a flower.";
     this.boundary.show(field, dots, text);
     const losses = leafLandscape(network, objects, weights.map(([, ...at]) => at), 2, LANDSCAPE);
@@ -247,6 +212,6 @@ class LeafPictures {
     const heights = losses.map((row) => row.map((loss) => (loss - least) / (most - least || 1)));
     const names = `${weights[0][0]} to the right, ${weights[1][0]} upwards`;
     const range = `from ${digits(least)}, grey, to ${digits(most)}, orange`;
-    this.landscape.show(heights, [[0.5, 0.5, 0]], `Loss ${range}, up to 2 around the weights of now: ${names}.`);
+    this.landscape.show(heights, [[0.5, 0.5, ""]], `Loss ${range}, up to 2 around the weights of now: ${names}.`);
   }
 }

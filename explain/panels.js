@@ -2,13 +2,16 @@
 
 /* The panels, in the order of the article's sections. The panels about attention are in attention.js.
 
-Each has id, title and intro; missing(app): null, or why this run has nothing for it, and a config whose run has;
-build(app): its elements, nodes, and update(), which draws them for the text and the selection of now. */
+Each has id, title and intro; needs: keys of NEEDS; alone: true if it needs no text; build(app): its parts: elements,
+and {root, update()}, which draws root for the text and the selection of now; also lists of parts, and nothing. */
 
-/** Elements and parts with an update() of their own, as one panel. */
-function assemble(...parts) {
-  return { nodes: parts.map((part) => part.root ?? part), update: () => parts.forEach((part) => part.update?.()) };
+/** Several parts as one, in an element of this class. */
+function group(className, ...parts) {
+  const present = parts.flat(Infinity).filter(Boolean);
+  const root = h("div", { class: className }, present.map((part) => part.root ?? part));
+  return { root, update: () => present.forEach((part) => part.update?.()) };
 }
+const controlRow = (...parts) => group("controls", parts);
 
 /** An element that is drawn by f() at each update. */
 function drawn(f, attributes = {}) {
@@ -72,9 +75,10 @@ function sentence(f) {
 
 /** A strip of the selected token's row of the trace. Each cell opens its arithmetic.
 
-pathOf(): null hides it. scale(): the number that its colours end at. */
-function rowStrip(app, label, pathOf, { unit = "feature", token = () => app.at.t, scale = null } = {}) {
-  const onSelect = (i) => app.open(`${pathOf()}:${token()},${i}`);
+pathOf(): null hides it. scale(): the number that its colours end at. from(): the first of `size` numbers. */
+function rowStrip(app, label, pathOf, options = {}) {
+  const { unit = "feature", token = () => app.at.t, scale = null, from = () => 0, size = Infinity } = options;
+  const onSelect = (i) => app.open(`${pathOf()}:${token()},${from() + i}`);
   const strip = new Strip({ label, unit, onSelect });
   const update = () => {
     const path = pathOf();
@@ -82,7 +86,8 @@ function rowStrip(app, label, pathOf, { unit = "feature", token = () => app.at.t
     strip.root.hidden = !row;
     if (!row) return;
     const common = scale && { max: scale(), note: `, length (L2) ${digits(Math.hypot(...row))}` };
-    strip.show(Array.from(row), { part: app.resolvePath(path), selected: app.selectedIn(path, token()), ...common });
+    const selected = app.selectedIn(path, token()) - from();
+    strip.show(Array.from(row).slice(from(), from() + size), { part: app.resolvePath(path), selected, ...common });
   };
   return { root: strip.root, update };
 }
@@ -108,19 +113,38 @@ function numberPicker(app, label, name, n) {
 const layerPicker = (app) => numberPicker(app, "Layer", "layer", app.config.n_layer);
 const headPicker = (app) => numberPicker(app, "Head", "head", app.config.n_head);
 
-function controlRow(...parts) {
-  const root = h("div", { class: "controls" }, parts.map((part) => part.root ?? part));
-  return { root, update: () => parts.forEach((part) => part.update?.()) };
-}
-
 const count = (n) => n.toLocaleString("en");
 const tokenName = (app, t, idx = app.trace.idx) => `“${shown(app.tokenizer, idx[t])}”`;
-const blockPath = (app, rest) => `${app.stack}.blocks.${app.at.layer}.${rest}`;
+const ownBlock = (app) => `${app.stack}.blocks.${app.at.layer}`;
+const blockPath = (app, rest) => `${ownBlock(app)}.${rest}`;
 
-function needsStack(app) {
-  if (app.stack) return null;
-  return ["This run is a window network: it has no attention, blocks or norms.", "humpty_dumpty.py"];
-}
+/** What sections need: whether a run has it, why this one has not, and a config whose run has. */
+const NEEDS = {
+  stack: [
+    (app) => app.stack,
+    "This run is a window network: it has no attention, blocks or norms.",
+    "humpty_dumpty.py",
+  ],
+  subwords: [
+    (app) => !/^(char|byte)$/.test(app.tokenizer.name),
+    "This run's tokens are single characters or bytes.",
+    "article/02_subwords/2-subwords-same-text.py",
+  ],
+  mlp: [(app) => app.config.mlp !== "none", "This run's blocks have no MLP.", "article/04_residual/2-with.py"],
+  norms: [(app) => app.config.norm !== "none", "This run has no norms.", "article/05_norm/2-with.py"],
+  heads: [(app) => app.config.n_head > 1, "This run has one head.", "article/07_heads/2-four.py"],
+  encoder: [(app) => app.encodes, "This run has no encoder and decoder.", "translate_de_en.py"],
+  snapshots: [
+    (app) => app.data.steps.length > 1,
+    "This page has no earlier weights of its model.",
+    "humpty_dumpty.py --snapshots=True",
+  ],
+  training: [
+    (app) => app.config.model === "gpt",
+    "This page trains models with model=gpt alone: it goes backward through no encoder and no window of tokens.",
+    "humpty_dumpty.py",
+  ],
+};
 
 // --------------------------------------------------------------------------------------
 // 1 and 2: leaf or flower
@@ -128,15 +152,14 @@ function needsStack(app) {
 function leafPanel() {
   const state = { x: [...LEAF], bias: false, relu: false, selected: ["hidden", 0] };
   const network = articleNetwork();
-  const lines = h("canvas", { "aria-hidden": "true" });
+  const lines = svg("svg", { "aria-hidden": "true" });
   const columns = h("div", { class: "columns" });
   const drawing = h("div", { class: "network" }, lines, columns);
-  const drawLines = () => paintWeights(lines, columns, network, state.selected);
+  const drawLines = () => lines.replaceChildren(...weightLines(columns, network, state.selected));
   new ResizeObserver(drawLines).observe(drawing);
-  darkScheme.addEventListener("change", () => draw());
   const colour = h("span", { class: "swatch", "aria-hidden": "true" });
   const sum = h("p", { class: "sum", "aria-live": "polite" });
-  const verdict = h("p", { class: "verdict" });
+  const verdict = h("strong");
   const select = (...neuron) => {
     state.selected = neuron;
     draw();
@@ -148,54 +171,46 @@ function leafPanel() {
     sum.replaceChildren(...leafSum(network, y, state));
     colour.style.background = `rgb(${state.x.slice(0, 3).join()})`;
     const [leaf, flower] = y.output;
-    verdict.textContent =
-      leaf > flower
-        ? `Output: leaf wins, ${digits2(leaf)} > ${digits2(flower)}.`
-        : `Output: flower wins, ${digits2(flower)} ≥ ${digits2(leaf)}.`;
+    const winner = leaf > flower ? [KINDS[0], leaf, ">", flower] : [KINDS[1], flower, "≥", leaf];
+    verdict.textContent = `Output: ${winner[0]} wins, ${digits2(winner[1])} ${winner[2]} ${digits2(winner[3])}.`;
   };
-  const slide = (i, max, step) =>
-    slider(INPUTS[i], { min: 0, max, step, value: state.x[i] }, (value) => {
-      state.x[i] = value;
-      draw();
-    });
-  const sliders = INPUTS.map((_, i) => slide(i, i < 3 ? 255 : 100, i < 3 ? 1 : 0.1));
+  const sliders = INPUTS.map((name, i) => {
+    const limits = name === "volume" ? { max: 100, step: 0.1 } : { max: 255, step: 1 };
+    return slider(name, { min: 0, ...limits, value: state.x[i] }, (value) => ((state.x[i] = value), draw()));
+  });
   const preset = (label, x) =>
     button(label, () => {
       state.x = [...x];
       sliders.forEach((control, i) => control.set(x[i]));
       draw();
     });
-  const switches = [
-    toggle("Bias", false, (on) => ((state.bias = on), draw())),
-    toggle("ReLU", false, (on) => ((state.relu = on), draw())),
-  ];
-  draw();
   const presets = [preset("A leaf", LEAF), preset("A sunflower", FLOWER)];
-  const objects = h("div", { class: "controls" }, presets, switches, colour);
-  return assemble(objects, h("div", { class: "controls wide" }, sliders), drawing, sum, verdict);
+  const switches = ["bias", "relu"].map((name, i) =>
+    toggle(["Bias", "ReLU"][i], false, (on) => ((state[name] = on), draw())),
+  );
+  draw();
+  const controls = [controlRow(presets, switches, colour), group("controls wide", sliders)];
+  return [...controls, { root: drawing, update: draw }, sum, verdict];
 }
 
 function networkColumns({ x, sums, hidden, output }, { selected, relu }, onSelect) {
-  const neuron = (layer, o, value, label) =>
-    button([h("small", {}, label), h("span", {}, digits2(value))], () => onSelect(layer, o), {
+  const label = (name, value) => [h("small", {}, name), h("span", {}, digits2(value))];
+  const neuron = (layer, o, value, name) =>
+    button(label(name, value), () => onSelect(layer, o), {
       class: "neuron",
       "aria-pressed": selected[0] === layer && selected[1] === o,
       style: tint(value, 50),
     });
-  const inputs = x.map((value, i) =>
-    h("div", { class: "neuron input" }, h("small", {}, INPUTS[i]), h("span", {}, digits2(value))),
-  );
-  const column = (title, items) => h("div", { class: "column" }, h("h3", {}, title), items);
-  return [
-    column("Input", inputs),
-    column(
-      "Hidden",
-      hidden.map((value, o) =>
-        neuron("hidden", o, value, relu && sums[o] < 0 ? `${digits2(sums[o])} → 0` : `neuron ${o + 1}`),
-      ),
+  const columns = {
+    Input: x.map((value, i) => h("div", { class: "neuron input" }, label(INPUTS[i], value))),
+    Hidden: hidden.map((value, o) =>
+      neuron("hidden", o, value, relu && sums[o] < 0 ? `${digits2(sums[o])} → 0` : `neuron ${o + 1}`),
     ),
-    column("Output", output.map((value, o) => neuron("output", o, value, KINDS[o]))),
-  ];
+    Output: output.map((value, o) => neuron("output", o, value, KINDS[o])),
+  };
+  return Object.entries(columns).map(([title, items]) =>
+    h("div", { class: "column" }, h("h3", { class: "note" }, title), items),
+  );
 }
 
 const digits2 = (x) => minus(x.toFixed(Math.abs(x) < 100 ? 2 : 1)).replace(/\.?0+$/, "");
@@ -214,55 +229,32 @@ function leafSum(network, y, { selected: [layer, o], bias, relu }) {
 }
 
 /** The weights as lines: thick for large, dashed for negative, with numbers for the selected neuron. */
-function paintWeights(canvas, { children }, network, selected) {
-  const { clientWidth: width, clientHeight: height } = canvas.parentElement;
-  if (!width) return;
-  const ratio = devicePixelRatio || 1;
-  Object.assign(canvas, { width: width * ratio, height: height * ratio });
-  const context = canvas.getContext("2d");
-  context.scale(ratio, ratio);
-  Object.assign(context, { font: "12px system-ui, sans-serif", textBaseline: "middle", textAlign: "center" });
+function weightLines({ children }, network, selected) {
   const neurons = [...children].map((column) => [...column.querySelectorAll(".neuron")]);
   const middle = (neuron) => neuron.offsetTop + neuron.offsetHeight / 2;
-  ["hidden", "output"].forEach((layer, l) => {
-    network[layer].weight.forEach((row, o) => {
+  return ["hidden", "output"].flatMap((layer, l) =>
+    network[layer].weight.flatMap((row, o) => {
       const chosen = selected[0] === layer && selected[1] === o;
-      row.forEach((w, i) => {
+      return row.flatMap((w, i) => {
         const [from, to] = [neurons[l][i], neurons[l + 1][o]];
         const [x, y] = [from.offsetLeft + from.offsetWidth, middle(from)];
         const [dx, dy] = [to.offsetLeft - x, middle(to) - y];
-        context.globalAlpha = chosen ? 1 : 0.3;
-        context.strokeStyle = palette().weight;
-        context.lineWidth = 0.75 + 4 * Math.abs(w);
-        context.setLineDash(w < 0 ? [5, 3] : []);
-        context.beginPath();
-        context.moveTo(x, y);
-        context.lineTo(x + dx, y + dy);
-        context.stroke();
-        if (chosen && dx > 60) writeWeight(context, digits2(w), x + 0.3 * dx, y + 0.3 * dy);
+        const look = { "stroke-width": 0.75 + 4 * Math.abs(w), "stroke-dasharray": w < 0 ? "5 3" : "none" };
+        const line = svg("line", { x1: x, y1: y, x2: x + dx, y2: y + dy, opacity: chosen ? 1 : 0.3, ...look });
+        return chosen && dx > 60 ? [line, svg("text", { x: x + 0.3 * dx, y: y + 0.3 * dy }, digits2(w))] : line;
       });
-    });
-  });
-}
-
-function writeWeight(context, text, x, y) {
-  const width = context.measureText(text).width + 6;
-  context.fillStyle = palette().surface;
-  context.fillRect(x - width / 2, y - 8, width, 16);
-  context.fillStyle = palette().weight;
-  context.fillText(text, x, y);
+    }),
+  );
 }
 
 function trainingPanel(app) {
-  const training = new LeafTraining();
-  return assemble(h("h3", {}, "The leaf network, trained here"), training.root, runLoss(app));
+  return [h("h3", {}, "The leaf network, trained here"), new LeafTraining().root, runLoss(app)];
 }
 
-const WEIGHT_NAMES = [];
-for (let o = 0; o < 3; o++)
-  INPUTS.forEach((input, i) => WEIGHT_NAMES.push([`${input} → neuron ${o + 1}`, "hidden", o, i]));
-for (let o = 0; o < 2; o++)
-  for (let i = 0; i < 3; i++) WEIGHT_NAMES.push([`neuron ${i + 1} → ${KINDS[o]}`, "output", o, i]);
+const weightNames = (layer, inputs, outputs) =>
+  outputs.flatMap((output, o) => inputs.map((input, i) => [`${input} → ${output}`, layer, o, i]));
+const NEURONS = ["neuron 1", "neuron 2", "neuron 3"];
+const WEIGHT_NAMES = [...weightNames("hidden", INPUTS, NEURONS), ...weightNames("output", NEURONS, KINDS)];
 const NUDGE = 0.01;
 
 class LeafTraining {
@@ -276,23 +268,13 @@ class LeafTraining {
     this.nudge = h("p", {});
     this.pictures = new LeafPictures();
     this.go = button("Run", () => this.toggle());
-    const rates = slider(
-      "Learning rate",
-      { min: -2, max: 3, step: 0.1, value: Math.log10(0.5), format: (x) => (10 ** x).toPrecision(2) },
-      (x) => (this.rate = 10 ** x),
-    );
-    const weights = picker("Weight", WEIGHT_NAMES.map(([name]) => name), 0, (i) => ((this.weight = i), this.show()));
+    const limits = { min: -2, max: 3, step: 0.1, value: Math.log10(0.5), format: (x) => (10 ** x).toPrecision(2) };
+    const rates = slider("Learning rate", limits, (x) => (this.rate = 10 ** x));
+    const weights = picker("Weight", WEIGHT_NAMES.map(([name]) => name), 0, (i) => ((this.weight = i), this.update()));
     const buttons = [button("Step", () => this.step()), this.go, button("Start over", () => this.reset()), rates];
-    this.root = h(
-      "div",
-      { class: "drawn" },
-      h("div", { class: "controls" }, buttons),
-      this.status,
-      this.chart.root,
-      h("div", { class: "controls" }, weights),
-      this.pictures.root,
-      this.nudge,
-    );
+    const pictures = [this.chart, controlRow(weights), this.pictures, this.nudge];
+    this.root = group("drawn", controlRow(buttons), this.status, pictures).root;
+    darkScheme.addEventListener("change", () => this.update());
     this.reset();
   }
 
@@ -301,7 +283,7 @@ class LeafTraining {
     this.network = randomNetwork(LEAF_SEED);
     this.losses = [leafLoss(this.network, this.objects).loss];
     this.failed = false;
-    this.show();
+    this.update();
   }
 
   toggle() {
@@ -330,10 +312,10 @@ class LeafTraining {
       this.network = next;
       this.losses.push(loss);
     }
-    this.show();
+    this.update();
   }
 
-  show() {
+  update() {
     const { loss } = leafLoss(this.network, this.objects);
     const { accuracy } = leafLoss(this.network, this.held);
     this.root.dataset.accuracy = accuracy;
@@ -342,9 +324,8 @@ class LeafTraining {
       ? `Exploded after step ${steps}: with a rate of ${this.rate.toPrecision(2)} each step jumps over the ` +
         `valley and lands higher. Start over with a smaller rate.`
       : `Step ${steps}: loss ${loss.toFixed(4)}, ${Math.round(100 * accuracy)} % of 80 other objects right.`;
-    this.chart.show([{ name: "training loss", points: this.losses.map((y, x) => [x, y]), colour: 0 }], {
-      level: { name: "ln 2: guessing", y: Math.LN2 },
-    });
+    const line = { name: "training loss", points: this.losses.map((y, x) => [x, y]), colour: 0 };
+    this.chart.show([line], { name: "ln 2: guessing", y: Math.LN2 });
     const another = WEIGHT_NAMES[(this.weight + 1) % WEIGHT_NAMES.length];
     this.pictures.show(this.network, this.objects, [WEIGHT_NAMES[this.weight], another]);
     const [name, layer, o, i] = WEIGHT_NAMES[this.weight];
@@ -364,13 +345,8 @@ class LeafTraining {
 function runLoss(app) {
   const { metrics } = app.data;
   const title = h("h3", {}, "This run's own loss");
-  if (!metrics.length)
-    return h(
-      "div",
-      {},
-      title,
-      h("p", { class: "quiet" }, "The run's folder had no metrics.jsonl, so there is no curve to draw."),
-    );
+  const none = "The run's folder had no metrics.jsonl, so there is no curve to draw.";
+  if (!metrics.length) return h("div", {}, title, h("p", { class: "quiet" }, none));
   const chart = new Chart("training and validation loss of this run");
   const points = (key) => metrics.filter((row) => row[key] !== undefined).map((row) => [row.iter, row[key]]);
   const V = app.model.tokenizer_vocab_size;
@@ -378,10 +354,8 @@ function runLoss(app) {
     { name: "training loss", points: points("train_loss"), colour: 0 },
     { name: "validation loss", points: points("val_loss"), colour: 1 },
   ];
-  chart.show(
-    lines.filter((line) => line.points.length),
-    { level: { name: `ln ${V} = ${Math.log(V).toFixed(2)}: guessing`, y: Math.log(V) } },
-  );
+  const level = { name: `ln ${V} = ${Math.log(V).toFixed(2)}: guessing`, y: Math.log(V) };
+  chart.show(lines.filter(({ points }) => points.length), level);
   return h("div", {}, title, chart.root);
 }
 
@@ -389,7 +363,7 @@ function runLoss(app) {
 // 3: writing
 
 function writingPanel(app) {
-  const parts = [
+  return [
     sentence(() => {
       const { greedy, temperature } = app.state.sampling;
       if (greedy) return "Greedy: the most probable token is appended. It soon repeats itself.";
@@ -400,18 +374,15 @@ function writingPanel(app) {
     }),
     sentence(() => windowText(app)),
     drawn(() => table("The last tokens of the context", ["position", "token", "id"], contextRows(app), [0, 2])),
+    !app.stack && [
+      h("h3", {}, "The window network"),
+      rowStrip(app, "window: its input", () => "window", { unit: "input" }),
+      Array.from({ length: app.config.n_layer }, (_, i) => [
+        rowStrip(app, `layer ${i + 1}, before activation`, () => `layers.${i}.linear`, { unit: "neuron" }),
+        rowStrip(app, `layer ${i + 1}, neurons`, () => `layers.${i}.activation`, { unit: "neuron" }),
+      ]),
+    ],
   ];
-  if (app.stack) return assemble(...parts);
-  const { n_layer } = app.config;
-  parts.push(
-    h("h3", {}, "The window network"),
-    rowStrip(app, "window: its input", () => "window", { unit: "input" }),
-    ...Array.from({ length: n_layer }, (_, i) => [
-      rowStrip(app, `layer ${i + 1}, before activation`, () => `layers.${i}.linear`, { unit: "neuron" }),
-      rowStrip(app, `layer ${i + 1}, neurons`, () => `layers.${i}.activation`, { unit: "neuron" }),
-    ]).flat(),
-  );
-  return assemble(...parts);
 }
 
 function windowText(app) {
@@ -442,7 +413,8 @@ const NEIGHBOURS = 8;
 const NEAREST = "Nearest neighbours of its vector, by cosine: 1 has its direction, 0 is unrelated";
 
 function embeddingsPanel(app) {
-  const parts = [
+  const single = "In this run a token is a single number, so no two tokens are alike.";
+  return [
     sentence(
       () =>
         `The token at position ${app.at.t} (from 0), ${tokenName(app, app.at.t)}, has the id ` +
@@ -450,13 +422,10 @@ function embeddingsPanel(app) {
         `${app.config.n_embd} features.`,
     ),
     rowStrip(app, "token embedding", () => "wte"),
+    app.config.embedding === "number"
+      ? missingNote(single, "article/01_embeddings/2-embedding.py")
+      : drawn(() => table(NEAREST, ["token", "cosine"], neighbours(app), [1])),
   ];
-  if (app.config.embedding === "number") {
-    const note = "In this run a token is a single number, so no two tokens are alike.";
-    parts.push(missingNote([note, "article/01_embeddings/2-embedding.py"]));
-  } else
-    parts.push(drawn(() => table(NEAREST, ["token", "cosine"], neighbours(app), [1])));
-  return assemble(...parts);
 }
 
 function neighbours(app) {
@@ -475,13 +444,7 @@ const MERGES_SHOWN = 40;
 
 function subwordsPanel(app) {
   const unigram = app.data.tokenizer.model_type === "unigram";
-  const text = SUBWORDS[unigram ? "unigram" : app.tokenizer.name];
-  return assemble(h("p", {}, text), drawn(() => mergeTable(app)));
-}
-
-function needsSubwords({ tokenizer }) {
-  const single = { char: "characters", byte: "bytes" }[tokenizer.name];
-  return single ? [`This run's tokens are single ${single}.`, "article/02_subwords/2-subwords-same-text.py"] : null;
+  return [h("p", {}, SUBWORDS[unigram ? "unigram" : app.tokenizer.name]), drawn(() => mergeTable(app))];
 }
 
 const MERGED =
@@ -513,19 +476,11 @@ function mergeTable(app) {
     return token >= 0 && token < end;
   });
   if (!part) return h("p", { class: "quiet" }, "Type a word, and select one of its tokens.");
-  const rows = mergeRows(part);
-  const more =
-    part.merges.length > MERGES_SHOWN
-      ? h("p", { class: "quiet" }, `${part.merges.length - MERGES_SHOWN} more merges.`)
-      : null;
+  const more = part.merges.length - MERGES_SHOWN;
+  const caption = "The part of the text that the selected token is in, merge by merge";
   return [
-    table(
-      "The part of the text that the selected token is in, merge by merge",
-      ["step", "symbols", part.scores ? "log-probability" : "rank"],
-      rows,
-      [2],
-    ),
-    more,
+    table(caption, ["step", "symbols", part.scores ? "log-probability" : "rank"], mergeRows(part), [2]),
+    more > 0 && h("p", { class: "quiet" }, `${more} more merges.`),
   ];
 }
 
@@ -536,28 +491,18 @@ const piece = (text) =>
     .replace(/[\u0000-\u001f\u0080-\u00a0]/g, (byte) => `\\x${byte.charCodeAt(0).toString(16).padStart(2, "0")}`);
 
 function mergeRows({ symbols, merges, scores, tokens }) {
-  const line = (items, chosen = -1) =>
-    h(
-      "span",
-      { class: "symbols" },
-      items.map((item, i) => h("span", { class: i === chosen ? "merged" : null }, piece(item))),
-    );
-  const rows = [["start", line(symbols), ""]];
+  const line = (texts, chosen = -1) => {
+    const symbol = (text, i) => h("span", { class: i === chosen ? "merged" : null }, text);
+    return h("span", { class: "symbols" }, texts.map(symbol));
+  };
+  const rows = [["start", line(symbols.map(piece)), ""]];
   const now = [...symbols];
   merges.slice(0, MERGES_SHOWN).forEach(({ at, piece: made, rank }, i) => {
     now.splice(at, 2, made);
-    rows.push([`${i + 1}`, line(now, at), minus(+rank.toFixed(2))]);
+    rows.push([`${i + 1}`, line(now.map(piece), at), minus(+rank.toFixed(2))]);
   });
   const sum = scores ? minus(scores.reduce((total, x) => total + x, 0).toFixed(2)) : "";
-  rows.push([
-    "tokens",
-    h(
-      "span",
-      { class: "symbols" },
-      tokens.map((token) => h("span", {}, `${piece(token.piece)} ${token.ids.join(" ")}`)),
-    ),
-    sum,
-  ]);
+  rows.push(["tokens", line(tokens.map((token) => `${piece(token.piece)} ${token.ids.join(" ")}`)), sum]);
   return rows;
 }
 
@@ -611,19 +556,19 @@ function softmaxPanel(app) {
     const root = slider(label, { min: LIMITS[name][0], max: most, step, value: OFF[name], format }, set(name));
     return { root, update: () => root.set(app.state.sampling[name]) };
   };
-  const sliders = controlRow(
-    control("Temperature", "temperature", 0.1),
-    control("Top-k", "top_k", 1, Math.min(app.model.tokenizer_vocab_size, LIMITS.top_k[1])),
-    control("Top-p", "top_p", 0.05),
-    control("Min-p", "min_p", 0.01),
-  );
-  sliders.root.classList.add("wide");
   const heads = ["token", "logit", "exp", "probability", "logit / temperature", "drawn with probability"];
-  const tableOf = drawn(() => [
-    softmaxText(app),
-    table("The most probable tokens", heads, softmaxRows(app), [1, 2, 3, 4, 5]),
-  ]);
-  return assemble(tableOf, sliders, h("p", {}, FILTERS), controlRow(button("Draw a token", draw), drawnToken));
+  return [
+    drawn(() => [softmaxText(app), table("The most probable tokens", heads, softmaxRows(app), [1, 2, 3, 4, 5])]),
+    group(
+      "controls wide",
+      control("Temperature", "temperature", 0.1),
+      control("Top-k", "top_k", 1, Math.min(app.model.tokenizer_vocab_size, LIMITS.top_k[1])),
+      control("Top-p", "top_p", 0.05),
+      control("Min-p", "min_p", 0.01),
+    ),
+    h("p", {}, FILTERS),
+    controlRow(button("Draw a token", draw), drawnToken),
+  ];
 }
 
 const FILTERS =
@@ -635,13 +580,10 @@ function softmaxText(app) {
   const logits = Array.from(app.logits().subarray(0, app.model.tokenizer_vocab_size));
   const largest = Math.max(...logits);
   const sum = logits.reduce((total, x) => total + Math.exp(x - largest), 0);
-  return h(
-    "p",
-    {},
-    `The largest of ${logits.length} logits is ${digits(largest)}; it is subtracted first, which leaves ` +
-      `the result the same and avoids overflow. The sum of all exp(logit − ${digits(largest)}) is ${digits(sum)}. ` +
-      ROUNDED,
-  );
+  const text =
+    `The largest of ${logits.length} logits is ${digits(largest)}; it is subtracted first, which leaves the result ` +
+    `the same and avoids overflow. The sum of all exp(logit − ${digits(largest)}) is ${digits(sum)}. ${ROUNDED}`;
+  return h("p", {}, text);
 }
 
 function softmaxRows(app) {
@@ -664,86 +606,63 @@ function softmaxRows(app) {
 function residualPanel(app) {
   const off = new Set();
   const result = switchedOff(app, off);
-  const parts = [controlRow(layerPicker(app))];
-  const adds = (branch) => {
-    const there = branchesOf(app.trace, blockPath(app, "x").slice(0, -2)).includes(branch);
-    return there ? blockPath(app, BRANCH_OUTPUT[branch]) : null;
-  };
-  const after = (branch) => adds(branch) && blockPath(app, `after_${branch}`);
-  const paths = () => [
-    blockPath(app, "input"),
-    ...Object.keys(BRANCH_NAMES).flatMap((branch) => [adds(branch), after(branch)]),
-  ];
+  const input = () => blockPath(app, "input");
+  const branches = Object.entries(BRANCH_NAMES).map(([branch, name]) => {
+    const path = (rest) => () => (branchesOf(app.trace, ownBlock(app)).includes(branch) ? blockPath(app, rest) : null);
+    return { name, adds: path(BRANCH_OUTPUT[branch]), after: path(`after_${branch}`) };
+  });
+  const paths = () => [input, ...branches.flatMap(({ adds, after }) => [adds, after])].map((path) => path());
   const scale = () => Math.max(...paths().map((path) => (path ? largest(lookUp(app.trace, path)[app.at.t]) : 0)));
-  parts.push(rowStrip(app, "enters the block", () => blockPath(app, "input"), { scale }));
-  for (const [branch, name] of Object.entries(BRANCH_NAMES)) {
-    parts.push(
-      rowStrip(app, `${name} adds`, () => adds(branch), { scale }),
-      rowStrip(app, `after ${name}`, () => after(branch), { scale }),
-    );
-  }
-  if (app.config.block === "plain") {
-    const note = "In this run each branch replaces its input: there is no residual stream, and nothing to add up.";
-    parts.push(missingNote([note, "article/04_residual/2-with.py"]));
-  }
-  parts.push(
+  const plain = "In this run each branch replaces its input: there is no residual stream, and nothing to add up.";
+  return [
+    controlRow(layerPicker(app)),
+    rowStrip(app, "enters the block", input, { scale }),
+    branches.map(({ name, adds, after }) => [
+      rowStrip(app, `${name} adds`, adds, { scale }),
+      rowStrip(app, `after ${name}`, after, { scale }),
+    ]),
+    app.config.block === "plain" && missingNote(plain, "article/04_residual/2-with.py"),
     drawn(() => contributionList(app)),
     h("h3", {}, "Switch branches off"),
     branchSwitches(app, off, result),
     result,
-  );
-  return assemble(...parts);
+  ];
 }
 
 function contributionList(app) {
   const { t, next } = app.at;
   const list = contributions(app.model, app.trace, app.stack, t, next);
   const sum = addUp(list);
-  const most = list.reduce((max, { value }) => Math.max(max, Math.abs(value)), 1e-9);
-  const rows = list.map(({ name, layer, value }) =>
-    h(
-      "li",
-      { "data-value": value },
-      h("span", {}, layer === undefined ? name : `layer ${layer + 1} ${name}`),
-      h("span", { class: "number" }, signed(value)),
-      h(
-        "span",
-        { class: "balance" },
-        h("span", {
-          style:
-            `${value < 0 ? "right" : "left"}: 50%; width: ${(50 * Math.abs(value)) / most}%; ` + `${tint(value, 1e-9)}`,
-        }),
-      ),
-    ),
-  );
+  const most = largest(list.map(({ value }) => value));
+  const rows = list.map(({ name, layer, value }) => {
+    const width = (50 * Math.abs(value)) / most;
+    const style = `${value < 0 ? "right" : "left"}: 50%; width: ${width}%; ${tint(value, 1e-9)}`;
+    const title = h("span", {}, layer === undefined ? name : `layer ${layer + 1} ${name}`);
+    const bar = h("span", { class: "balance" }, h("span", { style }));
+    return h("li", { "data-value": value }, title, h("span", { class: "number" }, signed(value)), bar);
+  });
   const cap = app.config.logit_soft_cap ? ", before its soft cap" : "";
   const held = { layernorm: "'s mean and deviation are", rmsnorm: "'s root mean square is" }[app.config.norm];
+  const text =
+    `Together ${digits(sum)}: the logit${cap} less the mean over all tokens, since softmax ignores what all logits ` +
+    `share.${held ? ` The final norm${held} held.` : ""} Another next token can be chosen at its bar.`;
   return [
     h("h3", {}, `What each part adds to the logit of “${shown(app.tokenizer, next)}”${cap}, above the mean of all`),
     h("ol", { class: "contributions", "data-sum": sum }, rows),
-    h(
-      "p",
-      {},
-      `Together ${digits(sum)}: the logit${cap} less the mean over all tokens, since softmax ignores what all logits ` +
-        `share.${held ? ` The final norm${held} held.` : ""} Another next token can be chosen at its bar.`,
-    ),
+    h("p", {}, text),
   ];
 }
 
 function branchSwitches(app, off, result) {
-  const boxes = [];
-  for (let i = 0; i < app.config.n_layer; i++) {
-    for (const branch of branchesOf(app.trace, `${app.stack}.blocks.${i}`)) {
+  const boxes = (_, i) =>
+    branchesOf(app.trace, `${app.stack}.blocks.${i}`).map((branch) => {
       const name = `${app.stack}.blocks.${i}.${branch === "cross" ? "cross_attn" : branch}`;
-      boxes.push(
-        toggle(`${i + 1} ${BRANCH_NAMES[branch]}`, true, (on) => {
-          off[on ? "delete" : "add"](name);
-          result.update();
-        }),
-      );
-    }
-  }
-  return h("div", { class: "controls" }, boxes);
+      return toggle(`${i + 1} ${BRANCH_NAMES[branch]}`, true, (on) => {
+        off[on ? "delete" : "add"](name);
+        result.update();
+      });
+    });
+  return controlRow(Array.from({ length: app.config.n_layer }, boxes));
 }
 
 function switchedOff(app, off) {
@@ -773,31 +692,23 @@ function mlpPanel(app) {
   const { mlp, mlp_conv, activation } = app.config;
   const path = (rest) => () => blockPath(app, `feed_forward.${rest}`);
   const neurons = { unit: "neuron" };
-  const parts = [controlRow(layerPicker(app)), rowStrip(app, "what it reads", path("input"))];
-  if (mlp_conv) {
-    const reach = mlp_conv === 1 ? "the token before" : `the ${mlp_conv} tokens before`;
-    parts.push(
-      h(
-        "p",
-        {},
-        `Not quite by itself in this run: by a short convolution each feature first takes a share of the same ` +
-          `feature of ${reach}.`,
-      ),
-      rowStrip(app, "after the convolution", path("conv")),
-    );
-  }
-  if (mlp === "gated") parts.push(rowStrip(app, "gates, before activation", path("gate_proj"), neurons));
-  parts.push(
-    rowStrip(app, mlp === "gated" ? "values" : "neurons, before activation", path("up_proj"), neurons),
-    h("p", {}, `Then each neuron's ${mlp === "gated" ? "gate" : "sum"} goes through ${activation}:`),
-    rowStrip(app, mlp === "gated" ? "gates" : "neurons", path("activation"), neurons),
-  );
-  if (mlp === "gated") parts.push(rowStrip(app, "gate times value", path("hidden"), neurons));
-  parts.push(
+  const gated = mlp === "gated";
+  const reach = mlp_conv === 1 ? "the token before" : `the ${mlp_conv} tokens before`;
+  const convolution =
+    `Not quite by itself in this run: by a short convolution each feature first takes a share of the same feature of ` +
+    `${reach}.`;
+  return [
+    controlRow(layerPicker(app)),
+    rowStrip(app, "what it reads", path("input")),
+    mlp_conv && [h("p", {}, convolution), rowStrip(app, "after the convolution", path("conv"))],
+    gated && rowStrip(app, "gates, before activation", path("gate_proj"), neurons),
+    rowStrip(app, gated ? "values" : "neurons, before activation", path("up_proj"), neurons),
+    h("p", {}, `Then each neuron's ${gated ? "gate" : "sum"} goes through ${activation}:`),
+    rowStrip(app, gated ? "gates" : "neurons", path("activation"), neurons),
+    gated && rowStrip(app, "gate times value", path("hidden"), neurons),
     rowStrip(app, "what the MLP adds to the stream", path("down_proj")),
     drawn(() => table("The strongest neurons", ["neuron", "activation"], strongestNeurons(app), [1])),
-  );
-  return assemble(...parts);
+  ];
 }
 
 function strongestNeurons(app) {
@@ -807,11 +718,6 @@ function strongestNeurons(app) {
     button(`${i}`, () => app.open(`${path}:${app.at.t},${i}`), { class: "operand" }),
     digits(row[i]),
   ]);
-}
-
-function needsMLP(app) {
-  if (!app.stack || app.config.mlp !== "none") return needsStack(app);
-  return ["This run's blocks have no MLP.", "article/04_residual/2-with.py"];
 }
 
 function normPanel(app) {
@@ -825,47 +731,33 @@ function normPanel(app) {
     rowStrip(app, "before", () => `${path()}.input`),
     sentence(() => normText(app, path())),
     weightStrip(app, "trained gain: a factor for each feature", "weight", path),
-    ...(app.config.bias && app.config.norm === "layernorm" ? [weightStrip(app, "trained bias", "bias", path)] : []),
+    app.config.bias && app.config.norm === "layernorm" && weightStrip(app, "trained bias", "bias", path),
     rowStrip(app, "after", () => `${path()}.output`),
-  ];
-  const root = picker(
-    "Norm",
-    norms.map((name) => `${where} ${BRANCH_NAMES[name.replace("_norm", "")]}`),
-    0,
-    (i) => {
-      chosen = i;
-      parts.forEach((part) => part.update());
-    },
-  );
+  ].filter(Boolean);
+  const names = norms.map((name) => `${where} ${BRANCH_NAMES[name.replace("_norm", "")]}`);
+  const root = picker("Norm", names, 0, (i) => {
+    chosen = i;
+    parts.forEach((part) => part.update());
+  });
   let followed = null;
   const follow = () => {
     const of = norms.findIndex((name) => app.at.number?.includes(`.${name}.`));
     if (of >= 0 && followed !== app.at.number) root.set((chosen = of));
     followed = app.at.number;
   };
-  return assemble(controlRow(layerPicker(app), { root, update: follow }), ...parts);
+  return [controlRow(layerPicker(app), { root, update: follow }), parts];
 }
 
 function normText(app, path) {
   const { t } = app.at;
   const norm = lookUp(app.trace, path);
-  const link = (name) =>
-    button(digits(norm[name][t]), () => app.open(`${path}.${name}:${t}`), { class: "operand" });
-  if (!norm.mean)
-    return [
-      ...["Root mean square ", link("rms"), ": each feature is divided by it and multiplied by its trained gain. "],
-      "RMSNorm subtracts no mean.",
-    ];
-  return [
-    ...["Mean ", link("mean"), ", standard deviation ", link("std"), ": from each feature the mean is subtracted, "],
-    "then it is divided by the deviation and multiplied by its trained gain",
-    app.config.bias ? " and given its bias." : ".",
-  ];
-}
-
-function needsNorm(app) {
-  if (!app.stack || app.config.norm !== "none") return needsStack(app);
-  return ["This run has no norms.", "article/05_norm/2-with.py"];
+  const link = (name) => button(digits(norm[name][t]), () => app.open(`${path}.${name}:${t}`), { class: "operand" });
+  const rms = ": each feature is divided by it and multiplied by its trained gain. RMSNorm subtracts no mean.";
+  if (!norm.mean) return ["Root mean square ", link("rms"), rms];
+  const std =
+    ": from each feature the mean is subtracted, then it is divided by the deviation and multiplied by its trained " +
+    `gain${app.config.bias ? " and given its bias" : ""}.`;
+  return ["Mean ", link("mean"), ", standard deviation ", link("std"), std];
 }
 
 const THINNED = 5;
@@ -892,13 +784,11 @@ function dropoutPanel(app) {
     results.update();
   };
   const rate = slider("Probability", { min: 0.05, max: 0.5, step: 0.05, value: state.p }, (p) => (state.p = p));
+  const without = "This run was trained without dropout. Thinned, a network that was never trained so predicts worse.";
   const note = trained
     ? h("p", {}, `This run was trained with dropout ${trained}.`)
-    : missingNote([
-        "This run was trained without dropout. Thinned, a network that was never trained so predicts worse.",
-        "article/06_dropout/2-with.py",
-      ]);
-  return assemble(note, controlRow(rate, button("Draw thinned networks", draw)), results);
+    : missingNote(without, "article/06_dropout/2-with.py");
+  return [note, controlRow(rate, button("Draw thinned networks", draw)), results];
 }
 
 // --------------------------------------------------------------------------------------
@@ -907,12 +797,12 @@ function dropoutPanel(app) {
 function positionsPanel(app) {
   const scheme = app.config.position;
   const none = "This run has no positional encoding. Beside the config below are others, with sinusoids and rotations.";
-  return assemble(
-    scheme === "none" ? missingNote([none, "article/08_positions/2-learned.py"]) : h("p", {}, POSITION_TEXTS[scheme]),
-    ...(POSITION_PARTS[scheme]?.(app) ?? []),
+  return [
+    scheme === "none" ? missingNote(none, "article/08_positions/2-learned.py") : h("p", {}, POSITION_TEXTS[scheme]),
+    POSITION_PARTS[scheme]?.(app),
     h("h3", {}, "Swap two tokens"),
     swapTokens(app),
-  );
+  ];
 }
 
 const POSITION_TEXTS = {
@@ -944,7 +834,7 @@ function positionHeat(app) {
 
 function dials(app) {
   let distance = 5; // at this distance the first dials have turned, and the last ones hardly
-  const canvas = h("canvas", { role: "img", class: "dials" });
+  const hands = h("div", { role: "img", class: "dials" });
   const text = h("p", {});
   const limits = { min: 0, max: app.config.block_size - 1, step: 1, value: distance };
   const control = slider("Distance", limits, (d) => {
@@ -961,56 +851,23 @@ function dials(app) {
     text.textContent =
       `Query ${t}, key ${t - apart}: ${counted(apart, "position")} apart. The first pair is rotated by ` +
       `${digits(angles[0])} radians, the last by ${digits(angles.at(-1))}.`;
-    canvas.setAttribute("aria-label", text.textContent);
-    requestAnimationFrame(() => paintDials(canvas, angles));
+    hands.setAttribute("aria-label", text.textContent);
+    hands.replaceChildren(...angles.map((angle) => h("span", { style: `rotate: ${-angle}rad` })));
   };
   const both = ["q", "k"].map((name) =>
     rowStrip(app, `${name === "q" ? "query" : "key"}, rotated`, () => blockPath(app, `attn.${name}`)),
   );
-  return [controlRow(control), { root: canvas, update }, text, ...both];
-}
-
-function paintDials(canvas, angles) {
-  const size = 34;
-  const width = canvas.parentElement?.clientWidth || 300;
-  const columns = Math.max(Math.floor(width / size), 1);
-  const rows = Math.ceil(angles.length / columns);
-  const ratio = devicePixelRatio || 1;
-  Object.assign(canvas, { width: columns * size * ratio, height: rows * size * ratio });
-  canvas.style.width = `${columns * size}px`;
-  const context = canvas.getContext("2d");
-  context.scale(ratio, ratio);
-  angles.forEach((angle, i) => {
-    const [x, y] = [(i % columns) * size + size / 2, Math.floor(i / columns) * size + size / 2];
-    context.strokeStyle = palette().line;
-    context.lineWidth = 1;
-    context.beginPath();
-    context.arc(x, y, 14, 0, 2 * Math.PI);
-    context.stroke();
-    context.strokeStyle = palette().ink;
-    context.lineWidth = 2;
-    context.beginPath();
-    context.moveTo(x, y);
-    context.lineTo(x + 13 * Math.cos(angle), y - 13 * Math.sin(angle));
-    context.stroke();
-  });
+  return [controlRow(control), { root: hands, update }, text, both];
 }
 
 function slopes(app) {
-  return [
-    drawn(() =>
-      table(
-        "Slopes",
-        ["head", "slope", "at this distance"],
-        Array.from(lookUp(app.trace, app.stack).position.slopes, (slope, i) => [
-          `${i + 1}`,
-          digits(slope),
-          digits(-slope * Math.max(app.at.t - app.at.key, 0)),
-        ]),
-        [0, 1, 2],
-      ),
-    ),
-  ];
+  const rows = () =>
+    Array.from(lookUp(app.trace, app.stack).position.slopes, (slope, i) => [
+      `${i + 1}`,
+      digits(slope),
+      digits(-slope * Math.max(app.at.t - app.at.key, 0)),
+    ]);
+  return drawn(() => table("Slopes", ["head", "slope", "at this distance"], rows(), [0, 1, 2]));
 }
 
 const POSITION_PARTS = { learned: positionHeat, sinusoidal: positionHeat, rotary: dials, alibi: slopes };
@@ -1041,50 +898,34 @@ function swapTokens(app) {
 // 13 and 14: the whole models
 
 function gptPanel(app) {
-  return assemble(
-    h(
-      "p",
-      {},
-      `Embedding, ${app.config.n_layer} layers, each a block of ` +
-        `${branchesOf(app.trace, blockPath(app, "x").slice(0, -2))
-          .map((branch) => BRANCH_NAMES[branch])
-          .join(", ")}; ` +
-        `${app.config.block === "post_norm" ? "" : "a final norm; "}the head. Read after every branch by the ` +
-        `final norm and the head, the stream shows the prediction as it forms (the logit lens).`,
-    ),
+  const branches = branchesOf(app.trace, ownBlock(app)).map((branch) => BRANCH_NAMES[branch]);
+  const text =
+    `Embedding, ${app.config.n_layer} layers, each a block of ${branches.join(", ")}; ` +
+    `${app.config.block === "post_norm" ? "" : "a final norm; "}the head. Read after every branch by the final norm ` +
+    `and the head, the stream shows the prediction as it forms (the logit lens).`;
+  return [
+    h("p", {}, text),
     drawn(() => lensTable(app)),
     controlRow(layerPicker(app)),
     rowStrip(app, "stream after this layer", () => blockPath(app, "output")),
     rowStrip(app, "what the head reads", () => "output"),
     rowStrip(app, "logits", () => "logits", { unit: "id" }),
-  );
+  ];
 }
 
 function lensTable(app) {
-  const lens = logitLens(app.model, app.trace, app.stack, app.at.t);
   const V = app.model.tokenizer_vocab_size;
-  const rows = lens.map(({ label, logits }) => {
+  const guess = (probs, id) => {
+    const attributes = { class: "lens", style: tint(probs[id], 1) };
+    return h("span", attributes, h("code", {}, shown(app.tokenizer, id)), ` ${percent(probs[id])}`);
+  };
+  const rows = logitLens(app.model, app.trace, app.stack, app.at.t).map(({ label, logits }) => {
     const probs = probabilities(app.model, logits);
     const best = likeliest(probs, Math.min(4, V));
-    return [
-      label,
-      ...best.map((id) =>
-        h(
-          "span",
-          { class: "lens", style: tint(probs[id], 1) },
-          h("code", {}, shown(app.tokenizer, id)),
-          ` ${percent(probs[id])}`,
-        ),
-      ),
-      percent(probs[app.at.next]),
-    ];
+    return [label, ...best.map((id) => guess(probs, id)), percent(probs[app.at.next])];
   });
-  return table(
-    `Logit lens for the token after ${tokenName(app, app.at.t)}`,
-    ["after", "1st", "2nd", "3rd", "4th", `“${shown(app.tokenizer, app.at.next)}”`],
-    rows,
-    [5],
-  );
+  const heads = ["after", "1st", "2nd", "3rd", "4th", `“${shown(app.tokenizer, app.at.next)}”`];
+  return table(`Logit lens for the token after ${tokenName(app, app.at.t)}`, heads, rows, [5]);
 }
 
 function transformerPanel(app) {
@@ -1092,7 +933,9 @@ function transformerPanel(app) {
     rowStrip(app, label, () => `source.encoder.blocks.${app.at.layer}.${rest}`, {
       token: () => Math.min(app.at.key, app.source.length - 1),
     });
-  return assemble(
+  const alignmentLabel = "alignment: each row is a token of the translation, each column one of the source";
+  const encoderLabel = "encoder: each row is a token of the source, and attends to all";
+  return [
     sentence(
       () =>
         `The encoder has read the ${app.source.length} tokens of the source once; each token of it attends to ` +
@@ -1102,34 +945,22 @@ function transformerPanel(app) {
     headGrid(app, "cross_attn"),
     controlRow(layerPicker(app), headPicker(app)),
     alignment(app),
-    attentionMatrix(app, "cross_attn", {
-      label: "alignment: each row is a token of the translation, each column one of the source",
-    }),
+    attentionMatrix(app, "cross_attn", { label: alignmentLabel }),
     drawn(() => alignmentTable(app)),
-    attentionMatrix(app, "attn", {
-      label: "encoder: each row is a token of the source, and attends to all",
-      encoder: true,
-    }),
+    attentionMatrix(app, "attn", { label: encoderLabel, encoder: true }),
     sourceRow("encoder, this layer: the selected source token", "output"),
     rowStrip(app, "decoder: what cross-attention adds", () => blockPath(app, "cross_attn.o_proj")),
-  );
+  ];
 }
 
 function alignmentTable(app) {
   const { weights } = lookUp(app.trace, blockPath(app, "cross_attn"));
   const rows = weights[app.at.head].map((row, t) => {
     const [best] = likeliest(row, 1);
-    return [
-      h("code", {}, shown(app.tokenizer, app.trace.idx[t])),
-      h("code", {}, shown(app.tokenizer, app.source[best])),
-      percent(row[best]),
-    ];
+    const token = (id) => h("code", {}, shown(app.tokenizer, id));
+    return [token(app.trace.idx[t]), token(app.source[best]), percent(row[best])];
   });
   return table("The source token that this head attends to most", ["translation", "source", "weight"], rows, [2]);
-}
-
-function needsEncoder(app) {
-  return app.encodes ? null : ["This run has no encoder and decoder.", "translate_de_en.py"];
 }
 
 const PANELS = [
@@ -1159,7 +990,7 @@ const PANELS = [
     title: "It learned this",
     short: "Learned",
     build: learnedPanel,
-    missing: needsSnapshots,
+    needs: ["snapshots"],
     intro: "Your model as it was after each of these steps of its training, for the same text, from noise to now.",
   },
   {
@@ -1167,7 +998,7 @@ const PANELS = [
     title: "One step of training",
     short: "One step",
     build: stepPanel,
-    missing: needsTraining,
+    needs: ["training"],
     intro:
       "A copy of your model learns this text alone, from the run's weights: each weight moves against its derivative, " +
       "that is how the loss changes with it; all of these are the gradient. Nothing else here changes.",
@@ -1190,7 +1021,7 @@ const PANELS = [
     id: "subwords",
     title: "Sub-words",
     build: subwordsPanel,
-    missing: needsSubwords,
+    needs: ["subwords"],
     intro: "Frequent sequences of characters are tokens of their own.",
   },
   {
@@ -1199,7 +1030,7 @@ const PANELS = [
     short: "Attention",
     chapter: "Self Attention",
     build: attentionPanel,
-    missing: needsStack,
+    needs: ["stack"],
     intro:
       "Each token makes three vectors: a query, what it looks for; a key, what it has; a value, what it passes on. " +
       "A query is multiplied with the key of each token up to its own; by these scores the values are mixed.",
@@ -1219,7 +1050,7 @@ const PANELS = [
     short: "Residual",
     chapter: "Residual connections",
     build: residualPanel,
-    missing: needsStack,
+    needs: ["stack"],
     intro:
       "A layer is a block of two branches, attention and MLP; each adds its output to the residual stream, the " +
       "vector that runs through the model.",
@@ -1229,7 +1060,7 @@ const PANELS = [
     title: "The MLP",
     short: "MLP",
     build: mlpPanel,
-    missing: needsMLP,
+    needs: ["stack", "mlp"],
     intro:
       "In each layer, after attention has gathered, a small network like the first one, a multi-layer perceptron " +
       "(MLP), works on each token by itself.",
@@ -1240,7 +1071,7 @@ const PANELS = [
     short: "Norm",
     chapter: "Layer Normalization",
     build: normPanel,
-    missing: needsNorm,
+    needs: ["stack", "norms"],
     intro: "Before a branch reads the stream, its features are brought to one scale.",
   },
   {
@@ -1256,7 +1087,7 @@ const PANELS = [
     short: "Heads",
     chapter: "Multi-head Attention",
     build: headsPanel,
-    missing: needsHeads,
+    needs: ["stack", "heads"],
     intro: "Several heads attend at once, each to something else.",
   },
   {
@@ -1264,7 +1095,7 @@ const PANELS = [
     title: "Positions",
     chapter: "Positional encoding and embedding",
     build: positionsPanel,
-    missing: needsStack,
+    needs: ["stack"],
     intro: "But for its causal mask, which hides later tokens, attention alone does not see the order of the tokens.",
   },
   {
@@ -1273,7 +1104,7 @@ const PANELS = [
     short: "GPT",
     chapter: "The GPT architecture",
     build: gptPanel,
-    missing: needsStack,
+    needs: ["stack"],
     intro: "The parts, assembled.",
   },
   {
@@ -1281,7 +1112,7 @@ const PANELS = [
     title: "The transformer",
     short: "Transformer",
     build: transformerPanel,
-    missing: needsEncoder,
+    needs: ["encoder"],
     intro: "The original one has an encoder, which reads, and a decoder, which writes.",
   },
 ];

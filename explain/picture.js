@@ -11,11 +11,12 @@ class Picture {
   constructor(app) {
     this.app = app;
     this.key = h("span");
-    element("picture-key").append(legend(), " ", this.key);
+    const scale = h("span", { class: "legend", "aria-hidden": "true" });
+    element("picture-key").append("−", scale, "+ each picture to its largest. ", this.key);
     this.parts = new Map(); // by name: {root, paint()}
     this.flow = element("flow");
     const { config, stack } = app;
-    this.stage("Tokens", this.part("tokens", "the text", "writing", () => this.listTokens()));
+    this.stage("Tokens", this.part("tokens", "the text", "writing", (part) => this.listTokens(part)));
     const embeddings = ({ canvas }) => paintVectors(canvas, this.lastTokens().map((t) => app.trace.wte[t]));
     const embeds = [this.part("embed", "embedding", "embeddings", embeddings)];
     if (stack && /learned|sinusoidal/.test(config.position))
@@ -31,8 +32,9 @@ class Picture {
 
   /** Add a part of the picture. paint(part) draws it for the selected token, on part.canvas and in part.adds. */
   part(name, label, section, paint = null, layer = null) {
-    const canvas = paint && h("canvas", { "aria-hidden": "true" });
-    const adds = h("span", { class: "adds" });
+    const tag = name === "tokens" ? "span" : "canvas";
+    const canvas = paint && h(tag, { "aria-hidden": "true" });
+    const adds = h("span", { class: "adds quiet" });
     const where = layer === null ? "" : `Layer ${layer + 1}: `;
     const press = () => this.app.goTo(section, layer === null ? {} : { layer, key: -1 });
     const title = h("span", { class: "part-name" }, h("span", { class: "unseen" }, where), `${label} `, adds);
@@ -49,11 +51,10 @@ class Picture {
 
   layer(i) {
     const { app } = this;
-    const name = h("span", { class: "stage-name" }, `Layer ${i + 1}`);
+    const title = `Layer ${i + 1}`;
     if (!app.stack) {
       const paint = (part) => this.paintNeurons(part, `layers.${i}.activation`);
-      const neurons = this.part(`${i}.mlp`, "neurons", "writing", paint, i);
-      return this.flow.append(h("li", { class: "stage end" }, name, h("div", { class: "stage-parts" }, neurons)));
+      return this.stage(title, this.part(`${i}.mlp`, "neurons", "writing", paint, i));
     }
     const block = `${app.stack}.blocks.${i}`;
     const attend = (branch) => (part) => this.paintHeads(part, `${block}.${branch}`);
@@ -65,7 +66,7 @@ class Picture {
     this.parts.set(`${i}.stream`, { root: stream, canvas: stream, paint: (part) => this.paintStream(part, block) });
     const wires = (kind) => h("span", { class: `wires ${kind}`, "aria-hidden": "true" });
     const branch = (kind, parts) => h("div", { class: `branch ${kind}` }, parts);
-    const layer = [name, branch("above", above), wires("above"), stream];
+    const layer = [h("span", { class: "stage-name" }, title), branch("above", above), wires("above"), stream];
     if (below.length) layer.push(wires("below"), branch("below", below));
     this.flow.append(h("li", { class: `stage layer${app.encodes ? " wide" : ""}` }, layer));
   }
@@ -148,16 +149,11 @@ class Picture {
     return Array.from({ length: t + 1 - from }, (_, i) => from + i);
   }
 
-  listTokens() {
+  listTokens({ canvas: list }) {
     const { app } = this;
-    const part = this.parts.get("tokens");
-    if (!part.list) {
-      part.list = h("span", { class: "token-list", "aria-hidden": "true" });
-      part.canvas.replaceWith(part.list);
-    }
     const chosen = (t) => (t === app.at.t ? "chosen" : null);
     const item = (t) => h("code", { class: chosen(t) }, shown(app.tokenizer, app.trace.idx[t]));
-    part.list.replaceChildren(...this.lastTokens().map(item));
+    list.replaceChildren(...this.lastTokens().map(item));
   }
 
   paintHead({ canvas }) {

@@ -98,8 +98,3 @@ function changesTo(address) {
   if (path === "logits" || path === "probs") changes.next = at[1];
   return changes;
 }
-
-if (typeof module !== "undefined") {
-  Object.assign(globalThis, require("./arithmetic.js"));
-  module.exports = { changesTo, initialState, readAddress, resolve, writeAddress };
-}

@@ -67,6 +67,7 @@ class App {
     this.drawer = new Drawer(this);
     this.buildPanels();
     dependenciesOf = (part) => this.operandsOf(part);
+    darkScheme.addEventListener("change", () => this.draw());
     history.scrollRestoration = "manual";
     addEventListener("hashchange", (event) => this.restore(new URL(event.newURL).hash));
     addEventListener("beforeprint", () => {
@@ -251,8 +252,7 @@ class App {
 
   /** The path from which the numbers of a path were copied. */
   resolvePath(path) {
-    for (let next; (next = aliasOf(this.model, this.trace, path));) path = next;
-    return path;
+    return resolvePath(this.model, this.trace, path);
   }
 
   /** The index of the selected number in a row; -1 if it has none. */
@@ -283,19 +283,18 @@ class App {
   buildPanels() {
     const nav = element("sections");
     const chip = (id, number, title, name) => {
-      const label = [h("span", { class: "chip-number" }, number), ` ${name}`];
-      return nav.appendChild(button(label, () => this.goTo(id), { title: title === name ? null : title }));
+      const press = button(`${number} ${name}`, () => this.goTo(id), { title: title === name ? null : title });
+      return nav.appendChild(press);
     };
     const add = (panel, pressed, place, [tag, level], ...number) => {
       const heading = h(level, { id: `title-${panel.id}`, tabindex: -1 }, ...number, panel.title);
-      const body = h("div", { class: "panel-body" });
-      const root = h(tag, { id: panel.id, "aria-labelledby": `title-${panel.id}` }, heading, body);
+      const root = h(tag, { id: panel.id, "aria-labelledby": `title-${panel.id}` }, heading);
       place.append(root);
-      const made = { root, heading, body, chip: pressed, built: null, visible: false, dirty: true };
+      const made = { root, heading, chip: pressed, built: null, visible: false, dirty: true };
       this.panels.push({ ...panel, ...made });
     };
     this.overview = chip("model", "", "The model", "Model");
-    const missing = PANELS.filter((panel) => panel.missing?.(this));
+    const missing = PANELS.filter((panel) => this.lackOf(panel));
     const present = PANELS.filter((panel) => !missing.includes(panel));
     present.forEach((panel, i) => {
       const pressed = chip(panel.id, i + 1, panel.title, panel.short ?? panel.title);
@@ -421,8 +420,7 @@ class App {
     const panel = this.panels.find(({ id }) => id === section);
     if (panel) this.renderPanel(panel);
     const place = panel?.root.closest("section");
-    const jump = () =>
-      place ? scrollBy(0, place.getBoundingClientRect().top - this.heightOfBars()) : scrollTo(0, 0);
+    const jump = () => (place ? scrollBy(0, place.getBoundingClientRect().top - this.heightOfBars()) : scrollTo(0, 0));
     jump();
     requestAnimationFrame(() => {
       jump(); // its strips have their heights by now
@@ -445,6 +443,11 @@ class App {
     this.drawPanels();
   }
 
+  /** What a panel needs and this run has not. */
+  lackOf({ needs = [] }) {
+    return needs.map((name) => NEEDS[name]).find(([has]) => !has(this));
+  }
+
   /** Update the visible panels, each in a task of its own, so that keys are handled in between. */
   async drawPanels() {
     const drawing = (this.drawing = {});
@@ -461,11 +464,12 @@ class App {
   renderPanel(panel) {
     if (!panel.dirty) return;
     if (!panel.built) {
-      const missing = panel.missing?.(this);
-      if (!this.trace && !missing && !panel.alone) return;
-      panel.built = missing ? { nodes: [missingNote(missing)], update() {} } : panel.build(this);
+      const lack = this.lackOf(panel);
+      if (!this.trace && !lack && !panel.alone) return;
       const chapter = panel.chapter && ` In plain Python: “${panel.chapter}” in from_scratch.py.`;
-      panel.body.replaceChildren(h("p", { class: "intro" }, panel.intro, chapter), ...panel.built.nodes);
+      const intro = h("p", { class: "quiet" }, panel.intro, chapter);
+      panel.built = group("panel-body", intro, lack ? missingNote(lack[1], lack[2]) : panel.build(this));
+      panel.root.append(panel.built.root);
     }
     if (!this.trace) return;
     panel.dirty = false;
@@ -565,13 +569,14 @@ function describeRun({ model, progress, metrics, parameters, tokenizer }) {
     `${(parameters / 1e6).toFixed(2)} million parameters; ` +
     `${attends ? also.filter((name) => name && name !== "none").join(", ") : model.activation}. ` +
     `Step ${iter.toLocaleString("en")}, ` +
-    (best ? `validation loss ${best.toFixed(4)} nats a token${several ? " of their average" : ""}` : "no evaluation yet") +
+    `${best ? `validation loss ${best.toFixed(4)} nats a token` : "no evaluation yet"}` +
+    `${best && several ? " of their average" : ""}` +
     `${bits ? ` (${bits.toFixed(2)} bits a byte)` : ""}${metrics.length ? "" : ", no metrics.jsonl"}`
   );
 }
 
 /** The reason why this run lacks something, and a config whose run has it. */
-function missingNote([text, config]) {
+function missingNote(text, config) {
   const command = h("code", {}, `python train.py config/${config}`);
   return h("div", { class: "missing" }, h("p", {}, text), h("p", {}, "A run that has it: ", command));
 }
@@ -626,7 +631,8 @@ function showSkipped({ read, trace }, items) {
   for (const { char, at } of read.skipped.text) {
     const place = begin + at;
     if (place < 0 || place > items.length) continue; // beyond the context
-    element("tokens").insertBefore(h("s", { title: "unknown to this model: skipped" }, signs(char)), items[place] ?? null);
+    const struck = h("s", { title: "unknown to this model: skipped" }, signs(char));
+    element("tokens").insertBefore(struck, items[place] ?? null);
   }
 }
 

@@ -224,26 +224,23 @@ function makeTrainer({ model, settings }, optimizer, factor) {
 /** Take a step. Returns its losses, and of each part of the model the norms of its gradient, of its weights and of
 their change. */
 function stepWithSizes(trainer, batch) {
-  const parts = new Map();
-  const before = trainer.weights.map(({ weight }) => weight.data.slice());
-  const grow = (name, key, squares) => {
-    const part = partOf(name);
-    if (!parts.has(part)) parts.set(part, { name: part, gradient: 0, weights: 0, moved: 0 });
-    parts.get(part)[key] += squares;
-  };
-  const measure = () => {
-    for (const { name, weight } of trainer.weights) {
-      grow(name, "gradient", squaresOf(weight.grad));
-      grow(name, "weights", squaresOf(weight));
-    }
-  };
+  const { weights } = trainer;
+  const before = weights.map(({ weight }) => weight.data.slice());
+  let gradients;
+  const measure = () => (gradients = weights.map(({ weight }) => squaresOf(weight.grad)));
   const { losses } = trainer.step(batch, undefined, measure);
-  trainer.weights.forEach(({ name, weight }, i) => {
-    const change = weight.data.map((x, at) => x - before[i][at]);
-    grow(name, "moved", squaresOf({ data: change }));
+  const squares = weights.map(({ name, weight }, i) => ({
+    part: partOf(name),
+    gradient: gradients[i],
+    weights: squaresOf({ data: before[i] }),
+    moved: squaresOf({ data: weight.data.map((x, at) => x - before[i][at]) }),
+  }));
+  const parts = Map.groupBy(squares, ({ part }) => part);
+  const sizes = Array.from(parts, ([name, all]) => {
+    const norm = (key) => Math.sqrt(all.reduce((sum, each) => sum + each[key], 0));
+    return { name, gradient: norm("gradient"), weights: norm("weights"), moved: norm("moved") };
   });
-  const rooted = ([key, value]) => [key, key === "name" ? value : Math.sqrt(value)];
-  return { losses, sizes: [...parts.values()].map((part) => Object.fromEntries(Object.entries(part).map(rooted))) };
+  return { losses, sizes };
 }
 
 function partOf(name) {
@@ -283,13 +280,9 @@ function unpack({ form, numbers }) {
   const made = new Map();
   const isPlace = (part) => part?.lengths !== undefined;
   return mapTree(form, isPlace, ({ from, lengths }) => {
-    if (!made.has(from)) {
-      let at = from;
-      made.set(
-        from,
-        lengths.map((length) => numbers.subarray(at, (at += length))),
-      );
-    }
+    let at = from;
+    const rows = () => lengths.map((length) => numbers.subarray(at, (at += length)));
+    if (!made.has(from)) made.set(from, rows());
     return made.get(from);
   });
 }
@@ -344,5 +337,3 @@ class Desk {
     if (source ?? (first && before)) this.trace.source = source ?? before;
   }
 }
-
-if (typeof module !== "undefined") module.exports = { Computer, Desk, pack, unpack };
