@@ -337,3 +337,5 @@ class Desk {
     if (source ?? (first && before)) this.trace.source = source ?? before;
   }
 }
+
+if (typeof module !== "undefined") module.exports = { Computer, unpack };
