@@ -164,7 +164,8 @@ function gradientOf(app, asked) {
     show();
     return null;
   });
-  const weights = picker("Weights", names, names.indexOf(state.name), (i) => ((state.name = names[i]), show()));
+  const short = names.map((name) => name.replace("stack.", ""));
+  const weights = picker("Weights", short, names.indexOf(state.name), (i) => ((state.name = names[i]), show()));
   const what = "The gradient: how the loss of this text changes with each weight of your model. Select a number.";
   return group("", h("p", {}, what), controlRow(weights, row), gradient, moved, result);
 }
