@@ -98,7 +98,7 @@ def faster(what: str, choices: Sequence[str]) -> str:
     kept = {}
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        path = cache / "humptygpt/measured.json"
+        path = cache / "humptygpt" / "measured.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # of two runs that start at once, the second waits
             with suppress(OSError, ValueError):

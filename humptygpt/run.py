@@ -365,7 +365,11 @@ def move_aside(out_dir: Path) -> None:
     plan = out_dir / "plan.py"
     with files.refuse_unwritable(out_dir):
         moving.mkdir(exist_ok=True)
-        files.remove(previous)
+        if checkpoint.stored(out_dir / "ckpt.pt").exists():
+            files.remove(previous)
+        elif previous.exists():
+            # a run that was killed before its first ckpt.pt must not take the place of a whole one
+            previous.replace(moving / PREVIOUS)
         for name in FILES:
             path = out_dir / name
             # a folder with the name of one of our files may be a run of its own

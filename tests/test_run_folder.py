@@ -143,6 +143,11 @@ def test_two_runs_are_whole_whenever_a_third_is_killed_while_it_moves_the_second
             with lock_out_dir(OUT):
                 assert files_of(OUT) == after | {".lock": b""}
     assert moment > 6
+    # until its first ckpt.pt a run has at most a best.pt, and takes the place of no other
+    (OUT / "best.pt").write_bytes(b"3")
+    move_aside(OUT)
+    assert (OUT / "previous/best.pt").read_bytes() == b"3"
+    assert (OUT / "previous/previous/best.pt").read_bytes() == b"2"
 
 
 def test_torchrun_starts_an_overwriting_run_again_and_resumes_only_its_own_checkpoint(
