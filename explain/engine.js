@@ -49,7 +49,8 @@ class Engine {
   }
 }
 
-/** A matrix, or a part of one, which shares its numbers. Row i begins toRow numbers after row i - 1. */
+/** A matrix, or a part of one, which shares its numbers. Row i begins toRow numbers after row i - 1. If it has limits,
+only the first limits[i] numbers of row i count: a causal query has no scores for later keys. */
 class Matrix {
   constructor(engine, from, rows, columns, toRow = columns, toColumn = 1) {
     this.engine = engine;
@@ -104,13 +105,9 @@ class Matrix {
 
 const isMatrix = (value) => value instanceof Matrix;
 
-function numbersOf(...matrices) {
-  return matrices.map((matrix) => matrix.data);
-}
+const numbersOf = (...matrices) => matrices.map((matrix) => matrix.data);
 
-function like(x) {
-  return x.engine.matrix(x.rows, x.columns);
-}
+const like = (x) => x.engine.matrix(x.rows, x.columns);
 
 /** Add the backward pass of an operation to the tape, if there is one. */
 function record(x, backward) {
@@ -348,8 +345,8 @@ function eachBlock(T, S, first, f) {
   }
 }
 
-/** Divide the scores A of one query by root, and make W their softmax with the mask added. Its largest number is
-subtracted first, which only prevents overflow. */
+/** Divide the scores A of one query by root, and make W the softmax of scores and mask. The largest is subtracted first,
+which only prevents overflow. */
 function weigh(A, W, mask, from, end, root) {
   let [largest, sum] = [-Infinity, 0];
   for (let s = from; s < end; s++) {
@@ -408,26 +405,32 @@ function attendHeadBackward({ q, k, v, first }, weights, { dq, dk, dv, dy }) {
 // --------------------------------------------------------------------------------------
 // Loss
 
-/** -ln of the probability of each target, in nats. targets: an id for each row of logits, or -1 for a row that predicts
-nothing. The tape makes the gradients of their sum divided by `count`. */
+/** The largest of some numbers, and the sum of exp(x - largest): subtracting it only prevents overflow. */
+function sumOfExp(numbers) {
+  const largest = numbers.reduce((a, b) => Math.max(a, b), -Infinity);
+  return { largest, sum: numbers.reduce((sum, x) => sum + Math.exp(x - largest), 0) };
+}
+
+/** -ln of the probability that softmax gives to number `id` of some logits, in nats. */
+function lossOf(logits, id) {
+  const { largest, sum } = sumOfExp(logits);
+  return largest + Math.log(sum) - logits[id];
+}
+
+/** The losses of the targets: an id for each row of logits, or -1 for a row that predicts nothing. The tape computes the
+gradients of their sum divided by `count`. */
 function crossEntropy(logits, targets, count) {
   const V = logits.columns;
-  const X = logits.data;
-  const losses = [];
-  const [largest, sums] = [0, 0].map(() => new Float64Array(logits.rows));
-  targets.forEach((id, r) => {
-    const row = X.subarray(r * V, (r + 1) * V);
-    largest[r] = row.reduce((a, b) => Math.max(a, b), -Infinity);
-    for (let i = 0; i < V; i++) sums[r] += Math.exp(row[i] - largest[r]);
-    if (id >= 0) losses.push(largest[r] + Math.log(sums[r]) - row[id]);
-  });
+  const rowOf = (numbers, r) => numbers.subarray(r * V, (r + 1) * V);
+  const losses = targets.flatMap((id, r) => (id < 0 ? [] : [lossOf(rowOf(logits.data, r), id)]));
   record(logits, () => {
     const [X, dX] = numbersOf(logits, logits.grad);
     targets.forEach((id, r) => {
       if (id < 0) return;
-      const from = r * V;
-      for (let i = 0; i < V; i++) dX[from + i] += Math.exp(X[from + i] - largest[r]) / sums[r] / count;
-      dX[from + id] -= 1 / count;
+      const [row, gradient] = [rowOf(X, r), rowOf(dX, r)];
+      const { largest, sum } = sumOfExp(row);
+      for (let i = 0; i < V; i++) gradient[i] += Math.exp(row[i] - largest) / sum / count;
+      gradient[id] -= 1 / count;
     });
   });
   return losses;
@@ -436,5 +439,5 @@ function crossEntropy(logits, targets, count) {
 if (typeof module !== "undefined") {
   Object.assign(globalThis, require("./kernel.js"));
   const operations = { add, attend, causalConv, crossEntropy, gather, linear, map, multiply, rotate };
-  module.exports = { ...operations, Engine, isMatrix, joined, like, numbersOf, standardize, windows };
+  module.exports = { ...operations, Engine, isMatrix, joined, like, lossOf, numbersOf, standardize, sumOfExp, windows };
 }

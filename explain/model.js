@@ -13,17 +13,17 @@ lists of T rows, one for each token, each a Float32Array of features; weights[h]
 
 const FLOAT32_EPS = 2 ** -23; // the default of F.rms_norm, which the norm of queries and keys uses
 
-const numbers = (matrix) => Array.from(matrix.data);
+const toList = (matrix) => Array.from(matrix.data);
 
 function layerNorm(x, { weight, bias }, eps) {
   const { output, mean, scale } = standardize(x, x.columns, eps, true);
   const y = multiply(output, weight);
-  return { input: x, mean: numbers(mean), std: numbers(scale), output: bias ? add(y, bias) : y };
+  return { input: x, mean: toList(mean), std: toList(scale), output: bias ? add(y, bias) : y };
 }
 
 function rmsNorm(x, { weight }, eps) {
   const { output, scale } = standardize(x, x.columns, eps);
-  return { input: x, rms: numbers(scale), output: multiply(output, weight) };
+  return { input: x, rms: toList(scale), output: multiply(output, weight) };
 }
 
 function noNorm(x) {

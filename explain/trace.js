@@ -1,6 +1,6 @@
 "use strict";
 
-/* The trace of a text: all that a model computes for it, token after token, as what a page shows and explains.
+/* The trace of a text: everything that a model computes for it, token by token. The page shows and explains it.
 
 forward() returns a trace, all that was computed on the way, under the names of model.py's modules and variables:
 
@@ -93,12 +93,10 @@ function toRows(trace) {
   });
 }
 
-/** exp(x) / sum of exp(x). The largest x is subtracted first, which only prevents overflow. */
+/** exp(x) / sum of exp(x) */
 function softmax(x) {
-  const largest = x.reduce((a, b) => Math.max(a, b), -Infinity);
-  const exp = Float64Array.from(x, (value) => Math.exp(value - largest));
-  const sum = exp.reduce((a, b) => a + b, 0);
-  return Float32Array.from(exp, (value) => value / sum);
+  const { largest, sum } = sumOfExp(x);
+  return Float32Array.from(x, (value) => Math.exp(value - largest) / sum);
 }
 
 /** The probabilities of the tokenizer's tokens from one row of logits. */
@@ -108,13 +106,9 @@ function probabilities(model, logits) {
 
 const meanOf = (numbers) => numbers.reduce((sum, x) => sum + x, 0) / numbers.length;
 
-/** -ln of the probability of each next token, in nats: T - 1 of them. The rows of a padded vocabulary take part in the
-sum of softmax, as in training. */
+/** The loss of each next token: T - 1 of them. The rows of a padded vocabulary take part in softmax, as in training. */
 function tokenLosses({ idx, logits }) {
-  return idx.slice(1).map((id, t) => {
-    const largest = logits[t].reduce((a, b) => Math.max(a, b), -Infinity);
-    return largest + Math.log(logits[t].reduce((sum, logit) => sum + Math.exp(logit - largest), 0)) - logits[t][id];
-  });
+  return idx.slice(1).map((id, t) => lossOf(logits[t], id));
 }
 
 // --------------------------------------------------------------------------------------

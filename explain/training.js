@@ -2,27 +2,30 @@
 
 /* Training: the loss of a batch, its gradients by the tape of engine.js, and the rules of humptygpt/optimizers.py. */
 
-/** Compute the losses of the texts of a batch, and the gradients of their mean. Returns f(losses), in which the gradients
-of the weights may be read.
+/** Compute the losses of the texts of a batch, and the gradients of their mean. Returns f(losses), which may read the
+gradients of the weights.
 
-model: from load(). texts: {idx, targets: as in crossEntropy()} each. look(trace) may also read the gradients of the
-numbers of a text's trace. They are gone before the next text, so that a batch needs no more memory than a text. */
+model: from load(). texts: {idx, targets: as in crossEntropy()} each. look(trace) is called for each text, and may also
+read the gradients of the numbers in its trace. They are freed before the next text, so a batch needs no more memory
+than a text. */
 function differentiate(model, texts, f, look = () => {}) {
   const { engine } = model;
-  const weights = namedWeights(model).map(([, weight]) => weight);
   const count = texts.flatMap(({ targets }) => targets).filter((id) => id >= 0).length;
   const lossesOf = ({ idx, targets }) => {
-    engine.tape = [];
-    const trace = gpt(model, idx, { dropout: (x) => x });
-    trace.logits = head(model, trace.output);
-    const losses = crossEntropy(trace.logits, targets, count);
-    while (engine.tape.length) engine.tape.pop()();
-    engine.tape = null;
-    look(trace);
-    return losses;
+    try {
+      engine.tape = [];
+      const trace = gpt(model, idx, { dropout: (x) => x });
+      trace.logits = head(model, trace.output);
+      const losses = crossEntropy(trace.logits, targets, count);
+      while (engine.tape.length) engine.tape.pop()();
+      look(trace);
+      return losses;
+    } finally {
+      engine.tape = null;
+    }
   };
   return engine.scope(() => {
-    for (const weight of weights) weight.gradient = engine.zeros(weight.rows, weight.columns);
+    for (const [, weight] of namedWeights(model)) weight.gradient = engine.zeros(weight.rows, weight.columns);
     const losses = texts.flatMap((text) => engine.scope(() => lossesOf(text)));
     return f(losses);
   });
@@ -70,10 +73,6 @@ function muon(weight, state, { rate, decay, clip, muon_momentum, beta2, normaliz
   });
 }
 
-function normuon(weight, state, settings) {
-  muon(weight, state, { ...settings, normalizes: true });
-}
-
 /** U S V^T -> approximately U V^T, by five steps of Newton and Schulz. x has at most as many rows as columns. */
 function orthogonalize(x) {
   const { engine, rows } = x;
@@ -112,7 +111,9 @@ function normalizeNeurons(update, state, beta2) {
   for (let i = 0; i < data.length; i++) data[i] *= scale / Math.sqrt(recent[neuron(i)] + 1e-10);
 }
 
-/** {optimizer: [rule of the matrices in the blocks, the setting of its rate; the same of all other weights]} */
+const normuon = (weight, state, settings) => muon(weight, state, { ...settings, normalizes: true });
+
+/** {optimizer: [rule of the matrices in the blocks, key of their peak rate, rule of all other weights]} */
 const OPTIMIZERS = {
   adamw: [adamw, "learning_rate", adamw],
   muon: [muon, "muon_learning_rate", adamw],
@@ -150,13 +151,10 @@ class Trainer {
     });
   }
 
-  /** Take a step. Returns the losses of differentiate(), and the norm of the gradient before it was clipped.
-
-  look(trace): as there. f(): called before the weights change. */
-  step(texts, look, f = () => {}) {
+  /** Take a step. Returns the losses, and the norm of the gradient before it was clipped. look: see differentiate(). */
+  step(texts, look) {
     const { settings, weights } = this;
     const update = (losses) => {
-      f();
       const norm = Math.sqrt(weights.reduce((sum, { weight }) => sum + squaresOf(weight.grad), 0));
       const clip = settings.grad_clip ? Math.min(settings.grad_clip / (norm + 1e-6), 1) : 1;
       const scale = rateAt(this.steps++, settings);

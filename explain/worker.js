@@ -180,7 +180,7 @@ const TOPICS = {
   gradient(computer, { idx, optimizer, factor }) {
     const trainer = makeTrainer(computer, optimizer, factor);
     const { weights } = trainer.model;
-    const gradients = (tree) => toRows(mapTree(tree, isMatrix, ({ grad }) => grad));
+    const gradients = (tree) => toRows(mapTree(tree, isMatrix, ({ gradient }) => gradient)); // null: nothing reads it
     const before = new Map(trainer.weights.map(({ weight }) => [weight, weight.data.slice()]));
     let seen;
     trainer.step(batchOf(idx), (trace) => (seen = { weights: gradients(weights), trace: gradients(trace) }));
@@ -228,7 +228,7 @@ function stepWithSizes(trainer, batch) {
   const before = weights.map(({ weight }) => weight.data.slice());
   let gradients;
   const measure = () => (gradients = weights.map(({ weight }) => squaresOf(weight.grad)));
-  const { losses } = trainer.step(batch, undefined, measure);
+  const { losses } = trainer.step(batch, measure);
   const squares = weights.map(({ name, weight }, i) => ({
     part: partOf(name),
     gradient: gradients[i],
