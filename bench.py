@@ -48,7 +48,7 @@ if __name__ == "__main__":
     machine.start()  # before numpy and torch are loaded
 
 from humptygpt import cli
-from humptygpt.cli import check_choices, check_least
+from humptygpt.cli import check_above_0, check_choices, check_least
 
 MODES = {  # {mode: the module in benchmarks/ whose bench() measures it}
     "train": "step_time",
@@ -102,10 +102,11 @@ class BenchConfig:
         check_choices(self)
         check_least(self, 1, "steps", "seeds", "texts", "prompt", "rounds", "keystrokes")
         check_least(self, 2, "new_tokens")
+        check_above_0(self, "target")
         needed = NEEDED.get(self.what)
         if needed and getattr(self, needed) is None:
             raise ValueError(f"what={self.what} needs --{needed}=PATH")
-        if self.nanogpt and not (Path(self.nanogpt) / "model.py").exists():
+        if self.nanogpt is not None and not (Path(self.nanogpt) / "model.py").exists():
             raise ValueError(
                 f"nanogpt={self.nanogpt} has no model.py; give the folder of a checkout"
             )

@@ -96,7 +96,7 @@ class CompareConfig:
         return {}
 
     def validate(self) -> None:
-        if self.picture and not self.picture.lower().endswith(".png"):
+        if self.picture is not None and not self.picture.lower().endswith(".png"):
             raise ValueError(f"picture={self.picture} must end in .png")
 
 

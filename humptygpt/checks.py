@@ -56,7 +56,9 @@ def problems(model: nn.Module) -> Iterator[str]:
         )
     randomize(small)
     if lost := without_gradient(small, text):
-        yield f"these weights get no gradient, so they cannot learn: {', '.join(lost)}"
+        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+        named = f"{', '.join(lost[:5])}{more}"
+        yield f"these weights get no gradient, so they cannot learn: {named}"
     with torch.no_grad():
         training = small(**text)[0]
         logits, loss = small.eval()(**text, targets=text["idx"])

@@ -259,7 +259,8 @@ def read_config(path: str, fields: Fields) -> dict[str, object]:
             helper = isinstance(value, types.ModuleType) or callable(value)
             if name.startswith("_") or (helper and name not in fields):
                 continue
-            check_key(name, fields, " (a variable of your own begins with _)")
+            own = " (a variable of your own begins with _)" if path.endswith(".py") else ""
+            check_key(name, fields, own)
             found[name] = convert(name, value, fields[name].type)
     return found
 

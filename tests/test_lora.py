@@ -251,6 +251,9 @@ BAD = {
     "thei: there is no such file or folder": lambda: change_config(
         base_model_name_or_path="thei"
     ),
+    "adapter: the adapter is its own base model": lambda: change_config(
+        base_model_name_or_path=str(Path("adapter").absolute())
+    ),
     "lora_A.weight is unknown, or its counterpart (lora_A or": lambda: change_weights(
         **{B: None}
     ),

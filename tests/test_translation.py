@@ -353,8 +353,8 @@ def test_lines_keep_their_order_and_numbers_and_long_ones_are_cut_and_reported(
     printed = capsys.readouterr()
     assert printed.out == "1 is\n2\n\n\n5\n" + 39 * "6" + "\n"
     assert [line for line in printed.err.splitlines() if line.startswith("note")] == [
-        "note: line 5: the translation was cut off at the length limit",
         "note: line 6 has 50 tokens; only the first 39 are read",
+        "note: line 5: the translation was cut off at the length limit",
         "note: line 6: the translation was cut off at the length limit",
     ]
 

@@ -41,7 +41,10 @@ def from_folder(path: Path, source: str | Path) -> Loaded:
         return Loaded(read_pretrained(path), read_tokenizer(path), path, f"{source}")
     adapter = read_config(path)
     key = "base_model_name_or_path"
-    base = load(find_source(adapter[key], key=f"{path / CONFIG}: {key}"))
+    where = find_source(adapter[key], key=f"{path / CONFIG}: {key}")
+    if where.resolve() == path.resolve():
+        raise UserError(f"{path}: the adapter is its own base model")
+    base = load(where)
     merge_adapter(path, adapter, base.model)
     about = f"{path}: an adapter for {base.path}"
     return base._replace(path=path, description=about, saved=None)

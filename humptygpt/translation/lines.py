@@ -24,16 +24,18 @@ def translate_lines(
     for first in tqdm(firsts, unit=f"{AT_ONCE} lines", delay=2, disable=None):
         batch = lines[first : first + AT_ONCE]
         sources = [tokenizer.encode(" ".join(line.split())) for line in batch]
-        cut = [np.append(ids[:room], tokenizer.eot) for ids in sources]
-        pairs = zip(sources, beams.translate(model, tokenizer, cut, **search), strict=True)
-        for number, (ids, translation) in enumerate(pairs, start=first + 1):
-            if not len(ids):
-                yield ""
-                continue
+        for number, ids in enumerate(sources, start=first + 1):
             if len(ids) > room:
                 note(
                     f"line {number:,} has {len(ids):,} tokens; only the first {room:,} are read"
                 )
+        cut = [np.append(ids[:room], tokenizer.eot) for ids in sources if len(ids)]
+        translations = iter(beams.translate(model, tokenizer, cut, **search))
+        for number, ids in enumerate(sources, start=first + 1):
+            if not len(ids):
+                yield ""
+                continue
+            translation = next(translations)
             if not translation.ended:
                 note(f"line {number:,}: the translation was cut off at the length limit")
             # a model may generate line breaks, but a translation must be one line

@@ -59,7 +59,7 @@ class Pairs(Corpus):
     def __init__(self, config: PrepareConfig, files: PairFiles, source: str, skipped: dict):
         super().__init__(config, files, source, skipped)
         self.paths = [path for _, paths in files for path in paths]
-        if config.held_out:
+        if config.held_out is not None:
             self.paths.append(Path(config.held_out))
         # indices of files that are given as a validation or test split
         self.given = [n for n, (split, _) in enumerate(files) if split in ("val", "test")]
@@ -71,7 +71,7 @@ class Pairs(Corpus):
 
     def survey(self) -> None:
         """Find the sentences that are held out, and do what all corpora do."""
-        if self.config.held_out:
+        if self.config.held_out is not None:
             self.held_out = self.read_held_out()
         super().survey()
 
