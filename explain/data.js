@@ -121,15 +121,23 @@ function mapTree(tree, wanted, f) {
   return Object.fromEntries(Object.entries(tree).map(([key, item]) => [key, mapTree(item, wanted, f)]));
 }
 
-/** The weights of a model from load(): [["wte.weight", matrix], ...]. A matrix with two names is there once. */
+/** The weights of a model: [["wte.weight", matrix or tensor], ...]. One with two names is there once. */
 function namedWeights(model) {
   const found = new Map();
   const walk = (tree, names) => {
-    if (!isMatrix(tree)) for (const [name, part] of Object.entries(tree)) walk(part, [...names, name]);
+    if (!tree.data) for (const [name, part] of Object.entries(tree)) walk(part, [...names, name]);
     else if (!found.has(tree)) found.set(tree, names.join("."));
   };
   walk(model.weights, []);
   return Array.from(found, ([weight, name]) => [name, weight]);
+}
+
+/** Give a loaded model other numbers: a list for each of its weights. */
+function setWeights(model, numbers) {
+  namedWeights(model).forEach(([, weight], i) => {
+    weight.data.set(numbers[i]);
+    if (weight.turned) weight.transposed(weight.turned);
+  });
 }
 
 // --------------------------------------------------------------------------------------

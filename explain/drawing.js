@@ -391,7 +391,7 @@ function lightDependencies(part) {
 // --------------------------------------------------------------------------------------
 // Curves
 
-/** Lines over steps. lines: {name, points: [x, y], colour: 0 or 1}; level: {name, y}, a horizontal line. */
+/** Lines over steps. lines: {name, points: [x, y], colour: 0, 1 or the name of one}; level: {name, y}, a horizontal line. */
 class Chart {
   constructor(label) {
     this.picture = svg("svg", { role: "img", "aria-label": label, class: "chart" });
@@ -401,8 +401,9 @@ class Chart {
     new ResizeObserver(() => this.draw()).observe(this.root);
   }
 
-  show(lines, level) {
-    Object.assign(this, { lines, level });
+  /** most: larger numbers are drawn at the upper edge. */
+  show(lines, level, most = Infinity) {
+    Object.assign(this, { lines, level, most });
     const names = lines.map(({ name, colour, points }) =>
       h("span", { class: `key-${colour}` }, `${name}, ${+points.at(-1)[1].toPrecision(4)} at the end`),
     );
@@ -412,7 +413,9 @@ class Chart {
 
   draw() {
     const [width, height] = [this.root.clientWidth, 180];
-    const points = this.lines.flatMap((line) => line.points);
+    const clipped = ([x, y]) => [x, Math.min(y, this.most)];
+    const lines = this.lines.map((line) => ({ ...line, points: line.points.map(clipped) }));
+    const points = lines.flatMap((line) => line.points);
     if (!width || !points.length) return;
     const x1 = Math.max(...points.map(([x]) => x), 1);
     const all = [...points.map(([, y]) => y), this.level.y];
@@ -431,7 +434,7 @@ class Chart {
       svg("text", { x: width - 10, y: height - 6 }, `step ${x1.toLocaleString("en")}`),
       ...ticks,
       line(level, "key-level"),
-      ...this.lines.map((each) => line(each.points, `key-${each.colour}`)),
+      ...lines.map((each) => line(each.points, `key-${each.colour}`)),
     );
   }
 }

@@ -7,9 +7,10 @@ how the leaf network learns. */
 // Snapshots
 
 function learnedPanel(app) {
-  const { steps } = app.data;
-  let number = Math.min(2, steps.length - 2); // the first snapshot that shows some learning
+  let step = app.data.steps[2] ?? 0; // the first snapshot that shows some learning
   let then = app; // with the text that is shown
+  const stepOf = (i) => app.data.steps[i];
+  const place = () => Math.max(app.data.steps.findLastIndex((each) => each <= step), 0); // of the step in the list
   const value = (t) => (t ? digits(loss.values[t]) : "nothing predicts it");
   const loss = new Strip({
     label: "Loss of each token, in nats: −ln of the probability that it had",
@@ -22,7 +23,7 @@ function learnedPanel(app) {
   const embedding = new Strip({ label: "Embedding of the selected token" });
   const question = () => {
     const { t, layer, head } = app.at;
-    return { number, idx: app.trace.idx, source: app.source ?? null, t, layer, head };
+    return { step: stepOf(place()), idx: app.trace.idx, source: app.source ?? null, t, layer, head };
   };
   const result = answered(app, "learned", question, (answer, asked) => {
     then = asked;
@@ -31,9 +32,10 @@ function learnedPanel(app) {
     loss.show([NaN, ...losses]);
     if (weights) attention.show(Array.from(weights));
     embedding.show(Array.from(wte));
-    const heads = [`after step ${count(steps[number])}`, "now"];
+    const heads = [`after step ${count(stepOf(place()))}`, "now"];
+    const text = answer ? learnedText(app, stepOf(place()), losses) : "…";
     return [
-      h("p", { role: "status", "data-loss": meanOf(losses) }, answer ? learnedText(app, steps[number], losses) : "…"),
+      h("p", { role: "status", "data-loss": meanOf(losses) }, text),
       lossRow(then, losses),
       loss.root,
       comparison(then, `Next token after position ${then.at.t}`, heads, [probs, then.probs()]),
@@ -41,10 +43,14 @@ function learnedPanel(app) {
       embedding.root,
     ];
   });
-  const named = (i) => `${count(steps[i])}${steps[i] ? "" : ", before training"}`;
-  const limits = { min: 0, max: steps.length - 1, step: 1, value: number, format: named };
-  const step = slider("Step of training", limits, (i) => ((number = i), result.update()));
-  return [controlRow(step), app.stack && controlRow(layerPicker(app), headPicker(app)), result];
+  const named = (i) => `${count(stepOf(i))}${stepOf(i) ? "" : ", before training"}`;
+  const limits = { min: 0, max: app.data.steps.length - 1, step: 1, value: place(), format: named };
+  const control = slider("Step of training", limits, (i) => ((step = stepOf(i)), result.update()));
+  const update = () => {
+    control.querySelector("input").max = app.data.steps.length - 1;
+    control.set(place());
+  };
+  return [controlRow({ root: control, update }), app.stack && controlRow(layerPicker(app), headPicker(app)), result];
 }
 
 function presentNumbers(app) {
@@ -55,7 +61,8 @@ function presentNumbers(app) {
 
 function learnedText(app, step, losses) {
   const guessing = Math.log(app.model.tokenizer_vocab_size);
-  const rounding = step === app.data.progress.iter ? "" : " Its weights are rounded to 8 bits.";
+  const rounded = app.data.steps.indexOf(step) < app.data.rounded && step !== app.data.progress.iter;
+  const rounding = rounded ? " Its weights are rounded to 8 bits." : "";
   if (!losses.length) return "A single token: there is nothing to predict yet." + rounding;
   const guesses = !step && Math.abs(meanOf(losses) - guessing) < 0.01;
   const why = guesses ? " The head starts at zero, so all tokens are alike." : "";

@@ -282,9 +282,14 @@ function stack(x, weights, config, { causal, name, dropout, before = null, conte
 // --------------------------------------------------------------------------------------
 // Models. Each reads the new token ids, which follow those of `before`, and returns their trace up to the head.
 
+/** Whether each token sees the past alone. The playground also trains models without the mask, to show why it is there. */
+function isCausal(config) {
+  return config.causal !== false;
+}
+
 function gpt({ weights, config }, idx, { before, dropout }) {
   const wte = gather(weights.wte.weight, idx);
-  const options = { causal: true, name: "stack", dropout, before: before?.stack };
+  const options = { causal: isCausal(config), name: "stack", dropout, before: before?.stack };
   const y = stack(wte, weights.stack, config, options);
   return { idx, wte, stack: y, output: y.norm.output };
 }

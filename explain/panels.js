@@ -48,7 +48,7 @@ function answered(app, topic, question, draw) {
   };
   const update = async () => {
     const now = question() || null;
-    const text = JSON.stringify(now);
+    const text = JSON.stringify(now && [app.version, now]);
     const view = Object.assign(Object.create(app), { trace: app.trace, at: app.at });
     if (!now || text === drawnFor) {
       asked = text;
@@ -135,7 +135,7 @@ const NEEDS = {
   heads: [(app) => app.config.n_head > 1, "This run has one head.", "article/07_heads/2-four.py"],
   encoder: [(app) => app.encodes, "This run has no encoder and decoder.", "translate_de_en.py"],
   snapshots: [
-    (app) => app.data.steps.length > 1,
+    (app) => app.data.steps.length > 1 || app.playground.config,
     "This page has no earlier weights of its model.",
     "humpty_dumpty.py --snapshots=True",
   ],
@@ -343,20 +343,22 @@ class LeafTraining {
 
 /** The losses of metrics.jsonl, if the run has them. */
 function runLoss(app) {
-  const { metrics } = app.data;
   const title = h("h3", {}, "This run's own loss");
   const none = "The run's folder had no metrics.jsonl, so there is no curve to draw.";
-  if (!metrics.length) return h("div", {}, title, h("p", { class: "quiet" }, none));
+  if (!app.data.metrics.length) return h("div", {}, title, h("p", { class: "quiet" }, none));
   const chart = new Chart("training and validation loss of this run");
-  const points = (key) => metrics.filter((row) => row[key] !== undefined).map((row) => [row.iter, row[key]]);
   const V = app.model.tokenizer_vocab_size;
-  const lines = [
-    { name: "training loss", points: points("train_loss"), colour: 0 },
-    { name: "validation loss", points: points("val_loss"), colour: 1 },
-  ];
   const level = { name: `ln ${V} = ${Math.log(V).toFixed(2)}: guessing`, y: Math.log(V) };
-  chart.show(lines.filter(({ points }) => points.length), level);
-  return h("div", {}, title, chart.root);
+  const update = () => {
+    const { metrics } = app.data;
+    const points = (key) => metrics.filter((row) => row[key] !== undefined).map((row) => [row.iter, row[key]]);
+    const lines = [
+      { name: "training loss", points: points("train_loss"), colour: 0 },
+      { name: "validation loss", points: points("val_loss"), colour: 1 },
+    ];
+    chart.show(lines.filter(({ points }) => points.length), level);
+  };
+  return group("", title, { root: chart.root, update });
 }
 
 // --------------------------------------------------------------------------------------
@@ -531,13 +533,6 @@ function filtered(logits, V, { temperature, top_k, top_p, min_p, greedy }) {
   if (greedy) probs = probs.map((_, id) => (id === best ? 1 : 0));
   const sum = probs.reduce((a, b) => a + b, 0);
   return { scaled, probs: probs.map((p) => p / sum) };
-}
-
-/** The token where the sum of probabilities, in the order of ids, first exceeds the number from [0, 1). */
-function drawFrom(probs, uniform) {
-  let sum = 0;
-  for (let id = 0; id < probs.length; id++) if ((sum += probs[id]) > uniform) return id;
-  return probs.findLastIndex((p) => p > 0);
 }
 
 function softmaxPanel(app) {

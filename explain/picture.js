@@ -12,9 +12,10 @@ class Picture {
     this.app = app;
     this.key = h("span");
     const scale = h("span", { class: "legend", "aria-hidden": "true" });
-    element("picture-key").append("−", scale, "+ each picture to its largest. ", this.key);
+    element("picture-key").replaceChildren("−", scale, "+ each picture to its largest. ", this.key);
     this.parts = new Map(); // by name: {root, paint()}
     this.flow = element("flow");
+    this.flow.replaceChildren();
     const { config, stack } = app;
     this.stage("Tokens", this.part("tokens", "the text", "writing", (part) => this.listTokens(part)));
     const embeddings = ({ canvas }) => paintVectors(canvas, this.lastTokens().map((t) => app.trace.wte[t]));
@@ -26,7 +27,7 @@ class Picture {
     if (app.encodes) this.stage("Encoder", this.part("encoder", "read once", "transformer", encoded));
     for (let i = 0; i < config.n_layer; i++) this.layer(i);
     this.stage("Output", this.part("head", stack ? "norm, head" : "head", "softmax", (part) => this.paintHead(part)));
-    walkable(this.flow)();
+    app.enterPicture();
     onLight = (origin, read) => this.light(origin, read);
   }
 

@@ -50,6 +50,7 @@ function forward(model, idx, { source = null, before = null, lastOnly = false, d
   if (!model.engine && !LOADED.has(model)) LOADED.set(model, load(model));
   const loaded = model.engine ? model : LOADED.get(model);
   if (before && !sameIds(source ?? [], before.source?.idx ?? [])) before = null;
+  if (!isCausal(model.config)) before = null; // a new token changes all rows
   return loaded.engine.scope(() => {
     const {
       source: encoded = source && toRows(encode(loaded, source, dropout)),
@@ -97,6 +98,13 @@ function toRows(trace) {
 function softmax(x) {
   const { largest, sum } = sumOfExp(x);
   return Float32Array.from(x, (value) => Math.exp(value - largest) / sum);
+}
+
+/** The token where the sum of probabilities, in the order of ids, first exceeds the number from [0, 1). */
+function drawFrom(probs, uniform) {
+  let sum = 0;
+  for (let id = 0; id < probs.length; id++) if ((sum += probs[id]) > uniform) return id;
+  return probs.findLastIndex((p) => p > 0);
 }
 
 /** The probabilities of the tokenizer's tokens from one row of logits. */

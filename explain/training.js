@@ -2,21 +2,27 @@
 
 /* Training: the loss of a batch, its gradients by the tape of engine.js, and the rules of humptygpt/optimizers.py. */
 
+/** The trace of a text, {idx, targets: as in crossEntropy()}, up to its losses, each divided by count. */
+function lossTrace(model, { idx, targets }, count) {
+  const trace = gpt(model, idx, { dropout: (x) => x });
+  trace.logits = head(model, trace.output);
+  return { ...trace, losses: crossEntropy(trace.logits, targets, count) };
+}
+
+const countTargets = (texts) => texts.flatMap(({ targets }) => targets).filter((id) => id >= 0).length;
+
 /** Compute the losses of the texts of a batch, and the gradients of their mean. Returns f(losses), which may read the
 gradients of the weights.
 
-model: from load(). texts: {idx, targets: as in crossEntropy()} each. look(trace) is called for each text, and may also
-read the gradients of the numbers in its trace. They are freed before the next text, so a batch needs no more memory
-than a text. */
+model: from load(). look(trace) is called for each text, and may also read the gradients of the numbers in its trace.
+They are freed before the next text, so a batch needs no more memory than a text. */
 function differentiate(model, texts, f, look = () => {}) {
   const { engine } = model;
-  const count = texts.flatMap(({ targets }) => targets).filter((id) => id >= 0).length;
-  const lossesOf = ({ idx, targets }) => {
+  const count = countTargets(texts);
+  const lossesOf = (text) => {
     try {
       engine.tape = [];
-      const trace = gpt(model, idx, { dropout: (x) => x });
-      trace.logits = head(model, trace.output);
-      const losses = crossEntropy(trace.logits, targets, count);
+      const { losses, ...trace } = lossTrace(model, text, count);
       while (engine.tape.length) engine.tape.pop()();
       look(trace);
       return losses;
@@ -29,6 +35,11 @@ function differentiate(model, texts, f, look = () => {}) {
     const losses = texts.flatMap((text) => engine.scope(() => lossesOf(text)));
     return f(losses);
   });
+}
+
+/** The mean loss of texts, without gradients. */
+function meanLoss(model, texts) {
+  return meanOf(texts.flatMap((text) => model.engine.scope(() => lossTrace(model, text, 1).losses)));
 }
 
 // --------------------------------------------------------------------------------------
@@ -165,6 +176,18 @@ class Trainer {
       return { losses, norm };
     };
     return differentiate(this.model, texts, update, look);
+  }
+
+  /** A copy of all that steps change. */
+  state() {
+    const numbers = this.weights.map(({ weight }) => weight.data.slice());
+    return { steps: this.steps, numbers, states: structuredClone(this.weights.map(({ state }) => state)) };
+  }
+
+  restore({ steps, numbers, states }) {
+    this.steps = steps;
+    setWeights(this.model, numbers);
+    structuredClone(states).forEach((state, i) => (this.weights[i].state = state));
   }
 }
 

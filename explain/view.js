@@ -16,25 +16,41 @@ async function main() {
   const { problem, data, model } = await desk.ask("open", { text, checksum: dataset.checksum });
   const again = "Make the page again with explain.py.";
   if (problem) element("problem").textContent = `The data of this page is damaged: ${problem}. ${again}`;
-  else new App(desk, data, model, makeTokenizer(data.tokenizer)).start();
+  else new App(desk).start(data, model);
 }
 
 /** state: as requested; at: the state limited to the trace; trace: of the texts in `read`, null before the first. */
 class App {
-  constructor(desk, data, model, tokenizer) {
-    Object.assign(this, { desk, data, model, tokenizer, config: model.config });
-    this.translates = data.task === "translation";
-    this.encodes = model.config.model === "transformer";
-    this.stack = { window_mlp: null, gpt: "stack", transformer: "decoder" }[model.config.model];
+  constructor(desk) {
+    this.desk = desk;
     this.sections = ["model", ...PANELS.map(({ id }) => id)];
-    this.state = initialState(this.sections, this.startTexts());
-    this.trace = this.read = this.at = null;
+    this.version = 0; // of the weights, which change while the page trains
+    this.trace = this.read = this.at = this.state = null;
     this.panels = [];
     // are all sections built, is the text being computed, is the model writing
     this.complete = this.pending = this.going = false;
     // these resolve when the text is drawn, and when the last requested token is written
     this.settled = this.turn = Promise.resolve();
     desk.onAnswer = () => this.rest();
+    desk.onMove = (moved) => this.move(moved);
+  }
+
+  /** Show a model, instead of the one before. */
+  open(data, model) {
+    const before = this.data && this.startTexts();
+    Object.assign(this, { data, model, config: model.config, tokenizer: makeTokenizer(data.tokenizer) });
+    this.translates = data.task === "translation";
+    this.encodes = model.config.model === "transformer";
+    this.stack = { window_mlp: null, gpt: "stack", transformer: "decoder" }[model.config.model];
+    this.state ??= initialState(this.sections, this.startTexts());
+    if (this.state.text === before?.text) element("text").value = this.state.text = data.start;
+    Object.assign(this.state, { number: null, trail: [], t: -1, next: -1, key: -1 });
+    this.trace = null;
+    element("name").textContent = data.name;
+    document.title = `HumptyGPT: ${data.name}`;
+    element("about").textContent = describeRun(data);
+    this.picture = new Picture(this);
+    this.buildPanels();
   }
 
   /** Show the first state. If the page has no translation, the model writes it. */
@@ -42,11 +58,14 @@ class App {
     return this.translates ? { text: "", source: this.data.start } : { text: this.data.start, source: "" };
   }
 
-  async start() {
-    const { data } = this;
-    element("name").textContent = data.name;
-    document.title = `HumptyGPT: ${data.name}`;
-    element("about").textContent = describeRun(data);
+  async start(data, model) {
+    this.watchPanels();
+    this.enterPicture = walkable(element("flow"));
+    this.enterBars = walkable(element("bars"), { across: 2 });
+    this.drawer = new Drawer(this);
+    this.playground = new Playground(this, data);
+    if (model) this.open(data, model);
+    else await this.playground.begin();
     element("source-part").hidden = !this.translates;
     if (this.translates) element("text-label").textContent = "Its translation so far";
     element("page").hidden = false;
@@ -62,10 +81,6 @@ class App {
     element("skip").onclick = () => this.goTo(this.sections[1]);
     element("go-on").onclick = () => (this.going ? this.stop() : this.goOn());
     listenToTokens(this);
-    this.enterBars = walkable(element("bars"), { across: 2 });
-    this.picture = new Picture(this);
-    this.drawer = new Drawer(this);
-    this.buildPanels();
     dependenciesOf = (part) => this.operandsOf(part);
     darkScheme.addEventListener("change", () => this.draw());
     history.scrollRestoration = "manual";
@@ -104,12 +119,13 @@ class App {
     this.change({ ...(moved && { key: -1 }), ...("t" in changes && { next: -1 }), ...changes }, options);
   }
 
-  compute(ids) {
+  /** fresh: with the weights of this moment, if the page trains. */
+  compute(ids, fresh = false) {
     const begin = performance.now();
     const { text, source } = this.state;
     this.pending = true;
     this.rest();
-    const asked = (this.asked = this.desk.ask("read", { text, source, ids }));
+    const asked = (this.asked = this.desk.ask("read", { text, source, ids, fresh }));
     this.settled = asked.then((answer) => (asked === this.asked ? this.take(answer, begin) : this.settled));
     return this.settled;
   }
@@ -125,6 +141,20 @@ class App {
     this.tell(`${this.skippedText()} ${this.lostText()}`.trim());
     this.draw();
     this.measure(begin);
+  }
+
+  /** Show the weights that the training has come to. */
+  follow() {
+    return this.compute(this.read?.text === this.state.text ? this.read.ids : undefined, true);
+  }
+
+  /** Have other weights, those of a step of the training. numbers: a list for each weight. */
+  move({ numbers, steps }) {
+    namedWeights(this.model).forEach(([, tensor], i) => (tensor.data = numbers[i]));
+    this.model.meanOfHead = null;
+    this.version++;
+    Object.assign(this.data, { steps, ...this.playground.record() });
+    element("about").textContent = describeRun(this.data);
   }
 
   /** Mark the page as at rest if nothing is under way. */
@@ -282,6 +312,10 @@ class App {
 
   buildPanels() {
     const nav = element("sections");
+    for (const place of [nav, element("panels")]) place.replaceChildren();
+    for (const { root } of this.panels) this.watches.forEach((watch) => watch.unobserve(root));
+    strips.clear();
+    this.panels = [];
     const chip = (id, number, title, name) => {
       const press = button(`${number} ${name}`, () => this.goTo(id), { title: title === name ? null : title });
       return nav.appendChild(press);
@@ -306,14 +340,16 @@ class App {
       element("panels").append(end);
       for (const panel of missing) add(panel, pressed, end, ["article", "h3"]);
     }
+    for (const { root } of this.panels) this.watches.forEach((watch) => watch.observe(root));
+  }
+
+  /** Watch which sections are in sight, and how high they and the bars above them are. */
+  watchPanels() {
+    const nav = element("sections");
     this.enterSections = walkable(nav, { entry: () => this.chipOfNow() });
     hintAtMore(nav);
-    const watch = new IntersectionObserver((entries) => this.scrolled(entries), { rootMargin: "150px 0px" });
-    const sizes = new ResizeObserver((entries) => this.keepPlace(entries));
-    for (const { root } of this.panels) {
-      watch.observe(root);
-      sizes.observe(root);
-    }
+    const inSight = new IntersectionObserver((entries) => this.scrolled(entries), { rootMargin: "150px 0px" });
+    this.watches = [inSight, new ResizeObserver((entries) => this.keepPlace(entries))];
     const scrolled = () => {
       this.fold();
       this.findSection();
@@ -340,7 +376,7 @@ class App {
   unfolded: the head covers the section as long as the reader wants it. */
   fold(unfolded = document.body.classList.contains("unfolded")) {
     const { classList } = document.body;
-    const below = scrollY > this.full - FOLDED;
+    const below = scrollY > element("playground").offsetHeight + this.full - FOLDED;
     if (classList.contains("folded") === (below && !unfolded) && !unfolded) return;
     classList.toggle("unfolded", below && unfolded);
     classList.toggle("folded", below && !unfolded);
@@ -365,7 +401,7 @@ class App {
 
   scrolled(entries) {
     for (const { target, isIntersecting } of entries)
-      this.panels.find(({ root }) => root === target).visible = isIntersecting;
+      Object.assign(this.panels.find(({ root }) => root === target) ?? {}, { visible: isIntersecting });
     this.drawPanels();
   }
 
@@ -375,6 +411,7 @@ class App {
     const reading = this.panels.findIndex(({ id }) => id === this.state.section);
     for (const { target, borderBoxSize } of entries) {
       const i = this.panels.findIndex(({ root }) => root === target);
+      if (i < 0) continue; // of a model that is no longer shown
       const height = borderBoxSize[0].blockSize;
       if (i < reading) shift += height - (this.panels[i].height ?? height);
       this.panels[i].height = height;

@@ -9,13 +9,60 @@ follows. A trace goes to the page as the rows that it does not have yet, in one 
 const PLAIN_RATE = 0.1; // learning rate of plain gradient descent
 const STRIDE = 16; // tokens between two looks at what has arrived
 const KEPT = 4; // number of traces that are kept
+const TELL_EVERY = 100; // ms between two reports of a training
+const START = 12; // characters of a text with which a playground's page starts
 
 class Computer {
   constructor(post) {
     this.post = post;
     this.latest = {}; // id of the newest question under each topic
+    this.snapshots = []; // {step, model()} of the run that the page was made from
+    this.run = null; // the training in this page: see run.js
+  }
+
+  /** Compute with this model from now on. data: as in a page of a run. Returns what the page needs. */
+  open(model, data) {
+    const weights = namedWeights(model);
+    const parameters = weights.reduce((sum, [, { data }]) => sum + data.length, 0);
+    this.data = { ...data, parameters, names: weights.map(([name]) => name), rounded: this.snapshots.length };
+    Object.assign(this, { model, step: data.progress.iter, settings: data.training, run: null });
+    this.past = this.original = null;
+    this.tokenizer = makeTokenizer(data.tokenizer);
+    this.translates = data.task === "translation";
+    this.forget();
+    return { data: { ...this.data, steps: this.steps }, model };
+  }
+
+  forget() {
     this.traces = []; // the newest first
     this.sent = null; // the trace that the page has got
+  }
+
+  /** The steps at which a model can be shown: those of snapshots and of the training here, and the present one. */
+  get steps() {
+    const past = [...this.snapshots, ...(this.run?.kept ?? [])].map(({ step }) => step);
+    return [...past.filter((step) => step < this.step), this.step];
+  }
+
+  modelAt(step) {
+    const snapshot = this.snapshots.find((each) => each.step === step);
+    if (step === this.step) return this.model;
+    if (snapshot) return snapshot.model();
+    this.past ??= load(this.model);
+    setWeights(this.past, this.run.kept.find((each) => each.step === step).numbers);
+    return this.past;
+  }
+
+  /** Show the weights that the training has come to. Returns what the page needs for it; null if it has them. */
+  follow() {
+    const { run, model } = this;
+    if (!run || run.step === this.step) return null;
+    this.step = run.step;
+    this.forget();
+    const { numbers } = run.trainer.state();
+    namedWeights(model).forEach(([, { data }], i) => data.set(numbers[i]));
+    if (LOADED.has(model)) setWeights(LOADED.get(model), numbers);
+    return { numbers, steps: this.steps };
   }
 
   /** message: {topic, id, ...}. The answer {id, ...} is posted, or only {id} if a newer question came meanwhile. */
@@ -76,7 +123,7 @@ class Computer {
   news(trace) {
     const { sent } = this;
     const same = sent && sameIds(trace.source?.idx ?? [], sent.source?.idx ?? []);
-    const first = same ? commonLength(trace.idx, sent.idx) : 0;
+    const first = same && isCausal(this.model.config) ? commonLength(trace.idx, sent.idx) : 0;
     this.sent = trace;
     const { logits, probs, source, ...rest } = trace;
     const rows = first < trace.idx.length ? mapTrace(rest, (value) => value.slice(first)) : null;
@@ -100,29 +147,67 @@ function nextMessage() {
 const TOPICS = {
   open(computer, { text, checksum }) {
     const { weights, snapshots, ...data } = readData(text, checksum);
-    computer.model = makeModel({ weights, ...data });
-    computer.models = snapshots.map((snapshot) => once(() => makeSnapshot({ weights, ...data }, snapshot)));
-    computer.models.push(() => computer.model);
-    // tied tensors count once
-    const tensors = weights.tensors.filter(({ offset }, i, all) => all.findIndex((x) => x.offset === offset) === i);
-    data.names = tensors.map(({ name }) => name);
-    data.parameters = tensors.reduce((sum, { shape }) => sum + sizeOf(shape), 0);
-    data.steps = [...snapshots.map(({ iter }) => iter), data.progress.iter];
-    computer.tokenizer = makeTokenizer(data.tokenizer);
-    computer.translates = data.task === "translation";
-    computer.settings = data.training;
-    return { data, model: computer.model };
+    if (!weights) return { data }; // of a playground, which begins with a text
+    const snapshotOf = (snapshot) => once(() => makeSnapshot({ weights, ...data }, snapshot));
+    computer.snapshots = snapshots.map((snapshot) => ({ step: snapshot.iter, model: snapshotOf(snapshot) }));
+    return computer.open(makeModel({ weights, ...data }), data);
   },
 
-  /** text, source: as typed. ids: given if the model wrote the text, because other ids can have the same text. */
-  async read(computer, { text, source, ids }, wanted) {
+  /** Prepare a training on a text: of a new model with this config, or, without one, of the model of the page's run. */
+  begin(computer, { text, config, training }) {
+    let opened = {};
+    if (config) {
+      const tokenizer = charactersOf(text);
+      const model = untrainedModel({ ...config, vocab_size: tokenizer.pieces.lengths.length }, training.seed);
+      const metrics = [{ iter: 0 }]; // the page adds those of the training
+      const page = { name: "Playground", task: "language modelling", metrics, start: text.trimStart().slice(0, START) };
+      opened = computer.open(model, { ...page, progress: { iter: 0 }, training, model: model.config, tokenizer });
+    }
+    const ids = computer.tokenizer.encode(text);
+    if (ids.length < 2) return { problem: "The model knows fewer than two characters of this text." };
+    const weights = namedWeights(computer.model);
+    const original = (computer.original ??= weights.map(([, { data }]) => data.slice()));
+    weights.forEach(([, { data }], i) => data.set(original[i]));
+    const prompt = computer.tokenizer.encode(computer.data.start).slice(0, START);
+    computer.run = new Run(computer.model, { ids, prompt, first: computer.data.progress.iter }, training);
+    computer.step = null; // the shown weights may be those of another training
+    computer.run.keep();
+    return { ...opened, progress: computer.run.news() };
+  },
+
+  /** Train until this step, and tell the page about it on the way. A later question, with until=0, ends it. */
+  async train({ run, post }, { until }, wanted) {
+    let told = performance.now();
+    while (run.step < until && wanted() && !run.failed) {
+      run.advance();
+      if (run.step >= run.due || run.step === until) run.keep();
+      if (performance.now() > told + TELL_EVERY) {
+        post({ progress: run.news() });
+        told = performance.now();
+      }
+      await nextMessage();
+    }
+    post({ progress: run.news() });
+  },
+
+  /** Go back to a step that was kept. */
+  back({ run }, { step }) {
+    run.back(step);
+  },
+
+  /** text, source: as typed. ids: given if the model wrote the text, because other ids can have the same text. fresh: of
+  the weights that the training has come to. */
+  async read(computer, { text, source, ids, fresh }, wanted) {
+    if (fresh) computer.moved = computer.follow() ?? computer.moved;
     const read = computer.translates ? readPair(computer, source, text, ids) : readText(computer, text, ids);
     const options = { source: read.source ?? null, keep: true };
     const trace = await computer.trace(read.idx, options, wanted, computer.nearest(read.idx, read.source));
     if (!trace) return null;
     computer.read = read;
     const skipped = { text: computer.tokenizer.skipped(text), source: computer.tokenizer.skipped(source) };
-    return { ids: read.ids, lost: read.lost, skipped, news: computer.news(trace) };
+    const { moved } = computer;
+    computer.moved = null;
+    return { ids: read.ids, lost: read.lost, skipped, moved, news: computer.news(trace) };
   },
 
   /** The prediction after these tokens with branches switched off. names: as dropout() of forward() gives them. */
@@ -145,9 +230,9 @@ const TOPICS = {
     return { results };
   },
 
-  /** The text after step data.steps[number] of training: losses of its tokens, and the prediction after token t. */
-  async learned(computer, { number, idx, source, t, layer, head }, wanted) {
-    const model = computer.models[number]();
+  /** The text after a step of training: losses of its tokens, and the prediction after token t. */
+  async learned(computer, { step, idx, source, t, layer, head }, wanted) {
+    const model = computer.modelAt(step);
     const before = await computer.trace(idx, { source, model }, wanted);
     if (!before) return null;
     const trace = forward(model, idx, { source, before });
@@ -293,8 +378,8 @@ function unpack({ form, numbers }) {
 /** In the worker: answer the page's questions. */
 function serve() {
   const computer = new Computer((answer) => {
-    const { numbers } = answer.news ?? answer;
-    postMessage(answer, numbers ? [numbers.buffer] : []);
+    const numbers = [(answer.news ?? answer).numbers, ...(answer.moved?.numbers ?? [])];
+    postMessage(answer, numbers.filter(Boolean).map(({ buffer }) => buffer));
   });
   onmessage = ({ data }) => computer.answer(data);
 }
@@ -308,7 +393,10 @@ class Desk {
     this.asked = 0;
     const blob = new Blob([...scripts, "serve();"], { type: "text/javascript" });
     this.worker = new Worker(URL.createObjectURL(blob));
-    this.worker.onmessage = ({ data: { id, ...answer } }) => {
+    this.worker.onmessage = ({ data: { id, progress, ...answer } }) => {
+      if (progress) this.onProgress(progress);
+      if (id === undefined) return;
+      if (answer.moved) this.onMove(answer.moved);
       if (answer.news) this.take(answer.news);
       this.questions.get(id)?.(answer);
       this.questions.delete(id);

@@ -1,0 +1,303 @@
+"use strict";
+
+/* The playground: a text, knobs with the names of a config file's keys, and a button that trains. The worker trains;
+here are the curves and the samples. The rest of the page shows the weights of the moment. */
+
+const KNOBS = {
+  n_layer: [1, 2, 4, 8],
+  n_head: [1, 2, 4, 8],
+  n_embd: [16, 32, 64, 128],
+  block_size: [16, 32, 64, 128, 256],
+  position: Object.keys(POSITIONS),
+  norm: Object.keys(NORMS),
+  block: Object.keys(BLOCKS),
+  mlp: Object.keys(MLPS),
+  activation: Object.keys(ACTIVATIONS),
+  mask: ["causal", "none"],
+  batch_size: [1, 2, 4, 8, 16],
+  max_iters: [100, 300, 1000, 3000, 10000],
+  learning_rate: [0.0001, 0.0003, 0.001, 0.002, 0.004, 0.01, 0.03, 0.1, 1, 10],
+  optimizer: ["adamw", "muon", "normuon"],
+  seed: [1, 2, 3, 4, 5],
+};
+const OF_TRAINING = ["batch_size", "max_iters", "learning_rate", "optimizer", "seed"];
+const OWN = "Your own text";
+const EDITABLE = 20000; // characters of a text that can be edited in the page
+const LONGEST = 2e6; // characters that are learned
+const EARLIER = 3; // trainings whose curves stay
+const FOLLOW_EVERY = 300; // ms between two looks at the weights of a training
+
+class Playground {
+  constructor(app, { texts, config, training }) {
+    Object.assign(this, { app, texts, config, training });
+    this.root = element("playground");
+    if (!texts) return; // this page's model is of a kind that it cannot train
+    this.names = Object.keys(KNOBS).filter((name) => config || OF_TRAINING.includes(name));
+    const initial = { ...config, ...training, mask: "causal" };
+    this.knobs = Object.fromEntries(this.names.map((name) => [name, initial[name]]));
+    this.now = null; // {text, knobs, train and val: [step, loss] each, samples: [step, text] each, first, step, ms}
+    this.earlier = []; // the same of trainings before
+    this.followedAt = 0;
+    this.running = null; // resolves when the training pauses
+    this.changed = true; // have knobs or text changed since the training began
+    app.desk.onProgress = (news) => this.take(news);
+    this.build();
+    this.chooseText(0);
+  }
+
+  // ----------------------------------------------------------------------------------
+  // Controls
+
+  build() {
+    const { texts, config } = this;
+    this.pickText = picker("Text", [...Object.keys(texts), OWN], 0, (i) => this.chooseText(i));
+    const file = h("input", { type: "file", "aria-label": "Open a file", onchange: () => this.readFile(file.files[0]) });
+    this.field = h("textarea", { rows: 4, dir: "auto", spellcheck: false, "aria-label": "The text that it learns" });
+    this.field.oninput = () => this.edit(this.field.value);
+    this.note = h("p", { class: "note" });
+    this.pickers = this.names.map((name) => {
+      const options = [...new Set([...KNOBS[name], this.knobs[name]])];
+      const labels = options.map((value) => MEANINGS[`${name}=${value}`] ?? `${value}`);
+      const root = picker(name, labels, 0, (i) => this.turn({ [name]: options[i] }));
+      return { root, update: () => root.set(options.indexOf(this.knobs[name])) };
+    });
+    this.go = button("Train", () => this.press(), { class: "main" });
+    const one = button("One step", () => this.ready().then((is) => is && this.train(this.now.step + 1)));
+    const over = button("Start over", () => this.begin());
+    this.status = h("p", { class: "status" });
+    this.said = h("p", { role: "status" });
+    this.chart = new Chart("loss of training and validation at each step");
+    this.samples = h("ol", { class: "samples" });
+    const setup = [
+      controlRow(this.pickText, file),
+      [this.field, this.note],
+      controlRow(this.go, one, over, this.saveButtons()),
+      config && this.buildIdeas(),
+      group("knobs", this.pickers),
+    ];
+    const writes = h("h3", {}, "What it writes, and wrote at earlier steps, to which a step's number goes back");
+    const body = group("training", group("setup", setup), group("outcome", this.status, this.said, this.chart, writes, this.samples));
+    if (config) this.root.append(h("h2", {}, "Train a GPT in this page"), body.root);
+    else this.root.append(h("details", {}, h("summary", {}, "Train it further in this page"), body.root));
+    this.root.hidden = false;
+    this.root.ondragover = (event) => event.preventDefault();
+    this.root.ondrop = (event) => {
+      event.preventDefault();
+      if (event.dataTransfer.files.length) this.readFile(event.dataTransfer.files[0]);
+    };
+  }
+
+  chooseText(i) {
+    const name = Object.keys(this.texts)[i] ?? OWN;
+    this.setText(this.texts[name] ?? "", PRESETS[name]);
+    if (name === OWN) this.field.focus();
+  }
+
+  setText(text, preset = {}) {
+    this.text = text.slice(0, LONGEST);
+    this.field.readOnly = text.length > EDITABLE;
+    const shown = this.field.readOnly ? `${text.slice(0, 2000)} …` : text;
+    if (this.field.value !== shown) this.field.value = shown;
+    this.note.textContent =
+      `${count(text.length)} characters${this.field.readOnly ? "; the first 2,000 are shown" : ""}` +
+      `${text.length > LONGEST ? ` and the first ${count(LONGEST)} learned` : ""}. A text file can be dropped here.`;
+    this.turn(this.config ? preset : {});
+  }
+
+  edit(text) {
+    this.pickText.set(Object.keys(this.texts).length);
+    this.setText(text);
+  }
+
+  async readFile(file) {
+    try {
+      const text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
+      if (text.includes("\0")) throw new TypeError("not a text");
+      this.edit(text.replaceAll("\r\n", "\n"));
+    } catch {
+      this.tell(`${file.name} is not a text in UTF-8. Save it as plain text, and open it again.`);
+    }
+  }
+
+  /** Set knobs. They hold for the next training. */
+  turn(knobs) {
+    Object.assign(this.knobs, knobs);
+    for (const each of this.pickers) each.update();
+    this.changed = true;
+    this.pause();
+    if (this.now) this.tell("Train begins a new model with this.");
+  }
+
+  tell(text) {
+    if (this.said.textContent !== text) this.said.textContent = text;
+  }
+
+  // ----------------------------------------------------------------------------------
+  // Training
+
+  /** What hinders the training; "" if nothing does. */
+  problem() {
+    if (!this.text.trim()) return "There is no text to learn from: type or paste one, or open a file.";
+    return new Set(this.text).size < 2 ? "A text of one character only has nothing to predict: add others." : "";
+  }
+
+  /** Begin a training. The curve of the one before stays, if it was of the same text. */
+  async begin() {
+    await this.pause();
+    const { app, text, knobs } = this;
+    const config = this.config && { ...this.config, ...only(knobs, this.config), causal: knobs.mask === "causal" };
+    const training = { ...this.training, ...only(knobs, this.training) };
+    const problem = this.problem();
+    const begun = problem ? { problem } : await app.desk.ask("begin", { text, config, training });
+    if (begun.problem) {
+      this.tell(begun.problem);
+      return false;
+    }
+    const before = this.now?.text === text ? [...this.earlier, this.now] : [];
+    this.earlier = before.filter(({ val }) => val.length > 1).slice(-EARLIER);
+    this.now = { text, knobs: { ...knobs }, train: [], val: [], samples: [], first: begun.progress.step };
+    this.changed = false;
+    const kind = JSON.stringify([begun.model?.config, begun.data?.tokenizer]);
+    if (begun.model && kind !== this.kind) app.open(begun.data, begun.model);
+    this.kind = kind;
+    this.tell("");
+    this.take(begun.progress);
+    await app.follow();
+    return true;
+  }
+
+  /** Begin a training if there is none with the present knobs. Returns whether there is one now. */
+  async ready() {
+    return !this.changed || this.begin();
+  }
+
+  async press() {
+    if (this.running) return this.pause();
+    if (!(await this.ready())) return;
+    const { max_iters } = this.knobs;
+    const done = this.now.step - this.now.first;
+    await this.train(this.now.first + done - (done % max_iters) + max_iters);
+  }
+
+  async train(until) {
+    await this.pause();
+    this.until = until;
+    this.go.textContent = "Pause";
+    this.running = this.app.desk.ask("train", { until });
+    await this.running;
+    this.running = null;
+    this.go.textContent = "Train";
+    await this.app.follow();
+    this.draw();
+  }
+
+  /** Resolves when no training is under way. */
+  pause() {
+    if (this.running) this.app.desk.ask("train", { until: 0 });
+    return this.running;
+  }
+
+  async back(step) {
+    await this.pause();
+    await this.app.desk.ask("back", { step });
+    const { now } = this;
+    Object.assign(now, { step, train: now.train.filter(([at]) => at < step) });
+    for (const name of ["val", "samples"]) now[name] = now[name].filter(([at]) => at <= step);
+    await this.app.follow();
+    this.draw();
+  }
+
+  /** News of the training, every 100 ms. */
+  take({ step, losses, kept, ms }) {
+    const { now, app } = this;
+    now.train.push(...losses);
+    now.val.push(...kept.map(({ step, val_loss }) => [step, val_loss]));
+    now.samples.push(...kept.map(({ step, sample }) => [step, app.tokenizer.decode(sample)]));
+    Object.assign(now, { step, ms });
+    this.draw(kept.length > 0);
+    if (!this.running || this.following || performance.now() < this.followedAt + FOLLOW_EVERY) return;
+    this.following = app.follow().then(() => {
+      this.following = null;
+      this.followedAt = performance.now();
+    });
+  }
+
+  /** The training as that of a run: progress and metrics. */
+  record() {
+    const { train, val, step } = this.now;
+    const best_val_loss = val.reduce((best, [, loss]) => Math.min(best, loss), Infinity);
+    const metrics = [
+      ...binnedMeans(train).map(([iter, train_loss]) => ({ iter, train_loss })),
+      ...val.map(([iter, val_loss]) => ({ iter, val_loss })),
+    ];
+    return { progress: { iter: step, best_val_loss }, metrics };
+  }
+
+  // ----------------------------------------------------------------------------------
+  // What comes of it
+
+  draw(samplesToo = true) {
+    const { now, earlier, app } = this;
+    const V = app.model.tokenizer_vocab_size;
+    const guessing = Math.log(V);
+    const left = this.running ? `, ${duration(((this.until - now.step) * now.ms) / 1000)} to go` : "";
+    const losses = [now.train.length && `training loss ${last(binnedMeans(now.train))}`, `validation loss ${last(now.val)}`];
+    this.status.textContent =
+      `Step ${count(now.step)}: ${losses.filter(Boolean).join(", ")}; guessing among ${V} characters has ` +
+      `${guessing.toFixed(2)}.${now.ms ? ` ${now.ms.toFixed(0)} ms a step${left}.` : ""}`;
+    const lines = earlier.map(({ knobs, val }, i) => ({ name: differences(knobs, now.knobs), points: val, colour: `before-${i}` }));
+    lines.push({ name: "validation", points: now.val, colour: 1 });
+    if (now.train.length) lines.unshift({ name: "training", points: binnedMeans(now.train), colour: 0 });
+    this.chart.show(lines, { name: "guessing", y: guessing }, 1.5 * guessing);
+    if (!this.changed) this.tell(this.verdict(guessing));
+    if (samplesToo) this.samples.replaceChildren(...now.samples.map((each) => this.sample(each)).reverse());
+  }
+
+  sample([step, text]) {
+    return h("li", {}, button(count(step), () => this.back(step), { class: "operand" }), h("code", { dir: "auto" }, text));
+  }
+
+  /** What a reader should know about the losses. */
+  verdict(guessing) {
+    const { knobs, train, val, text } = this.now;
+    const [step, loss] = val.at(-1);
+    const [bestStep, best] = val.reduce((a, b) => (b[1] < a[1] ? b : a));
+    if (!Number.isFinite(train.at(-1)?.[1] ?? 0)) return `${EXPLODED} Its numbers are no longer finite, so it stopped.`;
+    if (loss > guessing + 0.5) return EXPLODED;
+    if (knobs.mask === "none" && loss < guessing / 3) return CHEATS;
+    if (text.length < 2000) return BY_HEART;
+    if (loss > best + 0.05) return `The validation loss was lowest, ${best.toFixed(2)}, at step ${bestStep}: ${OVERFITS}`;
+    return "";
+  }
+}
+
+const EXPLODED =
+  "It exploded: its loss is above that of guessing. Each step goes too far, past where the loss is low. Start over with a " +
+  "lower learning_rate.";
+const CHEATS =
+  "This loss is a lie. Without the mask a token sees those after it, so the model copies the next token instead of " +
+  "predicting it. When it writes, there is no next token to copy: what it writes is nonsense.";
+const BY_HEART =
+  "This text is too short to hold a part of it out. The validation loss is that of the text itself: it says how well the " +
+  "model knows the text by heart.";
+const OVERFITS =
+  "since then the model has learned its text by heart, rather than what all such texts have in common. A longer text helps.";
+
+const last = (points) => points.at(-1)[1].toFixed(3);
+const only = (knobs, keys) => Object.fromEntries(Object.entries(knobs).filter(([name]) => name in keys));
+const duration = (seconds) => (seconds < 100 ? `${Math.ceil(seconds)} s` : `${Math.ceil(seconds / 60)} min`);
+
+/** The settings in which a training differs from the present one. */
+function differences(knobs, now) {
+  const names = Object.keys(knobs).filter((name) => knobs[name] !== now[name]);
+  return names.map((name) => `${name}=${knobs[name]}`).join(", ") || "the same, before";
+}
+
+/** At most 150 points instead of many: the means of neighbours. */
+function binnedMeans(points) {
+  const size = Math.ceil(points.length / 150);
+  return Array.from({ length: Math.ceil(points.length / size) || 0 }, (_, i) => {
+    const part = points.slice(i * size, (i + 1) * size);
+    return [part.at(-1)[0], meanOf(part.map(([, loss]) => loss))];
+  });
+}
