@@ -230,15 +230,13 @@ function alignment(app) {
 // The sections
 
 function attentionPanel(app) {
-  const chosen = [
-    controlRow(layerPicker(app), headPicker(app)),
-    sentence(() => attentionText(app)),
-    arcs(app),
-    keyStrip(app),
-  ];
   const heads = ["key", "q·k", "/ √D", "+ mask", "softmax"];
   return [
-    group("beside", headGrid(app, "attn"), group("drawn", chosen)),
+    sentence(() => attentionText(app)),
+    headGrid(app, "attn"),
+    controlRow(layerPicker(app), headPicker(app)),
+    arcs(app),
+    keyStrip(app),
     attentionMatrix(app, "attn"),
     sentence(
       () =>
@@ -269,7 +267,7 @@ function pairStrips(app) {
   const key = () => Math.min(app.at.key, app.at.t);
   const shared = () => keyStart(app.config, app.at.head);
   const normed = app.config.qk_norm ? ", normalised" : "";
-  const rotated = app.config.position === "rotary" ? " and rotated" : "";
+  const rotated = app.config.position === "rotary" ? " and rotated by its position" : "";
   const made = `${normed}${normed ? rotated : rotated.replace(" and", ",")}`;
   const own = () => app.at.head * size;
   return [
@@ -303,7 +301,7 @@ function queryRows(app) {
 function headsPanel(app) {
   const text =
     `Each head projects all ${app.config.n_embd} features to a query, a key and a value of its own, ` +
-    `${headSize(app.config)} wide; the outputs of the heads lie side by side and go through the projection.`;
+    `of ${headSize(app.config)} features each; the outputs of the heads lie side by side and go through a projection.`;
   const grid = headGrid(app, "attn", { oneLayer: true });
-  return [controlRow(layerPicker(app)), grid, attentionMatrix(app, "attn"), h("p", {}, text)];
+  return [h("p", {}, text), grid, controlRow(layerPicker(app)), attentionMatrix(app, "attn")];
 }

@@ -178,7 +178,7 @@ class Strip {
     this.title = h("span", { class: "quiet" }, options.label);
     this.readout = h("b");
     this.range = h("span", { class: "range quiet" });
-    const head = h("div", { class: "strip-head" }, this.title, this.readout, this.range);
+    const head = h("div", { class: "strip-head" }, this.title, this.range, this.readout);
     this.root = h("div", { class: "strip" }, head, this.canvas);
     new ResizeObserver(() => this.draw()).observe(this.root);
     strips.add(this);

@@ -65,7 +65,7 @@ function learnedText(app, step, losses) {
   const rounding = rounded ? " Its weights are rounded to 8 bits." : "";
   if (!losses.length) return "A single token: there is nothing to predict yet." + rounding;
   const guesses = !step && Math.abs(meanOf(losses) - guessing) < 0.01;
-  const why = guesses ? " The head starts at zero, so all tokens are alike." : "";
+  const why = guesses ? " The output head starts at zero, so all tokens are alike." : "";
   return (
     `After step ${count(step)} the mean loss of this text is ${digits(meanOf(losses))}; guessing among all tokens ` +
     `has ${digits(guessing)}, ln of their number.${why}${rounding}`
@@ -85,6 +85,10 @@ function lossRow(app, losses) {
 // One step of training
 
 const RULES = { adamw: "AdamW", muon: "Muon and AdamW", normuon: "NorMuon and AdamW", gradient_descent: "plain" };
+
+const GRADIENT =
+  "The gradient: the derivative of the loss by each weight of your model, that is how the loss of this text changes " +
+  "with it. Select a number.";
 
 /** A copy of the model learns the text, and the gradient by which it does so. */
 function stepPanel(app) {
@@ -107,7 +111,7 @@ function stepPanel(app) {
     }
     const { before, after, losses, sizes } = answer;
     curve.show([...losses, meanOf(after.losses)]);
-    const caption = "The last step: norm of the gradient, norm of the weights, and how far the optimizer moved them";
+    const caption = "The last step: length (L2) of the gradient and the weights, and how far the optimizer moved them";
     const rows = sizes.map(({ name, gradient, weights, moved }) => {
       return [name, digits(gradient), digits(weights), percent(moved / weights)];
     });
@@ -131,7 +135,7 @@ function stepPanel(app) {
   const moves = Object.entries({ "Take a step": 1, "Take ten": 10, "Undo a step": -1 });
   const buttons = moves.map(([label, n]) => button(label, () => take(n)));
   const opened = gradientOf(app, asked);
-  return [controlRow(rule, rate, buttons), result, opened];
+  return [controlRow(rule, rate, buttons), result, h("p", {}, GRADIENT), opened];
 }
 
 function trialText(app, steps, before, after) {
@@ -173,8 +177,7 @@ function gradientOf(app, asked) {
   });
   const short = names.map((name) => name.replace("stack.", ""));
   const weights = picker("Weights", short, names.indexOf(state.name), (i) => ((state.name = names[i]), show()));
-  const what = "The gradient: how the loss of this text changes with each weight of your model. Select a number.";
-  return group("", h("p", {}, what), controlRow(weights, row), gradient, moved, result);
+  return group("drawn", controlRow(weights, row), gradient, moved, result);
 }
 
 // --------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 "use strict";
 
-/* The panels, in the order of the article's sections. The panels about attention are in attention.js.
+/* The panels, in the order of the article's sections, and last how the model came to be. Some are in attention.js and
+learning.js.
 
 Each has id, title and intro; needs: keys of NEEDS; alone: true if it needs no text; build(app): its parts: elements,
 and {root, update()}, which draws root for the text and the selection of now; also lists of parts, and nothing. */
@@ -70,7 +71,19 @@ function answered(app, topic, question, draw) {
 }
 
 function sentence(f) {
-  return drawn(() => h("p", {}, f()));
+  return drawn(() => h("p", {}, f()), { class: "text" });
+}
+
+/** Parts in rows: texts, and what they are about, which is beside them where there is room. */
+function inRows(parts) {
+  const rows = [];
+  for (const part of parts.flat(Infinity).filter(Boolean)) {
+    const isText = (part.root ?? part).matches("p, .text, .head-grid");
+    if (!rows.length || (isText && rows.at(-1).shown.length)) rows.push({ texts: [], shown: [] });
+    rows.at(-1)[isText ? "texts" : "shown"].push(part);
+  }
+  const row = ({ texts, shown }) => group("row drawn", group("texts drawn", texts), group("drawn", shown));
+  return rows.map(row);
 }
 
 /** A strip of the selected token's row of the trace. Each cell opens its arithmetic.
@@ -147,7 +160,7 @@ const NEEDS = {
 };
 
 // --------------------------------------------------------------------------------------
-// 1 and 2: leaf or flower
+// Leaf or flower
 
 function leafPanel() {
   const state = { x: [...LEAF], bias: false, relu: false, selected: ["hidden", 0] };
@@ -190,7 +203,7 @@ function leafPanel() {
   );
   draw();
   const controls = [controlRow(presets, switches, colour), group("controls wide", sliders)];
-  return [...controls, { root: drawing, update: draw }, sum, verdict];
+  return [...controls, { root: drawing, update: draw }, group("drawn", sum, verdict)];
 }
 
 function networkColumns({ x, sums, hidden, output }, { selected, relu }, onSelect) {
@@ -248,7 +261,7 @@ function weightLines({ children }, network, selected) {
 }
 
 function trainingPanel(app) {
-  return [h("h3", {}, "The leaf network, trained here"), new LeafTraining().root, runLoss(app)];
+  return [new LeafTraining().root, runLoss(app)];
 }
 
 const weightNames = (layer, inputs, outputs) =>
@@ -325,7 +338,7 @@ class LeafTraining {
         `valley and lands higher. Start over with a smaller rate.`
       : `Step ${steps}: loss ${loss.toFixed(4)}, ${Math.round(100 * accuracy)} % of 80 other objects right.`;
     const line = { name: "training loss", points: this.losses.map((y, x) => [x, y]), colour: 0 };
-    this.chart.show([line], { name: "ln 2: guessing", y: Math.LN2 });
+    this.chart.show([line], { name: "guessing: −ln ½", y: Math.LN2 });
     const another = WEIGHT_NAMES[(this.weight + 1) % WEIGHT_NAMES.length];
     this.pictures.show(this.network, this.objects, [WEIGHT_NAMES[this.weight], another]);
     const [name, layer, o, i] = WEIGHT_NAMES[this.weight];
@@ -336,19 +349,23 @@ class LeafTraining {
     this.nudge.textContent =
       `${name} is ${digits(this.network[layer].weight[o][i])}. Raised by ${NUDGE}, it ` +
       `changes the loss by ${minus((difference * NUDGE).toPrecision(2))}: ${digits(difference)} for each unit. By ` +
-      `the chain rule its derivative is ${digits(derivative)}, so a step of gradient descent ` +
-      `moves it by ${minus((-this.rate * derivative).toPrecision(2))}.`;
+      `the chain rule its derivative is ${digits(derivative)}. A step of gradient descent moves it by ` +
+      `${minus((-this.rate * derivative).toPrecision(2))}: minus the learning rate times this derivative.`;
   }
 }
 
+const RUN_LOSS =
+  "Your model learned in the same way. Its right answers are the tokens, characters or parts of words, that come " +
+  "next in a text. Its loss is in nats, as ln is the natural logarithm; the validation loss is of text that is new " +
+  "to it.";
+
 /** The losses of metrics.jsonl, if the run has them. */
 function runLoss(app) {
-  const title = h("h3", {}, "This run's own loss");
   const none = "The run's folder had no metrics.jsonl, so there is no curve to draw.";
-  if (!app.data.metrics.length) return h("div", {}, title, h("p", { class: "quiet" }, none));
+  if (!app.data.metrics.length) return h("p", { class: "quiet" }, none);
   const chart = new Chart("training and validation loss of this run");
   const V = app.model.tokenizer_vocab_size;
-  const level = { name: `ln ${V} = ${Math.log(V).toFixed(2)}: guessing`, y: Math.log(V) };
+  const level = { name: `guessing: −ln 1/${V} = ${Math.log(V).toFixed(2)}`, y: Math.log(V) };
   const update = () => {
     const { metrics } = app.data;
     const points = (key) => metrics.filter((row) => row[key] !== undefined).map((row) => [row.iter, row[key]]);
@@ -358,11 +375,11 @@ function runLoss(app) {
     ];
     chart.show(lines.filter(({ points }) => points.length), level);
   };
-  return group("", title, { root: chart.root, update });
+  return [h("p", {}, RUN_LOSS), { root: chart.root, update }];
 }
 
 // --------------------------------------------------------------------------------------
-// 3: writing
+// Writing
 
 function writingPanel(app) {
   return [
@@ -375,7 +392,7 @@ function writingPanel(app) {
       );
     }),
     sentence(() => windowText(app)),
-    drawn(() => table("The last tokens of the context", ["position", "token", "id"], contextRows(app), [0, 2])),
+    drawn(() => table("The context's last tokens", ["position", "token", "number: id"], contextRows(app), [0, 2])),
     !app.stack && [
       h("h3", {}, "The window network"),
       rowStrip(app, "window: its input", () => "window", { unit: "input" }),
@@ -397,8 +414,9 @@ function windowText(app) {
       `of them.`
     : "";
   return (
-    `The context has room for ${tokens(block_size)}; ${count(idx.length)} ${idx.length === 1 ? "is" : "are"} in it.` +
-    `${reach}${lost} Each new token is appended, and the network computes its row; the rows before it stay as they are.`
+    `Its context, all that it can read, has room for ${tokens(block_size)}; ${count(idx.length)} ` +
+    `${idx.length === 1 ? "is" : "are"} in it.${reach}${lost} The numbers of a new token are computed; those of the ` +
+    `tokens before it stay as they are.`
   );
 }
 
@@ -409,7 +427,7 @@ function contextRows(app) {
 }
 
 // --------------------------------------------------------------------------------------
-// 4 and 5: embeddings and sub-words
+// Embeddings and sub-words
 
 const NEIGHBOURS = 8;
 const NEAREST = "Nearest neighbours of its vector, by cosine: 1 has its direction, 0 is unrelated";
@@ -509,7 +527,7 @@ function mergeRows({ symbols, merges, scores, tokens }) {
 }
 
 // --------------------------------------------------------------------------------------
-// 7: softmax and sampling
+// Softmax and sampling
 
 /** Filter as sample.py does: temperature, top-k with ties, softmax, top-p, min-p, rescaling; or greedy. Returns logits
 and probs after each step. */
@@ -553,7 +571,9 @@ function softmaxPanel(app) {
   };
   const heads = ["token", "logit", "exp", "probability", "logit / temperature", "drawn with probability"];
   return [
-    drawn(() => [softmaxText(app), table("The most probable tokens", heads, softmaxRows(app), [1, 2, 3, 4, 5])]),
+    sentence(() => softmaxText(app)),
+    drawn(() => table("The most probable tokens", heads, softmaxRows(app), [1, 2, 3, 4, 5])),
+    h("p", {}, FILTERS),
     group(
       "controls wide",
       control("Temperature", "temperature", 0.1),
@@ -561,24 +581,23 @@ function softmaxPanel(app) {
       control("Top-p", "top_p", 0.05),
       control("Min-p", "min_p", 0.01),
     ),
-    h("p", {}, FILTERS),
     controlRow(button("Draw a token", draw), drawnToken),
   ];
 }
 
 const FILTERS =
-  "Logits are divided by the temperature: below 1 the likely become likelier. Top-k keeps only the k likeliest tokens. " +
-  "Top-p keeps the fewest of the likeliest whose probabilities add up to p. Min-p keeps the tokens that are at least " +
-  "min-p times as probable as the likeliest one.";
+  "Logits are divided by the temperature: below 1 the likely become likelier. Top-k keeps only the k likeliest " +
+  "tokens. Top-p keeps the fewest of the likeliest whose probabilities add up to p. Min-p keeps the tokens that are " +
+  "at least min-p times as probable as the likeliest one.";
 
 function softmaxText(app) {
   const logits = Array.from(app.logits().subarray(0, app.model.tokenizer_vocab_size));
   const largest = Math.max(...logits);
   const sum = logits.reduce((total, x) => total + Math.exp(x - largest), 0);
-  const text =
+  return (
     `The largest of ${logits.length} logits is ${digits(largest)}; it is subtracted first, which leaves the result ` +
-    `the same and avoids overflow. The sum of all exp(logit − ${digits(largest)}) is ${digits(sum)}. ${ROUNDED}`;
-  return h("p", {}, text);
+    `the same and avoids overflow. The sum of all exp(logit − ${digits(largest)}) is ${digits(sum)}. ${ROUNDED}`
+  );
 }
 
 function softmaxRows(app) {
@@ -596,7 +615,7 @@ function softmaxRows(app) {
 }
 
 // --------------------------------------------------------------------------------------
-// 8, 9, 10: residual stream, norm, dropout
+// Residual stream, MLP, norm, dropout
 
 function residualPanel(app) {
   const off = new Set();
@@ -637,10 +656,11 @@ function contributionList(app) {
     return h("li", { "data-value": value }, title, h("span", { class: "number" }, signed(value)), bar);
   });
   const cap = app.config.logit_soft_cap ? ", before its soft cap" : "";
-  const held = { layernorm: "'s mean and deviation are", rmsnorm: "'s root mean square is" }[app.config.norm];
+  const held = { layernorm: "mean and deviation are", rmsnorm: "root mean square is" }[app.config.norm];
   const text =
     `Together ${digits(sum)}: the logit${cap} less the mean over all tokens, since softmax ignores what all logits ` +
-    `share.${held ? ` The final norm${held} held.` : ""} Another next token can be chosen at its bar.`;
+    `share.${held ? ` The final norm's ${held} held; a section below explains norms.` : ""} Another next token can ` +
+    `be chosen at its bar.`;
   return [
     h("h3", {}, `What each part adds to the logit of “${shown(app.tokenizer, next)}”${cap}, above the mean of all`),
     h("ol", { class: "contributions", "data-sum": sum }, rows),
@@ -688,6 +708,7 @@ function mlpPanel(app) {
   const path = (rest) => () => blockPath(app, `feed_forward.${rest}`);
   const neurons = { unit: "neuron" };
   const gated = mlp === "gated";
+  const squashed = { relu: "ReLU", relu_squared: "ReLU squared" }[activation] ?? `${activation}, a smooth ReLU`;
   const reach = mlp_conv === 1 ? "the token before" : `the ${mlp_conv} tokens before`;
   const convolution =
     `Not quite by itself in this run: by a short convolution each feature first takes a share of the same feature of ` +
@@ -698,7 +719,7 @@ function mlpPanel(app) {
     mlp_conv && [h("p", {}, convolution), rowStrip(app, "after the convolution", path("conv"))],
     gated && rowStrip(app, "gates, before activation", path("gate_proj"), neurons),
     rowStrip(app, gated ? "values" : "neurons, before activation", path("up_proj"), neurons),
-    h("p", {}, `Then each neuron's ${gated ? "gate" : "sum"} goes through ${activation}:`),
+    h("p", {}, `Then each neuron's ${gated ? "gate" : "sum"} goes through the activation function, ${squashed}:`),
     rowStrip(app, gated ? "gates" : "neurons", path("activation"), neurons),
     gated && rowStrip(app, "gate times value", path("hidden"), neurons),
     rowStrip(app, "what the MLP adds to the stream", path("down_proj")),
@@ -787,7 +808,7 @@ function dropoutPanel(app) {
 }
 
 // --------------------------------------------------------------------------------------
-// 12: positions
+// Positions
 
 function positionsPanel(app) {
   const scheme = app.config.position;
@@ -852,7 +873,7 @@ function dials(app) {
   const both = ["q", "k"].map((name) =>
     rowStrip(app, `${name === "q" ? "query" : "key"}, rotated`, () => blockPath(app, `attn.${name}`)),
   );
-  return [controlRow(control), { root: hands, update }, text, both];
+  return [controlRow(control), group("drawn", { root: hands, update }, text), both];
 }
 
 function slopes(app) {
@@ -890,20 +911,20 @@ function swapTokens(app) {
 }
 
 // --------------------------------------------------------------------------------------
-// 13 and 14: the whole models
+// The whole models
 
 function gptPanel(app) {
   const branches = branchesOf(app.trace, ownBlock(app)).map((branch) => BRANCH_NAMES[branch]);
   const text =
-    `Embedding, ${app.config.n_layer} layers, each a block of ${branches.join(", ")}; ` +
-    `${app.config.block === "post_norm" ? "" : "a final norm; "}the head. Read after every branch by the final norm ` +
-    `and the head, the stream shows the prediction as it forms (the logit lens).`;
+    `The embedding; ${counted(app.config.n_layer, "layer")}, each a block of ${branches.join(" and ")}; ` +
+    `${app.config.block === "post_norm" ? "" : "a final norm; "}and the output head, whose sums are the logits. Each ` +
+    `row of the table is what it would predict if the stream went no further: the logit lens.`;
   return [
     h("p", {}, text),
     drawn(() => lensTable(app)),
     controlRow(layerPicker(app)),
     rowStrip(app, "stream after this layer", () => blockPath(app, "output")),
-    rowStrip(app, "what the head reads", () => "output"),
+    rowStrip(app, "what the output head reads", () => "output"),
     rowStrip(app, "logits", () => "logits", { unit: "id" }),
   ];
 }
@@ -962,13 +983,15 @@ const PANELS = [
   {
     id: "leaf",
     alone: true,
-    title: "Start from zero",
-    short: "Start",
+    title: "A toy first: leaf or flower",
+    short: "Toy",
     chapter: "A simple neural network",
     build: leafPanel,
     intro:
-      "A toy, not your model: the first network of the article “Understanding LLMs from Scratch Using Middle " +
-      "School Math”, which tells leaves from flowers. Your model consists of sums like these, only of many more. Select a neuron.",
+      "Not your model yet: this is the network that the article “Understanding LLMs from Scratch Using Middle School " +
+      "Math” begins with. It tells leaves from flowers by four numbers, and can be seen whole; your model consists " +
+      "of the same sums, only of many more. A neuron is the sum of the numbers in the layer before it, each times " +
+      "the weight on its line: select one. Bias adds a number to each sum. ReLU makes negative sums in the middle 0.",
   },
   {
     id: "training",
@@ -977,40 +1000,23 @@ const PANELS = [
     chapter: "How are these models trained?",
     build: trainingPanel,
     intro:
-      "The toy again. Its loss is how wrong it is: −ln of the probability of the right answer, on average. " +
-      "Gradient descent changes each weight a little, in the direction in which the loss falls.",
-  },
-  {
-    id: "learned",
-    title: "It learned this",
-    short: "Learned",
-    build: learnedPanel,
-    needs: ["snapshots"],
-    intro: "Your model as it was after each of these steps of its training, for the same text, from noise to now.",
-  },
-  {
-    id: "step",
-    title: "One step of training",
-    short: "One step",
-    build: stepPanel,
-    needs: ["training"],
-    intro:
-      "A copy of your model learns this text alone, from the run's weights: each weight moves against its derivative, " +
-      "that is how the loss changes with it; all of these are the gradient. Nothing else here changes.",
+      "How the toy gets its weights. Its loss is how wrong it is: −ln of the probability of the right answer, which " +
+      "it computes by softmax, explained below; on average over 80 objects. Gradient descent changes each weight a " +
+      "little, in the direction in which the loss falls.",
   },
   {
     id: "writing",
     title: "Writing",
     chapter: "How does all this help generate language?",
     build: writingPanel,
-    intro: "A network that predicts the next token writes: the token is appended, and it predicts again.",
+    intro: "From here on, your model. It predicts the next token, appends it to the text, and predicts again.",
   },
   {
     id: "embeddings",
     title: "Embeddings",
     chapter: "Embeddings",
     build: embeddingsPanel,
-    intro: "To the model a token is a list of numbers, a vector of features, which is trained with the rest.",
+    intro: "To the model a token is a list of numbers: its embedding, a vector of features, trained with the rest.",
   },
   {
     id: "subwords",
@@ -1027,8 +1033,10 @@ const PANELS = [
     build: attentionPanel,
     needs: ["stack"],
     intro:
-      "Each token makes three vectors: a query, what it looks for; a key, what it has; a value, what it passes on. " +
-      "A query is multiplied with the key of each token up to its own; by these scores the values are mixed.",
+      "Each token makes three vectors by projections, which are sums with trained weights: a query, what it looks " +
+      "for; a key, what it has; a value, what it passes on. A query is multiplied with the key of each token up to " +
+      "its own. Softmax, the next section, makes these scores weights that add up to 1, by which the values are " +
+      "mixed. All this happens in each layer of the model, one after the other, and in several heads at once.",
   },
   {
     id: "softmax",
@@ -1036,8 +1044,8 @@ const PANELS = [
     chapter: "Softmax",
     build: softmaxPanel,
     intro:
-      "Each token's score, its logit, becomes a probability: exp(logit), divided by the sum of all of these. Then " +
-      "one token is drawn.",
+      "At the end each token that the model knows has a score, its logit. It becomes a probability: exp(logit), " +
+      "divided by the sum of all of these. Then one token is drawn.",
   },
   {
     id: "residual",
@@ -1047,8 +1055,8 @@ const PANELS = [
     build: residualPanel,
     needs: ["stack"],
     intro:
-      "A layer is a block of two branches, attention and MLP; each adds its output to the residual stream, the " +
-      "vector that runs through the model.",
+      "In your model a layer is a block of branches: attention, and a small network, the MLP of the next section. " +
+      "Each adds its output to the residual stream, the vector of a token on its way through the model.",
   },
   {
     id: "mlp",
@@ -1057,8 +1065,8 @@ const PANELS = [
     build: mlpPanel,
     needs: ["stack", "mlp"],
     intro:
-      "In each layer, after attention has gathered, a small network like the first one, a multi-layer perceptron " +
-      "(MLP), works on each token by itself.",
+      "In each layer, after attention has gathered, a small network like the toy, a multi-layer perceptron (MLP), " +
+      "works on each token by itself.",
   },
   {
     id: "norm",
@@ -1108,6 +1116,24 @@ const PANELS = [
     short: "Transformer",
     build: transformerPanel,
     needs: ["encoder"],
-    intro: "The original one has an encoder, which reads, and a decoder, which writes.",
+    intro: "The original one, made for translation, has an encoder, which reads, and a decoder, which writes.",
+  },
+  {
+    id: "learned",
+    title: "It learned this",
+    short: "Learned",
+    build: learnedPanel,
+    needs: ["snapshots"],
+    intro: "Your model as it was after each of these steps of its training, for the same text, from noise to now.",
+  },
+  {
+    id: "step",
+    title: "One step of training",
+    short: "One step",
+    build: stepPanel,
+    needs: ["training"],
+    intro:
+      "A copy of your model learns this text alone; nothing else here changes. The optimizer is the rule by which " +
+      "the gradient moves the weights: the run's own, or plain as for the toy.",
   },
 ];

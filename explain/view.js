@@ -505,7 +505,8 @@ class App {
       if (!this.trace && !lack && !panel.alone) return;
       const chapter = panel.chapter && ` In plain Python: “${panel.chapter}” in from_scratch.py.`;
       const intro = h("p", { class: "quiet" }, panel.intro, chapter);
-      panel.built = group("panel-body", intro, lack ? missingNote(lack[1], lack[2]) : panel.build(this));
+      const parts = lack ? missingNote(lack[1], lack[2]) : panel.build(this);
+      panel.built = group("panel-body drawn", inRows([intro, parts]));
       panel.root.append(panel.built.root);
     }
     if (!this.trace) return;
