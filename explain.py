@@ -25,7 +25,7 @@ SOURCES = Path(__file__).parent / "explain"
 @dataclass(frozen=True)
 class ExplainConfig:
     # explain
-    out_dir: str = "out"  # folder of the run
+    out_dir: str = "out"  # folder of the run, or a checkpoint in it
     checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt
     to: str | None = None  # HTML file to write; None: explain.html beside the checkpoint
     start: str | None = None  # text that the page shows first

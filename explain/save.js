@@ -51,8 +51,8 @@ ${lines(settings, defaults.settings)}`;
 }
 
 function pythonLiteral(value) {
-  const json = JSON.stringify(value);
-  return { null: "None", true: "True", false: "False" }[json] ?? json;
+  if (typeof value === "boolean") return value ? "True" : "False";
+  return JSON.stringify(value);
 }
 
 // --------------------------------------------------------------------------------------
