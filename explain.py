@@ -25,9 +25,9 @@ SOURCES = Path(__file__).parent / "explain"
 @dataclass(frozen=True)
 class ExplainConfig:
     # explain
-    out_dir: str = "out"  # folder of the run
+    out_dir: str = "out"  # folder of the run, or a checkpoint in it
     checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt
-    to: str | None = None  # HTML file to write; None: explain.html in out_dir
+    to: str | None = None  # HTML file to write; None: explain.html beside the checkpoint
     start: str | None = None  # text that the page shows first
     snapshots: bool = True  # include the weights of earlier steps in the page
 
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
 
     checkpoint = find_checkpoint(Path(config.out_dir), config.checkpoint)
     page = fill(to_text(page_data(checkpoint, config.start, config.snapshots)))
-    path = Path(config.to or Path(config.out_dir) / "explain.html")
+    path = Path(config.to or checkpoint.with_name("explain.html"))
     write_whole(path, lambda file: file.write(page))
     print(f"{path}: {len(page) / 1e6:.1f} MB; open it in a browser")
 

@@ -2,20 +2,21 @@
 
 /* From the data that humptygpt/page/page_data.py wrote into the page to the model and the tokenizer. */
 
-/** CRC-32 of a text of ASCII characters, as in zlib. */
-function crc32(text) {
+/** CRC-32 of bytes, as in zlib. */
+function crc32(bytes) {
   const table = Uint32Array.from({ length: 256 }, (_, n) => {
     for (let bit = 0; bit < 8; bit++) n = n & 1 ? 0xedb88320 ^ (n >>> 1) : n >>> 1;
     return n;
   });
   let crc = 0xffffffff;
-  for (let i = 0; i < text.length; i++) crc = table[(crc ^ text.charCodeAt(i)) & 255] ^ (crc >>> 8);
+  for (const byte of bytes) crc = table[(crc ^ byte) & 255] ^ (crc >>> 8);
   return (crc ^ 0xffffffff) >>> 0;
 }
 
 /** Parse the data of a page. Throws an Error if it was damaged. checksum: CRC-32 of the text, 8 hexadecimal digits. */
 function readData(text, checksum) {
-  if (crc32(text) !== parseInt(checksum, 16)) throw new Error("its checksum is not that of the data");
+  const bytes = new TextEncoder().encode(text);
+  if (crc32(bytes) !== parseInt(checksum, 16)) throw new Error("its checksum is not that of the data");
   return JSON.parse(text);
 }
 
@@ -187,5 +188,5 @@ function readPair({ model, tokenizer }, sourceText, targetText, ids = tokenizer.
 if (typeof module !== "undefined") {
   Object.assign(globalThis, require("./engine.js"));
   const models = { load, makeModel, makeSnapshot, mapTree, namedWeights };
-  module.exports = { ...models, contextStart, crc32, idsOf, readData, readPair, readText };
+  module.exports = { ...models, contextStart, crc32, idsOf, readData, readPair, readText, sizeOf };
 }

@@ -188,4 +188,4 @@ const TOKENIZERS = {
   bpe: bytePairTokenizer,
 };
 
-if (typeof module !== "undefined") module.exports = { TOKENIZERS, makeTokenizer };
+if (typeof module !== "undefined") module.exports = { TOKENIZERS, makeTokenizer, utf8 };

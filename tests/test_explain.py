@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import test_model
 import torch
-from conftest import TINY_RUN, prepare_tiny
+from conftest import TINY_MODEL, TINY_RUN, prepare_tiny
 from test_snapshots import restored
 from test_tokenizer import ALPHABET, EVERY, TEXT, anything
 from torch import Tensor, nn
@@ -28,8 +28,9 @@ from torch import Tensor, nn
 import explain
 import model as models
 import prepare_data
+import sample
 import train
-from humptygpt import checkpoint
+from humptygpt import checkpoint, cli
 from humptygpt import tokenizers as tokenizer
 from humptygpt.cli import UserError
 from humptygpt.data import TokenDataset
@@ -44,6 +45,8 @@ from humptygpt.page.known_settings import (
     known_logits,
     name_of,
 )
+from humptygpt.page.playground import playground_texts
+from humptygpt.prepare.sources import write_wills
 from humptygpt.prepare.vocabulary import train_byte_pairs, train_sentencepiece
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build, make_model_config
@@ -70,8 +73,9 @@ const { readFileSync } = require("node:fs");
 const root = process.argv[2];
 const functions = { ...require(`${root}/explain/model.js`), ...require(`${root}/explain/trace.js`) };
 const { makeTokenizer, TOKENIZERS } = require(`${root}/explain/tokenizer.js`);
-const { crc32, load, makeModel, makeSnapshot, namedWeights, readData, readPair, readText } =
+const { load, makeModel, makeSnapshot, mapTree, namedWeights, readData, readPair, readText } =
   require(`${root}/explain/data.js`);
+const { checkpointOf, configFile, torchSave } = require(`${root}/explain/save.js`);
 const arithmetic = require(`${root}/explain/arithmetic.js`);
 const { KERNEL, plainProduct, product } = require(`${root}/explain/kernel.js`);
 const { Engine } = require(`${root}/explain/engine.js`);
@@ -130,7 +134,6 @@ const answers = {
   erf: ({ args }) => args.map(functions.erf),
   softmax: ({ args }) => functions.softmax(args),
   activation: ({ name, args }) => args.map((x) => functions.ACTIVATIONS[name][0](x)),
-  crc32: ({ text }) => crc32(text),
   forward({ data, idx, source, off = [], only }) {
     const found = flatten(forward(makeModel(data), idx, { source, dropout: switchOff(off) }), "", {});
     return only ? Object.fromEntries(only.map((name) => [name, found[name]])) : found;
@@ -174,6 +177,18 @@ const answers = {
       return { idx: read.idx, probs: [...probs.at(-1)] };
     });
   },
+  /** The file of a third of a model's weights, so that all bits count, which are in longer arrays, as in an engine. */
+  async save({ data, ...saved }) {
+    const thirds = new Map(); // tied tensors stay tied
+    const third = ({ data, shape }) => ({ data: Float32Array.of(7, ...data.map((x) => x / 3)).subarray(1), shape });
+    const weights = mapTree(makeModel(data).weights, (x) => x.shape, (tensor) => {
+      if (!thirds.has(tensor)) thirds.set(tensor, third(tensor));
+      return thirds.get(tensor);
+    });
+    const file = torchSave(checkpointOf({ ...saved, weights }));
+    return Buffer.from(await file.arrayBuffer()).toString("base64");
+  },
+  config_file: (values) => configFile(values),
   /** The logits of a text at each snapshot that a page has, by the step. */
   snapshots({ path, idx, source }) {
     const html = readFileSync(path, "utf8");
@@ -1317,3 +1332,125 @@ def test_bad_input_is_one_line_and_writes_nothing(run_dir, fails):
     for argument, complaint in BAD.items():
         assert complaint in fails(explain.main, "--out_dir=out/run", argument)
     assert not list(Path.cwd().rglob("*.html*"))
+
+
+def test_the_page_of_a_checkpoint_is_written_beside_it(run_dir):
+    explain.main(["--out_dir=out/run/best.pt"])
+    assert data_in(run_dir / "explain.html")["name"] == "run"
+
+
+# --------------------------------------------------------------------------------------
+# Models that were trained in the page
+
+
+CHARACTERS = "\n '\"\\a<é…🙂"  # as many as test_model.tiny() has tokens
+# the settings that training.js obeys
+SETTINGS = {key: vars(TrainConfig())[key] for key in page_data.TRAINING.split()}
+SETTINGS |= {"optimizer": "muon", "min_lr": 0.0, "decay_lr": False, "learning_rate": 3e-7}
+SAVED = {
+    "GPT-2": {"bias": True},
+    "Llama": {
+        "position": "rotary",
+        "norm": "rmsnorm",
+        "mlp": "gated",
+        "activation": "silu",
+        "tie_weights": False,
+    },
+    "convolution": {"mlp_conv": 3, "qk_norm": True, "position": "sinusoidal"},
+}
+
+
+def save_in_page(node: Node, model: nn.Module, **progress) -> dict[str, Tensor]:
+    """Let the page write best.pt. Returns the weights that it must hold."""
+    saved = {"config": vars(model.config), "settings": SETTINGS}
+    saved["tokenizer"] = {"name": "char", "alphabet": CHARACTERS}
+    progress = {"iter": 7, "tokens": 2**40, "seconds": 1.5} | progress
+    file = node.ask("save", data=data_of(model), progress=progress, **saved)
+    Path("best.pt").write_bytes(base64.b64decode(file))
+    return {name: x.detach() / 3 for name, x in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_model_that_the_page_saves_is_the_same_in_python(node, name, capsys):
+    model = rounded(test_model.tiny(**SAVED[name]))
+    expected = save_in_page(node, model)
+    found = load("best.pt")
+    weights = found.model.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    assert found.model.config == model.config
+    assert found.tokenizer.state() == CharTokenizer(CHARACTERS).state()
+    assert found.description == "best.pt: iter 7, not evaluated yet"
+    assert found.saved["progress"]["tokens"] == 2**40
+    config = cli.restore(TrainConfig, found.saved["train_config"])
+    own = {"dataset": "playground", "out_dir": "out/playground"}
+    assert config == TrainConfig(**SETTINGS, **own)
+    argv = ["--out_dir=best.pt", "--start=<é", "--num_samples=1", "--max_new_tokens=20"]
+    sample.main(argv)
+    written = capsys.readouterr().out
+    assert written.startswith("<é") and len(written) == len("<é") + 20 + len("\n")
+
+
+def test_tied_weights_are_once_in_the_file_that_the_page_saves(node):
+    expected = save_in_page(node, rounded(test_model.tiny(tie_weights=True)))
+    saved = checkpoint.read_plain(Path("best.pt"))["model"]
+    tied = [saved[f"{name}.weight"] for name in ("wte", "lm_head")]
+    assert len({x.untyped_storage().data_ptr() for x in tied}) == 1
+    numbers = {name: x.untyped_storage().data_ptr() for name, x in saved.items()}
+    assert len(set(numbers.values())) == len(expected) - 1
+
+
+def test_a_model_that_the_page_saves_is_explained_and_trained_further(node, capsys):
+    save_in_page(node, rounded(test_model.tiny()), best_val_loss=2)
+    explain.main(["--out_dir=best.pt"])
+    data = data_in(Path("explain.html"))
+    assert data["progress"] == {"iter": 7, "best_val_loss": 2}
+    assert data["training"] == SETTINGS and data["tokenizer"]["alphabet"] == CHARACTERS
+    Path("more.txt").write_text(20 * CHARACTERS, encoding="utf-8")
+    argv = [key for key in TINY_RUN if key not in (*TINY_MODEL, "--dataset=tiny")]
+    assert train.main([*argv, "--init_from=best.pt", "--input=more.txt"]) == 0
+    # as of a model that was trained from scratch
+    further = load("out/run").saved["train_config"]
+    assert (further["optimizer"], further["learning_rate"]) == ("muon", 1.5e-7)
+
+
+def test_a_file_of_the_page_that_is_damaged_is_refused_in_one_line(node, fails):
+    save_in_page(node, rounded(test_model.tiny()))
+    whole = Path("best.pt").read_bytes()
+    middle = len(whole) // 2
+    flipped = bytes([whole[middle] ^ 1])
+    for damaged in (whole[:middle], whole[:middle] + flipped + whole[middle + 1 :]):
+        Path("best.pt").write_bytes(damaged)
+        assert "it is truncated, damaged or" in fails(sample.main, "--out_dir=best.pt")
+
+
+def test_the_config_file_that_the_page_saves_has_the_settings_that_are_no_defaults(node):
+    defaults = {"config": vars(ModelConfig()), "settings": vars(TrainConfig())}
+    chosen = {"vocab_size": 11, "tie_weights": False, "position": "rotary", "n_kv_head": 1}
+    config = defaults["config"] | chosen
+    text = node.ask("config_file", config=config, settings=SETTINGS, defaults=defaults)
+    Path("playground.py").write_text(text)
+    keys = cli.read(["playground.py"], ModelConfig, TrainConfig)
+    made = cli.make(TrainConfig, keys)
+    assert made == TrainConfig(**SETTINGS, input="playground.txt")
+    # train.py takes the size of the vocabulary from the text
+    assert cli.make(ModelConfig, keys) == ModelConfig(**chosen | {"vocab_size": None})
+    changed = {key for key, value in SETTINGS.items() if value != vars(TrainConfig())[key]}
+    assert keys.keys() == chosen.keys() - {"vocab_size"} | changed | {"input"}
+
+
+def test_the_texts_of_the_playground_are_short_and_python_reads_them_by_characters():
+    texts = playground_texts()
+    assert list(texts) == ["The rhyme", "Sonnets by Shakespeare", "Damian's sentences"]
+    for number, text in enumerate(texts.values()):
+        assert text.isascii() and 1000 < len(text) < 40_000
+        Path("playground.txt").write_text(text)
+        prepare_data.main(["--input=playground.txt", f"--name={number}"])
+        meta = json.loads(Path(f"data/{number}/meta.json").read_bytes())
+        assert meta["tokenizer"] == CharTokenizer("".join(sorted(set(text)))).state()
+    rhyme, sonnets, sentences = texts.values()
+    prepare_data.main(["humpty_dumpty"])
+    assert rhyme == Path("data/downloads/humpty_dumpty.txt").read_text()
+    lines = [poem.splitlines() for poem in sonnets.split("\n\n")]
+    assert len(lines) == 26 and all(len(poem) == 14 for poem in lines)
+    assert write_wills(200).startswith(sentences)

