@@ -2,6 +2,7 @@
 
     python explain.py --out_dir=out/shakespeare_char
     python explain.py --out_dir=out/shakespeare_char --start="ROMEO: What light through yon" --to=page.html
+    python explain.py --playground=playground.html     a page that trains a GPT, without a run
 
 The page is one file: it opens from disk in any browser, without a network, and can be sent by email. It holds the
 model's weights, rounded to 16 bits, the weights of the run's snapshots in 8 bits, the tokenizer and the losses.
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from humptygpt import cli, machine
-from humptygpt.cli import check_choices
+from humptygpt.cli import check_choices, refuse_vain
 from humptygpt.files import write_whole
 
 # torch takes seconds to import. main() imports it last, so that a misspelt key is reported at once.
@@ -30,6 +31,7 @@ class ExplainConfig:
     to: str | None = None  # HTML file to write; None: explain.html beside the checkpoint
     start: str | None = None  # text that the page shows first
     snapshots: bool = True  # include the weights of earlier steps in the page
+    playground: str | None = None  # HTML file to write, without a run: a page that trains a new GPT
 
     @classmethod
     def choices(cls) -> dict[str, tuple[str, ...]]:
@@ -40,13 +42,21 @@ class ExplainConfig:
 
 
 def main(argv: list[str]) -> None:
-    config = cli.make(ExplainConfig, cli.read(argv, ExplainConfig))
+    given = cli.read(argv, ExplainConfig)
+    config = cli.make(ExplainConfig, given)
+    others = given.keys() - {"playground"}
+    if config.playground:
+        refuse_vain(given, vars(config), dict.fromkeys(others, ("playground", (config.playground,))))
     from humptygpt.checkpoint import find_checkpoint
-    from humptygpt.page.page_data import page_data
+    from humptygpt.page.page_data import page_data, playground_data
 
-    checkpoint = find_checkpoint(Path(config.out_dir), config.checkpoint)
-    page = fill(to_text(page_data(checkpoint, config.start, config.snapshots)))
-    path = Path(config.to or checkpoint.with_name("explain.html"))
+    if config.playground:
+        path, data = Path(config.playground), playground_data()
+    else:
+        checkpoint = find_checkpoint(Path(config.out_dir), config.checkpoint)
+        path = Path(config.to or checkpoint.with_name("explain.html"))
+        data = page_data(checkpoint, config.start, config.snapshots)
+    page = fill(to_text(data))
     write_whole(path, lambda file: file.write(page))
     print(f"{path}: {len(page) / 1e6:.1f} MB; open it in a browser")
 

@@ -3,6 +3,7 @@
 import base64
 import math
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import nn
@@ -14,12 +15,15 @@ from humptygpt.data import TokenFiles, read_meta
 from humptygpt.loading import Loaded, from_run
 from humptygpt.loggers import read_metrics
 from humptygpt.page.known_settings import check_formulas, check_settings
+from humptygpt.page.playground import playground_texts
 from humptygpt.run import SNAPSHOTS, to_8_bits
+from humptygpt.settings import TrainConfig
 from humptygpt.tokenizers import END_OF_TEXT, SentencePieceTokenizer, Tokenizer
+from model import ModelConfig
 
 # keys of TrainConfig that training.js in explain/ obeys
 TRAINING = "optimizer learning_rate muon_learning_rate muon_momentum beta1 beta2 weight_decay grad_clip"
-TRAINING += " max_iters decay_lr schedule warmup_iters lr_decay_iters min_lr"
+TRAINING += " max_iters decay_lr schedule warmup_iters lr_decay_iters min_lr batch_size seed"
 START_TOKENS = 64  # length of the text that a page starts with
 
 
@@ -49,6 +53,12 @@ def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> d
         "start": start or example_text(run),
         "metrics": read_metrics(path.with_name("metrics.jsonl")),
     }
+
+
+def playground_data() -> dict:
+    """Collect the data of a page that trains new models: texts, and the defaults of all settings."""
+    training = {key: getattr(TrainConfig, key) for key in TRAINING.split()}
+    return {"texts": playground_texts(), "config": asdict(ModelConfig()), "training": training}
 
 
 def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
