@@ -1,12 +1,12 @@
 "use strict";
 
-/* Files for Python, of a model that was trained in the page. data.js and tokenizer.js are needed. */
+/* The files in which a trained model leaves the page for Python. data.js and tokenizer.js are needed. */
 
-/** The entries of best.pt, for torchSave(): SCHEMA in humptygpt/checkpoint.py says what they are.
+/** The entries of best.pt, for torchSave(): SCHEMA in humptygpt/checkpoint.py describes them.
 
-config, settings: keys of ModelConfig and TrainConfig. weights: a tree of {data: Float32Array, shape} under the names
-of a state dict; tied tensors have the same data. progress: {iter: at least 1, tokens, seconds, and best_val_loss if
-the model was evaluated}. */
+config: keys of ModelConfig. settings: keys of TrainConfig, at least those of TRAINING in humptygpt/page/page_data.py.
+weights: a tree of {data: Float32Array, shape} under the names of a state dict; tied tensors have the same data.
+progress: iter, at least 1; tokens; seconds; and best_val_loss if the model was evaluated. */
 function checkpointOf({ config, settings, tokenizer: { alphabet }, weights, progress }) {
   const { iter, seconds } = progress;
   const same = { position: iter, best_iter: iter, run_seconds: seconds };
@@ -50,20 +50,18 @@ ${lines(config, sizes)}
 ${lines(settings, defaults.settings)}`;
 }
 
-function pythonLiteral(value) {
-  if (typeof value === "boolean") return value ? "True" : "False";
-  return JSON.stringify(value);
-}
+/** Python writes True and False where JSON has true and false. */
+const pythonLiteral = (value) => JSON.stringify(value).replace(/^[tf]/, (letter) => letter.toUpperCase());
 
 // --------------------------------------------------------------------------------------
 // The format of torch.save: a zip of a pickle and the numbers of each tensor. Bytes are characters up to U+00FF.
 
-/** A file that torch.load() reads, as a Blob. value: plain data and tensors; tensors with the same data share it. */
+/** A file that torch.load() reads, as a Blob. value: plain data and tensors; tensors with the same data share them. */
 function torchSave(value) {
   const storages = new Map(); // {data of tensors: its name}
   const pickle = `\x80\x02${pickled(value, storages)}.`; // protocol 2
-  const bytesOf = ({ buffer, byteOffset, byteLength }) => new Uint8Array(buffer, byteOffset, byteLength);
-  const tensors = Array.from(storages, ([data, name]) => [`data/${name}`, bytesOf(data)]);
+  const numbers = ({ buffer, byteOffset, byteLength }) => new Uint8Array(buffer, byteOffset, byteLength);
+  const tensors = Array.from(storages, ([data, name]) => [`data/${name}`, numbers(data)]);
   const texts = Object.entries({ "data.pkl": pickle, version: "3\n", byteorder: "little" });
   return zip([...texts.map(([name, text]) => [name, toBytes(text)]), ...tensors]);
 }
@@ -71,18 +69,23 @@ function torchSave(value) {
 const toBytes = (text) => Uint8Array.from(text, (char) => char.charCodeAt(0));
 const fromBytes = (bytes) => String.fromCharCode(...bytes);
 
-/** The lowest byte comes first. */
-const integers = (size) => (...values) =>
-  fromBytes(values.flatMap((value) => Array.from({ length: size }, (_, i) => Math.floor(value / 256 ** i) & 255)));
-const [int16, int32, int64] = [2, 4, 8].map(integers);
+/** Whole numbers as bytes, the lowest byte first. */
+function integers(size, values) {
+  const bytesOf = (value) => Array.from({ length: size }, (_, i) => Math.floor(value / 256 ** i) & 255);
+  return fromBytes(values.flatMap(bytesOf));
+}
 
-/** The operations by which Python makes a value. Python turns a whole number into a float where a setting is one. */
+const int16 = (...values) => integers(2, values);
+const int32 = (...values) => integers(4, values);
+
+/** The operations that make a value; Python's pickletools explains them. "(" begins the items that "t" makes a tuple,
+"e" adds to a list and "u" to a dictionary. A whole number becomes an int, which Python accepts for a float, too. */
 function pickled(value, storages) {
   const all = (...values) => values.map((each) => pickled(each, storages)).join("");
   if (value === null) return "N";
   if (typeof value === "boolean") return value ? "\x88" : "\x89";
   if (typeof value === "string") return `X${int32(utf8(value).length)}${utf8(value)}`;
-  if (Number.isSafeInteger(value)) return `\x8a\x08${int64(value)}`;
+  if (Number.isSafeInteger(value)) return `\x8a\x08${integers(8, [value])}`;
   if (typeof value === "number") return `G${fromBytes(new Uint8Array(Float64Array.of(value).buffer).reverse())}`;
   if (Array.isArray(value)) return `](${all(...value)}e`;
   if (!value.shape) return `}(${all(...Object.entries(value).flat())}u`;
@@ -100,7 +103,7 @@ function zip(files) {
   for (const [name, bytes] of files) {
     const path = `best/${name}`;
     const sizes = int32(crc32(bytes), bytes.length, bytes.length);
-    const about = `${int16(20, 0, 0, 0, 33)}${sizes}${int16(path.length, 0)}`; // of 1980-01-01
+    const about = `${int16(20, 0, 0, 0, 33)}${sizes}${int16(path.length, 0)}`; // version 2.0, of 1980-01-01
     const header = `PK\x03\x04${about}${path}`;
     directory.push(`PK\x01\x02${int16(20)}${about}${int16(0, 0, 0)}${int32(0, at)}${path}`);
     parts.push(toBytes(header), bytes);
