@@ -84,72 +84,12 @@ function lossRow(app, losses) {
 // --------------------------------------------------------------------------------------
 // One step of training
 
-const RULES = { adamw: "AdamW", muon: "Muon and AdamW", normuon: "NorMuon and AdamW", gradient_descent: "plain" };
-
 const GRADIENT =
   "The gradient: the derivative of the loss by each weight of your model, that is how the loss of this text changes " +
   "with it. Select a number.";
 
-/** A copy of the model learns the text, and the gradient by which it does so. */
-function stepPanel(app) {
-  const rules = [app.data.training.optimizer, "gradient_descent"];
-  const state = { optimizer: rules[0], factor: 1, count: 0, text: null, undone: false };
-  const asked = () => ({ idx: app.trace.idx, optimizer: state.optimizer, factor: state.factor });
-  const question = () => {
-    const { idx } = app.trace;
-    const text = JSON.stringify(idx);
-    if (state.text !== text) Object.assign(state, { text, count: 0, undone: state.count > 0 });
-    return idx.length > 1 ? { ...asked(), count: state.count } : null;
-  };
-  const curve = new Strip({ label: "Mean loss before each step, in nats", unit: "step" });
-  const result = answered(app, "descend", question, (answer) => {
-    if (!answer?.sizes) {
-      const loss = answer ? ` The mean loss of this text is ${digits(meanOf(answer.before.losses))}.` : "";
-      const more = app.trace.idx.length < 2 ? " A single token has no loss: type another." : loss;
-      const undone = state.undone ? " The text changed, so its steps are undone." : "";
-      return h("p", { class: "quiet", role: "status" }, `The weights are those of the run.${undone}${more}`);
-    }
-    const { before, after, losses, sizes } = answer;
-    curve.show([...losses, meanOf(after.losses)]);
-    const caption = "The last step: length (L2) of the gradient and the weights, and how far the optimizer moved them";
-    const rows = sizes.map(({ name, gradient, weights, moved }) => {
-      return [name, digits(gradient), digits(weights), percent(moved / weights)];
-    });
-    return [
-      h("p", { role: "status", "data-loss": meanOf(after.losses) }, trialText(app, state.count, before, after)),
-      curve.root,
-      comparison(app, "The next token", ["before", "after"], [before.probs, after.probs]),
-      table(caption, ["part", "gradient", "weights", "moved"], rows, [1, 2, 3]),
-    ];
-  });
-  const change = (changes) => {
-    Object.assign(state, { undone: false }, changes);
-    result.update();
-    opened.update();
-  };
-  const take = (steps) => change({ count: Math.max(state.count + steps, 0) });
-  const named = rules.map((name) => RULES[name]);
-  const rule = picker("Optimizer", named, 0, (i) => change({ optimizer: rules[i], count: 0 }));
-  const rates = { min: -2, max: 2, step: 0.1, value: 0, format: (x) => `${(10 ** x).toPrecision(2)} × the run's` };
-  const rate = slider("Learning rate", rates, (x) => change({ factor: 10 ** x, count: 0 }));
-  const moves = Object.entries({ "Take a step": 1, "Take ten": 10, "Undo a step": -1 });
-  const buttons = moves.map(([label, n]) => button(label, () => take(n)));
-  const opened = gradientOf(app, asked);
-  return [controlRow(rule, rate, buttons), result, h("p", {}, GRADIENT), opened];
-}
-
-function trialText(app, steps, before, after) {
-  const [was, is] = [before, after].map(({ losses }) => meanOf(losses));
-  const guessing = Math.log(app.model.tokenizer_vocab_size);
-  const outcome = `${counted(steps, "step")} on this text: its mean loss was ${digits(was)} and is ${digits(is)}.`;
-  if (is <= Math.max(was, guessing) + 1)
-    return `${outcome} A trial: the picture above still has the weights of the run.`;
-  const worse = `It exploded: guessing among all tokens has ${digits(guessing)}.`;
-  return `${outcome} ${worse} Each step goes too far, past where the loss is low. Undo, and try a lower rate.`;
-}
-
 /** The gradient by one row of any weights, and how far a step moves them. Each number opens to its sum. */
-function gradientOf(app, asked) {
+function stepPanel(app) {
   const { names } = app.data;
   const state = { name: names.find((name) => name.endsWith("up_proj.weight")) ?? names[0], row: 0 };
   const path = () => `gradient.weights.${state.name}`;
@@ -169,15 +109,17 @@ function gradientOf(app, asked) {
     gradient.update();
     moved.show(Array.from(lookUp(app.trace, path().replace("weights", "moved"))[state.row]));
   };
-  const question = () => (app.trace.idx.length > 1 ? asked() : null);
+  const question = () => (app.trace.idx.length > 1 ? { idx: app.trace.idx } : null);
   const result = answered(app, "gradient", question, (answer, then) => {
     if (answer) then.trace.gradient = unpack(answer);
     show();
-    return null;
+    const { loss, norm } = answer ?? {};
+    const known = answer && `The mean loss of this text is ${digits(loss)}, the length (L2) of its gradient ${digits(norm)}.`;
+    return h("p", { role: "status" }, known ?? "A single token has no loss: type another.");
   });
   const short = names.map((name) => name.replace("stack.", ""));
   const weights = picker("Weights", short, names.indexOf(state.name), (i) => ((state.name = names[i]), show()));
-  return group("drawn", controlRow(weights, row), gradient, moved, result);
+  return [result, h("p", {}, GRADIENT), controlRow(weights, row), gradient, moved];
 }
 
 // --------------------------------------------------------------------------------------

@@ -1133,7 +1133,7 @@ const PANELS = [
     build: stepPanel,
     needs: ["training"],
     intro:
-      "A copy of your model learns this text alone; nothing else here changes. The optimizer is the rule by which " +
-      "the gradient moves the weights: the run's own, or plain as for the toy.",
+      "What a step of training on this text alone would change. The optimizer is the rule by which the gradient moves " +
+      "the weights. At the top of this page the model takes such steps.",
   },
 ];

@@ -21,6 +21,10 @@ const KNOBS = {
   seed: [1, 2, 3, 4, 5],
 };
 const OF_TRAINING = ["batch_size", "max_iters", "learning_rate", "optimizer", "seed"];
+/** What a new page begins with, and with each of its texts, where that is not the default of a config. */
+const PLAIN = { n_layer: 2, n_head: 4, n_embd: 64, block_size: 64, position: "rotary", activation: "relu", batch_size: 8 };
+const SHORT = { warmup_iters: 10, max_iters: 300, learning_rate: 0.004, seed: 1 };
+const MEANINGS = { "block=plain": "plain: no residual" };
 const OWN = "Your own text";
 const EDITABLE = 20000; // characters of a text that can be edited in the page
 const LONGEST = 2e6; // characters that are learned
@@ -29,18 +33,19 @@ const FOLLOW_EVERY = 300; // ms between two looks at the weights of a training
 
 class Playground {
   constructor(app, { texts, config, training }) {
-    Object.assign(this, { app, texts, config, training });
+    Object.assign(this, { app, texts, config });
+    this.training = { ...training, ...(config && SHORT) };
     this.root = element("playground");
     if (!texts) return; // this page's model is of a kind that it cannot train
     this.names = Object.keys(KNOBS).filter((name) => config || OF_TRAINING.includes(name));
-    const initial = { ...config, ...training, mask: "causal" };
+    const initial = { ...config, ...this.training, ...(config && PLAIN), mask: "causal" };
     this.knobs = Object.fromEntries(this.names.map((name) => [name, initial[name]]));
     this.now = null; // {text, knobs, train and val: [step, loss] each, samples: [step, text] each, first, step, ms}
     this.earlier = []; // the same of trainings before
     this.followedAt = 0;
     this.running = null; // resolves when the training pauses
     this.changed = true; // have knobs or text changed since the training began
-    app.desk.onProgress = (news) => this.take(news);
+    app.desk.onEvent = (news) => this.take(news);
     this.build();
     this.chooseText(0);
   }
@@ -51,8 +56,8 @@ class Playground {
   build() {
     const { texts, config } = this;
     this.pickText = picker("Text", [...Object.keys(texts), OWN], 0, (i) => this.chooseText(i));
-    const file = h("input", { type: "file", "aria-label": "Open a file", onchange: () => this.readFile(file.files[0]) });
-    this.field = h("textarea", { rows: 4, dir: "auto", spellcheck: false, "aria-label": "The text that it learns" });
+    const file = h("input", { type: "file", class: "unseen", onchange: () => this.readFile(file.files[0]) });
+    this.field = h("textarea", { rows: 6, dir: "auto", spellcheck: false, "aria-label": "The text that it learns" });
     this.field.oninput = () => this.edit(this.field.value);
     this.note = h("p", { class: "note" });
     this.pickers = this.names.map((name) => {
@@ -68,17 +73,20 @@ class Playground {
     this.said = h("p", { role: "status" });
     this.chart = new Chart("loss of training and validation at each step");
     this.samples = h("ol", { class: "samples" });
-    const setup = [
-      controlRow(this.pickText, file),
-      [this.field, this.note],
-      controlRow(this.go, one, over, this.saveButtons()),
-      config && this.buildIdeas(),
+    const body = [
+      controlRow(this.go, one, over, config && this.buildIdeas(), this.saveButtons()),
       group("knobs", this.pickers),
+      group(
+        "training",
+        group("", controlRow(this.pickText, h("label", { class: "file" }, file, "Open a file")), this.field, this.note),
+        group("", this.chart, this.status, this.said),
+        group("", h("h3", {}, "What it writes"), h("p", { class: "note" }, "A step's number goes back to it."), this.samples),
+      ),
     ];
-    const writes = h("h3", {}, "What it writes, and wrote at earlier steps, to which a step's number goes back");
-    const body = group("training", group("setup", setup), group("outcome", this.status, this.said, this.chart, writes, this.samples));
-    if (config) this.root.append(h("h2", {}, "Train a GPT in this page"), body.root);
-    else this.root.append(h("details", {}, h("summary", {}, "Train it further in this page"), body.root));
+    const title = config ? "Train a GPT" : "Train it further";
+    const parts = group("playing", body).root;
+    if (config) this.root.append(h("h2", {}, title), parts);
+    else this.root.append(h("details", {}, h("summary", {}, title), parts));
     this.root.hidden = false;
     this.root.ondragover = (event) => event.preventDefault();
     this.root.ondrop = (event) => {
@@ -89,11 +97,11 @@ class Playground {
 
   chooseText(i) {
     const name = Object.keys(this.texts)[i] ?? OWN;
-    this.setText(this.texts[name] ?? "", PRESETS[name]);
+    this.setText(this.texts[name] ?? "");
     if (name === OWN) this.field.focus();
   }
 
-  setText(text, preset = {}) {
+  setText(text) {
     this.text = text.slice(0, LONGEST);
     this.field.readOnly = text.length > EDITABLE;
     const shown = this.field.readOnly ? `${text.slice(0, 2000)} …` : text;
@@ -101,7 +109,7 @@ class Playground {
     this.note.textContent =
       `${count(text.length)} characters${this.field.readOnly ? "; the first 2,000 are shown" : ""}` +
       `${text.length > LONGEST ? ` and the first ${count(LONGEST)} learned` : ""}. A text file can be dropped here.`;
-    this.turn(this.config ? preset : {});
+    this.turn({});
   }
 
   edit(text) {
@@ -117,6 +125,64 @@ class Playground {
     } catch {
       this.tell(`${file.name} is not a text in UTF-8. Save it as plain text, and open it again.`);
     }
+  }
+
+  /** Questions of the ladder: each trains the model with and without an idea. */
+  buildIdeas() {
+    let chosen = 0;
+    const says = h("p", { class: "note" });
+    const choose = (i) => {
+      chosen = i;
+      says.textContent = IDEAS[i].says;
+    };
+    const root = picker("Try an idea", IDEAS.map(({ title }) => title), 0, choose);
+    choose(0);
+    return group("controls idea", root, button("Try it", () => this.compare(IDEAS[chosen].arms)), says);
+  }
+
+  /** Train a model for each of these changes of the knobs, one after another, until one is paused. */
+  async compare(arms) {
+    const knobs = { ...this.knobs };
+    for (const changes of arms) {
+      this.turn({ ...knobs, ...changes });
+      if (!(await this.begin())) return;
+      await this.train(this.knobs.max_iters);
+      if (this.now.step < this.knobs.max_iters) return;
+    }
+  }
+
+  saveButtons() {
+    const name = "playground";
+    const files = {
+      "best.pt": () => torchSave(checkpointOf(this.trained())),
+      [`${name}.py`]: () => new Blob([configFile(this.trained())]),
+      [`${name}.txt`]: () => new Blob([this.now.text]),
+    };
+    const buttons = Object.entries(files).map(([file, make]) => button(file, () => this.save(file, make)));
+    return h("span", { class: "control save", role: "group", "aria-label": "Save" }, "Save", buttons);
+  }
+
+  /** What is saved: the model of this moment. */
+  trained() {
+    const { app, now, config, training } = this;
+    const { causal, ...model } = app.config;
+    const { progress } = this.record();
+    const seconds = (now.ms * now.step) / 1000;
+    const tokens = now.step * now.knobs.batch_size * model.block_size;
+    return {
+      config: model,
+      settings: { ...training, ...only(now.knobs, training) },
+      defaults: { config, settings: training },
+      tokenizer: app.data.tokenizer,
+      weights: app.model.weights,
+      progress: { ...progress, tokens, seconds },
+    };
+  }
+
+  save(file, make) {
+    if (!this.now?.step) return this.tell("There is nothing to save before the first step.");
+    if (this.now.knobs.mask === "none") return this.tell("model.py always has the mask, so this model cannot be saved.");
+    h("a", { href: URL.createObjectURL(make()), download: file }).click();
   }
 
   /** Set knobs. They hold for the next training. */
@@ -158,7 +224,7 @@ class Playground {
     this.now = { text, knobs: { ...knobs }, train: [], val: [], samples: [], first: begun.progress.step };
     this.changed = false;
     const kind = JSON.stringify([begun.model?.config, begun.data?.tokenizer]);
-    if (begun.model && kind !== this.kind) app.open(begun.data, begun.model);
+    if (begun.model && kind !== this.kind) app.show(begun.data, begun.model);
     this.kind = kind;
     this.tell("");
     this.take(begun.progress);
@@ -301,3 +367,7 @@ function binnedMeans(points) {
     return [part.at(-1)[0], meanOf(part.map(([, loss]) => loss))];
   });
 }
+
+const IDEAS = [
+  { title: "Residual connections", arms: [{ block: "plain" }, { block: "pre_norm" }], says: "" },
+];

@@ -57,7 +57,7 @@ function charactersOf(text) {
 // The run
 
 const LEAST_HELD = 200; // characters of a validation part: of a shorter text, all is learned and evaluated
-const CROPS = 24; // crops of each part that an evaluation reads
+const EVALUATED = 2048; // tokens that an evaluation reads
 const SAMPLE = 160; // tokens of a sample
 const WRITING = 200; // ms after which a sample ends before
 const MOST_KEPT = 40; // steps whose weights are kept
@@ -117,8 +117,9 @@ class Run {
   }
 
   evaluate() {
-    const crops = Array.from({ length: CROPS }, (_, i) => this.crop(this.held, i / (CROPS - 1)));
-    return meanLoss(this.trainer.model, crops);
+    const { model } = this.trainer;
+    const n = Math.ceil(EVALUATED / Math.min(model.config.block_size, this.held.length));
+    return meanLoss(model, Array.from({ length: n }, (_, i) => this.crop(this.held, i / n)));
   }
 
   /** What the model writes after the prompt, at temperature 0.8. */

@@ -45,11 +45,6 @@ function meanLoss(model, texts) {
 // --------------------------------------------------------------------------------------
 // Rules. Each changes the numbers of a weight by its gradient. state: what a rule keeps of a weight between steps.
 
-function gradientDescent(weight, state, { rate, clip }) {
-  const [W, G] = numbersOf(weight, weight.grad);
-  for (let i = 0; i < W.length; i++) W[i] -= rate * clip * G[i];
-}
-
 /** The rate times the mean gradient, divided by its root mean square. */
 function adamw(weight, state, { rate, decay, clip, step, beta1, beta2 }) {
   const [W, G] = numbersOf(weight, weight.grad);
@@ -129,7 +124,6 @@ const OPTIMIZERS = {
   adamw: [adamw, "learning_rate", adamw],
   muon: [muon, "muon_learning_rate", adamw],
   normuon: [normuon, "muon_learning_rate", adamw],
-  gradient_descent: [gradientDescent, "learning_rate", gradientDescent],
 };
 
 /** From 1 at progress 0 to 0 at progress 1. */

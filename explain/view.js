@@ -36,7 +36,7 @@ class App {
   }
 
   /** Show a model, instead of the one before. */
-  open(data, model) {
+  show(data, model) {
     const before = this.data && this.startTexts();
     Object.assign(this, { data, model, config: model.config, tokenizer: makeTokenizer(data.tokenizer) });
     this.translates = data.task === "translation";
@@ -64,7 +64,7 @@ class App {
     this.enterBars = walkable(element("bars"), { across: 2 });
     this.drawer = new Drawer(this);
     this.playground = new Playground(this, data);
-    if (model) this.open(data, model);
+    if (model) this.show(data, model);
     else await this.playground.begin();
     element("source-part").hidden = !this.translates;
     if (this.translates) element("text-label").textContent = "Its translation so far";
@@ -92,7 +92,7 @@ class App {
     const given = new URLSearchParams(location.hash.slice(1)).has("text");
     await this.restore(location.hash);
     if (!given && this.translates) this.goOn({ greedy: true });
-    else if (!given && !data.start) this.goOn({ greedy: false, most: OPENING });
+    else if (!given && !this.data.start) this.goOn({ greedy: false, most: OPENING });
     await this.buildAll();
     // on a phone, the field has a single line
     for (const id of ["text", "source"]) element(id).scrollTop = element(id).scrollHeight;

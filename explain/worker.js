@@ -6,7 +6,6 @@ The page asks under a topic; a newer question under the same topic makes the old
 next look, which comes every few tokens. Traces are kept, so that a text that begins as an earlier one costs only what
 follows. A trace goes to the page as the rows that it does not have yet, in one buffer that is handed over. */
 
-const PLAIN_RATE = 0.1; // learning rate of plain gradient descent
 const STRIDE = 16; // tokens between two looks at what has arrived
 const KEPT = 4; // number of traces that are kept
 const TELL_EVERY = 100; // ms between two reports of a training
@@ -26,7 +25,7 @@ class Computer {
     const parameters = weights.reduce((sum, [, { data }]) => sum + data.length, 0);
     this.data = { ...data, parameters, names: weights.map(([name]) => name), rounded: this.snapshots.length };
     Object.assign(this, { model, step: data.progress.iter, settings: data.training, run: null });
-    this.past = this.original = null;
+    this.past = this.original = this.learner = null;
     this.tokenizer = makeTokenizer(data.tokenizer);
     this.translates = data.task === "translation";
     this.forget();
@@ -158,7 +157,8 @@ const TOPICS = {
     let opened = {};
     if (config) {
       const tokenizer = charactersOf(text);
-      const model = untrainedModel({ ...config, vocab_size: tokenizer.pieces.lengths.length }, training.seed);
+      const vocab_size = tokenizer.pieces.lengths.length;
+      const model = untrainedModel({ ...config, vocab_size }, training.seed);
       const metrics = [{ iter: 0 }]; // the page adds those of the training
       const page = { name: "Playground", task: "language modelling", metrics, start: text.trimStart().slice(0, START) };
       opened = computer.open(model, { ...page, progress: { iter: 0 }, training, model: model.config, tokenizer });
@@ -170,6 +170,7 @@ const TOPICS = {
     weights.forEach(([, { data }], i) => data.set(original[i]));
     const prompt = computer.tokenizer.encode(computer.data.start).slice(0, START);
     computer.run = new Run(computer.model, { ids, prompt, first: computer.data.progress.iter }, training);
+    Object.assign(computer, { settings: training, learner: null });
     computer.step = null; // the shown weights may be those of another training
     computer.run.keep();
     return { ...opened, progress: computer.run.news() };
@@ -182,12 +183,12 @@ const TOPICS = {
       run.advance();
       if (run.step >= run.due || run.step === until) run.keep();
       if (performance.now() > told + TELL_EVERY) {
-        post({ progress: run.news() });
+        post({ event: run.news() });
         told = performance.now();
       }
       await nextMessage();
     }
-    post({ progress: run.news() });
+    post({ event: run.news() });
   },
 
   /** Go back to a step that was kept. */
@@ -241,38 +242,25 @@ const TOPICS = {
     return { losses: tokenLosses(trace), probs: trace.probs[t], attention, wte: trace.wte[t] };
   },
 
-  /** Train a copy of the model on these tokens alone for `count` steps. Returns losses and last prediction before and
-  after, the losses of all steps, and the sizes of the last step. factor: of the run's learning rate. */
-  async descend(computer, { idx, optimizer, factor, count }, wanted) {
-    const text = JSON.stringify([idx, optimizer, factor]);
-    if (computer.trial?.text !== text || computer.trial.trainer.steps > count) {
-      computer.trial = { text, trainer: makeTrainer(computer, optimizer, factor), losses: [], sizes: null };
-    }
-    const { trial } = computer;
-    while (trial.trainer.steps < count) {
-      const { losses, sizes } = stepWithSizes(trial.trainer, batchOf(idx));
-      trial.losses.push(meanOf(losses));
-      trial.sizes = sizes;
-      await nextMessage();
-      if (!wanted()) return null;
-    }
-    const [before, after] = [computer.model, trial.trainer.model].map((model) => outcome(model, idx));
-    return { before, after, losses: trial.losses, sizes: trial.sizes };
-  },
-
-  /** The derivatives of the loss of these tokens by the weights and by the numbers of their trace, and how far a step
-  moves each weight. */
-  gradient(computer, { idx, optimizer, factor }) {
-    const trainer = makeTrainer(computer, optimizer, factor);
+  /** The mean loss of these tokens, its derivatives by the weights and by the numbers of their trace, and how far the
+  first step of the run's optimizer moves each weight. */
+  gradient(computer, { idx }) {
+    const { model, settings } = computer;
+    const trainer = (computer.learner ??= new Trainer(model, { ...settings, decay_lr: false }));
+    const numbers = namedWeights(model).map(([, { data }]) => data);
+    trainer.restore({ steps: 0, numbers, states: numbers.map(() => ({})) });
     const { weights } = trainer.model;
     const gradients = (tree) => toRows(mapTree(tree, isMatrix, ({ gradient }) => gradient)); // null: nothing reads it
-    const before = new Map(trainer.weights.map(({ weight }) => [weight, weight.data.slice()]));
+    const before = new Map(trainer.weights.map(({ weight }, i) => [weight, numbers[i]]));
     let seen;
-    trainer.step(batchOf(idx), (trace) => (seen = { weights: gradients(weights), trace: gradients(trace) }));
+    const batch = [{ idx, targets: [...idx.slice(1), -1] }]; // each token predicts the next one
+    const { losses, norm } = trainer.step(batch, (trace) => {
+      seen = { weights: gradients(weights), trace: gradients(trace) };
+    });
     const moved = mapTree(weights, isMatrix, (weight) =>
       weight.toRows().map((row, r) => row.map((x, i) => x - before.get(weight)[r * row.length + i])),
     );
-    return pack({ ...seen, moved });
+    return { loss: meanOf(losses), norm, ...pack({ ...seen, moved }) };
   },
 
   /** The prediction after other tokens. */
@@ -286,52 +274,6 @@ const TOPICS = {
 function once(f) {
   let made;
   return () => (made ??= f());
-}
-
-function outcome(model, idx) {
-  const trace = forward(model, idx);
-  return { losses: tokenLosses(trace), probs: trace.probs.at(-1) };
-}
-
-/** A text as a batch: each token predicts the next one. */
-function batchOf(idx) {
-  return [{ idx, targets: [...idx.slice(1), -1] }];
-}
-
-/** A trainer of a copy of the run's model, by the run's rules at a constant rate, or by plain gradient descent. */
-function makeTrainer({ model, settings }, optimizer, factor) {
-  const rates = ["learning_rate", "muon_learning_rate"].map((key) => [key, settings[key] * factor]);
-  const keys = { ...settings, ...Object.fromEntries(rates), decay_lr: false, optimizer };
-  if (optimizer === "gradient_descent") Object.assign(keys, { learning_rate: PLAIN_RATE * factor, grad_clip: 0 });
-  return new Trainer(model, keys);
-}
-
-/** Take a step. Returns its losses, and of each part of the model the norms of its gradient, of its weights and of
-their change. */
-function stepWithSizes(trainer, batch) {
-  const { weights } = trainer;
-  const before = weights.map(({ weight }) => weight.data.slice());
-  let gradients;
-  const measure = () => (gradients = weights.map(({ weight }) => squaresOf(weight.grad)));
-  const { losses } = trainer.step(batch, measure);
-  const squares = weights.map(({ name, weight }, i) => ({
-    part: partOf(name),
-    gradient: gradients[i],
-    weights: squaresOf({ data: before[i] }),
-    moved: squaresOf({ data: weight.data.map((x, at) => x - before[i][at]) }),
-  }));
-  const parts = Map.groupBy(squares, ({ part }) => part);
-  const sizes = Array.from(parts, ([name, all]) => {
-    const norm = (key) => Math.sqrt(all.reduce((sum, each) => sum + each[key], 0));
-    return { name, gradient: norm("gradient"), weights: norm("weights"), moved: norm("moved") };
-  });
-  return { losses, sizes };
-}
-
-function partOf(name) {
-  const [, layer, branch] = name.match(/blocks\.(\d+)\.([a-z]+)/) ?? [];
-  if (layer) return `layer ${+layer + 1} ${branch === "attn" ? "attention" : "MLP"}`;
-  return { wte: "embedding", lm_head: "head" }[name.split(".")[0]] ?? (name.includes("wpe") ? "positions" : "norm");
 }
 
 // --------------------------------------------------------------------------------------
@@ -393,8 +335,8 @@ class Desk {
     this.asked = 0;
     const blob = new Blob([...scripts, "serve();"], { type: "text/javascript" });
     this.worker = new Worker(URL.createObjectURL(blob));
-    this.worker.onmessage = ({ data: { id, progress, ...answer } }) => {
-      if (progress) this.onProgress(progress);
+    this.worker.onmessage = ({ data: { id, event, ...answer } }) => {
+      if (event) this.onEvent(event);
       if (id === undefined) return;
       if (answer.moved) this.onMove(answer.moved);
       if (answer.news) this.take(answer.news);

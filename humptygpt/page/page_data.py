@@ -25,6 +25,7 @@ from model import ModelConfig
 TRAINING = "optimizer learning_rate muon_learning_rate muon_momentum beta1 beta2 weight_decay grad_clip"
 TRAINING += " max_iters decay_lr schedule warmup_iters lr_decay_iters min_lr batch_size seed"
 START_TOKENS = 64  # length of the text that a page starts with
+TEXT_TOKENS = 20_000  # length of the text on which a page goes on with the training
 
 
 def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> dict:
@@ -47,6 +48,7 @@ def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> d
         "task": run.task,
         "progress": progress,
         "training": {key: run.saved["train_config"][key] for key in TRAINING.split()},
+        "texts": training_texts(run),
         **model_data(shown),
         "snapshots": snapshot_data(path.parent, saved["iter"], shown) if snapshots else [],
         "tokenizer": tokenizer_data(run.tokenizer),
@@ -81,16 +83,29 @@ def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
 
 def example_text(run: Loaded) -> str:
     """Return the start of the validation split; for pairs, the first source. Returns "" if the data is missing."""
+    # only the first document, or the source of the first pair
+    text = read_split(run, "val", START_TOKENS).partition(END_OF_TEXT)[0]
+    # the split may begin in the middle of a line, so start with the next line
+    return text.partition("\n")[2].lstrip() or text
+
+
+def training_texts(run: Loaded) -> dict | None:
+    """Return the texts on which the page can go on with the training, by name; None if it cannot train this model."""
+    if run.model.config.model != "gpt" or run.task != "language modelling":
+        return None
+    text = read_split(run, "train", TEXT_TOKENS).replace(END_OF_TEXT, "\n\n")
+    return {"The beginning of its own text": text} if text else {}
+
+
+def read_split(run: Loaded, split: str, count: int) -> str:
+    """Decode the first tokens of a split of the run's data. Returns "" if the data is missing or has changed."""
     folder = Path("data", run.saved["train_config"]["dataset"])
     with suppress(UserError):
         meta = read_meta(folder)
-        val = TokenFiles(folder, "val", meta)
+        files = TokenFiles(folder, split, meta)
         if meta["tokenizer"] == run.saved["tokenizer"]:
-            text = run.tokenizer.decode(val.arrays[0][:START_TOKENS])
-            # only the first document, or the source of the first pair; its last character may be cut off
-            text = text.partition(END_OF_TEXT)[0].rstrip("\ufffd")
-            # the split may begin in the middle of a line, so start with the next line
-            return text.partition("\n")[2].lstrip() or text
+            # the last character may be cut off
+            return run.tokenizer.decode(files.arrays[0][:count]).rstrip("\ufffd")
     return ""
 
 
