@@ -79,9 +79,7 @@ function lossRow(app, losses) {
 
 const RULES = { adamw: "AdamW", muon: "Muon and AdamW", normuon: "NorMuon and AdamW", gradient_descent: "plain" };
 
-const GRADIENT =
-  "The gradient: the derivative of the loss by each weight of your model, that is how the loss of this text changes " +
-  "with it. Select a number.";
+const GRADIENT = "The gradient: by how much the loss changes with each weight, its derivative. Select a number.";
 
 /** A copy of the model learns the text, and the gradient by which it does so. */
 function stepPanel(app) {
