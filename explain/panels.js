@@ -915,8 +915,8 @@ function gptPanel(app) {
   const branches = branchesOf(app.trace, ownBlock(app)).map((branch) => BRANCH_NAMES[branch]);
   const text =
     `The embedding; ${counted(app.config.n_layer, "layer")}, each a block of ${branches.join(" and ")}; ` +
-    `${app.config.block === "post_norm" ? "" : "a final norm; "}and the output head, whose sums are the logits. If ` +
-    `the stream went no further than a part, the model would predict this row of the table: the logit lens.`;
+    `${app.config.block === "post_norm" ? "" : "a final norm; "}and the output head, whose sums are the logits. A ` +
+    `row of the table is what the model would predict if the stream ended after this part: the logit lens.`;
   return [
     h("p", {}, text),
     drawn(() => lensTable(app)),
@@ -1034,7 +1034,7 @@ const PANELS = [
       "Each token makes three vectors by projections, which are sums with trained weights: a query, what it looks " +
       "for; a key, what it has; a value, what it passes on. A query is multiplied with the key of each token up to " +
       "its own. By softmax, the next section, these scores become weights that add up to 1, by which the values are " +
-      "mixed. Your model does this in each of its layers, one after the other, and in one or more heads at once.",
+      "mixed. A model does this in each of its layers, one after the other, and in one or more heads at once.",
   },
   {
     id: "softmax",
@@ -1053,8 +1053,8 @@ const PANELS = [
     build: residualPanel,
     needs: ["stack"],
     intro:
-      "In your model a layer is a block of branches: attention, and a small network, the MLP of the next section. " +
-      "Each adds its output to the residual stream, the vector of a token on its way through the model.",
+      "Here a layer is a block of branches: attention, and a small network, the MLP of the next section. Each adds " +
+      "its output to the residual stream, the vector of a token on its way through the model.",
   },
   {
     id: "mlp",
