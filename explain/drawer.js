@@ -46,6 +46,8 @@ class Drawer {
   update() {
     const { app } = this;
     const { number } = app.at;
+    const from = document.activeElement.closest("#panels *") ?? this.opener;
+    if (element("drawer").classList.contains("open") !== Boolean(number)) app.hold(from);
     element("drawer").classList.toggle("open", Boolean(number));
     document.body.classList.toggle("drawn-out", Boolean(number));
     opened = number ? app.resolvePath(parseAddress(number).path) : null;

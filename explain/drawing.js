@@ -203,7 +203,7 @@ class Strip {
     const known = values.filter(Number.isFinite);
     this.max = max || known.reduce((most, x) => Math.max(most, Math.abs(x)), 0) || 1;
     const scale = `${known.some((x) => x < 0) ? "±" : "0 to "}${minus(+this.max.toPrecision(3))}`;
-    this.range.textContent = scales ? "each row from 0 to its largest" : `${scale}${note}`;
+    this.range.textContent = scales ? "each row to its largest" : `${scale}${note}`;
     this.canvas.setAttribute("aria-valuemax", Math.max(values.length - 1, 0));
     this.read();
     this.draw();

@@ -84,9 +84,7 @@ function lossRow(app, losses) {
 // --------------------------------------------------------------------------------------
 // One step of training
 
-const GRADIENT =
-  "The gradient: the derivative of the loss by each weight of your model, that is how the loss of this text changes " +
-  "with it. Select a number.";
+const GRADIENT = "The gradient: by how much the loss changes with each weight, its derivative. Select a number.";
 
 /** The gradient by one row of any weights, and how far a step moves them. Each number opens to its sum. */
 function stepPanel(app) {

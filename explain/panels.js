@@ -1,7 +1,6 @@
 "use strict";
 
-/* The panels, in the order of the article's sections, and last how the model came to be. Some are in attention.js and
-learning.js.
+/* The panels, in the article's order, and last how the model came to be. Some are in attention.js and learning.js.
 
 Each has id, title and intro; needs: keys of NEEDS; alone: true if it needs no text; build(app): its parts: elements,
 and {root, update()}, which draws root for the text and the selection of now; also lists of parts, and nothing. */
@@ -79,11 +78,10 @@ function inRows(parts) {
   const rows = [];
   for (const part of parts.flat(Infinity).filter(Boolean)) {
     const isText = (part.root ?? part).matches("p, .text, .head-grid");
-    if (!rows.length || (isText && rows.at(-1).shown.length)) rows.push({ texts: [], shown: [] });
-    rows.at(-1)[isText ? "texts" : "shown"].push(part);
+    if (!rows.length || (isText && rows.at(-1)[1].length)) rows.push([[], []]);
+    rows.at(-1)[isText ? 0 : 1].push(part);
   }
-  const row = ({ texts, shown }) => group("row drawn", group("texts drawn", texts), group("drawn", shown));
-  return rows.map(row);
+  return rows.map(([texts, shown]) => group("row drawn", group("texts drawn", texts), group("drawn", shown)));
 }
 
 /** A strip of the selected token's row of the trace. Each cell opens its arithmetic.
@@ -260,10 +258,6 @@ function weightLines({ children }, network, selected) {
   );
 }
 
-function trainingPanel(app) {
-  return [new LeafTraining().root, runLoss(app)];
-}
-
 const weightNames = (layer, inputs, outputs) =>
   outputs.flatMap((output, o) => inputs.map((input, i) => [`${input} → ${output}`, layer, o, i]));
 const NEURONS = ["neuron 1", "neuron 2", "neuron 3"];
@@ -414,7 +408,7 @@ function windowText(app) {
       `of them.`
     : "";
   return (
-    `Its context, all that it can read, has room for ${tokens(block_size)}; ${count(idx.length)} ` +
+    `The model's context, all that it can read, has room for ${tokens(block_size)}; ${count(idx.length)} ` +
     `${idx.length === 1 ? "is" : "are"} in it.${reach}${lost} The numbers of a new token are computed; those of the ` +
     `tokens before it stay as they are.`
   );
@@ -656,11 +650,10 @@ function contributionList(app) {
     return h("li", { "data-value": value }, title, h("span", { class: "number" }, signed(value)), bar);
   });
   const cap = app.config.logit_soft_cap ? ", before its soft cap" : "";
-  const held = { layernorm: "mean and deviation are", rmsnorm: "root mean square is" }[app.config.norm];
+  const held = { layernorm: "'s mean and deviation are", rmsnorm: "'s root mean square is" }[app.config.norm];
   const text =
     `Together ${digits(sum)}: the logit${cap} less the mean over all tokens, since softmax ignores what all logits ` +
-    `share.${held ? ` The final norm's ${held} held; a section below explains norms.` : ""} Another next token can ` +
-    `be chosen at its bar.`;
+    `share.${held ? ` The final norm${held} held (see Norm).` : ""} Another next token can be chosen at its bar.`;
   return [
     h("h3", {}, `What each part adds to the logit of “${shown(app.tokenizer, next)}”${cap}, above the mean of all`),
     h("ol", { class: "contributions", "data-sum": sum }, rows),
@@ -917,8 +910,8 @@ function gptPanel(app) {
   const branches = branchesOf(app.trace, ownBlock(app)).map((branch) => BRANCH_NAMES[branch]);
   const text =
     `The embedding; ${counted(app.config.n_layer, "layer")}, each a block of ${branches.join(" and ")}; ` +
-    `${app.config.block === "post_norm" ? "" : "a final norm; "}and the output head, whose sums are the logits. Each ` +
-    `row of the table is what it would predict if the stream went no further: the logit lens.`;
+    `${app.config.block === "post_norm" ? "" : "a final norm; "}and the output head, whose sums are the logits. A ` +
+    `row of the table is what the model would predict if the stream ended after this part: the logit lens.`;
   return [
     h("p", {}, text),
     drawn(() => lensTable(app)),
@@ -950,7 +943,7 @@ function transformerPanel(app) {
       token: () => Math.min(app.at.key, app.source.length - 1),
     });
   const alignmentLabel = "alignment: each row is a token of the translation, each column one of the source";
-  const encoderLabel = "encoder: each row is a token of the source, and attends to all";
+  const encoderLabel = "encoder: each row is a source token, and attends to all";
   return [
     sentence(
       () =>
@@ -998,11 +991,11 @@ const PANELS = [
     alone: true,
     title: "Training",
     chapter: "How are these models trained?",
-    build: trainingPanel,
+    build: (app) => [new LeafTraining().root, runLoss(app)],
     intro:
-      "How the toy gets its weights. Its loss is how wrong it is: −ln of the probability of the right answer, which " +
-      "it computes by softmax, explained below; on average over 80 objects. Gradient descent changes each weight a " +
-      "little, in the direction in which the loss falls.",
+      "How the toy gets its weights. Its loss is how wrong it is: −ln of the probability of the right answer, on " +
+      "average (a section below is about softmax, which makes the probabilities). Gradient descent changes each " +
+      "weight a little, in the direction in which the loss falls.",
   },
   {
     id: "writing",
@@ -1035,8 +1028,8 @@ const PANELS = [
     intro:
       "Each token makes three vectors by projections, which are sums with trained weights: a query, what it looks " +
       "for; a key, what it has; a value, what it passes on. A query is multiplied with the key of each token up to " +
-      "its own. Softmax, the next section, makes these scores weights that add up to 1, by which the values are " +
-      "mixed. All this happens in each layer of the model, one after the other, and in several heads at once.",
+      "its own. By softmax, the next section, these scores become weights that add up to 1, by which the values are " +
+      "mixed. A model does this in each of its layers, one after the other, and in one or more heads at once.",
   },
   {
     id: "softmax",
@@ -1055,8 +1048,8 @@ const PANELS = [
     build: residualPanel,
     needs: ["stack"],
     intro:
-      "In your model a layer is a block of branches: attention, and a small network, the MLP of the next section. " +
-      "Each adds its output to the residual stream, the vector of a token on its way through the model.",
+      "Here a layer is a block of branches: attention, and a small network, the MLP of the next section. Each adds " +
+      "its output to the residual stream, the vector of a token on its way through the model.",
   },
   {
     id: "mlp",

@@ -405,7 +405,12 @@ class App {
     this.drawPanels();
   }
 
-  /** Scroll along if a section above the current one changes its height. */
+  /** Until the focus moves, keep this element where it is in the window. */
+  hold(element) {
+    this.held = element && { element, top: element.getBoundingClientRect().top + scrollY };
+  }
+
+  /** Scroll along if a section above the current one changes its height, or if the held element moves. */
   keepPlace(entries) {
     let shift = 0;
     const reading = this.panels.findIndex(({ id }) => id === this.state.section);
@@ -415,6 +420,11 @@ class App {
       const height = borderBoxSize[0].blockSize;
       if (i < reading) shift += height - (this.panels[i].height ?? height);
       this.panels[i].height = height;
+    }
+    const { element, top } = this.held ?? {};
+    if (element === document.activeElement) {
+      this.hold(element);
+      shift = this.held.top - top;
     }
     if (shift) scrollBy({ top: shift, behavior: "instant" });
   }

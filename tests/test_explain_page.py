@@ -335,7 +335,7 @@ SHOWN_IN = {
     "stack.blocks.0.after_mlp:1,3": ("residual", "after MLP"),
     "wte:1,3": ("embeddings", "token embedding"),
     "logits:1,3": ("softmax", None),
-    "stack.norm.output:1,3": ("gpt", "what the head reads"),
+    "stack.norm.output:1,3": ("gpt", "what the output head reads"),
 }
 
 
@@ -359,6 +359,25 @@ def test_the_drawer_leads_to_the_section_that_shows_its_number(opened, number):
         shown.first.wait_for()
         box, size = shown.first.bounding_box(), view.page.viewport_size
         assert 100 < box["y"] < size["height"] - 30
+
+
+def test_a_number_keeps_its_height_when_the_drawer_opens_beside_it_and_closes(opened):
+    for width in (1280, 1440):
+        view = opened(hash="#section=mlp", viewport={"width": width, "height": 900})
+        strip = view.page.locator("#mlp canvas").nth(2)
+        heights = [strip.bounding_box()["y"]]
+        strip.click(position={"x": 50, "y": 5})
+        view.page.wait_for_selector("#drawer.open")
+        for key in ("Shift", "Escape"):
+            view.page.evaluate(FRAMES)
+            heights.append(strip.bounding_box()["y"])
+            view.page.keyboard.press(key)
+        assert heights == pytest.approx([heights[0]] * 3, abs=2), width
+
+
+FRAMES = """async () => {
+  for (let frame = 0; frame < 6; frame++) await new Promise(requestAnimationFrame);
+}"""
 
 
 INTO_VIEW = """async ([selector, random]) => {
@@ -710,6 +729,29 @@ def test_nothing_scrolls_sideways(opened, run, width, zoom):
         "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     )
     assert sizes[0] <= sizes[1]
+
+
+BESIDE = """() => {
+  const box = (node) => node.getBoundingClientRect();
+  const apart = ([a, b]) => [box(b).left - box(a).right, box(b).top - box(a).top];
+  const all = (selector) => [...document.querySelectorAll(selector)];
+  const heads = all("main .strip-head").filter((head) => head.checkVisibility() && head.children[1].textContent);
+  return {
+    columns: apart(["#residual p.quiet", "#residual .strip"].map((name) => document.querySelector(name)))[0] > 0,
+    ranges: Math.max(...heads.map((head) => apart(head.children)).filter(([, below]) => below < 5).map(([x]) => x)),
+    ems: Math.max(...all(".texts p").map((text) => box(text).width / 16)),
+  };
+}"""
+
+
+@pytest.mark.parametrize("width", [390, 1440, 1920])
+def test_text_is_beside_its_pictures_if_there_is_room_and_ranges_beside_their_titles(
+    opened, width
+):
+    found = opened(viewport={"width": width, "height": 900}).page.evaluate(BESIDE)
+    assert found["columns"] == (width > 400)
+    assert 0 < found["ranges"] < 30
+    assert found["ems"] < 38  # at most 75 characters
 
 
 @pytest.mark.long

@@ -93,6 +93,14 @@ def test_the_page_and_the_ladder_name_chapters_that_it_has():
         assert re.search(rf"^# {re.escape(chapter)}(:|(?<=[?]))", source, re.M), chapter
 
 
+def test_the_pages_sections_are_in_the_articles_order_and_end_with_how_the_model_came_to_be():
+    page = (ROOT / "explain/panels.js").read_text(encoding="utf-8")
+    source = (ROOT / "from_scratch.py").read_text(encoding="utf-8")
+    chapters = re.findall('chapter: "(.*?)"', page)
+    assert chapters == sorted(chapters, key=lambda name: source.index(f"# {name}"))
+    assert re.findall('^    id: "(.*?)"', page, re.M)[-2:] == ["learned", "step"]
+
+
 @pytest.mark.long
 def test_without_any_package_it_learns_the_rhyme_and_recites_it():
     command = [sys.executable, "-I", "-S", str(ROOT / "from_scratch.py")]
