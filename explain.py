@@ -31,7 +31,9 @@ class ExplainConfig:
     to: str | None = None  # HTML file to write; None: explain.html beside the checkpoint
     start: str | None = None  # text that the page shows first
     snapshots: bool = True  # include the weights of earlier steps in the page
-    playground: str | None = None  # HTML file to write, without a run: a page that trains a new GPT
+    playground: str | None = (
+        None  # HTML file to write, without a run: a page that trains a new GPT
+    )
 
     @classmethod
     def choices(cls) -> dict[str, tuple[str, ...]]:
@@ -46,7 +48,9 @@ def main(argv: list[str]) -> None:
     config = cli.make(ExplainConfig, given)
     others = given.keys() - {"playground"}
     if config.playground:
-        refuse_vain(given, vars(config), dict.fromkeys(others, ("playground", (config.playground,))))
+        refuse_vain(
+            given, vars(config), dict.fromkeys(others, ("playground", (config.playground,)))
+        )
     from humptygpt.checkpoint import find_checkpoint
     from humptygpt.page.page_data import page_data, playground_data
 

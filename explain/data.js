@@ -187,6 +187,6 @@ function readPair({ model, tokenizer }, sourceText, targetText, ids = tokenizer.
 
 if (typeof module !== "undefined") {
   Object.assign(globalThis, require("./engine.js"));
-  const models = { load, makeModel, makeSnapshot, mapTree, namedWeights };
+  const models = { load, makeModel, makeSnapshot, mapTree, namedWeights, plant, setWeights };
   module.exports = { ...models, contextStart, crc32, idsOf, readData, readPair, readText, sizeOf };
 }

@@ -158,6 +158,6 @@ function leafLandscape(network, objects, weights, span, n) {
 }
 
 if (typeof module !== "undefined") {
-  const data = { LEAF, FLOWER, LEAF_SEED, leafField, leafLandscape, leafObjects, randomNumbers };
+  const data = { LEAF, FLOWER, LEAF_SEED, leafField, leafLandscape, leafObjects, normal, randomNumbers };
   module.exports = { ...data, articleNetwork, leafForward, leafGradient, leafLoss, leafStep, randomNetwork };
 }

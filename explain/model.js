@@ -346,5 +346,5 @@ function head({ config, weights }, x) {
 if (typeof module !== "undefined") {
   Object.assign(globalThis, require("./engine.js"));
   const dictionaries = { NORMS, POSITIONS, ACTIVATIONS, MLPS, BLOCKS, EMBEDDINGS, MODELS };
-  module.exports = { ...dictionaries, FLOAT32_EPS, GAIN, encode, erf, gpt, head, headSize };
+  module.exports = { ...dictionaries, FLOAT32_EPS, GAIN, encode, erf, gpt, head, headSize, isCausal };
 }

@@ -26,6 +26,7 @@ const PLAIN = { n_layer: 2, n_head: 4, n_embd: 64, block_size: 64, position: "ro
 const SHORT = { warmup_iters: 10, max_iters: 300, learning_rate: 0.004, seed: 1 };
 const MEANINGS = { "block=plain": "plain: no residual" };
 const OWN = "Your own text";
+const COMPARED = "Sonnets by Shakespeare"; // on which ideas are compared instead of on a text without a validation part
 const EDITABLE = 20000; // characters of a text that can be edited in the page
 const LONGEST = 2e6; // characters that are learned
 const EARLIER = 3; // trainings whose curves stay
@@ -73,20 +74,20 @@ class Playground {
     this.said = h("p", { role: "status" });
     this.chart = new Chart("loss of training and validation at each step");
     this.samples = h("ol", { class: "samples" });
-    const body = [
-      controlRow(this.go, one, over, config && this.buildIdeas(), this.saveButtons()),
+    const open = h("label", { class: "file" }, file, "Open a file");
+    const back = h("p", { class: "note" }, "A step's number goes back to it.");
+    const parts = group(
+      "playing",
+      controlRow(config && h("h2", {}, "Train a GPT"), this.go, one, over, this.saveButtons()),
       group("knobs", this.pickers),
       group(
         "training",
-        group("", controlRow(this.pickText, h("label", { class: "file" }, file, "Open a file")), this.field, this.note),
+        group("", controlRow(this.pickText, open), this.field, this.note, config && this.buildIdeas()),
         group("", this.chart, this.status, this.said),
-        group("", h("h3", {}, "What it writes"), h("p", { class: "note" }, "A step's number goes back to it."), this.samples),
+        group("", h("h3", {}, "What it writes"), back, this.samples),
       ),
-    ];
-    const title = config ? "Train a GPT" : "Train it further";
-    const parts = group("playing", body).root;
-    if (config) this.root.append(h("h2", {}, title), parts);
-    else this.root.append(h("details", {}, h("summary", {}, title), parts));
+    ).root;
+    this.root.append(config ? parts : h("details", {}, h("summary", {}, "Train it further"), parts));
     this.root.hidden = false;
     this.root.ondragover = (event) => event.preventDefault();
     this.root.ondrop = (event) => {
@@ -97,6 +98,7 @@ class Playground {
 
   chooseText(i) {
     const name = Object.keys(this.texts)[i] ?? OWN;
+    this.pickText.set(i);
     this.setText(this.texts[name] ?? "");
     if (name === OWN) this.field.focus();
   }
@@ -137,11 +139,12 @@ class Playground {
     };
     const root = picker("Try an idea", IDEAS.map(({ title }) => title), 0, choose);
     choose(0);
-    return group("controls idea", root, button("Try it", () => this.compare(IDEAS[chosen].arms)), says);
+    return [controlRow(root, button("Try it", () => this.compare(IDEAS[chosen].arms))), says];
   }
 
   /** Train a model for each of these changes of the knobs, one after another, until one is paused. */
   async compare(arms) {
+    if (this.text.length < 10 * LEAST_HELD) this.chooseText(Object.keys(this.texts).indexOf(COMPARED)); // see verdict()
     const knobs = { ...this.knobs };
     for (const changes of arms) {
       this.turn({ ...knobs, ...changes });
@@ -326,20 +329,20 @@ class Playground {
   /** What a reader should know about the losses. */
   verdict(guessing) {
     const { knobs, train, val, text } = this.now;
-    const [step, loss] = val.at(-1);
+    const [, loss] = val.at(-1);
     const [bestStep, best] = val.reduce((a, b) => (b[1] < a[1] ? b : a));
-    if (!Number.isFinite(train.at(-1)?.[1] ?? 0)) return `${EXPLODED} Its numbers are no longer finite, so it stopped.`;
-    if (loss > guessing + 0.5) return EXPLODED;
+    const worst = Math.max(...train.map(([, loss]) => loss));
+    if (Number.isNaN(worst)) return `${EXPLODED} Its numbers are no longer finite, so it stopped.`;
+    if (worst > 1.5 * guessing) return `${EXPLODED} Its loss was up to ${count(Math.round(worst))}.`;
     if (knobs.mask === "none" && loss < guessing / 3) return CHEATS;
-    if (text.length < 2000) return BY_HEART;
+    if (text.length < 10 * LEAST_HELD) return BY_HEART;
     if (loss > best + 0.05) return `The validation loss was lowest, ${best.toFixed(2)}, at step ${bestStep}: ${OVERFITS}`;
     return "";
   }
 }
 
 const EXPLODED =
-  "It exploded: its loss is above that of guessing. Each step goes too far, past where the loss is low. Start over with a " +
-  "lower learning_rate.";
+  "It exploded: each step went too far, past where the loss is low. Start over with a lower learning_rate.";
 const CHEATS =
   "This loss is a lie. Without the mask a token sees those after it, so the model copies the next token instead of " +
   "predicting it. When it writes, there is no next token to copy: what it writes is nonsense.";
@@ -368,6 +371,60 @@ function binnedMeans(points) {
   });
 }
 
+/** What the figures of these ideas are of: the sonnets, the knobs as at first, means of three seeds. */
 const IDEAS = [
-  { title: "Residual connections", arms: [{ block: "plain" }, { block: "pre_norm" }], says: "" },
+  {
+    title: "residual connections",
+    arms: [{ block: "plain" }, { block: "pre_norm" }],
+    says:
+      "Without them each block replaces what it reads, and what a token was is soon lost. After 300 steps on the sonnets: " +
+      "2.56 without, 2.10 with.",
+  },
+  {
+    title: "norms",
+    arms: [{ norm: "none" }, { norm: "layernorm" }],
+    says: "With numbers of one scale every layer learns at the same pace: 2.31 without, 2.10 with.",
+  },
+  {
+    title: "several heads",
+    arms: [{ n_head: 1 }, { n_head: 4 }],
+    says: "Little to see: one head reaches 2.13, four 2.10. So small a model has few things to look for.",
+  },
+  {
+    title: "positions",
+    arms: [{ position: "none" }, { position: "learned" }, { position: "rotary" }],
+    says:
+      "Without positions attention sees which characters came before, but hardly in what order: 2.33. Learned ones do not help " +
+      "yet, 2.32: in 300 steps each is seen too rarely. Rotary ones, which count distances, reach 2.10.",
+  },
+  {
+    title: "the MLP",
+    arms: [{ mlp: "none" }, { mlp: "plain" }],
+    says: "Two thirds of the weights are in it. In a short run it brings little: 2.16 without, 2.10 with.",
+  },
+  {
+    title: "more layers",
+    arms: [{ n_layer: 1 }, { n_layer: 2 }, { n_layer: 4 }],
+    says: "2.12, 2.10, 2.10: a deeper model needs more text and more steps than these before it is better.",
+  },
+  {
+    title: "another optimizer",
+    arms: [{ optimizer: "adamw" }, { optimizer: "normuon" }],
+    says: "AdamW 2.10, NorMuon 2.07 in as many steps, each of which takes longer.",
+  },
+  {
+    title: "break it: no mask",
+    arms: [{ mask: "none" }],
+    says: "Each token sees those after it, so also the one that it should predict.",
+  },
+  {
+    title: "break it: a learning rate of 10",
+    arms: [{ learning_rate: 10 }],
+    says: "Each step jumps over the valley of the loss and lands higher on the other side.",
+  },
+  {
+    title: "break it: eight layers without residual connections",
+    arms: [{ n_layer: 8, block: "plain" }, { n_layer: 8, block: "pre_norm" }],
+    says: "Through eight layers nothing of a token is left: the model learns only how frequent each character is, 3.09.",
+  },
 ];

@@ -159,5 +159,5 @@ function mapTrace(trace, f, other) {
 
 if (typeof module !== "undefined") {
   Object.assign(globalThis, require("./model.js"), require("./data.js"));
-  module.exports = { forward, softmax, tokenLosses, toRows };
+  module.exports = { drawFrom, forward, meanOf, softmax, tokenLosses, toRows };
 }

@@ -193,5 +193,5 @@ function squaresOf({ data }) {
 
 if (typeof module !== "undefined") {
   Object.assign(globalThis, require("./model.js"), require("./data.js"));
-  module.exports = { differentiate, rateAt, Trainer };
+  module.exports = { differentiate, meanLoss, rateAt, Trainer };
 }

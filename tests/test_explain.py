@@ -51,7 +51,7 @@ from humptygpt.prepare.vocabulary import train_byte_pairs, train_sentencepiece
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build, make_model_config
 from humptygpt.tokenizers import BytePairTokenizer, CharTokenizer
-from model import ACTIVATIONS, ModelConfig, SelfAttention, count_parameters
+from model import ACTIVATIONS, GPT, ModelConfig, SelfAttention, count_parameters
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "config").rglob("*.py"))
@@ -83,6 +83,7 @@ const { differentiate, rateAt, Trainer } = require(`${root}/explain/training.js`
 // worker.js is in one script with them
 Object.assign(globalThis, functions, { load, Trainer }, require(`${root}/explain/engine.js`));
 const { Computer, unpack } = require(`${root}/explain/worker.js`);
+const { charactersOf, Run, untrainedModel } = require(`${root}/explain/run.js`);
 const { contributions, effectOnLogits, explainNumber, logitLens, valueAt } = arithmetic;
 const leaf = require(`${root}/explain/leaf.js`);
 const { LEAF_SEED, randomNumbers } = leaf;
@@ -278,7 +279,7 @@ const answers = {
     const trace = forward(model, idx);
     const take = ({ id, problem, ...answer }) => (trace.gradient = problem ?? unpack(answer));
     const computer = Object.assign(new Computer(take), { model, settings });
-    await computer.answer({ topic: "gradient", id: 0, idx, optimizer: settings.optimizer, factor: 1 });
+    await computer.answer({ topic: "gradient", id: 0, idx });
     if (typeof trace.gradient === "string") throw new Error(trace.gradient);
     const random = randomNumbers(seed);
     const pick = (n) => Math.floor(random() * n);
@@ -290,6 +291,29 @@ const answers = {
         return { address, value: y.value, sum: y.sum, title: y.title, moved };
       }),
     );
+  },
+  /** The initial weights of a model by name, each tensor once. */
+  initial: ({ config, seed }) =>
+    Object.fromEntries(namedWeights(untrainedModel(config, seed)).map(([name, { data, shape }]) =>
+      [name, { ...pack(data), shape }])),
+  characters: ({ text }) => {
+    const { decode, encode, pieces } = makeTokenizer(charactersOf(text));
+    return { alphabet: charactersOf(text).alphabet, decoded: decode(encode(text)), tokens: pieces.length };
+  },
+  /** The losses of the steps of a training, which goes back to the step that was kept first and is repeated. */
+  repeated({ config, settings, ids, steps }) {
+    const run = new Run(untrainedModel(config, settings.seed), { ids, prompt: ids.slice(0, 2) }, settings);
+    const losses = () => {
+      for (let step = 0; step < steps; step++) run.advance();
+      run.keep();
+      const { losses, kept } = run.news();
+      return [...losses, ...kept.map(({ sample }) => sample)];
+    };
+    run.keep();
+    run.news();
+    const first = losses();
+    run.back(0);
+    return [first, losses()];
   },
   rates: ({ settings, steps }) => steps.map((step) => rateAt(step, settings)),
   /** Products of random matrices of these shapes whose bits differ: by the kernel, plain, and of the last row alone. */
@@ -776,6 +800,50 @@ SCHEDULED = [
 ]
 
 
+KNOBS = [
+    {},
+    {"position": "learned", "block": "post_norm", "tie_weights": True, "n_layer": 3},
+    {"position": "sinusoidal", "norm": "rmsnorm", "block": "plain", "mlp": "gated"},
+    {"position": "alibi", "norm": "none", "mlp": "none", "tie_weights": True},
+    {"block": "parallel"},
+]
+
+
+@pytest.mark.parametrize("knobs", KNOBS, ids=case_id)
+def test_a_model_of_the_playground_begins_with_weights_as_init_weights_draws_them(
+    node, knobs
+):
+    config = ModelConfig(**{"vocab_size": 29, "n_embd": 64, "tie_weights": False} | knobs)
+    found = node.ask("initial", config=vars(config), seed=1)
+    expected = dict(GPT(config).named_parameters())
+    assert found.keys() == expected.keys()
+    for name, p in expected.items():
+        assert tuple(found[name]["shape"]) == p.shape
+        deviation = unpacked(found[name] | {"shape": [p.numel()]}).std()
+        assert deviation == pytest.approx(p.std().item(), rel=0.1), name
+    assert found != node.ask("initial", config=vars(config), seed=2)
+
+
+@pytest.mark.parametrize("text", ["hello", "né \U0001f600 \ufb01 שלום\n"], ids=ascii)
+def test_the_playgrounds_tokens_are_the_characters_of_a_text_as_in_prepare_data(node, text):
+    alphabet = "".join(sorted(set(text)))
+    answer = {"alphabet": alphabet, "decoded": text, "tokens": len(alphabet)}
+    assert node.ask("characters", text=text) == answer
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "normuon"])
+def test_a_training_that_goes_back_to_a_step_repeats_what_followed_bit_for_bit(
+    node, optimizer
+):
+    config = vars(ModelConfig(vocab_size=11, n_layer=1, n_embd=16, block_size=8))
+    settings = SETTINGS | {"optimizer": optimizer, "batch_size": 2}
+    first, again = node.ask(
+        "repeated", config=config, settings=settings, ids=tokens(50), steps=4
+    )
+    assert len(first) == 5 and len({loss for _, loss in first[:4]}) == 4
+    assert again == first
+
+
 @pytest.mark.parametrize("keys", SCHEDULED, ids=case_id)
 def test_the_learning_rate_of_each_step_is_that_of_a_run(node, keys):
     config = TrainConfig(max_iters=40, warmup_iters=5, **keys)
@@ -1222,7 +1290,7 @@ def test_damage_to_the_data_of_a_page_is_found_by_its_checksum(node, run_dir):
 def test_the_page_is_one_file_that_asks_for_no_other(run_dir):
     explain.main(["--out_dir=out/run", "--to=page.html"])
     page = Path("page.html").read_text()
-    assert "{{" not in page and page.count("<script") == page.count("</script>") == 19
+    assert "{{" not in page and page.count("<script") == page.count("</script>") == 22
     others = r"https?://|\bsrc=|\bhref=|\bimport\b|\bfetch\(|XMLHttpRequest|url\("
     assert not re.search(others, page)
     assert "default-src 'none'; script-src 'unsafe-inline' 'wasm-unsafe-eval'; " in page

@@ -851,57 +851,40 @@ def test_what_a_step_of_training_knew_of_a_text_follows_the_text_while_it_is_wri
             assert loss == pytest.approx(mean_loss(model, ids).item(), abs=1e-4)
 
 
-PLAIN_RATE = 0.1  # of plain gradient descent
-
-
-def losses_of_steps(
-    model, ids: torch.Tensor, optimizer, steps: int, grad_clip: float = 0.0
-) -> list[float]:
-    """The mean loss of a text before each step on it."""
+def test_steps_of_the_page_are_pytorchs_and_a_step_can_be_gone_back_to(opened, runs):
+    model, tokenizer = load(runs)
+    ids = tensor_of(tokenizer, "Akis unat")
+    config = TrainConfig(**load_plain(runs / "out/run/best.pt")["train_config"])
+    optimizer = make_optimizer(config, model)
     losses = []
-    for _ in range(steps):
+    for step in range(4):
+        optimizer.set_lr(config.lr(step) / config.learning_rate)
         loss = mean_loss(model, ids)
         losses.append(loss.item())
         model.zero_grad()
         loss.backward()
-        train.clip(model, grad_clip)
+        train.clip(model, config.grad_clip)
         optimizer.step()
-    return losses
+    view = opened()
+    view.page.click("summary")
+    view.page.get_by_label("The text that it learns").fill("Akis unat")
+    for step, loss in enumerate(losses, 1):
+        view.page.click("text=One step")
+        view.page.wait_for_selector(f"text=/Step {6 + step}: training loss/")
+        assert trained_loss(view) == pytest.approx(loss, abs=1e-3)
+    assert losses[3] < losses[0]
+    view.page.click(".samples button >> text=8")
+    view.page.wait_for_selector("text=/Step 8: training loss/")
+    view.page.click("text=One step")
+    view.page.wait_for_selector("text=/Step 9: training loss/")
+    assert trained_loss(view) == pytest.approx(losses[2], abs=1e-3)
 
 
-def test_steps_of_the_runs_optimizer_on_the_text_are_pytorchs_and_can_be_undone(
-    opened, runs
-):
-    model, tokenizer = load(runs)
-    ids = tensor_of(tokenizer, "Akis unat")
-    saved = load_plain(runs / "out/run/best.pt")["train_config"]
-    config = TrainConfig(**saved)
-    optimizer = make_optimizer(config, model)
-    losses = losses_of_steps(model, ids, optimizer, 13, config.grad_clip)
-    view = opened("run", "#section=step&text=Akis unat")
-    view.page.click("text=Take ten")
-    view.page.click("text=Take a step")
-    view.page.click("text=Take a step")
-    assert losses[12] < losses[11] < losses[0]
-    assert status(view, "step", "12 steps") == pytest.approx(losses[12], abs=1e-4)
-    view.page.click("text=Undo")
-    assert status(view, "step", "11 steps") == pytest.approx(losses[11], abs=1e-4)
-    view.page.fill("#text", "Akis")  # steps belong to one text
-    view.page.wait_for_selector("text=The weights are those of the run.")
-
-
-def test_plain_steps_are_pytorchs_and_too_large_ones_explode_with_a_reason(opened, runs):
-    model, tokenizer = load(runs)
-    ids = tensor_of(tokenizer, "Akis unat")
-    losses = losses_of_steps(model, ids, torch.optim.SGD(model.parameters(), PLAIN_RATE), 3)
-    view = opened("run", "#section=step&text=Akis unat")
-    view.page.select_option("#step select", label="plain")
-    view.page.click("text=Take a step")
-    view.page.click("text=Take a step")
-    assert status(view, "step", "2 steps") == pytest.approx(losses[2], abs=1e-4)
-    slide(view, "step", 2)
-    view.page.click("text=Take ten")
-    view.page.wait_for_selector("text=It exploded")
+def trained_loss(view: Opened) -> float:
+    """The mean loss of the training here, which has a point for each step."""
+    return float(
+        view.page.locator(".chart-key .key-0").first.inner_text().split()[1].rstrip(",")
+    )
 
 
 def test_a_number_of_the_gradient_opens_to_its_sum_over_the_tokens(opened, runs):

@@ -23,7 +23,9 @@ from model import ModelConfig
 
 # keys of TrainConfig that training.js in explain/ obeys
 TRAINING = "optimizer learning_rate muon_learning_rate muon_momentum beta1 beta2 weight_decay grad_clip"
-TRAINING += " max_iters decay_lr schedule warmup_iters lr_decay_iters min_lr batch_size seed"
+TRAINING += (
+    " max_iters decay_lr schedule warmup_iters lr_decay_iters min_lr batch_size seed"
+)
 START_TOKENS = 64  # length of the text that a page starts with
 TEXT_TOKENS = 20_000  # length of the text on which a page goes on with the training
 
@@ -60,7 +62,11 @@ def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> d
 def playground_data() -> dict:
     """Collect the data of a page that trains new models: texts, and the defaults of all settings."""
     training = {key: getattr(TrainConfig, key) for key in TRAINING.split()}
-    return {"texts": playground_texts(), "config": asdict(ModelConfig()), "training": training}
+    return {
+        "texts": playground_texts(),
+        "config": asdict(ModelConfig()),
+        "training": training,
+    }
 
 
 def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:

@@ -1,0 +1,183 @@
+"""The page that trains, in a real browser, offline: what a person does with it, and what it says to bad input.
+
+Needs Chromium and playwright, as tests/test_explain_page.py.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+from test_explain_page import Opened, assert_shows, trained_loss
+
+import explain
+import sample
+from humptygpt import loading
+from humptygpt.prepare.sources import RHYME
+
+TEXT = "The text that it learns"
+START = "Humpty Dumpt"
+
+
+@pytest.fixture(scope="module")
+def playground(tmp_path_factory):
+    path = tmp_path_factory.mktemp("playground") / "playground.html"
+    explain.main([f"--playground={path}"])
+    return path
+
+
+@pytest.fixture
+def opened(browser, playground):
+    """Opens the playground; afterwards its console must be empty, and it must have asked for nothing but itself."""
+    made = []
+
+    def open_page(**options) -> Opened:
+        made.append(Opened(browser, playground, **options))
+        return made[-1]
+
+    yield open_page
+    for each in made:
+        each.context.close()
+        others = [url for url in each.requests if not url.startswith("blob:")]
+        assert each.console == [] and len(set(others)) == 1
+
+
+def choose(view: Opened, **knobs) -> None:
+    for name, value in knobs.items():
+        view.page.get_by_label(name, exact=True).select_option(label=f"{value}")
+
+
+def train_to_the_end(view: Opened) -> None:
+    view.page.get_by_role("button", name="Train", exact=True).click()
+    view.page.wait_for_selector("button:text-is('Pause')")
+    view.page.wait_for_selector("button:text-is('Train')", timeout=60_000)
+    view.settle()
+
+
+def step_of(view: Opened) -> int:
+    return int(re.search(r"Step ([\d,]+)", view.page.inner_text(".playing .status"))[1])
+
+
+def said(view: Opened) -> str:
+    return view.page.inner_text(".playing [role=status]")
+
+
+def saved(view: Opened, name: str) -> Path:
+    with view.page.expect_download() as download:
+        view.page.get_by_role("button", name=name).click()
+    path = Path(download.value.path()).with_name(name)
+    download.value.save_as(path)
+    return path
+
+
+def test_it_learns_the_rhyme_and_sample_py_recites_it_from_the_saved_file(opened, capsys):
+    view = opened()
+    train_to_the_end(view)
+    assert RHYME.split("\n")[2] in view.page.inner_text(".samples li:first-child")
+    path = saved(view, "best.pt")
+    loaded = loading.load(path)
+    assert_shows(view, loaded.model, loaded.tokenizer)
+    rest = len(RHYME.strip()) - len(START)
+    keys = ["--temperature=0", f"--max_new_tokens={rest}", "--device=cpu"]
+    sample.main([f"--out_dir={path}", f"--start={START}", *keys])
+    assert capsys.readouterr().out.strip() == RHYME.strip()
+
+
+def test_a_training_with_another_setting_keeps_the_curve_of_the_one_before(opened):
+    view = opened()
+    choose(view, max_iters=100, n_embd=16)
+    train_to_the_end(view)
+    choose(view, norm="none")
+    train_to_the_end(view)
+    key = view.page.locator(".chart-key").first.inner_text()
+    assert re.search(r"norm=layernorm, [\d.]+ at the end", key)
+    choose(view, Text="Damian's sentences")
+    view.page.click("text=Start over")
+    view.page.wait_for_selector("text=/Step 0: validation loss/")
+    assert "norm" not in view.page.locator(".chart-key").first.inner_text()
+
+
+def test_an_idea_trains_with_and_without_it_one_after_the_other_on_a_text_with_validation(
+    opened,
+):
+    view = opened()
+    choose(view, max_iters=100, n_embd=16)
+    choose(view, **{"Try an idea": "residual connections"})
+    view.page.click("text=Try it")
+    view.until("document.querySelector('.chart-key').textContent.includes('block=plain')")
+    view.page.wait_for_selector("button:text-is('Train')", timeout=60_000)
+    assert step_of(view) == 100
+    assert view.page.get_by_label(TEXT).input_value().startswith("From fairest")
+
+
+def test_without_the_mask_the_loss_is_called_a_lie_and_nothing_can_be_saved(opened):
+    view = opened()
+    choose(view, n_layer=1)
+    choose(view, **{"Try an idea": "break it: no mask"})
+    view.page.click("text=Try it")
+    view.page.wait_for_selector("text=This loss is a lie", timeout=60_000)
+    view.page.click("text=Pause")
+    view.page.get_by_role("button", name="best.pt").click()
+    assert "model.py always has the mask" in said(view)
+
+
+def test_a_learning_rate_of_10_is_said_to_have_exploded(opened):
+    view = opened()
+    choose(view, learning_rate=10, n_embd=16)
+    view.page.click("text=Train")
+    view.page.wait_for_selector("text=/It exploded: .* lower learning_rate/")
+
+
+BAD_TEXTS = {
+    "": "There is no text to learn from",
+    " \n ": "There is no text to learn from",
+    "aaaaaa": "has nothing to predict",
+}
+
+
+@pytest.mark.parametrize(("text", "complaint"), BAD_TEXTS.items(), ids=repr)
+def test_a_text_that_teaches_nothing_is_answered_in_words(opened, text, complaint):
+    view = opened()
+    view.page.get_by_label(TEXT).fill(text)
+    view.page.get_by_role("button", name="Train", exact=True).click()
+    view.page.wait_for_selector(f"text={complaint}")
+
+
+@pytest.mark.parametrize("text", ["ab", "שלום עולם " * 30, "👩‍🚀🌍 ok " * 30], ids=ascii)
+def test_any_letters_and_any_length_are_learned_character_by_character(opened, text):
+    view = opened()
+    choose(view, max_iters=100, n_embd=16)
+    view.page.get_by_label(TEXT).fill(text)
+    train_to_the_end(view)
+    assert f"guessing among {len(set(text))} characters" in view.page.inner_text(
+        ".playing .status"
+    )
+    assert trained_loss(view) < 1.5
+
+
+def test_a_file_of_a_megabyte_is_learned_and_one_that_is_no_text_refused(opened, tmp_path):
+    view = opened()
+    long, binary = tmp_path / "long.txt", tmp_path / "image.png"
+    long.write_bytes(b"All the king's horses\r\n" * 50_000)
+    binary.write_bytes(b"\x89PNG\0\xff")
+    field = view.page.locator("input[type=file]")
+    field.set_input_files(binary)
+    view.page.wait_for_selector("text=image.png is not a text in UTF-8")
+    field.set_input_files(long)
+    view.page.wait_for_selector("text=1,100,000 characters; the first 2,000 are shown")
+    choose(view, max_iters=100, n_embd=16)
+    train_to_the_end(view)
+    assert trained_loss(view) < 1.5
+
+
+def test_a_page_that_was_frozen_while_it_trained_has_lost_nothing(opened):
+    view = opened()
+    view.page.click("text=Train")
+    view.page.wait_for_selector(".samples li:nth-child(4)")
+    kept = view.page.locator(".samples li").all_inner_texts()
+    devtools = view.context.new_cdp_session(view.page)
+    for state in ("frozen", "active"):
+        devtools.send("Page.setWebLifecycleState", {"state": state})
+    view.page.wait_for_selector("button:text-is('Train')", timeout=60_000)
+    assert step_of(view) == 300
+    now = view.page.locator(".samples li").all_inner_texts()
+    assert now[-len(kept) :][-1] == kept[-1] and len(now) > len(kept)
