@@ -7,19 +7,15 @@ The page is one file: it opens from disk in any browser, without a network, and 
 model's weights, rounded to 16 bits, the weights of the run's snapshots in 8 bits, the tokenizer and the losses.
 """
 
-import json
-import re
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from humptygpt import cli, machine
 from humptygpt.cli import check_choices
 from humptygpt.files import write_whole
+from humptygpt.page.html import fill, to_text
 
 # torch takes seconds to import. main() imports it last, so that a misspelt key is reported at once.
-
-SOURCES = Path(__file__).parent / "explain"
 
 
 @dataclass(frozen=True)
@@ -45,25 +41,10 @@ def main(argv: list[str]) -> None:
     from humptygpt.page.page_data import page_data
 
     checkpoint = find_checkpoint(Path(config.out_dir), config.checkpoint)
-    page = fill(to_text(page_data(checkpoint, config.start, config.snapshots)))
+    page = fill("page.html", to_text(page_data(checkpoint, config.start, config.snapshots)))
     path = Path(config.to or Path(config.out_dir) / "explain.html")
     write_whole(path, lambda file: file.write(page))
     print(f"{path}: {len(page) / 1e6:.1f} MB; open it in a browser")
-
-
-def to_text(data: dict) -> str:
-    """Encode data as ASCII JSON with < escaped, so that it cannot end the <script> element that holds it."""
-    return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", r"\u003c")
-
-
-def fill(data: str) -> bytes:
-    """Fill in page.html: replace each placeholder, such as {{model.js}}, with the script, style or data it names."""
-    contents = {path.name: path.read_text(encoding="utf-8") for path in SOURCES.iterdir()}
-    contents["data"] = data
-    contents["checksum"] = f"{zlib.crc32(data.encode()):08x}"
-    return re.sub(
-        r"\{\{([\w.]+)\}\}", lambda name: contents[name[1]], contents["page.html"]
-    ).encode()
 
 
 if __name__ == "__main__":
