@@ -36,6 +36,7 @@ from humptygpt.data import TokenDataset
 from humptygpt.loading import code_checksum, load
 from humptygpt.optimizers import make_optimizer
 from humptygpt.page import known_settings, page_data
+from humptygpt.page.html import to_text
 from humptygpt.page.known_settings import (
     REFERENCE,
     TOKENIZERS,
@@ -1207,7 +1208,7 @@ def test_damage_to_the_data_of_a_page_is_found_by_its_checksum(node, run_dir):
 def test_the_page_is_one_file_that_asks_for_no_other(run_dir):
     explain.main(["--out_dir=out/run", "--to=page.html"])
     page = Path("page.html").read_text()
-    assert "{{" not in page and page.count("<script") == page.count("</script>") == 19
+    assert "{{" not in page and page.count("<script") == page.count("</script>") == 22
     others = r"https?://|\bsrc=|\bhref=|\bimport\b|\bfetch\(|XMLHttpRequest|url\("
     assert not re.search(others, page)
     assert "default-src 'none'; script-src 'unsafe-inline' 'wasm-unsafe-eval'; " in page
@@ -1215,7 +1216,7 @@ def test_the_page_is_one_file_that_asks_for_no_other(run_dir):
 
 def test_what_a_text_has_of_html_stays_text():
     text = "</script><!--\u2028\ud800"
-    written = explain.to_text({"start": text})
+    written = to_text({"start": text})
     assert "<" not in written and written.isascii() and json.loads(written)["start"] == text
 
 
