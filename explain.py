@@ -4,7 +4,8 @@
     python explain.py --out_dir=out/shakespeare_char --start="ROMEO: What light through yon" --to=page.html
 
 The page is one file: it opens from disk in any browser, without a network, and can be sent by email. It holds the
-model's weights, rounded to 16 bits, the weights of the run's snapshots in 8 bits, the tokenizer and the losses.
+model's weights, rounded to 16 bits, the weights of the run's snapshots in 8 bits, the tokenizer and the losses. With a
+chat model, whoever opens it first talks to it.
 """
 
 from dataclasses import dataclass

@@ -301,13 +301,12 @@ class Chat {
   async receive(message, index, signal, add) {
     const seen = { turns: this.turns(this.first, index), start: this.known(message.start ?? "") };
     const temperature = Number(this.temperature.value);
-    const { root } = this;
     try {
       for await (const token of this.backend.write({ message, ...seen, temperature, signal })) {
-        const atEnd = root.scrollHeight - root.clientHeight - root.scrollTop < 80;
+        const atEnd = this.root.scrollHeight - this.root.clientHeight - this.root.scrollTop < 80;
         message.tokens.push({ ...token, from: this.first });
         add(token);
-        if (atEnd) root.scrollTop = root.scrollHeight; // it stays in view
+        if (atEnd) this.root.scrollTop = this.root.scrollHeight; // the end stays in view
       }
     } catch (error) {
       if (!error.full || !this.model.is_chat || index - this.first < 2) throw error;

@@ -32,7 +32,7 @@ class Talk {
 
   async *write({ message, turns, temperature, signal }) {
     const { desk, model, tokenizer } = this.app;
-    const sampling = { ...OFF, temperature, greedy: temperature === 0 };
+    const sampling = { ...OFF, temperature };
     const ids = message.tokens.map(({ id }) => id);
     while (ids.at(-1) !== tokenizer.eot) {
       const { logits, probs, problem, full } = await desk.ask("reply", { turns, ids });

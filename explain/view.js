@@ -89,8 +89,7 @@ class App {
   // ----------------------------------------------------------------------------------
   // State -> address, trace and drawing
 
-  /** Change the state; nothing else does. push: the browser's Back returns to the state before. ids: those of the text,
-  if the model wrote it. */
+  /** Change the state; nothing else does. push: the browser's Back returns to the state before. ids: of its text. */
   change(changes, { push = false, ids } = {}) {
     if (push) this.keep();
     const { text, source } = this.state;
