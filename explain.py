@@ -5,22 +5,19 @@
     python explain.py --playground=playground.html     a page that trains a GPT, without a run
 
 The page is one file: it opens from disk in any browser, without a network, and can be sent by email. It holds the
-model's weights, rounded to 16 bits, the weights of the run's snapshots in 8 bits, the tokenizer and the losses.
+model's weights, rounded to 16 bits, the weights of the run's snapshots in 8 bits, the tokenizer and the losses. With a
+chat model, whoever opens it first talks to it.
 """
 
-import json
-import re
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from humptygpt import cli, machine
 from humptygpt.cli import check_choices, refuse_vain
 from humptygpt.files import write_whole
+from humptygpt.page.html import fill, to_text
 
 # torch takes seconds to import. main() imports it last, so that a misspelt key is reported at once.
-
-SOURCES = Path(__file__).parent / "explain"
 
 
 @dataclass(frozen=True)
@@ -60,24 +57,9 @@ def main(argv: list[str]) -> None:
         checkpoint = find_checkpoint(Path(config.out_dir), config.checkpoint)
         path = Path(config.to or checkpoint.with_name("explain.html"))
         data = page_data(checkpoint, config.start, config.snapshots)
-    page = fill(to_text(data))
+    page = fill("page.html", to_text(data))
     write_whole(path, lambda file: file.write(page))
     print(f"{path}: {len(page) / 1e6:.1f} MB; open it in a browser")
-
-
-def to_text(data: dict) -> str:
-    """Encode data as ASCII JSON with < escaped, so that it cannot end the <script> element that holds it."""
-    return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", r"\u003c")
-
-
-def fill(data: str) -> bytes:
-    """Fill in page.html: replace each placeholder, such as {{model.js}}, with the script, style or data it names."""
-    contents = {path.name: path.read_text(encoding="utf-8") for path in SOURCES.iterdir()}
-    contents["data"] = data
-    contents["checksum"] = f"{zlib.crc32(data.encode()):08x}"
-    return re.sub(
-        r"\{\{([\w.]+)\}\}", lambda name: contents[name[1]], contents["page.html"]
-    ).encode()
 
 
 if __name__ == "__main__":

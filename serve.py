@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
 from urllib.parse import quote, unquote, urlsplit
@@ -32,8 +31,8 @@ from humptygpt.chat.api import Api
 from humptygpt.cli import TEXTS, UserError, check_choices, first_line, refuse_vain
 from humptygpt.fast.generation import choose_threads
 from humptygpt.loading import CHOICES, chosen_source, pipeline
+from humptygpt.page.html import fill
 
-PAGE = Path(__file__).parent / "humptygpt/chat/page.html"
 JSON = "application/json"
 LARGEST = 1_000_000  # bytes of a request
 # A website can point its own name at this machine, and a browser then lets its page read our answers. So requests must
@@ -178,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
         api = self.server.api
         match urlsplit(self.path).path:
             case "/":
-                self.send(200, "text/html", PAGE.read_bytes())
+                self.send(200, "text/html", fill("chat.html"))
             case "/health":
                 self.send_json({"status": "ok"})
             case "/v1/models":

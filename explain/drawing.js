@@ -2,20 +2,6 @@
 
 /* The building blocks of panels: elements, controls, and strips of numbers, in which each number is a coloured cell. */
 
-/** Make an element. attributes: as in HTML; on...: listeners; children: elements, texts, or nothing. */
-function h(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (name.startsWith("aria-"))
-      made.setAttribute(name, value); // also if it is false
-    else if (value === true) made.setAttribute(name, "");
-    else if (value !== false && value !== null && value !== undefined) made.setAttribute(name, value);
-  }
-  made.append(...children.flat().filter((child) => child !== null && child !== undefined));
-  return made;
-}
-
 const SVG = new DOMParser().parseFromString("<svg></svg>", "text/html").querySelector("svg").namespaceURI;
 
 function svg(tag, attributes, text = "") {
@@ -61,10 +47,6 @@ function signed2(x) {
   return `${+size ? (x < 0 ? "−" : "+") : ""}${size}`;
 }
 
-function percent(p) {
-  return p > 0 && p < 0.00005 ? "<0.01 %" : `${(100 * p).toFixed(p < 0.1 ? 2 : 1)} %`;
-}
-
 let controls = 0;
 
 /** A labelled select. options: texts; their numbers are the values. */
@@ -99,10 +81,6 @@ function toggle(label, checked, onToggle) {
   const input = h("input", { type: "checkbox", onchange: () => onToggle(input.checked) });
   input.checked = checked;
   return h("label", { class: "control" }, input, label);
-}
-
-function button(label, onPress, attributes = {}) {
-  return h("button", { type: "button", onclick: onPress, ...attributes }, label);
 }
 
 /** A table of texts and elements. numeric: the columns that are aligned as numbers. */

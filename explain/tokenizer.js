@@ -14,6 +14,7 @@ makeTokenizer(data) returns
                                is spelled in bytes
   decode(ids)     text; bytes that are not UTF-8 become U+FFFD
   pieces, vocab_size, eot, start    as in tokenizer.py
+  encodeTurns(turns)    of a chat model, as in chat/tokens.py, with the beginning of a reply
 Bytes are written as strings of characters up to U+00FF. Text is taken by code points: for..of and [...text]. */
 
 const SPACE = "▁"; // sentencepiece's sign for a space
@@ -21,16 +22,20 @@ const SPACE = "▁"; // sentencepiece's sign for a space
 /** data: as from tokenizer_data() in humptygpt/page/page_data.py. */
 function makeTokenizer(data) {
   const pieces = unpackPieces(data.pieces);
-  const split = TOKENIZERS[data.name](data, pieces);
+  const chats = data.eot !== null && decodeBytes([pieces[data.eot]]) === END;
+  const begin = data.eot - 1; // of a chat model, the first token after those of its text
+  const plain = TOKENIZERS[data.name](data, chats ? pieces.slice(0, begin) : pieces);
+  const { split, encodeTurns } = chats ? chatTokenizer(plain, pieces, begin) : { split: plain };
   const lineBreak = pieces.findIndex((piece) => piece.length === 1 && piece[0] === 10);
   return {
     name: data.name,
     pieces,
     vocab_size: pieces.length,
     eot: data.eot,
-    start: [data.eot ?? Math.max(lineBreak, 0)],
+    start: [chats ? begin : (data.eot ?? Math.max(lineBreak, 0))],
     split,
-    encode: (text) => split(text).flatMap((part) => part.tokens.flatMap((token) => token.ids)),
+    encodeTurns,
+    encode: (text) => idsIn(split(text)),
     skipped(text) {
       let at = 0;
       return split(text).flatMap(({ tokens }) =>
@@ -40,6 +45,8 @@ function makeTokenizer(data) {
     decode: (ids) => decodeBytes(ids.map((id) => pieces[id])),
   };
 }
+
+const idsIn = (parts) => parts.flatMap((part) => part.tokens.flatMap((token) => token.ids));
 
 /** The bytes of each token. packed: all bytes in base64, and the length of each token. */
 function unpackPieces({ bytes, lengths }) {
@@ -177,6 +184,32 @@ function encodeByScores(ids, scores, token) {
       found.unshift(symbols.slice(best[to - 1].from, to).join(""));
     }
     return { symbols, merges: [], scores: found.map((piece) => scoreOf(piece) ?? unknown), tokens: found.map(token) };
+  };
+}
+
+// --------------------------------------------------------------------------------------
+// Conversations
+
+const END = "<|im_end|>";
+const MARKS = /(<\|im_start\|>|<\|im_end\|>)/;
+
+/** Two marks and whole replies as further tokens. In a text, marks are recognised; in what somebody says, they are not.
+
+split: of the text between marks. begin: id of <|im_start|>; <|im_end|> and the replies follow it. */
+function chatTokenizer(split, pieces, begin) {
+  const ids = new Map(pieces.slice(begin).map((piece, i) => [decodeBytes([piece]), begin + i]));
+  const whole = (piece) => ({ symbols: [piece], merges: [], tokens: [{ piece, ids: [ids.get(piece)] }] });
+  const splitTurn = (text) => {
+    const [, header, reply] = text.match(/^(assistant\n)(.+)$/s) ?? [];
+    return ids.has(reply) ? [...split(header), whole(reply)] : split(text);
+  };
+  const turn = ({ role, content }) => [begin, ...idsIn(splitTurn(`${role}\n${content}`))];
+  return {
+    split: (text) => text.split(MARKS).flatMap((part, i) => (i % 2 ? [whole(part)] : splitTurn(part))),
+    encodeTurns(turns) {
+      const said = turns.flatMap((each) => [...turn(each), begin + 1, ...idsIn(split("\n"))]);
+      return [...said, ...turn({ role: "assistant", content: "" })];
+    },
   };
 }
 

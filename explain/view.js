@@ -16,14 +16,15 @@ async function main() {
   const { problem, data, model } = await desk.ask("open", { text, checksum: dataset.checksum });
   const again = "Make the page again with explain.py.";
   if (problem) element("problem").textContent = `The data of this page is damaged: ${problem}. ${again}`;
-  else new App(desk).start(data, model);
+  else new App(desk, data).start(data, model);
 }
 
 /** state: as requested; at: the state limited to the trace; trace: of the texts in `read`, null before the first. */
 class App {
-  constructor(desk) {
+  constructor(desk, { task }) {
     this.desk = desk;
-    this.sections = ["model", ...PANELS.map(({ id }) => id)];
+    this.chats = task === "chat";
+    this.sections = [...(this.chats ? ["talk"] : []), "model", ...PANELS.map(({ id }) => id)];
     this.version = 0; // of the weights, which change while the page trains
     this.trace = this.read = this.at = this.state = null;
     this.panels = [];
@@ -55,6 +56,7 @@ class App {
 
   /** Show the first state. If the page has no translation, the model writes it. */
   startTexts() {
+    if (this.chats) return { text: openingOf(this.data), source: "" };
     return this.translates ? { text: "", source: this.data.start } : { text: this.data.start, source: "" };
   }
 
@@ -78,9 +80,10 @@ class App {
     element("greedy").onchange = ({ target }) =>
       this.change({ sampling: { ...this.state.sampling, greedy: target.checked } });
     element("write-one").onclick = () => this.writeOne();
-    element("skip").onclick = () => this.goTo(this.sections[1]);
+    element("skip").onclick = () => this.goTo(PANELS[0].id);
     element("go-on").onclick = () => (this.going ? this.stop() : this.goOn());
     listenToTokens(this);
+    if (this.chats) this.talk = new Talk(this);
     dependenciesOf = (part) => this.operandsOf(part);
     darkScheme.addEventListener("change", () => this.draw());
     history.scrollRestoration = "manual";
@@ -92,7 +95,7 @@ class App {
     const given = new URLSearchParams(location.hash.slice(1)).has("text");
     await this.restore(location.hash);
     if (!given && this.translates) this.goOn({ greedy: true });
-    else if (!given && !this.data.start) this.goOn({ greedy: false, most: OPENING });
+    else if (!given && !this.state.text) this.goOn({ greedy: false, most: OPENING });
     await this.buildAll();
     // on a phone, the field has a single line
     for (const id of ["text", "source"]) element(id).scrollTop = element(id).scrollHeight;
@@ -101,16 +104,16 @@ class App {
   // ----------------------------------------------------------------------------------
   // State -> address, trace and drawing
 
-  /** Change the state; nothing else does. push: the browser's Back returns to the state before. */
-  change(changes, { push = false } = {}) {
+  /** Change the state; nothing else does. push: the browser's Back returns to the state before. ids: of its text. */
+  change(changes, { push = false, ids } = {}) {
     if (push) this.keep();
     const { text, source } = this.state;
     this.state = { ...this.state, ...changes };
     if (push) this.keep("pushState");
     else this.keepSoon();
-    if (this.state.text === text && this.state.source === source) return this.draw();
+    if (!ids && this.state.text === text && this.state.source === source) return this.draw();
     this.stop();
-    return this.compute();
+    return this.compute(ids);
   }
 
   /** Select something in the text that is shown. */
@@ -430,7 +433,7 @@ class App {
   }
 
   findSection() {
-    if (this.jumping || !this.complete) return;
+    if (this.jumping || !this.complete || this.state.section === "talk") return;
     const top = this.heightOfBars() + 60;
     const found = this.panels.findLast(({ root }) => root.getBoundingClientRect().top <= top);
     const id = found && scrollY > 0 ? found.id : "model";
@@ -452,16 +455,17 @@ class App {
   }
 
   /** layer: the layer of the part of the picture that led here. A number that was opened elsewhere is closed. */
-  goTo(section, changes = {}) {
+  goTo(section, changes = {}, ids) {
     this.fold(false);
     const left = section === this.state.section ? {} : { number: null, trail: [] };
-    this.change({ ...left, ...changes, section }, { push: true });
+    this.change({ ...left, ...changes, section }, { push: true, ids });
     this.scrollTo(section);
     const panel = this.panels.find(({ id }) => id === section);
     (panel?.heading ?? element("text")).focus({ preventScroll: true });
   }
 
   scrollTo(section) {
+    this.talk?.show(section === "talk");
     this.jumping = true;
     this.markSection();
     const panel = this.panels.find(({ id }) => id === section);

@@ -263,6 +263,16 @@ const TOPICS = {
     return { loss: meanOf(losses), norm, ...pack({ ...seen, moved }) };
   },
 
+  /** The prediction after the first tokens of a reply. turns: what was said before it. */
+  async reply(computer, { turns, ids }, wanted) {
+    const { block_size } = computer.model.config;
+    const idx = [...computer.tokenizer.encodeTurns(turns), ...ids];
+    const problem = `This takes ${idx.length} tokens, and the context has ${block_size}: nothing more fits into it.`;
+    if (idx.length >= block_size) return { problem, full: true };
+    const trace = await computer.trace(idx, { keep: true }, wanted, computer.nearest(idx));
+    return trace && { logits: trace.logits.at(-1), probs: trace.probs.at(-1) };
+  },
+
   /** The prediction after other tokens. */
   async other(computer, { idx, source }, wanted) {
     const trace = await computer.trace(idx, { source }, wanted, computer.nearest(idx, source));

@@ -35,7 +35,12 @@ SCHEMA = {
     "model_config": CONFIG,
     "tokenizer": dict,  # from Tokenizer.state()
     "task": str,
-    "data": {"source": str, "identity": {str: (int, str)}, "command?": str},
+    "data": {
+        "source": str,
+        "identity": {str: (int, str)},
+        "command?": str,
+        "questions?": [str],
+    },
     "progress": PROGRESS,
     "model": {str: Tensor},
     # only in ckpt.pt, for resuming

@@ -54,6 +54,7 @@ META = {  # the entries that training reads; data/README.md describes all of the
     "dtype": {"uint16", "uint32"},
     "vocab_size?": COUNT,
     "command?": str,
+    "questions?": [str],
     "splits": {"train": dict, "val": dict},  # details in SPLITS
     "tokenizer": dict,  # details in the tokenizer's class
 }

@@ -35,6 +35,7 @@ class Loaded(NamedTuple):
     description: str  # one line for the user
     task: str = "language modelling"
     saved: dict | None = None  # the entries of a run's checkpoint: see checkpoint.SCHEMA
+    questions: tuple | list = ()  # examples of what a chat model can be asked
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Pipeline:
     tokenizer: Tokenizer
     task: str
     device: torch.device
+    questions: tuple | list = ()  # as of Loaded
 
 
 def load(source: str | Path, which: str = "best") -> Loaded:
@@ -92,6 +94,7 @@ def from_run(path: Path, saved: object) -> Loaded:
         path=path,
         description=f"{path}: iter {progress['iter']}, {best}",
         saved=saved,
+        questions=saved["data"].get("questions", ()),
     )
 
 
@@ -144,7 +147,7 @@ def pipeline(
     print(loaded.description, file=sys.stderr)
     compiles = compile and loaded.task != "translation"
     model = make_generator(loaded.model, weight_dtype, torch_device, compiles)
-    return Pipeline(model, loaded.tokenizer, loaded.task, torch_device)
+    return Pipeline(model, loaded.tokenizer, loaded.task, torch_device, loaded.questions)
 
 
 # --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from io import BytesIO, StringIO, TextIOWrapper
 from itertools import chain
 from pathlib import Path
@@ -165,6 +166,27 @@ def test_columns_of_questions_and_answers_are_conversations(folder, ending):
     assert re.search(
         r"user\nwhat, \d+\?.*assistant\n\[this \d+<", meta["example"], re.DOTALL
     )
+
+
+def test_the_first_short_questions_of_conversations_are_kept_with_the_model(folder):
+    long = "and " * 30
+    write_chats(
+        *(
+            chat(first, "An egg.", f"why {i}?", "Hm.", system=system)
+            for i in range(30)
+            for first, system in (
+                (f"who {i}?", None),
+                (f"{long}{i}", None),
+                (f"where {i}?", "Be brief."),
+            )
+        )
+    )
+    prepare_data.main(["--input=chats.jsonl", "--name=tiny", "--tokenizer=bpe"])
+    train.main([*TINY_RUN, "--block_size=128"])
+    shutil.rmtree("data")
+    questions = Api(sample.load("out/run"), "egg").model_entry()["questions"]
+    assert 4 <= len(questions) <= 8
+    assert all(re.fullmatch(r"who \d+\?", text) for text in questions)
 
 
 BAD = {

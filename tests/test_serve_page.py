@@ -55,9 +55,9 @@ def opened(browser):
         page.on("request", lambda request: requests.append(request.url))
         url = f"http://127.0.0.1:{server.server_port}/"
         page.goto(url)
-        page.wait_for_selector("#input[placeholder]")
+        page.wait_for_selector("#message[placeholder]")
         page.fill("#temperature", "0")  # the reciter then makes no mistake
-        page.focus("#input")
+        page.focus("#message")
         page.own = url
         return page
 
@@ -70,8 +70,8 @@ def opened(browser):
 
 
 def say(page, text: str = "Hello") -> None:
-    page.fill("#input", text)
-    page.press("#input", "Enter")
+    page.fill("#message", text)
+    page.press("#message", "Enter")
 
 
 def replies(page) -> list[str]:
@@ -195,9 +195,9 @@ def test_a_message_can_be_edited_and_what_followed_it_is_replaced(reciter, opene
     say(page, "Two")
     wait_until_done(page)
     press(page, "Edit")
-    assert page.input_value("#input") == "One"
+    assert page.input_value("#message") == "One"
     page.keyboard.press("Escape")
-    assert page.input_value("#input") == "" and len(replies(page)) == 2
+    assert page.input_value("#message") == "" and len(replies(page)) == 2
     press(page, "Edit")
     say(page, "Three")
     wait_until_done(page)
@@ -214,9 +214,9 @@ def test_a_conversation_survives_a_reload_also_while_it_is_written(reciter, open
     gate.release(4)
     wait_for_reply(page, "Grü", 1)
     page.reload()
-    page.wait_for_selector("#input[placeholder]")
+    page.wait_for_selector("#message[placeholder]")
     page.fill("#temperature", "0")  # the reciter then makes no mistake
-    page.focus("#input")
+    page.focus("#message")
     assert replies(page) == [REPLY, "Grü"]
     assert page.locator(".user p").last.inner_text() == "<img src=x onerror=alert(1)>"
     assert page.locator("article img").count() == 0
@@ -229,9 +229,9 @@ def test_when_the_context_is_full_the_oldest_exchanges_are_forgotten(browser):
         context = browser.new_context()
         page = context.new_page()
         page.goto(f"http://127.0.0.1:{server.server_port}")
-        page.wait_for_selector("#input[placeholder]")
+        page.wait_for_selector("#message[placeholder]")
         page.fill("#temperature", "0")  # the reciter then makes no mistake
-        page.focus("#input")
+        page.focus("#message")
         for number in range(3):
             say(page, f"Number {number}")
             wait_until_done(page)
@@ -249,9 +249,9 @@ def test_a_server_that_has_gone_is_reported_and_the_page_can_go_on(
     context = browser.new_context()
     page = context.new_page()
     page.goto(f"http://127.0.0.1:{reciter.server_port}")
-    page.wait_for_selector("#input[placeholder]")
+    page.wait_for_selector("#message[placeholder]")
     page.fill("#temperature", "0")  # the reciter then makes no mistake
-    page.focus("#input")
+    page.focus("#message")
     context.set_offline(True)
     say(page)
     wait_until_done(page)

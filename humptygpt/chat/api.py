@@ -106,6 +106,7 @@ class Api:
     def __init__(self, loaded: Pipeline, name: str, forgets: bool = False):
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.device = loaded.device
+        self.questions = loaded.questions
         self.block_size = loaded.model.config.block_size
         self.is_chat = loaded.task == "chat"
         self.name = name
@@ -123,6 +124,7 @@ class Api:
             "is_chat": self.is_chat,
             "context": self.block_size,
             "alphabet": self.tokenizer.alphabet,
+            "questions": self.questions,
             "ends": [self.tokenizer.eot, *self.tokenizer.ends],
         }
 

@@ -53,6 +53,10 @@ OFTEN = 3  # a reply of a training split that occurs so many times is one token
 LONG = 20  # if it has at least so many characters
 SMALL = 2_000_000  # bytes of conversations; larger ones teach a model to spell
 SHOWN = 1500  # maximum length of the conversation in the summary, in characters
+# a short question with which a conversation begins: what precedes it is no turn
+QUESTION = re.compile(
+    rf"(?<!{re.escape(END)}\n){re.escape(BEGIN)}user\n(.{{1,80}}){re.escape(END)}"
+)
 REPLY = re.compile(rf"({re.escape(BEGIN)}assistant\n)(.*?({re.escape(END)}|$))", re.DOTALL)
 
 
@@ -144,6 +148,7 @@ class Conversations(Corpus):
         return {
             "without_reply": sum(counted["without_reply"] for counted in splits.values()),
             "longest": max(counted["longest"] for counted in splits.values()),
+            "questions": QUESTION.findall(first_text)[:8],
             "example": REPLY.sub(r"\1[\2]", first[:SHOWN].strip()),
         }
 

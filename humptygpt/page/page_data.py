@@ -36,7 +36,8 @@ def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> d
     path: the run's checkpoint. start: the text that the page shows first; None: the beginning of the validation split.
     """
     run = from_run(path, checkpoint.read_plain(path))
-    check_settings(run.model.config, run.tokenizer.name)
+    tokenizer = tokenizer_data(run.tokenizer)
+    check_settings(run.model.config, tokenizer["name"])
     check_formulas(run.model.config, "a page")
     saved = run.saved["progress"]
     # before the first evaluation the best loss is infinite, and JSON has no infinity
@@ -53,7 +54,8 @@ def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> d
         "texts": training_texts(run),
         **model_data(shown),
         "snapshots": snapshot_data(path.parent, saved["iter"], shown) if snapshots else [],
-        "tokenizer": tokenizer_data(run.tokenizer),
+        "tokenizer": tokenizer,
+        "questions": run.questions,
         "start": start or example_text(run),
         "metrics": read_metrics(path.with_name("metrics.jsonl")),
     }
@@ -148,9 +150,13 @@ def pack_weights(model: nn.Module) -> dict:
 
 
 def tokenizer_data(tokenizer: Tokenizer) -> dict:
-    """Build the argument for makeTokenizer() in explain/tokenizer.js."""
+    """Build the argument for makeTokenizer() in explain/tokenizer.js.
+
+    Of a chat model, it is the tokenizer of the text, with the pieces of the two marks and of whole replies at the end.
+    """
+    base = getattr(tokenizer, "base", tokenizer)
     data = {
-        "name": tokenizer.name,
+        "name": base.name,
         "eot": tokenizer.eot,
         "alphabet": tokenizer.alphabet,
         "pieces": {
@@ -158,8 +164,8 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict:
             "lengths": [len(piece) for piece in tokenizer.pieces],
         },
     }
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        data |= sentencepiece_data(tokenizer)
+    if isinstance(base, SentencePieceTokenizer):
+        data |= sentencepiece_data(base)
     return data
 
 
