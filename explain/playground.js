@@ -155,13 +155,13 @@ class Playground {
   }
 
   saveButtons() {
-    const name = "playground";
-    const files = {
-      "best.pt": () => torchSave(checkpointOf(this.trained())),
-      [`${name}.py`]: () => new Blob([configFile(this.trained())]),
-      [`${name}.txt`]: () => new Blob([this.now.text]),
+    const checkpoint = { "best.pt": () => torchSave(checkpointOf(this.trained())) };
+    const recipe = {
+      "playground.py": () => new Blob([configFile(this.trained())]),
+      "playground.txt": () => new Blob([this.now.text]),
     };
-    const buttons = Object.entries(files).map(([file, make]) => button(file, () => this.save(file, make)));
+    const files = Object.entries({ ...checkpoint, ...(this.config && recipe) });
+    const buttons = files.map(([file, make]) => button(file, () => this.save(file, make)));
     return h("span", { class: "control save", role: "group", "aria-label": "Save" }, "Save", buttons);
   }
 
@@ -183,7 +183,9 @@ class Playground {
   }
 
   save(file, make) {
+    const { name } = this.app.data.tokenizer;
     if (!this.now?.step) return this.tell("There is nothing to save before the first step.");
+    if (name !== "char") return this.tell(`Only models of characters can be saved here, and this one's tokens are of ${name}.`);
     if (this.now.knobs.mask === "none") return this.tell("model.py always has the mask, so this model cannot be saved.");
     h("a", { href: URL.createObjectURL(make()), download: file }).click();
   }

@@ -7,14 +7,14 @@
 config: keys of ModelConfig. settings: keys of TrainConfig, at least those of TRAINING in humptygpt/page/page_data.py.
 weights: a tree of {data: Float32Array, shape} under the names of a state dict; tied tensors have the same data.
 progress: iter, at least 1; tokens; seconds; and best_val_loss if the model was evaluated. */
-function checkpointOf({ config, settings, tokenizer: { alphabet }, weights, progress }) {
+function checkpointOf({ config, settings, tokenizer: { alphabet, eot }, weights, progress }) {
   const { iter, seconds } = progress;
   const same = { position: iter, best_iter: iter, run_seconds: seconds };
   return {
     format: "gpt checkpoint 3",
     train_config: { out_dir: "out/playground", dataset: "playground", init_from: "scratch", ...settings },
     model_config: config,
-    tokenizer: { tokenizer: "char", alphabet, separated: false },
+    tokenizer: { tokenizer: "char", alphabet, separated: eot !== null },
     task: "language modelling",
     data: { source: "playground.txt", identity: {} },
     progress: { best_val_loss: Infinity, evals_since_best: 0, losses: [], ...same, ...progress },

@@ -50,8 +50,10 @@ class App {
     element("name").textContent = data.name;
     document.title = `HumptyGPT: ${data.name}`;
     element("about").textContent = describeRun(data);
-    this.picture = new Picture(this);
-    this.buildPanels();
+    keepFocus(element("page"), () => {
+      this.picture = new Picture(this);
+      this.buildPanels();
+    });
   }
 
   /** Show the first state. If the page has no translation, the model writes it. */

@@ -1328,7 +1328,7 @@ def test_damage_to_the_data_of_a_page_is_found_by_its_checksum(node, run_dir):
 def test_the_page_is_one_file_that_asks_for_no_other(run_dir):
     explain.main(["--out_dir=out/run", "--to=page.html"])
     page = Path("page.html").read_text()
-    assert "{{" not in page and page.count("<script") == page.count("</script>") == 22
+    assert "{{" not in page and page.count("<script") == page.count("</script>") == 25
     others = r"https?://|\bsrc=|\bhref=|\bimport\b|\bfetch\(|XMLHttpRequest|url\("
     assert not re.search(others, page)
     assert "default-src 'none'; script-src 'unsafe-inline' 'wasm-unsafe-eval'; " in page
@@ -1469,7 +1469,7 @@ SAVED = {
 def save_in_page(node: Node, model: nn.Module, **progress) -> dict[str, Tensor]:
     """Let the page write best.pt. Returns the weights that it must hold."""
     saved = {"config": vars(model.config), "settings": SETTINGS}
-    saved["tokenizer"] = {"name": "char", "alphabet": CHARACTERS}
+    saved["tokenizer"] = {"name": "char", "alphabet": CHARACTERS, "eot": None}
     progress = {"iter": 7, "tokens": 2**40, "seconds": 1.5} | progress
     file = node.ask("save", data=data_of(model), progress=progress, **saved)
     Path("best.pt").write_bytes(base64.b64decode(file))

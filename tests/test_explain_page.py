@@ -34,6 +34,7 @@ RUNS = {
     "members": ["--block_size=32", "--position=rotary", "--n_members=2"],
     "window": ["--model=window_mlp", "--window=4", "--block_size=32"],
 }
+PLAYGROUND = "--playground=out/playground/explain.html"
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,8 @@ def runs(tmp_path_factory):
         for name, keys in RUNS.items():
             train.main([*TINY_RUN, *PLAIN, f"--out_dir=out/{name}", *keys])
             explain.main([f"--out_dir=out/{name}", f"--start={starts[name]}"])
+        Path("out/playground").mkdir()
+        explain.main([PLAYGROUND])
     return folder
 
 
@@ -572,7 +575,7 @@ FOCUS = """i => {
   window.control = visible()[i];
   if (!control) return [null, "", ""];
   control.focus();
-  const kind = { checkbox: "checkbox", range: "range" }[control.type] ?? control.localName;
+  const kind = { checkbox: "checkbox", range: "range", file: "file" }[control.type] ?? control.localName;
   return [kind, control.outerHTML.slice(0, 300), state().join()];
 }"""
 AFTER = (
@@ -580,7 +583,9 @@ AFTER = (
 )
 
 
-@pytest.mark.parametrize("run", ["run", pytest.param("pairs", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "run", ["run", "playground", pytest.param("pairs", marks=pytest.mark.long)]
+)
 def test_tab_leads_to_every_control_and_each_obeys_its_keys_and_keeps_the_focus(
     opened, run
 ):
@@ -600,6 +605,8 @@ def test_tab_leads_to_every_control_and_each_obeys_its_keys_and_keeps_the_focus(
         kind, label, before = ask(FOCUS, number)
         if not kind:
             break
+        if kind == "file":  # a key opens the browser's own window
+            continue
         for key in KEYS[kind]:
             press(key)
             after, focused, text = ask(AFTER)
@@ -689,6 +696,8 @@ def test_nothing_moves_where_reduced_motion_is_asked_for(opened):
         pytest.param("run", "dark", marks=pytest.mark.long),
         pytest.param("pairs", "light", marks=pytest.mark.long),
         ("window", "dark"),
+        ("playground", "light"),
+        pytest.param("playground", "dark", marks=pytest.mark.long),
     ],
 )
 def test_axe_finds_nothing(opened, run, scheme):
@@ -716,7 +725,7 @@ def assert_axe_finds_nothing(axe, view: Opened) -> None:
 
 
 @pytest.mark.parametrize(("width", "zoom"), [(360, 1), (768, 1), (1440, 2)])
-@pytest.mark.parametrize("run", ["run", "pairs", "window"])
+@pytest.mark.parametrize("run", ["run", "pairs", "window", "playground"])
 def test_nothing_scrolls_sideways(opened, run, width, zoom):
     view = opened(
         run,

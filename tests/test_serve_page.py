@@ -78,7 +78,7 @@ def replies(page) -> list[str]:
     """The texts of the replies, without the mark of their end."""
     script = """(cards) => cards.map((card) =>
       [...card.querySelectorAll("p:first-child .token:not(.end)")].map((token) => token.textContent).join(""))"""
-    return page.eval_on_selector_all(".assistant, .text", script)
+    return page.eval_on_selector_all("article.assistant, article.text", script)
 
 
 def wait_for_reply(page, text: str = REPLY, index: int = 0) -> None:
