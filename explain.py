@@ -29,7 +29,7 @@ class ExplainConfig:
     start: str | None = None  # text that the page shows first
     snapshots: bool = True  # include the weights of earlier steps in the page
     playground: str | None = (
-        None  # HTML file to write, without a run: a page that trains a new GPT
+        None  # HTML file of a page that trains a new GPT, without a run
     )
 
     @classmethod

@@ -33,11 +33,13 @@ const EARLIER = 3; // trainings whose curves stay
 const FOLLOW_EVERY = 300; // ms between two looks at the weights of a training
 
 class Playground {
-  constructor(app, { texts, config, training }) {
-    Object.assign(this, { app, texts, config });
+  /** data: of a page that begins with a text, or of a run. */
+  constructor(app, { texts, config, training, text, model, task }) {
+    this.texts = texts ?? (text ? { "The beginning of its own text": text } : {});
+    Object.assign(this, { app, config });
     this.training = { ...training, ...(config && SHORT) };
     this.root = element("playground");
-    if (!texts) return; // this page's model is of a kind that it cannot train
+    if (!config && (model.model !== "gpt" || task !== "language modelling")) return;
     this.names = Object.keys(KNOBS).filter((name) => config || OF_TRAINING.includes(name));
     const initial = { ...config, ...this.training, ...(config && PLAIN), mask: "causal" };
     this.knobs = Object.fromEntries(this.names.map((name) => [name, initial[name]]));
@@ -312,10 +314,9 @@ class Playground {
     const V = app.model.tokenizer_vocab_size;
     const guessing = Math.log(V);
     const left = this.running ? `, ${duration(((this.until - now.step) * now.ms) / 1000)} to go` : "";
-    const losses = [now.train.length && `training loss ${last(binnedMeans(now.train))}`, `validation loss ${last(now.val)}`];
     this.status.textContent =
-      `Step ${count(now.step)}: ${losses.filter(Boolean).join(", ")}; guessing among ${V} characters has ` +
-      `${guessing.toFixed(2)}.${now.ms ? ` ${now.ms.toFixed(0)} ms a step${left}.` : ""}`;
+      `Step ${count(now.step)}${now.ms ? `: ${now.ms.toFixed(0)} ms a step${left}` : ""}. ` +
+      `Guessing among ${tokens(V)} has a loss of ${guessing.toFixed(2)}.`;
     const lines = earlier.map(({ knobs, val }, i) => ({ name: differences(knobs, now.knobs), points: val, colour: `before-${i}` }));
     lines.push({ name: "validation", points: now.val, colour: 1 });
     if (now.train.length) lines.unshift({ name: "training", points: binnedMeans(now.train), colour: 0 });
@@ -354,7 +355,6 @@ const BY_HEART =
 const OVERFITS =
   "since then the model has learned its text by heart, rather than what all such texts have in common. A longer text helps.";
 
-const last = (points) => points.at(-1)[1].toFixed(3);
 const only = (knobs, keys) => Object.fromEntries(Object.entries(knobs).filter(([name]) => name in keys));
 const duration = (seconds) => (seconds < 100 ? `${Math.ceil(seconds)} s` : `${Math.ceil(seconds / 60)} min`);
 
@@ -425,7 +425,7 @@ const IDEAS = [
     says: "Each step jumps over the valley of the loss and lands higher on the other side.",
   },
   {
-    title: "break it: eight layers without residual connections",
+    title: "break it: 8 layers, no residual connections",
     arms: [{ n_layer: 8, block: "plain" }, { n_layer: 8, block: "pre_norm" }],
     says: "Through eight layers nothing of a token is left: the model learns only how frequent each character is, 3.09.",
   },

@@ -594,6 +594,7 @@ class App {
 
   /** Continue from the selected token with another next token. */
   choose(id) {
+    if (!this.trace) return; // a new model is being opened
     const { t } = this.at;
     const later = this.trace.idx.length - 1 - t;
     this.stop();

@@ -160,7 +160,7 @@ const TOPICS = {
       const vocab_size = tokenizer.pieces.lengths.length;
       const model = untrainedModel({ ...config, vocab_size }, training.seed);
       const metrics = [{ iter: 0 }]; // the page adds those of the training
-      const page = { name: "Playground", task: "language modelling", metrics, start: text.trimStart().slice(0, START) };
+      const page = { name: "Inside your GPT", task: "language modelling", metrics, start: text.trimStart().slice(0, START) };
       opened = computer.open(model, { ...page, progress: { iter: 0 }, training, model: model.config, tokenizer });
     }
     const ids = computer.tokenizer.encode(text);

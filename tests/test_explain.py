@@ -48,7 +48,6 @@ from humptygpt.page.known_settings import (
     known_logits,
     name_of,
 )
-from humptygpt.page.playground import playground_texts
 from humptygpt.prepare.sources import write_wills
 from humptygpt.prepare.vocabulary import train_byte_pairs, train_sentencepiece
 from humptygpt.settings import TrainConfig
@@ -1546,7 +1545,7 @@ def test_the_config_file_that_the_page_saves_has_the_settings_that_are_no_defaul
 
 
 def test_the_texts_of_the_playground_are_short_and_python_reads_them_by_characters():
-    texts = playground_texts()
+    texts = page_data.playground_data()["texts"]
     assert list(texts) == ["The rhyme", "Sonnets by Shakespeare", "Damian's sentences"]
     for number, text in enumerate(texts.values()):
         assert text.isascii() and 1000 < len(text) < 40_000

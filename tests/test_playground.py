@@ -92,7 +92,7 @@ def test_a_training_with_another_setting_keeps_the_curve_of_the_one_before(opene
     assert re.search(r"norm=layernorm, [\d.]+ at the end", key)
     choose(view, Text="Damian's sentences")
     view.page.click("text=Start over")
-    view.page.wait_for_selector("text=/Step 0: validation loss/")
+    view.page.wait_for_selector("text=/Step 0\\./")
     assert "norm" not in view.page.locator(".chart-key").first.inner_text()
 
 
@@ -148,7 +148,7 @@ def test_any_letters_and_any_length_are_learned_character_by_character(opened, t
     choose(view, max_iters=100, n_embd=16)
     view.page.get_by_label(TEXT).fill(text)
     train_to_the_end(view)
-    assert f"guessing among {len(set(text))} characters" in view.page.inner_text(
+    assert f"Guessing among {len(set(text))} tokens" in view.page.inner_text(
         ".playing .status"
     )
     assert trained_loss(view) < 1.5

@@ -15,7 +15,7 @@ from humptygpt.data import TokenFiles, read_meta
 from humptygpt.loading import Loaded, from_run
 from humptygpt.loggers import read_metrics
 from humptygpt.page.known_settings import check_formulas, check_settings
-from humptygpt.page.playground import playground_texts
+from humptygpt.prepare.sources import RHYMES, write_wills
 from humptygpt.run import SNAPSHOTS, to_8_bits
 from humptygpt.settings import TrainConfig
 from humptygpt.tokenizers import END_OF_TEXT, SentencePieceTokenizer, Tokenizer
@@ -27,7 +27,7 @@ TRAINING += (
     " max_iters decay_lr schedule warmup_iters lr_decay_iters min_lr batch_size seed"
 )
 START_TOKENS = 64  # length of the text that a page starts with
-TEXT_TOKENS = 20_000  # length of the text on which a page goes on with the training
+TEXT_TOKENS = 20_000  # length of the text on which a page can go on with the training
 
 
 def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> dict:
@@ -51,7 +51,9 @@ def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> d
         "task": run.task,
         "progress": progress,
         "training": {key: run.saved["train_config"][key] for key in TRAINING.split()},
-        "texts": training_texts(run),
+        "text": read_split(run, "train", TEXT_TOKENS)
+        if run.task == "language modelling"
+        else "",
         **model_data(shown),
         "snapshots": snapshot_data(path.parent, saved["iter"], shown) if snapshots else [],
         "tokenizer": tokenizer,
@@ -63,12 +65,14 @@ def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> d
 
 def playground_data() -> dict:
     """Collect the data of a page that trains new models: texts, and the defaults of all settings."""
-    training = {key: getattr(TrainConfig, key) for key in TRAINING.split()}
-    return {
-        "texts": playground_texts(),
-        "config": asdict(ModelConfig()),
-        "training": training,
+    sonnets = Path(__file__).with_name("sonnets.txt")
+    texts = {
+        "The rhyme": RHYMES,
+        "Sonnets by Shakespeare": sonnets.read_text(encoding="utf-8"),
+        "Damian's sentences": write_wills(150),
     }
+    training = {key: getattr(TrainConfig, key) for key in TRAINING.split()}
+    return {"texts": texts, "config": asdict(ModelConfig()), "training": training}
 
 
 def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
@@ -95,14 +99,6 @@ def example_text(run: Loaded) -> str:
     text = read_split(run, "val", START_TOKENS).partition(END_OF_TEXT)[0]
     # the split may begin in the middle of a line, so start with the next line
     return text.partition("\n")[2].lstrip() or text
-
-
-def training_texts(run: Loaded) -> dict | None:
-    """Return the texts on which the page can go on with the training, by name; None if it cannot train this model."""
-    if run.model.config.model != "gpt" or run.task != "language modelling":
-        return None
-    text = read_split(run, "train", TEXT_TOKENS).replace(END_OF_TEXT, "\n\n")
-    return {"The beginning of its own text": text} if text else {}
 
 
 def read_split(run: Loaded, split: str, count: int) -> str:
