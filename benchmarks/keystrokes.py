@@ -1,4 +1,7 @@
-"""bench.py --what=page: how long a page of explain.py takes to answer a keystroke in a browser."""
+"""bench.py --what=page: how long a page of explain.py takes to answer a keystroke in a browser.
+
+Of a playground it measures the time from opening it until its GPT recites the rhyme.
+"""
 
 import math
 import random
@@ -8,6 +11,7 @@ from pathlib import Path
 
 from bench import BenchConfig
 from humptygpt.cli import UserError
+from humptygpt.prepare.sources import RHYME
 
 FIRST_KEYS = 10  # uncounted keystrokes, during which the browser compiles
 REST_MS = 200  # pause after a new text, while its sections are drawn
@@ -86,6 +90,24 @@ STEPS = """([texts, T, count]) => {
 }"""
 
 
+# Milliseconds from opening the page until a sample has the rhyme, and until the training has ended.
+RECITED = """rhyme => new Promise((done) => {
+  const go = document.querySelector("button.main");
+  let recited = null;
+  const look = () => {
+    const samples = [...document.querySelectorAll(".samples code")];
+    if (samples.some(({ textContent }) => textContent.includes(rhyme))) recited ??= performance.now();
+    if (go.textContent === "Train") done([recited, performance.now()]);
+    else setTimeout(look, 10);
+  };
+  go.click();
+  setTimeout(look, 1000);
+})"""
+LONG_TASKS = """window.tasks = [0];
+new PerformanceObserver((list) => tasks.push(...list.getEntries().map(({ duration }) => duration)))
+  .observe({ type: "longtask" });"""
+
+
 def bench(config: BenchConfig) -> dict:
     try:
         from playwright.sync_api import sync_playwright
@@ -101,7 +123,22 @@ def bench(config: BenchConfig) -> dict:
         raise UserError(f"no {config.page}; make it with explain.py")
     with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        if '"texts":' in path.read_text():
+            return time_training(browser, path)
         return time_page(browser, path, config.keystrokes)
+
+
+def time_training(browser, path: Path) -> dict[str, dict]:
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    page.add_init_script(LONG_TASKS)
+    page.goto(path.as_uri())
+    page.wait_for_selector("#page[aria-busy=false] #bars button")
+    opened = page.evaluate("(tasks.length = 1, performance.now())")
+    recited, trained = page.evaluate(RECITED, RHYME.strip())
+    longest = page.evaluate("Math.max(...tasks)")
+    times = {"opened": opened, "recited": recited, "trained": trained}
+    found = {name: {"ms": time and round(time)} for name, time in times.items()}
+    return found | {"longest_task_in_training": {"ms": round(longest)}}
 
 
 def time_page(browser, path: Path, keystrokes: int) -> dict[str, dict]:

@@ -46,6 +46,7 @@ class Playground {
     this.now = null; // {text, knobs, train and val: [step, loss] each, samples: [step, text] each, first, step, ms}
     this.earlier = []; // the same of trainings before
     this.followedAt = 0;
+    this.own = ""; // the text that was typed or opened
     this.running = null; // resolves when the training pauses
     this.changed = true; // have knobs or text changed since the training began
     app.desk.onEvent = (news) => this.take(news);
@@ -101,7 +102,7 @@ class Playground {
   chooseText(i) {
     const name = Object.keys(this.texts)[i] ?? OWN;
     this.pickText.set(i);
-    this.setText(this.texts[name] ?? "");
+    this.setText(this.texts[name] ?? this.own);
     if (name === OWN) this.field.focus();
   }
 
@@ -117,6 +118,7 @@ class Playground {
   }
 
   edit(text) {
+    this.own = text;
     this.pickText.set(Object.keys(this.texts).length);
     this.setText(text);
   }

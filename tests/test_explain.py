@@ -1544,6 +1544,14 @@ def test_the_config_file_that_the_page_saves_has_the_settings_that_are_no_defaul
     assert keys.keys() == chosen.keys() - {"vocab_size"} | changed | {"input"}
 
 
+def test_the_playground_in_docs_is_what_the_command_writes():
+    explain.main(["--playground=playground.html"])
+    page = (ROOT / "docs/playground.html").read_bytes()
+    assert len(page) < 600_000
+    rebuild = "python explain.py --playground=docs/playground.html"
+    assert Path("playground.html").read_bytes() == page, rebuild
+
+
 def test_the_texts_of_the_playground_are_short_and_python_reads_them_by_characters():
     texts = page_data.playground_data()["texts"]
     assert list(texts) == ["The rhyme", "Sonnets by Shakespeare", "Damian's sentences"]
