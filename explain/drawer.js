@@ -2,6 +2,7 @@
 
 /* The drawer: how the selected number was computed. */
 const LARGEST = 8; // terms that are spelled out
+const LEAST_SEEN = 240; // pixels of the drawer that are in sight when it opens
 const TRAINED = ": weights. They were learned in training and computed from nothing: a chain ends here.";
 const ROUNDED = "The page has the weights in 16 bits: a checkpoint's number can differ in the fourth decimal.";
 
@@ -32,14 +33,16 @@ class Drawer {
     });
   }
 
-  /** Move the selected cell out from under the drawer. */
+  /** Scroll until the drawer is in sight, or the selected cell no longer under it. */
   async reveal() {
     await new Promise(requestAnimationFrame);
     await new Promise(requestAnimationFrame); // wait until the strips are painted
     const { top, width } = element("drawer").getBoundingClientRect();
-    if (getComputedStyle(element("drawer")).position !== "fixed" || !width) return;
+    if (!width) return;
     const selected = [...strips].find((strip) => strip.options.part === opened && strip.selected >= 0 && strip.size);
-    const hidden = selected ? selected.selectedBottom() + 12 - top : 0;
+    const covers = getComputedStyle(element("drawer")).position === "fixed";
+    const covered = selected ? selected.selectedBottom() + 12 - top : 0;
+    const hidden = covers ? covered : top + LEAST_SEEN - innerHeight;
     if (hidden > 0) scrollBy({ top: hidden, behavior: "instant" });
   }
 

@@ -405,7 +405,7 @@ class Chart {
     const level = [0, x1].map((x) => [x, this.level.y]);
     const ticks = [0, 0.25, 0.5, 0.75, 1].map((part) => {
       const y = y0 + part * (y1 - y0);
-      return svg("text", { x: 40, y: at([0, y])[1] + 4 }, +y.toPrecision(2));
+      return svg("text", { x: 40, y: at([0, y])[1] + 4 }, +y.toPrecision(y1 - y0 < 0.3 * y1 ? 3 : 2));
     });
     this.picture.replaceChildren(
       svg("path", { class: "axes", d: `M44.5 10.5V${height - 21.5}H${width - 11.5}` }),

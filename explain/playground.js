@@ -3,22 +3,23 @@
 /* The playground: a text, knobs with the names of a config file's keys, and a button that trains. The worker trains;
 here are the curves and the samples. The rest of the page shows the weights of the moment. */
 
+/** {key: [its choices, what it is]} */
 const KNOBS = {
-  n_layer: [1, 2, 4, 8],
-  n_head: [1, 2, 4, 8],
-  n_embd: [16, 32, 64, 128],
-  block_size: [16, 32, 64, 128, 256],
-  position: Object.keys(POSITIONS),
-  norm: Object.keys(NORMS),
-  block: Object.keys(BLOCKS),
-  mlp: Object.keys(MLPS),
-  activation: Object.keys(ACTIVATIONS),
-  mask: ["causal", "none"],
-  batch_size: [1, 2, 4, 8, 16],
-  max_iters: [100, 300, 1000, 3000, 10000],
-  learning_rate: [0.0001, 0.0003, 0.001, 0.002, 0.004, 0.01, 0.03, 0.1, 1, 10],
-  optimizer: ["adamw", "muon", "normuon"],
-  seed: [1, 2, 3, 4, 5],
+  n_layer: [[1, 2, 4, 8], "layers, one after another"],
+  n_head: [[1, 2, 4, 8], "attention heads in each layer"],
+  n_embd: [[16, 32, 64, 128], "features of a token: the width of the model"],
+  block_size: [[16, 32, 64, 128, 256], "characters that the model sees at once: its context"],
+  position: [Object.keys(POSITIONS), "how the model is told the order of the characters"],
+  norm: [Object.keys(NORMS), "what brings the features to one scale"],
+  block: [Object.keys(BLOCKS), "how norms and residual connections are arranged in a layer"],
+  mlp: [Object.keys(MLPS), "the feed-forward network of each layer"],
+  activation: [Object.keys(ACTIVATIONS), "the function after each neuron's sum"],
+  mask: [["causal", "none"], "causal: a character sees only those before it"],
+  batch_size: [[1, 2, 4, 8, 16], "pieces of the text in each step"],
+  max_iters: [[100, 300, 1000, 3000, 10000], "steps of training"],
+  learning_rate: [[0.0001, 0.0003, 0.001, 0.002, 0.004, 0.01, 0.03, 0.1, 1, 10], "how far a step moves the weights"],
+  optimizer: [["adamw", "muon", "normuon"], "the rule by which the gradient moves the weights"],
+  seed: [[1, 2, 3, 4, 5], "which random numbers it starts with"],
 };
 const OF_TRAINING = ["batch_size", "max_iters", "learning_rate", "optimizer", "seed"];
 /** What a new page begins with, and with each of its texts, where that is not the default of a config. */
@@ -48,7 +49,6 @@ class Playground {
     this.followedAt = 0;
     this.own = ""; // the text that was typed or opened
     this.running = null; // resolves when the training pauses
-    this.changed = true; // have knobs or text changed since the training began
     app.desk.onEvent = (news) => this.take(news);
     this.build();
     this.chooseText(0);
@@ -61,15 +61,20 @@ class Playground {
     const { texts, config } = this;
     this.pickText = picker("Text", [...Object.keys(texts), OWN], 0, (i) => this.chooseText(i));
     const file = h("input", { type: "file", class: "unseen", onchange: () => this.readFile(file.files[0]) });
-    this.field = h("textarea", { rows: 6, dir: "auto", spellcheck: false, "aria-label": "The text that it learns" });
+    this.field = h("textarea", { rows: 5, dir: "auto", spellcheck: false, "aria-label": "The text that it learns" });
     this.field.oninput = () => this.edit(this.field.value);
     this.note = h("p", { class: "note" });
     this.pickers = this.names.map((name) => {
-      const options = [...new Set([...KNOBS[name], this.knobs[name]])];
+      const [choices, meaning] = KNOBS[name];
+      const options = [...new Set([...choices, this.knobs[name]])];
       const labels = options.map((value) => MEANINGS[`${name}=${value}`] ?? `${value}`);
       const root = picker(name, labels, 0, (i) => this.turn({ [name]: options[i] }));
+      root.title = `${name}: ${meaning}`;
+      for (const event of ["focusin", "pointerenter"])
+        root.addEventListener(event, () => (this.meaning.textContent = root.title));
       return { root, update: () => root.set(options.indexOf(this.knobs[name])) };
     });
+    this.meaning = h("p", { class: "note" }, "Each setting has the name that it has in a config file.");
     this.go = button("Train", () => this.press(), { class: "main" });
     const one = button("One step", () => this.ready().then((is) => is && this.train(this.now.step + 1)));
     const over = button("Start over", () => this.begin());
@@ -78,17 +83,18 @@ class Playground {
     this.chart = new Chart("loss of training and validation at each step");
     this.samples = h("ol", { class: "samples" });
     const open = h("label", { class: "file" }, file, "Open a file");
-    const back = h("p", { class: "note" }, "A step's number goes back to it.");
+    const back = h("p", { class: "note" }, "A step's number shows that step, and training goes on from there.");
     const parts = group(
       "playing",
       controlRow(config && h("h2", {}, "Train a GPT"), this.go, one, over, this.saveButtons()),
-      group("knobs", this.pickers),
       group(
         "training",
         group("", controlRow(this.pickText, open), this.field, this.note, config && this.buildIdeas()),
         group("", this.chart, this.status, this.said),
         group("", h("h3", {}, "What it writes"), back, this.samples),
       ),
+      group("knobs", this.pickers),
+      this.meaning,
     ).root;
     this.root.append(config ? parts : h("details", {}, h("summary", {}, "Train it further"), parts));
     this.root.hidden = false;
@@ -129,7 +135,7 @@ class Playground {
       if (text.includes("\0")) throw new TypeError("not a text");
       this.edit(text.replaceAll("\r\n", "\n"));
     } catch {
-      this.tell(`${file.name} is not a text in UTF-8. Save it as plain text, and open it again.`);
+      this.tell(`${file.name} is not a text in UTF-8. Save it as text with this encoding, and open it again.`);
     }
   }
 
@@ -139,7 +145,7 @@ class Playground {
     const says = h("p", { class: "note" });
     const choose = (i) => {
       chosen = i;
-      says.textContent = IDEAS[i].says;
+      says.textContent = `${IDEAS[i].says}${/\d\./.test(IDEAS[i].says) ? OF_SONNETS : ""}`;
     };
     const root = picker("Try an idea", IDEAS.map(({ title }) => title), 0, choose);
     choose(0);
@@ -192,15 +198,23 @@ class Playground {
     if (name !== "char") return this.tell(`Only models of characters can be saved here, and this one's tokens are of ${name}.`);
     if (this.now.knobs.mask === "none") return this.tell("model.py always has the mask, so this model cannot be saved.");
     h("a", { href: URL.createObjectURL(make()), download: file }).click();
+    const command = file === "playground.txt" ? "" : file === "best.pt" ? "sample.py --out_dir=best.pt" : "train.py playground.py";
+    this.tell(`${file} is saved.${command && ` Beside the files of this project: python ${command}`}`);
   }
 
   /** Set knobs. They hold for the next training. */
   turn(knobs) {
     Object.assign(this.knobs, knobs);
     for (const each of this.pickers) each.update();
-    this.changed = true;
+    if (!this.changed || !this.now) return;
     this.pause();
-    if (this.now) this.tell("Train begins a new model with this.");
+    this.tell("Train begins a new model with this.");
+  }
+
+  /** Have the text or the knobs changed since the training began? */
+  get changed() {
+    const { now, knobs, text, names } = this;
+    return !now || text !== now.text || names.some((name) => knobs[name] !== now.knobs[name]);
   }
 
   tell(text) {
@@ -229,9 +243,8 @@ class Playground {
       return false;
     }
     const before = this.now?.text === text ? [...this.earlier, this.now] : [];
-    this.earlier = before.filter(({ val }) => val.length > 1).slice(-EARLIER);
+    this.earlier = before.filter(({ step, first }) => step - first >= 50).slice(-EARLIER);
     this.now = { text, knobs: { ...knobs }, train: [], val: [], samples: [], first: begun.progress.step };
-    this.changed = false;
     const kind = JSON.stringify([begun.model?.config, begun.data?.tokenizer]);
     if (begun.model && kind !== this.kind) app.show(begun.data, begun.model);
     this.kind = kind;
@@ -275,16 +288,17 @@ class Playground {
   async back(step) {
     await this.pause();
     await this.app.desk.ask("back", { step });
-    const { now } = this;
-    Object.assign(now, { step, train: now.train.filter(([at]) => at < step) });
-    for (const name of ["val", "samples"]) now[name] = now[name].filter(([at]) => at <= step);
+    this.now.step = step;
     await this.app.follow();
     this.draw();
   }
 
-  /** News of the training, every 100 ms. */
+  /** News of the training, every 100 ms. After an earlier step was gone back to, they replace what followed it. */
   take({ step, losses, kept, ms }) {
     const { now, app } = this;
+    const from = losses[0]?.[0] ?? Infinity;
+    now.train = now.train.filter(([at]) => at < from);
+    for (const name of ["val", "samples"]) now[name] = now[name].filter(([at]) => at <= from);
     now.train.push(...losses);
     now.val.push(...kept.map(({ step, val_loss }) => [step, val_loss]));
     now.samples.push(...kept.map(({ step, sample }) => [step, app.tokenizer.decode(sample)]));
@@ -300,12 +314,18 @@ class Playground {
   /** The training as that of a run: progress and metrics. */
   record() {
     const { train, val, step } = this.now;
-    const best_val_loss = val.reduce((best, [, loss]) => Math.min(best, loss), Infinity);
+    const best_val_loss = this.loss;
     const metrics = [
       ...binnedMeans(train).map(([iter, train_loss]) => ({ iter, train_loss })),
       ...val.map(([iter, val_loss]) => ({ iter, val_loss })),
     ];
     return { progress: { iter: step, best_val_loss }, metrics };
+  }
+
+  /** The last validation loss up to the present step. */
+  get loss() {
+    const { val, step } = this.now;
+    return val.findLast(([at]) => at <= step)[1];
   }
 
   // ----------------------------------------------------------------------------------
@@ -328,13 +348,14 @@ class Playground {
   }
 
   sample([step, text]) {
-    return h("li", {}, button(count(step), () => this.back(step), { class: "operand" }), h("code", { dir: "auto" }, text));
+    const shown = { class: "operand", "aria-current": step === this.now.step };
+    return h("li", {}, button(count(step), () => this.back(step), shown), h("code", { dir: "auto" }, text));
   }
 
   /** What a reader should know about the losses. */
   verdict(guessing) {
     const { knobs, train, val, text } = this.now;
-    const [, loss] = val.at(-1);
+    const { loss } = this;
     const [bestStep, best] = val.reduce((a, b) => (b[1] < a[1] ? b : a));
     const worst = Math.max(...train.map(([, loss]) => loss));
     if (Number.isNaN(worst)) return `${EXPLODED} Its numbers are no longer finite, so it stopped.`;
@@ -342,7 +363,9 @@ class Playground {
     if (knobs.mask === "none" && loss < guessing / 3) return CHEATS;
     if (text.length < 10 * LEAST_HELD) return BY_HEART;
     if (loss > best + 0.05) return `The validation loss was lowest, ${best.toFixed(2)}, at step ${bestStep}: ${OVERFITS}`;
-    return "";
+    const held = "Validation is on the last tenth of the text, which it does not learn.";
+    const ended = this.now.step - this.now.first === knobs.max_iters;
+    return ended ? `Done: ${loss.toFixed(2)}. ${held} Train goes on from here, at the last learning rate.` : held;
   }
 }
 
@@ -375,14 +398,15 @@ function binnedMeans(points) {
   });
 }
 
-/** What the figures of these ideas are of: the sonnets, the knobs as at first, means of three seeds. */
+/** The figures are means of three seeds. */
+const OF_SONNETS = " (Losses of the sonnets after 300 steps, with the other settings as at first.)";
 const IDEAS = [
   {
     title: "residual connections",
     arms: [{ block: "plain" }, { block: "pre_norm" }],
     says:
-      "Without them each block replaces what it reads, and what a token was is soon lost. After 300 steps on the sonnets: " +
-      "2.56 without, 2.10 with.",
+      "Without them each block replaces what it reads, and what a token was is soon lost: 2.56 " +
+      "without, 2.10 with.",
   },
   {
     title: "norms",

@@ -90,6 +90,7 @@ class Run {
 
   /** Take a step on random crops, which depend on the seed and the step alone. */
   advance() {
+    this.kept = this.kept.filter(({ step }) => step <= this.step); // after going back, others will follow
     const random = randomNumbers(this.settings.seed * 65537 + this.trainer.steps);
     const texts = Array.from({ length: this.settings.batch_size }, () => this.crop(this.train, random()));
     const begin = performance.now();
@@ -111,6 +112,7 @@ class Run {
     const { step } = this;
     const told = { step, val_loss: this.evaluate(), sample: this.write() };
     this.fresh.kept.push(told);
+    this.kept = this.kept.filter((each) => each.step < step);
     this.kept.push({ ...told, ...this.trainer.state() });
     if (this.kept.length > MOST_KEPT) this.kept.splice(this.kept.length >> 1, 1);
     this.due = nextKept(step);
@@ -141,7 +143,6 @@ class Run {
   /** Go back to a step that was kept. */
   back(step) {
     this.trainer.restore(this.kept.find((each) => each.step === step));
-    this.kept = this.kept.filter((each) => each.step <= step);
     this.due = nextKept(step);
     this.failed = false;
   }

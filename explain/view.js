@@ -54,6 +54,7 @@ class App {
       this.picture = new Picture(this);
       this.buildPanels();
     });
+    this.markSection();
   }
 
   /** Show the first state. If the page has no translation, the model writes it. */
