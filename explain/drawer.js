@@ -4,7 +4,8 @@
 const LARGEST = 8; // terms that are spelled out
 const LEAST_SEEN = 240; // pixels of the drawer that are in sight when it opens
 const TRAINED = ": weights. They were learned in training and computed from nothing: a chain ends here.";
-const ROUNDED = "The page has the weights in 16 bits: a checkpoint's number can differ in the fourth decimal.";
+const ROUNDED = " The page has the weights in 16 bits: a checkpoint's number can differ in the fourth decimal.";
+const rounded = (app) => (app.playground.config ? "" : ROUNDED); // but not those that it trained itself
 
 /** The section that shows the numbers of a path: the first that matches. */
 const PLACES = [
@@ -73,7 +74,7 @@ class Drawer {
     const formula = h("p", { class: "note" }, y.formula);
     const trained = operandsOf(y).some(({ weight }) => weight);
     const ends = trained && [h("b", { class: "weight" }, "Numbers in this colour"), TRAINED, " "];
-    const more = [...this.more(y, wasOpen), h("p", { class: "note" }, ends || null, ROUNDED)];
+    const more = [...this.more(y, wasOpen), h("p", { class: "note" }, ends || null, rounded(this.app))];
     if (y.why) more.unshift(h("p", { class: "note" }, y.why));
     this.body.replaceChildren(head, value, formula, rows, ...more);
     if (focused) this.body.querySelector("button:not([disabled])")?.focus({ preventScroll: true });

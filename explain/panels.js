@@ -590,7 +590,7 @@ function softmaxText(app) {
   const sum = logits.reduce((total, x) => total + Math.exp(x - largest), 0);
   return (
     `The largest of ${logits.length} logits is ${digits(largest)}; it is subtracted first, which leaves the result ` +
-    `the same and avoids overflow. The sum of all exp(logit − ${digits(largest)}) is ${digits(sum)}. ${ROUNDED}`
+    `the same and avoids overflow. The sum of all exp(logit − ${digits(largest)}) is ${digits(sum)}.${rounded(app)}`
   );
 }
 
@@ -750,7 +750,8 @@ function normPanel(app) {
   });
   let followed = null;
   const follow = () => {
-    const of = norms.findIndex((name) => app.at.number?.includes(`.${name}.`));
+    const path = app.at.number && app.resolvePath(parseAddress(app.at.number).path); // the norm that made the number
+    const of = norms.findIndex((name) => path?.includes(`.${name}.`));
     if (of >= 0 && followed !== app.at.number) root.set((chosen = of));
     followed = app.at.number;
   };

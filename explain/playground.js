@@ -48,6 +48,7 @@ class Playground {
     this.earlier = []; // the same of trainings before
     this.followedAt = 0;
     this.own = ""; // the text that was typed or opened
+    this.single = Promise.resolve(); // resolves when the last single step is taken
     this.running = null; // resolves when the training pauses
     app.desk.onEvent = (news) => this.take(news);
     this.build();
@@ -76,7 +77,7 @@ class Playground {
     });
     this.meaning = h("p", { class: "note" }, "Each setting has the name that it has in a config file.");
     this.go = button("Train", () => this.press(), { class: "main" });
-    const one = button("One step", () => this.ready().then((is) => is && this.train(this.now.step + 1)));
+    const one = button("One step", () => (this.single = this.single.then(() => this.takeOne())));
     const over = button("Start over", () => this.begin());
     this.status = h("p", { class: "status" });
     this.said = h("p", { role: "status" });
@@ -154,7 +155,10 @@ class Playground {
 
   /** Train a model for each of these changes of the knobs, one after another, until one is paused. */
   async compare(arms) {
-    if (this.text.length < 10 * LEAST_HELD) this.chooseText(Object.keys(this.texts).indexOf(COMPARED)); // see verdict()
+    if (this.text.length < 10 * LEAST_HELD) {
+      this.chooseText(Object.keys(this.texts).indexOf(COMPARED));
+      this.note.textContent = "On the sonnets, because the text before is too short to hold a part of it out.";
+    }
     const knobs = { ...this.knobs };
     for (const changes of arms) {
       this.turn({ ...knobs, ...changes });
@@ -244,7 +248,8 @@ class Playground {
     }
     const before = this.now?.text === text ? [...this.earlier, this.now] : [];
     this.earlier = before.filter(({ step, first }) => step - first >= 50).slice(-EARLIER);
-    this.now = { text, knobs: { ...knobs }, train: [], val: [], samples: [], first: begun.progress.step };
+    const dashes = ((this.now?.dashes ?? -1) + 1) % EARLIER;
+    this.now = { text, knobs: { ...knobs }, train: [], val: [], samples: [], first: begun.progress.step, dashes };
     const kind = JSON.stringify([begun.model?.config, begun.data?.tokenizer]);
     if (begun.model && kind !== this.kind) app.show(begun.data, begun.model);
     this.kind = kind;
@@ -265,6 +270,10 @@ class Playground {
     const { max_iters } = this.knobs;
     const done = this.now.step - this.now.first;
     await this.train(this.now.first + done - (done % max_iters) + max_iters);
+  }
+
+  async takeOne() {
+    if (await this.ready()) await this.train(this.now.step + 1);
   }
 
   async train(until) {
@@ -339,7 +348,9 @@ class Playground {
     this.status.textContent =
       `Step ${count(now.step)}${now.ms ? `: ${now.ms.toFixed(0)} ms a step${left}` : ""}. ` +
       `Guessing among ${tokens(V)} has a loss of ${guessing.toFixed(2)}.`;
-    const lines = earlier.map(({ knobs, val }, i) => ({ name: differences(knobs, now.knobs), points: val, colour: `before-${i}` }));
+    const lines = earlier.map(({ knobs, val, dashes }) => {
+      return { name: differences(knobs, now.knobs), points: val, colour: `before-${dashes}` };
+    });
     lines.push({ name: "validation", points: now.val, colour: 1 });
     if (now.train.length) lines.unshift({ name: "training", points: binnedMeans(now.train), colour: 0 });
     this.chart.show(lines, { name: "guessing", y: guessing }, 1.5 * guessing);
@@ -378,7 +389,7 @@ const BY_HEART =
   "This text is too short to hold a part of it out. The validation loss is that of the text itself: it says how well the " +
   "model knows the text by heart.";
 const OVERFITS =
-  "since then the model has learned its text by heart, rather than what all such texts have in common. A longer text helps.";
+  "since then it has learned what is special to its text and does not hold for the part that it never sees. A longer text helps.";
 
 const only = (knobs, keys) => Object.fromEntries(Object.entries(knobs).filter(([name]) => name in keys));
 const duration = (seconds) => (seconds < 100 ? `${Math.ceil(seconds)} s` : `${Math.ceil(seconds / 60)} min`);
@@ -386,7 +397,7 @@ const duration = (seconds) => (seconds < 100 ? `${Math.ceil(seconds)} s` : `${Ma
 /** The settings in which a training differs from the present one. */
 function differences(knobs, now) {
   const names = Object.keys(knobs).filter((name) => knobs[name] !== now[name]);
-  return names.map((name) => `${name}=${knobs[name]}`).join(", ") || "the same, before";
+  return names.map((name) => `${name}=${knobs[name]}`).join(", ") || "the same, earlier";
 }
 
 /** At most 150 points instead of many: the means of neighbours. */
