@@ -332,7 +332,10 @@ def test_a_translation_is_written_on_opening_and_says_what_it_does_not_read(open
 SHOWN_IN = {
     "stack.blocks.1.attn_norm.mean:1": ("norm", None),
     "stack.blocks.1.mlp_norm.output:1,3": ("norm", "after"),
-    "stack.blocks.1.feed_forward.input:1,3": ("norm", "after"),  # of the norm before the MLP
+    "stack.blocks.1.feed_forward.input:1,3": (
+        "norm",
+        "after",
+    ),  # of the norm before the MLP
     "stack.blocks.1.feed_forward.up_proj:1,3": ("mlp", "neurons, before activation"),
     "stack.blocks.1.attn.scores:1,1,0": ("attention", None),
     "stack.blocks.1.attn.o_proj:1,3": ("attention", "after the projection"),

@@ -142,11 +142,11 @@ def test_a_text_that_teaches_nothing_is_answered_in_words(opened, text, complain
     view.page.wait_for_selector(f"text={complaint}")
 
 
-@pytest.mark.parametrize("text", ["ab", "שלום עולם " * 30, "👩‍🚀🌍 ok " * 30], ids=ascii)
+@pytest.mark.parametrize("text", ["ab", "שלום עולם ", "👩‍🚀🌍 ok "], ids=ascii)
 def test_any_letters_and_any_length_are_learned_character_by_character(opened, text):
     view = opened()
     choose(view, max_iters=100, n_embd=16)
-    view.page.get_by_label(TEXT).fill(text)
+    view.page.get_by_label(TEXT).fill(text if text == "ab" else 30 * text)
     train_to_the_end(view)
     assert f"Guessing among {len(set(text))} tokens" in view.page.inner_text(
         ".playing .status"
@@ -171,6 +171,7 @@ def test_a_file_of_a_megabyte_is_learned_and_one_that_is_no_text_refused(opened,
 
 def test_a_page_that_was_frozen_while_it_trained_has_lost_nothing(opened):
     view = opened()
+    choose(view, n_embd=16, n_layer=1)
     view.page.get_by_role("button", name="Train", exact=True).click()
     view.page.wait_for_selector(".samples li:nth-child(4)")
     kept = view.page.locator(".samples li").all_inner_texts()
