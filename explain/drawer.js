@@ -47,9 +47,8 @@ class Drawer {
     const { app } = this;
     const { number } = app.at;
     const from = document.activeElement.closest("#panels *") ?? this.opener;
-    if (element("drawer").classList.contains("open") !== Boolean(number)) app.hold(from);
-    element("drawer").classList.toggle("open", Boolean(number));
-    document.body.classList.toggle("drawn-out", Boolean(number));
+    if (element("drawer").hidden === Boolean(number)) app.hold(from);
+    element("drawer").hidden = !number;
     opened = number ? app.resolvePath(parseAddress(number).path) : null;
     lightDependencies(null);
     if (!number) return this.body.replaceChildren();

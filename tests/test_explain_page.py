@@ -307,7 +307,7 @@ def test_back_leads_through_numbers_and_sections_and_escape_closes_the_drawer(op
         back(view)
         assert head.inner_text() == title
     view.page.keyboard.press("Escape")
-    assert not view.page.locator("#drawer.open").count()
+    assert not view.page.locator("#drawer").is_visible()
     for _ in range(3):
         back(view)
     assert view.page.inner_text("#sections [aria-current=true]").strip() == "Model"
@@ -370,7 +370,7 @@ def test_a_number_keeps_its_height_when_the_drawer_opens_beside_it_and_closes(op
         strip = view.page.locator("#mlp canvas").nth(2)
         heights = [strip.bounding_box()["y"]]
         strip.click(position={"x": 50, "y": 5})
-        view.page.wait_for_selector("#drawer.open")
+        view.page.wait_for_selector("#drawer")
         for key in ("Shift", "Escape"):
             view.page.evaluate(FRAMES)
             heights.append(strip.bounding_box()["y"])
