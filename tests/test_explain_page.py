@@ -632,10 +632,10 @@ def test_a_few_tabs_or_a_skip_lead_past_the_picture_and_arrow_keys_through_it(op
     ask("scrollTo(0, 0)")
     view.page.focus("#text")
     for stop in (
-        "#tokens",
         "#write-one",
         "#go-on",
         "#greedy",
+        "#tokens",
         "#flow",
         "#bars",
         "#sections",
