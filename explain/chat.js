@@ -54,7 +54,7 @@ class Chat {
     const name = (document.title = nameOf(this.model.id));
     const hint = `${this.backend.hint} Enter sends, Escape stops. The stronger the colour of a token, the less likely `;
     const select = "it was. Select one to see what else could have come, and go on from there.";
-    this.header = h("header", {}, h("h1", {}, name), h("p", {}, hint + select));
+    this.header = h("header", {}, h("h1", {}, name), note(hint + select));
     this.log = h("main");
     this.status = h("p", { class: "unseen", role: "status" });
     const asked = this.model.is_chat ? "Say something" : "Begin a text";
@@ -215,7 +215,7 @@ class Chat {
   choices(token, index, place) {
     const before = () => this.messages[index].tokens.slice(0, place);
     const label = (each) => (this.isEnd(each) ? "end" : quoted(each.token));
-    if (token.logprob === null) return [h("h2", {}, `${label(token)} is the first token: nothing precedes it.`)];
+    if (token.logprob === null) return [note(`${label(token)} is the first token: nothing precedes it.`)];
     const had = `${label(token)} had a probability of ${percent(Math.exp(token.logprob))}. The likeliest here:`;
     const items = token.top_logprobs.map((other) => {
       const probability = Math.exp(other.logprob);
@@ -225,7 +225,7 @@ class Chat {
     });
     const explain = () => this.backend.explain(this.turns(token.from, index), before(), token.id);
     const how = this.backend.explain && button("How it was computed", explain);
-    return [h("h2", {}, had), h("ol", {}, items), how ?? ""];
+    return [note(had), h("ol", {}, items), how ?? ""];
   }
 
   // ----------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ function lossRow(app, losses) {
   const spans = app.trace.idx.map((id, t) =>
     h("span", { style: t ? tint(losses[t - 1], guessing) : null }, shown(app.tokenizer, id)),
   );
-  return h("p", { class: "losses", "aria-hidden": "true" }, spans);
+  return h("p", { class: "losses", "aria-hidden": "true" }, h("code", {}, spans));
 }
 
 // --------------------------------------------------------------------------------------

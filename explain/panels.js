@@ -507,7 +507,7 @@ const piece = (text) =>
 function mergeRows({ symbols, merges, scores, tokens }) {
   const line = (texts, chosen = -1) => {
     const symbol = (text, i) => h("span", { class: i === chosen ? "merged" : null }, text);
-    return h("span", { class: "symbols" }, texts.map(symbol));
+    return h("code", { class: "symbols" }, texts.map(symbol));
   };
   const rows = [["start", line(symbols.map(piece)), ""]];
   const now = [...symbols];

@@ -79,14 +79,14 @@ class Playground {
     const open = h("label", { class: "file" }, file, "Open a file");
     const back = h("p", { class: "note" }, "A step's number goes back to it.");
     const parts = group(
-      "playing",
+      "playing drawn",
       controlRow(config && h("h2", {}, "Train a GPT"), this.go, one, over, this.saveButtons()),
       group("knobs", this.pickers),
       group(
         "training",
-        group("", controlRow(this.pickText, open), this.field, this.note, config && this.buildIdeas()),
-        group("", this.chart, this.status, this.said),
-        group("", h("h3", {}, "What it writes"), back, this.samples),
+        group("drawn", controlRow(this.pickText, open), this.field, this.note, config && this.buildIdeas()),
+        group("drawn", this.chart, this.status, this.said),
+        group("drawn", h("h3", {}, "What it writes"), back, this.samples),
       ),
     ).root;
     this.root.append(config ? parts : h("details", {}, h("summary", {}, "Train it further"), parts));
