@@ -381,10 +381,11 @@ class App {
   unfolded: the head covers the section as long as the reader wants it. */
   fold(unfolded = document.body.classList.contains("unfolded")) {
     const { classList } = document.body;
-    const below = scrollY > element("playground").offsetHeight + this.full - FOLDED;
+    const below = this.heightOfBars() > 0 && scrollY > element("playground").offsetHeight + this.full - FOLDED;
     if (classList.contains("folded") === (below && !unfolded) && !unfolded) return;
     classList.toggle("unfolded", below && unfolded);
     classList.toggle("folded", below && !unfolded);
+    element("unfold").hidden = !below;
     element("unfold").ariaExpanded = below && unfolded;
     element("text").scrollTop = element("text").scrollHeight;
   }
