@@ -705,18 +705,3 @@ function logitLens(model, trace, stack, t) {
   });
   return lens;
 }
-
-if (typeof module !== "undefined") {
-  Object.assign(globalThis, require("./model.js"));
-  module.exports = {
-    contributions,
-    effectOnLogits,
-    explainNumber,
-    logitLens,
-    lookUp,
-    operandsOf,
-    parseAddress,
-    resolveAddress,
-    valueAt,
-  };
-}

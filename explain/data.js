@@ -184,9 +184,3 @@ function readPair({ model, tokenizer }, sourceText, targetText, ids = tokenizer.
   const lost = { source: Math.max(whole.length - room, 0), target: target.length - idx.length };
   return { ids, idx, lost, ...(encoder ? { source } : {}) };
 }
-
-if (typeof module !== "undefined") {
-  Object.assign(globalThis, require("./engine.js"));
-  const models = { load, makeModel, makeSnapshot, mapTree, namedWeights, plant, setWeights };
-  module.exports = { ...models, contextStart, crc32, idsOf, readData, readPair, readText, sizeOf };
-}

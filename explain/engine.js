@@ -435,9 +435,3 @@ function crossEntropy(logits, targets, count) {
   });
   return losses;
 }
-
-if (typeof module !== "undefined") {
-  Object.assign(globalThis, require("./kernel.js"));
-  const operations = { add, attend, causalConv, crossEntropy, gather, linear, map, multiply, rotate };
-  module.exports = { ...operations, Engine, isMatrix, joined, like, lossOf, numbersOf, standardize, sumOfExp, windows };
-}

@@ -127,5 +127,3 @@ function plainProduct(c, a, b, adds, first = 0) {
     }
   }
 }
-
-if (typeof module !== "undefined") module.exports = { KERNEL, PAGE, TILES, plainMemory, plainProduct, product };

@@ -156,8 +156,3 @@ function leafLandscape(network, objects, weights, span, n) {
     return leafLoss(moved, objects).loss;
   });
 }
-
-if (typeof module !== "undefined") {
-  const data = { LEAF, FLOWER, LEAF_SEED, leafField, leafLandscape, leafObjects, normal, randomNumbers };
-  module.exports = { ...data, articleNetwork, leafForward, leafGradient, leafLoss, leafStep, randomNetwork };
-}

@@ -342,9 +342,3 @@ function head({ config, weights }, x) {
     (logit) => 1 - Math.tanh(logit / cap) ** 2,
   );
 }
-
-if (typeof module !== "undefined") {
-  Object.assign(globalThis, require("./engine.js"));
-  const dictionaries = { NORMS, POSITIONS, ACTIVATIONS, MLPS, BLOCKS, EMBEDDINGS, MODELS };
-  module.exports = { ...dictionaries, FLOAT32_EPS, GAIN, encode, erf, gpt, head, headSize, isCausal };
-}

@@ -146,9 +146,3 @@ class Run {
     this.failed = false;
   }
 }
-
-if (typeof module !== "undefined") {
-  Object.assign(globalThis, require("./model.js"), require("./data.js"), require("./training.js"));
-  Object.assign(globalThis, require("./trace.js"), require("./leaf.js"), require("./tokenizer.js"));
-  module.exports = { charactersOf, Run, untrainedModel };
-}

@@ -113,8 +113,3 @@ function zip(files) {
   const end = `PK\x05\x06${int16(0, 0, files.length, files.length)}${int32(entries.length, at)}${int16(0)}`;
   return new Blob([...parts, toBytes(entries + end)]);
 }
-
-if (typeof module !== "undefined") {
-  Object.assign(globalThis, require("./data.js"), require("./tokenizer.js"));
-  module.exports = { checkpointOf, configFile, torchSave };
-}

@@ -220,5 +220,3 @@ const TOKENIZERS = {
   gpt2: bytePairTokenizer,
   bpe: bytePairTokenizer,
 };
-
-if (typeof module !== "undefined") module.exports = { TOKENIZERS, makeTokenizer, utf8 };

@@ -156,8 +156,3 @@ function mapTrace(trace, f, other) {
     entries.map(([key, value]) => [key, key === "context" ? value : mapTrace(value, f, other?.[key])]),
   );
 }
-
-if (typeof module !== "undefined") {
-  Object.assign(globalThis, require("./model.js"), require("./data.js"));
-  module.exports = { drawFrom, forward, meanOf, softmax, tokenLosses, toRows };
-}

@@ -190,8 +190,3 @@ function squaresOf({ data }) {
   for (let i = 0; i < data.length; i++) sum += data[i] * data[i];
   return sum;
 }
-
-if (typeof module !== "undefined") {
-  Object.assign(globalThis, require("./model.js"), require("./data.js"));
-  module.exports = { differentiate, meanLoss, rateAt, Trainer };
-}

@@ -377,5 +377,3 @@ class Desk {
     if (source ?? (first && before)) this.trace.source = source ?? before;
   }
 }
-
-if (typeof module !== "undefined") module.exports = { Computer, unpack };
