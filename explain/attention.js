@@ -1,5 +1,3 @@
-"use strict";
-
 /* Attention over the text: all heads to choose from, the selected token's arcs, and the weights themselves. */
 
 const narrow = matchMedia("(max-width: 44rem)");

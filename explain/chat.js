@@ -1,5 +1,3 @@
-"use strict";
-
 /* A chat with a chat model; for any other model, texts that it continues. Each token can be selected. It then shows its
 probability and the likeliest tokens at its place, and the text can be continued from any of them.
 

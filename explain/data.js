@@ -1,5 +1,3 @@
-"use strict";
-
 /* From the data that humptygpt/page/page_data.py wrote into the page to the model and the tokenizer. */
 
 /** CRC-32 of bytes, as in zlib. */

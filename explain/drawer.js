@@ -1,5 +1,3 @@
-"use strict";
-
 /* The drawer: how the selected number was computed. */
 const LARGEST = 8; // terms that are spelled out
 const TRAINED = ": weights. They were learned in training and computed from nothing: a chain ends here.";

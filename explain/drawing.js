@@ -1,5 +1,3 @@
-"use strict";
-
 /* The building blocks of panels: elements, controls, and strips of numbers, in which each number is a coloured cell. */
 
 const SVG = new DOMParser().parseFromString("<svg></svg>", "text/html").querySelector("svg").namespaceURI;

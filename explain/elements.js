@@ -1,5 +1,3 @@
-"use strict";
-
 /* Elements, for the page of a run and that of serve.py. */
 
 /** Make an element. attributes: as in HTML; on...: listeners; children: elements, texts, or nothing. */

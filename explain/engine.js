@@ -1,5 +1,3 @@
-"use strict";
-
 /* Matrices in the memory of a kernel, and the operations that models are made of.
 
 Each operation computes a matrix. If the engine has a tape, it also pushes its own backward pass: a function that adds

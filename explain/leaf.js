@@ -1,5 +1,3 @@
-"use strict";
-
 /* The article's first network: four numbers of an object in, three neurons, two outputs; leaf if the first is larger.
 
 A network is {hidden: {weight, bias}, output: {weight, bias}}, each weight a list of rows, one for each neuron. */

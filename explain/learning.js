@@ -1,5 +1,3 @@
-"use strict";
-
 /* How the model came to be: the text after each snapshot of its training, one more step of training, and pictures of
 how the leaf network learns. */
 

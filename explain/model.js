@@ -1,5 +1,3 @@
-"use strict";
-
 /* The forward pass of every model that model.py can build, to be read beside it: the same parts, names and order.
 
 Shapes: T target length, S source length (tokens attended to), C n_embd, H heads, D head size (C / n_head unless

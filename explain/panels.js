@@ -1,5 +1,3 @@
-"use strict";
-
 /* The panels, in the article's order, and last how the model came to be. Some are in attention.js and learning.js.
 
 Each has id, title and intro; needs: keys of NEEDS; alone: true if it needs no text; build(app): its parts: elements,

@@ -1,5 +1,3 @@
-"use strict";
-
 /* The picture: the whole model from the text to the next token, with the numbers of the selected token in it.
 
 The residual stream runs through the middle, drawn as its features; above it is what attention adds to it, below it what

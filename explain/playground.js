@@ -1,5 +1,3 @@
-"use strict";
-
 /* The playground: a text, knobs with the names of a config file's keys, and a button that trains. The worker trains;
 here are the curves and the samples. The rest of the page shows the weights of the moment. */
 

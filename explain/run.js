@@ -1,5 +1,3 @@
-"use strict";
-
 /* A run in the worker: a text becomes batches, a model is made, trained, evaluated, and kept at some of its steps. */
 
 // --------------------------------------------------------------------------------------

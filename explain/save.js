@@ -1,5 +1,3 @@
-"use strict";
-
 /* The files in which a trained model leaves the page for Python. data.js and tokenizer.js are needed. */
 
 /** The entries of best.pt, for torchSave(): SCHEMA in humptygpt/checkpoint.py describes them.

@@ -1,5 +1,3 @@
-"use strict";
-
 /* The state of the page, from which all of it is drawn, and the address that holds it.
 
   text, source    what was typed

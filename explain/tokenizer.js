@@ -1,5 +1,3 @@
-"use strict";
-
 /* Text -> token ids -> text, as humptygpt/tokenizers.py and the libraries that it uses do it, step by step.
 
 makeTokenizer(data) returns

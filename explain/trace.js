@@ -1,5 +1,3 @@
-"use strict";
-
 /* The trace of a text: everything that a model computes for it, token by token. The page shows and explains it.
 
 forward() returns a trace, all that was computed on the way, under the names of model.py's modules and variables:

@@ -1,5 +1,3 @@
-"use strict";
-
 /* Training: the loss of a batch, its gradients by the tape of engine.js, and the rules of humptygpt/optimizers.py. */
 
 /** The trace of a text, {idx, targets: as in crossEntropy()}, up to its losses, each divided by count. */

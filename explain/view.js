@@ -1,5 +1,3 @@
-"use strict";
-
 /* The page: one state, the worker's answer for its text, and the drawing of both. */
 
 const SHOWN = 8; // number of bars
@@ -11,8 +9,7 @@ const element = (id) => document.getElementById(id);
 
 async function main() {
   const { textContent: text, dataset } = element("data");
-  const scripts = [...document.querySelectorAll("script[data-worker]")].map((script) => script.textContent);
-  const desk = new Desk(scripts);
+  const desk = new Desk(element("worker").textContent);
   const { problem, data, model } = await desk.ask("open", { text, checksum: dataset.checksum });
   const again = "Make the page again with explain.py.";
   if (problem) element("problem").textContent = `The data of this page is damaged: ${problem}. ${again}`;

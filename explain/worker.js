@@ -1,5 +1,3 @@
-"use strict";
-
 /* Computation in a worker, so that the page never waits.
 
 The page asks under a topic; a newer question under the same topic makes the older one outdated: it is dropped at the
@@ -338,12 +336,12 @@ function serve() {
 
 /** In the page: the worker, and the trace of the last text that it has read. */
 class Desk {
-  /** scripts: texts of the files that the worker needs. */
-  constructor(scripts) {
+  /** script: all that the worker needs. */
+  constructor(script) {
     this.trace = null;
     this.questions = new Map();
     this.asked = 0;
-    const blob = new Blob([...scripts, "serve();"], { type: "text/javascript" });
+    const blob = new Blob([script, "serve();"], { type: "text/javascript" });
     this.worker = new Worker(URL.createObjectURL(blob));
     this.worker.onmessage = ({ data: { id, event, ...answer } }) => {
       if (event) this.onEvent(event);

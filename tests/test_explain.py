@@ -76,7 +76,7 @@ const { runInThisContext } = require("node:vm");
 // in one scope, as in the page
 const files = "kernel engine model trace arithmetic training tokenizer data save leaf run worker".split(" ");
 for (const filename of files.map((name) => `${process.argv[2]}/explain/${name}.js`))
-  runInThisContext(readFileSync(filename, "utf8"), { filename });
+  runInThisContext(`"use strict";${readFileSync(filename, "utf8")}`, { filename });
 const EXPLAINED = /^(?!first|idx|source\.idx|.*(\.(mask|scale|frequency|cos|sin|slopes)|rows)$)/;
 
 function flatten(value, name, found) {
@@ -1314,7 +1314,7 @@ def test_damage_to_the_data_of_a_page_is_found_by_its_checksum(node, run_dir):
 def test_the_page_is_one_file_that_asks_for_no_other(run_dir):
     explain.main(["--out_dir=out/run", "--to=page.html"])
     page = Path("page.html").read_text()
-    assert "{{" not in page and page.count("<script") == page.count("</script>") == 25
+    assert "{{" not in page and page.count("<script") == page.count("</script>") == 3
     others = r"https?://|\bsrc=|\bhref=|\bimport\b|\bfetch\(|XMLHttpRequest|url\("
     assert not re.search(others, page)
     assert "default-src 'none'; script-src 'unsafe-inline' 'wasm-unsafe-eval'; " in page
