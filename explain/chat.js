@@ -112,6 +112,8 @@ class Chat {
   drawMessage(message, index) {
     const { role, start, tokens, problem } = message;
     const paragraph = h("p");
+    const entry = () => paragraph.querySelector("[aria-expanded=true]") ?? paragraph.firstElementChild;
+    walkable(paragraph, { items: ".token", entry });
     const card = h("article", { class: role, "aria-label": SPEAKERS[role], tabindex: -1 }, paragraph);
     if (tokens) {
       const add = this.tokenWriter(paragraph, index);
@@ -172,18 +174,13 @@ class Chat {
     const probability = Math.exp(tokens.reduce((sum, token) => sum + token.logprob, 0));
     const title = tokens[0].logprob === null ? "the first token" : percent(probability);
     const described = { title, "aria-label": `${quoted(text)}, ${title}`, "aria-expanded": false };
-    const tabindex = first ? -1 : 0; // the arrow keys move from token to token
     const look = { class: name, style: `--doubt: ${1 - probability}` };
-    const found = h("span", { role: "button", tabindex, ...described, ...look }, text);
+    const found = h("span", { role: "button", tabindex: first ? -1 : 0, ...described, ...look }, text);
     found.onclick = () => getSelection().isCollapsed && this.toggle(found, tokens, index, first);
     found.onkeydown = (event) => {
-      const next = { ArrowRight: found.nextElementSibling, ArrowLeft: found.previousElementSibling }[event.key];
-      if (!next && event.key !== "Enter" && event.key !== " ") return;
+      if (event.key !== "Enter" && event.key !== " ") return;
       event.preventDefault();
-      if (!next) return this.toggle(found, tokens, index, first);
-      found.tabIndex = -1;
-      next.tabIndex = 0;
-      next.focus();
+      this.toggle(found, tokens, index, first);
     };
     return found;
   }

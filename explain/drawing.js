@@ -18,27 +18,6 @@ function keepFocus(root, draw) {
   if (at >= 0) (all()[at] ?? all().at(-1) ?? title)?.focus({ preventScroll: true });
 }
 
-/** Make the buttons of an element one tab stop, among which the arrow keys walk.
-
-entry(): the button that Tab enters; across: the number of buttons in a row. Call the result when buttons are added. */
-function walkable(root, { entry = () => root.querySelector("button"), across = 1 } = {}) {
-  const stopAt = (stop) => {
-    for (const item of root.querySelectorAll("button")) item.tabIndex = item === stop ? 0 : -1;
-  };
-  root.addEventListener("focusin", ({ target }) => stopAt(target));
-  root.addEventListener("focusout", () => stopAt(entry()));
-  root.addEventListener("keydown", (event) => {
-    const all = [...root.querySelectorAll("button")].filter((item) => item.checkVisibility());
-    const at = all.indexOf(event.target);
-    const moves = { ArrowLeft: at - 1, ArrowRight: at + 1, ArrowUp: at - across, ArrowDown: at + across };
-    const to = { ...moves, Home: 0, End: all.length - 1 }[event.key];
-    if (!all[to] || event.ctrlKey || event.metaKey || event.altKey) return;
-    event.preventDefault();
-    all[to].focus();
-  });
-  return () => root.contains(document.activeElement) || stopAt(entry());
-}
-
 /** A number with two decimals, and with its sign unless it is shown as 0.00. */
 function signed2(x) {
   const size = Math.abs(x).toFixed(2);
