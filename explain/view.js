@@ -123,16 +123,15 @@ class App {
 
   /** fresh: with the weights of this moment, if the page trains. */
   compute(ids, fresh = false) {
-    const begin = performance.now();
     const { text, source } = this.state;
     this.pending = true;
     this.rest();
     const asked = (this.asked = this.desk.ask("read", { text, source, ids, fresh }));
-    this.settled = asked.then((answer) => (asked === this.asked ? this.take(answer, begin) : this.settled));
+    this.settled = asked.then((answer) => (asked === this.asked ? this.take(answer) : this.settled));
     return this.settled;
   }
 
-  take({ problem, ids, lost, skipped }, begin) {
+  take({ problem, ids, lost, skipped }) {
     const { text, source } = this.state;
     this.pending = false;
     this.rest();
@@ -142,7 +141,6 @@ class App {
     for (const id of ["text", "source"]) element(id).setAttribute("aria-invalid", skipped[id].length > 0);
     this.tell(`${this.skippedText()} ${this.lostText()}`.trim());
     this.draw();
-    this.measure(begin);
   }
 
   /** Show the weights that the training has come to. */
@@ -189,18 +187,6 @@ class App {
       `The context has no room for the last ${tokens(n)} of the ${what}: ${n === 1 ? "it is" : "they are"} not read.`;
     if (lost.source) return told(lost.source, "sentence");
     return lost.target ? told(lost.target, "translation") : "";
-  }
-
-  /** Measure the time from a key to the painted frame. */
-  measure(begin) {
-    const { length } = this.trace.idx;
-    const fresh = length - this.trace.first;
-    requestAnimationFrame(() =>
-      nextMessage().then(() => {
-        const ms = (performance.now() - begin).toFixed(0);
-        element("took").textContent = `${tokens(length)}, ${fresh} computed: ${ms} ms until painted`;
-      }),
-    );
   }
 
   typed({ target }) {
