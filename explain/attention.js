@@ -206,7 +206,7 @@ function alignment(app) {
     const [from, n] = place(t, app.trace.idx.length);
     const lines = [];
     for (let row = from; row < from + n; row++) {
-      const strongest = largestAt(weights[chosen][row]);
+      const [strongest] = likeliest(weights[chosen][row], 1);
       for (let s = sourceFrom; s < sourceFrom + sources; s++) {
         const weight = weights[chosen][row][s];
         if (weight < 0.2 && s !== strongest) continue;

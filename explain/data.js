@@ -131,7 +131,7 @@ function namedWeights(model) {
   return Array.from(found, ([weight, name]) => [name, weight]);
 }
 
-/** Give a loaded model other numbers: a list for each of its weights. */
+/** Give a model other numbers: a list for each of its weights. */
 function setWeights(model, numbers) {
   namedWeights(model).forEach(([, weight], i) => {
     weight.data.set(numbers[i]);

@@ -36,14 +36,14 @@ function picker(label, options, value, onPick) {
   return root;
 }
 
-/** A labelled range with its value beside it. format: value => text. */
+/** A labelled range with its value beside it. format: value => text. set(value, max): sets both. */
 function slider(label, { min, max, step, value, format = String }, onSlide) {
   const id = `control-${controls++}`;
   const shown = h("output", { for: id }, format(value));
   const input = h("input", { id, type: "range", min, max, step, value });
   const root = h("span", { class: "control" }, h("label", { for: id }, label), input, shown);
-  root.set = (number) => {
-    input.value = number;
+  root.set = (number, most = input.max) => {
+    Object.assign(input, { max: most, value: number });
     shown.textContent = format(number);
     input.setAttribute("aria-valuetext", shown.textContent);
   };

@@ -44,10 +44,7 @@ function learnedPanel(app) {
   const named = (i) => `${count(stepOf(i))}${stepOf(i) ? "" : ", before training"}`;
   const limits = { min: 0, max: app.data.steps.length - 1, step: 1, value: place(), format: named };
   const control = slider("Step of training", limits, (i) => ((step = stepOf(i)), result.update()));
-  const update = () => {
-    control.querySelector("input").max = app.data.steps.length - 1;
-    control.set(place());
-  };
+  const update = () => control.set(place(), app.data.steps.length - 1);
   return [controlRow({ root: control, update }), app.stack && controlRow(layerPicker(app), headPicker(app)), result];
 }
 
@@ -100,8 +97,7 @@ function stepPanel(app) {
     for (const part of [gradient.root, moved.root]) part.hidden = !rows;
     row.hidden = !rows || rows.length === 1;
     if (!rows) return;
-    row.querySelector("input").max = rows.length - 1;
-    row.set((state.row = Math.min(state.row, rows.length - 1)));
+    row.set((state.row = Math.min(state.row, rows.length - 1)), rows.length - 1);
     gradient.update();
     moved.show(Array.from(lookUp(app.trace, path().replace("weights", "moved"))[state.row]));
   };

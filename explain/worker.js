@@ -13,7 +13,7 @@ class Computer {
   constructor(post) {
     this.post = post;
     this.latest = {}; // id of the newest question under each topic
-    this.snapshots = []; // {step, model()} of the run that the page was made from
+    this.snapshots = []; // {step, make(), and model once it is made} of the run that the page was made from
     this.run = null; // the training in this page: see run.js
   }
 
@@ -44,7 +44,7 @@ class Computer {
   modelAt(step) {
     const snapshot = this.snapshots.find((each) => each.step === step);
     if (step === this.step) return this.model;
-    if (snapshot) return snapshot.model();
+    if (snapshot) return (snapshot.model ??= snapshot.make());
     this.past ??= load(this.model);
     setWeights(this.past, this.run.kept.find((each) => each.step === step).numbers);
     return this.past;
@@ -57,7 +57,7 @@ class Computer {
     this.step = run.step;
     this.forget();
     const { numbers } = run.trainer.state();
-    namedWeights(model).forEach(([, { data }], i) => data.set(numbers[i]));
+    setWeights(model, numbers);
     if (LOADED.has(model)) setWeights(LOADED.get(model), numbers);
     return { numbers, steps: this.steps };
   }
@@ -143,11 +143,11 @@ function nextMessage() {
 /** The questions that can be asked: (computer, message, wanted) => the answer. */
 const TOPICS = {
   open(computer, { text, checksum }) {
-    const { weights, snapshots, ...data } = readData(text, checksum);
+    const packed = readData(text, checksum);
+    const { weights, snapshots, ...data } = packed;
     if (!weights) return { data }; // of a playground, which begins with a text
-    const snapshotOf = (snapshot) => once(() => makeSnapshot({ weights, ...data }, snapshot));
-    computer.snapshots = snapshots.map((snapshot) => ({ step: snapshot.iter, model: snapshotOf(snapshot) }));
-    return computer.open(makeModel({ weights, ...data }), data);
+    computer.snapshots = snapshots.map((each) => ({ step: each.iter, make: () => makeSnapshot(packed, each) }));
+    return computer.open(makeModel(packed), data);
   },
 
   /** Prepare a training on a text: of a new model with this config, or, without one, of the model of the page's run. */
@@ -163,9 +163,8 @@ const TOPICS = {
     }
     const ids = computer.tokenizer.encode(text);
     if (ids.length < 2) return { problem: "The model knows fewer than two characters of this text." };
-    const weights = namedWeights(computer.model);
-    const original = (computer.original ??= weights.map(([, { data }]) => data.slice()));
-    weights.forEach(([, { data }], i) => data.set(original[i]));
+    computer.original ??= namedWeights(computer.model).map(([, { data }]) => data.slice());
+    setWeights(computer.model, computer.original);
     const prompt = computer.tokenizer.encode(computer.data.start).slice(0, START);
     computer.run = new Run(computer.model, { ids, prompt, first: computer.data.progress.iter }, training);
     Object.assign(computer, { settings: training, learner: null });
@@ -277,12 +276,6 @@ const TOPICS = {
     return trace && { probs: trace.probs.at(-1) };
   },
 };
-
-/** A function that calls f only once and keeps its result. */
-function once(f) {
-  let made;
-  return () => (made ??= f());
-}
 
 // --------------------------------------------------------------------------------------
 // A trace as one buffer
