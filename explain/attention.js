@@ -22,7 +22,7 @@ function headGrid(app, branch, { oneLayer = false } = {}) {
   };
   const columns = Array.from({ length: app.config.n_layer }, (_, layer) => {
     const cells = Array.from({ length: app.config.n_head }, (_, head) => cell(layer, head));
-    return group("head-column", h("span", { class: "quiet" }, `Layer ${layer + 1}`), cells);
+    return group("head-column", h("span", { class: "note" }, `Layer ${layer + 1}`), cells);
   });
   const update = () =>
     columns.forEach((column, layer) => {

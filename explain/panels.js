@@ -203,7 +203,7 @@ function leafPanel() {
 }
 
 function networkColumns({ x, sums, hidden, output }, { selected, relu }, onSelect) {
-  const label = (name, value) => [h("small", {}, name), h("span", {}, digits2(value))];
+  const label = (name, value) => [h("span", { class: "note" }, name), h("span", {}, digits2(value))];
   const neuron = (layer, o, value, name) =>
     button(label(name, value), () => onSelect(layer, o), {
       class: "neuron",
@@ -497,7 +497,7 @@ function mergeTable(app) {
 }
 
 const piece = (text) =>
-  signs(text).replace(/[\u0000-\u001f\u0080-\u00a0]/g, (byte) => `\\x${byte.charCodeAt(0).toString(16).padStart(2, "0")}`);
+  signs(text).replace(/[\u0000-\u001f\u0080-\u00a0]/g, (byte) => `\\${hexadecimal(byte.charCodeAt(0))}`);
 
 function mergeRows({ symbols, merges, scores, tokens }) {
   const line = (texts, chosen = -1) => {

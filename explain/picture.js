@@ -63,10 +63,10 @@ class Picture {
     const below = app.config.mlp === "none" ? [] : [this.part(`${i}.mlp`, "MLP", "mlp", neurons, i)];
     const stream = h("canvas", { class: "stream", "aria-hidden": "true" });
     this.parts.set(`${i}.stream`, { root: stream, canvas: stream, paint: (part) => this.paintStream(part, block) });
-    const wires = (kind) => h("span", { class: `wires ${kind}`, "aria-hidden": "true" });
-    const branch = (kind, parts) => h("div", { class: `branch ${kind}` }, parts);
-    const layer = [h("span", { class: "stage-name" }, title), branch("above", above), wires("above"), stream];
-    if (below.length) layer.push(wires("below"), branch("below", below));
+    const wires = () => h("span", { class: "wires", "aria-hidden": "true" });
+    const branch = (parts) => h("div", { class: "branch" }, parts);
+    const layer = [h("span", { class: "stage-name" }, title), branch(above), wires(), stream];
+    if (below.length) layer.push(wires(), branch(below));
     this.flow.append(h("li", { class: `stage layer${app.encodes ? " wide" : ""}` }, layer));
   }
 

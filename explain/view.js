@@ -621,12 +621,12 @@ function missingNote(text, config) {
 }
 
 const signs = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+const hexadecimal = (byte) => `x${byte.toString(16).toUpperCase().padStart(2, "0")}`;
 
 /** The text of a token, with signs for invisible characters, and bytes that are no character by themselves in hex. */
 function shown(tokenizer, id) {
   const text = signs(tokenizer.decode([id]));
   if (!/[\ufffd\p{Cc}]/u.test(text)) return text;
-  const hexadecimal = (byte) => `x${byte.toString(16).toUpperCase().padStart(2, "0")}`;
   return Array.from(tokenizer.pieces[id], hexadecimal).join(" ");
 }
 
