@@ -20,7 +20,7 @@ function readData(text, checksum) {
 
 /** Make the model for forward(). data: as from readData(). */
 function makeModel(data) {
-  const buffer = readBase64(data.weights.bytes);
+  const { buffer } = toBytes(atob(data.weights.bytes));
   return withWeights(data, (shape, offset) => readTensor(buffer, shape, offset));
 }
 
@@ -28,7 +28,7 @@ function makeModel(data) {
 
 Each row of a matrix, and each vector, is a float32 scale and its weights as multiples of that scale, -127 to 127. */
 function makeSnapshot(data, { rows }) {
-  const view = new DataView(readBase64(rows));
+  const view = new DataView(toBytes(atob(rows)).buffer);
   let at = 0;
   return withWeights(data, (shape) => {
     const tensor = new Float32Array(sizeOf(shape));
@@ -52,18 +52,14 @@ function withWeights({ model, weights, tokenizer }, read) {
     if (!tensors.has(offset)) tensors.set(offset, { data: read(shape, offset), shape });
     plant(tree, name.split("."), tensors.get(offset));
   }
-  return {
-    config: model,
-    weights: tree,
-    tokenizer_vocab_size: tokenizer.pieces.lengths.length,
-  };
+  return { config: model, weights: tree, tokenizer_vocab_size: tokenizer.pieces.lengths.length };
 }
 
-function readBase64(text) {
-  const binary = atob(text);
-  const bytes = new Uint8Array(binary.length);
-  for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i);
-  return bytes.buffer;
+/** The bytes that a string of characters up to U+00FF stands for. */
+function toBytes(text) {
+  const bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  return bytes;
 }
 
 function sizeOf(shape) {

@@ -64,7 +64,6 @@ function torchSave(value) {
   return zip([...texts.map(([name, text]) => [name, toBytes(text)]), ...tensors]);
 }
 
-const toBytes = (text) => Uint8Array.from(text, (char) => char.charCodeAt(0));
 const fromBytes = (bytes) => String.fromCharCode(...bytes);
 
 /** Whole numbers as bytes, the lowest byte first. */

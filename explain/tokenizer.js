@@ -48,7 +48,7 @@ const idsIn = (parts) => parts.flatMap((part) => part.tokens.flatMap((token) => 
 
 /** The bytes of each token. packed: all bytes in base64, and the length of each token. */
 function unpackPieces({ bytes, lengths }) {
-  const all = Uint8Array.from(atob(bytes), (char) => char.charCodeAt(0));
+  const all = toBytes(atob(bytes));
   let end = 0;
   return lengths.map((length) => all.subarray(end, (end += length)));
 }

@@ -110,7 +110,7 @@ class App {
     this.state = { ...this.state, ...changes };
     if (push) this.keep("pushState");
     else this.keepSoon();
-    if (!ids && this.state.text === text && this.state.source === source) return this.draw();
+    if (!ids && this.trace && this.state.text === text && this.state.source === source) return this.draw();
     this.stop();
     return this.compute(ids);
   }
@@ -216,11 +216,8 @@ class App {
     this.hash = hash;
     const state = readAddress(hash, this.sections, this.state);
     for (const id of ["text", "source"]) if (element(id).value !== state[id]) element(id).value = state[id];
-    const known = this.trace && state.text === this.read.text && state.source === this.read.source;
     this.stop();
-    this.state = state;
-    this.keepSoon();
-    const drawn = known ? this.draw() : this.compute();
+    const drawn = this.change(state);
     this.scrollTo(state.section);
     return drawn;
   }

@@ -280,39 +280,30 @@ const TOPICS = {
 // --------------------------------------------------------------------------------------
 // A trace as one buffer
 
-/** form: the value with {from, lengths} instead of each list of rows. The rows follow one another in numbers. */
+/** form: the value with {from, to} instead of each list of rows: places among all rows, whose lengths are given and
+whose numbers follow one another. */
 function pack(value) {
-  const lists = [];
+  const rows = [];
   const places = new Map(); // keyed by the first row, so that a list with several names is stored once
-  let size = 0;
   const isList = (part) => Array.isArray(part) && ArrayBuffer.isView(part[0]);
-  const form = mapTree(value, isList, (rows) => {
-    if (!places.has(rows[0])) {
-      const lengths = rows.map((row) => row.length);
-      places.set(rows[0], { from: size, lengths });
-      lists.push(rows);
-      size = lengths.reduce((sum, length) => sum + length, size);
+  const form = mapTree(value, isList, (list) => {
+    if (!places.has(list[0])) {
+      places.set(list[0], { from: rows.length, to: rows.length + list.length });
+      for (const row of list) rows.push(row);
     }
-    return places.get(rows[0]);
+    return places.get(list[0]);
   });
-  const numbers = new Float32Array(size);
-  let at = 0;
-  for (const row of lists.flat()) {
-    numbers.set(row, at);
-    at += row.length;
-  }
-  return { form, numbers };
+  const lengths = rows.map((row) => row.length);
+  const numbers = new Float32Array(lengths.reduce((sum, length) => sum + length, 0));
+  rows.reduce((at, row) => (numbers.set(row, at), at + row.length), 0);
+  return { form, lengths, numbers };
 }
 
-function unpack({ form, numbers }) {
-  const made = new Map();
-  const isPlace = (part) => part?.lengths !== undefined;
-  return mapTree(form, isPlace, ({ from, lengths }) => {
-    let at = from;
-    const rows = () => lengths.map((length) => numbers.subarray(at, (at += length)));
-    if (!made.has(from)) made.set(from, rows());
-    return made.get(from);
-  });
+function unpack({ form, lengths, numbers }) {
+  let end = 0;
+  const rows = lengths.map((length) => numbers.subarray(end, (end += length)));
+  const isPlace = (part) => part?.to !== undefined;
+  return mapTree(form, isPlace, ({ from, to }) => rows.slice(from, to));
 }
 
 // --------------------------------------------------------------------------------------
@@ -354,17 +345,13 @@ class Desk {
     return new Promise((done) => this.questions.set(id, done));
   }
 
-  take({ first, last, form, numbers }) {
-    const { rows, source } = unpack({ form, numbers });
+  take({ first, last, ...packed }) {
+    const { rows, source } = unpack(packed);
     const { logits = [], probs = [], source: before, ...old } = this.trace ?? {};
     const kept = first ? firstTokens(old, first) : null;
     const trace = rows ? appendTokens(kept, rows) : kept;
-    const predictions = [logits, probs].map((list, i) => {
-      const filled = Array.from(trace.idx, (_, t) => (t < first ? (list[t] ?? null) : null));
-      filled[filled.length - 1] = last[i];
-      return filled;
-    });
-    this.trace = { ...trace, logits: predictions[0], probs: predictions[1], first };
+    const filled = (list, row) => trace.idx.map((_, t) => (t < first && list[t]) || null).with(-1, row);
+    this.trace = { ...trace, logits: filled(logits, last[0]), probs: filled(probs, last[1]), first };
     if (source ?? (first && before)) this.trace.source = source ?? before;
   }
 }
