@@ -28,7 +28,6 @@ const COMPARED = "Sonnets by Shakespeare"; // on which ideas are compared instea
 const EDITABLE = 20000; // characters of a text that can be edited in the page
 const LONGEST = 2e6; // characters that are learned
 const EARLIER = 3; // trainings whose curves stay
-const FOLLOW_EVERY = 300; // ms between two looks at the weights of a training
 
 class Playground {
   /** data: of a page that begins with a text, or of a run. */
@@ -43,7 +42,6 @@ class Playground {
     this.knobs = Object.fromEntries(this.names.map((name) => [name, initial[name]]));
     this.now = null; // {text, knobs, train and val: [step, loss] each, samples: [step, text] each, first, step, ms}
     this.earlier = []; // the same of trainings before
-    this.followedAt = 0;
     this.running = null; // resolves when the training pauses
     this.changed = true; // have knobs or text changed since the training began
     app.desk.onEvent = (news) => this.take(news);
@@ -278,7 +276,7 @@ class Playground {
     this.draw();
   }
 
-  /** News of the training, every 100 ms. */
+  /** News of the training. */
   take({ step, losses, kept, ms }) {
     const { now, app } = this;
     now.train.push(...losses);
@@ -286,11 +284,8 @@ class Playground {
     now.samples.push(...kept.map(({ step, sample }) => [step, app.tokenizer.decode(sample)]));
     Object.assign(now, { step, ms });
     this.draw(kept.length > 0);
-    if (!this.running || this.following || performance.now() < this.followedAt + FOLLOW_EVERY) return;
-    this.following = app.follow().then(() => {
-      this.following = null;
-      this.followedAt = performance.now();
-    });
+    if (!this.running || this.following) return;
+    this.following = app.follow().then(() => (this.following = null));
   }
 
   /** The training as that of a run: progress and metrics. */

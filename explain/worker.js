@@ -6,7 +6,7 @@ follows. A trace goes to the page as the rows that it does not have yet, in one 
 
 const STRIDE = 16; // tokens between two looks at what has arrived
 const KEPT = 4; // number of traces that are kept
-const TELL_EVERY = 100; // ms between two reports of a training
+const TELL_EVERY = 200; // ms between two reports of a training, which the page then draws
 const START = 12; // characters of a text with which a playground's page starts
 
 class Computer {
