@@ -24,7 +24,8 @@ class Picture {
     const encoded = ({ canvas }) => paintVectors(canvas, app.trace.source.encoder.norm.output.slice(-24));
     if (app.encodes) this.stage("Encoder", this.part("encoder", "read once", "transformer", encoded));
     for (let i = 0; i < config.n_layer; i++) this.layer(i);
-    this.stage("Output", this.part("head", stack ? "norm, head" : "head", "softmax", (part) => this.paintHead(part)));
+    const output = ({ canvas }) => paintVectors(canvas, [app.trace.output[app.at.t]]);
+    this.stage("Output", this.part("head", stack ? "norm, head" : "head", "softmax", output));
     app.enterPicture();
     onLight = (origin, read) => this.light(origin, read);
   }
@@ -153,12 +154,6 @@ class Picture {
     const chosen = (t) => (t === app.at.t ? "chosen" : null);
     const item = (t) => h("code", { class: chosen(t) }, shown(app.tokenizer, app.trace.idx[t]));
     list.replaceChildren(...this.lastTokens().map(item));
-  }
-
-  paintHead({ canvas }) {
-    const row = binned(this.app.trace.output[this.app.at.t], PICTURED.features);
-    const most = largest(row);
-    paintCells(canvas, row.length, 1, (y) => row[y] / most);
   }
 
   // ----------------------------------------------------------------------------------

@@ -95,7 +95,10 @@ class App {
     await this.restore(location.hash);
     if (!given && this.translates) this.goOn({ greedy: true });
     else if (!given && !this.state.text) this.goOn({ greedy: false, most: OPENING });
-    await this.buildAll();
+    await this.renderAll(); // all of them ahead of time, so that none grows when it comes into view
+    this.scrollTo(this.state.section);
+    this.complete = true;
+    this.rest();
     // on a phone, the field has a single line
     for (const id of ["text", "source"]) element(id).scrollTop = element(id).scrollHeight;
   }
@@ -368,14 +371,6 @@ class App {
     element("unfold").hidden = !below;
     element("unfold").ariaExpanded = below && unfolded;
     element("text").scrollTop = element("text").scrollHeight;
-  }
-
-  /** Build all sections ahead of time, so that none grows when it comes into view. */
-  async buildAll() {
-    await this.renderAll();
-    this.scrollTo(this.state.section);
-    this.complete = true;
-    this.rest();
   }
 
   async renderAll() {
@@ -693,7 +688,7 @@ function listenToTokens(app) {
 function hintAtMore(list) {
   const [back, on] = list.parentElement.querySelectorAll(".more");
   const mark = () => {
-    list.parentElement.classList.toggle("wide", list.scrollWidth > list.parentElement.clientWidth);
+    back.hidden = on.hidden = list.scrollWidth <= list.parentElement.clientWidth;
     back.disabled = list.scrollLeft < 1;
     on.disabled = list.scrollLeft + list.clientWidth > list.scrollWidth - 1;
   };
