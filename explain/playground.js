@@ -315,11 +315,9 @@ class Playground {
     if (now.train.length) lines.unshift({ name: "training", points: binnedMeans(now.train), colour: 0 });
     this.chart.show(lines, { name: "guessing", y: guessing }, 1.5 * guessing);
     if (!this.changed) this.tell(this.verdict(guessing));
-    if (samplesToo) this.samples.replaceChildren(...now.samples.map((each) => this.sample(each)).reverse());
-  }
-
-  sample([step, text]) {
-    return h("li", {}, button(count(step), () => this.back(step), { class: "operand" }), h("code", { dir: "auto" }, text));
+    const goBack = (step) => button(count(step), () => this.back(step), { class: "operand" });
+    const sample = ([step, text]) => h("li", {}, goBack(step), h("code", { dir: "auto" }, text));
+    if (samplesToo) this.samples.replaceChildren(...now.samples.map(sample).reverse());
   }
 
   /** What a reader should know about the losses. */
