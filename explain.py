@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from humptygpt import cli, machine
-from humptygpt.cli import check_choices, refuse_vain
 from humptygpt.files import write_whole
 from humptygpt.page.html import fill, to_text
 
@@ -28,25 +27,23 @@ class ExplainConfig:
     to: str | None = None  # HTML file to write; None: explain.html beside the checkpoint
     start: str | None = None  # text that the page shows first
     snapshots: bool = True  # include the weights of earlier steps in the page
-    playground: str | None = (
-        None  # HTML file of a page that trains a new GPT, without a run
-    )
+    playground: str | None = None  # HTML file of a page that trains a GPT, without a run
 
     @classmethod
     def choices(cls) -> dict[str, tuple[str, ...]]:
         return {"checkpoint": ("best", "latest")}
 
     def validate(self) -> None:
-        check_choices(self)
+        cli.check_choices(self)
 
 
 def main(argv: list[str]) -> None:
     given = cli.read(argv, ExplainConfig)
     config = cli.make(ExplainConfig, given)
-    others = given.keys() - {"playground"}
     if config.playground:
-        refuse_vain(
-            given, vars(config), dict.fromkeys(others, ("playground", (config.playground,)))
+        others = given.keys() - {"playground"}
+        cli.refuse_vain(
+            given, vars(config), dict.fromkeys(others, ("playground", given.values()))
         )
     from humptygpt.checkpoint import find_checkpoint
     from humptygpt.page.page_data import page_data, playground_data

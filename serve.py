@@ -38,7 +38,6 @@ LARGEST = 1_000_000  # bytes of a request
 # A website can point its own name at this machine, and a browser then lets its page read our answers. So requests must
 # name the server by an IP address, as localhost, or by a name that the user gave.
 HOST = re.compile(r"(localhost|[0-9.]+|\[[0-9a-f:]+\])")
-LOCAL = ("127.0.0.1", "localhost")  # addresses that no other machine can reach
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,8 @@ class ServeConfig:
 
     def validate(self) -> None:
         check_choices(self)
-        if self.api_key is None and self.host not in LOCAL:
+        # no other machine can reach these two
+        if self.api_key is None and self.host not in ("127.0.0.1", "localhost"):
             raise ValueError(
                 f"host={self.host} lets other machines in; set --api_key=KEY, or --api_key=none to let anybody ask"
             )
@@ -130,8 +130,9 @@ def listen(config: ServeConfig, api: Api) -> Server:
     try:
         return Server(config, api)
     except (OSError, OverflowError) as error:
-        where = f"{config.host}, port {config.port}"
-        raise UserError(f"cannot listen on {where}: {error}") from error
+        raise UserError(
+            f"cannot listen on {config.host}, port {config.port}: {error}"
+        ) from error
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -256,14 +257,19 @@ class Handler(BaseHTTPRequestHandler):
         self, status: int, message: str = "", _: str = "", code: str | None = None
     ) -> None:
         """Send an error in OpenAI's form. The base class calls this, too."""
-        content = error_of(status, message or self.responses[status][0], code)
-        self.send(status, JSON, content)
+        self.send(
+            status, JSON, error_of(status, message or self.responses[status][0], code)
+        )
 
 
 def error_of(status: int, message: str, code: str | None) -> bytes:
     """Describe an error as OpenAI's API does. code: a word for programs."""
-    kind = "server_error" if status == 500 else "invalid_request_error"
-    error = {"message": message, "type": kind, "param": None, "code": code}
+    error = {
+        "message": message,
+        "type": "server_error" if status == 500 else "invalid_request_error",
+        "param": None,
+        "code": code,
+    }
     return json.dumps({"error": error}).encode()
 
 

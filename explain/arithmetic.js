@@ -1,5 +1,3 @@
-"use strict";
-
 /* How each number of a trace was computed: the operands of one sum, which lead to the numbers before it.
 
 An address names a number: the path of its rows in the trace, and its indices: "stack.blocks.2.attn.q_proj:5,17" is
@@ -704,19 +702,4 @@ function logitLens(model, trace, stack, t) {
       lens.push(read(`${i + 1} ${BRANCH_NAMES[branch]}`, `${block}.after_${branch}`));
   });
   return lens;
-}
-
-if (typeof module !== "undefined") {
-  Object.assign(globalThis, require("./model.js"));
-  module.exports = {
-    contributions,
-    effectOnLogits,
-    explainNumber,
-    logitLens,
-    lookUp,
-    operandsOf,
-    parseAddress,
-    resolveAddress,
-    valueAt,
-  };
 }

@@ -1,5 +1,3 @@
-"use strict";
-
 /* Attention over the text: all heads to choose from, the selected token's arcs, and the weights themselves. */
 
 const narrow = matchMedia("(max-width: 44rem)");
@@ -24,7 +22,7 @@ function headGrid(app, branch, { oneLayer = false } = {}) {
   };
   const columns = Array.from({ length: app.config.n_layer }, (_, layer) => {
     const cells = Array.from({ length: app.config.n_head }, (_, head) => cell(layer, head));
-    return group("head-column", h("span", { class: "quiet" }, `Layer ${layer + 1}`), cells);
+    return group("head-column", h("span", { class: "note" }, `Layer ${layer + 1}`), cells);
   });
   const update = () =>
     columns.forEach((column, layer) => {
@@ -208,7 +206,7 @@ function alignment(app) {
     const [from, n] = place(t, app.trace.idx.length);
     const lines = [];
     for (let row = from; row < from + n; row++) {
-      const strongest = largestAt(weights[chosen][row]);
+      const [strongest] = likeliest(weights[chosen][row], 1);
       for (let s = sourceFrom; s < sourceFrom + sources; s++) {
         const weight = weights[chosen][row][s];
         if (weight < 0.2 && s !== strongest) continue;

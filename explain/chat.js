@@ -1,5 +1,3 @@
-"use strict";
-
 /* A chat with a chat model; for any other model, texts that it continues. Each token can be selected. It then shows its
 probability and the likeliest tokens at its place, and the text can be continued from any of them.
 
@@ -54,7 +52,7 @@ class Chat {
     const name = (document.title = nameOf(this.model.id));
     const hint = `${this.backend.hint} Enter sends, Escape stops. The stronger the colour of a token, the less likely `;
     const select = "it was. Select one to see what else could have come, and go on from there.";
-    this.header = h("header", {}, h("h1", {}, name), h("p", {}, hint + select));
+    this.header = h("header", {}, h("h1", {}, name), note(hint + select));
     this.log = h("main");
     this.status = h("p", { class: "unseen", role: "status" });
     const asked = this.model.is_chat ? "Say something" : "Begin a text";
@@ -114,6 +112,8 @@ class Chat {
   drawMessage(message, index) {
     const { role, start, tokens, problem } = message;
     const paragraph = h("p");
+    const entry = () => paragraph.querySelector("[aria-expanded=true]") ?? paragraph.firstElementChild;
+    walkable(paragraph, { items: ".token", entry });
     const card = h("article", { class: role, "aria-label": SPEAKERS[role], tabindex: -1 }, paragraph);
     if (tokens) {
       const add = this.tokenWriter(paragraph, index);
@@ -174,18 +174,13 @@ class Chat {
     const probability = Math.exp(tokens.reduce((sum, token) => sum + token.logprob, 0));
     const title = tokens[0].logprob === null ? "the first token" : percent(probability);
     const described = { title, "aria-label": `${quoted(text)}, ${title}`, "aria-expanded": false };
-    const tabindex = first ? -1 : 0; // the arrow keys move from token to token
     const look = { class: name, style: `--doubt: ${1 - probability}` };
-    const found = h("span", { role: "button", tabindex, ...described, ...look }, text);
+    const found = h("span", { role: "button", tabindex: first ? -1 : 0, ...described, ...look }, text);
     found.onclick = () => getSelection().isCollapsed && this.toggle(found, tokens, index, first);
     found.onkeydown = (event) => {
-      const next = { ArrowRight: found.nextElementSibling, ArrowLeft: found.previousElementSibling }[event.key];
-      if (!next && event.key !== "Enter" && event.key !== " ") return;
+      if (event.key !== "Enter" && event.key !== " ") return;
       event.preventDefault();
-      if (!next) return this.toggle(found, tokens, index, first);
-      found.tabIndex = -1;
-      next.tabIndex = 0;
-      next.focus();
+      this.toggle(found, tokens, index, first);
     };
     return found;
   }
@@ -215,7 +210,7 @@ class Chat {
   choices(token, index, place) {
     const before = () => this.messages[index].tokens.slice(0, place);
     const label = (each) => (this.isEnd(each) ? "end" : quoted(each.token));
-    if (token.logprob === null) return [h("h2", {}, `${label(token)} is the first token: nothing precedes it.`)];
+    if (token.logprob === null) return [note(`${label(token)} is the first token: nothing precedes it.`)];
     const had = `${label(token)} had a probability of ${percent(Math.exp(token.logprob))}. The likeliest here:`;
     const items = token.top_logprobs.map((other) => {
       const probability = Math.exp(other.logprob);
@@ -225,7 +220,7 @@ class Chat {
     });
     const explain = () => this.backend.explain(this.turns(token.from, index), before(), token.id);
     const how = this.backend.explain && button("How it was computed", explain);
-    return [h("h2", {}, had), h("ol", {}, items), how ?? ""];
+    return [note(had), h("ol", {}, items), how ?? ""];
   }
 
   // ----------------------------------------------------------------------------------

@@ -1,5 +1,3 @@
-"use strict";
-
 /* From the data that humptygpt/page/page_data.py wrote into the page to the model and the tokenizer. */
 
 /** CRC-32 of bytes, as in zlib. */
@@ -22,7 +20,7 @@ function readData(text, checksum) {
 
 /** Make the model for forward(). data: as from readData(). */
 function makeModel(data) {
-  const buffer = readBase64(data.weights.bytes);
+  const { buffer } = toBytes(atob(data.weights.bytes));
   return withWeights(data, (shape, offset) => readTensor(buffer, shape, offset));
 }
 
@@ -30,7 +28,7 @@ function makeModel(data) {
 
 Each row of a matrix, and each vector, is a float32 scale and its weights as multiples of that scale, -127 to 127. */
 function makeSnapshot(data, { rows }) {
-  const view = new DataView(readBase64(rows));
+  const view = new DataView(toBytes(atob(rows)).buffer);
   let at = 0;
   return withWeights(data, (shape) => {
     const tensor = new Float32Array(sizeOf(shape));
@@ -54,18 +52,14 @@ function withWeights({ model, weights, tokenizer }, read) {
     if (!tensors.has(offset)) tensors.set(offset, { data: read(shape, offset), shape });
     plant(tree, name.split("."), tensors.get(offset));
   }
-  return {
-    config: model,
-    weights: tree,
-    tokenizer_vocab_size: tokenizer.pieces.lengths.length,
-  };
+  return { config: model, weights: tree, tokenizer_vocab_size: tokenizer.pieces.lengths.length };
 }
 
-function readBase64(text) {
-  const binary = atob(text);
-  const bytes = new Uint8Array(binary.length);
-  for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i);
-  return bytes.buffer;
+/** The bytes that a string of characters up to U+00FF stands for. */
+function toBytes(text) {
+  const bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  return bytes;
 }
 
 function sizeOf(shape) {
@@ -133,7 +127,7 @@ function namedWeights(model) {
   return Array.from(found, ([weight, name]) => [name, weight]);
 }
 
-/** Give a loaded model other numbers: a list for each of its weights. */
+/** Give a model other numbers: a list for each of its weights. */
 function setWeights(model, numbers) {
   namedWeights(model).forEach(([, weight], i) => {
     weight.data.set(numbers[i]);
@@ -183,10 +177,4 @@ function readPair({ model, tokenizer }, sourceText, targetText, ids = tokenizer.
   const idx = target.slice(0, config.block_size);
   const lost = { source: Math.max(whole.length - room, 0), target: target.length - idx.length };
   return { ids, idx, lost, ...(encoder ? { source } : {}) };
-}
-
-if (typeof module !== "undefined") {
-  Object.assign(globalThis, require("./engine.js"));
-  const models = { load, makeModel, makeSnapshot, mapTree, namedWeights, plant, setWeights };
-  module.exports = { ...models, contextStart, crc32, idsOf, readData, readPair, readText, sizeOf };
 }

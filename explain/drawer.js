@@ -1,5 +1,3 @@
-"use strict";
-
 /* The drawer: how the selected number was computed. */
 const LARGEST = 8; // terms that are spelled out
 const LEAST_SEEN = 240; // pixels of the drawer that are in sight when it opens
@@ -51,9 +49,8 @@ class Drawer {
     const { app } = this;
     const { number } = app.at;
     const from = document.activeElement.closest("#panels *") ?? this.opener;
-    if (element("drawer").classList.contains("open") !== Boolean(number)) app.hold(from);
-    element("drawer").classList.toggle("open", Boolean(number));
-    document.body.classList.toggle("drawn-out", Boolean(number));
+    if (element("drawer").hidden === Boolean(number)) app.hold(from);
+    element("drawer").hidden = !number;
     opened = number ? app.resolvePath(parseAddress(number).path) : null;
     lightDependencies(null);
     if (!number) return this.body.replaceChildren();

@@ -1,5 +1,3 @@
-"use strict";
-
 /* The building blocks of panels: elements, controls, and strips of numbers, in which each number is a coloured cell. */
 
 const SVG = new DOMParser().parseFromString("<svg></svg>", "text/html").querySelector("svg").namespaceURI;
@@ -20,27 +18,6 @@ function keepFocus(root, draw) {
   if (at >= 0) (all()[at] ?? all().at(-1) ?? title)?.focus({ preventScroll: true });
 }
 
-/** Make the buttons of an element one tab stop, among which the arrow keys walk.
-
-entry(): the button that Tab enters; across: the number of buttons in a row. Call the result when buttons are added. */
-function walkable(root, { entry = () => root.querySelector("button"), across = 1 } = {}) {
-  const stopAt = (stop) => {
-    for (const item of root.querySelectorAll("button")) item.tabIndex = item === stop ? 0 : -1;
-  };
-  root.addEventListener("focusin", ({ target }) => stopAt(target));
-  root.addEventListener("focusout", () => stopAt(entry()));
-  root.addEventListener("keydown", (event) => {
-    const all = [...root.querySelectorAll("button")].filter((item) => item.checkVisibility());
-    const at = all.indexOf(event.target);
-    const moves = { ArrowLeft: at - 1, ArrowRight: at + 1, ArrowUp: at - across, ArrowDown: at + across };
-    const to = { ...moves, Home: 0, End: all.length - 1 }[event.key];
-    if (!all[to] || event.ctrlKey || event.metaKey || event.altKey) return;
-    event.preventDefault();
-    all[to].focus();
-  });
-  return () => root.contains(document.activeElement) || stopAt(entry());
-}
-
 /** A number with two decimals, and with its sign unless it is shown as 0.00. */
 function signed2(x) {
   const size = Math.abs(x).toFixed(2);
@@ -59,14 +36,14 @@ function picker(label, options, value, onPick) {
   return root;
 }
 
-/** A labelled range with its value beside it. format: value => text. */
+/** A labelled range with its value beside it. format: value => text. set(value, max): sets both. */
 function slider(label, { min, max, step, value, format = String }, onSlide) {
   const id = `control-${controls++}`;
   const shown = h("output", { for: id }, format(value));
   const input = h("input", { id, type: "range", min, max, step, value });
   const root = h("span", { class: "control" }, h("label", { for: id }, label), input, shown);
-  root.set = (number) => {
-    input.value = number;
+  root.set = (number, most = input.max) => {
+    Object.assign(input, { max: most, value: number });
     shown.textContent = format(number);
     input.setAttribute("aria-valuetext", shown.textContent);
   };

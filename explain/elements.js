@@ -1,5 +1,3 @@
-"use strict";
-
 /* Elements, for the page of a run and that of serve.py. */
 
 /** Make an element. attributes: as in HTML; on...: listeners; children: elements, texts, or nothing. */
@@ -18,6 +16,27 @@ function h(tag, attributes = {}, ...children) {
 
 function button(label, onPress, attributes = {}) {
   return h("button", { type: "button", onclick: onPress, ...attributes }, label);
+}
+
+/** Make the items of an element one tab stop, among which the arrow keys walk.
+
+entry(): the item that Tab enters; across: the number of items in a row. Call the result when items are added. */
+function walkable(root, { items = "button", entry = () => root.querySelector(items), across = 1 } = {}) {
+  const stopAt = (stop) => {
+    for (const item of root.querySelectorAll(items)) item.tabIndex = item === stop ? 0 : -1;
+  };
+  root.addEventListener("focusin", ({ target }) => stopAt(target));
+  root.addEventListener("focusout", () => stopAt(entry()));
+  root.addEventListener("keydown", (event) => {
+    const all = [...root.querySelectorAll(items)].filter((item) => item.checkVisibility());
+    const at = all.indexOf(event.target);
+    const moves = { ArrowLeft: at - 1, ArrowRight: at + 1, ArrowUp: at - across, ArrowDown: at + across };
+    const to = { ...moves, Home: 0, End: all.length - 1 }[event.key];
+    if (!all[to] || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    all[to].focus();
+  });
+  return () => root.contains(document.activeElement) || stopAt(entry());
 }
 
 function percent(p) {

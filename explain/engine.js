@@ -1,5 +1,3 @@
-"use strict";
-
 /* Matrices in the memory of a kernel, and the operations that models are made of.
 
 Each operation computes a matrix. If the engine has a tape, it also pushes its own backward pass: a function that adds
@@ -434,10 +432,4 @@ function crossEntropy(logits, targets, count) {
     });
   });
   return losses;
-}
-
-if (typeof module !== "undefined") {
-  Object.assign(globalThis, require("./kernel.js"));
-  const operations = { add, attend, causalConv, crossEntropy, gather, linear, map, multiply, rotate };
-  module.exports = { ...operations, Engine, isMatrix, joined, like, lossOf, numbersOf, standardize, sumOfExp, windows };
 }

@@ -1,5 +1,3 @@
-"use strict";
-
 /* The memory of a model, and products of matrices in it: a WebAssembly kernel that is assembled here, and the same sums
 in plain JavaScript, for a browser that forbids WebAssembly.
 
@@ -127,5 +125,3 @@ function plainProduct(c, a, b, adds, first = 0) {
     }
   }
 }
-
-if (typeof module !== "undefined") module.exports = { KERNEL, PAGE, TILES, plainMemory, plainProduct, product };

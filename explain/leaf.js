@@ -1,8 +1,7 @@
-"use strict";
-
 /* The article's first network: four numbers of an object in, three neurons, two outputs; leaf if the first is larger.
 
-A network is {hidden: {weight, bias}, output: {weight, bias}}, each weight a list of rows, one for each neuron. */
+A network is {hidden: {weight, bias}, output: {weight, bias}}, each weight a list of rows, one for each neuron. Its loss
+is that of engine.js. */
 
 const LEAF = [32, 107, 56, 11.2]; // red, green, blue, millilitres
 const FLOWER = [241, 200, 4, 59.5];
@@ -79,16 +78,10 @@ function randomNetwork(seed) {
   return { hidden: layer(3, 4), output: layer(2, 3) };
 }
 
-/** -ln of the probability that softmax gives the right kind. */
-function leafLossOf(output, kind) {
-  const largest = Math.max(...output);
-  return largest + Math.log(output.reduce((sum, x) => sum + Math.exp(x - largest), 0)) - output[kind];
-}
-
 /** The mean loss over the objects, and the fraction that is classified correctly. */
 function leafLoss(network, objects) {
   const outputs = objects.map(({ x }) => leafForward(network, x).output);
-  const loss = outputs.reduce((sum, output, i) => sum + leafLossOf(output, objects[i].kind), 0) / objects.length;
+  const loss = meanOf(outputs.map((output, i) => lossOf(output, objects[i].kind)));
   const right = outputs.filter((output, i) => (output[1] > output[0] ? 1 : 0) === objects[i].kind).length;
   return { loss, accuracy: right / objects.length };
 }
@@ -99,10 +92,7 @@ function leafGradient(network, objects) {
   const gradient = { hidden: zeros(network.hidden), output: zeros(network.output) };
   for (const { x, kind } of objects) {
     const { sums, hidden, output } = leafForward(network, x);
-    const largest = Math.max(...output);
-    const exp = output.map((value) => Math.exp(value - largest));
-    const total = exp[0] + exp[1];
-    const byOutput = exp.map((value, o) => (value / total - (o === kind ? 1 : 0)) / objects.length);
+    const byOutput = output.map((_, o) => (Math.exp(-lossOf(output, o)) - (o === kind ? 1 : 0)) / objects.length);
     const byHidden = hidden.map((_, h) => byOutput.reduce((sum, g, o) => sum + g * network.output.weight[o][h], 0));
     const bySums = byHidden.map((g, h) => (sums[h] > 0 ? g : 0));
     accumulate(gradient.output, byOutput, hidden);
@@ -144,7 +134,7 @@ function leafField(network, [across, up], n) {
   const middle = LEAF.map((value, i) => (value + FLOWER[i]) / 2 / INPUT_SCALE);
   return leafGrid(n, (a, b) => {
     const x = middle.with(across, a).with(up, b);
-    return Math.exp(-leafLossOf(leafForward(network, x).output, 1));
+    return Math.exp(-lossOf(leafForward(network, x).output, 1));
   });
 }
 
@@ -155,9 +145,4 @@ function leafLandscape(network, objects, weights, span, n) {
     weights.forEach(([layer, o, i], k) => (moved[layer].weight[o][i] += span * (2 * at[k] - 1)));
     return leafLoss(moved, objects).loss;
   });
-}
-
-if (typeof module !== "undefined") {
-  const data = { LEAF, FLOWER, LEAF_SEED, leafField, leafLandscape, leafObjects, normal, randomNumbers };
-  module.exports = { ...data, articleNetwork, leafForward, leafGradient, leafLoss, leafStep, randomNetwork };
 }

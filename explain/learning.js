@@ -1,5 +1,3 @@
-"use strict";
-
 /* How the model came to be: the text after each snapshot of its training, one more step of training, and pictures of
 how the leaf network learns. */
 
@@ -46,10 +44,7 @@ function learnedPanel(app) {
   const named = (i) => `${count(stepOf(i))}${stepOf(i) ? "" : ", before training"}`;
   const limits = { min: 0, max: app.data.steps.length - 1, step: 1, value: place(), format: named };
   const control = slider("Step of training", limits, (i) => ((step = stepOf(i)), result.update()));
-  const update = () => {
-    control.querySelector("input").max = app.data.steps.length - 1;
-    control.set(place());
-  };
+  const update = () => control.set(place(), app.data.steps.length - 1);
   return [controlRow({ root: control, update }), app.stack && controlRow(layerPicker(app), headPicker(app)), result];
 }
 
@@ -78,7 +73,7 @@ function lossRow(app, losses) {
   const spans = app.trace.idx.map((id, t) =>
     h("span", { style: t ? tint(losses[t - 1], guessing) : null }, shown(app.tokenizer, id)),
   );
-  return h("p", { class: "losses", "aria-hidden": "true" }, spans);
+  return h("p", { class: "losses", "aria-hidden": "true" }, h("code", {}, spans));
 }
 
 // --------------------------------------------------------------------------------------
@@ -102,8 +97,7 @@ function stepPanel(app) {
     for (const part of [gradient.root, moved.root]) part.hidden = !rows;
     row.hidden = !rows || rows.length === 1;
     if (!rows) return;
-    row.querySelector("input").max = rows.length - 1;
-    row.set((state.row = Math.min(state.row, rows.length - 1)));
+    row.set((state.row = Math.min(state.row, rows.length - 1)), rows.length - 1);
     gradient.update();
     moved.show(Array.from(lookUp(app.trace, path().replace("weights", "moved"))[state.row]));
   };

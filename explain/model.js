@@ -1,5 +1,3 @@
-"use strict";
-
 /* The forward pass of every model that model.py can build, to be read beside it: the same parts, names and order.
 
 Shapes: T target length, S source length (tokens attended to), C n_embd, H heads, D head size (C / n_head unless
@@ -341,10 +339,4 @@ function head({ config, weights }, x) {
     (logit) => cap * Math.tanh(logit / cap),
     (logit) => 1 - Math.tanh(logit / cap) ** 2,
   );
-}
-
-if (typeof module !== "undefined") {
-  Object.assign(globalThis, require("./engine.js"));
-  const dictionaries = { NORMS, POSITIONS, ACTIVATIONS, MLPS, BLOCKS, EMBEDDINGS, MODELS };
-  module.exports = { ...dictionaries, FLOAT32_EPS, GAIN, encode, erf, gpt, head, headSize, isCausal };
 }

@@ -1,5 +1,3 @@
-"use strict";
-
 /* The panels, in the article's order, and last how the model came to be. Some are in attention.js and learning.js.
 
 Each has id, title and intro; needs: keys of NEEDS; alone: true if it needs no text; build(app): its parts: elements,
@@ -205,7 +203,7 @@ function leafPanel() {
 }
 
 function networkColumns({ x, sums, hidden, output }, { selected, relu }, onSelect) {
-  const label = (name, value) => [h("small", {}, name), h("span", {}, digits2(value))];
+  const label = (name, value) => [h("span", { class: "note" }, name), h("span", {}, digits2(value))];
   const neuron = (layer, o, value, name) =>
     button(label(name, value), () => onSelect(layer, o), {
       class: "neuron",
@@ -499,15 +497,12 @@ function mergeTable(app) {
 }
 
 const piece = (text) =>
-  text
-    .replaceAll("\n", "⏎")
-    .replaceAll(" ", "␣")
-    .replace(/[\u0000-\u001f\u0080-\u00a0]/g, (byte) => `\\x${byte.charCodeAt(0).toString(16).padStart(2, "0")}`);
+  signs(text).replace(/[\u0000-\u001f\u0080-\u00a0]/g, (byte) => `\\${hexadecimal(byte.charCodeAt(0))}`);
 
 function mergeRows({ symbols, merges, scores, tokens }) {
   const line = (texts, chosen = -1) => {
     const symbol = (text, i) => h("span", { class: i === chosen ? "merged" : null }, text);
-    return h("span", { class: "symbols" }, texts.map(symbol));
+    return h("code", { class: "symbols" }, texts.map(symbol));
   };
   const rows = [["start", line(symbols.map(piece)), ""]];
   const now = [...symbols];
@@ -541,7 +536,7 @@ function filtered(logits, V, { temperature, top_k, top_p, min_p, greedy }) {
   }
   const most = probs.reduce((a, b) => Math.max(a, b), 0);
   probs = probs.map((p) => (p < min_p * most ? 0 : p));
-  const best = largestAt(logits.subarray(0, V));
+  const [best] = likeliest(logits.subarray(0, V), 1);
   if (greedy) probs = probs.map((_, id) => (id === best ? 1 : 0));
   const sum = probs.reduce((a, b) => a + b, 0);
   return { scaled, probs: probs.map((p) => p / sum) };
@@ -585,9 +580,8 @@ const FILTERS =
   "at least min-p times as probable as the likeliest one.";
 
 function softmaxText(app) {
-  const logits = Array.from(app.logits().subarray(0, app.model.tokenizer_vocab_size));
-  const largest = Math.max(...logits);
-  const sum = logits.reduce((total, x) => total + Math.exp(x - largest), 0);
+  const logits = app.logits().subarray(0, app.model.tokenizer_vocab_size);
+  const { largest, sum } = sumOfExp(logits);
   return (
     `The largest of ${logits.length} logits is ${digits(largest)}; it is subtracted first, which leaves the result ` +
     `the same and avoids overflow. The sum of all exp(logit − ${digits(largest)}) is ${digits(sum)}.${rounded(app)}`
@@ -597,7 +591,7 @@ function softmaxText(app) {
 function softmaxRows(app) {
   const { scaled, probs } = filtered(app.logits(), app.model.tokenizer_vocab_size, app.state.sampling);
   const logits = app.logits();
-  const largest = logits.subarray(0, app.model.tokenizer_vocab_size).reduce((a, b) => Math.max(a, b), -Infinity);
+  const { largest } = sumOfExp(logits.subarray(0, app.model.tokenizer_vocab_size));
   return likeliest(app.probs(), 10).map((id) => [
     h("code", {}, shown(app.tokenizer, id)),
     button(digits(logits[id]), () => app.open(`logits:${app.at.t},${id}`), { class: "operand" }),
@@ -854,8 +848,7 @@ function dials(app) {
   const update = () => {
     const { t } = app.at;
     const apart = Math.min(distance, t);
-    control.querySelector("input").max = Math.max(t, 1);
-    control.set(apart);
+    control.set(apart, Math.max(t, 1));
     const { frequency } = lookUp(app.trace, app.stack).position;
     const angles = Array.from(frequency, (f) => f * apart);
     text.textContent =

@@ -1,5 +1,3 @@
-"use strict";
-
 /* The picture: the whole model from the text to the next token, with the numbers of the selected token in it.
 
 The residual stream runs through the middle, drawn as its features; above it is what attention adds to it, below it what
@@ -26,7 +24,8 @@ class Picture {
     const encoded = ({ canvas }) => paintVectors(canvas, app.trace.source.encoder.norm.output.slice(-24));
     if (app.encodes) this.stage("Encoder", this.part("encoder", "read once", "transformer", encoded));
     for (let i = 0; i < config.n_layer; i++) this.layer(i);
-    this.stage("Output", this.part("head", stack ? "norm, head" : "head", "softmax", (part) => this.paintHead(part)));
+    const output = ({ canvas }) => paintVectors(canvas, [app.trace.output[app.at.t]]);
+    this.stage("Output", this.part("head", stack ? "norm, head" : "head", "softmax", output));
     app.enterPicture();
     onLight = (origin, read) => this.light(origin, read);
   }
@@ -65,10 +64,10 @@ class Picture {
     const below = app.config.mlp === "none" ? [] : [this.part(`${i}.mlp`, "MLP", "mlp", neurons, i)];
     const stream = h("canvas", { class: "stream", "aria-hidden": "true" });
     this.parts.set(`${i}.stream`, { root: stream, canvas: stream, paint: (part) => this.paintStream(part, block) });
-    const wires = (kind) => h("span", { class: `wires ${kind}`, "aria-hidden": "true" });
-    const branch = (kind, parts) => h("div", { class: `branch ${kind}` }, parts);
-    const layer = [h("span", { class: "stage-name" }, title), branch("above", above), wires("above"), stream];
-    if (below.length) layer.push(wires("below"), branch("below", below));
+    const wires = () => h("span", { class: "wires", "aria-hidden": "true" });
+    const branch = (parts) => h("div", { class: "branch" }, parts);
+    const layer = [h("span", { class: "stage-name" }, title), branch(above), wires(), stream];
+    if (below.length) layer.push(wires(), branch(below));
     this.flow.append(h("li", { class: `stage layer${app.encodes ? " wide" : ""}` }, layer));
   }
 
@@ -155,12 +154,6 @@ class Picture {
     const chosen = (t) => (t === app.at.t ? "chosen" : null);
     const item = (t) => h("code", { class: chosen(t) }, shown(app.tokenizer, app.trace.idx[t]));
     list.replaceChildren(...this.lastTokens().map(item));
-  }
-
-  paintHead({ canvas }) {
-    const row = binned(this.app.trace.output[this.app.at.t], PICTURED.features);
-    const most = largest(row);
-    paintCells(canvas, row.length, 1, (y) => row[y] / most);
   }
 
   // ----------------------------------------------------------------------------------

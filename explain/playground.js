@@ -1,5 +1,3 @@
-"use strict";
-
 /* The playground: a text, knobs with the names of a config file's keys, and a button that trains. The worker trains;
 here are the curves and the samples. The rest of the page shows the weights of the moment. */
 
@@ -31,7 +29,6 @@ const COMPARED = "Sonnets by Shakespeare"; // on which ideas are compared instea
 const EDITABLE = 20000; // characters of a text that can be edited in the page
 const LONGEST = 2e6; // characters that are learned
 const EARLIER = 3; // trainings whose curves stay
-const FOLLOW_EVERY = 300; // ms between two looks at the weights of a training
 
 class Playground {
   /** data: of a page that begins with a text, or of a run. */
@@ -46,7 +43,6 @@ class Playground {
     this.knobs = Object.fromEntries(this.names.map((name) => [name, initial[name]]));
     this.now = null; // {text, knobs, train and val: [step, loss] each, samples: [step, text] each, first, step, ms}
     this.earlier = []; // the same of trainings before
-    this.followedAt = 0;
     this.own = ""; // the text that was typed or opened
     this.single = Promise.resolve(); // resolves when the last single step is taken
     this.running = null; // resolves when the training pauses
@@ -86,13 +82,13 @@ class Playground {
     const open = h("label", { class: "file" }, file, "Open a file");
     const back = h("p", { class: "note" }, "A step's number shows that step, and training goes on from there.");
     const parts = group(
-      "playing",
+      "playing drawn",
       controlRow(config && h("h2", {}, "Train a GPT"), this.go, one, over, this.saveButtons()),
       group(
         "training",
-        group("", controlRow(this.pickText, open), this.field, this.note, config && this.buildIdeas()),
-        group("", this.chart, this.status, this.said),
-        group("", h("h3", {}, "What it writes"), back, this.samples),
+        group("drawn", controlRow(this.pickText, open), this.field, this.note, config && this.buildIdeas()),
+        group("drawn", this.chart, this.status, this.said),
+        group("drawn", h("h3", {}, "What it writes"), back, this.samples),
       ),
       group("knobs", this.pickers),
       this.meaning,
@@ -302,7 +298,7 @@ class Playground {
     this.draw();
   }
 
-  /** News of the training, every 100 ms. After an earlier step was gone back to, they replace what followed it. */
+  /** News of the training. After an earlier step was gone back to, they replace what followed it. */
   take({ step, losses, kept, ms }) {
     const { now, app } = this;
     const from = losses[0]?.[0] ?? Infinity;
@@ -313,11 +309,8 @@ class Playground {
     now.samples.push(...kept.map(({ step, sample }) => [step, app.tokenizer.decode(sample)]));
     Object.assign(now, { step, ms });
     this.draw(kept.length > 0);
-    if (!this.running || this.following || performance.now() < this.followedAt + FOLLOW_EVERY) return;
-    this.following = app.follow().then(() => {
-      this.following = null;
-      this.followedAt = performance.now();
-    });
+    if (!this.running || this.following) return;
+    this.following = app.follow().then(() => (this.following = null));
   }
 
   /** The training as that of a run: progress and metrics. */
@@ -355,12 +348,10 @@ class Playground {
     if (now.train.length) lines.unshift({ name: "training", points: binnedMeans(now.train), colour: 0 });
     this.chart.show(lines, { name: "guessing", y: guessing }, 1.5 * guessing);
     if (!this.changed) this.tell(this.verdict(guessing));
-    if (samplesToo) this.samples.replaceChildren(...now.samples.map((each) => this.sample(each)).reverse());
-  }
-
-  sample([step, text]) {
-    const shown = { class: "operand", "aria-current": step === this.now.step };
-    return h("li", {}, button(count(step), () => this.back(step), shown), h("code", { dir: "auto" }, text));
+    const goBack = (step) =>
+      button(count(step), () => this.back(step), { class: "operand", "aria-current": step === now.step });
+    const sample = ([step, text]) => h("li", {}, goBack(step), h("code", { dir: "auto" }, text));
+    if (samplesToo) this.samples.replaceChildren(...now.samples.map(sample).reverse());
   }
 
   /** What a reader should know about the losses. */

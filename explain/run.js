@@ -1,5 +1,3 @@
-"use strict";
-
 /* A run in the worker: a text becomes batches, a model is made, trained, evaluated, and kept at some of its steps. */
 
 // --------------------------------------------------------------------------------------
@@ -146,10 +144,4 @@ class Run {
     this.due = nextKept(step);
     this.failed = false;
   }
-}
-
-if (typeof module !== "undefined") {
-  Object.assign(globalThis, require("./model.js"), require("./data.js"), require("./training.js"));
-  Object.assign(globalThis, require("./trace.js"), require("./leaf.js"), require("./tokenizer.js"));
-  module.exports = { charactersOf, Run, untrainedModel };
 }

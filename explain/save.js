@@ -1,5 +1,3 @@
-"use strict";
-
 /* The files in which a trained model leaves the page for Python. data.js and tokenizer.js are needed. */
 
 /** The entries of best.pt, for torchSave(): SCHEMA in humptygpt/checkpoint.py describes them.
@@ -66,7 +64,6 @@ function torchSave(value) {
   return zip([...texts.map(([name, text]) => [name, toBytes(text)]), ...tensors]);
 }
 
-const toBytes = (text) => Uint8Array.from(text, (char) => char.charCodeAt(0));
 const fromBytes = (bytes) => String.fromCharCode(...bytes);
 
 /** Whole numbers as bytes, the lowest byte first. */
@@ -112,9 +109,4 @@ function zip(files) {
   const entries = directory.join("");
   const end = `PK\x05\x06${int16(0, 0, files.length, files.length)}${int32(entries.length, at)}${int16(0)}`;
   return new Blob([...parts, toBytes(entries + end)]);
-}
-
-if (typeof module !== "undefined") {
-  Object.assign(globalThis, require("./data.js"), require("./tokenizer.js"));
-  module.exports = { checkpointOf, configFile, torchSave };
 }

@@ -1,5 +1,3 @@
-"use strict";
-
 /* The state of the page, from which all of it is drawn, and the address that holds it.
 
   text, source    what was typed
@@ -74,14 +72,10 @@ function resolve(state, model, trace, stack) {
   const head = Math.min(state.head, config.n_head - 1);
   const attention = stack && lookUp(trace, `${stack}.blocks.${layer}.${trace.source ? "cross_attn" : "attn"}`);
   const keys = trace.source ? Math.max(trace.source.idx.length, last + 1) : last + 1;
-  const strongest = attention ? largestAt(attention.weights[head][t]) : 0;
+  const [strongest] = attention ? likeliest(attention.weights[head][t], 1) : [0];
   const key = state.key < 0 ? strongest : Math.min(state.key, keys - 1);
   const next = state.next < model.tokenizer_vocab_size ? state.next : -1;
   return { ...state, t, layer, head, key, next };
-}
-
-function largestAt(row) {
-  return row.reduce((best, x, i) => (x > row[best] ? i : best), 0);
 }
 
 /** The changes of a state that explain the number at an address: its token, layer, head, key and next token. */

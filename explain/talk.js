@@ -1,5 +1,3 @@
-"use strict";
-
 /* The conversation with a chat model, over the rest of its page, which shows how it computes. */
 
 /** The text that the page of a chat model starts with: the beginning of a conversation. */

@@ -1,5 +1,3 @@
-"use strict";
-
 /* Text -> token ids -> text, as humptygpt/tokenizers.py and the libraries that it uses do it, step by step.
 
 makeTokenizer(data) returns
@@ -50,7 +48,7 @@ const idsIn = (parts) => parts.flatMap((part) => part.tokens.flatMap((token) => 
 
 /** The bytes of each token. packed: all bytes in base64, and the length of each token. */
 function unpackPieces({ bytes, lengths }) {
-  const all = Uint8Array.from(atob(bytes), (char) => char.charCodeAt(0));
+  const all = toBytes(atob(bytes));
   let end = 0;
   return lengths.map((length) => all.subarray(end, (end += length)));
 }
@@ -220,5 +218,3 @@ const TOKENIZERS = {
   gpt2: bytePairTokenizer,
   bpe: bytePairTokenizer,
 };
-
-if (typeof module !== "undefined") module.exports = { TOKENIZERS, makeTokenizer, utf8 };

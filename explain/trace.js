@@ -1,5 +1,3 @@
-"use strict";
-
 /* The trace of a text: everything that a model computes for it, token by token. The page shows and explains it.
 
 forward() returns a trace, all that was computed on the way, under the names of model.py's modules and variables:
@@ -155,9 +153,4 @@ function mapTrace(trace, f, other) {
   return Object.fromEntries(
     entries.map(([key, value]) => [key, key === "context" ? value : mapTrace(value, f, other?.[key])]),
   );
-}
-
-if (typeof module !== "undefined") {
-  Object.assign(globalThis, require("./model.js"), require("./data.js"));
-  module.exports = { drawFrom, forward, meanOf, softmax, tokenLosses, toRows };
 }

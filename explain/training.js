@@ -1,5 +1,3 @@
-"use strict";
-
 /* Training: the loss of a batch, its gradients by the tape of engine.js, and the rules of humptygpt/optimizers.py. */
 
 /** The trace of a text, {idx, targets: as in crossEntropy()}, up to its losses, each divided by count. */
@@ -189,9 +187,4 @@ function squaresOf({ data }) {
   let sum = 0;
   for (let i = 0; i < data.length; i++) sum += data[i] * data[i];
   return sum;
-}
-
-if (typeof module !== "undefined") {
-  Object.assign(globalThis, require("./model.js"), require("./data.js"));
-  module.exports = { differentiate, meanLoss, rateAt, Trainer };
 }

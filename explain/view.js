@@ -1,5 +1,3 @@
-"use strict";
-
 /* The page: one state, the worker's answer for its text, and the drawing of both. */
 
 const SHOWN = 8; // number of bars
@@ -11,8 +9,7 @@ const element = (id) => document.getElementById(id);
 
 async function main() {
   const { textContent: text, dataset } = element("data");
-  const scripts = [...document.querySelectorAll("script[data-worker]")].map((script) => script.textContent);
-  const desk = new Desk(scripts);
+  const desk = new Desk(element("worker").textContent);
   const { problem, data, model } = await desk.ask("open", { text, checksum: dataset.checksum });
   const again = "Make the page again with explain.py.";
   if (problem) element("problem").textContent = `The data of this page is damaged: ${problem}. ${again}`;
@@ -99,7 +96,10 @@ class App {
     await this.restore(location.hash);
     if (!given && this.translates) this.goOn({ greedy: true });
     else if (!given && !this.state.text) this.goOn({ greedy: false, most: OPENING });
-    await this.buildAll();
+    await this.renderAll(); // all of them ahead of time, so that none grows when it comes into view
+    this.scrollTo(this.state.section);
+    this.complete = true;
+    this.rest();
     // on a phone, the field has a single line
     for (const id of ["text", "source"]) element(id).scrollTop = element(id).scrollHeight;
   }
@@ -114,7 +114,7 @@ class App {
     this.state = { ...this.state, ...changes };
     if (push) this.keep("pushState");
     else this.keepSoon();
-    if (!ids && this.state.text === text && this.state.source === source) return this.draw();
+    if (!ids && this.trace && this.state.text === text && this.state.source === source) return this.draw();
     this.stop();
     return this.compute(ids);
   }
@@ -127,16 +127,15 @@ class App {
 
   /** fresh: with the weights of this moment, if the page trains. */
   compute(ids, fresh = false) {
-    const begin = performance.now();
     const { text, source } = this.state;
     this.pending = true;
     this.rest();
     const asked = (this.asked = this.desk.ask("read", { text, source, ids, fresh }));
-    this.settled = asked.then((answer) => (asked === this.asked ? this.take(answer, begin) : this.settled));
+    this.settled = asked.then((answer) => (asked === this.asked ? this.take(answer) : this.settled));
     return this.settled;
   }
 
-  take({ problem, ids, lost, skipped }, begin) {
+  take({ problem, ids, lost, skipped }) {
     const { text, source } = this.state;
     this.pending = false;
     this.rest();
@@ -146,7 +145,6 @@ class App {
     for (const id of ["text", "source"]) element(id).setAttribute("aria-invalid", skipped[id].length > 0);
     this.tell(`${this.skippedText()} ${this.lostText()}`.trim());
     this.draw();
-    this.measure(begin);
   }
 
   /** Show the weights that the training has come to. */
@@ -195,18 +193,6 @@ class App {
     return lost.target ? told(lost.target, "translation") : "";
   }
 
-  /** Measure the time from a key to the painted frame. */
-  measure(begin) {
-    const { length } = this.trace.idx;
-    const fresh = length - this.trace.first;
-    requestAnimationFrame(() =>
-      nextMessage().then(() => {
-        const ms = (performance.now() - begin).toFixed(0);
-        element("took").textContent = `${tokens(length)}, ${fresh} computed: ${ms} ms until painted`;
-      }),
-    );
-  }
-
   typed({ target }) {
     const fresh = this.translates && target.id === "source" ? { text: "" } : {};
     if (fresh.text === "") element("text").value = "";
@@ -234,11 +220,8 @@ class App {
     this.hash = hash;
     const state = readAddress(hash, this.sections, this.state);
     for (const id of ["text", "source"]) if (element(id).value !== state[id]) element(id).value = state[id];
-    const known = this.trace && state.text === this.read.text && state.source === this.read.source;
     this.stop();
-    this.state = state;
-    this.keepSoon();
-    const drawn = known ? this.draw() : this.compute();
+    const drawn = this.change(state);
     this.scrollTo(state.section);
     return drawn;
   }
@@ -382,20 +365,13 @@ class App {
   unfolded: the head covers the section as long as the reader wants it. */
   fold(unfolded = document.body.classList.contains("unfolded")) {
     const { classList } = document.body;
-    const below = scrollY > element("playground").offsetHeight + this.full - FOLDED;
+    const below = this.heightOfBars() > 0 && scrollY > element("playground").offsetHeight + this.full - FOLDED;
     if (classList.contains("folded") === (below && !unfolded) && !unfolded) return;
     classList.toggle("unfolded", below && unfolded);
     classList.toggle("folded", below && !unfolded);
+    element("unfold").hidden = !below;
     element("unfold").ariaExpanded = below && unfolded;
     element("text").scrollTop = element("text").scrollHeight;
-  }
-
-  /** Build all sections ahead of time, so that none grows when it comes into view. */
-  async buildAll() {
-    await this.renderAll();
-    this.scrollTo(this.state.section);
-    this.complete = true;
-    this.rest();
   }
 
   async renderAll() {
@@ -638,12 +614,12 @@ function missingNote(text, config) {
 }
 
 const signs = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+const hexadecimal = (byte) => `x${byte.toString(16).toUpperCase().padStart(2, "0")}`;
 
 /** The text of a token, with signs for invisible characters, and bytes that are no character by themselves in hex. */
 function shown(tokenizer, id) {
   const text = signs(tokenizer.decode([id]));
   if (!/[\ufffd\p{Cc}]/u.test(text)) return text;
-  const hexadecimal = (byte) => `x${byte.toString(16).toUpperCase().padStart(2, "0")}`;
   return Array.from(tokenizer.pieces[id], hexadecimal).join(" ");
 }
 
@@ -713,7 +689,7 @@ function listenToTokens(app) {
 function hintAtMore(list) {
   const [back, on] = list.parentElement.querySelectorAll(".more");
   const mark = () => {
-    list.parentElement.classList.toggle("wide", list.scrollWidth > list.parentElement.clientWidth);
+    back.hidden = on.hidden = list.scrollWidth <= list.parentElement.clientWidth;
     back.disabled = list.scrollLeft < 1;
     on.disabled = list.scrollLeft + list.clientWidth > list.scrollWidth - 1;
   };

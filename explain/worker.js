@@ -1,5 +1,3 @@
-"use strict";
-
 /* Computation in a worker, so that the page never waits.
 
 The page asks under a topic; a newer question under the same topic makes the older one outdated: it is dropped at the
@@ -8,14 +6,14 @@ follows. A trace goes to the page as the rows that it does not have yet, in one 
 
 const STRIDE = 16; // tokens between two looks at what has arrived
 const KEPT = 4; // number of traces that are kept
-const TELL_EVERY = 100; // ms between two reports of a training
+const TELL_EVERY = 200; // ms between two reports of a training, which the page then draws
 const START = 12; // characters of a text with which a playground's page starts
 
 class Computer {
   constructor(post) {
     this.post = post;
     this.latest = {}; // id of the newest question under each topic
-    this.snapshots = []; // {step, model()} of the run that the page was made from
+    this.snapshots = []; // {step, make(), and model once it is made} of the run that the page was made from
     this.run = null; // the training in this page: see run.js
   }
 
@@ -46,7 +44,7 @@ class Computer {
   modelAt(step) {
     const snapshot = this.snapshots.find((each) => each.step === step);
     if (step === this.step) return this.model;
-    if (snapshot) return snapshot.model();
+    if (snapshot) return (snapshot.model ??= snapshot.make());
     this.past ??= load(this.model);
     setWeights(this.past, this.run.kept.find((each) => each.step === step).numbers);
     return this.past;
@@ -59,7 +57,7 @@ class Computer {
     this.step = run.step;
     this.forget();
     const { numbers } = run.trainer.state();
-    namedWeights(model).forEach(([, { data }], i) => data.set(numbers[i]));
+    setWeights(model, numbers);
     if (LOADED.has(model)) setWeights(LOADED.get(model), numbers);
     return { numbers, steps: this.steps };
   }
@@ -145,11 +143,11 @@ function nextMessage() {
 /** The questions that can be asked: (computer, message, wanted) => the answer. */
 const TOPICS = {
   open(computer, { text, checksum }) {
-    const { weights, snapshots, ...data } = readData(text, checksum);
+    const packed = readData(text, checksum);
+    const { weights, snapshots, ...data } = packed;
     if (!weights) return { data }; // of a playground, which begins with a text
-    const snapshotOf = (snapshot) => once(() => makeSnapshot({ weights, ...data }, snapshot));
-    computer.snapshots = snapshots.map((snapshot) => ({ step: snapshot.iter, model: snapshotOf(snapshot) }));
-    return computer.open(makeModel({ weights, ...data }), data);
+    computer.snapshots = snapshots.map((each) => ({ step: each.iter, make: () => makeSnapshot(packed, each) }));
+    return computer.open(makeModel(packed), data);
   },
 
   /** Prepare a training on a text: of a new model with this config, or, without one, of the model of the page's run. */
@@ -165,9 +163,8 @@ const TOPICS = {
     }
     const ids = computer.tokenizer.encode(text);
     if (ids.length < 2) return { problem: "The model knows fewer than two characters of this text." };
-    const weights = namedWeights(computer.model);
-    const original = (computer.original ??= weights.map(([, { data }]) => data.slice()));
-    weights.forEach(([, { data }], i) => data.set(original[i]));
+    computer.original ??= namedWeights(computer.model).map(([, { data }]) => data.slice());
+    setWeights(computer.model, computer.original);
     const prompt = computer.tokenizer.encode(computer.data.start).slice(0, START);
     computer.run = new Run(computer.model, { ids, prompt, first: computer.data.progress.iter }, training);
     Object.assign(computer, { settings: training, learner: null });
@@ -280,48 +277,33 @@ const TOPICS = {
   },
 };
 
-/** A function that calls f only once and keeps its result. */
-function once(f) {
-  let made;
-  return () => (made ??= f());
-}
-
 // --------------------------------------------------------------------------------------
 // A trace as one buffer
 
-/** form: the value with {from, lengths} instead of each list of rows. The rows follow one another in numbers. */
+/** form: the value with {from, to} instead of each list of rows: places among all rows, whose lengths are given and
+whose numbers follow one another. */
 function pack(value) {
-  const lists = [];
+  const rows = [];
   const places = new Map(); // keyed by the first row, so that a list with several names is stored once
-  let size = 0;
   const isList = (part) => Array.isArray(part) && ArrayBuffer.isView(part[0]);
-  const form = mapTree(value, isList, (rows) => {
-    if (!places.has(rows[0])) {
-      const lengths = rows.map((row) => row.length);
-      places.set(rows[0], { from: size, lengths });
-      lists.push(rows);
-      size = lengths.reduce((sum, length) => sum + length, size);
+  const form = mapTree(value, isList, (list) => {
+    if (!places.has(list[0])) {
+      places.set(list[0], { from: rows.length, to: rows.length + list.length });
+      for (const row of list) rows.push(row);
     }
-    return places.get(rows[0]);
+    return places.get(list[0]);
   });
-  const numbers = new Float32Array(size);
-  let at = 0;
-  for (const row of lists.flat()) {
-    numbers.set(row, at);
-    at += row.length;
-  }
-  return { form, numbers };
+  const lengths = rows.map((row) => row.length);
+  const numbers = new Float32Array(lengths.reduce((sum, length) => sum + length, 0));
+  rows.reduce((at, row) => (numbers.set(row, at), at + row.length), 0);
+  return { form, lengths, numbers };
 }
 
-function unpack({ form, numbers }) {
-  const made = new Map();
-  const isPlace = (part) => part?.lengths !== undefined;
-  return mapTree(form, isPlace, ({ from, lengths }) => {
-    let at = from;
-    const rows = () => lengths.map((length) => numbers.subarray(at, (at += length)));
-    if (!made.has(from)) made.set(from, rows());
-    return made.get(from);
-  });
+function unpack({ form, lengths, numbers }) {
+  let end = 0;
+  const rows = lengths.map((length) => numbers.subarray(end, (end += length)));
+  const isPlace = (part) => part?.to !== undefined;
+  return mapTree(form, isPlace, ({ from, to }) => rows.slice(from, to));
 }
 
 // --------------------------------------------------------------------------------------
@@ -338,12 +320,12 @@ function serve() {
 
 /** In the page: the worker, and the trace of the last text that it has read. */
 class Desk {
-  /** scripts: texts of the files that the worker needs. */
-  constructor(scripts) {
+  /** script: all that the worker needs. */
+  constructor(script) {
     this.trace = null;
     this.questions = new Map();
     this.asked = 0;
-    const blob = new Blob([...scripts, "serve();"], { type: "text/javascript" });
+    const blob = new Blob([script, "serve();"], { type: "text/javascript" });
     this.worker = new Worker(URL.createObjectURL(blob));
     this.worker.onmessage = ({ data: { id, event, ...answer } }) => {
       if (event) this.onEvent(event);
@@ -363,19 +345,13 @@ class Desk {
     return new Promise((done) => this.questions.set(id, done));
   }
 
-  take({ first, last, form, numbers }) {
-    const { rows, source } = unpack({ form, numbers });
+  take({ first, last, ...packed }) {
+    const { rows, source } = unpack(packed);
     const { logits = [], probs = [], source: before, ...old } = this.trace ?? {};
     const kept = first ? firstTokens(old, first) : null;
     const trace = rows ? appendTokens(kept, rows) : kept;
-    const predictions = [logits, probs].map((list, i) => {
-      const filled = Array.from(trace.idx, (_, t) => (t < first ? (list[t] ?? null) : null));
-      filled[filled.length - 1] = last[i];
-      return filled;
-    });
-    this.trace = { ...trace, logits: predictions[0], probs: predictions[1], first };
+    const filled = (list, row) => trace.idx.map((_, t) => (t < first && list[t]) || null).with(-1, row);
+    this.trace = { ...trace, logits: filled(logits, last[0]), probs: filled(probs, last[1]), first };
     if (source ?? (first && before)) this.trace.source = source ?? before;
   }
 }
-
-if (typeof module !== "undefined") module.exports = { Computer, unpack };

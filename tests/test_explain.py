@@ -72,25 +72,12 @@ TOLERANCE = 2e-4
 # fills up rows that are shorter than others.
 DRIVER = r"""
 const { readFileSync } = require("node:fs");
-const root = process.argv[2];
-const functions = { ...require(`${root}/explain/model.js`), ...require(`${root}/explain/trace.js`) };
-const { makeTokenizer, TOKENIZERS } = require(`${root}/explain/tokenizer.js`);
-const { load, makeModel, makeSnapshot, mapTree, namedWeights, readData, readPair, readText } =
-  require(`${root}/explain/data.js`);
-const { checkpointOf, configFile, torchSave } = require(`${root}/explain/save.js`);
-const arithmetic = require(`${root}/explain/arithmetic.js`);
-const { KERNEL, plainProduct, product } = require(`${root}/explain/kernel.js`);
-const { Engine } = require(`${root}/explain/engine.js`);
-const { differentiate, rateAt, Trainer } = require(`${root}/explain/training.js`);
-// worker.js is in one script with them
-Object.assign(globalThis, functions, { load, Trainer }, require(`${root}/explain/engine.js`));
-const { Computer, unpack } = require(`${root}/explain/worker.js`);
-const { charactersOf, Run, untrainedModel } = require(`${root}/explain/run.js`);
-const { contributions, effectOnLogits, explainNumber, logitLens, valueAt } = arithmetic;
-const leaf = require(`${root}/explain/leaf.js`);
-const { LEAF_SEED, randomNumbers } = leaf;
+const { runInThisContext } = require("node:vm");
+// in one scope, as in the page
+const files = "kernel engine model trace arithmetic training tokenizer data save leaf run worker".split(" ");
+for (const filename of files.map((name) => `${process.argv[2]}/explain/${name}.js`))
+  runInThisContext(`"use strict";${readFileSync(filename, "utf8")}`, { filename });
 const EXPLAINED = /^(?!first|idx|source\.idx|.*(\.(mask|scale|frequency|cos|sin|slopes)|rows)$)/;
-const { forward } = functions;
 
 function flatten(value, name, found) {
   if (value === null || value === undefined) return found;
@@ -133,10 +120,10 @@ function lastRow(engine, { data, rows, columns, toRow, toColumn }) {
 }
 
 const answers = {
-  dictionaries: () => ({ ...functions, TOKENIZERS }),
-  erf: ({ args }) => args.map(functions.erf),
-  softmax: ({ args }) => functions.softmax(args),
-  activation: ({ name, args }) => args.map((x) => functions.ACTIVATIONS[name][0](x)),
+  dictionaries: () => ({ ACTIVATIONS, BLOCKS, EMBEDDINGS, MLPS, MODELS, NORMS, POSITIONS, TOKENIZERS }),
+  erf: ({ args }) => args.map(erf),
+  softmax: ({ args }) => softmax(args),
+  activation: ({ name, args }) => args.map((x) => ACTIVATIONS[name][0](x)),
   forward({ data, idx, source, off = [], only }) {
     const found = flatten(forward(makeModel(data), idx, { source, dropout: switchOff(off) }), "", {});
     return only ? Object.fromEntries(only.map((name) => [name, found[name]])) : found;
@@ -233,7 +220,7 @@ const answers = {
       }
       const y = explainNumber(model, trace, address);
       const sum = y.terms.reduce((total, term) => total + term.value, 0);
-      const operands = arithmetic.operandsOf(y).filter((operand) => operand.address);
+      const operands = operandsOf(y).filter((operand) => operand.address);
       found.push({ address, value, shown: y.value, sum, result: y.steps.length ? y.steps.at(-1).value : sum,
         terms: y.terms.length, title: y.title,
         dangling: operands.filter(({ address, value }) => valueAt(trace, address) !== value) });
@@ -349,35 +336,35 @@ const answers = {
     return differences(forward(fast, idx, { source }), forward(plain, idx, { source }));
   },
   slope({ name, args }) {
-    const [f, slope] = functions.ACTIVATIONS[name];
+    const [f, slope] = ACTIVATIONS[name];
     return args.map((x) => slope(x, f(x)));
   },
   leaf({ rate, steps }) {
-    const objects = leaf.leafObjects(80, 1);
-    let network = leaf.randomNetwork(LEAF_SEED);
-    const losses = [leaf.leafLoss(network, objects).loss];
+    const objects = leafObjects(80, 1);
+    let network = randomNetwork(LEAF_SEED);
+    const losses = [leafLoss(network, objects).loss];
     for (let i = 0; i < steps; i++) {
-      network = leaf.leafStep(network, objects, rate);
-      losses.push(leaf.leafLoss(network, objects).loss);
+      network = leafStep(network, objects, rate);
+      losses.push(leafLoss(network, objects).loss);
     }
-    return { losses, accuracy: leaf.leafLoss(network, leaf.leafObjects(80, 2)).accuracy };
+    return { losses, accuracy: leafLoss(network, leafObjects(80, 2)).accuracy };
   },
   /** The pictures of the network after some steps. */
   leaf_pictures({ rate, steps, n, inputs, weights, span }) {
-    const objects = leaf.leafObjects(80, 1);
-    let network = leaf.randomNetwork(LEAF_SEED);
-    for (let i = 0; i < steps; i++) network = leaf.leafStep(network, objects, rate);
-    const landscape = leaf.leafLandscape(network, objects, weights, span, n);
-    return { network, objects, field: leaf.leafField(network, inputs, n), landscape };
+    const objects = leafObjects(80, 1);
+    let network = randomNetwork(LEAF_SEED);
+    for (let i = 0; i < steps; i++) network = leafStep(network, objects, rate);
+    const landscape = leafLandscape(network, objects, weights, span, n);
+    return { network, objects, field: leafField(network, inputs, n), landscape };
   },
   /** Derivatives by the chain rule, and by moving each weight a little. */
   derivatives() {
-    const [objects, network] = [leaf.leafObjects(40, 3), leaf.randomNetwork(LEAF_SEED)];
-    const gradient = leaf.leafGradient(network, objects);
+    const [objects, network] = [leafObjects(40, 3), randomNetwork(LEAF_SEED)];
+    const gradient = leafGradient(network, objects);
     const loss = (name, change) => {
       const moved = structuredClone(network);
       change(moved[name]);
-      return leaf.leafLoss(moved, objects).loss;
+      return leafLoss(moved, objects).loss;
     };
     const moved = (name, change, step) => loss(name, (layer) => change(layer, step));
     const by = (name, change) => (moved(name, change, 1e-5) - moved(name, change, -1e-5)) / 2e-5;
@@ -388,7 +375,7 @@ const answers = {
   },
   article({ relu }) {
     const options = { bias: false, relu };
-    return [leaf.LEAF, leaf.FLOWER].map((x) => leaf.leafForward(leaf.articleNetwork(), x, options));
+    return [LEAF, FLOWER].map((x) => leafForward(articleNetwork(), x, options));
   },
 };
 
@@ -1327,7 +1314,7 @@ def test_damage_to_the_data_of_a_page_is_found_by_its_checksum(node, run_dir):
 def test_the_page_is_one_file_that_asks_for_no_other(run_dir):
     explain.main(["--out_dir=out/run", "--to=page.html"])
     page = Path("page.html").read_text()
-    assert "{{" not in page and page.count("<script") == page.count("</script>") == 25
+    assert "{{" not in page and page.count("<script") == page.count("</script>") == 3
     others = r"https?://|\bsrc=|\bhref=|\bimport\b|\bfetch\(|XMLHttpRequest|url\("
     assert not re.search(others, page)
     assert "default-src 'none'; script-src 'unsafe-inline' 'wasm-unsafe-eval'; " in page

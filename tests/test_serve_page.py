@@ -162,7 +162,7 @@ def test_a_token_shows_its_probability_and_the_five_likeliest_as_pytorch_compute
     assert shown == pytest.approx(likeliest, abs=6e-4) and len(shown) == 5
     assert "“r”" in rows[0]
     chance = f"{100 * probabilities[ord('r')]:.1f}"
-    assert f"“r” had a probability of {chance}" in page.inner_text(".likeliest h2")
+    assert f"“r” had a probability of {chance}" in page.inner_text(".likeliest .note")
 
 
 def test_choosing_another_token_continues_from_there_and_every_byte_of_a_character_can_be_chosen(
@@ -179,7 +179,7 @@ def test_choosing_another_token_continues_from_there_and_every_byte_of_a_charact
     expected = f"G{letter}{REPLY[2:]}"
     wait_for_reply(page, expected)
     token(page, "ü").click()
-    titles = page.locator(".likeliest h2").all_inner_texts()
+    titles = page.locator(".likeliest .note").all_inner_texts()
     assert [title.split(" had")[0] for title in titles] == [r"“\xc3”", r"“\xbc”"]
     assert page.locator(".likeliest li").count() == 10
     page.locator(".end").click()
@@ -255,7 +255,7 @@ def test_a_server_that_has_gone_is_reported_and_the_page_can_go_on(
     context.set_offline(True)
     say(page)
     wait_until_done(page)
-    assert "does not answer" in page.inner_text(".note")
+    assert "does not answer" in page.inner_text("article .note")
     context.set_offline(False)
     press(page, "Again")
     wait_for_reply(page)

@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_said_and_nothing_is_not_sent(opened, loaded):
     ask(view, "x" * 20_000)
     length = len(prompt_of(run, "x" * 20_000))
     assert f"This takes {length} tokens, and the context has 64" in view.page.inner_text(
-        "#talk .note"
+        "#talk article .note"
     )
     press(view.page, "New")
     assert ask(view, "king 5") == answer(run, prompt_of(run, "king 5"))

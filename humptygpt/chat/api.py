@@ -143,9 +143,12 @@ class Api:
         prompt = keep_newest(turns, self.tokenizer, most)[1] + begun
         # a longer reply would no longer see what it answers
         limit = min(limit, self.block_size - len(prompt))
-        # as in a request for a text: how many of the likeliest tokens to list
-        likeliest = request.get("top_logprobs", 0) if request["logprobs"] else None
-        request |= {"max_tokens": limit, "logprobs": likeliest, "echo": False}
+        request |= {
+            "max_tokens": limit,
+            # as in a request for a text: how many of the likeliest tokens to list
+            "logprobs": request.get("top_logprobs", 0) if request["logprobs"] else None,
+            "echo": False,
+        }
         return self.answer(request, prompt, CHAT)
 
     def complete(self, body: bytes) -> Iterator[str]:
@@ -212,9 +215,8 @@ class Api:
         """Continue a prompt. With "echo", the pieces begin with the prompt's own tokens. index: seeds the sample."""
         tokenizer = self.tokenizer
         if request["echo"]:
-            rows = self.logits(prompt)
             decode = TextStream(tokenizer).decoder.decode
-            for token, row in zip(prompt, rows, strict=False):
+            for token, row in zip(prompt, self.logits(prompt), strict=False):
                 yield Piece(0, decode(tokenizer.pieces[token]), token, row)
         yield from stream_texts(
             Context(self.model, [prompt], device=self.device),
@@ -256,8 +258,9 @@ class Api:
 
 def read(body: bytes, schema: dict) -> dict:
     """Parse and check a request, and add the defaults. A null is the same as no entry."""
-    request = parse_json(body, {})
-    request = {key: value for key, value in request.items() if value is not None}
+    request = {
+        key: value for key, value in parse_json(body, {}).items() if value is not None
+    }
     check_schema(request, schema)
     for key, neutral in REFUSED.items():
         if key in request and request[key] not in neutral:

@@ -125,8 +125,7 @@ class Conversations(Corpus):
             if not conversation:
                 counted["without_reply"] += 1
                 continue
-            tokens = tokenizer.encode_turns(conversation)
-            ids.append(np.append(tokens, tokenizer.base.eot))
+            ids.append(np.append(tokenizer.encode_turns(conversation), tokenizer.base.eot))
             replies = [turn for turn in conversation if turn.role == "assistant"]
             text = "".join(conversation.texts)
             counted.update(
@@ -153,8 +152,9 @@ class Conversations(Corpus):
         }
 
     def summary(self, meta: dict) -> dict[str, str]:
-        longest = f"{meta['longest']:,} tokens; train.py cuts longer ones than block_size before a question"
-        lines = {"longest": longest}
+        lines = {
+            "longest": f"{meta['longest']:,} tokens; train.py cuts longer ones than block_size before a question"
+        }
         if meta["without_reply"]:
             lines["left out"] = f"{meta['without_reply']:,} without a reply to learn"
         example = indent(meta["example"], 17 * " ")
@@ -219,7 +219,7 @@ def read_exchange(record: dict, question: str, answer: str, *more: str) -> list[
     """Read a question and its answer. more: keys of what follows the question, which may be missing or empty."""
     optional = {f"{key}?": (str, None) for key in more}
     check_schema(record, {question: str, answer: str} | optional)
-    asked = "\n\n".join(filter(None, [record[question], *map(record.get, more)]))
+    asked = "\n\n".join(filter(None, map(record.get, [question, *more])))
     return [Turn("user", clean(asked)), Turn("assistant", clean(record[answer]))]
 
 

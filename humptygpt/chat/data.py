@@ -37,8 +37,7 @@ class ChatDataset(TokenDataset):
 
     @property
     def target_share(self) -> float:
-        rows = self.rows["train"]
-        return self.is_target["train"][rows].mean()
+        return self.is_target["train"][self.rows["train"]].mean()
 
     def contexts(self, sizes: Collection[int]) -> list[int]:
         """Return the smallest size that has room for each conversation and a few more turns."""
@@ -145,8 +144,7 @@ class ChatDataset(TokenDataset):
         positions = []
         for visit in range(index * batch_size, (index + 1) * batch_size):
             epoch, place = divmod(visit, len(rows))
-            key = random_key(self.seed, epoch)
-            row = permute(np.array([place]), len(rows), key)[0]
+            row = permute(np.array([place]), len(rows), random_key(self.seed, epoch))[0]
             positions.append(self.places(epoch)[rows[row]])
         return self.tokens("train", np.stack(positions))
 
@@ -175,7 +173,8 @@ class ChatDataset(TokenDataset):
         each = self.meta["splits"]["train"]["conversations"] / rows
         batch = f"{batch_size} rows of {self.block_size} tokens, with {each:.1f} conversations in a row"
         for what, count in self.cut["train"].items():
-            batch += f"; {what}: {count:,}" if count else ""
+            if count:
+                batch += f"; {what}: {count:,}"
         return batch, f"{len(self.val_starts(batch_size, eval_iters)):,} of {total:,} rows"
 
 

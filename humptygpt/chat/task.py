@@ -42,9 +42,9 @@ def one_line(turn: str) -> str:
 
 def show_replies(model: nn.Module, dataset: ChatDataset, count: int = 3) -> str:
     """Answer up to `count` held-out questions."""
-    found = answers(model, dataset, count, LONGEST)
     return "\n".join(
-        f"    {one_line(asked)}\n    > {one_line(reply)}" for asked, _, reply in found
+        f"    {one_line(asked)}\n    > {one_line(reply)}"
+        for asked, _, reply in answers(model, dataset, count, LONGEST)
     )
 
 

@@ -86,8 +86,11 @@ class ChatTokenizer(Tokenizer):
         return np.concatenate(ids)
 
     def state(self) -> dict:
-        state = {"base": self.base.state(), "replies": list(self.replies)}
-        return {"tokenizer": self.name} | state
+        return {
+            "tokenizer": self.name,
+            "base": self.base.state(),
+            "replies": list(self.replies),
+        }
 
     @classmethod
     def from_state(cls, base: dict, replies: Sequence[str] = ()) -> Self:

@@ -3,7 +3,6 @@
 import base64
 import math
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
 from torch import nn
@@ -22,8 +21,8 @@ from humptygpt.tokenizers import END_OF_TEXT, SentencePieceTokenizer, Tokenizer
 from model import ModelConfig
 
 # keys of TrainConfig that training.js in explain/ obeys
-TRAINING = "optimizer learning_rate muon_learning_rate muon_momentum beta1 beta2 weight_decay grad_clip"
-TRAINING += (
+TRAINING = (
+    "optimizer learning_rate muon_learning_rate muon_momentum beta1 beta2 weight_decay grad_clip"
     " max_iters decay_lr schedule warmup_iters lr_decay_iters min_lr batch_size seed"
 )
 START_TOKENS = 64  # length of the text that a page starts with
@@ -40,16 +39,15 @@ def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> d
     check_settings(run.model.config, tokenizer["name"])
     check_formulas(run.model.config, "a page")
     saved = run.saved["progress"]
-    # before the first evaluation the best loss is infinite, and JSON has no infinity
-    progress = {
-        key: saved[key] for key in ("iter", "best_val_loss") if saved[key] < math.inf
-    }
     # of several members, the page shows the first
     shown = run.model if run.model.config.n_members == 1 else run.model.members[0]
     return {
         "name": path.parent.resolve().name,
         "task": run.task,
-        "progress": progress,
+        # before the first evaluation the best loss is infinite, and JSON has no infinity
+        "progress": {
+            key: saved[key] for key in ("iter", "best_val_loss") if saved[key] < math.inf
+        },
         "training": {key: run.saved["train_config"][key] for key in TRAINING.split()},
         "text": read_split(run, "train", TEXT_TOKENS)
         if run.task == "language modelling"
@@ -66,13 +64,15 @@ def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> d
 def playground_data() -> dict:
     """Collect the data of a page that trains new models: texts, and the defaults of all settings."""
     sonnets = Path(__file__).with_name("sonnets.txt")
-    texts = {
-        "The rhyme": RHYMES,
-        "Sonnets by Shakespeare": sonnets.read_text(encoding="utf-8"),
-        "Damian's sentences": write_wills(150),
+    return {
+        "texts": {
+            "The rhyme": RHYMES,
+            "Sonnets by Shakespeare": sonnets.read_text(encoding="utf-8"),
+            "Damian's sentences": write_wills(150),
+        },
+        "config": vars(ModelConfig()),
+        "training": {key: getattr(TrainConfig, key) for key in TRAINING.split()},
     }
-    training = {key: getattr(TrainConfig, key) for key in TRAINING.split()}
-    return {"texts": texts, "config": asdict(ModelConfig()), "training": training}
 
 
 def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
@@ -88,7 +88,7 @@ def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
             saved = checkpoint.read_plain(path)
             with checkpoint.refuse_damaged(path, "is not a snapshot of this model"):
                 checkpoint.check_tensors("", saved, like)
-            rows = base64.b64encode(saved["rows"].numpy().tobytes()).decode()
+            rows = base64.b64encode(saved["rows"].numpy()).decode()
             data.append({"iter": step, "rows": rows})
     return data
 
@@ -106,10 +106,9 @@ def read_split(run: Loaded, split: str, count: int) -> str:
     folder = Path("data", run.saved["train_config"]["dataset"])
     with suppress(UserError):
         meta = read_meta(folder)
-        files = TokenFiles(folder, split, meta)
         if meta["tokenizer"] == run.saved["tokenizer"]:
-            # the last character may be cut off
-            return run.tokenizer.decode(files.arrays[0][:count]).rstrip("\ufffd")
+            ids = TokenFiles(folder, split, meta).arrays[0][:count]
+            return run.tokenizer.decode(ids).rstrip("\ufffd")  # it may be cut off
     return ""
 
 
