@@ -34,13 +34,14 @@ class Playground {
   /** data: of a page that begins with a text, or of a run. */
   constructor(app, { texts, config, training, text, model, task }) {
     this.texts = texts ?? (text ? { "The beginning of its own text": text } : {});
-    Object.assign(this, { app, config });
+    Object.assign(this, { app, config, defaults: { config, settings: training } });
     this.training = { ...training, ...(config && SHORT) };
     this.root = element("playground");
     if (!config && (model.model !== "gpt" || task !== "language modelling")) return;
     this.names = Object.keys(KNOBS).filter((name) => config || OF_TRAINING.includes(name));
     const initial = { ...config, ...this.training, ...(config && PLAIN), mask: "causal" };
-    this.knobs = Object.fromEntries(this.names.map((name) => [name, initial[name]]));
+    this.initial = Object.fromEntries(this.names.map((name) => [name, initial[name]]));
+    this.knobs = { ...this.initial };
     this.now = null; // {text, knobs, train and val: [step, loss] each, samples: [step, text] each, first, step, ms}
     this.earlier = []; // the same of trainings before
     this.own = ""; // the text that was typed or opened
@@ -90,7 +91,7 @@ class Playground {
         group("drawn", this.chart, this.status, this.said),
         group("drawn", h("h3", {}, "What it writes"), back, this.samples),
       ),
-      group("knobs", this.pickers),
+      group("knobs", this.pickers, button("As at first", () => this.turn(this.initial))),
       this.meaning,
     ).root;
     this.root.append(config ? parts : h("details", {}, h("summary", {}, "Train it further"), parts));
@@ -149,15 +150,14 @@ class Playground {
     return [controlRow(root, button("Try it", () => this.compare(IDEAS[chosen].arms))), says];
   }
 
-  /** Train a model for each of these changes of the knobs, one after another, until one is paused. */
+  /** Train a model for each of these changes of the first settings, one after another, until one is paused. */
   async compare(arms) {
     if (this.text.length < 10 * LEAST_HELD) {
       this.chooseText(Object.keys(this.texts).indexOf(COMPARED));
       this.note.textContent = "On the sonnets, because the text before is too short to hold a part of it out.";
     }
-    const knobs = { ...this.knobs };
     for (const changes of arms) {
-      this.turn({ ...knobs, ...changes });
+      this.turn({ ...this.initial, ...changes });
       if (!(await this.begin())) return;
       await this.train(this.knobs.max_iters);
       if (this.now.step < this.knobs.max_iters) return;
@@ -165,7 +165,7 @@ class Playground {
   }
 
   saveButtons() {
-    const checkpoint = { "best.pt": () => torchSave(checkpointOf(this.trained())) };
+    const checkpoint = { "playground.pt": () => torchSave(checkpointOf(this.trained())) };
     const recipe = {
       "playground.py": () => new Blob([configFile(this.trained())]),
       "playground.txt": () => new Blob([this.now.text]),
@@ -177,7 +177,7 @@ class Playground {
 
   /** What is saved: the model of this moment. */
   trained() {
-    const { app, now, config, training } = this;
+    const { app, now, training, defaults } = this;
     const { causal, ...model } = app.config;
     const { progress } = this.record();
     const seconds = (now.ms * now.step) / 1000;
@@ -185,7 +185,7 @@ class Playground {
     return {
       config: model,
       settings: { ...training, ...only(now.knobs, training) },
-      defaults: { config, settings: training },
+      defaults,
       tokenizer: app.data.tokenizer,
       weights: app.model.weights,
       progress: { ...progress, tokens, seconds },
@@ -198,8 +198,9 @@ class Playground {
     if (name !== "char") return this.tell(`Only models of characters can be saved here, and this one's tokens are of ${name}.`);
     if (this.now.knobs.mask === "none") return this.tell("model.py always has the mask, so this model cannot be saved.");
     h("a", { href: URL.createObjectURL(make()), download: file }).click();
-    const command = file === "playground.txt" ? "" : file === "best.pt" ? "sample.py --out_dir=best.pt" : "train.py playground.py";
-    this.tell(`${file} is saved.${command && ` Beside the files of this project: python ${command}`}`);
+    const commands = { pt: "python sample.py --out_dir=playground.pt", py: "python train.py playground.py" };
+    const command = commands[file.split(".").at(-1)];
+    this.tell(`${file} is saved.${command ? ` In a folder of HumptyGPT: ${command}` : ""}`);
   }
 
   /** Set knobs. They hold for the next training. */
@@ -207,8 +208,8 @@ class Playground {
     Object.assign(this.knobs, knobs);
     for (const each of this.pickers) each.update();
     if (!this.changed || !this.now) return;
+    this.tell(`${this.running ? "Paused. " : ""}Train begins a new model with this.`);
     this.pause();
-    this.tell("Train begins a new model with this.");
   }
 
   /** Have the text or the knobs changed since the training began? */
@@ -316,18 +317,18 @@ class Playground {
   /** The training as that of a run: progress and metrics. */
   record() {
     const { train, val, step } = this.now;
-    const best_val_loss = this.loss;
     const metrics = [
       ...binnedMeans(train).map(([iter, train_loss]) => ({ iter, train_loss })),
       ...val.map(([iter, val_loss]) => ({ iter, val_loss })),
     ];
-    return { progress: { iter: step, best_val_loss }, metrics };
+    const [best_iter, best_val_loss] = this.evaluated;
+    return { progress: { iter: step, best_iter, best_val_loss }, metrics };
   }
 
-  /** The last validation loss up to the present step. */
-  get loss() {
+  /** The last evaluation up to the present step: [step, loss]. */
+  get evaluated() {
     const { val, step } = this.now;
-    return val.findLast(([at]) => at <= step)[1];
+    return val.findLast(([at]) => at <= step);
   }
 
   // ----------------------------------------------------------------------------------
@@ -349,7 +350,7 @@ class Playground {
     this.chart.show(lines, { name: "guessing", y: guessing }, 1.5 * guessing);
     if (!this.changed) this.tell(this.verdict(guessing));
     const goBack = (step) =>
-      button(count(step), () => this.back(step), { class: "operand", "aria-current": step === now.step });
+      button(count(step), () => this.back(step), { class: "operand", "aria-current": step === this.evaluated[0] });
     const sample = ([step, text]) => h("li", {}, goBack(step), h("code", { dir: "auto" }, text));
     if (samplesToo) this.samples.replaceChildren(...now.samples.map(sample).reverse());
   }
@@ -357,7 +358,7 @@ class Playground {
   /** What a reader should know about the losses. */
   verdict(guessing) {
     const { knobs, train, val, text } = this.now;
-    const { loss } = this;
+    const [, loss] = this.evaluated;
     const [bestStep, best] = val.reduce((a, b) => (b[1] < a[1] ? b : a));
     const worst = Math.max(...train.map(([, loss]) => loss));
     if (Number.isNaN(worst)) return `${EXPLODED} Its numbers are no longer finite, so it stopped.`;

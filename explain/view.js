@@ -592,7 +592,7 @@ function describeRun({ model, progress, metrics, parameters, tokenizer }) {
   const also = [model.position, model.qk_norm && "q/k norm", model.activation.replace("relu_squared", "ReLU²")];
   if (model.mlp_conv) also.push(`convolution over ${tokens(model.mlp_conv)}`);
   const several = model.n_members > 1;
-  const { best_val_loss: best, iter } = progress;
+  const { best_val_loss: best, iter, best_iter: evaluated = iter } = progress;
   const bits = metrics.find(({ val_loss }) => val_loss === best)?.val_bits_per_byte;
   return (
     `${kind}${several ? `, the first of ${model.n_members} members` : ""}: ` +
@@ -602,6 +602,7 @@ function describeRun({ model, progress, metrics, parameters, tokenizer }) {
     `${attends ? also.filter((name) => name && name !== "none").join(", ") : model.activation}. ` +
     `Step ${iter.toLocaleString("en")}, ` +
     `${best ? `validation loss ${best.toFixed(4)} nats a token` : "no evaluation yet"}` +
+    `${evaluated === iter ? "" : ` at step ${evaluated.toLocaleString("en")}`}` +
     `${best && several ? " of their average" : ""}` +
     `${bits ? ` (${bits.toFixed(2)} bits a byte)` : ""}${metrics.length ? "" : ", no metrics.jsonl"}`
   );

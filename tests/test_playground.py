@@ -11,8 +11,10 @@ from test_explain_page import Opened, assert_shows, trained_loss
 
 import explain
 import sample
-from humptygpt import loading
+from humptygpt import cli, loading
 from humptygpt.prepare.sources import RHYME
+from humptygpt.settings import TrainConfig
+from model import ModelConfig
 
 TEXT = "The text that it learns"
 START = "Humpty Dumpty sat"
@@ -73,13 +75,21 @@ def test_it_learns_the_rhyme_and_sample_py_recites_it_from_the_saved_file(opened
     view = opened()
     train_to_the_end(view)
     assert RHYME.split("\n")[2] in view.page.inner_text(".samples li:first-child")
-    path = saved(view, "best.pt")
+    path = saved(view, "playground.pt")
     loaded = loading.load(path)
     assert_shows(view, loaded.model, loaded.tokenizer)
     rest = len(RHYME.strip()) - len(START)
     keys = ["--temperature=0", f"--max_new_tokens={rest}", "--device=cpu"]
     sample.main([f"--out_dir={path}", f"--start={START}", *keys])
     assert capsys.readouterr().out.strip() == RHYME.strip()
+    given = cli.read([f"{saved(view, 'playground.py')}"], TrainConfig, ModelConfig)
+    trained = loaded.saved["train_config"] | loaded.saved["model_config"]
+    recipe = {**vars(TrainConfig()), **vars(ModelConfig()), **given}
+    assert {key for key in trained if trained[key] != recipe[key]} == {
+        "dataset",
+        "out_dir",
+        "vocab_size",
+    }
 
 
 def test_a_training_with_another_setting_keeps_the_curve_of_the_one_before(opened):
@@ -100,12 +110,16 @@ def test_an_idea_trains_with_and_without_it_one_after_the_other_on_a_text_with_v
     opened,
 ):
     view = opened()
-    choose(view, max_iters=100, n_embd=16)
+    choose(view, n_layer=8)  # an idea is tried with the first settings
     choose(view, **{"Try an idea": "residual connections"})
     view.page.click("text=Try it")
-    view.until("document.querySelector('.chart-key').textContent.includes('block=plain')")
-    view.page.wait_for_selector("button:text-is('Train')", timeout=60_000)
-    assert step_of(view) == 100
+    view.page.wait_for_selector(".chart-key >> text=block=plain", timeout=60_000)
+    view.page.wait_for_selector("text=/Step [1-9]/")
+    view.page.get_by_role("button", name="Pause").click()
+    view.page.wait_for_selector("button:text-is('Train')")
+    assert step_of(view) < 300
+    assert view.page.get_by_label("block", exact=True).input_value() == "0"
+    assert view.page.get_by_label("n_layer", exact=True).input_value() == "1"
     assert view.page.get_by_label(TEXT).input_value().startswith("From fairest")
 
 
@@ -116,7 +130,7 @@ def test_without_the_mask_the_loss_is_called_a_lie_and_nothing_can_be_saved(open
     view.page.click("text=Try it")
     view.page.wait_for_selector("text=This loss is a lie", timeout=60_000)
     view.page.get_by_role("button", name="Pause").click()
-    view.page.get_by_role("button", name="best.pt").click()
+    view.page.get_by_role("button", name="playground.pt").click()
     assert "model.py always has the mask" in said(view)
 
 
