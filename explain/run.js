@@ -38,8 +38,6 @@ function untrainedModel(config, seed) {
     plant(weights, name.split("."), { data, shape });
   }
   if (config.tie_weights) weights.lm_head = weights.wte;
-  for (const layers of [weights.stack, ...weights.stack.blocks])
-    for (const name of ["attn_norm", "mlp_norm", "norm", "position"]) layers[name] ??= {};
   return { config, weights, tokenizer_vocab_size: config.vocab_size };
 }
 

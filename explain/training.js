@@ -170,10 +170,14 @@ class Trainer {
     return differentiate(this.model, texts, update, look);
   }
 
+  numbers() {
+    return this.weights.map(({ weight }) => weight.data.slice());
+  }
+
   /** A copy of all that steps change. */
   state() {
-    const numbers = this.weights.map(({ weight }) => weight.data.slice());
-    return { steps: this.steps, numbers, states: structuredClone(this.weights.map(({ state }) => state)) };
+    const states = structuredClone(this.weights.map(({ state }) => state));
+    return { steps: this.steps, numbers: this.numbers(), states };
   }
 
   restore({ steps, numbers, states }) {

@@ -24,15 +24,11 @@ class Computer {
     this.data = { ...data, parameters, names: weights.map(([name]) => name), rounded: this.snapshots.length };
     Object.assign(this, { model, step: data.progress.iter, settings: data.training, run: null });
     this.past = this.original = this.learner = null;
-    this.tokenizer = makeTokenizer(data.tokenizer);
-    this.translates = data.task === "translation";
-    this.forget();
-    return { data: { ...this.data, steps: this.steps }, model };
-  }
-
-  forget() {
     this.traces = []; // the newest first
     this.sent = null; // the trace that the page has got
+    this.tokenizer = makeTokenizer(data.tokenizer);
+    this.translates = data.task === "translation";
+    return { data: { ...this.data, steps: this.steps }, model };
   }
 
   /** The steps at which a model can be shown: those of snapshots and of the training here, and the present one. */
@@ -54,9 +50,8 @@ class Computer {
   follow() {
     const { run, model } = this;
     if (!run || run.step === this.step) return null;
-    this.step = run.step;
-    this.forget();
-    const { numbers } = run.trainer.state();
+    Object.assign(this, { step: run.step, traces: [], sent: null });
+    const numbers = run.trainer.numbers();
     setWeights(model, numbers);
     if (LOADED.has(model)) setWeights(LOADED.get(model), numbers);
     return { numbers, steps: this.steps };

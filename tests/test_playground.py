@@ -138,7 +138,7 @@ def test_a_learning_rate_of_10_is_said_to_have_exploded(opened):
     view = opened()
     choose(view, learning_rate=10, n_embd=16)
     view.page.get_by_role("button", name="Train", exact=True).click()
-    view.page.wait_for_selector("text=/It exploded: .* lower learning_rate/")
+    view.page.wait_for_selector("text=/It exploded: .* lower learning rate/")
 
 
 BAD_TEXTS = {
