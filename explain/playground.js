@@ -79,7 +79,7 @@ class Playground {
     this.said = h("p", { role: "status" });
     this.chart = new Chart("loss of training and validation at each step");
     this.samples = h("ol", { class: "samples" });
-    const open = h("label", { class: "file" }, file, "Open a file");
+    const open = h("label", { class: "control file" }, file, "Open a file");
     const back = h("p", { class: "note" }, "A step's number shows that step, and training goes on from there.");
     const parts = group(
       "playing drawn",
@@ -90,8 +90,8 @@ class Playground {
         group("drawn", this.chart, this.status, this.said),
         group("drawn", h("h3", {}, "What it writes"), back, this.samples),
       ),
-      group("knobs", this.pickers, button("As at first", () => this.turn(this.initial))),
-      this.meaning,
+      group("knobs", this.pickers),
+      controlRow(button("As at first", () => this.turn(this.initial)), this.meaning),
     ).root;
     this.root.append(config ? parts : h("details", {}, h("summary", {}, "Train it further"), parts));
     this.root.hidden = false;

@@ -588,7 +588,7 @@ AFTER = (
 
 
 @pytest.mark.parametrize(
-    "run", ["run", "playground", pytest.param("pairs", marks=pytest.mark.long)]
+    "run", ["playground", *(pytest.param(run, marks=pytest.mark.long) for run in RUNS)]
 )
 def test_tab_leads_to_every_control_and_each_obeys_its_keys_and_keeps_the_focus(
     opened, run

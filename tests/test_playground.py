@@ -111,14 +111,14 @@ def test_an_idea_trains_with_and_without_it_one_after_the_other_on_a_text_with_v
 ):
     view = opened()
     choose(view, n_layer=8)  # an idea is tried with the first settings
-    choose(view, **{"Try an idea": "residual connections"})
+    choose(view, **{"Try an idea": "the MLP"})
     view.page.click("text=Try it")
-    view.page.wait_for_selector(".chart-key >> text=block=plain", timeout=60_000)
+    view.page.wait_for_selector(".chart-key >> text=mlp=none", timeout=60_000)
     view.page.wait_for_selector("text=/Step [1-9]/")
     view.page.get_by_role("button", name="Pause").click()
     view.page.wait_for_selector("button:text-is('Train')")
     assert step_of(view) < 300
-    assert view.page.get_by_label("block", exact=True).input_value() == "0"
+    assert view.page.get_by_label("mlp", exact=True).input_value() == "0"
     assert view.page.get_by_label("n_layer", exact=True).input_value() == "1"
     assert view.page.get_by_label(TEXT).input_value().startswith("From fairest")
 
