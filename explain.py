@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     if config.playground:
         others = given.keys() - {"playground"}
         cli.refuse_vain(
-            given, vars(config), dict.fromkeys(others, ("playground", given.values()))
+            given, vars(config), dict.fromkeys(others, ("playground", (config.playground,)))
         )
     from humptygpt.checkpoint import find_checkpoint
     from humptygpt.page.page_data import page_data, playground_data
