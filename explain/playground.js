@@ -283,13 +283,12 @@ class Playground {
   take({ step, losses, kept, ms }) {
     const { now, app } = this;
     const from = losses[0]?.[0] ?? Infinity;
-    now.train = now.train.filter(([at]) => at < from);
-    for (const name of ["val", "samples"]) now[name] = now[name].filter(([at]) => at <= from);
-    now.train.push(...losses);
-    now.val.push(...kept.map(({ step, val_loss }) => [step, val_loss]));
-    now.samples.push(...kept.map(({ step, sample }) => [step, app.tokenizer.decode(sample)]));
+    now.train = [...now.train.filter(([at]) => at < from), ...losses];
+    const isNew = kept.at(-1).step !== now.val.at(-1)?.[0];
+    now.val = kept.map(({ step, val_loss }) => [step, val_loss]);
+    if (isNew) now.samples = kept.map(({ step, sample }) => [step, app.tokenizer.decode(sample)]);
     Object.assign(now, { step, ms });
-    this.draw(kept.length > 0);
+    this.draw(isNew);
     if (!this.running || this.following) return;
     this.following = app.follow().then(() => (this.following = null));
   }

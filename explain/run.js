@@ -56,7 +56,8 @@ const LEAST_HELD = 200; // characters of a validation part: of a shorter text, a
 const EVALUATED = 2048; // tokens that an evaluation reads
 const SAMPLE = 160; // tokens of a sample
 const WRITING = 200; // ms after which a sample ends before
-const MOST_KEPT = 40; // steps whose weights are kept
+const MOST_KEPT = 40; // steps whose weights are kept, fewer of a large model:
+const KEPT_NUMBERS = 5e7; // weights, and what the optimizer keeps of them, of all of these steps together
 const nextKept = (step) => Math.max(step + 10, Math.ceil(1.07 * step));
 
 class Run {
@@ -70,7 +71,10 @@ class Run {
     Object.assign(this, { settings, first, prompt: prompt.length ? prompt : ids.slice(0, 1), failed: false });
     this.kept = []; // {step, val_loss, sample, and the state of the trainer} of some steps
     this.due = 0; // the step from which on the next is kept
-    this.fresh = { losses: [], kept: [], ms: 0 }; // what the page was not yet told
+    this.losses = []; // [step, loss] of steps of which the page was not yet told
+    this.ms = 0; // of the last step
+    const numbers = 3 * this.trainer.weights.reduce((sum, { weight }) => sum + weight.data.length, 0);
+    this.mostKept = Math.min(MOST_KEPT, Math.ceil(KEPT_NUMBERS / numbers) + 1);
   }
 
   get step() {
@@ -91,26 +95,24 @@ class Run {
     const texts = Array.from({ length: this.settings.batch_size }, () => this.crop(this.train, random()));
     const begin = performance.now();
     const loss = meanOf(this.trainer.step(texts).losses);
-    this.fresh.losses.push([this.step - 1, loss]);
-    this.fresh.ms = performance.now() - begin;
+    this.losses.push([this.step - 1, loss]);
+    this.ms = performance.now() - begin;
     this.failed = !Number.isFinite(loss);
   }
 
-  /** What happened since the last call: {losses: [step, loss] each, kept: {step, val_loss, sample} each, ms}. */
+  /** How the training stands; losses: since the last call. */
   news() {
-    const { fresh } = this;
-    this.fresh = { losses: [], kept: [], ms: fresh.ms };
-    return { step: this.step, ...fresh };
+    const { step, ms, losses } = this;
+    this.losses = [];
+    return { step, ms, losses, kept: this.kept.map(({ step, val_loss, sample }) => ({ step, val_loss, sample })) };
   }
 
   /** Evaluate and keep the model of now. From step 100 on, it is kept ten times while the steps double. */
   keep() {
     const { step } = this;
-    const told = { step, val_loss: this.evaluate(), sample: this.write() };
-    this.fresh.kept.push(told);
-    this.kept = this.kept.filter((each) => each.step < step);
-    this.kept.push({ ...told, ...this.trainer.state() });
-    if (this.kept.length > MOST_KEPT) this.kept.splice(this.kept.length >> 1, 1);
+    const before = this.kept.filter((each) => each.step < step);
+    if (before.length >= this.mostKept) before.splice(before.length >> 1, 1);
+    this.kept = [...before, { step, val_loss: this.evaluate(), sample: this.write(), ...this.trainer.state() }];
     this.due = nextKept(step);
   }
 

@@ -43,7 +43,8 @@ class App {
     this.state ??= initialState(this.sections, this.startTexts());
     if (this.state.text === before?.text) element("text").value = this.state.text = data.start;
     Object.assign(this.state, { number: null, trail: [], t: -1, next: -1, key: -1 });
-    this.trace = null;
+    this.trace = this.read = null;
+    element("tokens").replaceChildren(); // they have ids of the tokenizer before
     element("name").textContent = data.name;
     document.title = `HumptyGPT: ${data.name}`;
     element("about").textContent = describeRun(data);

@@ -302,13 +302,20 @@ const answers = {
       for (let step = 0; step < steps; step++) run.advance();
       run.keep();
       const { losses, kept } = run.news();
-      return [...losses, ...kept.map(({ sample }) => sample)];
+      return [...losses, kept.at(-1).sample];
     };
     run.keep();
     run.news();
     const first = losses();
     run.back(0);
     return [first, losses()];
+  },
+  /** After this many steps, all of which are kept: the steps that the page is told of, and those that it can go to. */
+  kept({ config, settings, ids, steps }) {
+    const run = new Run(untrainedModel(config, settings.seed), { ids, prompt: ids.slice(0, 2) }, settings);
+    for (run.keep(); run.step < steps; run.keep()) run.advance();
+    const told = run.news().kept.map(({ step }) => step);
+    return [told, told.map((step) => (run.back(step), run.step))];
   },
   rates: ({ settings, steps }) => steps.map((step) => rateAt(step, settings)),
   /** Products of random matrices of these shapes whose bits differ: by the kernel, plain, and of the last row alone. */
@@ -837,6 +844,19 @@ def test_a_training_that_goes_back_to_a_step_repeats_what_followed_bit_for_bit(
     )
     assert len(first) == 5 and len({loss for _, loss in first[:4]}) == 4
     assert again == first
+
+
+@pytest.mark.parametrize(("n_embd", "most"), [(16, 40), (512, 7)])
+def test_some_steps_are_kept_and_each_that_the_page_knows_can_be_gone_back_to(
+    node, n_embd, most
+):
+    config = vars(ModelConfig(vocab_size=11, n_layer=1, n_embd=n_embd, block_size=4))
+    settings = SETTINGS | {"batch_size": 1}
+    told, reached = node.ask(
+        "kept", config=config, settings=settings, ids=tokens(9), steps=most + 3
+    )
+    assert told == reached and len(told) == most
+    assert told[0] == 0 and told[-1] == most + 3
 
 
 @pytest.mark.parametrize("keys", SCHEDULED, ids=case_id)

@@ -12,6 +12,7 @@ from test_explain_page import Opened, assert_shows, trained_loss
 import explain
 import sample
 from humptygpt import cli, loading
+from humptygpt.page import page_data
 from humptygpt.prepare.sources import RHYME
 from humptygpt.settings import TrainConfig
 from model import ModelConfig
@@ -104,6 +105,23 @@ def test_a_training_with_another_setting_keeps_the_curve_of_the_one_before(opene
     view.page.click("text=Start over")
     view.page.wait_for_selector("text=/Step 0\\./")
     assert "norm" not in view.page.locator(".chart-key").first.inner_text()
+
+
+def test_a_typed_text_is_read_anew_by_a_model_with_another_alphabet(opened):
+    view = opened()
+    view.page.fill("#text", "a wall")
+    choose(view, Text="Sonnets by Shakespeare")
+    view.page.click("text=Start over")
+    view.page.wait_for_selector("text=Guessing among 59 tokens")
+    sonnets = page_data.playground_data()["texts"]["Sonnets by Shakespeare"]
+    ids = [sorted(set(sonnets)).index(letter) for letter in "a wall"]
+    assert view.state()["ids"] == ids
+    view.page.fill("#text", "All")
+    shown = view.page.locator("#tokens button").first
+    choose(view, Text="The rhyme")
+    view.page.click("text=Start over")
+    view.page.wait_for_selector("text=Guessing among 29 tokens")
+    assert view.state()["text"] == "All" and shown.inner_text() == "A"
 
 
 def test_an_idea_trains_with_and_without_it_one_after_the_other_on_a_text_with_validation(
