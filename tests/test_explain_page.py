@@ -845,7 +845,7 @@ def test_what_a_step_of_training_knew_of_a_text_follows_the_text_while_it_is_wri
         if (document.getElementById("go-on").textContent === "Stop")
           seen.push([panel.querySelector(".losses").textContent, panel.querySelector("[role=status]").dataset.loss]);
         const texts = new Set(seen.filter(([, loss]) => loss).map(([text]) => text));
-        window.end = texts.size > 2 || text.value.length > 400;
+        window.end = texts.size > 2 || text.value.length > 4000;
       }).observe(document.getElementById("page"), { childList: true, subtree: true });
     }"""
     )
