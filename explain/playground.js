@@ -48,6 +48,7 @@ class Playground {
     this.single = Promise.resolve(); // resolves when the last single step is taken
     this.running = null; // resolves when the training pauses
     app.desk.onEvent = (news) => this.take(news);
+    addEventListener("beforeunload", (event) => this.own && this.now?.step > this.now.first && event.preventDefault());
     this.build();
     this.chooseText(0);
   }

@@ -124,6 +124,18 @@ def test_a_typed_text_is_read_anew_by_a_model_with_another_alphabet(opened):
     assert view.state()["text"] == "All" and shown.inner_text() == "A"
 
 
+def test_a_model_of_ones_own_text_is_not_left_without_asking(opened):
+    view, asked = opened(), []
+    view.page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
+    view.page.reload()
+    view.page.get_by_label(TEXT).fill("abcabc")
+    view.page.click("text=One step")
+    view.page.wait_for_selector("text=/Step 1: /")
+    assert asked == []
+    view.page.reload()
+    assert asked == ["beforeunload"]
+
+
 def test_an_idea_trains_with_and_without_it_one_after_the_other_on_a_text_with_validation(
     opened,
 ):
