@@ -77,7 +77,7 @@ class Playground {
     const one = button("One step", () => (this.single = this.single.then(() => this.train(1))));
     const over = button("Start over", () => this.begin());
     this.status = h("p", { class: "status" });
-    this.said = h("p", { role: "status" });
+    [this.advice, this.said] = [0, 1].map(() => h("p", { role: "status" }));
     this.chart = new Chart("loss of training and validation at each step");
     this.samples = h("ol", { class: "samples" });
     const open = h("label", { class: "control file" }, file, "Open a file");
@@ -88,7 +88,7 @@ class Playground {
       group(
         "training",
         group("drawn", controlRow(this.pickText, open), this.field, this.note, config && this.buildIdeas()),
-        group("drawn", this.chart, this.status, this.said),
+        group("drawn", this.chart, this.status, this.advice, this.said),
         group("drawn", h("h3", {}, "What it writes"), back, this.samples),
       ),
       group("knobs", this.pickers),
@@ -202,7 +202,7 @@ class Playground {
   turn(knobs) {
     Object.assign(this.knobs, knobs);
     for (const each of this.pickers) each.update();
-    if (!this.changed || !this.now) return;
+    if (!this.changed || !this.now) return this.tell("");
     this.tell(`${this.running ? "Paused. " : ""}Train begins a new model with this.`);
     this.pause();
   }
@@ -213,8 +213,8 @@ class Playground {
     return !now || text !== now.text || names.some((name) => knobs[name] !== now.knobs[name]);
   }
 
-  tell(text) {
-    if (this.said.textContent !== text) this.said.textContent = text;
+  tell(text, place = this.said) {
+    if (place.textContent !== text) place.textContent = text; // otherwise it would be announced again
   }
 
   // ----------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ class Playground {
     lines.push({ name: "validation", points: now.val, colour: 1 });
     if (now.train.length) lines.unshift({ name: "training", points: binnedMeans(now.train), colour: 0 });
     this.chart.show(lines, { name: "guessing", y: guessing }, 1.5 * guessing);
-    if (!this.changed) this.tell(this.verdict(guessing));
+    this.tell(this.verdict(guessing), this.advice);
     const goBack = (step) =>
       button(count(step), () => this.back(step), { class: "operand", "aria-current": step === this.evaluated[0] });
     const sample = ([step, text]) => h("li", {}, goBack(step), h("code", { dir: "auto" }, text));

@@ -61,7 +61,7 @@ def step_of(view: Opened) -> int:
 
 
 def said(view: Opened) -> str:
-    return view.page.inner_text(".playing [role=status]")
+    return view.page.locator(".playing [role=status]").last.inner_text()
 
 
 def saved(view: Opened, name: str) -> Path:
@@ -159,8 +159,9 @@ def test_without_the_mask_the_loss_is_called_a_lie_and_nothing_can_be_saved(open
     choose(view, **{"Try an idea": "break it: no mask"})
     view.page.click("text=Try it")
     view.page.wait_for_selector("text=This loss is a lie", timeout=60_000)
-    view.page.get_by_role("button", name="Pause").click()
-    view.page.get_by_role("button", name="playground.pt").click()
+    view.page.get_by_role("button", name="playground.pt").click()  # while it trains on
+    step = step_of(view)
+    view.until(f"!document.querySelector('.status').textContent.startsWith('Step {step}:')")
     assert "model.py always has the mask" in said(view)
 
 
