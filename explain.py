@@ -5,8 +5,9 @@
     python explain.py --playground=playground.html     a page that trains a GPT, without a run
 
 The page is one file: it opens from disk in any browser, without a network, and can be sent by email. It holds the
-model's weights, rounded to 16 bits, the weights of the run's snapshots in 8 bits, the tokenizer and the losses. With a
-chat model, whoever opens it first talks to it.
+model's weights, rounded to 16 bits, the weights of the run's snapshots in 8 bits, the tokenizer, the losses, and the
+beginning of the training text, on which it can go on with the training. With a chat model it has no such text, and
+whoever opens it first talks to it.
 """
 
 from dataclasses import dataclass
