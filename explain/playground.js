@@ -42,7 +42,7 @@ class Playground {
     this.initial = Object.fromEntries(this.names.map((name) => [name, initial[name]]));
     this.knobs = { ...this.initial };
     this.now = null; // {text, knobs, train and val: [step, loss] each, samples: [step, text] each, first, step, ms}
-    this.earlier = []; // the same of trainings before
+    this.earlier = []; // earlier trainings, in the same form
     this.begun = 0; // number of trainings
     this.own = ""; // the text that was typed or opened
     this.single = Promise.resolve(); // resolves when the last single step is taken
@@ -99,7 +99,7 @@ class Playground {
     this.root.ondragover = (event) => event.preventDefault();
     this.root.ondrop = (event) => {
       const [file] = event.dataTransfer.files;
-      if (!file) return; // but a text, for the field
+      if (!file) return; // a dragged text goes to the field
       event.preventDefault();
       this.readFile(file);
     };
@@ -235,7 +235,7 @@ class Playground {
     const problem = this.problem();
     const begun = problem ? { problem } : await app.desk.ask("begin", { text, config, training });
     if (!begun.progress) {
-      this.tell(begun.problem ?? ""); // none if it begins once more meanwhile
+      this.tell(begun.problem ?? ""); // no problem if a newer call has replaced this one
       return false;
     }
     const before = this.now?.text === text ? [...this.earlier, this.now] : [];
@@ -251,7 +251,7 @@ class Playground {
     return true;
   }
 
-  /** Take so many steps, or all that are left of max_iters. If the text or a knob has changed, begin anew before. */
+  /** Take this many steps, or all that are left of max_iters. If the text or a knob has changed, begin anew before. */
   async train(steps) {
     if (this.changed && !(await this.begin())) return;
     await this.pause();

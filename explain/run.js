@@ -56,8 +56,8 @@ const LEAST_HELD = 200; // characters of a validation part: of a shorter text, a
 const EVALUATED = 2048; // tokens that an evaluation reads
 const SAMPLE = 160; // tokens of a sample
 const WRITING = 200; // ms after which a sample ends before
-const MOST_KEPT = 40; // steps whose weights are kept, fewer of a large model:
-const KEPT_NUMBERS = 5e7; // weights, and what the optimizer keeps of them, of all of these steps together
+const MOST_KEPT = 40; // the most steps whose weights are kept; a large model keeps fewer
+const KEPT_NUMBERS = 5e7; // weights and the optimizer's averages of all kept steps together
 const nextKept = (step) => Math.max(step + 10, Math.ceil(1.07 * step));
 
 class Run {
@@ -70,8 +70,8 @@ class Run {
     this.trainer = new Trainer(model, settings);
     Object.assign(this, { settings, first, prompt: prompt.length ? prompt : ids.slice(0, 1), failed: false });
     this.kept = []; // {step, val_loss, sample, and the state of the trainer} of some steps
-    this.due = 0; // the step from which on the next is kept
-    this.losses = []; // [step, loss] of steps of which the page was not yet told
+    this.due = 0; // the next model is kept at this step or later
+    this.losses = []; // [step, loss] of each step that the page does not know yet
     this.ms = 0; // of the last step
     const numbers = 3 * this.trainer.weights.reduce((sum, { weight }) => sum + weight.data.length, 0);
     this.mostKept = Math.min(MOST_KEPT, Math.ceil(KEPT_NUMBERS / numbers) + 1);

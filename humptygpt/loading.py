@@ -46,7 +46,7 @@ class Pipeline:
     tokenizer: Tokenizer
     task: str
     device: torch.device
-    questions: tuple | list = ()  # as of Loaded
+    questions: tuple | list = ()  # as in Loaded
 
 
 def load(source: str | Path, which: str = "best") -> Loaded:

@@ -108,7 +108,9 @@ def read_split(run: Loaded, split: str, count: int) -> str:
         meta = read_meta(folder)
         if meta["tokenizer"] == run.saved["tokenizer"]:
             ids = TokenFiles(folder, split, meta).arrays[0][:count]
-            return run.tokenizer.decode(ids).rstrip("\ufffd")  # it may be cut off
+            return run.tokenizer.decode(ids).rstrip(
+                "\ufffd"
+            )  # the last character may be cut off
     return ""
 
 

@@ -156,7 +156,7 @@ orb boat clock ring house garden mirror piano sword table horse book
 
 
 def wills(config: PrepareConfig) -> tuple[Path, str]:
-    """Sentences of write_wills()."""
+    """The wills that write_wills() generates."""
     return keep(f"{config.name}.txt", write_wills(WILLS)), f"{WILLS:,} generated wills"
 
 
