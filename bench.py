@@ -6,7 +6,7 @@
     python bench.py --what=sample --nanogpt=../nanoGPT    generation on a CPU, with every other program installed
     python bench.py --what=page --page=PAGE.html          keystrokes and training in a page of explain.py, in Chromium
     python bench.py --what=gpu --nanogpt=../nanoGPT       fifteen minutes on a GPU, reported as one table for RECORDS.md
-    python bench.py --what=machine                        the demo with each dtype, number of threads and way of waiting
+    python bench.py --what=machine                        the demo with each dtype, way of sharing and way of waiting
 
 train: both programs use the same shapes, math (nanoGPT's CPU preset and AdamW, or a --config) and text. The figures are
 medians in milliseconds; `speedup` is nanoGPT's median divided by ours. Each runs in its own process, as users would run
@@ -31,9 +31,11 @@ and peak memory, next to the estimated memory, of training GPT-2 124M and 350M, 
 with NorMuon, and the demo, compiled and uncompiled; nanoGPT's speed if a checkout is given; tokens/s of decoding,
 uncompiled and compiled, next to the limit set by the memory bandwidth. The device, dtype, compile and evaluation
 settings of a config are ignored.
-machine: the demo's tokens/s on a CPU, in training and of one text, alone and while a second process does the same. The
-threads spin for different times before they sleep. The line of the choices that train.py makes is marked. `ratio` is
-its speed divided by that of the fastest line.
+machine: the demo's tokens/s on a CPU, in training and of one text, alone and while a second process does the same.
+Threads share each operator, or workers share a batch. The threads spin for different times before they sleep. The line
+of what train.py does is marked. `operators` is the fastest of all ways in which threads share operators, `shared` what
+train.py does, `ratio` is `shared` divided by `operators`, `beside_another` has the speeds of two trainings at once, as
+parts of one alone, and `beside_busy_cores` is what train.py does divided by one thread, while each core is busy.
 """
 
 import importlib

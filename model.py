@@ -551,7 +551,7 @@ class CausalConv(nn.Module):
             cache.update(inputs=inputs[:, T:])
         weight = self.GAIN * self.weight.to(x.dtype)
         for back in range(1, n + 1):
-            x = x + inputs[:, n - back : n - back + T] * weight[back - 1]
+            x = torch.addcmul(x, inputs[:, n - back : n - back + T], weight[back - 1])
         return x
 
 
@@ -579,7 +579,8 @@ class Block(nn.Module):
             self.mlp_norm = NORMS[config.norm](config)
         self.conv = CausalConv(config) if mlp and config.mlp_conv else None
         self.mlp = mlp(config) if mlp else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.attn_dropout = nn.Dropout(config.dropout)
+        self.mlp_dropout = nn.Dropout(config.dropout)
 
     def feed_forward(self, x, shared, cache):
         if self.conv:
@@ -594,9 +595,9 @@ class PreNormBlock(Block):
     """
 
     def forward(self, x, shared, cache=None):
-        x = x + self.dropout(self.attn(self.attn_norm(x), shared, cache))
+        x = x + self.attn_dropout(self.attn(self.attn_norm(x), shared, cache))
         if self.mlp:
-            x = x + self.dropout(self.feed_forward(self.mlp_norm(x), shared, cache))
+            x = x + self.mlp_dropout(self.feed_forward(self.mlp_norm(x), shared, cache))
         return x
 
 
@@ -609,9 +610,9 @@ class PostNormBlock(Block):
     ends_with_norm = True
 
     def forward(self, x, shared, cache=None):
-        x = self.attn_norm(x + self.dropout(self.attn(x, shared, cache)))
+        x = self.attn_norm(x + self.attn_dropout(self.attn(x, shared, cache)))
         if self.mlp:
-            x = self.mlp_norm(x + self.dropout(self.feed_forward(x, shared, cache)))
+            x = self.mlp_norm(x + self.mlp_dropout(self.feed_forward(x, shared, cache)))
         return x
 
 
@@ -624,9 +625,9 @@ class PlainBlock(Block):
     residual = False
 
     def forward(self, x, shared, cache=None):
-        x = self.dropout(self.attn(self.attn_norm(x), shared, cache))
+        x = self.attn_dropout(self.attn(self.attn_norm(x), shared, cache))
         if self.mlp:
-            x = self.dropout(self.feed_forward(self.mlp_norm(x), shared, cache))
+            x = self.mlp_dropout(self.feed_forward(self.mlp_norm(x), shared, cache))
         return x
 
 
@@ -640,8 +641,8 @@ class ParallelBlock(Block):
 
     def forward(self, x, shared, cache=None):
         y = self.attn_norm(x)
-        x = x + self.dropout(self.attn(y, shared, cache))
-        return x + self.dropout(self.feed_forward(y, shared, cache))
+        x = x + self.attn_dropout(self.attn(y, shared, cache))
+        return x + self.mlp_dropout(self.feed_forward(y, shared, cache))
 
 
 BLOCKS = {

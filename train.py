@@ -17,7 +17,7 @@ new GPT has the recipe of config/shakespeare_char.py instead: that file's values
 
 import signal
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 
 from humptygpt import machine
 
@@ -30,12 +30,11 @@ from tqdm import tqdm
 
 from humptygpt import evaluation, report
 from humptygpt.checks import check_model
-from humptygpt.data import random_key
 from humptygpt.device import DTYPES, autocast, to_device, tune_malloc
 from humptygpt.loading import load
 from humptygpt.optimizers import make_optimizer
 from humptygpt.process import (
-    Share,
+    part_of,
     silence_other_processes,
     start_process,
     tune,
@@ -66,7 +65,9 @@ from humptygpt.setup import (
     read_settings,
     recorded_settings,
     resumed_progress,
+    start_workers,
 )
+from humptygpt.workers import set_seeds
 
 # numbers of steps after which the model writes a line
 LINES = {0, *(25 * 2**doublings for doublings in range(40))}
@@ -102,7 +103,7 @@ def setup(start: Start) -> Run:
     config, model_config, saved, base, given = start
     process = start_process(config, lambda: prepare_missing(config))
     device = process.device
-    config = tune(config, model_config, process)
+    config = tune(config, process)
     dtype = DTYPES[config.dtype]
     if not process.sharded:  # that gathers whole weights and frees them, which leaves gaps
         tune_malloc()
@@ -115,7 +116,13 @@ def setup(start: Start) -> Run:
         from humptygpt.minutes import plan
 
         config, model_config, clock = plan.begin(
-            config, model_config, given, saved, dataset, device
+            config,
+            model_config,
+            given,
+            saved,
+            dataset,
+            device,
+            step=(train_step, compute_gradients),
         )
     elif not config.eval_only:
         check_training_fits(config, model_config, device, process.size)
@@ -146,6 +153,7 @@ def setup(start: Start) -> Run:
         keep_best(run, saved)
     if not config.eval_only:  # an evaluation uses the plain model, to save memory
         run.net = make_net(run)
+        start_workers(run, compute_gradients)
     return run
 
 
@@ -244,40 +252,52 @@ def write_line(run: Run, meter: Meter, bar: tqdm) -> None:
 
 
 def train_step(run: Run, step: int) -> tuple[Tensor, Tensor, int]:
-    """Take one optimizer step, with gradients accumulated over micro-batches. step: index of the step, from 0.
+    """Take one optimizer step. step: its index, from 0.
 
-    With several processes, the micro-batches are split among them, gradients are summed once, and every process
-    takes the same step. Returns the mean loss before the step, the gradient norm before clipping and the number
-    of tokens. The first two stay on the device, because reading them would make the CPU wait for the GPU.
+    Workers or, with torchrun, processes take parts of the gradients, which are summed once, and of Muon's update.
+    Returns the mean loss before the step, the gradient norm before clipping and the number of tokens. The first two
+    stay on the device, because reading them would make the CPU wait for the GPU.
     """
-    config = run.config
     process = run.process
-    shares, tokens = process.shares(run.batches, config, step)
-    mean_loss = torch.zeros((), device=run.device)
-    for share in shares:
-        if run.model.config.dropout:
-            torch.manual_seed(random_key(config.seed, *share.key))
-        with process.accumulate(run.net, share, last=share is shares[-1]):
-            loss = share_of_loss(run, share, tokens)
-            try:
-                # DDP and FSDP average gradients over processes; this factor turns the average into a sum
-                run.scaler.scale(loss * process.size).backward()
-            except RuntimeError as error:
-                if process.size == 1 and not machine.is_out_of_memory(error):
-                    # repeat the computation, so that torch shows which line of the forward pass is to blame
-                    with torch.autograd.detect_anomaly(check_nan=False):
-                        share_of_loss(run, share, tokens).backward()
-                raise
-        mean_loss += loss.detach()
-    process.sum(mean_loss)
+    try:
+        losses, (tokens, *_) = zip(*process.workers.each("gradients", step), strict=True)
+    except RuntimeError as error:
+        if process.size == 1 and not machine.is_out_of_memory(error):
+            # repeat the computation, so that torch shows which line of the forward pass is to blame
+            with suppress(RuntimeError), torch.autograd.detect_anomaly(check_nan=False):
+                compute_gradients(run, 0, step)
+        raise
+    mean_loss = process.sum(sum(losses))
+    process.workers.sum_gradients()
     run.scaler.unscale_(run.optimizer)
-    grad_norm = clip(run.model, config.grad_clip)
+    grad_norm = clip(run.model, run.config.grad_clip)
     if process.sharded:
         grad_norm = grad_norm.full_tensor()
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.model.zero_grad()
     return mean_loss, grad_norm, tokens
+
+
+def compute_gradients(run: Run, worker: int, step: int) -> tuple[Tensor, int]:
+    """Add up a worker's gradients over the micro-batches of a step.
+
+    Returns its part of the mean loss of the step, and the number of tokens in the whole step.
+    """
+    process = run.process
+    shares, tokens = process.shares(run.batches, run.config, step)
+    mean_loss = torch.zeros((), device=run.device)
+    for share in shares:
+        rows = part_of(share, worker, process.workers.count)
+        set_seeds(run.model, rows.seeds)
+        with process.syncing(run.net, last=share is shares[-1]):
+            with autocast(run.device, run.dtype):
+                _, loss = run.net(**to_device(rows.batch, run.device))
+                loss = loss * (rows.tokens / tokens)
+            # DDP and FSDP average gradients over processes; this factor turns the average into a sum
+            run.scaler.scale(loss * process.size).backward()
+        mean_loss += loss.detach()
+    return mean_loss, tokens
 
 
 def clip(model: nn.Module, largest: float) -> Tensor:
@@ -288,13 +308,6 @@ def clip(model: nn.Module, largest: float) -> Tensor:
     if largest:
         nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm)
     return norm
-
-
-def share_of_loss(run: Run, share: Share, tokens: int) -> Tensor:
-    """Compute a share's contribution to the mean loss of a step. tokens: number of tokens in the whole step."""
-    with autocast(run.device, run.dtype):
-        _, loss = run.net(**to_device(share.batch, run.device))
-        return loss * (share.tokens / tokens)
 
 
 def evaluate(run: Run, folder: RunFolder, bar: tqdm) -> bool:

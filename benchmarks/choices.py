@@ -1,7 +1,9 @@
-"""bench.py --what=machine: the demo's speed for each dtype, number of threads and way of waiting, and auto's choice."""
+"""bench.py --what=machine: the demo's speed for each dtype, way of sharing a step and way of waiting."""
 
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,8 +18,8 @@ from bench import BenchConfig
 from benchmarks.contenders import Isolated
 from benchmarks.ours import OurGenerator, OurTrainer
 from benchmarks.training import DEMO, read_configs
-from humptygpt.device import thread_counts
-from humptygpt.process import Process, tune
+from humptygpt.device import thread_counts, training_dtype
+from humptygpt.machine import usable_cores
 from humptygpt.settings import TrainConfig
 from model import ModelConfig
 
@@ -26,9 +28,11 @@ ROUNDS = 3
 SECONDS = 0.6  # for each measurement
 TOKENS = 32
 DTYPES = ("float32", "bfloat16")
-HEADER = (
-    "tokens/s:                             training  each of two     one text  each of two"
-)
+HEADER = """
+tokens/s                           training, threads share      training, workers share
+                                    operators  each of two       a batch  each of two      one text  each of two
+"""
+BUSY = "while True: pass"
 
 
 class Choice(NamedTuple):
@@ -47,24 +51,26 @@ class Contender:
     def __init__(
         self, config: TrainConfig, model_config: ModelConfig, bench_config: BenchConfig
     ):
+        # with a single thread there are no workers, so operators take as many threads as they are given
         self.trainers = {
-            dtype: OurTrainer(replace(config, dtype=dtype), model_config)
-            for dtype in DTYPES
+            (dtype, threads): OurTrainer(
+                replace(config, dtype=dtype, threads=threads), model_config
+            )
+            for dtype, threads in product(DTYPES, {1, *thread_counts()})
         }
-        self.config = config
-        self.model_config = model_config
         self.tokens = config.batch_size * model_config.block_size
         self.generator = OurGenerator(model_config, bench_config)
 
-    def choose(self, spins: int) -> Choice:
-        """Return what train.py would choose now."""
-        tuned = tune(self.config, self.model_config, Process(torch.device("cpu")))
-        return Choice(tuned.dtype, tuned.threads, spins)
+    def operators(self, choice: Choice) -> float:
+        """Return the tokens per second of training if threads share each operator."""
+        return self.train(self.trainers[choice.dtype, 1], choice.threads)
 
-    def train(self, choice: Choice) -> float:
-        """Return the tokens per second of training."""
-        step = partial(self.trainers[choice.dtype].take_steps, 0, 1)
-        return self.tokens * calls_per_second(step, choice.threads)
+    def workers(self, choice: Choice) -> float:
+        """Return the tokens per second of training if workers share a batch."""
+        return self.train(self.trainers[choice.dtype, choice.threads], 1)
+
+    def train(self, trainer: OurTrainer, threads: int) -> float:
+        return self.tokens * calls_per_second(partial(trainer.take_steps, 0, 1), threads)
 
     def generate(self, choice: Choice) -> float:
         """Return the tokens per second of one text."""
@@ -87,39 +93,46 @@ def calls_per_second(call: Callable[[], object], threads: int) -> float:
 def bench(config: BenchConfig) -> dict:
     config = replace(config, device="cpu")
     ours, model_config = read_configs(config, DEMO)
-    spins = int(os.environ.get("GOMP_SPINCOUNT", SPINS[-1]))
+    own = int(os.environ.get("GOMP_SPINCOUNT", SPINS[-1]))
     pairs = {}
-    for number in sorted({*SPINS, spins}):
-        os.environ["GOMP_SPINCOUNT"] = str(number)  # read by the processes that start now
-        pairs[number] = [Isolated(Contender, ours, model_config, config) for _ in range(2)]
-    first, second = pairs[spins]
-    auto = first.call("choose", spins)
+    for spins in sorted({*SPINS, own}):
+        os.environ["GOMP_SPINCOUNT"] = str(spins)  # read by the processes that start now
+        pairs[spins] = [Isolated(Contender, ours, model_config, config) for _ in range(2)]
     choices = [Choice(*each) for each in product(DTYPES, thread_counts(), pairs)]
-    alone = {(what, choice): [] for what in ("train", "generate") for choice in choices}
-    for choice in tqdm(choices * ROUNDS, disable=None):
-        for what in ("train", "generate"):
-            alone[what, choice].append(pairs[choice.spins][0].call(what, choice))
-    alone = {key: statistics.median(each) for key, each in alone.items()}
+    kinds = ("operators", "workers", "generate")
+    measured = {(kind, choice): [] for kind in kinds for choice in choices}
+    for kind, choice in tqdm(ROUNDS * [*measured], disable=None):
+        measured[kind, choice].append(pairs[choice.spins][0].call(kind, choice))
+    alone = {key: statistics.median(speeds) for key, speeds in measured.items()}
+    auto = Choice(training_dtype(torch.device("cpu")), max(thread_counts()), own)
     print(HEADER)
+    both = {}
     for choice in choices:
         row = f"{choice.dtype:9} {choice.threads:3} threads {choice.spins:7} spins"
-        for what in ("train", "generate"):
-            calls = [each.begin(what, choice) for each in pairs[choice.spins]]
-            slower = min(call.result() for call in calls)
-            row += f" {alone[what, choice]:12,.0f} {slower:12,.0f}"
+        for kind in kinds:
+            calls = [each.begin(kind, choice) for each in pairs[choice.spins]]
+            both[kind, choice] = [call.result() for call in calls]
+            row += f" {alone[kind, choice]:13,.0f} {min(both[kind, choice]):12,.0f}"
         print(row, "<- auto" if choice == auto else "", flush=True)
 
-    busy = first.begin("train", auto)
-    other = second.call("choose", spins)  # while the first one trains
-    print(f"a second training chooses {other.dtype}, {other.threads} threads")
-    busy.result()
-    calls = [first.begin("train", auto), second.begin("train", other)]
-    speeds = [call.result() for call in calls]
-    best = max(alone["train", choice] for choice in choices)
-    own = alone["train", auto]
+    programs = [
+        subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(usable_cores())
+    ]
+    try:
+        single = auto._replace(threads=1)
+        busy = [
+            [pairs[own][0].call("workers", choice) for choice in (auto, single)]
+            for _ in range(ROUNDS)
+        ]
+    finally:
+        for program in programs:
+            program.kill()
+    operators = max(alone["operators", choice] for choice in choices)
+    shared = alone["workers", auto]
     return {
-        "auto": round(own),
-        "best": round(best),
-        "ratio": round(own / best, 3),
-        "beside_another": [round(speed / own, 3) for speed in speeds],
+        "operators": round(operators),
+        "shared": round(shared),
+        "ratio": round(shared / operators, 3),
+        "beside_another": [round(speed / shared, 3) for speed in both["workers", auto]],
+        "beside_busy_cores": round(statistics.median(x / y for x, y in busy), 3),
     }

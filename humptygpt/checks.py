@@ -14,6 +14,7 @@ import model as models
 from humptygpt.cli import first_line, note
 from humptygpt.machine import is_out_of_memory
 from humptygpt.tasks import build
+from humptygpt.workers import add_seeds, set_seeds
 from model import count_parameters
 
 SMALL = 2e6  # a model of up to this many parameters is tried in its own width
@@ -87,14 +88,44 @@ def problems(model: nn.Module) -> Iterator[str]:
             yield f"generating without a cache, which is slower: {problem}"
 
 
-def smaller(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+def sharing_problem(model: nn.Module) -> str | None:
+    """Say why workers cannot each train on some rows of a batch; None if they can."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            small, text = smaller(model, model.config.dropout)
+            add_seeds(small)
+            randomize(small)
+            text["targets"] = text["idx"]
+            batch = {name: torch.cat([x, x.flip(1)]) for name, x in text.items()}
+            buffers = [x.clone() for x in small.buffers()]
+            set_seeds(small, [0, 1])
+            before = torch.get_rng_state()
+            loss = small(**batch)[1]
+            drawn = not torch.equal(before, torch.get_rng_state())
+            if not all(map(torch.equal, small.buffers(), buffers)):
+                return "model.py changes a buffer in training"
+            rows = []
+            for row in range(2):
+                set_seeds(small, [row])
+                part = {name: x[row : row + 1] for name, x in batch.items()}
+                rows.append(small(**part)[1])
+        except Exception as error:
+            return describe(error)
+    if drawn:
+        return "model.py draws random numbers of its own"
+    if not is_close(sum(rows) / 2, loss):
+        return "the loss of a batch is not the mean of its rows' losses"
+    return None
+
+
+def smaller(model: nn.Module, dropout: float = 0.0) -> tuple[nn.Module, dict[str, Tensor]]:
     """Build a smaller model with the same classes and settings, and a text for it: the arguments of its forward()."""
     config = model.config
     sizes = {
         "n_members": min(config.n_members, 2),
         "vocab_size": VOCABULARY,
         "window": min(config.window, 5),
-        "dropout": 0.0,
+        "dropout": dropout,
     }
     if count_parameters(model) > SMALL:
         width = min(config.n_embd, 4 * config.n_head)

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from humptygpt.data import Dataset, TokenDataset, count_targets
 from humptygpt.device import autocast, to_device
@@ -22,7 +22,6 @@ BLOCKS = 8  # blocks of batches whose means give the standard error of a loss
 FEWEST_BATCHES = 96
 
 
-@torch.no_grad()
 def evaluate(
     run: Run, net: nn.Module, eval_iters: int | None
 ) -> tuple[float, float | None]:
@@ -33,25 +32,41 @@ def evaluate(
     Returns the mean loss in nats per token, and its standard error; None if there are too few batches to estimate that.
     """
     process = run.process
+    if process.workers and net is run.net:
+        parts = process.workers.each("losses", eval_iters)
+    else:
+        parts = [batch_losses(run, net, eval_iters, process.rank, process.size)]
+    # every process fills its own places, so that the sum has the losses of all batches in their order
+    table = torch.zeros(len(parts[0]), process.size * len(parts), 2, dtype=torch.float64)
+    table[:, process.rank : process.rank + len(parts)] = torch.stack(parts, dim=1)
+    rows = np.array(process.sum(table).flatten(0, 1).tolist())
+    losses, weights = rows[rows[:, 1] > 0].T
+    mean = losses @ weights / weights.sum()
+    return float(mean), standard_error(losses - mean, weights)
+
+
+def losses(run: Run, worker: int, eval_iters: int | None) -> Tensor:
+    """Compute a worker's part of the losses of an evaluation set."""
+    first, every = run.process.rank + worker, run.process.size * run.process.workers.count
+    return batch_losses(run, run.net, eval_iters, first, every)
+
+
+@torch.no_grad()
+def batch_losses(
+    run: Run, net: nn.Module, eval_iters: int | None, first: int, every: int
+) -> Tensor:
+    """Return the mean loss and the number of targets of every n-th batch from the first on, float64 (batches, 2)."""
     was_training = net.training
     net.eval()
-    losses = []  # mean loss of each batch, on the device
-    weights = []  # number of targets of each batch
+    losses, weights = [], []
     batches = run.dataset.val_batches(run.config.batch_size, eval_iters)
-    for batch in own_batches(batches, process.rank, process.size):
+    for batch in own_batches(batches, first, every):
         with autocast(run.device, run.dtype):
             _, loss = net(**to_device(batch, run.device))
         losses.append(loss)
         weights.append(count_targets(batch))
     net.train(was_training)
-    # every process fills its own places, so that the sum has the losses of all batches in their order
-    table = torch.zeros(len(losses), process.size, 2, dtype=torch.float64)
-    table[:, process.rank, 0] = torch.stack(losses).cpu().double()
-    table[:, process.rank, 1] = torch.tensor(weights)
-    rows = np.array(process.sum(table).flatten(0, 1).tolist())
-    losses, weights = rows[rows[:, 1] > 0].T
-    mean = losses @ weights / weights.sum()
-    return float(mean), standard_error(losses - mean, weights)
+    return torch.stack([torch.stack(losses).cpu().double(), torch.tensor(weights)], dim=1)
 
 
 def standard_error(deviations: np.ndarray, weights: np.ndarray) -> float | None:

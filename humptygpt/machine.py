@@ -4,8 +4,6 @@ CPU affinity and cgroups may limit it to part of the machine. A script calls sta
 because these read their thread count and wait policy only once, on import.
 """
 
-import ctypes
-import importlib.util
 import math
 import os
 import re
@@ -30,15 +28,12 @@ CGROUPS = Path("/sys/fs/cgroup")
 OUR_GROUPS = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
 PATIENCE = 2  # seconds that other ranks wait for rank 0 to report an error first
-SPINS = 1300  # default for GOMP_SPINCOUNT if it cannot be measured
-# A waiting thread spins for this many times the duration of a wake-up before it sleeps: long enough for most waits
-# between two operators, and short enough that another process gets its turn.
-WAKE_UPS = 8
+SPINS = 5000  # how often a waiting thread looks again before it sleeps: some 90 us, two or three wake-ups
 WORTH = 1.1  # a choice replaces the default only if it is at least this many times as fast
 
 
 def start() -> None:
-    """Prepare for a script's imports: limit the threads to the usable cores, and choose how long they spin.
+    """Prepare for a script's imports: limit the threads to the usable cores, and how long they spin.
 
     A thread that spins while it waits for another thread of its process blocks a core that a different process could
     use: with spinning threads, two training runs on two cores were ten times slower. A thread that sleeps has to be
@@ -49,47 +44,10 @@ def start() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
         # the first is for GCC's OpenMP, which torch uses on Linux, the second, in milliseconds, for LLVM's and Intel's
-        os.environ["GOMP_SPINCOUNT"] = str(measure_spins())
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
         os.environ["KMP_BLOCKTIME"] = "1"
     if usable_cores() < len(affinity()):
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
-
-
-def measure_spins() -> int:
-    """Measure after how many spins a thread should sleep. This takes about 20 ms, in a child process.
-
-    libgomp reads GOMP_SPINCOUNT when it is loaded, so the measurement precedes torch, whose libgomp it uses.
-    """
-    spec = importlib.util.find_spec("torch")
-    libraries = [*Path(spec.origin).parent.glob("lib/libgomp*.so*")] if spec else []
-    if not libraries or usable_cores() < 2 or "torch" in sys.modules:
-        return SPINS
-    if not os.fork():
-        hundreds = 0
-        try:
-            hundreds = min(time_wake_ups(libraries[0]) // 100, 255)
-        finally:
-            os._exit(hundreds)  # at most 255
-    hundreds = os.waitstatus_to_exitcode(os.wait()[1])
-    return 100 * hundreds if hundreds > 0 else SPINS
-
-
-def time_wake_ups(libgomp: Path) -> int:
-    """Time spins and wake-ups of two threads on two cores. Returns WAKE_UPS wake-ups in spins."""
-    count = 5000
-    cores = map(str, sorted(affinity())[:2])
-    os.environ |= {"GOMP_SPINCOUNT": str(count), "GOMP_CPU_AFFINITY": " ".join(cores)}
-    fork_and_join = ctypes.CDLL(str(libgomp)).GOMP_parallel
-    work = (ctypes.CDLL(None).getpid, None, 2, 0)  # for two threads
-    spinning, waking = [], []
-    for _ in range(15):
-        began = time.perf_counter()
-        fork_and_join(*work)
-        waking.append(time.perf_counter() - began)
-        used = time.process_time()
-        time.sleep(0.001)  # meanwhile, the other thread spins and then sleeps
-        spinning.append((time.process_time() - used) / count)
-    return round(WAKE_UPS * statistics.median(waking) / statistics.median(spinning))
 
 
 def fastest(

@@ -36,6 +36,7 @@ class Rule(NamedTuple):
     # {name of a state tensor: function that returns a view of a parameter with the state tensor's shape}
     state: dict[str, Callable[[Tensor], Tensor]]
     learning_rate: str = "learning_rate"  # TrainConfig key of the peak learning rate
+    by_parameter: bool = False  # workers may each update some of the parameters
 
 
 class Optimizer:
@@ -50,25 +51,36 @@ class Optimizer:
         self.param_groups = groups
         self.state = {}  # {parameter: {name of a state tensor: tensor}}
         self.steps = 0
+        self.each = self.update  # Workers put a method of their own here
 
     def set_lr(self, scale: float) -> None:
         """Set each group's learning rate to scale times its peak."""
         for group in self.param_groups:
             group["lr"] = group["peak_lr"] * scale
 
-    @torch.no_grad()
     def step(self) -> None:
         """Update every parameter that has a gradient."""
         if not self.state:
             self.make_state()
-        self.steps += 1
-        for group in self.param_groups:
+        self.each([group["lr"] for group in self.param_groups], self.steps + 1)
+
+    @torch.no_grad()
+    def update(
+        self, rates: list[float], steps: int, worker: int = 0, workers: int = 1
+    ) -> None:
+        """Do a worker's part of a step: some of the parameters of a rule that allows that, otherwise worker 0 all."""
+        self.steps = steps
+        for group, group["lr"] in zip(self.param_groups, rates, strict=True):
             slots = []
             for name, p in group["named_params"].items():
                 if p.grad is not None:
                     state = {k: self.local(x) for k, x in self.state[name].items()}
                     weight, gradient = self.local(p), self.local(p.grad)
                     slots.append(Slot(weight, gradient, state, p.shape))
+            if group["rule"].by_parameter:
+                slots = slots[worker::workers]
+            elif worker:
+                continue
             if slots:
                 group["rule"].update(self, group, slots)
 
@@ -254,11 +266,12 @@ ADAMW = Rule(adamw, {"exp_avg": whole, "exp_avg_sq": whole})
 # rules for the matrices in the blocks; AdamW updates all other parameters
 OPTIMIZERS = {
     "adamw": ADAMW,
-    "muon": Rule(muon, {"momentum_buffer": whole}, "muon_learning_rate"),
+    "muon": Rule(muon, {"momentum_buffer": whole}, "muon_learning_rate", True),
     "normuon": Rule(
         partial(muon, normalize=True),
         {"momentum_buffer": whole, "second_moment_buffer": per_neuron},
         "muon_learning_rate",
+        by_parameter=True,
     ),
 }
 

@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,38 +12,40 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt import checkpoint
-from humptygpt.data import Dataset, count_targets
-from humptygpt.device import (
-    DTYPES,
-    autocast,
-    pick_device,
-    pick_dtype,
-    thread_counts,
-    training_dtype,
-)
-from humptygpt.machine import fastest, usable_cores
+from humptygpt.data import Dataset, count_targets, random_key
+from humptygpt.device import THREADS, pick_device, pick_dtype, training_dtype
+from humptygpt.machine import usable_cores
 from humptygpt.optimizers import Optimizer
 from humptygpt.settings import TrainConfig
-from humptygpt.tasks import build
-from model import ModelConfig, count_parameters
+from humptygpt.workers import CAN_FORK, Workers, add_seeds
+from model import count_parameters
 
 if TYPE_CHECKING:  # run.py imports this file
     from humptygpt.run import Run
 
-# A measurement takes as many tokens as multiply this many weights of a block, in about 10 ms, but at most TOKENS.
-WEIGHTS = 2**27
-TOKENS = 512
-LARGE = 2048  # n_embd above which nothing is measured, because a block and its gradients take too much memory
+# Workers share the batch if the model has at most this many parameters for each token of a worker: above that, the sum
+# of their gradients and the conversion of weights to bfloat16 take longer than the waits of shared operators
+PARAMETERS_PER_TOKEN = 50_000
 
 
 class Share(NamedTuple):
-    """One process's share of a micro-batch: all of its rows, or some of them if several processes split it."""
+    """Rows of a micro-batch that a process or a worker trains on."""
 
-    key: tuple[int, ...]  # seeds dropout: the index of the micro-batch in the run
     batch: dict[str, Tensor]
     tokens: int  # targets that are not ignored
-    # (number of rows in the micro-batch, slice of them in this share); None: all rows
-    rows: tuple[int, slice] | None = None
+    seeds: list[int]  # one for each row, for dropout
+
+
+def part_of(share: Share, number: int, parts: int) -> Share:
+    """Return some rows of a share: part `number`, from 0. With fewer rows than parts, some are row 0 with weight 0."""
+    if parts == 1:
+        return share
+    total = len(share.seeds)
+    start, end = total * number // parts, total * (number + 1) // parts
+    counts = start < end
+    own = slice(start, end) if counts else slice(1)
+    batch = {name: value[own] for name, value in share.batch.items()}
+    return Share(batch, counts * count_targets(batch), share.seeds[own])
 
 
 class Process(AbstractContextManager):
@@ -54,15 +56,19 @@ class Process(AbstractContextManager):
     first = True  # whether this process writes files and prints
     sharded = False  # whether this process holds only part of each weight
     optimizer_class = Optimizer
+    workers: Workers | None = None  # None in an evaluation, and until they are started
 
     def __init__(self, device: torch.device):
         self.device = device
 
     def __exit__(self, error: type | None, *_: object) -> None:
         """End the run. With several processes, wait until all have finished, unless there was an error."""
+        if self.workers:
+            self.workers.close()
 
     def place(self, model: nn.Module, run: "Run") -> None:
         """Move a model of the run, which has no optimizer yet, to the device."""
+        add_seeds(model)
         model.to(self.device)
 
     def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
@@ -78,12 +84,12 @@ class Process(AbstractContextManager):
         shares = []
         for number in range(step * count + self.rank % stride, (step + 1) * count, stride):
             batch = batches.batch(number, config.batch_size)
-            shares.append(Share((number,), batch, count_targets(batch)))
+            rows = range(len(batch["targets"]))
+            seeds = [random_key(config.seed, number, row) for row in rows]
+            shares.append(Share(batch, count_targets(batch), seeds))
         return shares, sum(share.tokens for share in shares)
 
-    def accumulate(
-        self, net: nn.Module, share: Share, last: bool
-    ) -> AbstractContextManager:
+    def syncing(self, net: nn.Module, last: bool) -> AbstractContextManager:
         """Return the context for computing a share's gradients with net. last: whether it is the step's last share."""
         return nullcontext()
 
@@ -118,61 +124,47 @@ def start_process(config: TrainConfig, prepare: Callable[[], None]) -> Process:
 # What depends on the machine
 
 
-def tune(config: TrainConfig, model_config: ModelConfig, process: Process) -> TrainConfig:
-    """Return the config with the fastest dtypes and number of CPU threads, and set the number of threads.
+def tune(config: TrainConfig, process: Process) -> TrainConfig:
+    """Return the config with the fastest dtypes and a number of CPU threads, and set the number of threads.
 
-    What the user has set stays. The dtypes are the same in all runs on a machine. The number of threads follows the
-    load: all of them, unless fewer are clearly faster for one layer of the model at this moment, as they are while
-    another training runs. In a run of several processes, the first one decides.
+    What the user has set stays. The dtypes are the same in all runs on a machine. In a run of several processes, the
+    first one decides.
     """
     device = process.device
-
-    def choose(choices: Sequence, measure: Callable):
-        index = choices.index(measure()) if process.first else 0
-        return choices[int(process.sum(torch.tensor(index)))]
-
     dtype, muon_dtype = config.dtype, config.muon_dtype
     if "auto" in (dtype, muon_dtype):
-        best = choose(["float32", "bfloat16"], lambda: training_dtype(device))
+        measured = ["float32", "bfloat16"]
+        index = measured.index(training_dtype(device)) if process.first else 0
+        best = measured[int(process.sum(torch.tensor(index)))]
         muon_dtype = best if muon_dtype == "auto" else muon_dtype
         if device.type == "cpu" and dtype == "auto":
             dtype = best
     dtype = str(pick_dtype(dtype, device)).removeprefix("torch.")
-
-    counts = thread_counts()[::-1]
-    if config.threads:
-        counts = [min(config.threads, usable_cores())]
-    number = counts[0]
-    if device.type == "cpu" and model_config.n_embd <= LARGE:
-        number = choose(counts, lambda: fastest_count(counts, model_config, DTYPES[dtype]))
-    torch.set_num_threads(number)
+    threads = min(config.threads, usable_cores()) if config.threads else THREADS
+    torch.set_num_threads(threads)
     return replace(
         config,
         dtype=dtype,
         muon_dtype=muon_dtype,
         # another number of processes may have more threads each
-        threads=number if process.size == 1 else None,
+        threads=threads if process.size == 1 else None,
     )
 
 
-def fastest_count(counts: Sequence[int], config: ModelConfig, dtype: torch.dtype) -> int:
-    """Time the forward and backward pass of one layer of the model with each number of threads."""
-    with suppress(Exception):  # from an edited model.py: training will show the error
-        model = build(replace(config, n_layer=1, n_members=1, vocab_size=256))
-        tokens = min(TOKENS, WEIGHTS // count_parameters(model) + 1)
-        T = min(config.block_size, tokens)
-        idx = torch.zeros(tokens // T, T, dtype=torch.int64)
-        batch = {"idx": idx, "targets": idx}
-        if hasattr(model, "encode"):
-            batch["source"] = idx
+def count_workers(
+    config: TrainConfig, model: nn.Module, device: torch.device, batches_vary: bool
+) -> int:
+    """Return how many workers share a batch: as many as can take equally many rows; 1: threads share operators.
 
-        def train(number: int) -> None:
-            torch.set_num_threads(number)
-            with autocast(torch.device("cpu"), dtype):
-                model(**batch)[1].backward()
-
-        return fastest(counts, train)
-    return counts[0]
+    batches_vary: whether batches have different, but many rows.
+    """
+    threads = config.threads or THREADS
+    if not CAN_FORK or device.type != "cpu" or config.compile:
+        return 1
+    divisors = (n for n in range(1, threads + 1) if config.batch_size % n == 0)
+    count = threads if batches_vary else max(divisors)
+    tokens = config.batch_size * model.config.block_size / count
+    return count if count_parameters(model) <= PARAMETERS_PER_TOKEN * tokens else 1
 
 
 # --------------------------------------------------------------------------------------

@@ -49,7 +49,10 @@ def summary(run: Run) -> str:
     processes = f", {run.process.size} processes" if run.process.size > 1 else ""
     if run.device.type == "cpu":
         threads = torch.get_num_threads()
-        processes = f", {threads} thread{'s' * (threads > 1)}{processes}"
+        cores = f"{threads} thread{'s' * (threads > 1)}"
+        if run.process.workers and (count := run.process.workers.count) > 1:
+            cores = f"{count} workers" + f" of {cores}" * (threads > 1)
+        processes = f", {cores}{processes}"
     return (
         f"data: {dataset.meta['source']}, {len(dataset.train):,} tokens to train on,"
         f" vocabulary of {run.model.config.vocab_size:,}\n"
@@ -225,15 +228,15 @@ def activation_bytes(
     layers = dropwhile(lambda layer: not trained_parameters(layer), layers)
     heads = [module.lm_head for module in model.modules() if hasattr(module, "lm_head")]
     kept = sum(kept_of(layer, dtype) for layer in layers if layer not in heads)
-    from humptygpt.fast.attention import EXPLICIT_SCORES
+    from humptygpt.fast.attention import EXPLICIT_KEYS
 
-    scores = tokens * shape.n_head * shape.block_size  # attention scores per layer
-    short = device.type == "cpu" and scores <= EXPLICIT_SCORES
+    few = shape.block_size <= EXPLICIT_KEYS and dtype == torch.bfloat16
+    short = device.type == "cpu" and few
     for module in model.modules():  # attend() in model.py keeps the attention scores
         if isinstance(module, models.SelfAttention) and (
             short or module.kernel is models.attend
         ):
-            kept += dtype.itemsize * scores / tokens
+            kept += dtype.itemsize * shape.n_head * shape.block_size
     blocks = sum(isinstance(module, models.Block) for module in model.modules())
     if config.checkpoint_activations and blocks:  # one block at a time is recomputed
         kept = kept / blocks + blocks * FLOAT * shape.n_embd

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -138,10 +138,10 @@ class Run:
     model: nn.Module
     net: nn.Module  # the model used in training, perhaps compiled or wrapped in DDP; weights are saved from `model`
     progress: Progress
-    clock: StepClock  # or, with --minutes, a plan.Clock
     scaler: torch.amp.GradScaler
-    measured: list[str]  # settings that were left open and are measured on this machine
-    test_pairs: Callable | None  # with eval_pairs: (model, dataset) -> metrics
+    clock: StepClock  # or, with --minutes, a plan.Clock
+    measured: Collection[str] = ()  # settings that were left open and are measured here
+    test_pairs: Callable | None = None  # with eval_pairs: (model, dataset) -> metrics
     optimizer: Optimizer | None = None  # None only until setup() has made it
 
     @property

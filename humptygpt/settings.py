@@ -95,7 +95,7 @@ class TrainConfig:
     # system
     device: str = "auto"  # auto: the fastest there is; cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto: the fastest on this machine, measured once
-    threads: int | None = None  # CPU threads; None: the fastest, measured at the start
+    threads: int | None = None  # CPU cores to use; None: all that there are
     compile: bool | None = None  # use torch.compile; None: for long runs on CUDA
     parallel: str = "ddp"  # for several processes: ddp, or fsdp to shard the model
     backend: str = "auto"  # for several processes: auto is nccl on CUDA, gloo on a CPU

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from humptygpt import checkpoint, cli, evaluation, machine
+from humptygpt.checks import sharing_problem
 from humptygpt.cli import UserError, fields_of, first_line, note, refuse_vain
 from humptygpt.data import COMMAND, Dataset, is_command, made_by, read_meta
 from humptygpt.device import autocast, pick_device, pick_dtype, to_device
@@ -29,7 +30,7 @@ from humptygpt.loading import (
 from humptygpt.loggers import chosen_loggers
 from humptygpt.machine import GIVEN
 from humptygpt.optimizers import freeze
-from humptygpt.process import Process, launched, restarted
+from humptygpt.process import Process, count_workers, launched, restarted
 from humptygpt.report import memory_report
 from humptygpt.run import MOVING, Progress, Run, lock_out_dir, refuse_earlier_run
 from humptygpt.settings import (
@@ -52,6 +53,7 @@ from humptygpt.tasks import (
     model_class,
 )
 from humptygpt.tokenizers import Tokenizer, from_state
+from humptygpt.workers import Workers
 from model import ModelConfig, Stack, count_parameters
 
 # on a GPU, a run of at least this many micro-batches is compiled, which takes a minute
@@ -441,12 +443,32 @@ def make_net(run: Run) -> nn.Module:
     return run.process.wrap(run.model, compiled=False, dynamic=dynamic)
 
 
+def start_workers(run: Run, compute_gradients: Callable) -> None:
+    """Let workers share each batch, if that is faster and computes the same gradients."""
+    config = run.config
+    count = 1
+    if run.process.size == 1 and run.net is run.model:
+        count = count_workers(config, run.model, run.device, run.task.batches_vary)
+    if count > 1 and (problem := sharing_problem(run.model)):
+        note(f"threads share each operator, not the batch, which is slower: {problem}")
+        count = 1
+    if config.threads:
+        torch.set_num_threads(config.threads // count)
+    tasks = {"gradients": compute_gradients, "losses": evaluation.losses, "update": update}
+    Workers(run, tasks, count)
+
+
+def update(run: Run, worker: int, rates: list[float], steps: int) -> None:
+    """Update a worker's part of the weights."""
+    run.optimizer.update(rates, steps, worker, run.process.workers.count)
+
+
 def compile_now(run: Run, net: nn.Module) -> None:
     """Trigger compilation for the shapes of training, a process's share of a batch, and evaluation, a whole batch."""
     for step in range(2):
         shares, _ = run.process.shares(run.batches, run.config, step)
         with (
-            run.process.accumulate(net, shares[0], last=True),
+            run.process.syncing(net, last=True),
             autocast(run.device, run.dtype),
         ):
             net(**to_device(shares[0].batch, run.device))[1].backward()
@@ -491,7 +513,7 @@ def recorded_settings(run: Run) -> dict[str, object]:
 
 
 def resumed_progress(config: TrainConfig, saved: dict) -> Progress:
-    """Return the checkpoint's progress. Print a note if no steps are left, or if the learning rate will rise."""
+    """Return the checkpoint's progress. Print a note about what will not go on as it was."""
     note_edits(Path(config.out_dir))
     progress = Progress(**saved["progress"])
     before = cli.restore(TrainConfig, saved["train_config"])
@@ -502,6 +524,10 @@ def resumed_progress(config: TrainConfig, saved: dict) -> Progress:
         progress.position = float(progress.iter)
     if config.eval_only:
         return progress
+    if None not in (config.threads, before.threads) and config.threads != before.threads:
+        note(
+            f"threads={config.threads} instead of {before.threads}: losses stay the same only up to rounding"
+        )
     if progress.position >= config.max_iters:
         more = f"minutes=N above {config.minutes:g}" if config.minutes else "max_iters=N"
         note(f"all {progress.iter} steps are done; for more, use --{more}")

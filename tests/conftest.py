@@ -86,8 +86,8 @@ def first_choices(monkeypatch):
     """Take float32 and one thread, because a measurement could choose differently in two runs that are compared."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the processes that a test starts
     monkeypatch.setattr(process, "training_dtype", lambda device: "float32")
-    for module in (process, generation):
-        monkeypatch.setattr(module, "fastest", lambda choices, run: choices[0])
+    monkeypatch.setattr(process, "THREADS", 1)
+    monkeypatch.setattr(generation, "fastest", lambda choices, run: choices[0])
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -247,25 +247,30 @@ def test_the_loop_around_hugging_faces_model_is_greedy_and_keeps_what_it_has_rea
 # The machine
 
 
-def test_autos_choice_is_marked_among_all_and_compared_with_the_best(
+def test_what_train_py_does_is_marked_among_all_and_compared_with_the_best(
     text, here, monkeypatch, capsys
 ):
-    """first_choices makes auto choose float32 and one thread."""
     speeds = {"float32": 100, "bfloat16": 300}
-    train = lambda self, choice: choice.threads * speeds[choice.dtype]  # noqa: E731
-    monkeypatch.setattr(choices.Contender, "train", train)
-    monkeypatch.setattr(choices.Contender, "generate", train)
+    monkeypatch.setattr(
+        choices.Contender,
+        "operators",
+        lambda self, choice: choice.threads * speeds[choice.dtype],
+    )
+    monkeypatch.setattr(choices.Contender, "workers", lambda self, choice: 600)
+    monkeypatch.setattr(choices.Contender, "generate", lambda self, choice: 7)
     monkeypatch.setattr(choices, "SPINS", (7, 9))
     monkeypatch.setattr(choices, "thread_counts", lambda: [1, 2])
+    monkeypatch.setattr(choices, "training_dtype", lambda device: "float32")
     monkeypatch.setenv("GOMP_SPINCOUNT", "8")
     bench.main(["--what=machine"])
     *lines, result = capsys.readouterr().out.splitlines()
-    expected = {"auto": 100, "best": 600, "ratio": 0.167, "beside_another": [1.0, 1.0]}
-    assert json.loads(result) == expected
+    expected = {"operators": 600, "shared": 600, "ratio": 1.0, "beside_another": [1, 1]}
+    assert json.loads(result) == expected | {"beside_busy_cores": 1.0}
     rows = [line.split() for line in lines if " spins " in line]
     assert len({tuple(row[:4]) for row in rows}) == 2 * 2 * 3
     (auto,) = (row for row in rows if row[-1] == "auto")
-    assert auto[:7] == ["float32", "1", "threads", "8", "spins", "100", "100"]
+    assert auto[:5] == ["float32", "2", "threads", "8", "spins"]
+    assert auto[5:11] == ["200", "200", "600", "600", "7", "7"]
 
 
 def test_the_speed_is_that_of_the_calls_after_the_first(monkeypatch):

@@ -136,7 +136,7 @@ EDITS = {
     (
         "append",
         forget_all_but_20,
-    ): "generating without a cache, which is slower: RuntimeError: The size of tensor",
+    ): "generating without a cache, which is slower: with one, model.py computes other",
     (
         "embed",
         by_column,

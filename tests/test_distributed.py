@@ -286,21 +286,19 @@ def scaled_with_one_overflow(argv: list[str]) -> int:
     """Train with float16's scaler. Only process 1 has gradients that are not finite, in its third step."""
     runs = []
     setup = train.setup
-    share_of_loss = train.share_of_loss
+
+    class Scaler(torch.amp.GradScaler):
+        def scale(self, loss):
+            if runs[0].process.rank == 1 and runs[0].progress.iter == 2:
+                loss.register_hook(lambda gradient: gradient * math.inf)
+            return super().scale(loss)
 
     def setup_with_scaler(*args):
         runs.append(setup(*args))
-        runs[0].scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        runs[0].scaler = Scaler("cpu", init_scale=8.0)
         return runs[0]
 
-    def overflow(run, share, tokens):
-        loss = share_of_loss(run, share, tokens)
-        if run.process.rank == 1 and run.progress.iter == 2:
-            loss.register_hook(lambda gradient: gradient * math.inf)
-        return loss
-
     train.setup = setup_with_scaler
-    train.share_of_loss = overflow
     code = train.main(argv)
     found = f"{runs[0].scaler.get_scale()} {runs[0].optimizer.steps}"
     Path(f"scale{os.environ['RANK']}").write_text(found)

@@ -488,7 +488,9 @@ def expected_trace(
         for name, module in model.named_modules()
     ]
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(models, "attend", recorded)
+        for module in model.modules():
+            if hasattr(module, "kernel"):
+                patch.setattr(module, "kernel", recorded)
         keys = {} if source is None else {"source": torch.tensor([source])}
         found["logits"] = model(torch.tensor([idx]), **keys)[0][0]
     for hook in hooks:

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 import model as models
 import sample
 import train
-from humptygpt import evaluation, loading
+from humptygpt import evaluation, loading, setup
 from humptygpt.fast import attention
 from humptygpt.fast import generation as decoding
 from humptygpt.finetune import lora
@@ -313,6 +313,7 @@ def train_and_evaluate(
         optimizer=make_optimizer(config, model),
         process=Process(gpu.device),
     )
+    setup.start_workers(run, train.compute_gradients)
     for it in range(2):
         # the scaler waits once, to know whether the gradients are finite
         with gpu.waiting(int(dtype == torch.float16), "a training step"):

@@ -285,7 +285,7 @@ def choose(monkeypatch):
         )
         config = cli.make(TrainConfig, settings)
         model_config = make_model_config(settings)
-        return plan.begin(config, model_config, given, None, dataset, CPU)[:2]
+        return plan.begin(config, model_config, given, None, dataset, CPU, step=())[:2]
 
     return chosen
 

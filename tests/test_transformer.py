@@ -200,7 +200,7 @@ def test_cross_attention_has_neither_rotation_nor_bias_nor_window(position, wind
     cross, contexts = decoder.blocks[0].cross_attn, []
     cross.register_forward_pre_hook(lambda module, args: contexts.append(args))
     x, context = torch.randn(2, T, 32), torch.randn(2, 7, 32)
-    decoder(x, tokens(2, T), source=context, source_mask=torch.zeros(1))
+    decoder(x, tokens(2, T), source=context, source_mask=torch.zeros(1, 1, 1, 7))
     ((q, shared, _),) = contexts
     flipped = shared._replace(kept=shared.kept | {"source": context.flip(1)})
     torch.testing.assert_close(cross(q, shared), cross(q, flipped))

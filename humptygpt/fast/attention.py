@@ -1,4 +1,4 @@
-"""Attention by PyTorch's fused kernel, which keeps no scores, where it computes what attend() in model.py does."""
+"""Attention by PyTorch's fused kernel, which keeps no scores, if it computes what attend() in model.py does."""
 
 from collections.abc import Callable
 from functools import cache
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import model as models
 from model import Mask
 
-# a CPU computes the formula in model.py for up to this many scores of a layer: 128 MB in float32
-EXPLICIT_SCORES = 2**25
+# a CPU trains in bfloat16 with the formula for up to this many keys, because the kernel's backward pass is slow there
+EXPLICIT_KEYS = 256
 
 
 def use_fused_kernel(model: nn.Module) -> None:
@@ -23,13 +23,11 @@ def use_fused_kernel(model: nn.Module) -> None:
 
 
 def faster_attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """Compute attend(), with the fused kernel on GPUs, for long contexts, and for single tokens if heads share keys."""
-    many = q.shape[:3].numel() * k.shape[2] > EXPLICIT_SCORES
-    # for each new token, attend() would repeat all cached keys and values
-    repeats = q.shape[2] == 1 and q.shape[1] != k.shape[1]
-    if many or repeats or not q.is_cpu:
-        return fused_attend(q, k, v, mask)
-    return models.attend(q, k, v, mask)
+    """Compute attend(), with the fused kernel except where the formula in model.py is faster."""
+    few = k.shape[2] <= EXPLICIT_KEYS and v.dtype == torch.bfloat16
+    if q.is_cpu and few and torch.is_grad_enabled():
+        return models.attend(q, k, v, mask)
+    return fused_attend(q, k, v, mask)
 
 
 def fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:

@@ -23,15 +23,16 @@ from humptygpt import machine
 from humptygpt.cli import UserError, in_vain, note
 from humptygpt.convert.huggingface import find_family
 from humptygpt.data import TokenDataset
-from humptygpt.device import DTYPES, autocast, free_memory, to_device
+from humptygpt.device import DTYPES, free_memory
 from humptygpt.evaluation import LINE_TOKENS, SAMPLE_TOKENS, cost_of_whole_split
 from humptygpt.files import write_text
 from humptygpt.minutes.ngrams import MOST_TOKENS
 from humptygpt.optimizers import make_optimizer
+from humptygpt.process import Process
 from humptygpt.report import Memory, check_training_fits, model_on_meta, training_memory
-from humptygpt.run import Run
+from humptygpt.run import Progress, Run, StepClock
 from humptygpt.settings import IN_VAIN, TrainConfig
-from humptygpt.setup import make_model
+from humptygpt.setup import make_model, start_workers
 from model import ModelConfig
 
 # The sizes to try, (n_layer, n_embd): each is about twice as expensive as the one before.
@@ -265,6 +266,7 @@ def begin(
     saved: dict | None,
     dataset: TokenDataset,
     device: torch.device,
+    step: tuple[Callable, Callable],
 ) -> tuple[TrainConfig, ModelConfig, Clock]:
     """Create the clock, and choose the settings for which the scaling law predicts the lowest loss in the time left.
 
@@ -272,6 +274,7 @@ def begin(
     block_size. Raises UserError if there is not enough time or memory for even one step.
 
     given: keys set by the user, which keep their values. saved: the checkpoint of a resumed run; None for a new run.
+    step: train_step() and compute_gradients() of train.py.
     """
     if dataset.task not in ("language modelling", "chat"):
         raise UserError(
@@ -282,7 +285,9 @@ def begin(
     # compiling takes about a minute, so a timed run compiles only if the user asks for it
     config = replace(config, compile=bool(config.compile))
     if not saved:
-        config, model_config = choose(config, model_config, given, dataset, clock, device)
+        config, model_config = choose(
+            config, model_config, given, dataset, clock, device, step
+        )
     return config, model_config, clock
 
 
@@ -293,12 +298,13 @@ def choose(
     dataset: TokenDataset,
     clock: Clock,
     device: torch.device,
+    step: tuple[Callable, Callable],
 ) -> tuple[TrainConfig, ModelConfig]:
     """Choose the settings that are not given: size, members, dropout, steps, weight decay and n-grams."""
 
     @cache
     def time_step(candidate: Candidate) -> float:
-        return seconds_per_step(*candidate[:2], dataset, device)
+        return seconds_per_step(*candidate[:2], dataset, device, *step)
 
     def find(config: TrainConfig) -> Candidate:
         tried = candidates(config, model_config, given, dataset, device)
@@ -458,23 +464,38 @@ def seconds_per_step(
     model_config: ModelConfig,
     dataset: TokenDataset,
     device: torch.device,
+    train_step: Callable,
+    compute_gradients: Callable,
 ) -> float:
     """Train a model of this size for a few steps. Returns the median time per step, in seconds."""
     dataset.resize(model_config.block_size)
-    model = make_model(config, model_config).to(device)
-    optimizer = make_optimizer(config, model)
+    micro_batches = config.gradient_accumulation_steps
+    config = replace(config, gradient_accumulation_steps=1)  # more would take as long each
+    model = make_model(config, model_config)
+    run = Run(
+        config=config,
+        process=Process(device),
+        device=device,
+        dtype=DTYPES[config.dtype],
+        dataset=dataset,
+        batches=dataset,
+        model=model,
+        net=model,
+        progress=Progress(),
+        scaler=torch.amp.GradScaler(device.type, enabled=False),
+        clock=StepClock(),
+    )
+    run.process.place(model, run)
+    run.optimizer = make_optimizer(config, model)
+    start_workers(run, compute_gradients)
     times = []
-    for index in range(PROBE_STEPS):
-        started = time.monotonic()
-        batch = to_device(dataset.batch(index, config.batch_size), device)
-        with autocast(device, DTYPES[config.dtype]):
-            _, value = model(**batch)
-        value.backward()
-        optimizer.step()
-        model.zero_grad()
-        value.item()  # waits for the GPU
-        times.append(time.monotonic() - started)
-    return statistics.median(times[1:]) * config.gradient_accumulation_steps
+    with run.process:
+        for index in range(PROBE_STEPS):
+            started = time.monotonic()
+            loss, _, _ = train_step(run, index)
+            loss.item()  # waits for the GPU
+            times.append(time.monotonic() - started)
+    return statistics.median(times[1:]) * micro_batches
 
 
 # --------------------------------------------------------------------------------------

@@ -28,11 +28,10 @@ from humptygpt.parallel.processes import (
     DataParallel,
     SharedOptimizer,
     raise_if_rank_died,
-    share_dropout,
 )
-from humptygpt.process import Share
 from humptygpt.run import Run
 from humptygpt.tasks import build
+from humptygpt.workers import add_seeds
 from model import Block
 
 
@@ -94,7 +93,7 @@ class FullySharded(DataParallel):
                 "parallel=fsdp does not support LoRA, snapshots or float16; use --parallel=ddp"
             )
         self.check(run)
-        share_dropout(model)
+        add_seeds(model)
         self.mesh = init_device_mesh(self.device.type, (self.size,))
         policy = precision(self.device, run.dtype)
         for block in blocks(model):
@@ -121,12 +120,10 @@ class FullySharded(DataParallel):
                 block.forward = torch.compile(block.forward, dynamic=dynamic)
         return model
 
-    def accumulate(
-        self, net: nn.Module, share: Share, last: bool
-    ) -> AbstractContextManager:
+    def syncing(self, net: nn.Module, last: bool) -> AbstractContextManager:
         """Sum gradients over ranks in the last share. Until then, each rank keeps unsharded gradients of its own."""
         net.set_requires_gradient_sync(last)
-        return super().accumulate(net, share, last=True)
+        return super().syncing(net, last=True)
 
     @raise_if_rank_died()
     def save(self, path: Path, entries: dict) -> None:

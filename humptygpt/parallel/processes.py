@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from humptygpt.cli import UserError, first_line
-from humptygpt.data import Dataset, count_targets
+from humptygpt.data import Dataset
 from humptygpt.optimizers import Optimizer
-from humptygpt.process import Process, Share, launched
+from humptygpt.process import Process, Share, launched, part_of
 from humptygpt.run import Run
 from humptygpt.settings import TrainConfig
 
@@ -50,25 +50,6 @@ def raise_if_rank_died() -> Iterator[None]:
             f"another process has ended or does not respond ({first_line(error)}), so the run ends;"
             " the last checkpoint is intact: continue from it with --init_from=resume"
         ) from error
-
-
-class SharedDropout(nn.Dropout):
-    """Dropout for some rows of a batch. On the CPU, it draws the same mask for them as a single process would."""
-
-    rows = None  # as in process.Share
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.rows is None or not self.training or x.device.type != "cpu":
-            return super().forward(x)
-        total, own = self.rows
-        return x * super().forward(x.new_ones(total, *x.shape[1:]))[own]
-
-
-def share_dropout(model: nn.Module) -> None:
-    """Replace each nn.Dropout with a SharedDropout."""
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Dropout:
-            model.set_submodule(name, SharedDropout(module.p))
 
 
 class SharedOptimizer(Optimizer):
@@ -149,8 +130,7 @@ class DataParallel(Process):
     def place(self, model: nn.Module, run: Run) -> None:
         """Check that the ranks can train this run together, and move a model of it to the device."""
         self.check(run)
-        share_dropout(model)
-        model.to(self.device)
+        super().place(model, run)
 
     @raise_if_rank_died()
     def check(self, run: Run) -> None:
@@ -190,31 +170,16 @@ class DataParallel(Process):
         shares, _ = super().shares(batches, config, step)
         parts = max(1, self.size // config.gradient_accumulation_steps)
         if parts > 1:
-            shares = [self.part(share, parts) for share in shares]
+            number = self.rank * parts // self.size
+            shares = [part_of(share, number, parts) for share in shares]
         # Ranks with equally many rows may have different numbers of targets. The sum also shows in one line that a rank
         # has died, before the forward pass of a sharded model fails because of that.
         tokens = sum(share.tokens for share in shares)
         return shares, int(self.sum(torch.tensor(tokens)))
 
-    def part(self, share: Share, parts: int) -> Share:
-        """Return this rank's rows of a micro-batch that several ranks share."""
-        total = len(share.batch["targets"])
-        number = self.rank * parts // self.size
-        start, end = total * number // parts, total * (number + 1) // parts
-        # With fewer rows than parts, some ranks get none. Every rank needs gradients, so they use row 0 with weight 0.
-        counts = start < end
-        own = slice(start, end) if counts else slice(1)
-        batch = {name: value[own] for name, value in share.batch.items()}
-        # A GPU cannot draw only some rows of a dropout mask, so on GPUs each part of a micro-batch draws its own mask.
-        key = share.key if self.device.type == "cpu" else (*share.key, number)
-        return Share(key, batch, counts * count_targets(batch), (total, own))
-
     @contextmanager
-    def accumulate(self, net: nn.Module, share: Share, last: bool) -> Iterator[None]:
+    def syncing(self, net: nn.Module, last: bool) -> Iterator[None]:
         """Compute the gradients of a share in this context. In the last share, gradients are averaged over ranks."""
-        for module in net.modules():
-            if isinstance(module, SharedDropout):
-                module.rows = share.rows
         with raise_if_rank_died(), nullcontext() if last else net.no_sync():
             yield
 

@@ -64,15 +64,17 @@ class DecoderBlock(Block):
             self.mlp_norm = NORMS[config.norm](config)
         self.conv = CausalConv(config) if mlp and config.mlp_conv else None
         self.mlp = mlp(config) if mlp else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.attn_dropout = nn.Dropout(config.dropout)
+        self.cross_dropout = nn.Dropout(config.dropout)
+        self.mlp_dropout = nn.Dropout(config.dropout)
 
 
 class PreNormDecoderBlock(DecoderBlock):
     def forward(self, x, shared, cache=None):
-        x = x + self.dropout(self.attn(self.attn_norm(x), shared, cache))
-        x = x + self.dropout(self.cross_attn(self.cross_norm(x), shared, cache))
+        x = x + self.attn_dropout(self.attn(self.attn_norm(x), shared, cache))
+        x = x + self.cross_dropout(self.cross_attn(self.cross_norm(x), shared, cache))
         if self.mlp:
-            x = x + self.dropout(self.feed_forward(self.mlp_norm(x), shared, cache))
+            x = x + self.mlp_dropout(self.feed_forward(self.mlp_norm(x), shared, cache))
         return x
 
 
@@ -80,10 +82,10 @@ class PostNormDecoderBlock(DecoderBlock):
     ends_with_norm = True
 
     def forward(self, x, shared, cache=None):
-        x = self.attn_norm(x + self.dropout(self.attn(x, shared, cache)))
-        x = self.cross_norm(x + self.dropout(self.cross_attn(x, shared, cache)))
+        x = self.attn_norm(x + self.attn_dropout(self.attn(x, shared, cache)))
+        x = self.cross_norm(x + self.cross_dropout(self.cross_attn(x, shared, cache)))
         if self.mlp:
-            x = self.mlp_norm(x + self.dropout(self.feed_forward(x, shared, cache)))
+            x = self.mlp_norm(x + self.mlp_dropout(self.feed_forward(x, shared, cache)))
         return x
 
 
@@ -91,10 +93,10 @@ class PlainDecoderBlock(DecoderBlock):
     residual = False
 
     def forward(self, x, shared, cache=None):
-        x = self.dropout(self.attn(self.attn_norm(x), shared, cache))
-        x = self.dropout(self.cross_attn(self.cross_norm(x), shared, cache))
+        x = self.attn_dropout(self.attn(self.attn_norm(x), shared, cache))
+        x = self.cross_dropout(self.cross_attn(self.cross_norm(x), shared, cache))
         if self.mlp:
-            x = self.dropout(self.feed_forward(self.mlp_norm(x), shared, cache))
+            x = self.mlp_dropout(self.feed_forward(self.mlp_norm(x), shared, cache))
         return x
 
 
@@ -103,9 +105,9 @@ class ParallelDecoderBlock(DecoderBlock):
 
     def forward(self, x, shared, cache=None):
         y = self.attn_norm(x)
-        x = x + self.dropout(self.attn(y, shared, cache))
-        x = x + self.dropout(self.cross_attn(y, shared, cache))
-        return x + self.dropout(self.feed_forward(y, shared, cache))
+        x = x + self.attn_dropout(self.attn(y, shared, cache))
+        x = x + self.cross_dropout(self.cross_attn(y, shared, cache))
+        return x + self.mlp_dropout(self.feed_forward(y, shared, cache))
 
 
 DECODER_BLOCKS = {

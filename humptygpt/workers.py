@@ -1,0 +1,209 @@
+"""Workers share a batch: processes that each compute the gradients of some of its rows on one core.
+
+They are forked from the process that trains and share its weights, gradients and optimizer state, so that they meet
+three times in a step. Threads that share each operator meet several hundred times in a step of a small model, and
+beside another program each time until the system lets both of them run. Threads that share a batch would wait for
+Python's lock just as often.
+"""
+
+import ctypes
+import gc
+import math
+import mmap
+import os
+import pickle
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import Connection, Pipe
+from threading import Thread
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from humptygpt.cli import UserError
+from humptygpt.data import random_key
+from humptygpt.optimizers import Optimizer, trained_parameters
+
+if TYPE_CHECKING:  # run.py imports this file
+    from humptygpt.run import Run
+
+CAN_FORK = sys.platform == "linux"
+PR_SET_PDEATHSIG = 1  # in sys/prctl.h
+
+
+class Workers:
+    """The process that trains, which is worker 0, and others that do parts of its tasks."""
+
+    def __init__(self, run: "Run", tasks: dict[str, Callable], count: int = 1):
+        """tasks: called as task(run, number of the worker, *arguments). Workers know the run as it is now."""
+        self.run = run
+        run.process.workers = self
+        self.tasks = tasks
+        self.count = count
+        self.others = []
+        self.gradients = []
+        if count == 1:
+            return
+        self.parameters = list(trained_parameters(run.model).values())
+        self.gradients = share_memory(self.parameters, run.optimizer, count)
+        run.optimizer.each = partial(self.each, "update")
+        # workers share all memory until somebody writes to it: give back what is free, and let no collection write
+        ctypes.CDLL(None).malloc_trim(0)
+        gc.freeze()
+        self.others = [self.fork(number) for number in range(1, count)]
+
+    def fork(self, number: int) -> tuple[int, Connection]:
+        """Start a worker, which ends when the process that trains ends. Returns its id and a pipe to it."""
+        ours, theirs = Pipe()
+        sys.stdout.flush()  # otherwise the worker would print what is still to be written
+        process = os.fork()
+        if process:
+            theirs.close()
+            return process, ours
+        try:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            for stop in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(stop, signal.SIG_IGN)
+            # in a thread of its own, because this one remembers OpenMP's threads, which were not forked
+            thread = Thread(target=self.obey, args=(number, theirs))
+            thread.start()
+            thread.join()
+        finally:
+            os._exit(1)
+
+    def obey(self, number: int, pipe: Connection) -> None:
+        while True:
+            name, arguments = pipe.recv()
+            try:
+                answer = self.do(name, number, *arguments), None
+            except Exception:
+                answer = None, traceback.format_exc()
+            # Connection.send() would pass tensors in files
+            pipe.send_bytes(pickle.dumps(answer))
+
+    def each(self, name: str, *arguments: object) -> list:
+        """Let each worker do its part of a task at the same time. Returns the results."""
+        with raise_if_worker_died():
+            for _, pipe in self.others:
+                pipe.send((name, arguments))
+        results = [self.do(name, 0, *arguments)]
+        for number, (_, pipe) in enumerate(self.others, start=1):
+            with raise_if_worker_died():
+                result, problem = pipe.recv()
+            if problem:
+                # the same computation in this process raises the exception as Python shows it
+                self.do(name, number, *arguments)
+                raise RuntimeError(problem)
+            results.append(result)
+        return results
+
+    def do(self, name: str, number: int, *arguments: object) -> object:
+        if self.gradients:
+            # every worker adds to gradients of its own, and updates weights with the sum, which is where worker 0's are
+            own = self.gradients[0 if name == "update" else number]
+            if name == "gradients":
+                torch._foreach_zero_(own)
+            for p, gradient in zip(self.parameters, own, strict=True):
+                p.grad = gradient
+        return self.tasks[name](self.run, number, *arguments)
+
+    def sum_gradients(self) -> None:
+        for others in self.gradients[1:]:
+            torch._foreach_add_(self.gradients[0], others)
+
+    def close(self) -> None:
+        for process, _ in self.others:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+        gc.unfreeze()
+
+
+@contextmanager
+def raise_if_worker_died() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        raise UserError(
+            "a process that trains on some rows of each batch was ended from outside; the last checkpoint is intact:"
+            " continue from it with --init_from=resume"
+        ) from error
+
+
+def to_shared_memory(tensors: list[Tensor]) -> list[Tensor]:
+    """Copy tensors to memory that processes forked later share."""
+    sizes = [64 * math.ceil(x.nbytes / 64) for x in tensors]
+    memory = torch.frombuffer(mmap.mmap(-1, sum(sizes)), dtype=torch.uint8)
+    copies = []
+    for x, part in zip(tensors, memory.split(sizes), strict=True):
+        copies.append(part[: x.nbytes].view(x.dtype).view(x.shape))
+        copies[-1].copy_(x)
+    return copies
+
+
+@torch.no_grad()
+def share_memory(
+    parameters: list[nn.Parameter], optimizer: Optimizer, count: int
+) -> list[list[Tensor]]:
+    """Move weights and the optimizer's state to shared memory. Returns gradients of 0 for each of the workers."""
+    for p, shared in zip(parameters, to_shared_memory(parameters), strict=True):
+        p.data = shared
+    if not optimizer.state:
+        optimizer.make_state()
+    places = [(state, key) for state in optimizer.state.values() for key in state]
+    tensors = to_shared_memory([state[key] for state, key in places])
+    for (state, key), shared in zip(places, tensors, strict=True):
+        state[key] = shared
+    return [
+        to_shared_memory([torch.zeros_like(p) for p in parameters]) for _ in range(count)
+    ]
+
+
+# --------------------------------------------------------------------------------------
+# Dropout
+
+
+class SeededDropout(nn.Dropout):
+    """Dropout that draws the mask of each row of a batch from a seed of its own.
+
+    So the masks are the same however rows are divided, and if activations are recomputed. A module that is called twice
+    draws the same mask twice. On a GPU, in a compiled model and for a tensor without rows, it is nn.Dropout.
+    """
+
+    seeds: list[int] | None = None  # one for each row
+
+    def __init__(self, p: float, number: int):
+        """number: which of the model's dropouts it is."""
+        super().__init__(p)
+        self.number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        has_rows = self.seeds and len(self.seeds) == len(x)
+        draws = self.training and self.p and x.is_cpu and has_rows
+        if not draws or torch.compiler.is_compiling():
+            return super().forward(x)
+        keep = torch.empty_like(x, memory_format=torch.contiguous_format)
+        generator = torch.Generator()
+        for row, seed in zip(keep, self.seeds, strict=True):
+            generator.manual_seed(random_key(seed, self.number))
+            row.bernoulli_(1 - self.p, generator=generator)
+        return x * keep.div_(1 - self.p)
+
+
+def add_seeds(model: nn.Module) -> None:
+    """Replace each nn.Dropout with a SeededDropout."""
+    for number, (name, module) in enumerate(list(model.named_modules())):
+        if type(module) is nn.Dropout:
+            model.set_submodule(name, SeededDropout(module.p, number))
+
+
+def set_seeds(model: nn.Module, seeds: list[int]) -> None:
+    """Seed the random numbers for the rows that the model is about to train on."""
+    torch.manual_seed(seeds[0])  # on a GPU, or if the model draws numbers of its own
+    for module in model.modules():
+        if isinstance(module, SeededDropout):
+            module.seeds = seeds

@@ -1,0 +1,310 @@
+"""Workers that share a batch compute what one process computes, and end with it."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_RUN, assert_same_weights, read_rows
+
+import model as models
+import train
+from humptygpt import machine, process, setup
+from humptygpt.checks import sharing_problem
+from humptygpt.cli import UserError
+from humptygpt.data import TokenDataset
+from humptygpt.process import PARAMETERS_PER_TOKEN, count_workers, part_of
+from humptygpt.settings import TrainConfig
+from humptygpt.tasks import build
+from humptygpt.workers import CAN_FORK
+from model import ModelConfig
+
+pytestmark = pytest.mark.skipif(not CAN_FORK, reason="workers are forked")
+SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=11)
+LONGER = ["--max_iters=20", "--dropout=0.2", "--eval_interval=20"]
+
+
+@pytest.fixture(autouse=True)
+def cores(monkeypatch):
+    monkeypatch.setattr(process, "usable_cores", lambda: 8)
+
+
+def losses(rows: list[dict]) -> list[float]:
+    return [row["train_loss"] for row in rows if "train_loss" in row]
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return torch.load("out/run/ckpt.pt", weights_only=True)["model"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "tolerance"),
+    [
+        (["--optimizer=adamw"], 1e-5),
+        (["--optimizer=muon"], 1e-3),
+        (["--optimizer=normuon", "--mlp_conv=3", "--checkpoint_activations=True"], 1e-3),
+        (["--optimizer=muon", "--n_members=3"], 1e-3),
+        (["--dtype=bfloat16", "--muon_dtype=bfloat16", "--optimizer=normuon"], 5e-3),
+        (["--gradient_accumulation_steps=2", "--ngram_targets=0.3"], 1e-5),
+    ],
+)
+def test_any_number_of_workers_has_the_losses_of_one_dropout_included(
+    run_train, argv, tolerance
+):
+    expected = run_train(*LONGER, *argv)
+    for count in (2, 4):
+        rows = run_train(*LONGER, *argv, f"--threads={count}")
+        assert losses(rows) == pytest.approx(losses(expected), abs=tolerance)
+        assert rows[-1]["val_loss"] == pytest.approx(
+            expected[-1]["val_loss"], abs=tolerance
+        )
+
+
+def test_the_same_seed_and_number_of_workers_gives_the_same_bits(run_train):
+    argv = [*LONGER, "--optimizer=normuon", "--threads=4"]
+    rows, first = run_train(*argv), weights()
+    assert run_train(*argv) == rows
+    assert_same_weights(weights(), first)
+
+
+def test_workers_share_batches_of_sentence_pairs_whose_numbers_of_rows_differ(
+    pairs, run_train
+):
+    argv = ["--dataset=pairs", "--model=transformer", "--block_size=40", "--dropout=0.2"]
+    expected = losses(run_train(*argv))
+    found = losses(run_train(*argv, "--threads=3"))
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_run_may_go_on_with_another_number_of_workers_and_says_so(run_train, capsys):
+    expected = losses(run_train(*LONGER))
+    first = losses(
+        run_train(*LONGER, "--max_iters=8", "--lr_decay_iters=20", "--threads=2")
+    )
+    resume = ["--init_from=resume", "--out_dir=out/run", "--max_iters=20"]
+    capsys.readouterr()
+    assert train.main([*resume, "--threads=4"]) == 0
+    assert "note: threads=4 instead of 2: losses stay the same" in capsys.readouterr().err
+    found = losses(read_rows(Path("out/run")))
+    assert found[:8] == first and found == pytest.approx(expected, abs=1e-4)
+
+
+# --------------------------------------------------------------------------------------
+# When they share
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"batch_size": 4, "threads": 1}, 1),
+        ({"batch_size": 4, "threads": 2}, 2),
+        ({"batch_size": 4, "threads": 8}, 4),
+        ({"batch_size": 6, "threads": 4}, 3),
+        ({"batch_size": 5, "threads": 4}, 1),
+        ({"batch_size": 1, "threads": 8}, 1),
+        ({"batch_size": 4, "threads": 2, "compile": True}, 1),
+    ],
+)
+def test_as_many_share_as_can_take_equally_many_rows(keys, expected):
+    config, model = TrainConfig(**keys), build(SMALL)
+    assert count_workers(config, model, torch.device("cpu"), False) == expected
+    assert count_workers(config, model, torch.device("mps"), False) == 1
+
+
+def test_threads_share_operators_if_a_model_is_large_for_a_workers_tokens():
+    tokens = 2 * 16
+    for extra, expected in ((0, 2), (1, 1)):
+        model = build(SMALL)
+        missing = PARAMETERS_PER_TOKEN * tokens + extra - models.count_parameters(model)
+        model.more = torch.nn.Parameter(torch.zeros(missing, device="meta"))
+        config = TrainConfig(batch_size=4, threads=2)
+        assert count_workers(config, model, torch.device("cpu"), False) == expected
+
+
+class Noisy(models.MLP):
+    def forward(self, x):
+        return super().forward(x) + 0.1 * torch.randn_like(x)
+
+
+class Counting(models.MLP):
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += self.training
+        return super().forward(x)
+
+
+class Balanced(models.MLP):
+    def forward(self, x):
+        return super().forward(x - x.mean(dim=(0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("mlp", "problem"),
+    [
+        (Noisy, "model.py draws random numbers of its own"),
+        (Counting, "model.py changes a buffer in training"),
+        (Balanced, "the loss of a batch is not the mean of its rows' losses"),
+    ],
+)
+def test_a_model_whose_rows_cannot_be_divided_is_trained_as_a_whole_and_train_py_says_why(
+    mlp, problem, run_train, monkeypatch, capsys
+):
+    monkeypatch.setitem(models.MLPS, "plain", mlp)
+    expected = run_train("--dropout=0.1")
+    capsys.readouterr()
+    rows = run_train("--dropout=0.1", "--threads=2")
+    printed = capsys.readouterr()
+    assert f"not the batch, which is slower: {problem}" in printed.err
+    assert "2 threads" in printed.out
+    assert losses(rows) == pytest.approx(losses(expected), abs=1e-5)
+
+
+def test_dropout_and_smoothed_labels_are_no_problem():
+    for keys in ({"dropout": 0.3}, {"label_smoothing": 0.1}, {"n_members": 2}):
+        assert sharing_problem(build(replace(SMALL, **keys))) is None
+
+
+def test_the_parts_of_a_share_are_its_rows():
+    batch = {"idx": torch.arange(10).view(5, 2), "targets": torch.arange(10).view(5, 2)}
+    share = process.Share(batch, 10, [*range(5)])
+    for count in (1, 2, 3, 5):
+        parts = [part_of(share, number, count) for number in range(count)]
+        assert torch.cat([part.batch["idx"] for part in parts]).equal(batch["idx"])
+        assert [seed for part in parts for seed in part.seeds] == share.seeds
+        assert sum(part.tokens for part in parts) == 10
+    parts = [part_of(share, number, 7) for number in range(7)]
+    assert sum(part.tokens for part in parts) == 10
+    assert min(len(part.batch["idx"]) for part in parts) == 1
+
+
+def test_minutes_times_steps_of_workers(tiny, monkeypatch):
+    counts = []
+    step = train.train_step
+
+    def counted(run, index):
+        counts.append(run.process.workers.count)
+        return step(run, index)
+
+    monkeypatch.setattr(train, "train_step", counted)
+    argv = ["--dataset=tiny", "--dtype=float32", "--muon_dtype=float32", "--threads=2"]
+    monkeypatch.setattr(machine, "STARTED", time.monotonic())
+    assert train.main([*argv, "--minutes=0.1", "--n_layer=1", "--n_embd=32"]) == 0
+    assert set(counts) == {2}
+
+
+# --------------------------------------------------------------------------------------
+# What goes wrong
+
+
+@pytest.fixture
+def fail_for(monkeypatch):
+    """A function that lets the loss of training raise an exception for what it is given to choose."""
+    loss = models.GPT.loss
+
+    def replace_loss(chosen) -> None:
+        def failing(self, logits, targets):
+            if self.training and len(targets) < 4 and chosen(targets):
+                raise ArithmeticError("of a user")
+            return loss(self, logits, targets)
+
+        monkeypatch.setattr(models.GPT, "loss", failing)
+        # it would try the model with other rows
+        monkeypatch.setattr(train, "check_model", lambda model: None)
+        monkeypatch.setattr(setup, "sharing_problem", lambda model: None)
+
+    return replace_loss
+
+
+@pytest.mark.parametrize("row", [0, 2])
+def test_an_exception_of_any_worker_is_shown_as_python_shows_ours(
+    run_train, fail_for, monkeypatch, row
+):
+    seen = []
+    fail_for(lambda targets: seen and targets[0].equal(seen[0]["targets"][row]))
+    batch = TokenDataset.batch
+
+    def recorded(self, index, batch_size):
+        seen.append(batch(self, index, batch_size))
+        return seen[-1]
+
+    monkeypatch.setattr(TokenDataset, "batch", recorded)
+    with pytest.raises(ArithmeticError) as caught:
+        run_train("--threads=2")
+    assert caught.traceback[-1].name == "failing"
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_an_exception_that_only_a_worker_meets_is_shown_with_its_line(run_train, fail_for):
+    ours = os.getpid()
+    fail_for(lambda targets: os.getpid() != ours)
+    with pytest.raises(
+        RuntimeError, match=r"line [0-9]+, in failing\n.*\nArithmeticError: of a"
+    ):
+        run_train("--threads=2")
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_one_line(tiny, monkeypatch):
+    step = train.train_step
+
+    def killing(run, index):
+        if index == 4:
+            os.kill(run.process.workers.others[0][0], signal.SIGKILL)
+        return step(run, index)
+
+    monkeypatch.setattr(train, "train_step", killing)
+    with pytest.raises(UserError, match="was ended from outside; the last checkpoint"):
+        train.main([*TINY_RUN, "--threads=2"])
+    monkeypatch.setattr(train, "train_step", step)
+    assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
+
+
+@pytest.fixture
+def command(tiny):
+    """train.py, started by a command with two workers, after its first step."""
+    argv = [sys.executable, "-u", ROOT / "train.py", *TINY_RUN, "--max_iters=100000"]
+    env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    with subprocess.Popen(
+        [*argv, "--threads=2"],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as started:
+        while not started.stdout.readline().startswith("iter 2/"):
+            assert started.poll() is None
+        yield started
+        started.kill()
+
+
+def worker_of(started: subprocess.Popen) -> int:
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text()
+    (worker,) = map(int, children.split())
+    return os.pidfd_open(worker)
+
+
+@pytest.mark.skipif(process.usable_cores() < 2, reason="needs two cores")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_the_process_that_trains(command, number):
+    worker = worker_of(command)
+    command.send_signal(number)
+    poll = select.poll()
+    poll.register(worker, select.POLLIN)
+    assert poll.poll(30_000)
+
+
+@pytest.mark.skipif(process.usable_cores() < 2, reason="needs two cores")
+def test_ctrl_c_which_workers_also_receive_saves_and_stops(command):
+    os.killpg(command.pid, signal.SIGINT)
+    rest = command.stdout.read()
+    assert "SIGINT: saved out/run/ckpt.pt at iter" in rest and "Traceback" not in rest
+    assert command.wait() == 128 + signal.SIGINT
