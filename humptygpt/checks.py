@@ -90,30 +90,29 @@ def problems(model: nn.Module) -> Iterator[str]:
 
 def sharing_problem(model: nn.Module) -> str | None:
     """Say why workers cannot each train on some rows of a batch; None if they can."""
-    with torch.random.fork_rng(devices=[]):
-        try:
+    try:
+        with torch.random.fork_rng(devices=[]):
             small, text = smaller(model, model.config.dropout)
             add_seeds(small)
             randomize(small)
             text["targets"] = text["idx"]
-            batch = {name: torch.cat([x, x.flip(1)]) for name, x in text.items()}
-            buffers = [x.clone() for x in small.buffers()]
-            set_seeds(small, [0, 1])
-            before = torch.get_rng_state()
-            loss = small(**batch)[1]
-            drawn = not torch.equal(before, torch.get_rng_state())
-            if not all(map(torch.equal, small.buffers(), buffers)):
-                return "model.py changes a buffer in training"
-            rows = []
-            for row in range(2):
-                set_seeds(small, [row])
-                part = {name: x[row : row + 1] for name, x in batch.items()}
-                rows.append(small(**part)[1])
-        except Exception as error:
-            return describe(error)
-    if drawn:
-        return "model.py draws random numbers of its own"
-    if not is_close(sum(rows) / 2, loss):
+
+            def loss(rows: slice) -> Tensor:
+                set_seeds(small, [0, 1][rows])
+                return small(
+                    **{k: torch.cat([x, x.flip(1)])[rows] for k, x in text.items()}
+                )[1]
+
+            each = loss(slice(1)), loss(slice(1, 2))
+            set_seeds(small, [0])
+            before = [x.clone() for x in (torch.get_rng_state(), *small.buffers())]
+            whole = loss(slice(2))
+            after = torch.get_rng_state(), *small.buffers()
+    except Exception as error:
+        return describe(error)
+    if not all(map(torch.equal, before, after)):
+        return "in training, model.py changes a buffer or draws random numbers of its own"
+    if not is_close(sum(each) / 2, whole):
         return "the loss of a batch is not the mean of its rows' losses"
     return None
 

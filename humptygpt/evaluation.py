@@ -35,7 +35,7 @@ def evaluate(
     if process.workers and net is run.net:
         parts = process.workers.each("losses", eval_iters)
     else:
-        parts = [batch_losses(run, net, eval_iters, process.rank, process.size)]
+        parts = [batch_losses(run, 0, eval_iters, net)]
     # every process fills its own places, so that the sum has the losses of all batches in their order
     table = torch.zeros(len(parts[0]), process.size * len(parts), 2, dtype=torch.float64)
     table[:, process.rank : process.rank + len(parts)] = torch.stack(parts, dim=1)
@@ -45,22 +45,22 @@ def evaluate(
     return float(mean), standard_error(losses - mean, weights)
 
 
-def losses(run: Run, worker: int, eval_iters: int | None) -> Tensor:
-    """Compute a worker's part of the losses of an evaluation set."""
-    first, every = run.process.rank + worker, run.process.size * run.process.workers.count
-    return batch_losses(run, run.net, eval_iters, first, every)
-
-
 @torch.no_grad()
 def batch_losses(
-    run: Run, net: nn.Module, eval_iters: int | None, first: int, every: int
+    run: Run, worker: int, eval_iters: int | None, net: nn.Module | None = None
 ) -> Tensor:
-    """Return the mean loss and the number of targets of every n-th batch from the first on, float64 (batches, 2)."""
+    """Return the mean loss and the number of targets of each of a worker's batches, float64 (batches, 2).
+
+    net: None: the net in training, of whose batches each worker takes some; another one evaluates those of all workers.
+    """
+    process = run.process
+    workers = 1 if net else process.workers.count
+    net = net or run.net
     was_training = net.training
     net.eval()
     losses, weights = [], []
     batches = run.dataset.val_batches(run.config.batch_size, eval_iters)
-    for batch in own_batches(batches, first, every):
+    for batch in own_batches(batches, process.rank + worker, process.size * workers):
         with autocast(run.device, run.dtype):
             _, loss = net(**to_device(batch, run.device))
         losses.append(loss)

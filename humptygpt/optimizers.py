@@ -60,8 +60,7 @@ class Optimizer:
 
     def step(self) -> None:
         """Update every parameter that has a gradient."""
-        if not self.state:
-            self.make_state()
+        self.make_state()
         self.each([group["lr"] for group in self.param_groups], self.steps + 1)
 
     @torch.no_grad()
@@ -93,8 +92,8 @@ class Optimizer:
         }
 
     def make_state(self) -> None:
-        """Set the state of every parameter to zeros."""
-        self.state = {
+        """Set the state of every parameter to zeros, unless it has one."""
+        self.state = self.state or {
             name: {key: torch.zeros_like(x) for key, x in like.items()}
             for name, like in self.state_like().items()
         }
@@ -262,7 +261,7 @@ def per_neuron(p: Tensor) -> Tensor:
     return p[:, :1] if p.shape[0] >= p.shape[1] else p[:1]
 
 
-ADAMW = Rule(adamw, {"exp_avg": whole, "exp_avg_sq": whole})
+ADAMW = Rule(adamw, {"exp_avg": whole, "exp_avg_sq": whole}, by_parameter=True)
 # rules for the matrices in the blocks; AdamW updates all other parameters
 OPTIMIZERS = {
     "adamw": ADAMW,

@@ -454,7 +454,11 @@ def start_workers(run: Run, compute_gradients: Callable) -> None:
         count = 1
     if config.threads:
         torch.set_num_threads(config.threads // count)
-    tasks = {"gradients": compute_gradients, "losses": evaluation.losses, "update": update}
+    tasks = {
+        "gradients": compute_gradients,
+        "losses": evaluation.batch_losses,
+        "update": update,
+    }
     Workers(run, tasks, count)
 
 

@@ -8,7 +8,6 @@ Python's lock just as often.
 
 import ctypes
 import gc
-import math
 import mmap
 import os
 import pickle
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from humptygpt.cli import UserError
 from humptygpt.data import random_key
-from humptygpt.optimizers import Optimizer, trained_parameters
+from humptygpt.optimizers import trained_parameters
 
 if TYPE_CHECKING:  # run.py imports this file
     from humptygpt.run import Run
@@ -50,8 +49,13 @@ class Workers:
         if count == 1:
             return
         self.parameters = list(trained_parameters(run.model).values())
-        self.gradients = share_memory(self.parameters, run.optimizer, count)
+        for p in self.parameters:
+            p.data = shared(p.data)
+        run.optimizer.make_state()
+        for state in run.optimizer.state.values():
+            state |= {key: shared(x) for key, x in state.items()}
         run.optimizer.each = partial(self.each, "update")
+        self.gradients = [[shared(p.data) for p in self.parameters] for _ in range(count)]
         # workers share all memory until somebody writes to it: give back what is free, and let no collection write
         ctypes.CDLL(None).malloc_trim(0)
         gc.freeze()
@@ -134,33 +138,10 @@ def raise_if_worker_died() -> Iterator[None]:
         ) from error
 
 
-def to_shared_memory(tensors: list[Tensor]) -> list[Tensor]:
-    """Copy tensors to memory that processes forked later share."""
-    sizes = [64 * math.ceil(x.nbytes / 64) for x in tensors]
-    memory = torch.frombuffer(mmap.mmap(-1, sum(sizes)), dtype=torch.uint8)
-    copies = []
-    for x, part in zip(tensors, memory.split(sizes), strict=True):
-        copies.append(part[: x.nbytes].view(x.dtype).view(x.shape))
-        copies[-1].copy_(x)
-    return copies
-
-
-@torch.no_grad()
-def share_memory(
-    parameters: list[nn.Parameter], optimizer: Optimizer, count: int
-) -> list[list[Tensor]]:
-    """Move weights and the optimizer's state to shared memory. Returns gradients of 0 for each of the workers."""
-    for p, shared in zip(parameters, to_shared_memory(parameters), strict=True):
-        p.data = shared
-    if not optimizer.state:
-        optimizer.make_state()
-    places = [(state, key) for state in optimizer.state.values() for key in state]
-    tensors = to_shared_memory([state[key] for state, key in places])
-    for (state, key), shared in zip(places, tensors, strict=True):
-        state[key] = shared
-    return [
-        to_shared_memory([torch.zeros_like(p) for p in parameters]) for _ in range(count)
-    ]
+def shared(x: Tensor) -> Tensor:
+    """Copy a tensor to memory that processes forked later share."""
+    memory = mmap.mmap(-1, x.nbytes)
+    return torch.frombuffer(memory, dtype=x.dtype).view(x.shape).copy_(x)
 
 
 # --------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from model import ModelConfig
 
 pytestmark = pytest.mark.skipif(not CAN_FORK, reason="workers are forked")
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=11)
+OWN = "in training, model.py changes a buffer or draws random numbers of its own"
 LONGER = ["--max_iters=20", "--dropout=0.2", "--eval_interval=20"]
 
 
@@ -150,8 +151,8 @@ class Balanced(models.MLP):
 @pytest.mark.parametrize(
     ("mlp", "problem"),
     [
-        (Noisy, "model.py draws random numbers of its own"),
-        (Counting, "model.py changes a buffer in training"),
+        (Noisy, OWN),
+        (Counting, OWN),
         (Balanced, "the loss of a batch is not the mean of its rows' losses"),
     ],
 )
