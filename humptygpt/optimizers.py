@@ -61,14 +61,12 @@ class Optimizer:
     def step(self) -> None:
         """Update every parameter that has a gradient."""
         self.make_state()
-        self.each([group["lr"] for group in self.param_groups], self.steps + 1)
+        self.each([group["lr"] for group in self.param_groups])
 
     @torch.no_grad()
-    def update(
-        self, rates: list[float], steps: int, worker: int = 0, workers: int = 1
-    ) -> None:
+    def update(self, rates: list[float], worker: int = 0, workers: int = 1) -> None:
         """Do a worker's part of a step: some of the parameters of a rule that allows that, otherwise worker 0 all."""
-        self.steps = steps
+        self.steps += 1
         for group, group["lr"] in zip(self.param_groups, rates, strict=True):
             slots = []
             for name, p in group["named_params"].items():

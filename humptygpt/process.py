@@ -17,15 +17,10 @@ from humptygpt.device import THREADS, pick_device, pick_dtype, training_dtype
 from humptygpt.machine import usable_cores
 from humptygpt.optimizers import Optimizer
 from humptygpt.settings import TrainConfig
-from humptygpt.workers import CAN_FORK, Workers, add_seeds
-from model import count_parameters
+from humptygpt.workers import Workers, add_seeds
 
 if TYPE_CHECKING:  # run.py imports this file
     from humptygpt.run import Run
-
-# Workers share the batch if the model has at most this many parameters for each token of a worker: above that, the sum
-# of their gradients and the conversion of weights to bfloat16 take longer than the waits of shared operators
-PARAMETERS_PER_TOKEN = 50_000
 
 
 class Share(NamedTuple):
@@ -149,22 +144,6 @@ def tune(config: TrainConfig, process: Process) -> TrainConfig:
         # another number of processes may have more threads each
         threads=threads if process.size == 1 else None,
     )
-
-
-def count_workers(
-    config: TrainConfig, model: nn.Module, device: torch.device, batches_vary: bool
-) -> int:
-    """Return how many workers share a batch: as many as can take equally many rows; 1: threads share operators.
-
-    batches_vary: whether batches have different, but many rows.
-    """
-    threads = config.threads or THREADS
-    if not CAN_FORK or device.type != "cpu" or config.compile:
-        return 1
-    divisors = (n for n in range(1, threads + 1) if config.batch_size % n == 0)
-    count = threads if batches_vary else max(divisors)
-    tokens = config.batch_size * model.config.block_size / count
-    return count if count_parameters(model) <= PARAMETERS_PER_TOKEN * tokens else 1
 
 
 # --------------------------------------------------------------------------------------

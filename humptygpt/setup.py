@@ -4,6 +4,7 @@ import importlib.util
 import math
 import re
 import shlex
+import sys
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -30,7 +31,7 @@ from humptygpt.loading import (
 from humptygpt.loggers import chosen_loggers
 from humptygpt.machine import GIVEN
 from humptygpt.optimizers import freeze
-from humptygpt.process import Process, count_workers, launched, restarted
+from humptygpt.process import Process, launched, restarted
 from humptygpt.report import memory_report
 from humptygpt.run import MOVING, Progress, Run, lock_out_dir, refuse_earlier_run
 from humptygpt.settings import (
@@ -58,6 +59,9 @@ from model import ModelConfig, Stack, count_parameters
 
 # on a GPU, a run of at least this many micro-batches is compiled, which takes a minute
 LONG = 20_000
+# Workers share a batch if the model has at most this many parameters for each token of a worker: above that, the sum of
+# their gradients and the conversion of weights to bfloat16 take longer than the waits of threads that share operators
+PARAMETERS_PER_TOKEN = 50_000
 # settings that the machine chooses if the user does not
 MEASURED = ("dtype", "muon_dtype", "threads")
 
@@ -445,26 +449,32 @@ def make_net(run: Run) -> nn.Module:
 
 def start_workers(run: Run, compute_gradients: Callable) -> None:
     """Let workers share each batch, if that is faster and computes the same gradients."""
-    config = run.config
-    count = 1
-    if run.process.size == 1 and run.net is run.model:
-        count = count_workers(config, run.model, run.device, run.task.batches_vary)
+    count = count_workers(run)
     if count > 1 and (problem := sharing_problem(run.model)):
         note(f"threads share each operator, not the batch, which is slower: {problem}")
         count = 1
-    if config.threads:
-        torch.set_num_threads(config.threads // count)
+    if run.config.threads:
+        torch.set_num_threads(run.config.threads // count)
     tasks = {
         "gradients": compute_gradients,
         "losses": evaluation.batch_losses,
-        "update": update,
+        "update": lambda run, worker, rates: run.optimizer.update(rates, worker, count),
     }
     Workers(run, tasks, count)
 
 
-def update(run: Run, worker: int, rates: list[float], steps: int) -> None:
-    """Update a worker's part of the weights."""
-    run.optimizer.update(rates, steps, worker, run.process.workers.count)
+def count_workers(run: Run) -> int:
+    """Return how many workers share a batch: as many as can take equally many rows; 1: threads share operators."""
+    config = run.config
+    compiled_or_shared = run.net is not run.model or run.process.size > 1
+    if compiled_or_shared or run.device.type != "cpu" or sys.platform != "linux":
+        return 1
+    sizes = range(1, config.threads + 1)
+    if not run.task.batches_vary:  # otherwise there are many rows
+        sizes = [count for count in sizes if config.batch_size % count == 0]
+    tokens = config.batch_size * run.model.config.block_size / sizes[-1]
+    fits = count_parameters(run.model) <= PARAMETERS_PER_TOKEN * tokens
+    return sizes[-1] if fits else 1
 
 
 def compile_now(run: Run, net: nn.Module) -> None:

@@ -31,7 +31,6 @@ from humptygpt.optimizers import trained_parameters
 if TYPE_CHECKING:  # run.py imports this file
     from humptygpt.run import Run
 
-CAN_FORK = sys.platform == "linux"
 PR_SET_PDEATHSIG = 1  # in sys/prctl.h
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,17 +16,16 @@ from conftest import ROOT, TINY_RUN, assert_same_weights, read_rows
 
 import model as models
 import train
-from humptygpt import machine, process, setup
+from humptygpt import evaluation, machine, process, setup
 from humptygpt.checks import sharing_problem
 from humptygpt.cli import UserError
 from humptygpt.data import TokenDataset
-from humptygpt.process import PARAMETERS_PER_TOKEN, count_workers, part_of
+from humptygpt.process import part_of
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build
-from humptygpt.workers import CAN_FORK
 from model import ModelConfig
 
-pytestmark = pytest.mark.skipif(not CAN_FORK, reason="workers are forked")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=11)
 OWN = "in training, model.py changes a buffer or draws random numbers of its own"
 LONGER = ["--max_iters=20", "--dropout=0.2", "--eval_interval=20"]
@@ -100,6 +100,18 @@ def test_a_run_may_go_on_with_another_number_of_workers_and_says_so(run_train, c
 # When they share
 
 
+def run_of(config: TrainConfig, device: str = "cpu") -> SimpleNamespace:
+    model = build(SMALL)
+    return SimpleNamespace(
+        config=config,
+        model=model,
+        net=model,
+        device=torch.device(device),
+        process=process.Process(torch.device(device)),
+        task=evaluation.TEXT,
+    )
+
+
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
@@ -109,23 +121,25 @@ def test_a_run_may_go_on_with_another_number_of_workers_and_says_so(run_train, c
         ({"batch_size": 6, "threads": 4}, 3),
         ({"batch_size": 5, "threads": 4}, 1),
         ({"batch_size": 1, "threads": 8}, 1),
-        ({"batch_size": 4, "threads": 2, "compile": True}, 1),
     ],
 )
-def test_as_many_share_as_can_take_equally_many_rows(keys, expected):
-    config, model = TrainConfig(**keys), build(SMALL)
-    assert count_workers(config, model, torch.device("cpu"), False) == expected
-    assert count_workers(config, model, torch.device("mps"), False) == 1
+def test_as_many_share_as_can_take_equally_many_rows(keys, expected, monkeypatch):
+    run = run_of(TrainConfig(**keys))
+    assert setup.count_workers(run) == expected
+    run.net = None  # compiled
+    assert setup.count_workers(run) == 1
+    assert setup.count_workers(run_of(TrainConfig(**keys), "mps")) == 1
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert setup.count_workers(run_of(TrainConfig(**keys))) == 1
 
 
 def test_threads_share_operators_if_a_model_is_large_for_a_workers_tokens():
-    tokens = 2 * 16
+    run = run_of(TrainConfig(batch_size=4, threads=2))
+    most = setup.PARAMETERS_PER_TOKEN * 2 * 16
+    missing = most - models.count_parameters(run.model)
     for extra, expected in ((0, 2), (1, 1)):
-        model = build(SMALL)
-        missing = PARAMETERS_PER_TOKEN * tokens + extra - models.count_parameters(model)
-        model.more = torch.nn.Parameter(torch.zeros(missing, device="meta"))
-        config = TrainConfig(batch_size=4, threads=2)
-        assert count_workers(config, model, torch.device("cpu"), False) == expected
+        run.model.more = torch.nn.Parameter(torch.zeros(missing + extra, device="meta"))
+        assert setup.count_workers(run) == expected
 
 
 class Noisy(models.MLP):
