@@ -112,6 +112,14 @@ def test_orthogonalize_moves_all_singular_values_near_1_and_keeps_the_singular_v
     torch.testing.assert_close(u @ vh, a @ bh, atol=tolerance, rtol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 32), (3, 32, 8), (3, 16, 16)])
+def test_polynomials_that_are_multiplied_first_compute_the_iteration(shape):
+    """float64 takes the iteration for every shape."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = orthogonalize(x.double(), torch.float64).float()
+    torch.testing.assert_close(orthogonalize(x), expected, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize(("name", "scale"), [("attn.k_proj", 1), ("mlp.up_proj", 2)])
 def test_muon_updates_by_the_orthogonalized_nesterov_momentum(name, scale):
     """scale: the square root of rows / columns."""
