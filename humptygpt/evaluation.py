@@ -36,10 +36,7 @@ def evaluate(
         parts = process.workers.each("losses", eval_iters)
     else:
         parts = [batch_losses(run, 0, eval_iters, net)]
-    # every process fills its own places, so that the sum has the losses of all batches in their order
-    table = torch.zeros(len(parts[0]), process.size * len(parts), 2, dtype=torch.float64)
-    table[:, process.rank : process.rank + len(parts)] = torch.stack(parts, dim=1)
-    rows = np.array(process.sum(table).flatten(0, 1).tolist())
+    rows = np.array(process.sum(sum(parts)).tolist())
     losses, weights = rows[rows[:, 1] > 0].T
     mean = losses @ weights / weights.sum()
     return float(mean), standard_error(losses - mean, weights)
@@ -49,24 +46,29 @@ def evaluate(
 def batch_losses(
     run: Run, worker: int, eval_iters: int | None, net: nn.Module | None = None
 ) -> Tensor:
-    """Return the mean loss and the number of targets of each of a worker's batches, float64 (batches, 2).
+    """Return the mean loss and the number of targets of each batch, float64 (batches, 2).
 
-    net: None: the net in training, of whose batches each worker takes some; another one evaluates those of all workers.
+    Every worker and every process fills its own places and leaves 0 in the others. net: None: the net in training; of
+    another one, a process evaluates the batches of all its workers.
     """
     process = run.process
-    workers = 1 if net else process.workers.count
+    every = process.size * (1 if net else process.workers.count)
+    first = process.rank + worker
     net = net or run.net
     was_training = net.training
     net.eval()
     losses, weights = [], []
     batches = run.dataset.val_batches(run.config.batch_size, eval_iters)
-    for batch in own_batches(batches, process.rank + worker, process.size * workers):
+    for batch in own_batches(batches, first, every):
         with autocast(run.device, run.dtype):
             _, loss = net(**to_device(batch, run.device))
         losses.append(loss)
         weights.append(count_targets(batch))
     net.train(was_training)
-    return torch.stack([torch.stack(losses).cpu().double(), torch.tensor(weights)], dim=1)
+    table = torch.zeros(every * len(losses), 2, dtype=torch.float64)
+    table[first::every, 0] = torch.stack(losses).cpu().double()
+    table[first::every, 1] = torch.tensor(weights)
+    return table
 
 
 def standard_error(deviations: np.ndarray, weights: np.ndarray) -> float | None:

@@ -49,10 +49,10 @@ def summary(run: Run) -> str:
     processes = f", {run.process.size} processes" if run.process.size > 1 else ""
     if run.device.type == "cpu":
         threads = torch.get_num_threads()
-        cores = f"{threads} thread{'s' * (threads > 1)}"
-        if run.process.workers and (count := run.process.workers.count) > 1:
-            cores = f"{count} workers" + f" of {cores}" * (threads > 1)
-        processes = f", {cores}{processes}"
+        if run.process.workers and run.process.workers.count > 1:
+            processes = f", {run.process.workers.count} workers"
+        else:
+            processes = f", {threads} thread{'s' * (threads > 1)}{processes}"
     return (
         f"data: {dataset.meta['source']}, {len(dataset.train):,} tokens to train on,"
         f" vocabulary of {run.model.config.vocab_size:,}\n"
