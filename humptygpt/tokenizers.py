@@ -155,11 +155,10 @@ class SentencePieceTokenizer(Tokenizer):
             raise ValueError("the model lacks a token that any text may need")
 
     def encode(self, text: str) -> np.ndarray:
-        parts = re.split("([\n▁])", text)
-        plain = [part for part in parts if part not in self._separators]
-        encoded = iter(self.model.encode(plain, num_threads=1))
-        ids = (self._separators.get(part) or next(encoded) for part in parts)
-        return np.fromiter(chain(*ids), dtype=np.int64) - 1
+        parts = re.split("([\n▁])", text)  # every second part is a separator
+        parts[::2] = self.model.encode(parts[::2], num_threads=1)
+        parts[1::2] = map(self._separators.get, parts[1::2])
+        return np.fromiter(chain(*parts), dtype=np.int64) - 1
 
     def state(self) -> dict:
         return super().state() | {"proto": base64.b64encode(self.proto).decode()}

@@ -147,9 +147,9 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | Path | PairFi
         with path.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
         return path, "standard input"
-    if config.input is not None and config.input.lower().endswith(ARCHIVES):
-        return unpack(Path(config.input), folder / PREPARING / "unpacked"), config.input
     if config.input is not None:
+        if config.input.lower().endswith(ARCHIVES):
+            return unpack(Path(config.input), folder / PREPARING / "unpacked"), config.input
         return config.input, config.input
     for path in (folder / "input.txt", folder / "input.tsv"):
         if os.path.exists(path):
