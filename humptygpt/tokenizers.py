@@ -277,14 +277,14 @@ def unpack(packed: str) -> bytes:
 
 def printable_bytes() -> dict[str, int]:
     """Return GPT-2's table {printable character: byte}. Printable bytes map to themselves, others to U+0100 and up."""
-    printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != 32]
-    hidden = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
+    signs = map(chr, range(256))
+    table = {sign: ord(sign) for sign in signs if sign.isprintable() and sign != " "}
+    hidden = [byte for byte in range(256) if chr(byte) not in table]
     return table | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
 def sentencepiece_bytes(piece: str, byte_fallback: bool) -> bytes:
     """Convert a sentencepiece piece to bytes: "▁" stands for a space, and <0x41> for a single byte."""
     if byte_fallback and BYTE_TOKEN.fullmatch(piece):
-        return bytes([int(piece[3:5], 16)])
+        return bytes.fromhex(piece[3:5])
     return piece.replace("▁", " ").encode()
