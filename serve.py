@@ -212,7 +212,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             answer = method(self.read_body())
             self.server.unfinished.put((answer, parts, left))
-            while (part := parts.get()) is not None:
+            for part in iter(parts.get, None):
                 if isinstance(part, Exception):
                     raise part
                 if kind is None:

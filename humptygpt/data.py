@@ -10,11 +10,9 @@ import math
 import os
 import re
 import shlex
-from bisect import bisect_right
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -316,7 +314,6 @@ class TokenFiles:
             ]
         except (OSError, ValueError) as error:  # ValueError: the file is truncated
             raise self.error(f"cannot read {folder / split}.bin: {error}") from error
-        self.starts = list(accumulate(map(len, self.arrays), initial=0))
         tokens = entry.get("tokens", len(self))  # nanoGPT's folders do not record it
         if len(self) != tokens:
             raise self.error(
@@ -329,19 +326,17 @@ class TokenFiles:
         return UserError(f"{problem}; {how_to(self.folder)}")
 
     def __len__(self) -> int:
-        return self.starts[-1]
+        return sum(map(len, self.arrays))
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Return `length` tokens from each start, int64 (len(starts), length), with zeros after the last token."""
         rows = np.zeros((len(starts), length), dtype=np.int64)
         for row, start in zip(rows, starts.tolist(), strict=True):
-            number = bisect_right(self.starts, start) - 1
-            offset = start - self.starts[number]
-            for array in self.arrays[number:]:  # a row may continue in the next file
-                ids = array[offset : offset + len(row)]
+            for array in self.arrays:  # a row may continue in the next file
+                ids = array[start : start + len(row)]
                 row[: len(ids)] = ids
                 row = row[len(ids) :]
-                offset = 0
+                start = max(0, start - len(array))  # in the next file
         return rows
 
     def verify(self) -> None:

@@ -54,8 +54,12 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             raise
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    write_whole(path, lambda file: file.write(content))
+
+
 def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
 
 
 def cannot_write(path: Path, error: Exception, advice: str = "") -> UserError:

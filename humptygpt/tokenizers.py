@@ -155,11 +155,10 @@ class SentencePieceTokenizer(Tokenizer):
             raise ValueError("the model lacks a token that any text may need")
 
     def encode(self, text: str) -> np.ndarray:
-        parts = re.split("([\n▁])", text)
-        plain = [part for part in parts if part not in self._separators]
-        encoded = iter(self.model.encode(plain, num_threads=1))
-        ids = (self._separators.get(part) or next(encoded) for part in parts)
-        return np.fromiter(chain(*ids), dtype=np.int64) - 1
+        parts = re.split("([\n▁])", text)  # every second part is a separator
+        parts[::2] = self.model.encode(parts[::2], num_threads=1)
+        parts[1::2] = map(self._separators.get, parts[1::2])
+        return np.fromiter(chain(*parts), dtype=np.int64) - 1
 
     def state(self) -> dict:
         return super().state() | {"proto": base64.b64encode(self.proto).decode()}
@@ -278,14 +277,14 @@ def unpack(packed: str) -> bytes:
 
 def printable_bytes() -> dict[str, int]:
     """Return GPT-2's table {printable character: byte}. Printable bytes map to themselves, others to U+0100 and up."""
-    printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != 32]
-    hidden = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
+    signs = map(chr, range(256))
+    table = {sign: ord(sign) for sign in signs if sign.isprintable() and sign != " "}
+    hidden = [byte for byte in range(256) if chr(byte) not in table]
     return table | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
 def sentencepiece_bytes(piece: str, byte_fallback: bool) -> bytes:
     """Convert a sentencepiece piece to bytes: "▁" stands for a space, and <0x41> for a single byte."""
     if byte_fallback and BYTE_TOKEN.fullmatch(piece):
-        return bytes([int(piece[3:5], 16)])
+        return bytes.fromhex(piece[3:5])
     return piece.replace("▁", " ").encode()

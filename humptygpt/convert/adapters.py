@@ -4,7 +4,6 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,9 +14,7 @@ from humptygpt.convert.families import find_family
 from humptygpt.convert.huggingface import layer_names, open_weights, write_files
 from humptygpt.files import parse_json
 from humptygpt.finetune.lora import adapted
-
-if TYPE_CHECKING:
-    from humptygpt.settings import TrainConfig
+from humptygpt.settings import TrainConfig
 
 PREFIX = "base_model.model."
 CONFIG = "adapter_config.json"
@@ -51,7 +48,7 @@ def adapter_names(model: nn.Module) -> list[tuple[str, list[str]]]:
 
 
 @torch.no_grad()
-def write_adapter(model: nn.Module, training: "TrainConfig", folder: Path) -> None:
+def write_adapter(model: nn.Module, training: TrainConfig, folder: Path) -> None:
     """Write the LoRA matrices A and B to adapter_model.safetensors, and the settings to adapter_config.json.
 
     An adapter for GPT-2 or Llama uses transformers' layer names, so that PEFT can load it with the base model. GPT-2's

@@ -28,7 +28,7 @@ from humptygpt.convert.families import (
     Family,
     find_family,
 )
-from humptygpt.files import check_schema, parse_json, write_whole
+from humptygpt.files import check_schema, parse_json, write_bytes
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 
@@ -282,4 +282,4 @@ def write_files(folder: Path, contents: Mapping[str, str | dict[str, object]]) -
             data = content.encode()
         else:
             data = f"{json.dumps(content, indent=2)}\n".encode()
-        write_whole(folder / name, lambda file, data=data: file.write(data))
+        write_bytes(folder / name, data)

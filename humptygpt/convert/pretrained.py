@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
@@ -56,10 +57,10 @@ class PretrainedTokenizer(Tokenizer):
         return load_rest(self.content)
 
     def encode(self, text: str) -> np.ndarray:
-        return encode_with(self._engine, [text])[0]
+        return encode_with(self._engine, [text])
 
     def encode_rest(self, text: str) -> np.ndarray:
-        return encode_with(self._rest, [text])[0]
+        return encode_with(self._rest, [text])
 
     @cached_property
     def special(self) -> set[int]:
@@ -79,7 +80,7 @@ class PretrainedTokenizer(Tokenizer):
         return [*parts, text[end:]]
 
     def encode_plain(self, text: str) -> np.ndarray:
-        return np.concatenate(encode_with(self._rest, self.without_special(text)))
+        return encode_with(self._rest, self.without_special(text))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._engine.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -118,9 +119,11 @@ def load_rest(content: str) -> "Engine":
     return load_engine(json.dumps(json.loads(content, object_hook=without_prefix)))
 
 
-def encode_with(engine: "Engine", texts: Iterable[str]) -> list[np.ndarray]:
-    encodings = engine.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+def encode_with(engine: "Engine", texts: list[str]) -> np.ndarray:
+    """Encode each of the texts on its own. Returns their token ids one after the other."""
+    encodings = engine.encode_batch_fast(texts, add_special_tokens=False)
+    ids = chain.from_iterable(encoding.ids for encoding in encodings)
+    return np.fromiter(ids, dtype=np.int64)
 
 
 def piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:

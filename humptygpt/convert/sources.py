@@ -3,7 +3,6 @@
 from collections import OrderedDict
 from pathlib import Path
 
-from humptygpt import tokenizers
 from humptygpt.cli import UserError, refuse, restore
 from humptygpt.convert.adapters import CONFIG, merge_adapter, read_config
 from humptygpt.convert.families import NANOGPT
@@ -11,7 +10,7 @@ from humptygpt.convert.huggingface import build_model, plain_weights, read_pretr
 from humptygpt.convert.read_huggingface import read_tokenizer, tokenizer_file
 from humptygpt.files import check_schema
 from humptygpt.loading import Loaded, find_source, is_folder, load
-from humptygpt.prepare.nanogpt import GPT2_TOKENS, read_characters
+from humptygpt.prepare.nanogpt import GPT2_TOKENS, gpt2_tokenizer, read_characters
 from humptygpt.tokenizers import Tokenizer
 from model import ModelConfig
 
@@ -74,6 +73,4 @@ def nanogpt_tokenizer(path: Path, saved: dict) -> Tokenizer:
         raise UserError(
             f"{path} needs the alphabet of its dataset, but there is no {meta} here or in nanoGPT's folder"
         )
-    from humptygpt.prepare.vocabulary import gpt2_pieces  # late import: it is rarely needed
-
-    return tokenizers.GPT2Tokenizer(gpt2_pieces(), separated=True)
+    return gpt2_tokenizer()

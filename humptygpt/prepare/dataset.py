@@ -147,9 +147,9 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | Path | PairFi
         with path.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
         return path, "standard input"
-    if config.input is not None and config.input.lower().endswith(ARCHIVES):
-        return unpack(Path(config.input), folder / PREPARING / "unpacked"), config.input
     if config.input is not None:
+        if config.input.lower().endswith(ARCHIVES):
+            return unpack(Path(config.input), folder / PREPARING / "unpacked"), config.input
         return config.input, config.input
     for path in (folder / "input.txt", folder / "input.tsv"):
         if os.path.exists(path):
@@ -271,12 +271,13 @@ def summary(folder: Path, corpus: Corpus, meta: dict) -> str:
             table.append(f"  {key:<10}{counts}")
     kind = meta["tokenizer"]["tokenizer"]
     unused = meta["vocab_size"] - meta["vocabulary_used"]
-    lines = {
-        "tokenizer": f"{kind}, {meta['bytes_per_token']:.2f} bytes per token, stored as {meta['dtype']}",
-        "vocabulary": f"{meta['vocab_size']:,} tokens, {f'{unused:,} unused' if unused else 'all used'}",
-    }
     frequent = [
         f"{entry['text']!r} {100 * entry['share']:.1f}%" for entry in meta["commonest"][:6]
     ]
-    lines |= {"most frequent": ", ".join(frequent)} | corpus.summary(meta)
+    lines = {
+        "tokenizer": f"{kind}, {meta['bytes_per_token']:.2f} bytes per token, stored as {meta['dtype']}",
+        "vocabulary": f"{meta['vocab_size']:,} tokens, {f'{unused:,} unused' if unused else 'all used'}",
+        "most frequent": ", ".join(frequent),
+        **corpus.summary(meta),
+    }
     return "\n".join([*table, *(f"  {key:<15}{line}" for key, line in lines.items())])

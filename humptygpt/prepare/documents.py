@@ -115,7 +115,7 @@ def find_files(where: str) -> tuple[list[Path], dict[Path, str]]:
 
 def describe_skipped(skipped: dict[Path, str]) -> str:
     """Count the skipped files by kind, and give the first reasons."""
-    kinds = Counter(file_suffix(path) for path in skipped)
+    kinds = Counter(map(file_suffix, skipped))
     counts = [
         f"{count:,} {kind or 'without an extension'}{convert(kind)}"
         for kind, count in kinds.most_common()
@@ -321,5 +321,5 @@ def cut_position(text: str) -> int:
     All tokenizers start a token there. If the second half of these characters has no such position, the cut is at
     PIECE, which may change a token, but not the text.
     """
-    ends = [match.start() for match in BEFORE_WORD.finditer(text, PIECE // 2, PIECE + 1)]
-    return ends[-1] if ends else PIECE
+    places = BEFORE_WORD.finditer(text, PIECE // 2, PIECE + 1)
+    return max((place.start() for place in places), default=PIECE)

