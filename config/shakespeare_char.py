@@ -26,7 +26,7 @@ tie_weights = False  # 1.5810 -> 1.5753
 
 # the training
 batch_size = 4  # small, because many steps matter more than precise gradients
-max_iters = 2100
+max_iters = 2400
 optimizer = "normuon"  # 1.7791 with AdamW at 2e-3 -> 1.5753
 learning_rate = 6e-3  # of the embedding, the head and the convolution
 muon_learning_rate = 0.03
@@ -35,6 +35,6 @@ muon_beta2 = 0.95  # 0.99 is worse in some seeds
 schedule = "linear"  # to 0, instead of a cosine to a tenth: 1.5813 -> 1.5753
 min_lr = 0.0
 warmup_iters = 10  # 1.5785 -> 1.5753
-weight_decay = 0.1  # limits overfitting over 2.1 epochs
+weight_decay = 0.1  # limits overfitting over 2.4 epochs
 grad_clip = 0.0  # 1.5728 -> 1.5753
-eval_interval = 700
+eval_interval = 600
