@@ -29,6 +29,7 @@ import re
 import statistics
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -367,17 +368,16 @@ def draw_comparison(
     write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
 
 
-def curve(runs: list[Run]) -> tuple[list[float], list[float]]:
+def curve(runs: list[Run]) -> Iterator[tuple[float, ...]]:
     """Return the bytes of text read and the bits per byte at each evaluation. Both are comparable across tokenizers."""
-    read, bits = [], []
+    points = []
     for run in runs:
         for row in run.rows:
-            if (per_byte := row.get("val_bits_per_byte")) and "val_loss" in row:
-                read.append(row["tokens"] * row["val_loss"] / math.log(2) / per_byte)
-                bits.append(per_byte)
-        read.append(math.nan)  # a gap between two seeds
-        bits.append(math.nan)
-    return read, bits
+            if (bits := row.get("val_bits_per_byte")) and "val_loss" in row:
+                read = row["tokens"] * row["val_loss"] / math.log(2) / bits
+                points.append((read, bits))
+        points.append((math.nan, math.nan))  # a gap between two seeds
+    return zip(*points, strict=True)
 
 
 if __name__ == "__main__":

@@ -155,8 +155,7 @@ def complete(loaded: Pipeline, prompt: str, max_new_tokens: int = 500, **keys) -
 
     keys: temperature, stop, num_beams or any other key of SampleConfig. Raises UserError if a key is not valid.
     """
-    config = SampleConfig(max_new_tokens=max_new_tokens, **keys)
-    config = cli.restore(SampleConfig, vars(config))
+    config = cli.restore(SampleConfig, {"max_new_tokens": max_new_tokens, **keys})
     if loaded.task == "translation":
         return next(translate([prompt], config, loaded))
     pieces = write([encode_prompt(prompt, loaded.tokenizer)], [0], config, loaded)

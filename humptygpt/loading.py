@@ -5,7 +5,6 @@ import os
 import sys
 import zlib
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,11 +37,10 @@ class Loaded(NamedTuple):
     questions: tuple | list = ()  # examples of what a chat model can be asked
 
 
-@dataclass(frozen=True)
-class Pipeline:
+class Pipeline(NamedTuple):
     """A trained model, ready for generation, with its tokenizer, task and device."""
 
-    model: torch.nn.Module
+    model: nn.Module
     tokenizer: Tokenizer
     task: str
     device: torch.device

@@ -238,7 +238,7 @@ class Meter:
         self.progress = run.progress
         self.peak_flops = peak_flops(run.device)
         self.flops_per_token = flops_per_token(run.model) / run.process.size
-        self.unread = []  # (loss, gradient norm) of each step since read()
+        self.unread = []  # (number of the step, loss, gradient norm) since read()
         self.grad_norm = 0.0
         self.logged_seconds = self.progress.seconds
         self.logged_tokens = self.progress.tokens
@@ -252,12 +252,11 @@ class Meter:
         return seconds
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
-        self.unread.append((loss, grad_norm))
+        self.unread.append((self.progress.iter, loss, grad_norm))
 
     def read(self) -> None:
         """Wait for the device and update progress. Raises Diverged if a loss or gradient is not finite."""
-        first = self.progress.iter - len(self.unread) + 1
-        for it, (loss, norm) in enumerate(self.unread, start=first):
+        for it, loss, norm in self.unread:
             loss = float(loss)
             self.grad_norm = float(norm)
             at = f"at iter {it} (gradient norm {self.grad_norm})"

@@ -73,14 +73,15 @@ def add(model: nn.Module, training: dict) -> nn.Module:
 def train_rows(model: nn.Module, rows: list[int]) -> None:
     """Train these rows of the frozen embedding and of the output head as well. The other rows stay as they are."""
     index = (torch.tensor(rows),)
-    modules = model.named_modules()
-    layers = [layer for name, layer in modules if name.endswith(("wte", "lm_head"))]
-    for layer in layers:
-        # the vectors have no weight decay, which would change every row
-        layer.optimizer_group = "vectors"
-        layer.weight.requires_grad_().register_hook(
-            lambda gradient: torch.zeros_like(gradient).index_put(index, gradient[index])
-        )
+    for name, layer in model.named_modules():
+        if name.endswith(("wte", "lm_head")):
+            # the vectors have no weight decay, which would change every row
+            layer.optimizer_group = "vectors"
+            layer.weight.requires_grad_().register_hook(
+                lambda gradient: torch.zeros_like(gradient).index_put(
+                    index, gradient[index]
+                )
+            )
 
 
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:
