@@ -35,7 +35,7 @@ from functools import cached_property
 from pathlib import Path
 
 from humptygpt import cli, machine
-from humptygpt.cli import UserError, note, one_line
+from humptygpt.cli import TEXTS, UserError, note, one_line
 from humptygpt.files import parse_json, write_whole
 from humptygpt.loggers import read_metrics
 
@@ -86,7 +86,7 @@ COLUMNS = {  # key of a row: (heading, number format); numbers are right-aligned
 @dataclass(frozen=True)
 class CompareConfig:
     # compare
-    runs: tuple[str, ...] = ()  # run folders; the --runs= prefix is optional
+    runs: TEXTS = ()  # run folders; the --runs= prefix is optional
     group: bool = False  # compare the runs in each folder, averaging over seeds
     baseline: str | None = None  # row that each group is compared with; None: the first
     picture: str | None = "out/compare.png"  # PNG file for a plot; None: no plot
@@ -323,8 +323,8 @@ def format_table(title: str, table: list[dict]) -> str:
     for key, (heading, form) in COLUMNS.items():
         values = [row[key] for row in table]
         if set(values) != {None}:
-            cells = ["—" if value is None else format(value, form) for value in values]
-            cells = [heading, *cells]
+            cells = [heading]
+            cells += ["—" if value is None else format(value, form) for value in values]
             width = max(map(len, cells))
             side = ">" if form else "<"
             columns.append([f"{cell:{side}{width}}" for cell in cells])

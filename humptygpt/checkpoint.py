@@ -90,6 +90,10 @@ def find_checkpoint(out_dir: Path, which: str) -> Path:
     return latest
 
 
+def has_checkpoint(out_dir: Path) -> bool:
+    return any(os.path.exists(stored(out_dir / name)) for name in ("ckpt.pt", "best.pt"))
+
+
 def is_sharded(path: Path) -> bool:
     """True if path is the folder of a sharded checkpoint."""
     return (path / SHARDED).exists()
