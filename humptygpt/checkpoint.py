@@ -126,9 +126,8 @@ def load_plain(path: Path, legacy: bool = False) -> object:
     """
     if not legacy or zipfile.is_zipfile(path):
         check_records(path)
-    with warnings.catch_warnings():
-        # torch warns at length about a pickle that it did not write
-        warnings.simplefilter("ignore")
+    # torch warns at length about a pickle that it did not write
+    with warnings.catch_warnings(action="ignore"):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
