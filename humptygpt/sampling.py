@@ -101,7 +101,7 @@ def penalize_repetition(logits: Tensor, texts: list[list[int]], penalty: float) 
     """
     seen = torch.zeros_like(logits, dtype=torch.bool)
     for row, ids in zip(seen, texts, strict=True):
-        row[ids] = True
+        row[torch.tensor(ids, device=logits.device)] = True
     penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, penalized, logits)
 
