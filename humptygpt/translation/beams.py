@@ -82,12 +82,12 @@ def beam_search(
         )
         going = []
         # tolist() makes the CPU wait for the GPU
-        found = zip(open_sentences, ids.tolist(), scores.tolist(), strict=True)
-        for row, (number, *extended) in enumerate(found):
+        for row, found in enumerate(zip(ids.tolist(), scores.tolist(), strict=True)):
             hypotheses = [
                 Translation([i for i in tokens if i != eot], score, eot in tokens)
-                for tokens, score in zip(*extended, strict=True)
+                for tokens, score in zip(*found, strict=True)
             ]
+            number = open_sentences[row]
             ended = [x for x in (best[number], *hypotheses) if x.ended]
             best[number] = max(ended, key=lambda x: x.score, default=hypotheses[0])
             if not all(x.ended for x in hypotheses):
