@@ -29,12 +29,13 @@ import re
 import statistics
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from humptygpt import cli, machine
-from humptygpt.cli import UserError, note, one_line
+from humptygpt.cli import TEXTS, UserError, note, one_line
 from humptygpt.files import parse_json, write_whole
 from humptygpt.loggers import read_metrics
 
@@ -85,7 +86,7 @@ COLUMNS = {  # key of a row: (heading, number format); numbers are right-aligned
 @dataclass(frozen=True)
 class CompareConfig:
     # compare
-    runs: tuple[str, ...] = ()  # run folders; the --runs= prefix is optional
+    runs: TEXTS = ()  # run folders; the --runs= prefix is optional
     group: bool = False  # compare the runs in each folder, averaging over seeds
     baseline: str | None = None  # row that each group is compared with; None: the first
     picture: str | None = "out/compare.png"  # PNG file for a plot; None: no plot
@@ -322,8 +323,8 @@ def format_table(title: str, table: list[dict]) -> str:
     for key, (heading, form) in COLUMNS.items():
         values = [row[key] for row in table]
         if set(values) != {None}:
-            cells = ["—" if value is None else format(value, form) for value in values]
-            cells = [heading, *cells]
+            cells = [heading]
+            cells += ["—" if value is None else format(value, form) for value in values]
             width = max(map(len, cells))
             side = ">" if form else "<"
             columns.append([f"{cell:{side}{width}}" for cell in cells])
@@ -367,17 +368,16 @@ def draw_comparison(
     write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
 
 
-def curve(runs: list[Run]) -> tuple[list[float], list[float]]:
+def curve(runs: list[Run]) -> Iterator[tuple[float, ...]]:
     """Return the bytes of text read and the bits per byte at each evaluation. Both are comparable across tokenizers."""
-    read, bits = [], []
+    points = []
     for run in runs:
         for row in run.rows:
-            if (per_byte := row.get("val_bits_per_byte")) and "val_loss" in row:
-                read.append(row["tokens"] * row["val_loss"] / math.log(2) / per_byte)
-                bits.append(per_byte)
-        read.append(math.nan)  # a gap between two seeds
-        bits.append(math.nan)
-    return read, bits
+            if (bits := row.get("val_bits_per_byte")) and "val_loss" in row:
+                read = row["tokens"] * row["val_loss"] / math.log(2) / bits
+                points.append((read, bits))
+        points.append((math.nan, math.nan))  # a gap between two seeds
+    return zip(*points, strict=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ if __name__ == "__main__":
 
 from humptygpt import cli
 from humptygpt.cli import (
+    TEXTS,
     UserError,
     check_above_0,
     check_choices,
@@ -78,7 +79,7 @@ class SampleConfig:
     system: str | None = None  # for a chat model: a message that comes before all others
     num_samples: int = 3  # texts for each prompt, generated together in one batch
     max_new_tokens: int = 500  # tokens to generate after each prompt
-    stop: tuple[str, ...] = ()  # end a text just before this string; several may be given
+    stop: TEXTS = ()  # end a text just before this string; several may be given
     logprobs: int | None = None  # print JSON lines: each token and this many top tokens
     # beam search, for translations
     num_beams: int = 4  # hypotheses kept at each step; 1: greedy
@@ -112,12 +113,10 @@ class SampleConfig:
             value = getattr(self, name)
             if value is not None and value > 1:
                 raise ValueError(f"{name}={value} must be at most 1")
-        for keys in ("start prompts", "interactive prompts", "compile quantize"):
-            given = [key for key in keys.split() if getattr(self, key)]
-            if len(given) > 1:
-                raise ValueError(
-                    f"{given[0]} and {given[1]} cannot be combined; leave one out"
-                )
+        for pair in ("start prompts", "interactive prompts", "compile quantize"):
+            one, other = pair.split()
+            if getattr(self, one) and getattr(self, other):
+                raise ValueError(f"{one} and {other} cannot be combined; leave one out")
 
     def select(self, keys: str) -> dict[str, object]:
         return {key: getattr(self, key) for key in keys.split()}
@@ -155,8 +154,7 @@ def complete(loaded: Pipeline, prompt: str, max_new_tokens: int = 500, **keys) -
 
     keys: temperature, stop, num_beams or any other key of SampleConfig. Raises UserError if a key is not valid.
     """
-    config = SampleConfig(max_new_tokens=max_new_tokens, **keys)
-    config = cli.restore(SampleConfig, vars(config))
+    config = cli.restore(SampleConfig, {"max_new_tokens": max_new_tokens, **keys})
     if loaded.task == "translation":
         return next(translate([prompt], config, loaded))
     pieces = write([encode_prompt(prompt, loaded.tokenizer)], [0], config, loaded)

@@ -90,6 +90,10 @@ def find_checkpoint(out_dir: Path, which: str) -> Path:
     return latest
 
 
+def has_checkpoint(out_dir: Path) -> bool:
+    return any(os.path.exists(stored(out_dir / name)) for name in ("ckpt.pt", "best.pt"))
+
+
 def is_sharded(path: Path) -> bool:
     """True if path is the folder of a sharded checkpoint."""
     return (path / SHARDED).exists()
@@ -122,9 +126,8 @@ def load_plain(path: Path, legacy: bool = False) -> object:
     """
     if not legacy or zipfile.is_zipfile(path):
         check_records(path)
-    with warnings.catch_warnings():
-        # torch warns at length about a pickle that it did not write
-        warnings.simplefilter("ignore")
+    # torch warns at length about a pickle that it did not write
+    with warnings.catch_warnings(action="ignore"):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -247,19 +247,20 @@ def read_config(path: str, fields: Fields) -> dict[str, object]:
 
     Modules, functions and names that start with _ are the file's own helpers, not keys.
     """
-    if not path.endswith((".py", ".json")) or not os.path.isfile(path):
+    is_json = path.endswith(".json")
+    if not (is_json or path.endswith(".py")) or not os.path.isfile(path):
         raise UserError(f"{path} is not a config file; a key is set with --key=value")
-    if path.endswith(".py"):
+    if not is_json:
         names = run_config(path)
     found = {}
     with refuse(f"{path}: "):
-        if path.endswith(".json"):
+        if is_json:
             names = dict(json.loads(Path(path).read_bytes()))
         for name, value in names.items():
             helper = isinstance(value, types.ModuleType) or callable(value)
             if name.startswith("_") or (helper and name not in fields):
                 continue
-            own = " (a variable of your own begins with _)" if path.endswith(".py") else ""
+            own = "" if is_json else " (a variable of your own begins with _)"
             check_key(name, fields, own)
             found[name] = convert(name, value, fields[name].type)
     return found

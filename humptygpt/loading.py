@@ -5,7 +5,6 @@ import os
 import sys
 import zlib
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,11 +37,10 @@ class Loaded(NamedTuple):
     questions: tuple | list = ()  # examples of what a chat model can be asked
 
 
-@dataclass(frozen=True)
-class Pipeline:
+class Pipeline(NamedTuple):
     """A trained model, ready for generation, with its tokenizer, task and device."""
 
-    model: torch.nn.Module
+    model: nn.Module
     tokenizer: Tokenizer
     task: str
     device: torch.device
@@ -170,9 +168,9 @@ def find_source(source: str | Path, which: str = "best", key: str = "init_from")
     """
     path = Path(source)
     if os.path.isdir(path):
-        files = ("best.pt", "ckpt.pt", "metrics.jsonl")
-        is_run = any(os.path.exists(checkpoint.stored(path / name)) for name in files)
-        return checkpoint.find_checkpoint(path, which) if is_run else path
+        if checkpoint.has_checkpoint(path) or os.path.exists(path / "metrics.jsonl"):
+            return checkpoint.find_checkpoint(path, which)
+        return path
     if path.suffix in FILES_OF_A_FOLDER:
         raise UserError(
             f"{key}={source} is not a complete model; name the folder that contains it and config.json"

@@ -208,8 +208,11 @@ def training_memory(
     if config.gradient_accumulation_steps <= processes:
         gradients /= processes
     # gathered at once: the parameters outside the blocks, such as the embedding, and two blocks with their gradients
-    modules = [module for module in model.modules() if isinstance(module, models.Block)]
-    blocks = [FLOAT * count_parameters(block) for block in modules]
+    blocks = [
+        FLOAT * count_parameters(module)
+        for module in model.modules()
+        if isinstance(module, models.Block)
+    ]
     buffers = weights - sum(blocks) + 4 * max(blocks, default=0)
     return Memory(
         weights / processes, gradients, optimizer / processes, activations, buffers

@@ -50,9 +50,11 @@ FILES = [
 ]
 PREVIOUS = "previous"  # subfolder for the run that --overwrite=True has replaced
 MOVING = ".previous"  # name of that subfolder while files are moved into it
-# steps before which a snapshot is taken: 0, 10, 30, 100, 300 and so on
-STEPS = (0, *(first * 10**zeros for zeros in range(1, 12) for first in (1, 3)))
-SNAPSHOTS = {step: f"snapshots/{step}.pt" for step in STEPS}  # in the run's folder
+# {step before which a snapshot is taken, 0, 10, 30, 100, 300 and so on: its file in the run's folder}
+SNAPSHOTS = {
+    step: f"snapshots/{step}.pt"
+    for step in (0, *(first * 10**zeros for zeros in range(1, 12) for first in (1, 3)))
+}
 SMALL = 10e6  # by default, a run saves snapshots if they total fewer bytes than this
 
 
@@ -238,7 +240,7 @@ class Meter:
         self.progress = run.progress
         self.peak_flops = peak_flops(run.device)
         self.flops_per_token = flops_per_token(run.model) / run.process.size
-        self.unread = []  # (loss, gradient norm) of each step since read()
+        self.unread = []  # (number of the step, loss, gradient norm) since read()
         self.grad_norm = 0.0
         self.logged_seconds = self.progress.seconds
         self.logged_tokens = self.progress.tokens
@@ -252,12 +254,11 @@ class Meter:
         return seconds
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
-        self.unread.append((loss, grad_norm))
+        self.unread.append((self.progress.iter, loss, grad_norm))
 
     def read(self) -> None:
         """Wait for the device and update progress. Raises Diverged if a loss or gradient is not finite."""
-        first = self.progress.iter - len(self.unread) + 1
-        for it, (loss, norm) in enumerate(self.unread, start=first):
+        for it, loss, norm in self.unread:
             loss = float(loss)
             self.grad_norm = float(norm)
             at = f"at iter {it} (gradient norm {self.grad_norm})"
@@ -341,18 +342,12 @@ def lock_out_dir(out_dir: Path) -> Iterator[None]:
 
 def refuse_earlier_run(out_dir: Path) -> None:
     """Raise UserError if a new run would replace an earlier one."""
-    if has_checkpoint(out_dir):
+    if checkpoint.has_checkpoint(out_dir):
         source = shlex.quote(f"--init_from={out_dir}")
         raise UserError(
             f"{out_dir} already holds a run; continue it with --init_from=resume, start from it with {source} and"
             f" another --out_dir, or move it to {out_dir / PREVIOUS} with --overwrite=True"
         )
-
-
-def has_checkpoint(out_dir: Path) -> bool:
-    return any(
-        checkpoint.stored(out_dir / name).exists() for name in ("ckpt.pt", "best.pt")
-    )
 
 
 def move_aside(out_dir: Path) -> None:
@@ -400,7 +395,7 @@ class RunFolder:
             return
         if not importlib.util.find_spec("matplotlib"):
             note("there will be no loss.png, because matplotlib is not installed")
-        if not resumed_at and has_checkpoint(path):
+        if not resumed_at and checkpoint.has_checkpoint(path):
             move_aside(path)
             note(f"the earlier run in {path} is now in {path / PREVIOUS}")
         with files.refuse_unwritable(path):
@@ -476,7 +471,7 @@ class RunFolder:
 
 
 def take_snapshot(run: Run) -> None:
-    """Save a snapshot if the next step is one of STEPS. Of several members, save the first.
+    """Save a snapshot if the next step is one of SNAPSHOTS. Of several members, save the first.
 
     Equal weights give identical files. Raises UserError if the file cannot be written.
     """
@@ -493,7 +488,7 @@ def keeps_snapshots(run: Run) -> bool:
     """Follow config.snapshots if it is set; otherwise keep snapshots that total less than SMALL, unless sharded."""
     if run.config.snapshots is not None:
         return run.config.snapshots
-    steps = sum(step < run.config.max_iters for step in STEPS)
+    steps = sum(step < run.config.max_iters for step in SNAPSHOTS)
     size = count_parameters(run.model) / run.model.config.n_members
     return steps * size < SMALL and not run.process.sharded
 

@@ -68,9 +68,9 @@ class CompiledGPT(nn.Module):
         """Return an empty cache for block_size tokens; `size` is ignored, so that all caches have the same shape."""
         return self.model.make_cache()
 
-    def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
+    def next_logits(self, idx: Tensor, cache: Cache) -> Tensor:
         """Same as GPT.next_logits, but a single token uses the compiled step if the cache is not empty."""
-        if idx.shape[1] > 1 or not cache or not cache.length or not self.step:
+        if idx.shape[1] > 1 or not cache.length or not self.step:
             return self.model.next_logits(idx, cache)
         static = StaticCache(cache, idx)
         if idx.is_cuda:

@@ -275,7 +275,6 @@ def quantize_rows(weight: Tensor) -> Tensor:
     """Quantize a matrix to int8, with a scale for each row that maps its largest weight to 127 or -127."""
     scales = torch.linalg.vector_norm(weight, torch.inf, dim=1).clamp(min=1e-12) / 127
     zeros = torch.zeros(len(weight), dtype=torch.int64)
-    with warnings.catch_warnings():
-        # this function is deprecated, but the library that replaces it is slower
-        warnings.simplefilter("ignore", UserWarning)
+    # this function is deprecated, but the library that replaces it is slower
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
         return torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)

@@ -5,7 +5,6 @@ Source: Hu et al. 2021, arXiv:2106.09685.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from humptygpt.checkpoint import restore_model
@@ -18,15 +17,12 @@ MARK = ".lora_"  # part of the names of the trained matrices
 class LoRALinear(nn.Linear):
     """A linear layer with LoRA: W x + b + alpha / rank * B A x, where only A and B are trained.
 
-    W and b come from the original layer. A is (rank, inputs), and B is (outputs, rank). B starts at 0, so the model is
-    unchanged at first.
+    A is (rank, inputs), and B is (outputs, rank). B starts at 0, so the model is unchanged at first.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
-        nn.Module.__init__(self)  # nn.Linear.__init__ would draw random weights
-        self.out_features, self.in_features = linear.weight.shape
-        self.weight = linear.weight
-        self.bias = linear.bias
+        """Take over W and b of `linear`, which can no longer be used."""
+        vars(self).update(vars(linear))
         self.scale = alpha / rank
         self.lora_A = nn.Linear(self.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, self.out_features, bias=False)
@@ -36,8 +32,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., inputs). Returns (..., outputs)."""
-        y = F.linear(x, self.weight, self.bias)
-        return y + self.scale * self.lora_B(self.lora_A(x))
+        return super().forward(x) + self.scale * self.lora_B(self.lora_A(x))
 
     @torch.no_grad()
     def merged(self) -> Tensor:
@@ -73,14 +68,15 @@ def add(model: nn.Module, training: dict) -> nn.Module:
 def train_rows(model: nn.Module, rows: list[int]) -> None:
     """Train these rows of the frozen embedding and of the output head as well. The other rows stay as they are."""
     index = (torch.tensor(rows),)
-    modules = model.named_modules()
-    layers = [layer for name, layer in modules if name.endswith(("wte", "lm_head"))]
-    for layer in layers:
-        # the vectors have no weight decay, which would change every row
-        layer.optimizer_group = "vectors"
-        layer.weight.requires_grad_().register_hook(
-            lambda gradient: torch.zeros_like(gradient).index_put(index, gradient[index])
-        )
+    for name, layer in model.named_modules():
+        if name.endswith(("wte", "lm_head")):
+            # the vectors have no weight decay, which would change every row
+            layer.optimizer_group = "vectors"
+            layer.weight.requires_grad_().register_hook(
+                lambda gradient: torch.zeros_like(gradient).index_put(
+                    index, gradient[index]
+                )
+            )
 
 
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:

@@ -169,9 +169,8 @@ class DataParallel(Process):
         """
         shares, _ = super().shares(batches, config, step)
         parts = max(1, self.size // config.gradient_accumulation_steps)
-        if parts > 1:
-            number = self.rank * parts // self.size
-            shares = [part_of(share, number, parts) for share in shares]
+        number = self.rank * parts // self.size
+        shares = [part_of(share, number, parts) for share in shares]
         # Ranks with equally many rows may have different numbers of targets. The sum also shows in one line that a rank
         # has died, before the forward pass of a sharded model fails because of that.
         tokens = sum(share.tokens for share in shares)

@@ -162,7 +162,7 @@ def read(path: Path, with_tensors: bool = True) -> dict:
                 place = place.setdefault(key, {})
             tensors[name] = place[last] = x
     if with_tensors:
-        fill(path, tensors, reader, no_dist=True)
+        fill(tensors, reader, no_dist=True)
     return entries
 
 
@@ -174,18 +174,15 @@ def load(path: Path, entries: dict) -> None:
     """
     with refuse_damaged(path):
         reader = Reader(path)
-    fill(path, flat(entries), reader)
+    fill(flat(entries), reader)
 
 
-def fill(
-    path: Path, tensors: dict[str, Tensor], reader: Reader, no_dist: bool = False
-) -> None:
+def fill(tensors: dict[str, Tensor], reader: Reader, no_dist: bool = False) -> None:
     """Read tensors in place. no_dist: no other process takes part. Raises UserError if a file is damaged."""
     try:
-        with warnings.catch_warnings():
-            # torch warns that there is only one process, although no_dist=True already says so
-            warnings.simplefilter("ignore")
+        # torch warns that there is only one process, although no_dist=True already says so
+        with warnings.catch_warnings(action="ignore"):
             dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
     except CheckpointException as error:  # not a subclass of Exception
-        with refuse_damaged(path):
+        with refuse_damaged(reader.path):
             raise first_failure(error) from error

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -107,7 +106,6 @@ def score(model: nn.Module, batch: Tensor, at_once: int) -> Tensor:
     for idx, targets in zip(
         batch[:, :-1].split(size, 1), batch[:, 1:].split(size, 1), strict=True
     ):
-        logits = model(idx, **cache)[0].flatten(0, 1).float()
-        nats = F.cross_entropy(logits, targets.flatten(), reduction="none")
-        scores.append(-nats.view(targets.shape))
+        logp = model(idx, **cache)[0].float().log_softmax(dim=-1)
+        scores.append(logp.gather(2, targets[..., None]).squeeze(2))
     return torch.cat(scores, dim=1)

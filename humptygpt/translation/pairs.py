@@ -124,18 +124,16 @@ class Pairs(Corpus):
         """
         ids = []
         counted = Counter()
+        cleans = split in self.cleaned
         for pair in pairs:
             sides = map(tokenizer.encode, pair.texts)
             source, target = (np.append(side, tokenizer.eot) for side in sides)
             shorter, longer = sorted((len(source), len(target)))
             if pair.dropped:
                 counted[pair.dropped] += 1
-            elif split in self.cleaned and longer > self.config.max_pair_tokens:
+            elif cleans and longer > self.config.max_pair_tokens:
                 counted["too_long"] += 1
-            elif (
-                split in self.cleaned
-                and longer > self.config.max_pair_ratio * shorter + SLACK
-            ):
+            elif cleans and longer > self.config.max_pair_ratio * shorter + SLACK:
                 counted["lopsided"] += 1
             else:
                 ids += [source, target]

@@ -14,17 +14,13 @@ def translate_examples(model: nn.Module, dataset: PairDataset, count: int = 3) -
     tokenizer = dataset.tokenizer
     stride = len(dataset.pairs["val"]) // count + 1
     sources, references = zip(*dataset.texts("val", stride), strict=True)
-    lines = []
     translations = translate(model, tokenizer, sources)
-    for source, reference, translation in zip(
-        sources, references, translations, strict=True
-    ):
-        lines += [
-            f"    {tokenizer.decode(source[:-1])}",
-            f"  = {reference}",
-            f"  > {tokenizer.decode(translation.ids)}",
-        ]
-    return "\n".join(lines)
+    return "\n".join(
+        f"    {tokenizer.decode(source[:-1])}\n  = {reference}\n  > {tokenizer.decode(translation.ids)}"
+        for source, reference, translation in zip(
+            sources, references, translations, strict=True
+        )
+    )
 
 
 def score_translations(model: nn.Module, dataset: PairDataset) -> Score:
