@@ -58,7 +58,7 @@ function adamw(weight, state, { rate, decay, clip, step, beta1, beta2 }) {
 }
 
 /** The momentum with all singular values set to about 1. */
-function muon(weight, state, { rate, decay, clip, muon_momentum, muon_beta2, beta2, normalizes = false }) {
+function muon(weight, state, { rate, decay, clip, muon_momentum, beta2, normalizes = false }) {
   const { engine, rows, columns } = weight;
   engine.scope(() => {
     const momentum = (state.momentum ??= new Float32Array(rows * columns));
@@ -70,7 +70,7 @@ function muon(weight, state, { rate, decay, clip, muon_momentum, muon_beta2, bet
       X[i] = g + muon_momentum * (momentum[i] - g); // Nesterov's
     }
     const update = rows > columns ? orthogonalize(x.transposed()).transposed() : orthogonalize(x);
-    if (normalizes) normalizeNeurons(update, state, muon_beta2 ?? beta2);
+    if (normalizes) normalizeNeurons(update, state, beta2);
     const [W, Y] = numbersOf(weight, update);
     const size = rate * Math.sqrt(Math.max(1, rows / columns));
     for (let i = 0; i < W.length; i++) W[i] = W[i] * (1 - rate * decay) - size * Y[i];

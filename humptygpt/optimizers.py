@@ -195,8 +195,8 @@ def muon(
         updates = optimizer.spread(function, gradients, rows).to(gradients.dtype)
         if normalize:
             moment = [slot.state["second_moment_buffer"] for slot in alike]
-            beta2, total = group["muon_beta2"], optimizer.total
-            updates = normalize_neurons(updates, moment, beta2, rows, total)
+            _, beta2 = group["betas"]
+            updates = normalize_neurons(updates, moment, beta2, rows, optimizer.total)
         weights = [slot.weight for slot in alike]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         lr = group["lr"] * math.sqrt(max(1, rows / columns))
@@ -342,7 +342,6 @@ def make_optimizer(
     for group, members in group_parameters(model).items():
         rule = OPTIMIZERS[config.optimizer] if group == "hidden" else ADAMW
         peak_lr = getattr(config, rule.learning_rate)
-        beta2 = config.beta2 if config.muon_beta2 is None else config.muon_beta2
         groups.append(
             {
                 "rule": rule,
@@ -351,7 +350,6 @@ def make_optimizer(
                 "lr": peak_lr,
                 "peak_lr": peak_lr,
                 "momentum": config.muon_momentum,
-                "muon_beta2": beta2,
                 "dtype": DTYPES.get(config.muon_dtype, torch.float32),
                 "betas": (config.beta1, config.beta2),
                 "weight_decay": 0.0 if group == "vectors" else config.weight_decay,

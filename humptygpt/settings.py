@@ -67,10 +67,9 @@ class TrainConfig:
     min_lr: float | None = None  # minimum learning rate; None: learning_rate / 10
     weight_decay: float = 0.1  # weight decay for matrices and embeddings
     beta1: float = 0.9  # AdamW: decay rate of the first moment
-    beta2: float = 0.99  # AdamW: decay rate of the second moment
+    beta2: float = 0.99  # AdamW, NorMuon: decay rate of the second moment
     muon_learning_rate: float = 0.03  # Muon: peak learning rate
     muon_momentum: float = 0.85  # Muon: decay rate of the momentum
-    muon_beta2: float | None = None  # NorMuon: decay rate of the second moment; None: beta2
     muon_dtype: str = "auto"  # Muon: dtype of its matrix products; auto: the faster
     grad_clip: float = 1.0  # maximum gradient norm; 0: no clipping
     freeze: str | None = None  # freeze parameters whose names contain these: wte,blocks.0
@@ -126,8 +125,7 @@ class TrainConfig:
             self, 1, "lr_decay_iters", "eval_interval", "eval_iters", "log_interval"
         )
         check_above_0(self, "minutes", "learning_rate", "muon_learning_rate", "lora_alpha")
-        check_least(self, 0, "beta1", "beta2", "muon_momentum", "muon_beta2", below=1)
-        check_least(self, 0, "ngram_targets", below=1)
+        check_least(self, 0, "beta1", "beta2", "muon_momentum", "ngram_targets", below=1)
         chosen_loggers(vars(self))
         if self.lora_rank and self.init_from == "scratch":
             raise ValueError(

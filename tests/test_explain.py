@@ -755,7 +755,6 @@ def test_five_steps_of_training_are_pytorchs(node, name, optimizer):
     model = rounded(test_model.tiny(**TRAINED[name]))
     batches = [batch_of(3, 13, 11, seed) for seed in range(5)]
     settings = {"optimizer": optimizer, "warmup_iters": 2, "grad_clip": 0.5}
-    settings["muon_beta2"] = 0.9
     found, losses, norms = train_both(node, model, batches, settings)
     assert found["losses"] == pytest.approx(losses, abs=1e-5)
     assert found["norms"] == pytest.approx(norms, rel=1e-4)

@@ -17,7 +17,7 @@ from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 
 # training settings that a run shares with the run that it starts from, unless they are given
-LIKE_BASE = ("optimizer", "beta1", "beta2", "muon_momentum", "muon_beta2", "grad_clip")
+LIKE_BASE = ("optimizer", "beta1", "beta2", "muon_momentum", "grad_clip")
 RATES = ("learning_rate", "muon_learning_rate")
 # with these fractions of a new model's rates, a trained model goes on: see RECORDS.md
 FRACTION = 0.5

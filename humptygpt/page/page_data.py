@@ -22,7 +22,7 @@ from model import ModelConfig
 
 # keys of TrainConfig that training.js in explain/ obeys
 TRAINING = (
-    "optimizer learning_rate muon_learning_rate muon_momentum muon_beta2 beta1 beta2 weight_decay grad_clip"
+    "optimizer learning_rate muon_learning_rate muon_momentum beta1 beta2 weight_decay grad_clip"
     " max_iters decay_lr schedule warmup_iters lr_decay_iters min_lr batch_size seed"
 )
 START_TOKENS = 64  # length of the text that a page starts with
