@@ -18,7 +18,7 @@ from bench import BenchConfig
 from benchmarks.contenders import Isolated
 from benchmarks.ours import OurGenerator, OurTrainer
 from benchmarks.training import DEMO, read_configs
-from humptygpt.device import thread_counts, training_dtype
+from humptygpt.device import THREADS, training_dtype
 from humptygpt.machine import usable_cores
 from humptygpt.settings import TrainConfig
 from model import ModelConfig
@@ -56,7 +56,7 @@ class Contender:
             (dtype, threads): OurTrainer(
                 replace(config, dtype=dtype, threads=threads), model_config
             )
-            for dtype, threads in product(DTYPES, {1, *thread_counts()})
+            for dtype, threads in product(DTYPES, {1, THREADS})
         }
         self.tokens = config.batch_size * model_config.block_size
         self.generator = OurGenerator(model_config, bench_config)
@@ -98,13 +98,13 @@ def bench(config: BenchConfig) -> dict:
     for spins in sorted({*SPINS, own}):
         os.environ["GOMP_SPINCOUNT"] = str(spins)  # read by the processes that start now
         pairs[spins] = [Isolated(Contender, ours, model_config, config) for _ in range(2)]
-    choices = [Choice(*each) for each in product(DTYPES, thread_counts(), pairs)]
+    choices = [Choice(*each) for each in product(DTYPES, sorted({1, THREADS}), pairs)]
     kinds = ("operators", "workers", "generate")
     measured = {(kind, choice): [] for kind in kinds for choice in choices}
     for kind, choice in tqdm(ROUNDS * [*measured], disable=None):
         measured[kind, choice].append(pairs[choice.spins][0].call(kind, choice))
     alone = {key: statistics.median(speeds) for key, speeds in measured.items()}
-    auto = Choice(training_dtype(torch.device("cpu")), max(thread_counts()), own)
+    auto = Choice(training_dtype(torch.device("cpu")), THREADS, own)
     print(HEADER)
     both = {}
     for choice in choices:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from humptygpt.cli import UserError, note
 from humptygpt.files import parse_json, write_text
-from humptygpt.machine import GIVEN, available_memory, fastest, read
+from humptygpt.machine import available_memory, fastest, read
 
 THREADS = torch.get_num_threads()  # as many as there are cores
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -116,10 +116,7 @@ def faster(what: str, choices: Sequence[str]) -> str:
 
 
 def fastest_training(choices: Sequence[str]) -> str:
-    """Find the device or dtype in which feed-forward networks of three sizes train fastest, on one thread.
-
-    The shortest times are compared, because other programs can only make a step slower.
-    """
+    """Find the device or dtype in which feed-forward networks of three sizes train fastest, on one thread."""
     nets = {
         C: nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
         for C in (128, 256, 512)
@@ -136,7 +133,7 @@ def fastest_training(choices: Sequence[str]) -> str:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    best = fastest(choices, step, typical=min, seconds=3)
+    best = fastest(choices, step)
     torch.set_num_threads(threads)
     return best
 
@@ -148,13 +145,6 @@ def measured_key(what: str) -> str:
     flags = " ".join(sorted(flag for flag, value in capabilities if value is True))
     processor = name[1] if name else platform.processor()
     return f"{what}: {processor} ({flags}), torch {torch.__version__}"
-
-
-def thread_counts() -> list[int]:
-    """List the numbers of threads to try: a quarter, half and all of the cores, or what OMP_NUM_THREADS says."""
-    if "OMP_NUM_THREADS" in GIVEN:
-        return [torch.get_num_threads()]
-    return sorted({max(1, THREADS // part) for part in (1, 2, 4)})
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import signal
-import statistics
 import sys
 import time
 import typing
@@ -50,32 +49,22 @@ def start() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
 
 
-def fastest(
-    choices: Sequence,
-    run: Callable,
-    typical: Callable = statistics.median,
-    seconds: float = 0.5,
-):
-    """Time run(choice) for each choice in turn. Returns the first choice unless another is WORTH times as fast.
+def fastest(choices: Sequence, run: Callable) -> object:
+    """Time run(choice) for each choice in turn, in about three seconds.
 
-    typical: reduces the times of a choice to one. seconds: about how long this takes; a large model is timed thrice.
+    Returns the first choice unless another is WORTH times as fast. The shortest times are compared, because other
+    programs can only make a run slower.
     """
-    default, *others = choices
-    if not others:
-        return default
     timed = {choice: [] for choice in choices}
-    end = time.perf_counter() + seconds
-    for count in range(10):
-        if count >= 4 and time.perf_counter() >= end:
-            break
+    end = time.perf_counter() + 3
+    while len(timed[choices[0]]) < 10 and time.perf_counter() < end:
         for choice in choices:
             began = time.perf_counter()
             run(choice)
             timed[choice].append(time.perf_counter() - began)
-    # the first call of each is a warmup, and a busy machine disturbs others
-    usual = {choice: typical(times[1:]) for choice, times in timed.items()}
-    winner = min(choices, key=usual.get)
-    return winner if usual[default] >= WORTH * usual[winner] else default
+    shortest = {choice: min(times) for choice, times in timed.items()}
+    winner = min(choices, key=shortest.get)
+    return winner if shortest[choices[0]] >= WORTH * shortest[winner] else choices[0]
 
 
 # --------------------------------------------------------------------------------------

@@ -259,7 +259,7 @@ def test_what_train_py_does_is_marked_among_all_and_compared_with_the_best(
     monkeypatch.setattr(choices.Contender, "workers", lambda self, choice: 600)
     monkeypatch.setattr(choices.Contender, "generate", lambda self, choice: 7)
     monkeypatch.setattr(choices, "SPINS", (7, 9))
-    monkeypatch.setattr(choices, "thread_counts", lambda: [1, 2])
+    monkeypatch.setattr(choices, "THREADS", 2)
     monkeypatch.setattr(choices, "training_dtype", lambda device: "float32")
     monkeypatch.setenv("GOMP_SPINCOUNT", "8")
     bench.main(["--what=machine"])

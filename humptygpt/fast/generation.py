@@ -19,13 +19,16 @@ from torch import Tensor, nn
 
 from humptygpt.checks import check_model, is_close, randomize, smaller
 from humptygpt.cli import UserError, note
-from humptygpt.device import free_memory, thread_counts
+from humptygpt.device import THREADS, free_memory
 from humptygpt.machine import check_fits, fastest
-from model import SelfAttention, rotate
+from humptygpt.tasks import build_on_meta
+from model import SelfAttention, count_parameters, rotate
 
 Product = Callable[[Tensor], Tensor]  # (..., inputs) -> (..., outputs)
 CPU = torch.device("cpu")
 QKV = ("q_proj", "k_proj", "v_proj")
+# parameters from which threads that share operators generate faster than one; beside other programs they are slower
+LARGE = 5e6
 
 
 def make_generator(
@@ -74,21 +77,11 @@ def make_generator(
     return CompiledGPT(model, mode="reduce-overhead" if device.type == "cuda" else None)
 
 
-@torch.inference_mode()
 def choose_threads(loaded) -> None:
-    """On a CPU, set the number of threads to that with which a model generates fastest. loaded: a loading.Pipeline."""
-    model = loaded.model
-    if loaded.device.type != "cpu" or not model.has_cache:
-        return
-    cache = model.make_cache(1)
-    idx = torch.zeros(1, 1, dtype=torch.int64)
-
-    def step(threads: int) -> None:
-        torch.set_num_threads(threads)
-        cache.clear()
-        model.next_logits(idx, cache)
-
-    torch.set_num_threads(fastest(thread_counts(), step))
+    """On a CPU, let the operators of a large model use all cores. loaded: a loading.Pipeline."""
+    if loaded.device.type == "cpu":
+        large = count_parameters(build_on_meta(loaded.model.config)) > LARGE
+        torch.set_num_threads(THREADS if large else 1)
 
 
 @torch.inference_mode()
