@@ -90,29 +90,25 @@ def problems(model: nn.Module) -> Iterator[str]:
 
 def sharing_problem(model: nn.Module) -> str | None:
     """Say why workers cannot each train on some rows of a batch; None if they can."""
+    losses = []
     try:
         with torch.random.fork_rng(devices=[]):
             small, text = smaller(model, model.config.dropout)
             add_seeds(small)
             randomize(small)
             text["targets"] = text["idx"]
-
-            def loss(rows: slice) -> Tensor:
-                set_seeds(small, [0, 1][rows])
-                return small(
-                    **{k: torch.cat([x, x.flip(1)])[rows] for k, x in text.items()}
-                )[1]
-
-            each = loss(slice(1)), loss(slice(1, 2))
-            set_seeds(small, [0])
-            before = [x.clone() for x in (torch.get_rng_state(), *small.buffers())]
-            whole = loss(slice(2))
-            after = torch.get_rng_state(), *small.buffers()
+            batch = {name: torch.cat([x, x.flip(1)]) for name, x in text.items()}
+            for rows in ([0], [1], [0, 1]):
+                set_seeds(small, rows)
+                before = [x.clone() for x in (torch.get_rng_state(), *small.buffers())]
+                losses.append(small(**{name: x[rows] for name, x in batch.items()})[1])
+                after = torch.get_rng_state(), *small.buffers()
     except Exception as error:
         return describe(error)
     if not all(map(torch.equal, before, after)):
         return "in training, model.py changes a buffer or draws random numbers of its own"
-    if not is_close(sum(each) / 2, whole):
+    first, second, both = losses
+    if not is_close((first + second) / 2, both):
         return "the loss of a batch is not the mean of its rows' losses"
     return None
 

@@ -63,7 +63,6 @@ class Workers:
     def fork(self, number: int) -> tuple[int, Connection]:
         """Start a worker, which ends when the process that trains ends. Returns its id and a pipe to it."""
         ours, theirs = Pipe()
-        sys.stdout.flush()  # otherwise the worker would print what is still to be written
         process = os.fork()
         if process:
             theirs.close()
@@ -72,6 +71,9 @@ class Workers:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             for stop in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(stop, signal.SIG_IGN)
+            # what model.py prints or asks is for a single process
+            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115, stays open
+            sys.breakpointhook = lambda *arguments, **keys: None
             # in a thread of its own, because this one remembers OpenMP's threads, which were not forked
             thread = Thread(target=self.obey, args=(number, theirs))
             thread.start()

@@ -83,6 +83,13 @@ def test_workers_share_batches_of_sentence_pairs_whose_numbers_of_rows_differ(
     assert found == pytest.approx(expected, abs=1e-5)
 
 
+def test_workers_train_the_small_matrices_of_lora(run_train):
+    assert train.main([*TINY_RUN, "--out_dir=out/base"]) == 0
+    argv = ["--init_from=out/base", "--lora_rank=2", "--dropout=0.1"]
+    expected = losses(run_train(*argv))
+    assert losses(run_train(*argv, "--threads=2")) == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_run_may_go_on_with_another_number_of_workers_and_says_so(run_train, capsys):
     expected = losses(run_train(*LONGER))
     first = losses(
@@ -265,6 +272,28 @@ def test_an_exception_that_only_a_worker_meets_is_shown_with_its_line(run_train,
         RuntimeError, match=r"line [0-9]+, in failing\n.*\nArithmeticError: of a"
     ):
         run_train("--threads=2")
+
+
+def test_only_the_process_that_trains_prints_and_stops_at_a_breakpoint(
+    run_train, monkeypatch, capfd
+):
+    ours, loss, stops = os.getpid(), models.GPT.loss, []
+
+    def talking(self, logits, targets):
+        if self.training and self.config.vocab_size > 11:
+            print("rows:", len(targets), flush=True)
+            breakpoint()
+        return loss(self, logits, targets)
+
+    def stop():
+        assert os.getpid() == ours
+        stops.append(None)
+
+    monkeypatch.setattr(models.GPT, "loss", talking)
+    monkeypatch.setattr(sys, "breakpointhook", stop)
+    run_train("--threads=2", "--max_iters=3")
+    assert len(stops) == 3
+    assert capfd.readouterr().out.count("rows: 2") == 3
 
 
 def test_a_worker_that_is_killed_ends_the_run_in_one_line(tiny, monkeypatch):
