@@ -199,4 +199,4 @@ def tune_malloc() -> None:
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD in malloc.h
     mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, however large
-    mallopt(-8, 1)  # M_ARENA_MAX: threads have no memory of their own
+    mallopt(-8, 1)  # M_ARENA_MAX: all threads allocate from the same memory

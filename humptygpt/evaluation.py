@@ -25,7 +25,7 @@ FEWEST_BATCHES = 96
 def evaluate(
     run: Run, net: nn.Module, eval_iters: int | None
 ) -> tuple[float, float | None]:
-    """Compute the loss of net over an evaluation set, which is split among the processes.
+    """Compute the loss of net over an evaluation set, which is split among the processes and the workers.
 
     Evaluation draws no random numbers, so it cannot affect training. Afterwards, net is in its previous mode again,
     training or evaluation. eval_iters: batches in the set; None: the whole validation split.
@@ -48,8 +48,8 @@ def batch_losses(
 ) -> Tensor:
     """Return the mean loss and the number of targets of each batch, float64 (batches, 2).
 
-    Every worker and every process fills its own places and leaves 0 in the others. net: None: the net in training; of
-    another one, a process evaluates the batches of all its workers.
+    Every worker and every process fills its own places and leaves 0 in the others. net: None for the net in training.
+    Workers know no other net, so this process evaluates another one on the batches of all of them.
     """
     process = run.process
     every = process.size * (1 if net else process.workers.count)

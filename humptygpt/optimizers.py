@@ -36,7 +36,7 @@ class Rule(NamedTuple):
     # {name of a state tensor: function that returns a view of a parameter with the state tensor's shape}
     state: dict[str, Callable[[Tensor], Tensor]]
     learning_rate: str = "learning_rate"  # TrainConfig key of the peak learning rate
-    by_parameter: bool = False  # workers may each update some of the parameters
+    by_parameter: bool = False  # no update depends on another, so workers may share them
 
 
 class Optimizer:
@@ -51,7 +51,7 @@ class Optimizer:
         self.param_groups = groups
         self.state = {}  # {parameter: {name of a state tensor: tensor}}
         self.steps = 0
-        self.each = self.update  # Workers put a method of their own here
+        self.each = self.update  # Workers replace it, so that each of them does a part
 
     def set_lr(self, scale: float) -> None:
         """Set each group's learning rate to scale times its peak."""
@@ -65,7 +65,10 @@ class Optimizer:
 
     @torch.no_grad()
     def update(self, rates: list[float], worker: int = 0, workers: int = 1) -> None:
-        """Do a worker's part of a step: some of the parameters of a rule that allows that, otherwise worker 0 all."""
+        """Do a worker's part of a step. It updates some of the parameters of a rule, if the rule allows that.
+
+        Worker 0 updates all parameters of any other rule. rates: the learning rate of each group.
+        """
         self.steps += 1
         for group, group["lr"] in zip(self.param_groups, rates, strict=True):
             slots = []
@@ -244,7 +247,7 @@ def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         x = x.mT
     # scale each matrix so that its largest singular value is at most 1
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    # with more columns than rows, fewer operations; in bfloat16 too coarse
+    # this takes fewer operations if there are more columns than rows, but bfloat16 is not accurate enough for it
     if x.shape[1] < x.shape[2] and dtype == torch.float32:
         x = product_of_polynomials(x @ x.mT) @ x
     else:
@@ -278,7 +281,7 @@ ADAMW = Rule(adamw, {"exp_avg": whole, "exp_avg_sq": whole}, by_parameter=True)
 # rules for the matrices in the blocks; AdamW updates all other parameters
 OPTIMIZERS = {
     "adamw": ADAMW,
-    "muon": Rule(muon, {"momentum_buffer": whole}, "muon_learning_rate", True),
+    "muon": Rule(muon, {"momentum_buffer": whole}, "muon_learning_rate", by_parameter=True),
     "normuon": Rule(
         partial(muon, normalize=True),
         {"momentum_buffer": whole, "second_moment_buffer": per_neuron},

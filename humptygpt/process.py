@@ -51,7 +51,7 @@ class Process(AbstractContextManager):
     first = True  # whether this process writes files and prints
     sharded = False  # whether this process holds only part of each weight
     optimizer_class = Optimizer
-    workers: Workers | None = None  # None in an evaluation, and until they are started
+    workers: Workers | None = None  # None with eval_only, and until they are started
 
     def __init__(self, device: torch.device):
         self.device = device

@@ -1,9 +1,9 @@
-"""Workers share a batch: processes that each compute the gradients of some of its rows on one core.
+"""Workers share a batch: they are processes that each compute the gradients of some of its rows.
 
-They are forked from the process that trains and share its weights, gradients and optimizer state, so that they meet
-three times in a step. Threads that share each operator meet several hundred times in a step of a small model, and
-beside another program each time until the system lets both of them run. Threads that share a batch would wait for
-Python's lock just as often.
+They are forked from the process that trains and share its weights, gradients and optimizer state. They meet twice in a
+step: after the gradients and after the update. Threads that share each operator meet several hundred times in a step of a small model. Beside
+another program, each meeting waits until the system lets all threads run. Threads that share a batch would wait for
+Python's lock instead.
 """
 
 import ctypes
@@ -71,7 +71,7 @@ class Workers:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             for stop in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(stop, signal.SIG_IGN)
-            # what model.py prints or asks is for a single process
+            # only the process that trains prints what model.py prints, and stops at its breakpoints
             sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115, stays open
             sys.breakpointhook = lambda *arguments, **keys: None
             # in a thread of its own, because this one remembers OpenMP's threads, which were not forked
@@ -109,7 +109,7 @@ class Workers:
 
     def do(self, name: str, number: int, *arguments: object) -> object:
         if self.gradients:
-            # every worker adds to gradients of its own, and updates weights with the sum, which is where worker 0's are
+            # Every worker adds to its own gradients. sum_gradients() leaves the sum in those of worker 0.
             own = self.gradients[0 if name == "update" else number]
             if name == "gradients":
                 torch._foreach_zero_(own)
@@ -118,6 +118,7 @@ class Workers:
         return self.tasks[name](self.run, number, *arguments)
 
     def sum_gradients(self) -> None:
+        """Add the gradients of the other workers to those of worker 0."""
         for others in self.gradients[1:]:
             torch._foreach_add_(self.gradients[0], others)
 
@@ -140,7 +141,7 @@ def raise_if_worker_died() -> Iterator[None]:
 
 
 def shared(x: Tensor) -> Tensor:
-    """Copy a tensor to memory that processes forked later share."""
+    """Copy a tensor to memory that is shared with processes forked later."""
     memory = mmap.mmap(-1, x.nbytes)
     return torch.frombuffer(memory, dtype=x.dtype).view(x.shape).copy_(x)
 

@@ -9,6 +9,7 @@ from uncached import generate, uncached
 
 import model as models
 from humptygpt.cli import UserError
+from humptygpt.device import autocast
 from humptygpt.fast import attention
 from humptygpt.fast.attention import fused_attend
 from humptygpt.tasks import build, config_class, make_model_config, model_class
@@ -321,7 +322,7 @@ def test_a_cpu_uses_the_formula_in_sight_to_train_with_few_keys_in_bfloat16(
     monkeypatch.setattr(attention, "EXPLICIT_KEYS", limit)
     model = tiny()
     sdpa_calls.clear()
-    with torch.autocast("cpu", dtype), torch.set_grad_enabled(gradients):
+    with autocast(torch.device("cpu"), dtype), torch.set_grad_enabled(gradients):
         model(tokens(2, 8))
     assert len(sdpa_calls) == 2 * fused
 
