@@ -1,9 +1,9 @@
 """Workers share a batch: they are processes that each compute the gradients of some of its rows.
 
 They are forked from the process that trains and share its weights, gradients and optimizer state. They meet twice in a
-step: after the gradients and after the update. Threads that share each operator meet several hundred times in a step of a small model. Beside
-another program, each meeting waits until the system lets all threads run. Threads that share a batch would wait for
-Python's lock instead.
+step: after the gradients and after the update. Threads that share each operator meet several hundred times in a step of
+a small model. Beside another program, each meeting waits until the system lets all threads run. Threads that share a
+batch would wait for Python's lock instead.
 """
 
 import ctypes
