@@ -16,6 +16,7 @@ new GPT has the recipe of config/shakespeare_char.py instead: that file's values
 """
 
 import signal
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 
@@ -67,8 +68,12 @@ from humptygpt.setup import (
     resumed_progress,
     start_workers,
 )
+from humptygpt.tasks import losses_of, with_progress
 from humptygpt.workers import set_seeds
 
+# {name: function}: your own metrics, for metrics.jsonl and loss.png. Every log_interval steps, each is called after the
+# update as function(run, before), while the gradients are there. before: {name: weight before the update}
+METRICS = {}
 # numbers of steps after which the model writes a line
 LINES = {0, *(25 * 2**doublings for doublings in range(40))}
 
@@ -202,9 +207,9 @@ def train(run: Run, folder: RunFolder) -> int | None:
             before = progress.position
             lr = config.lr(before)
             run.optimizer.set_lr(lr / config.learning_rate)
-            loss, grad_norm, tokens = train_step(run, progress.iter)
+            losses, grad_norm, tokens = train_step(run, progress.iter)
             due = run.advance(tokens)
-            meter.add(loss, grad_norm)
+            meter.add(losses, grad_norm)
             bar.update(progress.position - before)
             log = run.is_last or progress.iter % config.log_interval == 0
             # a signal that arrives after this line is handled in the next step
@@ -251,53 +256,63 @@ def write_line(run: Run, meter: Meter, bar: tqdm) -> None:
     run.clock.leave_out_line(taken[-1])
 
 
-def train_step(run: Run, step: int) -> tuple[Tensor, Tensor, int]:
+def train_step(run: Run, step: int) -> tuple[dict[str, Tensor], Tensor, int]:
     """Take one optimizer step. step: its index, from 0.
 
     Workers or, with torchrun, processes take parts of the gradients, which are summed once, and of Muon's update.
-    Returns the mean loss before the step, the gradient norm before clipping and the number of tokens. The first two
-    stay on the device, because reading them would make the CPU wait for the GPU.
+    Returns the mean losses before the step, with METRICS if they are due, the gradient norm before clipping and the
+    number of tokens. Tensors stay on the device, because reading them would make the CPU wait for the GPU.
     """
     process = run.process
+    task = "gradients", step, run.progress.position / run.config.max_iters
     try:
-        losses, (tokens, *_) = zip(*process.workers.each("gradients", step), strict=True)
+        parts, (tokens, *_) = zip(*process.workers.each(*task), strict=True)
     except RuntimeError as error:
         if process.size == 1 and not machine.is_out_of_memory(error):
             # repeat the computation, so that torch shows which line of the forward pass is to blame
             with suppress(RuntimeError), torch.autograd.detect_anomaly(check_nan=False):
-                compute_gradients(run, 0, step)
+                compute_gradients(run, 0, *task[1:])
         raise
-    mean_loss = process.sum(sum(losses))
+    losses = {key: process.sum(sum(part[key] for part in parts)) for key in parts[0]}
     process.workers.sum_gradients()
     run.scaler.unscale_(run.optimizer)
     grad_norm = clip(run.model, run.config.grad_clip)
     if process.sharded:
         grad_norm = grad_norm.full_tensor()
+    metrics = {} if (step + 1) % run.config.log_interval else METRICS
+    before = {key: p.detach().clone() for key, p in run.model.named_parameters() if metrics}
     run.scaler.step(run.optimizer)
     run.scaler.update()
+    with torch.no_grad():
+        losses |= {key: metric(run, before) for key, metric in metrics.items()}
     run.model.zero_grad()
-    return mean_loss, grad_norm, tokens
+    return losses, grad_norm, tokens
 
 
-def compute_gradients(run: Run, worker: int, step: int) -> tuple[Tensor, int]:
+def compute_gradients(
+    run: Run, worker: int, step: int, progress: float
+) -> tuple[dict[str, Tensor], int]:
     """Add up a worker's gradients over the micro-batches of a step.
 
-    Returns its part of the mean loss of the step, and the number of tokens in the whole step.
+    progress: that of the run, from 0 to 1. Returns its part of the mean losses of the step: train_loss, and the terms
+    that the model adds to it under names of its own; and the number of tokens in the whole step.
     """
     process = run.process
     shares, tokens = process.shares(run.batches, run.config, step)
-    mean_loss = torch.zeros((), device=run.device)
+    means = defaultdict(float)
     for share in shares:
         rows = part_of(share, worker, process.workers.count)
         set_seeds(run.model, rows.seeds)
         with process.syncing(run.net, last=share is shares[-1]):
             with autocast(run.device, run.dtype):
-                _, loss = run.net(**to_device(rows.batch, run.device))
-                loss = loss * (rows.tokens / tokens)
+                batch = with_progress(run.model, rows.batch, progress)
+                losses = losses_of(run.net(**to_device(batch, run.device)))
+                losses = {key: x * (rows.tokens / tokens) for key, x in losses.items()}
             # DDP and FSDP average gradients over processes; this factor turns the average into a sum
-            run.scaler.scale(loss * process.size).backward()
-        mean_loss += loss.detach()
-    return mean_loss, tokens
+            run.scaler.scale(sum(losses.values()) * process.size).backward()
+        for key, x in losses.items():
+            means[key] += x.detach()
+    return dict(means), tokens
 
 
 def clip(model: nn.Module, largest: float) -> Tensor:

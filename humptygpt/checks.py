@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import model as models
 from humptygpt.cli import first_line, note
 from humptygpt.machine import is_out_of_memory
-from humptygpt.tasks import build
+from humptygpt.tasks import build, losses_of, with_progress
 from humptygpt.workers import add_seeds, set_seeds
 from model import count_parameters
 
@@ -62,7 +62,7 @@ def problems(model: nn.Module) -> Iterator[str]:
         yield f"these weights get no gradient, so they cannot learn: {named}"
     with torch.no_grad():
         training = small(**text)[0]
-        logits, loss = small.eval()(**text, targets=text["idx"])
+        logits, loss, *_ = small.eval()(**text, targets=text["idx"])
         if not logits.isfinite().all():
             yield "model.py computes nan or infinity from small random weights; is a softmax or a norm missing?"
             return
@@ -101,7 +101,7 @@ def sharing_problem(model: nn.Module) -> str | None:
             for rows in ([0], [1], [0, 1]):
                 set_seeds(small, rows)
                 before = [x.clone() for x in (torch.get_rng_state(), *small.buffers())]
-                losses.append(small(**{name: x[rows] for name, x in batch.items()})[1])
+                losses.append(loss_of(small, {name: x[rows] for name, x in batch.items()}))
                 after = torch.get_rng_state(), *small.buffers()
     except Exception as error:
         return describe(error)
@@ -143,10 +143,15 @@ def randomize(small: nn.Module) -> None:
         p.data.normal_(std=std * scale, generator=random)
 
 
+def loss_of(small: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Compute the loss and its terms halfway through a run."""
+    return sum(losses_of(small(**with_progress(small, batch, 0.5))).values())
+
+
 def without_gradient(small: nn.Module, text: dict[str, Tensor]) -> list[str]:
     """Name the parameters whose gradient is 0."""
     small.zero_grad()
-    small(**text, targets=text["idx"])[1].backward()
+    loss_of(small, text | {"targets": text["idx"]}).backward()
     named = small.named_parameters()
     return [name for name, p in named if p.grad is None or not p.grad.any()]
 

@@ -61,8 +61,7 @@ def batch_losses(
     batches = run.dataset.val_batches(run.config.batch_size, eval_iters)
     for batch in own_batches(batches, first, every):
         with autocast(run.device, run.dtype):
-            _, loss = net(**to_device(batch, run.device))
-        losses.append(loss)
+            losses.append(net(**to_device(batch, run.device))[1])
         weights.append(count_targets(batch))
     net.train(was_training)
     table = torch.zeros(every * len(losses), 2, dtype=torch.float64)

@@ -23,6 +23,10 @@ ROW = {
     "test_bleu?": float,
 }
 
+# the entries of a row of training; others are the model's own terms of the loss, and METRICS of train.py
+LOGGED = {"iter", "tokens", "seconds", "position", "train_loss", "lr", "grad_norm"}
+LOGGED |= {"tokens_per_second", "dtype", "threads", "mfu"}
+
 
 def read_metrics(path: Path) -> list[dict]:
     """Read the rows of a metrics.jsonl, if there is such a file. Damaged rows are skipped with a note.
@@ -39,15 +43,24 @@ def read_metrics(path: Path) -> list[dict]:
     return rows
 
 
+def own_values(row: dict) -> dict[str, float]:
+    return {key: x for key, x in row.items() if "train_loss" in row and key not in LOGGED}
+
+
 def draw_losses(rows: list[dict], path: Path) -> None:
-    """Plot training and validation loss against steps. The legend gives the lowest validation loss."""
+    """Plot training and validation loss against steps. The legend gives the lowest validation loss.
+
+    Own values are plotted below, each in a panel.
+    """
     val = points(rows, "val_loss")
     if not val:
         return
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
+    own = dict.fromkeys(key for row in rows for key in own_values(row))
+    panels = 1 + len(own)
+    figure = Figure(figsize=(7, 4.2 * panels), layout="constrained")
+    axes, *others = figure.subplots(panels, squeeze=False)[:, 0]
     train = zip(*points(rows, "train_loss"), strict=True)
     axes.plot(
         *train, label="training", color="#9db4c8", linewidth=1, marker=".", markersize=3
@@ -56,9 +69,14 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     step, lowest = min(val, key=lambda point: (point[0] == 0, point[1]))
     label = f"validation, lowest {lowest:.3f} at step {step:,}"
     axes.plot(*zip(*val, strict=True), label=label, color="#c2410c", marker=".")
-    axes.set(xlabel="steps", ylabel="loss, nats per token")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
+    axes.set_ylabel("loss, nats per token")
+    for panel, key in zip(others, own, strict=True):
+        panel.plot(*zip(*points(rows, key), strict=True), marker=".")
+        panel.set_ylabel(key)
+    for panel in (axes, *others):
+        panel.set_xlabel("steps")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
     if accuracy := points(rows, "pairs_accuracy"):
         right = axes.twinx()
         label = "pairs in which the right text is likelier"

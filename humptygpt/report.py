@@ -16,6 +16,7 @@ from tqdm import tqdm
 import model as models
 from humptygpt.checkpoint import stored
 from humptygpt.device import DTYPES, free_memory
+from humptygpt.loggers import own_values
 from humptygpt.machine import check_fits
 from humptygpt.optimizers import freeze, make_optimizer, trained_parameters
 from humptygpt.run import Diverged, Run, RunFolder
@@ -91,6 +92,7 @@ def step(bar: tqdm, run: Run, row: dict) -> None:
         f"loss {row['train_loss']:.4f}, lr {row['lr']:.2e}, gradient norm {norm},"
         f" {row['tokens_per_second']:,} tokens/s"
     )
+    text += "".join(f", {key} {x:.4g}" for key, x in own_values(row).items())
     if not bar.disable:
         bar.set_postfix_str(text)
         return

@@ -21,7 +21,13 @@ from humptygpt import checkpoint, files, tasks
 from humptygpt.cli import UserError, fields_of, note
 from humptygpt.data import Dataset
 from humptygpt.device import peak_flops
-from humptygpt.loggers import LOGGERS, chosen_loggers, draw_losses, read_metrics
+from humptygpt.loggers import (
+    LOGGED,
+    LOGGERS,
+    chosen_loggers,
+    draw_losses,
+    read_metrics,
+)
 from humptygpt.optimizers import Optimizer
 from humptygpt.process import Process
 from humptygpt.settings import TrainConfig
@@ -240,8 +246,9 @@ class Meter:
         self.progress = run.progress
         self.peak_flops = peak_flops(run.device)
         self.flops_per_token = flops_per_token(run.model) / run.process.size
-        self.unread = []  # (number of the step, loss, gradient norm) since read()
+        self.unread = []  # (number of the step, losses, gradient norm) since read()
         self.grad_norm = 0.0
+        self.own = {}  # the model's own terms of the loss, and METRICS, in the latest step
         self.logged_seconds = self.progress.seconds
         self.logged_tokens = self.progress.tokens
         self.started = time.perf_counter() - self.progress.seconds
@@ -253,13 +260,14 @@ class Meter:
         self.started += seconds
         return seconds
 
-    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
-        self.unread.append((self.progress.iter, loss, grad_norm))
+    def add(self, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
+        self.unread.append((self.progress.iter, losses, grad_norm))
 
     def read(self) -> None:
         """Wait for the device and update progress. Raises Diverged if a loss or gradient is not finite."""
-        for it, loss, norm in self.unread:
-            loss = float(loss)
+        for it, losses, norm in self.unread:
+            self.own = {key: float(x) for key, x in losses.items()}
+            loss = self.own.pop("train_loss")
             self.grad_norm = float(norm)
             at = f"at iter {it} (gradient norm {self.grad_norm})"
             if not math.isfinite(loss):
@@ -289,7 +297,9 @@ class Meter:
         self.logged_tokens = progress.tokens
         self.logged_seconds = progress.seconds
         progress.losses = []
-        return row
+        if taken := LOGGED & self.own.keys():
+            raise UserError(f"every row of metrics.jsonl has {taken.pop()}; rename yours")
+        return row | self.own
 
 
 # --------------------------------------------------------------------------------------

@@ -50,8 +50,10 @@ from humptygpt.tasks import (
     build,
     build_on_meta,
     find_task,
+    losses_of,
     make_model_config,
     model_class,
+    with_progress,
 )
 from humptygpt.tokenizers import Tokenizer, from_state
 from humptygpt.workers import Workers
@@ -485,7 +487,9 @@ def compile_now(run: Run, net: nn.Module) -> None:
             run.process.syncing(net, last=True),
             autocast(run.device, run.dtype),
         ):
-            net(**to_device(shares[0].batch, run.device))[1].backward()
+            batch = with_progress(run.model, shares[0].batch, 0.0)
+            outputs = net(**to_device(batch, run.device))
+            sum(losses_of(outputs).values()).backward()
         # evaluation temporarily puts whole weights in place of shards, whose gradients would not fit them
         run.model.zero_grad()
         evaluation.evaluate(run, net, 1)

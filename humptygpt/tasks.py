@@ -3,17 +3,19 @@
 Datasets and checkpoints name their task.
 """
 
+import inspect
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from humptygpt import cli
 from humptygpt.cli import UserError
+from humptygpt.data import Batch
 from model import ModelConfig
 
 # {name: ("module:class", the tasks that it can learn)}
@@ -76,6 +78,20 @@ def build_on_meta(config: ModelConfig, training: dict | None = None) -> nn.Modul
     """Build a model without allocating its weights. training: as in build()."""
     with torch.device("meta"), WithoutValues():
         return build(config, training)
+
+
+def with_progress(model: nn.Module, batch: Batch, progress: float) -> Batch:
+    """Add the progress of a run, from 0 to 1, to the arguments of a model, if its forward() has an argument for it."""
+    member = getattr(model, "members", [model])[0]
+    if "progress" not in inspect.signature(member.forward).parameters:
+        return batch
+    return batch | {"progress": torch.tensor(progress)}  # a number would be compiled anew
+
+
+def losses_of(outputs: tuple) -> dict[str, Tensor]:
+    """Return the loss in a model's outputs, as train_loss, and the terms that the model adds to it, {name: term}."""
+    _, loss, *terms = outputs
+    return {"train_loss": loss} | (terms[0] if terms else {})
 
 
 # functions that make constants, such as the tables of positions

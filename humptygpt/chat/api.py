@@ -234,7 +234,7 @@ class Api:
         cache = {"cache": self.model.make_cache()} if self.model.has_cache else {}
         at_once = ECHOED if cache else len(prompt)
         for idx in torch.tensor([prompt], device=self.device).split(at_once, dim=1):
-            logits, _ = self.model(idx, **cache)
+            logits, *_ = self.model(idx, **cache)
             yield from logits[0, :, : self.tokenizer.vocab_size].float()
 
     def describe(self, piece: Piece, likeliest: int) -> dict:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from humptygpt.tasks import losses_of
 from model import GPT, Cache, ModelConfig
 
 
@@ -26,15 +27,20 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(GPT(config) for _ in range(config.n_members))
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        cache: Cache | None = None,
+        **more: Tensor,
+    ) -> tuple:
         """Same as GPT.forward, but in training, with targets, it returns no logits.
 
-        There the loss is the mean of the members' losses, so each learns by itself.
+        There the loss and its terms are the means of the members', so each learns by itself.
         """
         if self.training and targets is not None:
-            losses = [member(idx, targets)[1] for member in self.members]
-            return None, torch.stack(losses).mean()
+            losses = [losses_of(member(idx, targets, **more)) for member in self.members]
+            terms = {key: torch.stack([x[key] for x in losses]).mean() for key in losses[0]}
+            return None, terms.pop("train_loss"), terms
         logits = self.average(lambda member, part: member(idx, None, part)[0], cache)
         return logits, None if targets is None else self.loss(logits, targets)
 

@@ -492,8 +492,8 @@ def seconds_per_step(
     with run.process:
         for index in range(PROBE_STEPS):
             started = time.monotonic()
-            loss, _, _ = train_step(run, index)
-            loss.item()  # waits for the GPU
+            losses, _, _ = train_step(run, index)
+            losses["train_loss"].item()  # waits for the GPU
             times.append(time.monotonic() - started)
     return statistics.median(times[1:]) * micro_batches
 
