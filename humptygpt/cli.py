@@ -309,7 +309,7 @@ def help_text(*classes: type, positional: str | None = None) -> str:
 def comments_of(*classes: type) -> dict[str, tuple[str, str]]:
     """Read comments from the source of dataclasses. Returns {field: (title of its group, the comment after it)}."""
     comments = {}
-    for cls in classes:
+    for cls in [base for each in classes for base in each.__mro__[-2::-1]]:
         names = fields_of(cls)
         title = cls.__name__
         for line in inspect.getsource(cls).splitlines():

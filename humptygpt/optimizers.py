@@ -1,11 +1,13 @@
 """Update rules (AdamW, Muon and NorMuon) and learning rate schedules.
 
-A new rule is one function and one line in OPTIMIZERS; a new schedule is one function and one line in SCHEDULES.
+A new rule is one function and one line in OPTIMIZERS, and its settings are fields of OptimizerConfig; a new schedule is
+one function and one line in SCHEDULES.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +20,14 @@ from humptygpt.device import DTYPES
 
 if TYPE_CHECKING:  # settings.py imports this file
     from humptygpt.settings import TrainConfig
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Settings of rules. A resumed run keeps them; those that may change are in settings.py."""
+
+    # kept if the run is resumed
+    optimizer: str = "adamw"  # optimizer of the blocks' matrices; AdamW trains the rest
 
 
 class Slot(NamedTuple):
@@ -33,10 +43,17 @@ class Rule(NamedTuple):
     """An update rule, and the state that it keeps for each parameter."""
 
     update: Callable  # called with (optimizer, group, slots); works in place
-    # {name of a state tensor: function that returns a view of a parameter with the state tensor's shape}
+    # {name of a state tensor: function that returns a tensor of its shape, such as a view, from a parameter}
     state: dict[str, Callable[[Tensor], Tensor]]
     learning_rate: str = "learning_rate"  # TrainConfig key of the peak learning rate
+    takes: Collection[str] = (
+        "hidden",
+    )  # the parameters that it updates; see group_parameters()
+    settings: Collection[str] = ()  # TrainConfig keys that only this rule reads
     by_parameter: bool = False  # no update depends on another, so workers may share them
+    by_rows: bool = (
+        False  # it works on some rows of each matrix, too, as parallel=fsdp needs
+    )
 
 
 class Optimizer:
@@ -157,7 +174,7 @@ def adamw(optimizer: Optimizer, group: dict, slots: list[Slot]) -> None:
     """
     weights, gradients, states, _ = map(list, zip(*slots, strict=True))
     steps = torch.full((), float(optimizer.steps), device=weights[0].device)
-    beta1, beta2 = group["betas"]
+    config = group["config"]
     torch._fused_adamw_(
         weights,
         gradients,
@@ -166,8 +183,8 @@ def adamw(optimizer: Optimizer, group: dict, slots: list[Slot]) -> None:
         [],
         [steps] * len(slots),
         lr=group["lr"],
-        beta1=beta1,
-        beta2=beta2,
+        beta1=config.beta1,
+        beta2=config.beta2,
         weight_decay=group["weight_decay"],
         eps=1e-8,
         amsgrad=False,
@@ -184,6 +201,7 @@ def muon(
     normalize: use NorMuon instead; see normalize_neurons().
     Source: Jordan et al. 2024, "Muon: an optimizer for the hidden layers of neural networks".
     """
+    config = group["config"]
     by_shape = defaultdict(list)
     for slot in slots:
         by_shape[slot.shape].append(slot)
@@ -191,15 +209,17 @@ def muon(
         # (n, rows, columns); fewer rows if they are sharded
         gradients = torch.stack([slot.gradient for slot in alike])
         momentum = [slot.state["momentum_buffer"] for slot in alike]
-        torch._foreach_lerp_(momentum, list(gradients), 1 - group["momentum"])
+        torch._foreach_lerp_(momentum, list(gradients), 1 - config.muon_momentum)
         # Nesterov momentum
-        gradients.lerp_(torch.stack(momentum), group["momentum"])
-        function = partial(orthogonalize, dtype=group["dtype"])
+        gradients.lerp_(torch.stack(momentum), config.muon_momentum)
+        dtype = DTYPES.get(config.muon_dtype, torch.float32)
+        function = partial(orthogonalize, dtype=dtype)
         updates = optimizer.spread(function, gradients, rows).to(gradients.dtype)
         if normalize:
             moment = [slot.state["second_moment_buffer"] for slot in alike]
-            _, beta2 = group["betas"]
-            updates = normalize_neurons(updates, moment, beta2, rows, optimizer.total)
+            updates = normalize_neurons(
+                updates, moment, config.beta2, rows, optimizer.total
+            )
         weights = [slot.weight for slot in alike]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         lr = group["lr"] * math.sqrt(max(1, rows / columns))
@@ -277,18 +297,28 @@ def per_neuron(p: Tensor) -> Tensor:
     return p[:, :1] if p.shape[0] >= p.shape[1] else p[:1]
 
 
-ADAMW = Rule(adamw, {"exp_avg": whole, "exp_avg_sq": whole}, by_parameter=True)
-# rules for the matrices in the blocks; AdamW updates all other parameters
-OPTIMIZERS = {
-    "adamw": ADAMW,
-    "muon": Rule(muon, {"momentum_buffer": whole}, "muon_learning_rate", by_parameter=True),
-    "normuon": Rule(
-        partial(muon, normalize=True),
-        {"momentum_buffer": whole, "second_moment_buffer": per_neuron},
-        "muon_learning_rate",
-        by_parameter=True,
-    ),
-}
+ALL = ("hidden", "matrices", "vectors")
+ADAMW = Rule(
+    adamw,
+    {"exp_avg": whole, "exp_avg_sq": whole},
+    takes=ALL,
+    by_parameter=True,
+    by_rows=True,
+)
+MUON = Rule(
+    muon,
+    {"momentum_buffer": whole},
+    learning_rate="muon_learning_rate",
+    settings=("muon_learning_rate", "muon_momentum"),
+    by_parameter=True,
+    by_rows=True,
+)
+NORMUON = MUON._replace(
+    update=partial(muon, normalize=True),
+    state=MUON.state | {"second_moment_buffer": per_neuron},
+)
+# {name: rules, of which the first that takes a parameter updates it}. AdamW updates what they do not take.
+OPTIMIZERS = {"adamw": [ADAMW], "muon": [MUON], "normuon": [NORMUON]}
 
 
 # --------------------------------------------------------------------------------------
@@ -320,8 +350,9 @@ def freeze(model: nn.Module, names: str | None) -> None:
 def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Return {group: {name: parameter}} with every trained parameter in exactly one group.
 
-    The group "hidden" holds the matrices of linear layers, except for the output head. A module may choose a
-    different group for its parameters with an optimizer_group attribute.
+    The group "hidden" holds the matrices of linear layers, except for the output head; "matrices" holds embeddings, the
+    head and other tensors of at least two dimensions; "vectors" holds biases and the weights of norms. A module may
+    choose a different group for its parameters with an optimizer_group attribute.
     """
     groups = {"hidden": {}, "matrices": {}, "vectors": {}}
     for name, p in trained_parameters(model).items():
@@ -334,6 +365,11 @@ def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     return groups
 
 
+def rate_factor(name: str, p: Tensor, config: "TrainConfig") -> float:
+    """Return a factor for the learning rate of a parameter. Edit it for rates that depend on the width, as in muP."""
+    return 1.0
+
+
 def make_optimizer(
     config: "TrainConfig", model: nn.Module, optimizer_class: type[Optimizer] = Optimizer
 ) -> Optimizer:
@@ -342,22 +378,23 @@ def make_optimizer(
     Weight decay pulls matrices and embeddings towards zero, but not biases and norms.
     """
     groups = []
-    for group, members in group_parameters(model).items():
-        rule = OPTIMIZERS[config.optimizer] if group == "hidden" else ADAMW
-        peak_lr = getattr(config, rule.learning_rate)
-        groups.append(
-            {
-                "rule": rule,
-                "named_params": members,
-                "params": list(members.values()),
-                "lr": peak_lr,
-                "peak_lr": peak_lr,
-                "momentum": config.muon_momentum,
-                "dtype": DTYPES.get(config.muon_dtype, torch.float32),
-                "betas": (config.beta1, config.beta2),
-                "weight_decay": 0.0 if group == "vectors" else config.weight_decay,
-            }
-        )
+    for kind, members in group_parameters(model).items():
+        rule = next(x for x in [*OPTIMIZERS[config.optimizer], ADAMW] if kind in x.takes)
+        factors = {name: rate_factor(name, p, config) for name, p in members.items()}
+        for factor in dict.fromkeys(factors.values()):
+            part = {name: p for name, p in members.items() if factors[name] == factor}
+            peak_lr = factor * getattr(config, rule.learning_rate)
+            groups.append(
+                {
+                    "rule": rule,
+                    "named_params": part,
+                    "params": list(part.values()),
+                    "lr": peak_lr,
+                    "peak_lr": peak_lr,
+                    "config": config,
+                    "weight_decay": 0.0 if kind == "vectors" else config.weight_decay,
+                }
+            )
     return optimizer_class(groups)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from humptygpt.cli import check_above_0, check_choices, check_least, fields_of
 from humptygpt.device import DTYPES
 from humptygpt.loggers import chosen_loggers
-from humptygpt.optimizers import OPTIMIZERS, SCHEDULES
+from humptygpt.optimizers import OPTIMIZERS, SCHEDULES, OptimizerConfig
 from humptygpt.tasks import MODELS
 from model import POSITIONS
 
@@ -21,14 +21,19 @@ MAY_DIFFER = {"out_dir", "warmup_iters", "input", "vocab_size"}
 MAY_DIFFER |= {"dtype", "muon_dtype", "threads"}
 # keys that control how the text of `input` is read
 OF_INPUT = ("text_key", "encoding_errors", "skip_bad_lines")
-# keys that a resumed run keeps, beside those of the model, because the weights or the order of the data depend on them
-FIXED = {"seed", "optimizer", "freeze", "lora_rank", "lora_alpha", "lora_targets"}
 NOT_ROTARY = POSITIONS.keys() - {"rotary"}
 # {key: (another key, the values of that other key for which the key has no effect)}
 IN_VAIN = dict.fromkeys(OF_INPUT, ("input", (None,)))
 IN_VAIN |= dict.fromkeys(("schedule", "lr_decay_iters", "min_lr"), ("decay_lr", (False,)))
 IN_VAIN |= dict.fromkeys(("lora_alpha", "lora_targets"), ("lora_rank", (0,)))
 IN_VAIN |= dict.fromkeys(("rope_base", "rope_factor"), ("position", NOT_ROTARY))
+# {optimizer: the settings of its rules}
+OF_RULES = {x: {key for rule in OPTIMIZERS[x] for key in rule.settings} for x in OPTIMIZERS}
+IN_VAIN |= {
+    key: ("optimizer", [name for name, own in OF_RULES.items() if key not in own])
+    for settings in OF_RULES.values()
+    for key in settings
+}
 FOR_SEVERAL = dict.fromkeys(("parallel", "backend"), ("processes", (1,)))
 # Defaults for a run that starts from a model; finetune/base.py chooses the optimizer and its rates.
 GENTLE = {"schedule": "linear", "min_lr": 0.0, "warmup_iters": 10}
@@ -39,13 +44,14 @@ NOT_IN_RECIPE += ("batch_size", "max_iters", "eval_interval")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class Adjustable:
+    """Settings of a run that may change when it is resumed."""
+
     # run
     out_dir: str | None = None  # folder of the run; None: out/<dataset>
     init_from: str = "scratch"  # scratch, resume (from out_dir/ckpt.pt), or a model: a run, checkpoint, folder or gpt2
     overwrite: bool = False  # move an earlier run in out_dir to out_dir/previous
     eval_only: bool = False  # evaluate once, with BLEU for translation, and stop
-    seed: int = 1337  # seed for initial weights, data order and dropout
     # data
     dataset: str = "shakespeare_char"  # folder in data/ that prepare_data.py wrote
     input: str | None = None  # your own text: a file or folder to prepare as a dataset
@@ -58,7 +64,6 @@ class TrainConfig:
     # optimizer
     minutes: float | None = None  # run for this many minutes; unset keys are chosen to fit
     max_iters: int = 2400  # training steps
-    optimizer: str = "adamw"  # optimizer of the blocks' matrices; AdamW trains the rest
     learning_rate: float = 1e-3  # peak learning rate, after warmup
     decay_lr: bool = True  # warm up, then decay; False: constant learning rate
     schedule: str = "cosine"  # shape of the learning rate decay
@@ -72,10 +77,6 @@ class TrainConfig:
     muon_momentum: float = 0.85  # Muon: decay rate of the momentum
     muon_dtype: str = "auto"  # Muon: dtype of its matrix products; auto: the faster
     grad_clip: float = 1.0  # maximum gradient norm; 0: no clipping
-    freeze: str | None = None  # freeze parameters whose names contain these: wte,blocks.0
-    lora_rank: int = 0  # LoRA: rank of the added matrices; 0: no LoRA
-    lora_alpha: float = 16.0  # LoRA: added matrices are scaled by lora_alpha / lora_rank
-    lora_targets: str = "q_proj,v_proj"  # LoRA: names of the layers to adapt
     # evaluation
     eval_interval: int = 600  # steps between evaluations; one always follows the last step
     eval_iters: int | None = None  # batches per evaluation; None: about 10% of the run time
@@ -99,6 +100,18 @@ class TrainConfig:
     compile: bool | None = None  # use torch.compile; None: for long runs on CUDA
     parallel: str = "ddp"  # for several processes: ddp, or fsdp to shard the model
     backend: str = "auto"  # for several processes: auto is nccl on CUDA, gloo on a CPU
+
+
+@dataclass(frozen=True)
+class TrainConfig(OptimizerConfig, Adjustable):
+    """The settings of a run. Those declared here are kept, because the weights or the data's order depend on them."""
+
+    # kept if the run is resumed
+    seed: int = 1337  # seed for initial weights, data order and dropout
+    freeze: str | None = None  # freeze parameters whose names contain these: wte,blocks.0
+    lora_rank: int = 0  # LoRA: rank of the added matrices; 0: no LoRA
+    lora_alpha: float = 16.0  # LoRA: added matrices are scaled by lora_alpha / lora_rank
+    lora_targets: str = "q_proj,v_proj"  # LoRA: names of the layers to adapt
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
@@ -171,4 +184,4 @@ class TrainConfig:
 
 
 # keys that may change on resume
-MAY_CHANGE = fields_of(TrainConfig).keys() - FIXED | TRAINING_ONLY
+MAY_CHANGE = fields_of(Adjustable).keys() | TRAINING_ONLY

@@ -53,7 +53,7 @@ def names_by_rule(optimizer: Optimizer) -> dict[str, set[str]]:
     """The names of the parameters that each rule of OPTIMIZERS trains."""
     names = {}
     for group in optimizer.param_groups:
-        rule = next(name for name, rule in OPTIMIZERS.items() if rule is group["rule"])
+        rule = next(x for x, rules in OPTIMIZERS.items() if group["rule"] in rules)
         names.setdefault(rule, set()).update(group["named_params"])
     return names
 

@@ -556,7 +556,7 @@ def test_settings_of_the_checkpoint_hold_unless_changed(run_train):
     assert (settings["learning_rate"], settings["dropout"]) == (0.01, 0.1)
     hidden, *_, vectors = train.setup(read_settings(RESUME)).optimizer.param_groups
     assert (hidden["weight_decay"], vectors["weight_decay"]) == (0.25, 0.0)
-    assert hidden["betas"] == (0.8, 0.5)
+    assert (hidden["config"].beta1, hidden["config"].beta2) == (0.8, 0.5)
 
 
 FIXED = ("n_layer=3", "n_embd=64", "bias=True", "vocab_size=99", "position=alibi")
@@ -994,7 +994,7 @@ def test_an_update_rule_without_state_is_resumed(run_train, monkeypatch):
         for slot in slots:
             slot.weight.sub_(slot.gradient.sign(), alpha=group["lr"])
 
-    monkeypatch.setitem(OPTIMIZERS, "sign", Rule(sign, {}))
+    monkeypatch.setitem(OPTIMIZERS, "sign", [Rule(sign, {})])
     keys = ("--optimizer=sign", "--lr_decay_iters=8")
     whole = train_losses(run_train(*keys, "--max_iters=8"))
     run_train(*keys)

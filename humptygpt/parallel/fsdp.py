@@ -38,6 +38,15 @@ from model import Block
 class ShardedOptimizer(SharedOptimizer):
     """An optimizer whose parameters are DTensors. Each rank updates its own rows."""
 
+    def __init__(self, groups: list[dict], process: DataParallel):
+        """Raises UserError if a rule needs whole matrices."""
+        super().__init__(groups, process)
+        for group in groups:
+            if not group["rule"].by_rows:
+                raise UserError(
+                    f"optimizer={group['config'].optimizer} needs whole matrices; use --parallel=ddp"
+                )
+
     def local(self, x: Tensor) -> Tensor:
         return x.to_local()
 
