@@ -6,6 +6,7 @@ by the same command. A folder that nanoGPT prepared has no such checksums.
 """
 
 import hashlib
+import inspect
 import math
 import os
 import re
@@ -88,8 +89,8 @@ class Dataset:
         self.splits = {
             split: TokenFiles(folder, split, self.meta) for split in self.meta["splits"]
         }
-        self.train = self.splits["train"]
-        self.val = self.splits["val"]
+        self.train = self.splits.get("train", ())
+        self.val = self.splits.get("val", ())
         self.set_up()
 
     def set_up(self) -> None:
@@ -235,6 +236,44 @@ class TokenDataset(Dataset):
         return next_tokens(ids, ignored=after)
 
 
+class GeneratedDataset(Dataset):
+    """Data that code makes, without files. A subclass has a tokenizer, batch() and val_batches(), as in TokenDataset.
+
+    One line in DATASETS names it. A run resumes only with the code that it began with.
+    """
+
+    task = "language modelling"
+    tokenizer: tokenizers.Tokenizer
+
+    def set_up(self) -> None:
+        """There is nothing to check."""
+
+    def summary(self, batch_size: int, eval_iters: int | None) -> tuple[str, str]:
+        return f"{batch_size} sequences", f"{eval_iters or 'all'} batches"
+
+    def batches_per_epoch(self, batch_size: int) -> float:
+        return math.inf
+
+    def all_val_batches(self, batch_size: int) -> int:
+        return 0  # so a run does not end with an evaluation on all of them
+
+    def val_bytes_per_token(self) -> float:
+        return float(self.tokenizer.token_bytes().mean())
+
+    @cached_property
+    def identity(self) -> dict:
+        code = inspect.getsource(type(self)).encode()
+        return {"code_sha256": hashlib.sha256(code).hexdigest()}
+
+    def chunks(self, split: str) -> Iterator[tuple[int, np.ndarray]]:
+        raise UserError(
+            f"dataset={self.folder.name} is generated, so there is no text to read"
+        )
+
+
+DATASETS: dict[str, type[GeneratedDataset]] = {}
+
+
 def count_targets(batch: Batch) -> int:
     """Count the targets that are not ignored. A target may be a distribution."""
     targets = batch["targets"]
@@ -357,6 +396,13 @@ def read_meta(folder: Path) -> dict:
 
     Raises UserError if meta.json is missing or damaged.
     """
+    if generated := DATASETS.get(folder.name):
+        return {
+            "task": generated.task,
+            "source": generated.__name__,
+            "tokenizer": generated.tokenizer.state(),
+            "splits": {},
+        }
     if os.path.exists(folder / "meta.json"):
         try:
             meta = parse_json((folder / "meta.json").read_bytes(), META)

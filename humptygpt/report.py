@@ -54,8 +54,9 @@ def summary(run: Run) -> str:
             processes = f", {run.process.workers.count} workers"
         else:
             processes = f", {threads} thread{'s' * (threads > 1)}{processes}"
+    size = f", {len(dataset.train):,} tokens to train on" if dataset.splits else ""
     return (
-        f"data: {dataset.meta['source']}, {len(dataset.train):,} tokens to train on,"
+        f"data: {dataset.meta['source']}{size},"
         f" vocabulary of {run.model.config.vocab_size:,}\n"
         f"model: {run.model.config.model}, {count_parameters(run.model):,} parameters{start}\n"
         f"steps: {about} of {batch}, {epochs:.1f} epochs{done}\n"

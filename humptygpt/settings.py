@@ -5,6 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from humptygpt.cli import check_above_0, check_choices, check_least, fields_of
+from humptygpt.data import DATASETS
 from humptygpt.device import DTYPES
 from humptygpt.loggers import chosen_loggers
 from humptygpt.optimizers import OPTIMIZERS, SCHEDULES, OptimizerConfig
@@ -34,6 +35,7 @@ IN_VAIN |= {
     for settings in OF_RULES.values()
     for key in settings
 }
+IN_VAIN["input"] = ("dataset", DATASETS)
 FOR_SEVERAL = dict.fromkeys(("parallel", "backend"), ("processes", (1,)))
 # Defaults for a run that starts from a model; finetune/base.py chooses the optimizer and its rates.
 GENTLE = {"schedule": "linear", "min_lr": 0.0, "warmup_iters": 10}

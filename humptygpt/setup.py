@@ -18,7 +18,7 @@ from torch import nn
 from humptygpt import checkpoint, cli, evaluation, machine
 from humptygpt.checks import sharing_problem
 from humptygpt.cli import UserError, fields_of, first_line, note, refuse_vain
-from humptygpt.data import COMMAND, Dataset, is_command, made_by, read_meta
+from humptygpt.data import COMMAND, DATASETS, Dataset, is_command, made_by, read_meta
 from humptygpt.device import autocast, pick_device, pick_dtype, to_device
 from humptygpt.loading import (
     Loaded,
@@ -250,6 +250,8 @@ def fit_warmup(config: TrainConfig) -> TrainConfig:
 
 def prepare_missing(config: TrainConfig) -> None:
     """Prepare data/<dataset> if it is missing or incomplete. With --input, check that the input has not changed."""
+    if config.dataset in DATASETS:
+        return
     folder = Path("data") / config.dataset
     names = {path.name for path in folder.glob("*")}
     prepared = names & {"meta.json", "meta.pkl"}
@@ -316,7 +318,8 @@ def open_prepared(config: TrainConfig, model_config: ModelConfig) -> Dataset:
         raise UserError(
             f"{meta['task']} is scored with a package that is not installed: pip install {task.package}"
         )
-    return task.dataset(folder, model_config.block_size, config.seed, with_encoder, meta)
+    dataset = DATASETS.get(folder.name, task.dataset)
+    return dataset(folder, model_config.block_size, config.seed, with_encoder, meta)
 
 
 def make_batches(config: TrainConfig, dataset: Dataset, vocab_size: int) -> Dataset:

@@ -693,7 +693,7 @@ def run_data(config: dict) -> ChatDataset:
 
 def test_minutes_are_for_text_and_one_process(tiny, pairs, fails, monkeypatch):
     line = fails(train.main, *TIMED, "--dataset=pairs", "--minutes=1", "--block_size=64")
-    complaint = "minutes=1 works only for text and conversations, but pairs is for translation; use max_iters"
+    complaint = "minutes=1 works only for prepared text and conversations, not for pairs; use max_iters"
     assert line == f"{complaint} instead\n"
     monkeypatch.setenv("WORLD_SIZE", "2")
     line = fails(train.main, *TIMED, "--minutes=1")

@@ -276,10 +276,10 @@ def begin(
     given: keys set by the user, which keep their values. saved: the checkpoint of a resumed run; None for a new run.
     step: train_step() and compute_gradients() of train.py.
     """
-    if dataset.task not in ("language modelling", "chat"):
+    if dataset.task not in ("language modelling", "chat") or not dataset.splits:
         raise UserError(
-            f"minutes={config.minutes:g} works only for text and conversations, but {config.dataset} is for"
-            f" {dataset.task}; use max_iters instead"
+            f"minutes={config.minutes:g} works only for prepared text and conversations, not for {config.dataset};"
+            " use max_iters instead"
         )
     clock = Clock(config.minutes, saved["progress"]["run_seconds"] if saved else 0.0)
     # compiling takes about a minute, so a timed run compiles only if the user asks for it

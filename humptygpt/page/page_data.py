@@ -104,7 +104,7 @@ def example_text(run: Loaded) -> str:
 def read_split(run: Loaded, split: str, count: int) -> str:
     """Decode the first tokens of a split of the run's data. Returns "" if the data is missing or has changed."""
     folder = Path("data", run.saved["train_config"]["dataset"])
-    with suppress(UserError):
+    with suppress(UserError, KeyError):  # generated data has no splits
         meta = read_meta(folder)
         if meta["tokenizer"] == run.saved["tokenizer"]:
             ids = TokenFiles(folder, split, meta).arrays[0][:count]
