@@ -46,14 +46,10 @@ class Rule(NamedTuple):
     # {name of a state tensor: function that returns a tensor of its shape, such as a view, from a parameter}
     state: dict[str, Callable[[Tensor], Tensor]]
     learning_rate: str = "learning_rate"  # TrainConfig key of the peak learning rate
-    takes: Collection[str] = (
-        "hidden",
-    )  # the parameters that it updates; see group_parameters()
+    takes: Collection[str] = ("hidden",)  # groups of parameters, of group_parameters()
     settings: Collection[str] = ()  # TrainConfig keys that only this rule reads
     by_parameter: bool = False  # no update depends on another, so workers may share them
-    by_rows: bool = (
-        False  # it works on some rows of each matrix, too, as parallel=fsdp needs
-    )
+    by_rows: bool = False  # it also works on some rows of a matrix, as parallel=fsdp needs
 
 
 class Optimizer:
