@@ -127,6 +127,9 @@ const tokenName = (app, t, idx = app.trace.idx) => `“${shown(app.tokenizer, id
 const ownBlock = (app) => `${app.stack}.blocks.${app.at.layer}`;
 const blockPath = (app, rest) => `${ownBlock(app)}.${rest}`;
 
+/** Whether the page can train by these settings of a run, whose rules may be somebody's own. */
+const knowsRules = ({ optimizer, schedule }) => optimizer in OPTIMIZERS && schedule in SCHEDULES;
+
 /** What sections need: whether a run has it, why this one has not, and a config whose run has. */
 const NEEDS = {
   stack: [
@@ -149,8 +152,8 @@ const NEEDS = {
     "humpty_dumpty.py --snapshots=True",
   ],
   training: [
-    (app) => app.config.model === "gpt",
-    "This page trains models with model=gpt alone: it goes backward through no encoder and no window of tokens.",
+    (app) => app.config.model === "gpt" && knowsRules(app.data.training),
+    "This page trains models with model=gpt alone, and only by the optimizers and schedules that HumptyGPT came with.",
     "humpty_dumpty.py",
   ],
 };

@@ -36,7 +36,7 @@ class Playground {
     Object.assign(this, { app, config, defaults: { config, settings: training } });
     this.training = { ...training, ...(config && SHORT) };
     this.root = element("playground");
-    if (!config && (model.model !== "gpt" || task !== "language modelling")) return;
+    if (!config && (model.model !== "gpt" || task !== "language modelling" || !knowsRules(training))) return;
     this.names = Object.keys(KNOBS).filter((name) => config || OF_TRAINING.includes(name));
     const initial = { ...config, ...this.training, ...(config && PLAIN), mask: "causal" };
     this.initial = Object.fromEntries(this.names.map((name) => [name, initial[name]]));

@@ -24,6 +24,8 @@ from humptygpt import loading as interchange
 from humptygpt import run as run_module
 from humptygpt.checkpoint import load_plain
 from humptygpt.optimizers import make_optimizer
+from humptygpt.page.html import fill, to_text
+from humptygpt.page.page_data import page_data
 from humptygpt.settings import TrainConfig
 
 START = "Ak"
@@ -912,3 +914,15 @@ def test_a_number_of_the_gradient_opens_to_its_sum_over_the_tokens(opened, runs)
     rows = view.page.locator("#arithmetic tr[data-term]")
     terms = [float(row.get_attribute("data-term")) for row in rows.all()]
     assert sum(terms) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_run_with_an_optimizer_of_ones_own_is_shown_but_not_trained(opened, runs):
+    data = page_data(runs / "out/run/best.pt", START)
+    data["training"]["optimizer"] = "mine"
+    (runs / "out/own").mkdir()
+    (runs / "out/own/explain.html").write_bytes(fill("page.html", to_text(data)))
+    view = opened("own", "#panel=step")
+    assert_shows(view, *load(runs))
+    words = "only by the optimizers and schedules that HumptyGPT came with"
+    assert words in view.page.text_content("main, body")
+    assert not view.page.is_visible("#playground button")
