@@ -925,4 +925,5 @@ def test_a_run_with_an_optimizer_of_ones_own_is_shown_but_not_trained(opened, ru
     assert_shows(view, *load(runs))
     words = "only by the optimizers and schedules that HumptyGPT came with"
     assert words in view.page.text_content("main, body")
-    assert not view.page.is_visible("#playground button")
+    assert not view.page.inner_html("#playground")
+    assert opened().page.inner_html("#playground")
