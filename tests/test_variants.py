@@ -7,8 +7,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import ADAMW, PLAIN, TINY_RUN
+from test_model import random_model
 from texts import make_text
+
+import model as models
+import sample
+import train
+from humptygpt import data, optimizers, tokenizers
+from humptygpt.cli import UserError
+from humptygpt.minutes import ensemble
+from humptygpt.optimizers import Rule
+from humptygpt.parallel.fsdp import ShardedOptimizer
+from humptygpt.settings import TrainConfig
+from model import GPT
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = (ROOT / "docs/variants.md").read_text(encoding="utf-8")
@@ -139,3 +153,160 @@ def test_terms_and_metrics_are_logged_under_their_names(edited):
     first, *_, last = [row for row in rows_of(edited, "norm") if "train_loss" in row]
     assert 0 < first["update_ratio"] < 1
     assert last["second"] == pytest.approx(first["second"] / 10, rel=0.3)
+
+
+# --------------------------------------------------------------------------------------
+# What each place for an idea promises, whatever the idea
+
+
+class WithTerm(GPT):
+    """A GPT whose loss has a term that falls over the run."""
+
+    name = "own"
+
+    def forward(self, idx, targets=None, cache=None, progress=1.0):
+        logits, loss = super().forward(idx, targets, cache)
+        return logits, loss, {self.name: (1 - progress) * self.term()}
+
+    def term(self):
+        return self.wte.weight.square().mean()
+
+
+class OfTheBatch(WithTerm):
+    """Its term is not the mean of the terms of the rows."""
+
+    def forward(self, idx, targets=None, cache=None, progress=1.0):
+        logits, loss, terms = super().forward(idx, targets, cache, progress)
+        if loss is not None:
+            terms = {"own": loss.square()}
+        return logits, loss, terms
+
+
+def terms(rows: list[dict]) -> list[float]:
+    return [row["own"] for row in rows if "own" in row]
+
+
+@pytest.mark.parametrize("keys", [["--threads=2"], ["--n_members=2"]])
+def test_a_term_reaches_workers_and_members_and_stays_out_of_the_losses(
+    run_train, monkeypatch, keys
+):
+    plain = run_train()
+    monkeypatch.setattr(models, "GPT", WithTerm)
+    monkeypatch.setattr(ensemble, "GPT", WithTerm)
+    monkeypatch.setattr(WithTerm, "term", lambda self: 0 * self.wte.weight.sum() + 3)
+    rows = run_train(*keys)
+    assert terms(rows) == pytest.approx([3 * (1 - step / 6) for step in range(6)])
+    if keys == ["--threads=2"]:
+        expected = [row["train_loss"] for row in plain if "train_loss" in row]
+        found = [row["train_loss"] for row in rows if "train_loss" in row]
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_term_changes_what_is_learned(run_train, monkeypatch):
+    plain = run_train()
+    monkeypatch.setattr(models, "GPT", WithTerm)
+    assert run_train()[-1]["val_loss"] != plain[-1]["val_loss"]
+
+
+def test_a_term_of_a_whole_batch_is_computed_on_it_and_a_note_says_so(
+    run_train, monkeypatch, capsys
+):
+    monkeypatch.setattr(models, "GPT", OfTheBatch)
+    expected = terms(run_train())
+    capsys.readouterr()
+    assert terms(run_train("--threads=2")) == pytest.approx(expected, rel=1e-4)
+    complaint = "threads share each operator, not the batch, which is slower: the loss of"
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_term_may_not_have_the_name_of_a_column(tiny, fails, monkeypatch):
+    monkeypatch.setattr(models, "GPT", WithTerm)
+    monkeypatch.setattr(WithTerm, "name", "lr")
+    complaint = "every row of metrics.jsonl has lr; rename yours"
+    assert complaint in fails(train.main, *TINY_RUN)
+
+
+def test_a_metric_is_due_every_log_interval_steps_and_sees_the_update(
+    run_train, monkeypatch
+):
+    def largest(run, before):
+        assert all(p.grad is not None for p in run.model.parameters())
+        weights = run.model.named_parameters()
+        return max((p - before[name]).abs().max() for name, p in weights)
+
+    monkeypatch.setitem(train.METRICS, "largest", largest)
+    rows = run_train(*PLAIN, "--log_interval=2", "--learning_rate=1e-3")
+    found = [row["largest"] for row in rows if "train_loss" in row]
+    assert len(found) == 3
+    rates = [row["lr"] for row in rows if "train_loss" in row]
+    assert found == pytest.approx(rates, rel=0.3)  # an element moves by about the rate
+
+
+def test_a_rule_that_needs_whole_matrices_is_refused_with_fsdp():
+    group = {"rule": Rule(None, {}), "config": TrainConfig(optimizer="muon")}
+    with pytest.raises(UserError, match="optimizer=muon needs whole matrices; use --par"):
+        ShardedOptimizer([group], process=None)
+
+
+def test_a_setting_of_a_rule_that_is_not_chosen_is_refused(tiny, fails):
+    complaint = "muon_momentum=0.5 has no effect with optimizer=adamw; leave it out"
+    assert complaint in fails(train.main, *TINY_RUN, *PLAIN, "--muon_momentum=0.5")
+
+
+def test_a_factor_is_of_the_rate_of_each_parameter(monkeypatch):
+    model = random_model()
+    monkeypatch.setattr(
+        optimizers, "rate_factor", lambda name, p, config: 1 + ("attn" in name)
+    )
+    groups = optimizers.make_optimizer(TrainConfig(**ADAMW), model).param_groups
+    names = [name for group in groups for name in group["named_params"]]
+    assert sorted(names) == sorted(dict(model.named_parameters()))
+    for group in groups:
+        for name in group["named_params"]:
+            assert group["peak_lr"] == TrainConfig.learning_rate * (1 + ("attn" in name))
+
+
+def test_without_averages_they_cannot_be_sampled(run_dir, fails):
+    complaint = fails(sample.main, "--out_dir=out/run", "--checkpoint=average")
+    assert complaint.startswith("out/run/ckpt.pt has no averages of all weights: it lacks")
+
+
+class Ones(data.GeneratedDataset):
+    tokenizer = tokenizers.CharTokenizer("ab")
+
+    def batch(self, index, batch_size):
+        return data.next_tokens(
+            np.ones((batch_size, self.block_size + 1), int),
+            np.zeros((batch_size, self.block_size), bool),
+        )
+
+    def val_batches(self, batch_size, eval_iters):
+        yield self.batch(0, batch_size)
+
+
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        (["--input=x.txt"], "input=x.txt has no effect with dataset=ones; leave it out"),
+        (["--ngram_targets=0.2"], "dataset=ones is generated, so there is no text to read"),
+        (["--minutes=1"], "minutes=1 works only for prepared text and conversations, not"),
+    ],
+)
+def test_generated_data_refuses_what_needs_a_text(
+    folder, fails, monkeypatch, keys, complaint
+):
+    monkeypatch.setitem(data.DATASETS, "ones", Ones)
+    settings = [key for key in TINY_RUN if not key.startswith(("--dataset", "--max_iters"))]
+    assert complaint in fails(train.main, *settings, "--dataset=ones", *keys)
+
+
+def test_generated_data_resumes_only_with_the_same_code(folder, fails, monkeypatch):
+    monkeypatch.setitem(data.DATASETS, "ones", Ones)
+    assert train.main([*TINY_RUN, "--dataset=ones"]) == 0
+
+    class Other(Ones):
+        pass
+
+    monkeypatch.setitem(data.DATASETS, "ones", Other)
+    resume = ["--init_from=resume", "--out_dir=out/run", "--max_iters=9"]
+    assert "is not the data that out/run/ckpt.pt was" in fails(train.main, *resume)
