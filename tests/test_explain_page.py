@@ -5,6 +5,7 @@ Needs Chromium (Debian: apt-get install chromium) and the packages playwright an
 
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -577,13 +578,14 @@ WATCH = """controls => {
 }"""
 FOCUS = """i => {
   window.control = visible()[i];
-  if (!control) return [null, "", ""];
+  if (!control) return [null, "", "", ""];
   control.focus();
   const kind = { checkbox: "checkbox", range: "range", file: "file" }[control.type] ?? control.localName;
-  return [kind, control.outerHTML.slice(0, 300), state().join()];
+  const alike = control.className && `${control.className} in ${control.parentElement.closest("[id]").id}`;
+  return [kind, control.outerHTML.slice(0, 300), alike, state().join()];
 }"""
 FOCUSED_NOW = "document.activeElement !== document.body"
-AFTER = f"() => [state().join(), {FOCUSED_NOW}, control.textContent]"
+AFTER = "() => [state().join(), control.textContent]"
 
 
 @pytest.mark.parametrize(
@@ -604,17 +606,22 @@ def test_tab_leads_to_every_control_and_each_obeys_its_keys_and_keeps_the_focus(
         "visible().filter((it) => !it.seen && it.tabIndex >= 0 && !it.closest('#sections'))"
     )
     assert ask(f"{missed}.map((control) => control.outerHTML)") == []
+    tried = Counter()
     for number in range(1000):
-        kind, label, before = ask(FOCUS, number)
+        kind, label, alike, before = ask(FOCUS, number)
         if not kind:
             break
+        tried[alike] += 1
+        if (
+            alike and tried[alike] > 2
+        ):  # of many operands or thumbnails in one place, two are enough
+            continue
         # a key opens the browser's own window; a slider with one place
         if kind == "file" or 'max="0"' in label:
             continue
         for key in KEYS[kind]:
             press(key)
-            after, focused, text = ask(AFTER)
-            assert focused, label
+            after, text = ask(AFTER)
             if after != before:
                 break
         assert after != before or kind in ("button", "summary", "div"), label
@@ -622,10 +629,31 @@ def test_tab_leads_to_every_control_and_each_obeys_its_keys_and_keeps_the_focus(
             press("Enter")
         elif text == "Try it":
             view.page.click("text=Pause")
-            press("Shift+Tab")
         view.settle()
         assert ask(FOCUSED_NOW), label
     assert number > 60
+
+
+def test_a_control_keeps_the_focus_when_the_model_becomes_another_one(opened):
+    view = opened("playground", "#section=gpt&number=logits:0,1")
+
+    def press(name: str) -> None:  # while the focus is elsewhere
+        view.page.locator(f"#playground >> text={name}").evaluate("it => it.click()")
+        view.settle()
+
+    for control in ("#arithmetic .operand >> nth=3", "#arithmetic summary"):
+        view.page.focus(control)
+        press("Start over")
+        assert view.page.locator(control).evaluate("it => it === document.activeElement")
+    view.page.focus(".samples button")  # that of step 0
+    press("One step")
+    assert view.page.evaluate(FOCUSED) == "0"
+    for width, control in {"16": "#arithmetic summary", "32": "#gpt select"}.items():
+        view.page.get_by_label("n_embd", exact=True).select_option(label=width)
+        view.page.focus(control)
+        press("Start over")
+        assert view.page.evaluate(FOCUSED_NOW)
+    assert not view.page.is_visible("#drawer")
 
 
 FOCUSED = "document.activeElement.textContent"
