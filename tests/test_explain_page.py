@@ -249,10 +249,8 @@ def test_a_key_computes_one_row_beside_the_page_and_outdated_keys_are_dropped(op
 
 
 ADDRESSES = {
-    "#section=nonsense&t=x&key=-7&number=abc": START,
-    "#text=Akis": "Akis",
     "#section=mlp&number=stack.nothing:1,2&number=stack.norm.output:999,1&text=Akis": "Akis",
-    "#section=norm&number=idx:1&number=stack.norm.mean:9&text=Akis": "Akis",
+    "#section=nonsense&t=x&key=-7&number=abc&number=idx:1&number=stack.norm.mean:9": START,
     "#section=gpt&t=9999&layer=77&head=99&next=88&temperature=-3&text=Akis": "Akis",
     "#%E0%A4%A&text=Ak": "Ak",
 }
