@@ -345,26 +345,33 @@ SHOWN_IN = {
 }
 
 
-@pytest.mark.parametrize("number", SHOWN_IN)
-def test_the_drawer_leads_to_the_section_that_shows_its_number(opened, number):
-    section, strip = SHOWN_IN[number]
-    view = opened(hash=f"#section=leaf&text=Akis&number={number}")
-    title = view.page.inner_text("#arithmetic h3")
-    link = view.page.locator("#arithmetic button", has_text="Show in section")
-    chip = view.page.locator(f"#sections button:has-text('{link.inner_text().split()[3]}')")
-    link.click()
-    view.settle()
-    assert view.page.locator("#sections [aria-current=true]").inner_text() == (
-        chip.first.inner_text()
-    )
-    assert view.page.inner_text("#arithmetic h3") == title
-    panel = view.page.locator(f"#{section}")
-    assert view.page.evaluate(f"location.hash.includes('section={section}&')")
-    if strip:
-        shown = panel.locator(".strip", has_text=strip).filter(has_text="3: ")
-        shown.first.wait_for()
-        box, size = shown.first.bounding_box(), view.page.viewport_size
-        assert 100 < box["y"] < size["height"] - 30
+FOLLOW = """hash => new Promise((done) => {
+  addEventListener("hashchange", done, { once: true });
+  location.hash = hash;
+})"""
+
+
+def test_the_drawer_leads_to_the_section_that_shows_its_number(opened):
+    view = opened(hash="#text=Akis")
+    for number, (section, strip) in SHOWN_IN.items():
+        view.page.evaluate(FOLLOW, f"#section=leaf&text=Akis&number={number}")
+        view.settle()
+        title = view.page.inner_text("#arithmetic h3")
+        link = view.page.locator("#arithmetic button", has_text="Show in section")
+        chip = f"#sections button:has-text('{link.inner_text().split()[3]}')"
+        chip = view.page.locator(chip).first.inner_text()
+        link.click()
+        view.settle()
+        view.page.evaluate(FRAMES)
+        assert view.page.locator("#sections [aria-current=true]").inner_text() == chip
+        assert view.page.inner_text("#arithmetic h3") == title
+        panel = view.page.locator(f"#{section}")
+        assert view.page.evaluate(f"location.hash.includes('section={section}&')"), number
+        if strip:
+            shown = panel.locator(".strip", has_text=strip).filter(has_text="3: ")
+            shown.first.wait_for()
+            box, size = shown.first.bounding_box(), view.page.viewport_size
+            assert 100 < box["y"] < size["height"] - 30, number
 
 
 def test_a_number_keeps_its_height_when_the_drawer_opens_beside_it_and_closes(opened):
@@ -758,20 +765,16 @@ def assert_axe_finds_nothing(axe, view: Opened, part: str = "html") -> None:
     } == {}
 
 
-@pytest.mark.parametrize(("width", "zoom"), [(360, 1), (768, 1), (1440, 2)])
 @pytest.mark.parametrize("run", ["run", "pairs", "window", "playground"])
-def test_nothing_scrolls_sideways(opened, run, width, zoom):
-    view = opened(
-        run,
-        "#section=gpt",
-        viewport={"width": width // zoom, "height": 900 // zoom},
-        device_scale_factor=zoom,
-    )
+def test_nothing_scrolls_sideways(opened, run):
+    narrow = {"width": 360, "height": 900}
+    view = opened(run, "#section=gpt", viewport=narrow, device_scale_factor=2)
     view.page.locator("#bars button").nth(1).click()
-    sizes = view.page.evaluate(
-        "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
-    )
-    assert sizes[0] <= sizes[1]
+    for size in (narrow, {"width": 720, "height": 450}, {"width": 768, "height": 900}):
+        view.page.set_viewport_size(size)
+        view.page.evaluate(FRAMES)
+        root = "document.documentElement"
+        assert view.page.evaluate(f"{root}.scrollWidth <= {root}.clientWidth"), size
 
 
 BESIDE = """() => {
@@ -787,14 +790,16 @@ BESIDE = """() => {
 }"""
 
 
-@pytest.mark.parametrize("width", [390, 1440, 1920])
 def test_text_is_beside_its_pictures_if_there_is_room_and_ranges_beside_their_titles(
-    opened, width
+    opened,
 ):
-    found = opened(viewport={"width": width, "height": 900}).page.evaluate(BESIDE)
-    assert found["columns"] == (width > 400)
-    assert 0 < found["ranges"] < 30
-    assert found["ems"] < 38  # at most 75 characters
+    view = opened()
+    for width in (390, 1440, 1920):
+        view.page.set_viewport_size({"width": width, "height": 900})
+        found = view.page.evaluate(BESIDE)
+        assert found["columns"] == (width > 400)
+        assert 0 < found["ranges"] < 30
+        assert found["ems"] < 38  # at most 75 characters
 
 
 @pytest.mark.long
