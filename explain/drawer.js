@@ -53,13 +53,17 @@ class Drawer {
     element("drawer").hidden = !number;
     opened = number ? app.resolvePath(parseAddress(number).path) : null;
     lightDependencies(null);
-    if (!number) return this.body.replaceChildren();
-    const y = explainNumber(app.model, app.trace, number);
-    if (document.activeElement !== document.body && !this.body.contains(document.activeElement))
-      this.opener = document.activeElement;
     const focused = this.body.contains(document.activeElement);
+    if (!number) {
+      this.body.replaceChildren();
+      if (focused) this.leave();
+      return;
+    }
+    const y = explainNumber(app.model, app.trace, number);
+    if (document.activeElement !== document.body && !focused) this.opener = document.activeElement;
     const { trail } = app.state;
-    const wasOpen = number === this.was && this.body.querySelector("details[open]");
+    const same = number === this.was;
+    const wasOpen = same && this.body.querySelector("details[open]");
     this.was = number;
     const back = button("Back", () => app.open(trail.at(-1), trail.slice(0, -1)), { disabled: !trail.length });
     const close = button("Close", () => this.close());
@@ -73,7 +77,9 @@ class Drawer {
     const ends = trained && [h("b", { class: "weight" }, "Numbers in this colour"), TRAINED, " "];
     const more = [...this.more(y, wasOpen), h("p", { class: "note" }, ends || null, rounded(this.app))];
     if (y.why) more.unshift(h("p", { class: "note" }, y.why));
-    this.body.replaceChildren(head, value, formula, rows, ...more);
+    const draw = () => this.body.replaceChildren(head, value, formula, rows, ...more);
+    if (same) return keepFocus(this.body, draw);
+    draw();
     if (focused) this.body.querySelector("button:not([disabled])")?.focus({ preventScroll: true });
   }
 
@@ -158,9 +164,13 @@ class Drawer {
     return h("tr", attributes, head, spelled && h("td", {}, spelled), h("td", { class: "number" }, digits(value)));
   }
 
-  /** Close the drawer, and return the focus to the place where the number was selected. */
   close() {
     this.app.change({ number: null, trail: [] }, { push: true });
+    this.leave();
+  }
+
+  /** Return the focus to the place where the number was selected. */
+  leave() {
     (this.opener?.isConnected ? this.opener : element("text")).focus({ preventScroll: true });
   }
 

@@ -9,9 +9,10 @@ function svg(tag, attributes, text = "") {
   return made;
 }
 
-/** Redraw the contents of an element and keep the focus at its place. */
-function keepFocus(root, draw) {
-  const all = () => [...root.querySelectorAll("button:not([disabled]), [tabindex]")];
+/** Redraw the contents of an element and keep the focus at its place. fromEnd: of a list that grows at its start. */
+function keepFocus(root, draw, fromEnd = false) {
+  const items = () => [...root.querySelectorAll("button:not([disabled]), [tabindex], summary, select, input")];
+  const all = () => (fromEnd ? items().reverse() : items());
   const at = all().indexOf(document.activeElement);
   draw();
   const title = root.closest("section")?.querySelector("h2");

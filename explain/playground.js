@@ -331,7 +331,8 @@ class Playground {
     const goBack = (step) =>
       button(count(step), () => this.back(step), { class: "operand", "aria-current": step === this.evaluated[0] });
     const sample = ([step, text]) => h("li", {}, goBack(step), h("code", { dir: "auto" }, text));
-    if (samplesToo) this.samples.replaceChildren(...now.samples.map(sample).reverse());
+    const drawSamples = () => this.samples.replaceChildren(...now.samples.map(sample).reverse());
+    if (samplesToo) keepFocus(this.samples, drawSamples, true);
   }
 
   /** What a reader should know about the losses. */

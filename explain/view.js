@@ -29,7 +29,7 @@ class App {
     this.complete = this.pending = this.going = false;
     // these resolve when the text is drawn, and when the last requested token is written
     this.settled = this.turn = Promise.resolve();
-    desk.onAnswer = () => this.rest();
+    desk.onQuestions = () => this.rest();
     desk.onMove = (moved) => this.move(moved);
   }
 

@@ -329,7 +329,7 @@ class Desk {
       if (answer.news) this.take(answer.news);
       this.questions.get(id)?.(answer);
       this.questions.delete(id);
-      this.onAnswer?.();
+      this.onQuestions?.();
     };
   }
 
@@ -337,7 +337,9 @@ class Desk {
   ask(topic, message) {
     const id = this.asked++;
     this.worker.postMessage({ topic, id, ...message });
-    return new Promise((done) => this.questions.set(id, done));
+    const answer = new Promise((done) => this.questions.set(id, done));
+    this.onQuestions?.();
+    return answer;
   }
 
   take({ first, last, ...packed }) {

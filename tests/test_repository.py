@@ -147,9 +147,9 @@ def test_links_lead_to_files_and_headings_that_exist(page):
         assert not anchor or anchor in anchors(target), anchor
 
 
-# Losses of 20 steps with the demo's settings on the generated text, in float32. Other processors, numbers of threads,
-# and Muon in bfloat16 or not, change the fourth digit at first and the third in the last five steps, which are not
-# here; a change that alters learning changes the third from the start.
+# Losses of 15 of 20 steps with the demo's settings on the generated text, in float32. Other processors, numbers of
+# threads, and Muon in bfloat16 or not, change the fourth digit at first and the third in the last five steps, which are
+# not taken here; a change that alters learning changes the third from the start.
 LOSSES = (
     *(3.0445, 3.0202, 2.9684, 2.8818, 2.7441, 2.5669, 2.3432, 2.1278, 1.9559, 1.8565),
     *(1.8074, 1.7849, 1.7192, 1.6917, 1.6616),
@@ -158,9 +158,9 @@ LOSSES = (
 
 def test_steps_of_the_demo_have_the_same_losses_as_before(tiny):
     # without dropout, because versions of torch draw their random numbers differently
-    argv = "--dataset=tiny --out_dir=out/run --max_iters=20 --log_interval=1 --dropout=0"
-    argv += " --eval_iters=1 --device=cpu --dtype=float32"
+    argv = "--dataset=tiny --out_dir=out/run --max_iters=15 --lr_decay_iters=20 --dropout=0"
+    argv += " --log_interval=1 --eval_iters=1 --device=cpu --dtype=float32"
     assert train.main([str(ROOT / "config/shakespeare_char.py"), *argv.split()]) == 0
     rows = map(json.loads, Path("out/run/metrics.jsonl").read_text().splitlines())
     losses = [row["train_loss"] for row in rows if "train_loss" in row]
-    assert losses[:15] == pytest.approx(LOSSES, abs=0.003)
+    assert losses == pytest.approx(LOSSES, abs=0.003)

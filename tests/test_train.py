@@ -518,7 +518,7 @@ def die_at(call: int) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.long)])
 def test_killed_at_any_moment_of_saving_a_run_resumes_exactly(tiny, step):
     processes = started_processes("test_train")  # with torch, so that forty start at once
 
