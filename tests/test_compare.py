@@ -140,7 +140,7 @@ def test_runs_with_different_tokens_are_compared_by_bits_per_byte(run):
     table, errors = run("out/char", "out/bpe")
     assert " best " in row_of(table, "bpe") and " best " not in row_of(table, "char")
     assert errors == ""
-    read, bits = compare.curve(compare.read_runs(["out/bpe"]))
+    read, bits = compare.curve(runs, "val_bits_per_byte")
     assert read[:2] == pytest.approx([4000, 8000])
     assert bits[:2] == pytest.approx([4 / 4 / math.log(2), 3.9 / 4 / math.log(2)])
 
