@@ -73,7 +73,6 @@ IGNORED = {
 }
 # the entries of config.json that are checked
 SCHEMA = {"max_iters": range(1, 2**53), "_parameters": range(2**53), f"{MEASURED}?": [str]}
-RESULT = {"data": {}}  # the entry of result.json that is read, with train_tokens
 SEED = re.compile(r"[/_-](seed[-_=]?)?\d+$")  # the seed in a path: -1, _seed=1, /1
 BITS = "best_bits_per_byte"
 EVALUATION = {
@@ -81,7 +80,6 @@ EVALUATION = {
     BITS,
     "best_val_text",
 }  # the entries that every evaluation has
-SIZES = {"parameters", "tokens", "train_tokens"}  # --x for which a power law is fitted
 # The rows of a table: (name, runs that share the row because they differ only in the seed)
 Rows = list[tuple[str, list["Run"]]]
 COLUMNS = {  # key of a row: heading:number format; numbers are right-aligned
@@ -155,12 +153,19 @@ class Run:
     @cached_property
     def values(self) -> dict:
         """The settings, the latest value of each metric, and the sizes of the model and of the training text."""
-        values = self.settings | {"parameters": self.settings["_parameters"]}
-        values |= {"iter": 0, "tokens": 0, "seconds": 0, "position": 0}
+        values = self.settings | {
+            "parameters": self.settings["_parameters"],
+            "iter": 0,
+            "tokens": 0,
+            "seconds": 0,
+            "position": 0,
+        }
         for row in self.rows:
             values |= row
         with suppress(OSError, ValueError):  # a run that has not ended has no result.json
-            values |= parse_json((self.folder / "result.json").read_bytes(), RESULT)["data"]
+            values |= parse_json((self.folder / "result.json").read_bytes(), {"data": {}})[
+                "data"
+            ]
         return values
 
     @cached_property
@@ -177,8 +182,9 @@ class Run:
             }
             if row.keys() >= EVALUATION and row["best_iter"]:
                 text = row["best_val_text"]
-                earlier = best.pop(text, row)
-                best[text] = min(earlier, row, key=lambda each: each["best_val_loss"])
+                best[text] = min(
+                    best.pop(text, row), row, key=lambda each: each["best_val_loss"]
+                )
         return best
 
     @property
@@ -221,7 +227,7 @@ def group_runs(runs: list[Run], config: CompareConfig) -> dict[str, Rows]:
         title, parent = os.path.relpath(path.parent), path.parent
         if config.x or config.lines:
             line = f"{config.lines}={run.values.get(config.lines)}"
-            title, parent, path = line if config.lines else "", common, ""
+            title, parent, path = line if config.lines else "all runs", common, ""
         elif not config.group and not config.baseline:
             title, parent, path = "", common, run.folder
         keys = run.settings.keys() - IGNORED - {"seed", *run.settings.get(MEASURED, ())}
@@ -266,8 +272,13 @@ def make_table(title: str, rows: Rows) -> list[dict]:
         measured = [row for row in table if row[BITS]]
         min(measured, key=lambda row: row[BITS])["remark"] = "best"
         if title and table[0][BITS]:
+            first = table[0]["bits_of_seeds"]
             for row in measured[1:]:
-                row |= difference(row, table[0])
+                seeds = row["bits_of_seeds"]
+                pairs = [seeds[seed] - first[seed] for seed in seeds if seed in first]
+                row["difference"] = row[BITS] - table[0][BITS]
+                if len(pairs) > 1:
+                    row |= t_test(pairs)
     elif evaluated:
         note(
             f"the runs{title and f' in {title}'} were evaluated on different texts, so none is marked as the best"
@@ -298,20 +309,14 @@ def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
         "run": name,
         "folder": os.path.relpath(runs[0].folder),
         "state": ", ".join(counted),
-        "tokens_per_second": means["seconds"] and means["tokens"] / means["seconds"],
+        "tokens_per_second": means["tokens"] / means["seconds"]
+        if means["seconds"]
+        else None,
         "seeds": len(bits),
         "bits_of_seeds": bits,
         "comparable": text is not None,
         "remark": "",
     }
-
-
-def difference(row: dict, first: dict) -> dict[str, float]:
-    """Compare a row with the first of its group, if possible over pairs of runs with the same seed."""
-    others = first["bits_of_seeds"]
-    seeds = row["bits_of_seeds"]
-    pairs = [seeds[seed] - others[seed] for seed in seeds if seed in others]
-    return t_test(pairs) if len(pairs) > 1 else {"difference": row[BITS] - first[BITS]}
 
 
 def t_test(pairs: list[float]) -> dict[str, float]:
@@ -321,9 +326,8 @@ def t_test(pairs: list[float]) -> dict[str, float]:
     error = np.std(pairs) / freedom**0.5
     # with t / sqrt(freedom) = tan(angle), the density of Student's distribution over the angle is a power of its cosine
     angles = np.arange(20_000) / 40_000 * np.pi
-    density = np.cos(angles) ** (freedom - 1)
     angle = math.atan2(abs(difference), error * freedom**0.5)
-    p = density[angles >= angle].sum() / density.sum()
+    p = np.average(angles >= angle, weights=np.cos(angles) ** (freedom - 1))
     return {"difference": difference, "difference_error": error, "p": p}
 
 
@@ -341,14 +345,13 @@ def format_table(title: str, table: list[dict]) -> str:
     """Format the table as text, with a line for each row. Columns that have no value in any row are left out."""
     columns = []
     for key, column in COLUMNS.items():
-        heading, _, form = column.partition(":")
+        heading, form = column.split(":")
         values = [row[key] for row in table]
         if set(values) != {None}:
             cells = ("—" if value is None else f"{value:{form}}" for value in values)
             cells = [heading, *cells]
             width = max(map(len, cells))
-            side = ">" if form else "<"
-            columns.append([f"{cell:{side}{width}}" for cell in cells])
+            columns.append([f"{cell:{'>' if form else '<'}{width}}" for cell in cells])
     lines = [one_line("  ".join(cells)).rstrip() for cells in zip(*columns, strict=True)]
     return "\n".join(["", title, *lines] if title else lines)
 
@@ -388,7 +391,7 @@ def draw(groups: dict[str, Rows], config: CompareConfig) -> None:
         else:
             for name, runs in groups[title]:
                 best = mean([run.values for run in runs], config.plot or BITS)
-                label = f"{name}  {best:.4g}" if best else name
+                label = f"{name}  {best:#.4g}" if best else name
                 points = curve(runs, config.plot or "val_bits_per_byte")
                 panel.plot(*points, label=label, marker="o", markersize=4)
             panel.xaxis.set_major_formatter(EngFormatter("B"))
@@ -436,14 +439,16 @@ def draw_sweep(panel, groups: dict[str, Rows], config: CompareConfig) -> None:
                 error = np.std(y) / max(1, len(y) - 1) ** 0.5
                 points.append((np.mean(x), np.mean(y), error))
         x, y, errors = np.reshape(sorted(points), (-1, 3)).T
-        panel.errorbar(x, y, errors, label=title, marker="o", markersize=4, capsize=3)
-        if config.x in SIZES and len(x) < 3:
+        panel.errorbar(x, y, errors, label=title, marker="o", capsize=3)
+        if config.x not in ("parameters", "tokens", "train_tokens"):
+            continue
+        if len(set(x)) < 3 or min(*x, *y) <= 0:
             note(f"{title}: no power law, which takes three evaluated values of {config.x}")
-        elif config.x in SIZES:
-            (b, log_a), covariance = np.polyfit(np.log(x), np.log(y), 1, cov=True)
-            law = f"{np.exp(log_a):.4g} * {config.x}^b, b = {b:.4f} ± {covariance[0, 0] ** 0.5:.4f}"
-            print(f"{title}: {law}", file=sys.stderr)
-            panel.plot(x, np.exp(log_a) * x**b, "--", color="gray", label=law)
+            continue
+        (b, log_a), covariance = np.polyfit(np.log(x), np.log(y), 1, cov=True)
+        law = f"{np.exp(log_a):.4g} * {config.x}^b, b = {b:.4f} ± {covariance[0, 0] ** 0.5:.4f}"
+        print(f"{title}: {law}", file=sys.stderr)
+        panel.plot(x, np.exp(log_a) * x**b, "--", color="gray", label=law)
     smallest, largest = panel.dataLim.intervalx
     if smallest >= largest:
         raise UserError(f"x={config.x} is not a number with two values, in evaluated runs")

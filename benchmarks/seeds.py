@@ -1,19 +1,18 @@
-"""Whether the ± of compare.py's difference holds: 480 seeds of two variants of a very small model.
+"""Whether the ± of a difference in compare.py holds: 480 seeds of two variants of a very small model.
 
     nice python -m benchmarks.seeds
 
-Seeds are dealt to groups of sixteen. The true difference is the mean over all seeds. For each group, t_test() gives a
-difference with its standard error, from pairs of runs with the same seed and, to see what the pairs are good for, from
-pairs with different seeds. If the standard error holds, the truth lies within one and within two of them as often as
-Student's t says. The truth contains the group itself, so a group of G is nearer to it, by the factor sqrt(1 - 1/G).
-That is taken into account. Smaller groups of the same runs are more of a test, because there are more of them.
+The true difference is the mean over all seeds. They are dealt to groups of sixteen, and for each group, t_test() gives
+a difference with its ±. If the ± holds, the truth lies within one and within two of them as often as Student's t says.
+Because the truth is a mean that contains the group, it lies nearer to the group than an independent one would, by a
+factor of sqrt(1 - 1 / groups), which the expected shares take into account. Groups of four are more in number. In the
+second half of the table, each run is compared with one of another seed, to show what equal seeds are good for.
 
-The model has one layer of 32 features. Losses are kept in out/seeds.json, so an interrupted run goes on.
+The model has one layer of 32 features. Losses are kept in out/seeds.json, so an interrupted benchmark goes on.
 """
 
 import json
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 from humptygpt import machine
@@ -25,8 +24,8 @@ import train
 from benchmarks.training import DEMO
 from compare import t_test
 from humptygpt import cli, evaluation
-from humptygpt.setup import Start
 from humptygpt.settings import TrainConfig
+from humptygpt.setup import Start
 from model import ModelConfig
 
 SEEDS = 480
@@ -44,13 +43,13 @@ def main() -> None:
         losses.append([bits_per_byte(seed, keys) for keys in VARIANTS.values()])
         OUT.write_text(json.dumps(losses))
     for variant, bits in zip(VARIANTS, zip(*losses, strict=True), strict=True):
-        print(
-            f"{variant}: {statistics.mean(bits):.4f}, from seed to seed {statistics.stdev(bits):.4f}"
-        )
-    for size in (16, 6, 3):
-        for name, shift in (("same", 0), ("different", size)):
-            pairs = [b - losses[i - shift][0] for i, (_, b) in enumerate(losses)]
-            print(f"groups of {size}, {name} seeds: {coverage(pairs, size)}")
+        spread = statistics.stdev(bits)
+        print(f"{variant}: {statistics.mean(bits):.4f}, from seed to seed {spread:.4f}")
+    print("seeds      group  difference     ±  within one, two  expected")
+    for name, shift in ("same", 0), ("different", 16):
+        pairs = [b - losses[i - shift][0] for i, (_, b) in enumerate(losses)]
+        for size in (16, 4):
+            print(f"{name:10} {size:5}  {coverage(pairs, size)}")
 
 
 def bits_per_byte(seed: int, keys: dict) -> float:
@@ -62,6 +61,23 @@ def bits_per_byte(seed: int, keys: dict) -> float:
         run.optimizer.set_lr(config.lr(step) / config.learning_rate)
         train.train_step(run, step)
     return evaluation.measures(run, run.net, 100)["val_bits_per_byte"]
+
+
+def coverage(pairs: list[float], size: int) -> str:
+    """Count how often the mean of all pairs lies within one and two ± of the difference of a group."""
+    truth = statistics.mean(pairs)
+    starts = range(0, len(pairs), size)
+    tests = [t_test(pairs[start : start + size]) for start in starts]
+    errors = [test["difference_error"] for test in tests]
+    off = [abs(test["difference"] - truth) / test["difference_error"] for test in tests]
+    found, expected = [], []
+    for times in (1, 2):
+        found.append(f"{sum(t < times for t in off) / len(off):.3f}")
+        t = times / (1 - 1 / len(tests)) ** 0.5
+        deviations = [-1.0, 1.0] * (size // 2)
+        error = statistics.stdev(deviations) / size**0.5
+        expected.append(f"{1 - t_test([t * error + each for each in deviations])['p']:.3f}")
+    return f"{truth:+.4f}  {statistics.mean(errors):.4f}  {', '.join(found)}  {', '.join(expected)}"
 
 
 if __name__ == "__main__":

@@ -134,13 +134,14 @@ def test_rows_come_in_the_order_given_and_only_for_what_is_given(run):
         assert [line.split()[0] for line in run(*argv)[0].splitlines()[1:]] == names
 
 
-def test_runs_with_different_tokens_are_compared_by_bits_per_byte(run):
+def test_runs_with_different_tokens_are_compared_by_bits_per_byte(run, draw):
     make_run("out/char", 1.5, 1.4)
     make_run("out/bpe", 4.0, 3.9, bytes_per_token=4.0, dataset="mine_bpe", vocab_size=1000)
     table, errors = run("out/char", "out/bpe")
     assert " best " in row_of(table, "bpe") and " best " not in row_of(table, "char")
     assert errors == ""
-    read, bits = compare.curve(runs, "val_bits_per_byte")
+    panel = draw("out/bpe")[0]
+    read, bits = panel.lines[0].get_data()
     assert read[:2] == pytest.approx([4000, 8000])
     assert bits[:2] == pytest.approx([4 / 4 / math.log(2), 3.9 / 4 / math.log(2)])
 
