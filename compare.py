@@ -39,7 +39,6 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,11 +74,11 @@ IGNORED = {
 SCHEMA = {"max_iters": range(1, 2**53), "_parameters": range(2**53), f"{MEASURED}?": [str]}
 SEED = re.compile(r"[/_-](seed[-_=]?)?\d+$")  # the seed in a path: -1, _seed=1, /1
 BITS = "best_bits_per_byte"
-EVALUATION = {
-    "best_val_loss",
-    BITS,
-    "best_val_text",
-}  # the entries that every evaluation has
+SIZES = {
+    "parameters",
+    "tokens",
+    "train_tokens",
+}  # values of --x for which a power law is fitted
 # The rows of a table: (name, runs that share the row because they differ only in the seed)
 Rows = list[tuple[str, list["Run"]]]
 COLUMNS = {  # key of a row: heading:number format; numbers are right-aligned
@@ -125,14 +124,17 @@ class CompareConfig:
 
 def main(argv: list[str]) -> None:
     config = cli.make(CompareConfig, cli.read(argv, CompareConfig, positional="runs"))
-    # out/* also matches files such as compare.png, written by an earlier call
-    runs = read_runs([path for path in config.runs if not os.path.isfile(path)])
-    check_keys(runs, config)
+    runs = read_runs(config.runs)
+    known = set().union(*(run.values for run in runs))
+    for key in {config.plot, config.x, config.lines} - {None}:
+        cli.check_key(key, known, " (a key of config.json or metrics.jsonl)")
+    others = differing(runs) - {config.x, config.lines, "seed"}
+    if config.x and others:
+        note(f"the runs also differ in {', '.join(sorted(others))}")
     groups = group_runs(runs, config)
     tables = {title: make_table(title, rows) for title, rows in groups.items()}
     if config.json:
-        rows = [row for table in tables.values() for row in table]
-        print(json.dumps(rows, indent=1))
+        print(json.dumps([row for table in tables.values() for row in table], indent=1))
     else:
         print(*map(format_table, tables, tables.values()), sep="\n")
     if config.picture:
@@ -180,7 +182,7 @@ class Run:
                 f"best_{key.removeprefix('whole_').replace('val_bits', 'bits')}": row[key]
                 for key in row
             }
-            if row.keys() >= EVALUATION and row["best_iter"]:
+            if row.keys() >= {"best_val_loss", BITS, "best_val_text"} and row["best_iter"]:
                 text = row["best_val_text"]
                 best[text] = min(
                     best.pop(text, row), row, key=lambda each: each["best_val_loss"]
@@ -194,10 +196,14 @@ class Run:
         return f"at {100 * self.values['position'] // self.settings['max_iters']:.0f} %"
 
 
-def read_runs(folders: list[str]) -> list[Run]:
+def read_runs(folders: tuple[str]) -> list[Run]:
     """Read the runs; a folder that is not a run is reported and skipped. Raises UserError if there are no runs."""
     runs = []
     for folder in folders:
+        if os.path.isfile(
+            folder
+        ):  # out/* also matches compare.png, written by an earlier call
+            continue
         try:
             settings = parse_json(Path(folder, "config.json").read_bytes(), SCHEMA)
             rows = read_metrics(Path(folder, "metrics.jsonl"))
@@ -221,34 +227,33 @@ def group_runs(runs: list[Run], config: CompareConfig) -> dict[str, Rows]:
     a table for each value of config.lines, and runs in any folder may share a row. Otherwise each run has a row.
     """
     common = os.path.commonpath([run.folder.parent for run in runs])
-    groups = {}
+    variants = {}
     for run in sorted(runs, key=lambda run: numbers([run.values], config.lines)):
         path = Path(SEED.sub("", str(run.folder)))
-        title, parent = os.path.relpath(path.parent), path.parent
         if config.x or config.lines:
             line = f"{config.lines}={run.values.get(config.lines)}"
-            title, parent, path = line if config.lines else "all runs", common, ""
-        elif not config.group and not config.baseline:
-            title, parent, path = "", common, run.folder
+            place = (line if config.lines else "all runs", common, "")
+        elif config.group or config.baseline:
+            place = (os.path.relpath(path.parent), path.parent, path)
+        else:
+            place = ("", common, run.folder)
         keys = run.settings.keys() - IGNORED - {"seed", *run.settings.get(MEASURED, ())}
         chosen = str([(key, run.settings[key]) for key in sorted(keys)])
-        rows = groups.setdefault(title, {})
-        rows.setdefault((parent, path, chosen), []).append(run)
-    for title, variants in groups.items():
-        rows = []
-        for (parent, path, _), seeds in variants.items():
-            name = (len(seeds) > 1 and path) or seeds[0].folder
-            rows.append((os.path.relpath(name, parent), seeds))
-            for key in sorted(differing(seeds) - {"seed"}):
-                note(
-                    f"the machine chose {key} differently for the runs of {name}; for a fair comparison, set it"
-                )
+        variants.setdefault((*place, chosen), []).append(run)
+    groups = {}
+    for (title, parent, path, _), seeds in variants.items():
+        name = (len(seeds) > 1 and path) or seeds[0].folder
+        groups.setdefault(title, []).append((os.path.relpath(name, parent), seeds))
+        for key in sorted(differing(seeds) - {"seed"}):
+            note(
+                f"the machine chose {key} differently for the runs of {name}; for a fair comparison, set it"
+            )
+    for title, rows in groups.items():
         rows.sort(key=lambda row: row[0] != config.baseline)
         if config.baseline and rows[0][0] != config.baseline:
             raise UserError(
                 f"baseline={config.baseline} is not a row of {title}; its rows: {', '.join(dict(rows))}"
             )
-        groups[title] = rows
     return groups
 
 
@@ -360,16 +365,6 @@ def format_table(title: str, table: list[dict]) -> str:
 # The picture
 
 
-def check_keys(runs: list[Run], config: CompareConfig) -> None:
-    """Raise UserError if no run has a key of the picture. Note the settings that a sweep does not show."""
-    known = set().union(*(run.values for run in runs))
-    for key in filter(None, (config.plot, config.x, config.lines)):
-        cli.check_key(key, known, " (a key of config.json or metrics.jsonl)")
-    others = differing(runs) - {config.x, config.lines, "seed"}
-    if config.x and others:
-        note(f"the runs also differ in {', '.join(sorted(others))}")
-
-
 def draw(groups: dict[str, Rows], config: CompareConfig) -> None:
     """Draw the curves of each group in a panel, with their lowest losses in the legend, or a sweep in a single panel.
 
@@ -382,7 +377,7 @@ def draw(groups: dict[str, Rows], config: CompareConfig) -> None:
 
     # ten colours that most people with red-green colour blindness can tell apart; the next ten rows are dashed
     looks = cycler(linestyle=["-", "--"]) * style.library["petroff10"]["axes.prop_cycle"]
-    titles = [""] if config.x else groups
+    titles = ["mean over seeds ± standard error"] if config.x else groups
     figure = Figure((12, 5 * len(titles)), layout="constrained")
     for number, title in enumerate(titles, 1):
         panel = figure.add_subplot(len(titles), 1, number, prop_cycle=looks)
@@ -392,15 +387,19 @@ def draw(groups: dict[str, Rows], config: CompareConfig) -> None:
             for name, runs in groups[title]:
                 best = mean([run.values for run in runs], config.plot or BITS)
                 label = f"{name}  {best:#.4g}" if best else name
-                points = curve(runs, config.plot or "val_bits_per_byte")
-                panel.plot(*points, label=label, marker="o", markersize=4)
+                panel.plot(
+                    *curve(runs, config.plot or "val_bits_per_byte"),
+                    label=label,
+                    marker="o",
+                    markersize=4,
+                )
+            # logarithmic, so that high losses of first evaluations do not hide the differences between later ones
+            panel.set_yscale("log" if panel.dataLim.y0 > 0 else "linear")
             panel.xaxis.set_major_formatter(EngFormatter("B"))
         panel.set(
             title=title,
             xlabel=config.x or "training text",
             ylabel=config.plot or "validation loss, bits per byte",
-            # logarithmic, so that high losses of first evaluations do not hide the differences between later ones
-            yscale="log" if panel.dataLim.y0 > 0 else "linear",
         )
         panel.yaxis.set_major_formatter("{x:.4g}")
         panel.yaxis.set_minor_formatter("{x:.4g}")
@@ -411,7 +410,7 @@ def draw(groups: dict[str, Rows], config: CompareConfig) -> None:
     )
 
 
-def curve(runs: list[Run], plot: str) -> Iterator[tuple[float, ...]]:
+def curve(runs: list[Run], plot: str) -> zip:
     """Return the bytes of text read and the value of `plot` in each row that has it.
 
     Bytes are comparable across tokenizers. An evaluation tells how many bytes a token has.
@@ -429,6 +428,7 @@ def curve(runs: list[Run], plot: str) -> Iterator[tuple[float, ...]]:
 
 def draw_sweep(panel, groups: dict[str, Rows], config: CompareConfig) -> None:
     """Draw a line for each group, with a point for each row and, if x is a size, the power law that fits them."""
+    ticks = set()
     for title, rows in groups.items():
         points = []
         for _, runs in rows:
@@ -439,21 +439,28 @@ def draw_sweep(panel, groups: dict[str, Rows], config: CompareConfig) -> None:
                 error = np.std(y) / max(1, len(y) - 1) ** 0.5
                 points.append((np.mean(x), np.mean(y), error))
         x, y, errors = np.reshape(sorted(points), (-1, 3)).T
-        panel.errorbar(x, y, errors, label=title, marker="o", capsize=3)
-        if config.x not in ("parameters", "tokens", "train_tokens"):
-            continue
-        if len(set(x)) < 3 or min(*x, *y) <= 0:
+        ticks.update(x)
+        label = title
+        if config.x in SIZES and (len(set(x)) < 3 or min(*x, *y) <= 0):
             note(f"{title}: no power law, which takes three evaluated values of {config.x}")
-            continue
-        (b, log_a), covariance = np.polyfit(np.log(x), np.log(y), 1, cov=True)
-        law = f"{np.exp(log_a):.4g} * {config.x}^b, b = {b:.4f} ± {covariance[0, 0] ** 0.5:.4f}"
-        print(f"{title}: {law}", file=sys.stderr)
-        panel.plot(x, np.exp(log_a) * x**b, "--", color="gray", label=law)
-    smallest, largest = panel.dataLim.intervalx
-    if smallest >= largest:
+        elif config.x in SIZES:
+            (b, log_a), covariance = np.polyfit(np.log(x), np.log(y), 1, cov=True)
+            exponent = f"exponent {b:.4f} ± {covariance[0, 0] ** 0.5:.4f}"
+            print(
+                f"{title}: {np.exp(log_a):.4g} * {config.x}^{b:.4f}, {exponent}",
+                file=sys.stderr,
+            )
+            panel.plot(x, np.exp(log_a) * x**b, "--", color="gray")
+            panel.set_yscale("log")
+            label = f"{title}, {exponent}"
+        panel.errorbar(x, y, errors, label=label, marker="o", capsize=3)
+    if len(ticks) < 2:
         raise UserError(f"x={config.x} is not a number with two values, in evaluated runs")
-    if largest > 3 * smallest > 0:
+    if max(ticks) > 3 * min(ticks) > 0:
         panel.set_xscale("log")
+    panel.set_xticks(list(ticks))
+    panel.xaxis.minorticks_off()
+    panel.xaxis.set_major_formatter("{x:,.8g}")
 
 
 if __name__ == "__main__":
