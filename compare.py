@@ -74,11 +74,6 @@ IGNORED = {
 SCHEMA = {"max_iters": range(1, 2**53), "_parameters": range(2**53), f"{MEASURED}?": [str]}
 SEED = re.compile(r"[/_-](seed[-_=]?)?\d+$")  # the seed in a path: -1, _seed=1, /1
 BITS = "best_bits_per_byte"
-SIZES = {
-    "parameters",
-    "tokens",
-    "train_tokens",
-}  # values of --x for which a power law is fitted
 # The rows of a table: (name, runs that share the row because they differ only in the seed)
 Rows = list[tuple[str, list["Run"]]]
 COLUMNS = {  # key of a row: heading:number format; numbers are right-aligned
@@ -106,10 +101,8 @@ class CompareConfig:
     group: bool = False  # compare the runs in each folder, averaging over seeds
     baseline: str | None = None  # row that each group is compared with; None: the first
     plot: str | None = None  # plot this number of metrics.jsonl; None: bits per byte
-    x: str | None = (
-        None  # plot against this number: a setting, parameters, train_tokens, ...
-    )
-    lines: str | None = None  # with x: draw a line for each value of this setting
+    x: str | None = None  # plot a sweep of this number: learning_rate, parameters, ...
+    lines: str | None = None  # with x: a line for each value of this setting
     picture: str | None = "out/compare.png"  # PNG file for a plot; None: no plot
     json: bool = False  # print JSON, a list of objects, instead of a table
 
@@ -118,7 +111,7 @@ class CompareConfig:
         return {}
 
     def validate(self) -> None:
-        if self.picture is not None and not self.picture.lower().endswith(".png"):
+        if self.picture and not self.picture.lower().endswith(".png"):
             raise ValueError(f"picture={self.picture} must end in .png")
 
 
@@ -196,13 +189,12 @@ class Run:
         return f"at {100 * self.values['position'] // self.settings['max_iters']:.0f} %"
 
 
-def read_runs(folders: tuple[str]) -> list[Run]:
+def read_runs(folders: TEXTS) -> list[Run]:
     """Read the runs; a folder that is not a run is reported and skipped. Raises UserError if there are no runs."""
     runs = []
     for folder in folders:
-        if os.path.isfile(
-            folder
-        ):  # out/* also matches compare.png, written by an earlier call
+        # out/* also matches files such as compare.png, written by an earlier call
+        if os.path.isfile(folder):
             continue
         try:
             settings = parse_json(Path(folder, "config.json").read_bytes(), SCHEMA)
@@ -242,7 +234,7 @@ def group_runs(runs: list[Run], config: CompareConfig) -> dict[str, Rows]:
         variants.setdefault((*place, chosen), []).append(run)
     groups = {}
     for (title, parent, path, _), seeds in variants.items():
-        name = (len(seeds) > 1 and path) or seeds[0].folder
+        name = path if path and len(seeds) > 1 else seeds[0].folder
         groups.setdefault(title, []).append((os.path.relpath(name, parent), seeds))
         for key in sorted(differing(seeds) - {"seed"}):
             note(
@@ -353,8 +345,10 @@ def format_table(title: str, table: list[dict]) -> str:
         heading, form = column.split(":")
         values = [row[key] for row in table]
         if set(values) != {None}:
-            cells = ("—" if value is None else f"{value:{form}}" for value in values)
-            cells = [heading, *cells]
+            cells = [
+                heading,
+                *("—" if value is None else f"{value:{form}}" for value in values),
+            ]
             width = max(map(len, cells))
             columns.append([f"{cell:{'>' if form else '<'}{width}}" for cell in cells])
     lines = [one_line("  ".join(cells)).rstrip() for cells in zip(*columns, strict=True)]
@@ -440,20 +434,22 @@ def draw_sweep(panel, groups: dict[str, Rows], config: CompareConfig) -> None:
                 points.append((np.mean(x), np.mean(y), error))
         x, y, errors = np.reshape(sorted(points), (-1, 3)).T
         ticks.update(x)
-        label = title
-        if config.x in SIZES and (len(set(x)) < 3 or min(*x, *y) <= 0):
-            note(f"{title}: no power law, which takes three evaluated values of {config.x}")
-        elif config.x in SIZES:
-            (b, log_a), covariance = np.polyfit(np.log(x), np.log(y), 1, cov=True)
-            exponent = f"exponent {b:.4f} ± {covariance[0, 0] ** 0.5:.4f}"
-            print(
-                f"{title}: {np.exp(log_a):.4g} * {config.x}^{b:.4f}, {exponent}",
-                file=sys.stderr,
-            )
-            panel.plot(x, np.exp(log_a) * x**b, "--", color="gray")
-            panel.set_yscale("log")
-            label = f"{title}, {exponent}"
-        panel.errorbar(x, y, errors, label=label, marker="o", capsize=3)
+        if config.x in ("parameters", "tokens", "train_tokens"):
+            if len(set(x)) < 3 or min(*x, *y) <= 0:
+                note(
+                    f"{title}: no power law, which takes three evaluated values of {config.x}"
+                )
+            else:
+                (b, log_a), covariance = np.polyfit(np.log(x), np.log(y), 1, cov=True)
+                exponent = f"exponent {b:.4f} ± {covariance[0, 0] ** 0.5:.4f}"
+                print(
+                    f"{title}: {np.exp(log_a):.4g} * {config.x}^{b:.4f}, {exponent}",
+                    file=sys.stderr,
+                )
+                panel.plot(x, np.exp(log_a) * x**b, "--", color="gray")
+                panel.set_yscale("log")
+                title = f"{title}, {exponent}"
+        panel.errorbar(x, y, errors, label=title, marker="o", capsize=3)
     if len(ticks) < 2:
         raise UserError(f"x={config.x} is not a number with two values, in evaluated runs")
     if max(ticks) > 3 * min(ticks) > 0:
