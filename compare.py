@@ -454,7 +454,7 @@ def draw_sweep(panel, groups: dict[str, Rows], config: CompareConfig) -> None:
         raise UserError(f"x={config.x} is not a number with two values, in evaluated runs")
     if max(ticks) > 3 * min(ticks) > 0:
         panel.set_xscale("log")
-    panel.set_xticks(list(ticks))
+    panel.set_xticks(sorted(ticks))
     panel.xaxis.minorticks_off()
     panel.xaxis.set_major_formatter("{x:,.8g}")
 
