@@ -4,6 +4,8 @@
     python compare.py $(ls -dtr out/*)                 the same, sorted by the shell, oldest first
     python compare.py out/* --json=True > runs.json    the table as JSON, in full precision
     python compare.py out/article/*/* --group=True     one group per folder in out/article
+    python compare.py out/a out/b --plot=train_loss    curves of another number than the validation loss
+    python compare.py out/rates/* --x=learning_rate --lines=n_embd        a sweep: the loss against a setting
 
 A run is a folder written by train.py. Its row shows its lowest validation loss and the settings that differ between the
 runs. Among them, _model.py is a checksum of model.py. If the tokenizers differ, compare bits per byte. Unfinished runs
@@ -20,6 +22,14 @@ its group, or with --baseline=NAME. The difference and its standard error, after
 seed, which begin with the same weights and read the same text. p is the probability of a difference at least as large,
 up or down, if only chance made it (Student's t for this number of pairs). Rows keep the order given. The shell sorts by
 name, so 1-without comes before 2-with and is the baseline.
+
+With --x=KEY, the picture shows the lowest bits per byte, or the last value of --plot, against a number: a setting such
+as learning_rate, or parameters, tokens (trained on), seconds, or train_tokens (in the training text of a finished run).
+--lines=KEY makes a line and a table for each value of a second setting. Runs that differ only in the seed, whatever
+their folders, are one row and one point: their mean, with its standard error as a bar. A note names the other settings
+that differ. If x is parameters, tokens or train_tokens, a power law a * x^b is fitted to each line with at least three
+sizes: by ordinary least squares in logarithms, over the means. It is drawn dashed, and its exponent b is printed with
+its standard error.
 """
 
 import json
@@ -29,10 +39,12 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from humptygpt import cli, machine
 from humptygpt.cli import TEXTS, UserError, note, one_line
@@ -60,26 +72,25 @@ IGNORED = {
 }
 # the entries of config.json that are checked
 SCHEMA = {"max_iters": range(1, 2**53), "_parameters": range(2**53), f"{MEASURED}?": [str]}
-EVALUATION = {"val_loss", "val_bits_per_byte", "val_text"}  # keys of every evaluation's row
 SEED = re.compile(r"[/_-](seed[-_=]?)?\d+$")  # the seed in a path: -1, _seed=1, /1
 BITS = "best_bits_per_byte"
 # The rows of a table: (name, runs that share the row because they differ only in the seed)
 Rows = list[tuple[str, list["Run"]]]
-COLUMNS = {  # key of a row: (heading, number format); numbers are right-aligned
-    "run": ("run", ""),
-    "parameters": ("parameters", ","),
-    "seconds": ("seconds", ",.1f"),
-    "tokens_per_second": ("tokens/s", ",.0f"),
-    "test_bleu": ("BLEU", ".2f"),
-    "best_val_loss": ("val loss", ".4f"),
-    "best_iter": ("iter", ".0f"),
-    BITS: ("bits/byte", ".3f"),
-    "difference": ("difference", "+.3f"),
-    "difference_error": ("±", ".3f"),
-    "p": ("p", ".3f"),
-    "remark": ("", ""),
-    "state": ("state", ""),
-    "settings": ("settings", ""),
+COLUMNS = {  # key of a row: heading:number format; numbers are right-aligned
+    "run": "run:",
+    "parameters": "parameters:,",
+    "seconds": "seconds:,.1f",
+    "tokens_per_second": "tokens/s:,.0f",
+    "test_bleu": "BLEU:.2f",
+    "best_val_loss": "val loss:.4f",
+    "best_iter": "iter:.0f",
+    BITS: "bits/byte:.3f",
+    "difference": "difference:+.3f",
+    "difference_error": "±:.3f",
+    "p": "p:.3f",
+    "remark": ":",
+    "state": "state:",
+    "settings": "settings:",
 }
 
 
@@ -89,6 +100,9 @@ class CompareConfig:
     runs: TEXTS = ()  # run folders; the --runs= prefix is optional
     group: bool = False  # compare the runs in each folder, averaging over seeds
     baseline: str | None = None  # row that each group is compared with; None: the first
+    plot: str | None = None  # plot this number of metrics.jsonl; None: bits per byte
+    x: str | None = None  # plot a sweep of this number: learning_rate, parameters, ...
+    lines: str | None = None  # with x: a line for each value of this setting
     picture: str | None = "out/compare.png"  # PNG file for a plot; None: no plot
     json: bool = False  # print JSON, a list of objects, instead of a table
 
@@ -97,25 +111,27 @@ class CompareConfig:
         return {}
 
     def validate(self) -> None:
-        if self.picture is not None and not self.picture.lower().endswith(".png"):
+        if self.picture and not self.picture.lower().endswith(".png"):
             raise ValueError(f"picture={self.picture} must end in .png")
 
 
 def main(argv: list[str]) -> None:
     config = cli.make(CompareConfig, cli.read(argv, CompareConfig, positional="runs"))
-    # out/* also matches files such as compare.png, written by an earlier call
-    runs = read_runs([path for path in config.runs if not os.path.isfile(path)])
-    grouped = config.group or config.baseline
-    groups = group_seeds(runs, config.baseline) if grouped else {"": one_row_each(runs)}
+    runs = read_runs(config.runs)
+    known = set().union(*(run.values for run in runs))
+    for key in {config.plot, config.x, config.lines} - {None}:
+        cli.check_key(key, known, " (a key of config.json or metrics.jsonl)")
+    others = differing(runs) - {config.x, config.lines, "seed"}
+    if config.x and others:
+        note(f"the runs also differ in {', '.join(sorted(others))}")
+    groups = group_runs(runs, config)
     tables = {title: make_table(title, rows) for title, rows in groups.items()}
     if config.json:
-        rows = [row for table in tables.values() for row in table]
-        print(json.dumps(rows, indent=1))
+        print(json.dumps([row for table in tables.values() for row in table], indent=1))
     else:
-        for title, table in tables.items():
-            print(format_table(title, table))
+        print(*map(format_table, tables, tables.values()), sep="\n")
     if config.picture:
-        draw_comparison(Path(config.picture), groups, tables)
+        draw(groups, config)
         print(f"{config.picture} written", file=sys.stderr)
 
 
@@ -130,12 +146,22 @@ class Run:
     rows: list[dict]  # metrics.jsonl
 
     @cached_property
-    def last(self) -> dict:
-        """The latest value of each metric."""
-        last = {"iter": 0, "tokens": 0, "seconds": 0, "position": 0}
+    def values(self) -> dict:
+        """The settings, the latest value of each metric, and the sizes of the model and of the training text."""
+        values = self.settings | {
+            "parameters": self.settings["_parameters"],
+            "iter": 0,
+            "tokens": 0,
+            "seconds": 0,
+            "position": 0,
+        }
         for row in self.rows:
-            last |= row
-        return last
+            values |= row
+        with suppress(OSError, ValueError):  # a run that has not ended has no result.json
+            values |= parse_json((self.folder / "result.json").read_bytes(), {"data": {}})[
+                "data"
+            ]
+        return values
 
     @cached_property
     def evaluations(self) -> dict[str, dict]:
@@ -145,24 +171,31 @@ class Run:
         """
         best = {}
         for row in self.rows:
-            row = {key.removeprefix("whole_"): value for key, value in row.items()}
-            if row.keys() >= EVALUATION and row["iter"]:
-                text = row["val_text"]
-                earlier = best.pop(text, row)
-                best[text] = min(earlier, row, key=lambda each: each["val_loss"])
+            row = {
+                f"best_{key.removeprefix('whole_').replace('val_bits', 'bits')}": row[key]
+                for key in row
+            }
+            if row.keys() >= {"best_val_loss", BITS, "best_val_text"} and row["best_iter"]:
+                text = row["best_val_text"]
+                best[text] = min(
+                    best.pop(text, row), row, key=lambda each: each["best_val_loss"]
+                )
         return best
 
     @property
     def state(self) -> str:
-        if self.last.get("end") == "done":
+        if self.values.get("end") == "done":
             return "done"
-        return f"at {100 * self.last['position'] // self.settings['max_iters']:.0f} %"
+        return f"at {100 * self.values['position'] // self.settings['max_iters']:.0f} %"
 
 
-def read_runs(folders: list[str]) -> list[Run]:
+def read_runs(folders: TEXTS) -> list[Run]:
     """Read the runs; a folder that is not a run is reported and skipped. Raises UserError if there are no runs."""
     runs = []
     for folder in folders:
+        # out/* also matches files such as compare.png, written by an earlier call
+        if os.path.isfile(folder):
+            continue
         try:
             settings = parse_json(Path(folder, "config.json").read_bytes(), SCHEMA)
             rows = read_metrics(Path(folder, "metrics.jsonl"))
@@ -178,46 +211,48 @@ def read_runs(folders: list[str]) -> list[Run]:
 # Rows and tables
 
 
-def one_row_each(runs: list[Run]) -> Rows:
-    """Name each run by the part of its path that the runs do not share."""
-    common = os.path.commonpath([run.folder.parent for run in runs])
-    return [(str(run.folder.relative_to(common)), [run]) for run in runs]
+def group_runs(runs: list[Run], config: CompareConfig) -> dict[str, Rows]:
+    """Return {title of a table: its rows}.
 
-
-def group_seeds(runs: list[Run], baseline: str | None) -> dict[str, Rows]:
-    """Group the runs by folder. Runs in the same folder share a row if the user chose the same but for the seed.
-
-    The baseline, if there is one, becomes the first row of each group.
+    With config.group, there is a table for each folder, and runs in the same folder share a row if the user chose the
+    same but for the seed. The baseline, if there is one, becomes the first row of each table. With config.x, there is
+    a table for each value of config.lines, and runs in any folder may share a row. Otherwise each run has a row.
     """
+    common = os.path.commonpath([run.folder.parent for run in runs])
     variants = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: numbers([run.values], config.lines)):
         path = Path(SEED.sub("", str(run.folder)))
+        if config.x or config.lines:
+            line = f"{config.lines}={run.values.get(config.lines)}"
+            place = (line if config.lines else "all runs", common, "")
+        elif config.group or config.baseline:
+            place = (os.path.relpath(path.parent), path.parent, path)
+        else:
+            place = ("", common, run.folder)
         keys = run.settings.keys() - IGNORED - {"seed", *run.settings.get(MEASURED, ())}
         chosen = str([(key, run.settings[key]) for key in sorted(keys)])
-        variants.setdefault((path, chosen), []).append(run)
+        variants.setdefault((*place, chosen), []).append(run)
     groups = {}
-    for (path, _), seeds in variants.items():
-        name = path if len(seeds) > 1 else seeds[0].folder
-        rows = groups.setdefault(os.path.relpath(path.parent), [])
-        rows.append((str(name.relative_to(path.parent)), seeds))
-        for key in sorted(differing([run.settings for run in seeds]) - {"seed"}):
+    for (title, parent, path, _), seeds in variants.items():
+        name = path if path and len(seeds) > 1 else seeds[0].folder
+        groups.setdefault(title, []).append((os.path.relpath(name, parent), seeds))
+        for key in sorted(differing(seeds) - {"seed"}):
             note(
                 f"the machine chose {key} differently for the runs of {name}; for a fair comparison, set it"
             )
     for title, rows in groups.items():
-        rows.sort(key=lambda row: row[0] != baseline)
-        if baseline and rows[0][0] != baseline:
-            names = ", ".join(name for name, _ in rows)
+        rows.sort(key=lambda row: row[0] != config.baseline)
+        if config.baseline and rows[0][0] != config.baseline:
             raise UserError(
-                f"baseline={baseline} is not a row of {title}; its rows: {names}"
+                f"baseline={config.baseline} is not a row of {title}; its rows: {', '.join(dict(rows))}"
             )
     return groups
 
 
-def differing(settings: list[dict]) -> set[str]:
-    """Name the keys whose values differ, without those that do not affect the model."""
-    keys = set().union(*settings) - IGNORED
-    return {key for key in keys if len({str(each.get(key)) for each in settings}) > 1}
+def differing(runs: list[Run]) -> set[str]:
+    """Name the settings that differ, without those that do not affect the model."""
+    keys = set().union(*(run.settings for run in runs)) - IGNORED
+    return {key for key in keys if len({str(run.settings.get(key)) for run in runs}) > 1}
 
 
 def make_table(title: str, rows: Rows) -> list[dict]:
@@ -226,25 +261,30 @@ def make_table(title: str, rows: Rows) -> list[dict]:
     title: the name of a group, whose rows are compared with its first row; "": no groups, one row per run.
     """
     evaluated = [run.evaluations for _, runs in rows for run in runs if run.evaluations]
-    texts = evaluated[0] if evaluated else ()
-    common = [text for text in texts if all(text in each for each in evaluated)]
+    common = [
+        text for text in [*evaluated, ()][0] if all(text in each for each in evaluated)
+    ]
     table = [measure(title, name, runs, (common or [None])[-1]) for name, runs in rows]
     if common:
         measured = [row for row in table if row[BITS]]
         min(measured, key=lambda row: row[BITS])["remark"] = "best"
-        for row in measured:
-            if title and table[0][BITS] and row is not table[0]:
-                row |= difference(row, table[0])
+        if title and table[0][BITS]:
+            first = table[0]["bits_of_seeds"]
+            for row in measured[1:]:
+                seeds = row["bits_of_seeds"]
+                pairs = [seeds[seed] - first[seed] for seed in seeds if seed in first]
+                row["difference"] = row[BITS] - table[0][BITS]
+                if len(pairs) > 1:
+                    row |= t_test(pairs)
     elif evaluated:
-        where = f" in {title}" if title else ""
         note(
-            f"the runs{where} were evaluated on different texts, so none is marked as the best"
+            f"the runs{title and f' in {title}'} were evaluated on different texts, so none is marked as the best"
         )
-    settings = [runs[0].settings for _, runs in rows]
-    keys = sorted(differing(settings))
-    for row, each in zip(table, settings, strict=True):
-        row["settings"] = " ".join(f"{key}={each.get(key)}" for key in keys)
-        row |= {key: each.get(key) for key in keys}
+    first = [runs[0] for _, runs in rows]
+    keys = sorted(differing(first))
+    for row, run in zip(table, first, strict=True):
+        row["settings"] = " ".join(f"{key}={run.settings.get(key)}" for key in keys)
+        row |= {key: run.settings.get(key) for key in keys}
     return table
 
 
@@ -253,81 +293,64 @@ def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
 
     text: checksum of the text whose evaluations count; None: the newest text of each run.
     """
-    last = [run.last for run in runs]
-    best = [
-        run.evaluations.get(text) or next(reversed(run.evaluations.values()), {})
-        for run in runs
-    ]
-    bits = {
-        run.settings.get("seed"): row["val_bits_per_byte"]
-        for run, row in zip(runs, best, strict=True)
-        if row
-    }
+    for run in runs:
+        newest = next(reversed(run.evaluations.values()), {})
+        run.values |= run.evaluations.get(text, newest)
+    values = [run.values for run in runs]
+    bits = {each.get("seed"): each[BITS] for each in values if BITS in each}
     states = Counter(run.state for run in runs)
-    counted = [f"{count} {state}" for state, count in states.items()]
-    seconds = mean(last, "seconds")
-    return {
+    counted = (f"{title and f'{count} '}{state}" for state, count in states.items())
+    means = {key: mean(values, key) for key in ("iter", "tokens", *COLUMNS)}
+    return means | {
         "group": title or None,
         "run": name,
         "folder": os.path.relpath(runs[0].folder),
-        "state": ", ".join(counted if title else states),
-        "parameters": runs[0].settings["_parameters"],
-        "iter": mean(last, "iter"),
-        "tokens": mean(last, "tokens"),
-        "seconds": seconds,
-        "tokens_per_second": mean(last, "tokens") / seconds if seconds else None,
-        "test_bleu": mean(last, "test_bleu"),
-        "best_iter": mean(best, "iter"),
-        "best_val_loss": mean(best, "val_loss"),
-        BITS: mean(best, "val_bits_per_byte"),
+        "state": ", ".join(counted),
+        "tokens_per_second": means["tokens"] / means["seconds"]
+        if means["seconds"]
+        else None,
         "seeds": len(bits),
         "bits_of_seeds": bits,
-        "difference": None,
-        "difference_error": None,
-        "p": None,
         "comparable": text is not None,
         "remark": "",
     }
 
 
-def difference(row: dict, first: dict) -> dict[str, float]:
-    """Compare a row with the first of its group, if possible over pairs of runs with the same seed."""
-    others = first["bits_of_seeds"]
-    seeds = row["bits_of_seeds"].items()
-    pairs = [bits - others[seed] for seed, bits in seeds if seed in others]
-    return t_test(pairs) if len(pairs) > 1 else {"difference": row[BITS] - first[BITS]}
-
-
 def t_test(pairs: list[float]) -> dict[str, float]:
     """Compute the mean of these differences, its standard error, and the two-sided p of Student's t-test."""
     difference = statistics.mean(pairs)
-    error = statistics.stdev(pairs) / len(pairs) ** 0.5
     freedom = len(pairs) - 1
+    error = np.std(pairs) / freedom**0.5
     # with t / sqrt(freedom) = tan(angle), the density of Student's distribution over the angle is a power of its cosine
-    steps = 20_000
-    density = [math.cos(i / steps * math.pi / 2) ** (freedom - 1) for i in range(steps)]
+    angles = np.arange(20_000) / 40_000 * np.pi
     angle = math.atan2(abs(difference), error * freedom**0.5)
-    p = sum(density[round(angle / math.pi * 2 * steps) :]) / sum(density)
+    p = np.average(angles >= angle, weights=np.cos(angles) ** (freedom - 1))
     return {"difference": difference, "difference_error": error, "p": p}
 
 
 def mean(rows: list[dict], key: str) -> float | None:
-    """Average the values of a key over the rows that have it. Returns None if no row has it."""
-    values = [row[key] for row in rows if key in row]
+    """Average the numbers of a key over the rows that have one. Returns None if no row has one."""
+    values = numbers(rows, key)
     return statistics.mean(values) if values else None
+
+
+def numbers(rows: list[dict], key: str | None) -> list[float]:
+    return [row[key] for row in rows if type(row.get(key)) in (int, float)]
 
 
 def format_table(title: str, table: list[dict]) -> str:
     """Format the table as text, with a line for each row. Columns that have no value in any row are left out."""
     columns = []
-    for key, (heading, form) in COLUMNS.items():
+    for key, column in COLUMNS.items():
+        heading, form = column.split(":")
         values = [row[key] for row in table]
         if set(values) != {None}:
-            cells = [heading]
-            cells += ["—" if value is None else format(value, form) for value in values]
+            cells = [
+                heading,
+                *("—" if value is None else f"{value:{form}}" for value in values),
+            ]
             width = max(map(len, cells))
-            side = ">" if form else "<"
-            columns.append([f"{cell:{side}{width}}" for cell in cells])
+            columns.append([f"{cell:{'>' if form else '<'}{width}}" for cell in cells])
     lines = [one_line("  ".join(cells)).rstrip() for cells in zip(*columns, strict=True)]
     return "\n".join(["", title, *lines] if title else lines)
 
@@ -336,12 +359,10 @@ def format_table(title: str, table: list[dict]) -> str:
 # The picture
 
 
-def draw_comparison(
-    path: Path, groups: dict[str, Rows], tables: dict[str, list[dict]]
-) -> None:
-    """Draw a panel for each table: the curves of its rows, with their lowest losses in the legend.
+def draw(groups: dict[str, Rows], config: CompareConfig) -> None:
+    """Draw the curves of each group in a panel, with their lowest losses in the legend, or a sweep in a single panel.
 
-    groups: {title: its rows}. matplotlib takes a second to import, so only this function imports it.
+    matplotlib takes a second to import, so only this function imports it.
     """
     from cycler import cycler
     from matplotlib import style
@@ -350,34 +371,92 @@ def draw_comparison(
 
     # ten colours that most people with red-green colour blindness can tell apart; the next ten rows are dashed
     looks = cycler(linestyle=["-", "--"]) * style.library["petroff10"]["axes.prop_cycle"]
-    figure = Figure((12, 5 * len(tables)), layout="constrained")
-    panels = figure.subplots(len(tables), squeeze=False)[:, 0]
-    for panel, (title, table) in zip(panels, tables.items(), strict=True):
-        panel.set_prop_cycle(looks)
-        for row, (name, runs) in zip(table, groups[title], strict=True):
-            label = f"{name}  {row[BITS]:.3f}" if row[BITS] else name
-            panel.plot(*curve(runs), label=label, marker="o", markersize=4)
-        # logarithmic, so that the high losses of the first evaluations do not hide the differences between later ones
-        panel.set(title=title, yscale="log", ylabel="validation loss, bits per byte")
+    titles = ["mean over seeds ± standard error"] if config.x else groups
+    figure = Figure((12, 5 * len(titles)), layout="constrained")
+    for number, title in enumerate(titles, 1):
+        panel = figure.add_subplot(len(titles), 1, number, prop_cycle=looks)
+        if config.x:
+            draw_sweep(panel, groups, config)
+        else:
+            for name, runs in groups[title]:
+                best = mean([run.values for run in runs], config.plot or BITS)
+                label = f"{name}  {best:#.4g}" if best else name
+                panel.plot(
+                    *curve(runs, config.plot or "val_bits_per_byte"),
+                    label=label,
+                    marker="o",
+                    markersize=4,
+                )
+            # logarithmic, so that high losses of first evaluations do not hide the differences between later ones
+            panel.set_yscale("log" if panel.dataLim.y0 > 0 else "linear")
+            panel.xaxis.set_major_formatter(EngFormatter("B"))
+        panel.set(
+            title=title,
+            xlabel=config.x or "training text",
+            ylabel=config.plot or "validation loss, bits per byte",
+        )
         panel.yaxis.set_major_formatter("{x:.4g}")
         panel.yaxis.set_minor_formatter("{x:.4g}")
-        panel.xaxis.set_major_formatter(EngFormatter("B"))
         panel.grid(which="both", alpha=0.25)
         panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    figure.supxlabel("training text")
-    write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
+    write_whole(
+        Path(config.picture), lambda file: figure.savefig(file, dpi=130, format="png")
+    )
 
 
-def curve(runs: list[Run]) -> Iterator[tuple[float, ...]]:
-    """Return the bytes of text read and the bits per byte at each evaluation. Both are comparable across tokenizers."""
+def curve(runs: list[Run], plot: str) -> zip:
+    """Return the bytes of text read and the value of `plot` in each row that has it.
+
+    Bytes are comparable across tokenizers. An evaluation tells how many bytes a token has.
+    """
     points = []
     for run in runs:
-        for row in run.rows:
-            if (bits := row.get("val_bits_per_byte")) and "val_loss" in row:
-                read = row["tokens"] * row["val_loss"] / math.log(2) / bits
-                points.append((read, bits))
+        if bits := run.values.get(BITS):
+            bytes_per_token = run.values["best_val_loss"] / math.log(2) / bits
+            for row in run.rows:
+                read = row["tokens"] * bytes_per_token
+                points += [(read, value) for value in numbers([row], plot)]
         points.append((math.nan, math.nan))  # a gap between two seeds
     return zip(*points, strict=True)
+
+
+def draw_sweep(panel, groups: dict[str, Rows], config: CompareConfig) -> None:
+    """Draw a line for each group, with a point for each row and, if x is a size, the power law that fits them."""
+    ticks = set()
+    for title, rows in groups.items():
+        points = []
+        for _, runs in rows:
+            values = [run.values for run in runs]
+            x, y = (numbers(values, key) for key in (config.x, config.plot or BITS))
+            if x and y:
+                # the standard error over seeds; 0 for a single one
+                error = np.std(y) / max(1, len(y) - 1) ** 0.5
+                points.append((np.mean(x), np.mean(y), error))
+        x, y, errors = np.reshape(sorted(points), (-1, 3)).T
+        ticks.update(x)
+        if config.x in ("parameters", "tokens", "train_tokens"):
+            if len(set(x)) < 3 or min(*x, *y) <= 0:
+                note(
+                    f"{title}: no power law, which takes three evaluated values of {config.x}"
+                )
+            else:
+                (b, log_a), covariance = np.polyfit(np.log(x), np.log(y), 1, cov=True)
+                exponent = f"exponent {b:.4f} ± {covariance[0, 0] ** 0.5:.4f}"
+                print(
+                    f"{title}: {np.exp(log_a):.4g} * {config.x}^{b:.4f}, {exponent}",
+                    file=sys.stderr,
+                )
+                panel.plot(x, np.exp(log_a) * x**b, "--", color="gray")
+                panel.set_yscale("log")
+                title = f"{title}, {exponent}"
+        panel.errorbar(x, y, errors, label=title, marker="o", capsize=3)
+    if len(ticks) < 2:
+        raise UserError(f"x={config.x} is not a number with two values, in evaluated runs")
+    if max(ticks) > 3 * min(ticks) > 0:
+        panel.set_xscale("log")
+    panel.set_xticks(sorted(ticks))
+    panel.xaxis.minorticks_off()
+    panel.xaxis.set_major_formatter("{x:,.8g}")
 
 
 if __name__ == "__main__":

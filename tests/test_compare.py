@@ -8,11 +8,13 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import GPT2, ROOT
 
 import compare
 from humptygpt import checkpoint
+from humptygpt.cli import UserError
 from humptygpt.settings import TrainConfig
 from model import ModelConfig
 
@@ -134,13 +136,14 @@ def test_rows_come_in_the_order_given_and_only_for_what_is_given(run):
         assert [line.split()[0] for line in run(*argv)[0].splitlines()[1:]] == names
 
 
-def test_runs_with_different_tokens_are_compared_by_bits_per_byte(run):
+def test_runs_with_different_tokens_are_compared_by_bits_per_byte(run, draw):
     make_run("out/char", 1.5, 1.4)
     make_run("out/bpe", 4.0, 3.9, bytes_per_token=4.0, dataset="mine_bpe", vocab_size=1000)
     table, errors = run("out/char", "out/bpe")
     assert " best " in row_of(table, "bpe") and " best " not in row_of(table, "char")
     assert errors == ""
-    read, bits = compare.curve(compare.read_runs(["out/bpe"]))
+    panel = draw("out/bpe")[0]
+    read, bits = panel.lines[0].get_data()
     assert read[:2] == pytest.approx([4000, 8000])
     assert bits[:2] == pytest.approx([4 / 4 / math.log(2), 3.9 / 4 / math.log(2)])
 
@@ -513,6 +516,167 @@ def test_groups_have_a_panel_each_in_which_the_seeds_of_a_row_are_one_line(draw)
         bits = panel.lines[0].get_ydata() * math.log(2)
         seeds = [3.0, 2.0, math.nan, 3.0, 2.1, math.nan]
         assert list(bits) == pytest.approx(seeds, nan_ok=True)
+
+
+def test_plot_draws_another_number_at_the_text_read_with_its_last_value_in_the_legend(draw):
+    make_run("out/bpe", 4.0, 3.5, bytes_per_token=4.0)
+    make_run("out/new")
+    with Path("out/bpe/metrics.jsonl").open("a") as file:
+        # one that a user's code logs, and one that the machine could not measure
+        file.write(TIMES + '"train_loss": 3.25, "entropy": -0.5, "grad_norm": null}\n')
+    (panel,) = draw("out/bpe", "out/new", "--plot=train_loss")
+    assert texts_of(panel) == ["bpe  3.250", "new"] and panel.get_ylabel() == "train_loss"
+    # 10 tokens a step, of 4 bytes each; the last row says 9 tokens
+    expected = [[4000, 4.0], [8000, 3.5], [36, 3.25]]
+    assert panel.lines[0].get_xydata()[:-1] == pytest.approx(np.array(expected))
+    assert panel.get_yscale() == "log"
+    (panel,) = draw("out/bpe", "--plot=entropy")
+    assert texts_of(panel) == ["bpe  -0.5000"] and panel.get_yscale() == "linear"
+
+
+def make_sweep(folder: str = "out/sweep", **settings) -> list[str]:
+    """Two seeds of two rates of two widths: 4 and 6 bits per byte, and 2 more each for the second rate and width."""
+    runs = []
+    for wide, width in enumerate((100, 20)):
+        for fast, rate in enumerate((0.01, 0.001)):
+            low = 4.0 + 2 * wide + 2 * fast
+            for seed, bits in enumerate((low, low + 2), 1):
+                chosen = {"n_embd": width, "learning_rate": rate, "seed": seed} | settings
+                # folders in which no seed can be recognised
+                name = f"{folder}/{width}_{rate}_s{seed}x"
+                runs.append(make_run(name, 7.0, bits * math.log(2), **chosen))
+    return runs
+
+
+def lines_of(panel) -> dict[str, tuple]:
+    """{label: x, y and half the length of the bar at each point}."""
+    found = {}
+    for bars in panel.containers:
+        line, _, (errors,) = bars.lines
+        spans = [segment[:, 1] for segment in errors.get_segments()]
+        halves = [(high - low) / 2 for low, high in spans]
+        found[bars.get_label()] = (*map(list, line.get_data()), halves)
+    return found
+
+
+def test_a_sweep_is_a_line_for_each_value_whose_points_are_means_over_seeds_with_their_error(
+    draw, data
+):
+    runs = make_sweep()
+    sweep = ["--x=learning_rate", "--lines=n_embd"]
+    (panel,) = draw(*runs, *sweep)
+    rates, errors = [0.001, 0.01], pytest.approx([1.0, 1.0])  # sqrt(2) / sqrt(2)
+    assert lines_of(panel) == {
+        "n_embd=20": (rates, pytest.approx([9.0, 7.0]), errors),
+        "n_embd=100": (rates, pytest.approx([7.0, 5.0]), errors),
+    }
+    assert list(lines_of(panel)) == texts_of(panel) == ["n_embd=20", "n_embd=100"]
+    assert panel.get_xscale() == "log" and panel.get_xlabel() == "learning_rate"
+    assert list(panel.get_xticks()) == pytest.approx(rates)
+    rows = data(*runs, *sweep)
+    assert [row["group"] for row in rows] == ["n_embd=20"] * 2 + ["n_embd=100"] * 2
+    assert [(row["seeds"], row["state"]) for row in rows] == [(2, "2 done")] * 4
+
+
+def test_a_point_of_one_seed_has_no_bar_and_nearby_values_are_on_a_linear_axis(draw):
+    runs = [make_run(f"out/{n}", math.log(2) * n, n_layer=n, seed=n) for n in (3, 2, 4)]
+    (panel,) = draw(*runs, "--x=n_layer")
+    points = [2, 3, 4], pytest.approx([2.0, 3.0, 4.0]), [0, 0, 0]
+    assert lines_of(panel) == {"all runs": points}
+    assert panel.get_xscale() == panel.get_yscale() == "linear"
+
+
+def test_a_sweep_can_show_the_last_value_of_another_number(draw):
+    runs = make_sweep()
+    (panel,) = draw(*runs, "--x=n_embd", "--lines=learning_rate", "--plot=train_loss")
+    points = lines_of(panel)["learning_rate=0.01"]
+    assert points[1] == pytest.approx([7 * math.log(2), 5 * math.log(2)])
+
+
+def test_a_note_says_in_what_the_runs_of_a_sweep_differ_besides(run):
+    runs = make_sweep()
+    assert run(*runs, "--x=learning_rate", "--lines=n_embd")[1] == ""
+    assert run(*runs, "--x=learning_rate")[1] == "note: the runs also differ in n_embd\n"
+    runs += make_sweep("out/other", n_head=1, position="none")
+    _, errors = run(*runs, "--x=n_embd", "--lines=learning_rate")
+    assert errors == "note: the runs also differ in n_head, position\n"
+
+
+def make_sizes(bits: list[float]) -> list[str]:
+    """Runs of 1000, 2000, 4000 and so on parameters, with these bits per byte."""
+    return [
+        make_run(f"out/{n}", math.log(2) * each, _parameters=1000 * 2**n, n_layer=n)
+        for n, each in enumerate(bits)
+    ]
+
+
+def test_a_power_law_of_sizes_is_fitted_by_least_squares_in_logarithms(draw, capsys):
+    off = np.array([0.01, -0.02, 0.03, 0.01])  # in the logarithm
+    sizes = 1000 * 2.0 ** np.arange(4)
+    losses = 30 * sizes**-0.25 * np.exp(off)
+    (panel,) = draw(*make_sizes(list(losses)), "--x=parameters")
+    # the textbook's formulas
+    x, y = np.log(sizes), np.log(losses)
+    x_off, y_off = x - x.mean(), y - y.mean()
+    slope = (x_off @ y_off) / (x_off @ x_off)
+    rest = y_off - slope * x_off
+    error = (rest @ rest / 2 / (x_off @ x_off)) ** 0.5
+    scale = math.exp(y.mean() - slope * x.mean())
+    exponent = f"exponent {slope:.4f} ± {error:.4f}"
+    law = f"all runs: {scale:.4g} * parameters^{slope:.4f}, {exponent}\n"
+    assert law in capsys.readouterr().err
+    assert texts_of(panel) == [f"all runs, {exponent}"]
+    (dashed,) = [line for line in panel.lines if line.get_linestyle() == "--"]
+    assert dashed.get_ydata() == pytest.approx(scale * sizes**slope)
+    assert panel.get_xscale() == panel.get_yscale() == "log"
+
+
+def test_there_is_no_power_law_of_two_sizes_of_a_setting_or_of_a_negative_number(
+    draw, capsys
+):
+    runs = [*make_sizes([3.0, 2.0]), make_run("out/new", _parameters=9000)]
+    (panel,) = draw(*runs, "--x=parameters")
+    note = (
+        "note: all runs: no power law, which takes three evaluated values of parameters\n"
+    )
+    assert note in capsys.readouterr().err and texts_of(panel) == ["all runs"]
+    runs = [make_run(f"out/layers_{n}", 1 / n, n_layer=n) for n in (1, 2, 4)]
+    (panel,) = draw(*runs, "--x=n_layer")
+    assert texts_of(panel) == ["all runs"] and "power law" not in capsys.readouterr().err
+    for number, path in enumerate(runs, 1):
+        with Path(path, "metrics.jsonl").open("a") as file:
+            file.write(f'{TIMES.replace("9,", f"{number},", 1)} "gain": -{number}}}\n')
+    draw(*runs, "--x=tokens", "--plot=gain")
+    assert "no power law" in capsys.readouterr().err
+
+
+def test_the_size_of_the_text_is_that_of_the_result_of_a_run_that_has_ended(draw):
+    runs = make_sizes([5.0, 4.0, 3.0, 2.0])
+    for tokens, path in enumerate(runs[:2], 1):
+        result = {"end": "finished", "data": {"train_tokens": 10_000_000 * tokens}}
+        Path(path, "result.json").write_text(json.dumps(result))
+    Path(runs[3], "result.json").write_text('{"data": ')  # damaged
+    (panel,) = draw(*runs, "--x=train_tokens")
+    (points,) = lines_of(panel).values()
+    assert points[:2] == ([10_000_000, 20_000_000], pytest.approx([5.0, 4.0]))
+
+
+def test_keys_that_cannot_be_plotted_are_one_line(run):
+    runs = make_sizes([3.0, 2.0])
+    for key, near in {"plot": "train_los", "x": "parameter", "lines": "n_embed"}.items():
+        right = {"plot": "train_loss", "x": "parameters", "lines": "n_embd"}[key]
+        with pytest.raises(UserError) as error:
+            run(*runs, f"--{key}={near}")
+        message = f"unknown key {near}; did you mean {right}? (a key of config.json or metrics.jsonl)"
+        assert str(error.value) == message
+    for key in ("n_head", "optimizer"):  # a single value, and no number
+        with pytest.raises(UserError) as error:
+            run(*runs, f"--x={key}", "--picture=x.png")
+        message = f"x={key} is not a number with two values, in evaluated runs"
+        assert str(error.value) == message
+    runs = [make_run("out/a", n_layer=1), make_run("out/b", n_layer=2)]
+    with pytest.raises(UserError, match="x=n_layer is not a number with two values"):
+        run(*runs, "--x=n_layer", "--picture=x.png")
 
 
 def test_real_runs_are_compared(run_train, data):
