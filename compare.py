@@ -23,13 +23,13 @@ seed, which begin with the same weights and read the same text. p is the probabi
 up or down, if only chance made it (Student's t for this number of pairs). Rows keep the order given. The shell sorts by
 name, so 1-without comes before 2-with and is the baseline.
 
-With --x=KEY, the picture shows the lowest bits per byte, or the last value of --plot, against a number: a setting such
-as learning_rate, or parameters, tokens (trained on), seconds, or train_tokens (in the training text of a finished run).
---lines=KEY makes a line and a table for each value of a second setting. Runs that differ only in the seed, whatever
-their folders, are one row and one point: their mean, with its standard error as a bar. A note names the other settings
-that differ. If x is parameters, tokens or train_tokens, a power law a * x^b is fitted to each line with at least three
-sizes: by ordinary least squares in logarithms, over the means. It is drawn dashed, and its exponent b is printed with
-its standard error.
+With --x=KEY, the picture is a sweep: the lowest bits per byte, or the last value of --plot, against a number. This is a
+setting, such as learning_rate, or parameters, seconds, tokens (trained on) or train_tokens (in the training text, known
+once a run has ended). --lines=KEY draws a line, and prints a table, for each value of a second setting. Runs that
+differ only in the seed, in whatever folders, are one row and one point: their mean, with its standard error as a bar. A
+note names other settings that differ. If x is parameters, tokens or train_tokens, a power law is fitted to each line of
+at least three sizes, by ordinary least squares in logarithms, over the means. It is drawn dashed, and its exponent is
+printed with its standard error.
 """
 
 import json
@@ -51,7 +51,6 @@ from humptygpt.cli import TEXTS, UserError, note, one_line
 from humptygpt.files import parse_json, write_whole
 from humptygpt.loggers import read_metrics
 
-MEASURED = "_measured"  # in config.json: the settings that the machine chose, not the user
 # Settings to ignore, because they do not affect the trained model; _parameters already has its own column.
 IGNORED = {
     "out_dir",
@@ -68,10 +67,10 @@ IGNORED = {
     "wandb_project",
     "wandb_run_name",
     "_parameters",
-    MEASURED,
+    "_measured",
 }
-# the entries of config.json that are checked
-SCHEMA = {"max_iters": range(1, 2**53), "_parameters": range(2**53), f"{MEASURED}?": [str]}
+# the entries of config.json that are checked; _measured: the settings that the machine chose, not the user
+SCHEMA = {"max_iters": range(1, 2**53), "_parameters": range(2**53), "_measured?": [str]}
 SEED = re.compile(r"[/_-](seed[-_=]?)?\d+$")  # the seed in a path: -1, _seed=1, /1
 BITS = "best_bits_per_byte"
 # The rows of a table: (name, runs that share the row because they differ only in the seed)
@@ -197,9 +196,11 @@ def read_runs(folders: TEXTS) -> list[Run]:
         if os.path.isfile(folder):
             continue
         try:
-            settings = parse_json(Path(folder, "config.json").read_bytes(), SCHEMA)
-            rows = read_metrics(Path(folder, "metrics.jsonl"))
-            runs.append(Run(Path(folder).absolute(), settings, rows))
+            path = Path(folder)
+            settings = parse_json((path / "config.json").read_bytes(), SCHEMA)
+            runs.append(
+                Run(path.absolute(), settings, read_metrics(path / "metrics.jsonl"))
+            )
         except (OSError, ValueError) as error:
             note(f"skipped {folder}, which is not a run: {one_line(error)}")
     if not runs:
@@ -229,12 +230,12 @@ def group_runs(runs: list[Run], config: CompareConfig) -> dict[str, Rows]:
             place = (os.path.relpath(path.parent), path.parent, path)
         else:
             place = ("", common, run.folder)
-        keys = run.settings.keys() - IGNORED - {"seed", *run.settings.get(MEASURED, ())}
+        keys = run.settings.keys() - IGNORED - {"seed", *run.settings.get("_measured", ())}
         chosen = str([(key, run.settings[key]) for key in sorted(keys)])
         variants.setdefault((*place, chosen), []).append(run)
     groups = {}
     for (title, parent, path, _), seeds in variants.items():
-        name = path if path and len(seeds) > 1 else seeds[0].folder
+        name = path if path and seeds[1:] else seeds[0].folder
         groups.setdefault(title, []).append((os.path.relpath(name, parent), seeds))
         for key in sorted(differing(seeds) - {"seed"}):
             note(
@@ -454,8 +455,9 @@ def draw_sweep(panel, groups: dict[str, Rows], config: CompareConfig) -> None:
         raise UserError(f"x={config.x} is not a number with two values, in evaluated runs")
     if max(ticks) > 3 * min(ticks) > 0:
         panel.set_xscale("log")
-    panel.set_xticks(sorted(ticks))
-    panel.xaxis.minorticks_off()
+    if len(ticks) <= 10:
+        panel.set_xticks(sorted(ticks))
+        panel.xaxis.minorticks_off()
     panel.xaxis.set_major_formatter("{x:,.8g}")
 
 

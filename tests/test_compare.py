@@ -586,6 +586,14 @@ def test_a_point_of_one_seed_has_no_bar_and_nearby_values_are_on_a_linear_axis(d
     assert panel.get_xscale() == panel.get_yscale() == "linear"
 
 
+def test_each_of_a_few_values_has_a_tick_but_not_each_of_many(draw):
+    runs = [make_run(f"out/{n}", 2.0, batch_size=n) for n in (*range(10, 28, 2), 99, 101)]
+    for count, ticks in ((10, {*range(10, 28, 2), 99}), (11, {10, 100})):
+        (panel,) = draw(*runs[:count], "--x=batch_size")
+        low, high = panel.get_xlim()
+        assert {tick for tick in panel.get_xticks() if low <= tick <= high} == ticks
+
+
 def test_a_sweep_can_show_the_last_value_of_another_number(draw):
     runs = make_sweep()
     (panel,) = draw(*runs, "--x=n_embd", "--lines=learning_rate", "--plot=train_loss")
