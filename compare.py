@@ -191,7 +191,7 @@ class Run:
 def read_runs(folders: TEXTS) -> list[Run]:
     """Read the runs; a folder that is not a run is reported and skipped. Raises UserError if there are no runs."""
     runs = []
-    for folder in folders:
+    for folder in machine.expand(folders):
         # out/* also matches files such as compare.png, written by an earlier call
         if os.path.isfile(folder):
             continue

@@ -270,7 +270,7 @@ def skip_unknown(line: str, alphabet: str | None) -> str:
 class Text:
     """A text that is continued by turns. Everything that was read and written stays in the context."""
 
-    advice = "; an empty line continues the text"  # printed after "Ctrl-D quits"
+    advice = "; an empty line continues the text"  # printed after how to quit
 
     def __init__(self, loaded: Pipeline):
         self.loaded = loaded
@@ -290,7 +290,7 @@ class Text:
 
 def typed_lines(advice: str = "") -> Iterator[str]:
     """Print advice, and yield lines from standard input, with "> " as the prompt if it is a terminal."""
-    print(f"Ctrl-D quits{advice}", file=sys.stderr)
+    print(f"Ctrl-{'Z' if machine.WINDOWS else 'D'} quits{advice}", file=sys.stderr)
     while True:
         try:
             yield input("> " if sys.stdin.isatty() else "")

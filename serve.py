@@ -100,6 +100,7 @@ class Server(ThreadingHTTPServer):
     It never waits for a client, but queues the parts of an answer, which are a few thousand at most.
     """
 
+    allow_reuse_address = not machine.WINDOWS  # there, two servers could share a port
     request_queue_size = 128  # clients that may wait until they are accepted
 
     def __init__(self, config: ServeConfig, api: Api):

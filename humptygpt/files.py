@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,7 +32,7 @@ def whole(path: Path) -> Iterator[Path]:
                     os.fsync(file.fileno())
             if path.is_dir():  # it must be empty; Windows cannot replace a folder
                 path.rmdir()
-            temporary.replace(path)
+            move(temporary, path)
     finally:
         with suppress(OSError):
             remove(temporary)
@@ -67,8 +68,8 @@ def cannot_write(path: Path, error: Exception, advice: str = "") -> UserError:
     # errors from numpy and torch do not give the reason
     reason = getattr(error, "strerror", None) or "the disk may be full"
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        folders = path.resolve().parents  # a link may lead to another disk
-        mounted = next(folder for folder in folders if folder.is_mount())
+        # a link may lead to another disk; Path.is_mount() raises an error on Windows before Python 3.12
+        mounted = next(filter(os.path.ismount, path.resolve().parents))
         usage = shutil.disk_usage(mounted)
         megabytes = f"{usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB"
         reason += f" (the disk {mounted} has {megabytes} free)"
@@ -82,6 +83,22 @@ def refuse_unwritable(path: Path, advice: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         raise cannot_write(path, error, advice) from error
+
+
+def move(path: Path, to: Path) -> None:
+    """Move a file or a folder. A file at `to` is replaced.
+
+    Windows refuses this while a program, such as a virus scanner or sample.py, has one of them open: try for ten
+    seconds.
+    """
+    for left in reversed(range(100)):
+        try:
+            path.replace(to)
+            break
+        except PermissionError as error:
+            if not left or not hasattr(error, "winerror"):
+                raise
+            time.sleep(0.1)
 
 
 def remove_unfinished(folder: Path, names: list[str]) -> None:

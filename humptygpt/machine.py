@@ -1,9 +1,11 @@
-"""Find how many cores and how much memory this process may use, and report errors in one line.
+"""Find how many cores and how much memory this process may use, report errors in one line, and hide what differs
+between operating systems.
 
 CPU affinity and cgroups may limit it to part of the machine. A script calls start() before it imports numpy and torch,
 because these read their thread count and wait policy only once, on import.
 """
 
+import glob
 import math
 import os
 import re
@@ -20,8 +22,9 @@ from humptygpt.cli import UserError, one_line
 # packages that training and sampling a GPT do not need, but that some other features do
 OPTIONAL = {"gguf", "huggingface_hub", "matplotlib", "pyarrow", "sacrebleu", "safetensors"}
 OPTIONAL |= {"sentencepiece", "tensorboard", "tiktoken", "tokenizers", "wandb"}
+WINDOWS = sys.platform == "win32"
 GIVEN = {*os.environ}  # names of the variables that the user has set
-STARTED = time.monotonic()  # when the command started, not counting Python's own startup
+STARTED = time.perf_counter()  # when the command started, not counting Python's own startup
 # Linux's control groups (cgroups), version 2, which containers use
 CGROUPS = Path("/sys/fs/cgroup")
 OUR_GROUPS = Path("/proc/self/cgroup")
@@ -45,7 +48,7 @@ def start() -> None:
         # the first is for GCC's OpenMP, which torch uses on Linux, the second, in milliseconds, for LLVM's and Intel's
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
         os.environ["KMP_BLOCKTIME"] = "1"
-    if usable_cores() < len(affinity()):
+    if usable_cores() < affinity():
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
 
 
@@ -71,16 +74,16 @@ def fastest(choices: Sequence, run: Callable) -> object:
 # Cores
 
 
-def affinity() -> set[int]:
-    """Ids of the cores that the system lets this process run on."""
+def affinity() -> int:
+    """Number of cores that the system lets this process run on."""
     if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def usable_cores() -> int:
     """Number of threads that can run at once, limited by CPU affinity and by cgroup quotas, which are rounded up."""
-    cores = len(affinity())
+    cores = affinity()
     for folder in cgroup_folders():
         if quota := read_numbers(folder / "cpu.max"):
             cores = min(cores, math.ceil(quota[0] / quota[1]))
@@ -94,7 +97,8 @@ def usable_cores() -> int:
 def available_memory() -> int:
     """Bytes that this process can still allocate, limited by the machine and by the cgroups.
 
-    Without Linux's /proc/meminfo, this is the machine's total memory or, if that is also unknown, the largest integer.
+    Without Linux's /proc/meminfo, this is the machine's total memory or, if that is also unknown, as on Windows, the
+    largest integer.
     """
     free = sys.maxsize
     if available := re.search(r"^MemAvailable: *(\d+) kB$", read(MEMINFO), re.MULTILINE):
@@ -184,6 +188,26 @@ def file_cache(group: Path) -> int:
 
 
 # --------------------------------------------------------------------------------------
+# Arguments and streams
+
+
+def expand(patterns: Sequence[str]) -> list[str]:
+    """Replace patterns such as out/* by the paths that they match, which the shells of Windows leave to programs."""
+    return [path for each in patterns for path in sorted(glob.glob(each)) or [each]]  # noqa: PTH207
+
+
+def use_utf8() -> None:
+    """Read and write UTF-8. On a pipe or into a file, Windows would use an encoding that lacks most characters."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if stream:  # None without a console
+            stream.reconfigure(encoding="utf-8", errors=stream.errors)
+
+
+def discard_output() -> None:
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115, stays open
+
+
+# --------------------------------------------------------------------------------------
 # Running a script
 
 
@@ -194,6 +218,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     """
     if main.__module__ == "__main__":  # main() is in the script that was started
         start()
+        if WINDOWS:
+            use_utf8()
         if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

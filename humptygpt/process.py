@@ -1,7 +1,6 @@
 """The process that trains a run. For several processes, humptygpt/parallel has classes with the same methods."""
 
 import os
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from humptygpt import checkpoint
 from humptygpt.data import Dataset, count_targets, random_key
 from humptygpt.device import THREADS, pick_device, pick_dtype, training_dtype
-from humptygpt.machine import usable_cores
+from humptygpt.machine import discard_output, usable_cores
 from humptygpt.optimizers import Optimizer
 from humptygpt.settings import TrainConfig
 from humptygpt.workers import Workers, add_seeds
@@ -164,4 +163,4 @@ def silence_other_processes() -> None:
     """Discard the standard output of all processes but the first."""
     rank, _ = launched()
     if rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115, stays open until the process ends
+        discard_output()

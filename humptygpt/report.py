@@ -1,7 +1,6 @@
 """What a run needs and says: its memory, a summary, a progress bar and lines during training, and advice at the end."""
 
 import math
-import os
 import shlex
 import signal
 import sys
@@ -17,7 +16,7 @@ import model as models
 from humptygpt.checkpoint import stored
 from humptygpt.device import DTYPES, free_memory
 from humptygpt.loggers import own_values
-from humptygpt.machine import check_fits
+from humptygpt.machine import check_fits, discard_output
 from humptygpt.optimizers import freeze, make_optimizer, trained_parameters
 from humptygpt.run import Diverged, Run, RunFolder
 from humptygpt.settings import TrainConfig
@@ -110,7 +109,7 @@ def line(bar: tqdm, text: str) -> None:
         bar.write(text)
         sys.stdout.flush()
     except OSError:
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115, stays open
+        discard_output()
 
 
 # --------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ from humptygpt.process import Process
 from humptygpt.settings import TrainConfig
 from model import count_parameters, flops_per_token
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+# SIGBREAK exists on Windows: Ctrl-Break, which is how one program asks another to stop
+STOPPING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGBREAK", signal.SIGINT)}
 # seconds within which repeated signals count as one: `timeout` and some shells signal a process and then its group
 SAME_REQUEST = 1.0
 # the files and folders that a run writes, apart from plan.py

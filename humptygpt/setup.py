@@ -215,7 +215,7 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
         own["threads"] = None
     if "max_iters" in given:
         own["minutes"] = None
-    return own | given | kept | {"out_dir": str(path.parent), "input": None}
+    return own | given | kept | {"out_dir": path.parent.as_posix(), "input": None}
 
 
 def is_same_run(settings: dict, path: Path) -> bool:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from humptygpt.cli import UserError
 from humptygpt.data import random_key
+from humptygpt.machine import discard_output
 from humptygpt.optimizers import trained_parameters
 
 if TYPE_CHECKING:  # run.py imports this file
@@ -72,7 +73,7 @@ class Workers:
             for stop in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(stop, signal.SIG_IGN)
             # only the process that trains prints what model.py prints, and stops at its breakpoints
-            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115, stays open
+            discard_output()
             sys.breakpointhook = lambda *arguments, **keys: None
             # in a thread of its own, because this one remembers OpenMP's threads, which were not forked
             thread = Thread(target=self.obey, args=(number, theirs))

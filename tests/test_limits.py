@@ -46,7 +46,7 @@ NESTED = {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000"}
 def test_threads_are_as_many_as_affinity_and_quota_allow(
     groups, monkeypatch, path, files, cores
 ):
-    monkeypatch.setattr(machine, "affinity", lambda: set(range(8)))
+    monkeypatch.setattr(machine, "affinity", lambda: 8)
     groups(path, files)
     assert machine.usable_cores() == cores
 
@@ -77,7 +77,7 @@ def environment(monkeypatch):
     """An environment in which nobody has chosen anything, and what start() changes is restored."""
     others = {key: value for key, value in os.environ.items() if key not in NAMES}
     monkeypatch.setattr(os, "environ", others)
-    monkeypatch.setattr(machine, "affinity", lambda: set(range(8)))
+    monkeypatch.setattr(machine, "affinity", lambda: 8)
     monkeypatch.setattr(machine, "read_numbers", lambda path: [])
 
 

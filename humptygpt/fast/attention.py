@@ -23,9 +23,11 @@ def use_fused_kernel(model: nn.Module) -> None:
 
 
 def faster_attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """Compute attend(), with the fused kernel except where the formula in model.py is faster."""
+    """Compute attend(), with the fused kernel except where that is slower than the formula in model.py, or wrong."""
     few = k.shape[2] <= EXPLICIT_KEYS and v.dtype == torch.bfloat16
-    if q.is_cpu and few and torch.is_grad_enabled():
+    slow = q.is_cpu and few and torch.is_grad_enabled()
+    # Apple's kernel lets tokens of half precision see later ones (PyTorch issue 195910)
+    if slow or (q.is_mps and v.dtype != torch.float32):
         return models.attend(q, k, v, mask)
     return fused_attend(q, k, v, mask)
 

@@ -258,6 +258,8 @@ def int8_product(linear: nn.Linear) -> Product:
 
     It uses PyTorch's quantized matrix multiplication, which is CPU-only.
     """
+    if torch.backends.quantized.engine == "none":  # torch chooses none for ARM
+        torch.backends.quantized.engine = "qnnpack"
     rows = quantize_rows(linear.weight)
     packed = torch.ops.quantized.linear_prepack(rows, linear.bias)
     product = torch.ops.quantized.linear_dynamic.default

@@ -98,7 +98,7 @@ class Clock:
 
     def time_left(self, run: Run) -> float:
         """Seconds until training ends."""
-        return self.end - time.monotonic()
+        return self.end - time.perf_counter()
 
     def leave_out_line(self, line: float) -> None:
         """Exclude the time since the last advance() from the next step. line: seconds that a written line took."""
@@ -108,29 +108,29 @@ class Clock:
     def leave_out(self, evaluation: float) -> None:
         """Exclude the time since the last advance() from the next step. evaluation: seconds that an evaluation took."""
         self.evaluation = evaluation
-        self.last_step = time.monotonic()
+        self.last_step = time.perf_counter()
 
     def seconds(self) -> float:
         """Seconds that the run has taken so far, including the time before it was resumed."""
-        return time.monotonic() - self.started
+        return time.perf_counter() - self.started
 
     def seconds_left(self, position: float, config: TrainConfig) -> float:
         """Seconds left for training steps, excluding the remaining evaluations and the end of the run."""
         # the texts that show whether the model recites take as long as two samples
         last = max(self.evaluation, 3 * self.sample)
         closing = self.at_the_end * self.evaluation + last
-        left = self.end - time.monotonic() - closing
+        left = self.end - time.perf_counter() - closing
         before = math.ceil((config.max_iters - position) / config.eval_interval) - 1
         # at least half of the time is kept for steps; evaluations that no longer fit are skipped
         return max(left - before * self.evaluation, left / 2)
 
     def planned(self) -> float:
         """Seconds available for training steps, if the run is planned now."""
-        return TIME_TO_TRAIN * (self.end - time.monotonic())
+        return TIME_TO_TRAIN * (self.end - time.perf_counter())
 
     def advance(self, position: float, config: TrainConfig) -> float:
         """Return the position in the schedule after a step, from 0 to config.max_iters. position: the one before it."""
-        now = time.monotonic()
+        now = time.perf_counter()
         step = now - self.last_step
         self.last_step = now
         left = self.seconds_left(position, config)
@@ -491,10 +491,10 @@ def seconds_per_step(
     times = []
     with run.process:
         for index in range(PROBE_STEPS):
-            started = time.monotonic()
+            started = time.perf_counter()
             losses, _, _ = train_step(run, index)
             losses["train_loss"].item()  # waits for the GPU
-            times.append(time.monotonic() - started)
+            times.append(time.perf_counter() - started)
     return statistics.median(times[1:]) * micro_batches
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from humptygpt.chat.conversations import Conversations, is_conversations
 from humptygpt.cli import UserError, note
 from humptygpt.data import COMMAND, TokenFiles, is_nanogpts
-from humptygpt.files import locked, refuse_unwritable, remove, write_text
+from humptygpt.files import locked, move, refuse_unwritable, remove, write_text
 from humptygpt.prepare.corpus import Corpus, Documents
 from humptygpt.prepare.documents import (
     ARCHIVES,
@@ -250,7 +250,7 @@ def install(preparing: Path, folder: Path) -> None:
             path.unlink()
     files = [path.name for path in preparing.glob("*.bin")]
     for name in (COMMAND, *files, "meta.json"):
-        (preparing / name).replace(folder / name)
+        move(preparing / name, folder / name)
 
 
 # --------------------------------------------------------------------------------------
