@@ -268,7 +268,7 @@ def choose(monkeypatch):
     of_each = report.Memory(weights=1, gradients=0, optimizer=0, activations=2)
     monkeypatch.setattr(plan, "training_memory", lambda *args: of_each)
     monkeypatch.setattr(plan, "seconds_per_step", seconds_per_step)
-    monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: 2.0))
+    monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: 2.0))
     monkeypatch.setattr(cores, "STARTED", 0.0)
 
     def chosen(text: int, minutes: float, **given) -> tuple[TrainConfig, ModelConfig]:
@@ -536,7 +536,9 @@ def test_a_model_is_chosen_by_trials_of_its_steps(
     tiny, small_sizes, monkeypatch, capsys, model
 ):
     looks = itertools.count()  # each look at the clock takes 10 ms
-    monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: next(looks) / 100))
+    monkeypatch.setattr(
+        plan, "time", SimpleNamespace(perf_counter=lambda: next(looks) / 100)
+    )
     monkeypatch.setattr(cores, "STARTED", 0.0)
     # a window network of few neurons has a smaller head than its embedding
     keys = [f"--model={model}", "--window=1", "--n_hidden=8", "--batch_size=4"]

@@ -1,0 +1,232 @@
+"""What differs on Windows and macOS. These tests run on Linux, with the answers of the other systems faked."""
+
+import errno
+import io
+import ntpath
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+
+import compare
+import model
+import sample
+from humptygpt import device, files, machine
+from humptygpt.fast import attention, generation
+from humptygpt.prepare import documents
+
+# a locale in which Python, like on Windows, writes few characters to a pipe
+ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+def python(code: str, text: str = "", **environment: str) -> str:
+    """Run code in the folder of the scripts, between pipes. Returns what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=text.encode(),
+        stdout=subprocess.PIPE,
+        env=os.environ | environment,
+        cwd=ROOT,
+        check=True,
+    )
+    return done.stdout.decode()
+
+
+# --------------------------------------------------------------------------------------
+# Streams and signals
+
+
+def test_a_pipe_has_utf_8_whatever_the_encoding_of_the_system_is():
+    code = "from humptygpt import machine; machine.use_utf8(); print(input())"
+    assert python(code, "± → 你好\n", **ASCII) == "± → 你好\n"
+
+
+def test_a_program_without_a_console_has_no_streams_to_change(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
+    errors = io.TextIOWrapper(io.BytesIO(), "cp1252", errors="backslashreplace")
+    monkeypatch.setattr(sys, "stderr", errors)
+    machine.use_utf8()
+    assert (sys.stdout.encoding, sys.stdout.errors) == ("utf-8", "strict")
+    assert (errors.encoding, errors.errors) == ("utf-8", "backslashreplace")
+
+
+def test_output_that_is_discarded_may_have_any_character():
+    code = "from humptygpt import machine; machine.discard_output(); print(chr(8594))"
+    assert python(code, **ASCII) == ""
+
+
+def test_ctrl_break_stops_a_run_and_a_second_server_gets_no_port_of_another_on_windows():
+    code = """
+import os, signal
+signal.SIGBREAK = signal.SIGUSR1
+from humptygpt import machine
+machine.WINDOWS = True
+from humptygpt.run import catch_signals
+import serve
+with catch_signals() as caught:
+    os.kill(os.getpid(), signal.SIGBREAK)
+print(len(caught), serve.Server.allow_reuse_address)
+"""
+    assert python(code) == "1 False\n"
+
+
+@pytest.mark.parametrize("windows", [True, False])
+def test_the_key_that_ends_the_input_is_the_one_of_the_system(monkeypatch, capsys, windows):
+    monkeypatch.setattr(machine, "WINDOWS", windows)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert [*sample.typed_lines()] == []
+    assert capsys.readouterr().err == f"Ctrl-{'Z' if windows else 'D'} quits\n"
+
+
+# --------------------------------------------------------------------------------------
+# Files
+
+
+def test_a_pattern_that_no_shell_has_replaced_stands_for_the_runs_that_it_matches(
+    capsys, monkeypatch
+):
+    for name in ("out/b", "out/a", "out/c[1]"):
+        Path(name).mkdir(parents=True)
+    assert machine.expand(["out/*"]) == ["out/a", "out/b", "out/c[1]"]
+    assert machine.expand(["out/c[1]", "out/b", "none*"]) == ["out/c[1]", "out/b", "none*"]
+    with pytest.raises(compare.UserError, match="no runs"):
+        compare.read_runs(("out/*",))
+    skipped = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
+    assert skipped == [f"note: skipped out/{name}" for name in ("a", "b", "c[1]")]
+
+
+@pytest.fixture
+def refusals(monkeypatch):
+    """Let Windows refuse to move a file so often. Returns the errors that are left, and the waits between."""
+    left, waits, move = [], [], Path.replace
+
+    def replace(path: Path, to: Path) -> None:
+        if left:
+            raise left.pop()
+        move(path, to)
+
+    monkeypatch.setattr(files.Path, "replace", replace)
+    monkeypatch.setattr(files.time, "sleep", waits.append)
+    return left, waits
+
+
+def in_use() -> PermissionError:
+    error = PermissionError(errno.EACCES, "used by another process")
+    error.winerror = 32
+    return error
+
+
+def test_a_file_that_another_program_reads_is_replaced_when_it_is_closed(refusals):
+    left, waits = refusals
+    left += [in_use(), in_use()]
+    Path("best.pt").write_text("old")
+    files.write_text(Path("best.pt"), "new")
+    assert Path("best.pt").read_text() == "new" and len(waits) == 2
+
+
+def test_a_file_that_stays_open_is_reported_in_a_line_after_ten_seconds(refusals):
+    left, waits = refusals
+    left += [in_use() for _ in range(200)]
+    with pytest.raises(files.UserError, match="used by another process"):
+        files.write_text(Path("best.pt"), "new")
+    assert 9 < sum(waits) < 11 and not [*Path().iterdir()]
+
+
+def test_a_file_that_may_not_be_written_is_reported_at_once(refusals):
+    left, waits = refusals
+    left += [PermissionError(errno.EACCES, "Permission denied")]
+    with pytest.raises(files.UserError, match="Permission denied"):
+        files.write_text(Path("best.pt"), "new")
+    assert not waits
+
+
+def test_a_full_disk_is_named_where_pathlib_knows_no_mount_points(monkeypatch):
+    def is_mount(path: Path) -> bool:
+        raise NotImplementedError("Path.is_mount() is unsupported on this system")
+
+    monkeypatch.setattr(files.Path, "is_mount", is_mount)
+    error = OSError(errno.ENOSPC, "No space left on device")
+    assert "MB free)" in str(files.cannot_write(Path("best.pt"), error))
+
+
+def test_a_drive_in_an_archive_does_not_lead_out_of_the_folder(monkeypatch):
+    with zipfile.ZipFile("texts.zip", "w") as archive:
+        archive.writestr("D:/texts/a.txt", "text")
+        archive.writestr("../b.txt", "text")
+    monkeypatch.setattr(os.path, "splitdrive", ntpath.splitdrive)
+    folder = documents.unpack(Path("texts.zip"), Path("unpacked"))
+    found = [path.as_posix() for path in sorted(folder.rglob("*.txt"))]
+    assert found == ["unpacked/b.txt", "unpacked/texts/a.txt"]
+    assert not Path("b.txt").exists()
+
+
+# --------------------------------------------------------------------------------------
+# Apple's GPU and processors
+
+
+@pytest.fixture
+def apple(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_the_device_is_measured_once_and_one_that_the_user_names_is_not(
+    apple, monkeypatch, capsys
+):
+    measured = ["mps"]
+    monkeypatch.setattr(device, "fastest_training", lambda choices: measured.pop())
+    assert device.pick_device("cpu").type == "cpu" and measured == ["mps"]
+    assert [device.pick_device("auto").type for _ in range(2)] == ["mps", "mps"]
+    assert capsys.readouterr().err.count("mps trains fastest on this machine") == 1
+    assert device.pick_device("cpu").type == "cpu"
+    assert device.pick_device("mps").type == "mps"
+
+
+def test_the_gpu_competes_with_all_threads_and_a_dtype_with_one(monkeypatch):
+    threads = []
+
+    def fastest(choices, step):
+        threads.append(torch.get_num_threads())
+        return choices[0]
+
+    monkeypatch.setattr(device, "fastest", fastest)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    device.fastest_training(["cpu", "mps"])
+    device.fastest_training(["float32", "bfloat16"])
+    assert [*threads, torch.get_num_threads()] == [2, 1, 2]
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "used"), [(torch.bfloat16, "formula"), (torch.float32, "kernel")]
+)
+def test_in_half_precision_apples_gpu_computes_the_formula(monkeypatch, dtype, used):
+    monkeypatch.setattr(model, "attend", lambda *args: "formula")
+    monkeypatch.setattr(attention, "fused_attend", lambda *args: "kernel")
+    x = SimpleNamespace(is_cpu=False, is_mps=True, shape=(1, 1, 70, 8), dtype=dtype)
+    assert attention.faster_attend(x, x, x, None) == used
+
+
+def test_int8_has_an_engine_on_processors_for_which_torch_chooses_none(monkeypatch):
+    layer, x = torch.nn.Linear(64, 32), torch.randn(2, 64)
+    expected = layer(x).detach()
+    own = torch.backends.quantized.engine
+    fake = SimpleNamespace(engine="none")
+    monkeypatch.setattr(torch.backends, "quantized", fake)
+    generation.int8_product(layer)
+    assert fake.engine == "qnnpack"
+    monkeypatch.undo()
+    if "qnnpack" in torch.backends.quantized.supported_engines:
+        torch.backends.quantized.engine = "qnnpack"
+        found = generation.int8_product(layer)(x)
+        torch.backends.quantized.engine = own
+        assert torch.allclose(found, expected, atol=0.1)
