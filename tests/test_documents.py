@@ -274,7 +274,7 @@ BAD = {
     ),
     "chats.jsonl, line 1 has no text under 'text': {'dialogue': [{": "chats.jsonl",
     "a.pdf is not a text file (pdftotext converts them)": "a.pdf",
-    "cannot read a.zip: a.zip is not a zip file": "a.zip",
+    "cannot read a.zip: File is not a zip file": "a.zip",
     "text_key=body has no effect, since latin1.txt has no records with keys or columns": (
         "latin1.txt --text_key=body --encoding_errors=replace"
     ),
