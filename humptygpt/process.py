@@ -161,6 +161,5 @@ def restarted() -> bool:
 
 def silence_other_processes() -> None:
     """Discard the standard output of all processes but the first."""
-    rank, _ = launched()
-    if rank:
+    if launched()[0]:
         discard_output()

@@ -75,7 +75,8 @@ def write_adapter(model: nn.Module, training: TrainConfig, folder: Path) -> None
         ranks[kind] = training.lora_rank * len(present)
         alphas[kind] = training.lora_alpha * len(present)
     base = training.init_from
-    if Path(base).is_absolute():  # a published adapter should not name the user's folders
+    # a published adapter should not name the user's folders; on Windows, a model may be on another drive
+    if Path(base).anchor == Path.cwd().anchor:
         base = os.path.relpath(base)
     content = {
         "peft_type": "LORA",

@@ -137,8 +137,7 @@ def unpack(archive: Path, folder: Path) -> Path:
     with read_errors(archive):
         if archive.suffix.lower() == ".zip":
             # shutil.unpack_archive() would obey a drive in a name, on Windows before 2026
-            with zipfile.ZipFile(archive) as file:
-                file.extractall(folder)
+            zipfile.ZipFile(archive).extractall(folder)
         else:
             shutil.unpack_archive(archive, folder, filter="data")
     return folder
