@@ -834,7 +834,8 @@ def init_weights(model: nn.Module) -> None:
             std = keeps_scale
         else:
             stack = name.split(".")[0]
-            branches = sum(other.startswith(stack) for other in last)
+            # such as stack.blocks.0.mlp, which may have several last layers
+            branches = len({tuple(x.split(".")[:4]) for x in last if x.startswith(stack)})
             std = 0.02 / math.sqrt(branches) if name in last else 0.02
         nn.init.normal_(module.weight, std=std)
         if getattr(module, "bias", None) is not None:

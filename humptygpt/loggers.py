@@ -44,7 +44,9 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def own_values(row: dict) -> dict[str, float]:
-    return {key: x for key, x in row.items() if "train_loss" in row and key not in LOGGED}
+    """Return the terms and METRICS in a row of training, without those that are not finite."""
+    own = {key: x for key, x in row.items() if "train_loss" in row and key not in LOGGED}
+    return {key: x for key, x in own.items() if x is not None}
 
 
 def draw_losses(rows: list[dict], path: Path) -> None:
@@ -88,7 +90,7 @@ def draw_losses(rows: list[dict], path: Path) -> None:
 
 
 def points(rows: list[dict], key: str) -> list[tuple[int, float]]:
-    return [(row["iter"], row[key]) for row in rows if key in row]
+    return [(row["iter"], row[key]) for row in rows if row.get(key) is not None]
 
 
 # --------------------------------------------------------------------------------------
