@@ -822,6 +822,8 @@ def init_weights(model: nn.Module) -> None:
     untied = not config.tie_weights
     modules = dict(model.named_modules())
     last = [name for name in modules if name.endswith(("o_proj", "down_proj"))]
+    # such as (stack, blocks, 0, mlp), which may have several last layers
+    branches = {tuple(name.split(".")[:4]) for name in last}
     for name, module in modules.items():
         if not isinstance(module, nn.Embedding | nn.Linear):
             continue
@@ -834,9 +836,8 @@ def init_weights(model: nn.Module) -> None:
             std = keeps_scale
         else:
             stack = name.split(".")[0]
-            # such as stack.blocks.0.mlp, which may have several last layers
-            branches = len({tuple(x.split(".")[:4]) for x in last if x.startswith(stack)})
-            std = 0.02 / math.sqrt(branches) if name in last else 0.02
+            count = sum(stack in branch for branch in branches)
+            std = 0.02 / math.sqrt(count) if name in last else 0.02
         nn.init.normal_(module.weight, std=std)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
