@@ -835,8 +835,7 @@ def init_weights(model: nn.Module) -> None:
         elif ".blocks." in name and not BLOCKS[config.block].residual:
             std = keeps_scale
         else:
-            stack = name.split(".")[0]
-            count = sum(stack in branch for branch in branches)
+            count = sum(name.split(".")[0] in branch for branch in branches)
             std = 0.02 / math.sqrt(count) if name in last else 0.02
         nn.init.normal_(module.weight, std=std)
         if getattr(module, "bias", None) is not None:
