@@ -231,7 +231,8 @@ def test_the_tables_of_keys_set_in_vain_name_keys_that_exist():
         (sample.IN_VAIN, cli.fields_of(SampleConfig).keys()),
     ):
         for key, (other, values) in table.items():
-            assert {key, other} <= known and values
+            # no data is generated until somebody adds some
+            assert {key, other} <= known and (values or other == "dataset")
     assert sample.NOT_FOR.keys() == TASKS.keys()
     for keys in sample.NOT_FOR.values():
         assert set(keys.split()) <= cli.fields_of(SampleConfig).keys()

@@ -38,6 +38,7 @@ from humptygpt.finetune import lora
 from humptygpt.loading import Loaded
 from humptygpt.optimizers import OPTIMIZERS, make_optimizer
 from humptygpt.process import Process
+from humptygpt.run import Progress
 from humptygpt.sampling import Context, continue_texts
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import MODELS, build, find_task, make_model_config
@@ -312,13 +313,14 @@ def train_and_evaluate(
         dtype=dtype,
         optimizer=make_optimizer(config, model),
         process=Process(gpu.device),
+        progress=Progress(),
     )
     setup.start_workers(run, train.compute_gradients)
     for it in range(2):
         # the scaler waits once, to know whether the gradients are finite
         with gpu.waiting(int(dtype == torch.float16), "a training step"):
-            loss, grad_norm, _ = train.train_step(run, it)
-    assert loss.device == grad_norm.device == gpu.device
+            losses, grad_norm, _ = train.train_step(run, it)
+    assert losses["train_loss"].device == grad_norm.device == gpu.device
     with gpu.waiting(1, "an evaluation"):
         evaluation.evaluate(run, model, None)
 

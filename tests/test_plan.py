@@ -279,6 +279,7 @@ def choose(monkeypatch):
             train=range(text),
             val_bytes_per_token=lambda: 1.0,
             meta={"splits": {"train": {}}},
+            splits={"train": range(text)},
             target_share=1.0,
             contexts=lambda sizes: [size for size in sizes if size < text],
             resize=lambda size: None,
