@@ -822,6 +822,8 @@ def init_weights(model: nn.Module) -> None:
     untied = not config.tie_weights
     modules = dict(model.named_modules())
     last = [name for name in modules if name.endswith(("o_proj", "down_proj"))]
+    # such as (stack, blocks, 0, mlp), which may have several last layers
+    branches = {tuple(name.split(".")[:4]) for name in last}
     for name, module in modules.items():
         if not isinstance(module, nn.Embedding | nn.Linear):
             continue
@@ -833,9 +835,8 @@ def init_weights(model: nn.Module) -> None:
         elif ".blocks." in name and not BLOCKS[config.block].residual:
             std = keeps_scale
         else:
-            stack = name.split(".")[0]
-            branches = sum(other.startswith(stack) for other in last)
-            std = 0.02 / math.sqrt(branches) if name in last else 0.02
+            count = sum(name.split(".")[0] in branch for branch in branches)
+            std = 0.02 / math.sqrt(count) if name in last else 0.02
         nn.init.normal_(module.weight, std=std)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)

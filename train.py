@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from humptygpt import evaluation, report
 from humptygpt.checks import check_model
+from humptygpt.cli import UserError
 from humptygpt.device import DTYPES, autocast, to_device, tune_malloc
 from humptygpt.loading import load
 from humptygpt.optimizers import make_optimizer
@@ -107,6 +108,8 @@ def setup(start: Start) -> Run:
     """Assemble a run."""
     config, model_config, saved, base, given = start
     process = start_process(config, lambda: prepare_missing(config))
+    if METRICS and process.sharded:
+        raise UserError("METRICS needs whole weights; use --parallel=ddp")
     device = process.device
     config = tune(config, process)
     dtype = DTYPES[config.dtype]

@@ -127,8 +127,8 @@ const tokenName = (app, t, idx = app.trace.idx) => `“${shown(app.tokenizer, id
 const ownBlock = (app) => `${app.stack}.blocks.${app.at.layer}`;
 const blockPath = (app, rest) => `${ownBlock(app)}.${rest}`;
 
-/** Whether the page can train by these settings of a run, whose rules may be somebody's own. */
-const knowsRules = ({ optimizer, schedule }) => optimizer in OPTIMIZERS && schedule in SCHEDULES;
+/** Whether the page can train by these settings of a run, which are null if its data is no text. */
+const knowsRules = (training) => training?.optimizer in OPTIMIZERS && training.schedule in SCHEDULES;
 
 /** What sections need: whether a run has it, why this one has not, and a config whose run has. */
 const NEEDS = {
@@ -153,7 +153,7 @@ const NEEDS = {
   ],
   training: [
     (app) => app.config.model === "gpt" && knowsRules(app.data.training),
-    "This page trains models with model=gpt alone, and only by the optimizers and schedules that HumptyGPT came with.",
+    "This page trains only models with model=gpt, on text, by the optimizers and schedules that HumptyGPT came with.",
     "humpty_dumpty.py",
   ],
 };

@@ -52,9 +52,9 @@ def batch_losses(
     Workers know no other net, so this process evaluates another one on the batches of all of them.
     """
     process = run.process
-    every = process.size * (1 if net else process.workers.count)
+    every = process.size * (1 if net is not None else process.workers.count)
     first = process.rank + worker
-    net = net or run.net
+    net = run.net if net is None else net
     was_training = net.training
     net.eval()
     losses, weights = [], []

@@ -106,7 +106,7 @@ def use_averages(path: Path, model: nn.Module, saved: dict) -> None:
         name: state["average"] for name, state in states.items() if "average" in state
     }
     parameters = dict(model.named_parameters())
-    with refuse(f"{path} has no averages of all weights: "):
+    with refuse(f"{path} has no averages, which an optimizer would have to keep: "):
         checkpoint.check_tensors("the average of ", averages, parameters)
     for name, p in parameters.items():
         p.data = averages[name]

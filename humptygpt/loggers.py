@@ -44,7 +44,9 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def own_values(row: dict) -> dict[str, float]:
-    return {key: x for key, x in row.items() if "train_loss" in row and key not in LOGGED}
+    """Return the terms and METRICS in a row of training, without those that are not finite."""
+    own = {key: x for key, x in row.items() if "train_loss" in row and key not in LOGGED}
+    return {key: x for key, x in own.items() if x is not None}
 
 
 def draw_losses(rows: list[dict], path: Path) -> None:
@@ -58,9 +60,10 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     own = dict.fromkeys(key for row in rows for key in own_values(row))
-    panels = 1 + len(own)
-    figure = Figure(figsize=(7, 4.2 * panels), layout="constrained")
-    axes, *others = figure.subplots(panels, squeeze=False)[:, 0]
+    labels = ["loss, nats per token", *own]
+    figure = Figure(figsize=(7, 4.2 * len(labels)), layout="constrained")
+    panels = figure.subplots(len(labels), squeeze=False)[:, 0]
+    axes = panels[0]
     train = zip(*points(rows, "train_loss"), strict=True)
     axes.plot(
         *train, label="training", color="#9db4c8", linewidth=1, marker=".", markersize=3
@@ -69,12 +72,10 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     step, lowest = min(val, key=lambda point: (point[0] == 0, point[1]))
     label = f"validation, lowest {lowest:.3f} at step {step:,}"
     axes.plot(*zip(*val, strict=True), label=label, color="#c2410c", marker=".")
-    axes.set_ylabel("loss, nats per token")
-    for panel, key in zip(others, own, strict=True):
-        panel.plot(*zip(*points(rows, key), strict=True), marker=".")
-        panel.set_ylabel(key)
-    for panel in (axes, *others):
-        panel.set_xlabel("steps")
+    for panel, label in zip(panels, labels, strict=True):
+        if label in own:
+            panel.plot(*zip(*points(rows, label), strict=True), marker=".")
+        panel.set(xlabel="steps", ylabel=label)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
     if accuracy := points(rows, "pairs_accuracy"):
@@ -88,7 +89,7 @@ def draw_losses(rows: list[dict], path: Path) -> None:
 
 
 def points(rows: list[dict], key: str) -> list[tuple[int, float]]:
-    return [(row["iter"], row[key]) for row in rows if key in row]
+    return [(row["iter"], row[key]) for row in rows if row.get(key) is not None]
 
 
 # --------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ one function and one line in SCHEDULES.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -29,13 +30,16 @@ class OptimizerConfig:
     # kept if the run is resumed
     optimizer: str = "adamw"  # optimizer of the blocks' matrices; AdamW trains the rest
 
+    def validate(self) -> None:
+        """Raise ValueError for a setting of your own that is invalid, for example with cli.check_least()."""
+
 
 class Slot(NamedTuple):
     """One parameter during a step: the full tensor, or this rank's rows of a sharded one."""
 
     weight: Tensor
     gradient: Tensor
-    state: dict[str, Tensor]
+    state: Mapping[str, Tensor]  # each is changed in place
     shape: torch.Size  # shape of the full tensor
 
 
@@ -89,7 +93,7 @@ class Optimizer:
                 if p.grad is not None:
                     state = {k: self.local(x) for k, x in self.state[name].items()}
                     weight, gradient = self.local(p), self.local(p.grad)
-                    slots.append(Slot(weight, gradient, state, p.shape))
+                    slots.append(Slot(weight, gradient, MappingProxyType(state), p.shape))
             if group["rule"].by_parameter:
                 slots = slots[worker::workers]
             elif worker:
@@ -398,17 +402,17 @@ def make_optimizer(
 # Learning rate schedules: the shape of the decay, from 1 at progress 0 to 0 at progress 1
 
 
-def cosine(progress: float) -> float:
+def cosine(progress: float, config: "TrainConfig") -> float:
     """Half a cosine, which falls slowly at both ends. Source: Loshchilov and Hutter 2016, arXiv:1608.03983."""
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def linear(progress: float) -> float:
+def linear(progress: float, config: "TrainConfig") -> float:
     """Straight line, the best of the schedules compared in Defazio et al. 2023, arXiv:2310.07831."""
     return 1 - progress
 
 
-def warmup_stable_decay(progress: float) -> float:
+def warmup_stable_decay(progress: float, config: "TrainConfig") -> float:
     """Constant for 80 %, then linear. Source: Hu et al. 2024, arXiv:2404.06395."""
     return min(1.0, (1 - progress) / 0.2)
 

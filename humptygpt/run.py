@@ -266,8 +266,10 @@ class Meter:
     def read(self) -> None:
         """Wait for the device and update progress. Raises Diverged if a loss or gradient is not finite."""
         for it, losses, norm in self.unread:
-            self.own = {key: float(x) for key, x in losses.items()}
-            loss = self.own.pop("train_loss")
+            values = {key: float(x) for key, x in losses.items()}
+            loss = values.pop("train_loss")
+            # JSON has no nan
+            self.own = {key: x if math.isfinite(x) else None for key, x in values.items()}
             self.grad_norm = float(norm)
             at = f"at iter {it} (gradient norm {self.grad_norm})"
             if not math.isfinite(loss):

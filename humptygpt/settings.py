@@ -35,6 +35,8 @@ IN_VAIN |= {
     for settings in OF_RULES.values()
     for key in settings
 }
+WINDOWS = ("window_mlp", "number_mlp")  # models without blocks
+IN_VAIN |= dict.fromkeys(("norm", "block", "attention", "mlp"), ("model", WINDOWS))
 IN_VAIN["input"] = ("dataset", DATASETS)
 FOR_SEVERAL = dict.fromkeys(("parallel", "backend"), ("processes", (1,)))
 # Defaults for a run that starts from a model; finetune/base.py chooses the optimizer and its rates.
@@ -131,6 +133,7 @@ class TrainConfig(OptimizerConfig, Adjustable):
     def validate(self) -> None:
         """Raise ValueError for the first value or combination that is invalid."""
         check_choices(self)
+        super().validate()
         check_least(self, 0, "seed", "warmup_iters", "min_lr", "weight_decay", "grad_clip")
         check_least(self, 0, "early_stopping", "lora_rank")
         check_least(
@@ -165,7 +168,7 @@ class TrainConfig(OptimizerConfig, Adjustable):
         end = self.lr_decay_iters or self.max_iters
         if it >= end:
             return min_lr
-        decay = SCHEDULES[self.schedule]((it - warmup) / (end - warmup))
+        decay = SCHEDULES[self.schedule]((it - warmup) / (end - warmup), self)
         return min_lr + decay * (self.learning_rate - min_lr)
 
     def evaluated_batches(self) -> int:

@@ -165,9 +165,9 @@ class SeededDropout(nn.Dropout):
         self.number = number
 
     def forward(self, x: Tensor) -> Tensor:
-        has_rows = self.seeds and len(self.seeds) == len(x)
-        draws = self.training and self.p and x.is_cpu and has_rows
-        if not draws or torch.compiler.is_compiling():
+        draws = self.training and self.p and x.is_cpu
+        # a compiled model would be compiled anew for other seeds
+        if not draws or torch.compiler.is_compiling() or len(self.seeds or ()) != len(x):
             return super().forward(x)
         keep = torch.empty_like(x, memory_format=torch.contiguous_format)
         generator = torch.Generator()

@@ -962,7 +962,7 @@ def test_a_run_with_an_optimizer_of_ones_own_is_shown_but_not_trained(opened, ru
     (runs / "out/own/explain.html").write_bytes(fill("page.html", to_text(data)))
     view = opened("own", "#panel=step")
     assert_shows(view, *load(runs))
-    words = "only by the optimizers and schedules that HumptyGPT came with"
+    words = "by the optimizers and schedules that HumptyGPT came with"
     assert words in view.page.text_content("main, body")
     assert not view.page.inner_html("#playground")
     assert opened().page.inner_html("#playground")

@@ -74,6 +74,7 @@ def test_muon_trains_the_hidden_layers_of_the_window_mlp():
 def test_each_group_has_its_own_highest_learning_rate_and_all_are_scaled_alike(name):
     peaks = {"learning_rate": 0.01, "muon_learning_rate": 0.02}
     optimizer = make_optimizer(tiny(), name, **peaks)
+    peaks = vars(optimizer.param_groups[0]["config"])  # and those of rules of one's own
     for scale in (0.1, 1.0):
         optimizer.set_lr(scale)
         for group in optimizer.param_groups:

@@ -5,35 +5,43 @@ import re
 import shutil
 import subprocess
 import sys
+import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ADAMW, PLAIN, TINY_RUN
 from test_model import random_model
 from texts import make_text
+from torch import nn
 
 import model as models
+import prepare_data
 import sample
 import train
-from humptygpt import data, optimizers, tokenizers
+from humptygpt import cli, data, optimizers, tokenizers
 from humptygpt.cli import UserError
 from humptygpt.minutes import ensemble
 from humptygpt.optimizers import Rule
+from humptygpt.page.page_data import page_data
 from humptygpt.parallel.fsdp import ShardedOptimizer
+from humptygpt.parallel.processes import raise_if_rank_died
 from humptygpt.settings import TrainConfig
-from model import GPT
+from model import GPT, ModelConfig, SelfAttention
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = (ROOT / "docs/variants.md").read_text(encoding="utf-8")
 # the settings that choose each example; those without a setting are in force in all
 CASES = {
     "norm": ["--norm=scale"],
-    "linear": ["--attention=linear"],
-    "latent": ["--attention=latent"],
+    "linear": ["--attention=linear", "--qk_norm=False"],
+    "latent": ["--attention=latent", "--qk_norm=False"],
     "gated": ["--attention=gated"],
     "exclusive": ["--attention=exclusive"],
     "window": ["--window=4"],
+    "moe": ["--mlp=moe"],
     "lion": ["--optimizer=lion", "--learning_rate=1e-4"],
     "averaged": ["--optimizer=averaged"],
     "schedule": ["--schedule=sqrt", "--warmup_iters=0"],
@@ -100,7 +108,7 @@ def edited(tmp_path_factory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     # what the start says if a model does not hold what it should
-    for words in ("cannot learn", "computes other", "fails", "sees later", "different"):
+    for words in ("cannot learn", "computes other", "fails", "sees later", "no effect"):
         assert words not in done.stderr
     return folder
 
@@ -175,10 +183,12 @@ class WithTerm(GPT):
 class OfTheBatch(WithTerm):
     """Its term is not the mean of the terms of the rows."""
 
+    weight = 1.0
+
     def forward(self, idx, targets=None, cache=None, progress=1.0):
         logits, loss, terms = super().forward(idx, targets, cache, progress)
         if loss is not None:
-            terms = {"own": loss.square()}
+            terms = {"own": self.weight * loss.square()}
         return logits, loss, terms
 
 
@@ -208,10 +218,12 @@ def test_a_term_changes_what_is_learned(run_train, monkeypatch):
     assert run_train()[-1]["val_loss"] != plain[-1]["val_loss"]
 
 
+@pytest.mark.parametrize("weight", [1.0, 1e-3])
 def test_a_term_of_a_whole_batch_is_computed_on_it_and_a_note_says_so(
-    run_train, monkeypatch, capsys
+    run_train, monkeypatch, capsys, weight
 ):
     monkeypatch.setattr(models, "GPT", OfTheBatch)
+    monkeypatch.setattr(OfTheBatch, "weight", weight)
     expected = terms(run_train())
     capsys.readouterr()
     assert terms(run_train("--threads=2")) == pytest.approx(expected, rel=1e-4)
@@ -268,7 +280,7 @@ def test_a_factor_is_of_the_rate_of_each_parameter(monkeypatch):
 
 def test_without_averages_they_cannot_be_sampled(run_dir, fails):
     complaint = fails(sample.main, "--out_dir=out/run", "--checkpoint=average")
-    assert complaint.startswith("out/run/ckpt.pt has no averages of all weights: it lacks")
+    assert complaint.startswith("out/run/ckpt.pt has no averages, which an optimizer would")
 
 
 class Ones(data.GeneratedDataset):
@@ -310,3 +322,137 @@ def test_generated_data_resumes_only_with_the_same_code(folder, fails, monkeypat
     monkeypatch.setitem(data.DATASETS, "ones", Other)
     resume = ["--init_from=resume", "--out_dir=out/run", "--max_iters=9"]
     assert "is not the data that out/run/ckpt.pt was" in fails(train.main, *resume)
+
+
+def test_generated_data_is_not_prepared_and_no_page_trains_on_it(
+    folder, fails, monkeypatch
+):
+    monkeypatch.setitem(data.DATASETS, "ones", Ones)
+    complaint = "name=ones is generated data, which needs no preparing"
+    assert complaint in fails(prepare_data.main, "--input=x.txt", "--name=ones")
+    assert train.main([*TINY_RUN, *PLAIN, "--dataset=ones"]) == 0
+    assert page_data(Path("out/run/best.pt"))["training"] is None
+
+
+def test_metrics_are_refused_with_fsdp(tiny, fails, monkeypatch):
+    sharded = types.SimpleNamespace(sharded=True)
+    monkeypatch.setattr(train, "start_process", lambda config, prepare: sharded)
+    monkeypatch.setitem(train.METRICS, "one", lambda run, before: 1.0)
+    complaint = "METRICS needs whole weights; use --parallel=ddp"
+    assert complaint in fails(train.main, *TINY_RUN)
+
+
+def test_a_metric_that_is_not_finite_is_null(run_train, monkeypatch, capsys):
+    monkeypatch.setitem(train.METRICS, "own", lambda run, before: float("nan"))
+    assert terms(run_train()) == [None] * 6
+    assert "own" not in capsys.readouterr().out
+
+
+def test_a_state_that_is_replaced_instead_of_changed_is_an_error(tiny, monkeypatch):
+    def update(optimizer, group, slots):
+        slots[0].state["sum"] = slots[0].gradient
+
+    rule = Rule(update, {"sum": optimizers.whole}, takes=optimizers.ALL)
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "sum", [rule])
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        train.main([*TINY_RUN, *PLAIN, "--optimizer=sum"])
+
+
+def test_a_rule_checks_its_own_settings(tiny, fails, monkeypatch):
+    monkeypatch.setattr(
+        optimizers.OptimizerConfig,
+        "validate",
+        lambda self: cli.check_least(self, 7, "beta1"),
+    )
+    assert "beta1=0.9 must be at least 7" in fails(train.main, *TINY_RUN)
+
+
+class Noted(SelfAttention):
+    def forward(self, x, shared, cache=None):
+        q, k, v = (self.heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if cache:
+            k, v = cache.append(shared.end, k=k, v=v)
+        y = self.kernel(q, k, v, shared.masks[self.window])
+        return self.output(y + v[:, :, -q.shape[2] :], x)
+
+
+def test_a_setting_that_an_attention_ignores_is_noted(run_train, monkeypatch, capsys):
+    monkeypatch.setitem(models.ATTENTIONS, "own", Noted)
+    run_train("--attention=own")
+    told = capsys.readouterr().err
+    assert "position=rotary has no effect: position=none gives the same logits" in told
+    assert "qk_norm=True has no effect: qk_norm=False gives the same logits" in told
+    run_train("--attention=softmax")
+    assert "no effect" not in capsys.readouterr().err
+
+
+def test_an_attention_that_reads_rows_of_later_tokens_is_not_compiled(
+    run_train, monkeypatch, capsys
+):
+    monkeypatch.setitem(models.ATTENTIONS, "own", Noted)
+    run_train("--attention=own", "--position=learned", "--qk_norm=False")
+    sample.main(["--out_dir=out/run", "--compile=True", "--device=cpu", "--num_samples=1"])
+    told = capsys.readouterr().err
+    assert "not compiling, because this model.py's logits would change" in told
+    assert "without a cache" not in told
+
+
+def test_several_last_layers_of_a_branch_count_as_one_when_weights_are_drawn(monkeypatch):
+    class Experts(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.experts = nn.ModuleList(models.MLP(config) for _ in range(4))
+
+    monkeypatch.setitem(models.MLPS, "own", Experts)
+    config = ModelConfig(n_embd=64, vocab_size=11, mlp="own")
+    weight = GPT(config).stack.blocks[0].attn.o_proj.weight
+    assert weight.std().item() == pytest.approx(0.02 / 8**0.5, rel=0.1)
+
+
+class Rare(GPT):
+    """It has a weight that is used for few texts."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.rare = nn.Parameter(torch.ones(1))
+
+    def forward(self, idx, targets=None, cache=None):
+        logits, loss = super().forward(idx, targets, cache)
+        scale = 1 + (idx[0, 0] == 4) * (self.rare.sum() - 1)
+        return logits, None if loss is None else loss * scale
+
+
+def test_a_weight_of_few_texts_is_not_said_to_be_lost(run_train, monkeypatch, capsys):
+    monkeypatch.setattr(models, "GPT", Rare)
+    run_train()
+    assert "cannot learn" not in capsys.readouterr().err
+
+
+def test_a_weight_without_a_gradient_is_one_line_with_several_processes():
+    with pytest.raises(UserError, match="a weight got no gradient"), raise_if_rank_died():
+        raise RuntimeError("Expected to have finished reduction in the prior iteration")
+
+
+def test_a_part_of_a_block_is_refused_for_a_model_without_blocks(tiny, fails):
+    keys = ["--model=window_mlp", "--window=4", "--norm=none"]
+    complaint = "norm=none has no effect with model=window_mlp; leave it out"
+    assert complaint in fails(train.main, *TINY_RUN, *PLAIN, *keys)
+
+
+def test_a_compiled_training_has_the_losses_of_an_eager_one_and_few_graphs(
+    run_train, monkeypatch, capsys
+):
+    expected = losses_in(run_train("--dropout=0.2", "--dtype=float32"))
+    # without the compiler behind it, which takes a minute
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.utils.counters.clear()
+    found = losses_in(run_train("--compile=True", "--dtype=float32", "--dropout=0"))
+    assert found == pytest.approx(losses_in(run_train("--dropout=0")), rel=1e-5)
+    assert found != expected
+    assert "failed" not in capsys.readouterr().err
+    run_train("--compile=True", "--dropout=0.2")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < 12
+
+
+def losses_in(rows: list[dict]) -> list[float]:
+    return [row["train_loss"] for row in rows if "train_loss" in row]

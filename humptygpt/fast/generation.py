@@ -55,6 +55,13 @@ def make_generator(
     check_fits("the weights take", weights * dtype.itemsize, free_memory(device), advice)
     model.eval().requires_grad_(False)
     check_model(model)
+    compiles = compiles and model.has_cache
+    if compiles:
+        from humptygpt.fast.compiled import CompiledGPT, fits_static_cache
+
+        if not fits_static_cache(model):
+            compiles = False
+            note("not compiling, because this model.py's logits would change")
     joins = not compiles and agrees(model, joins=True)
     if not joins and not agrees(model):
         note(
@@ -68,10 +75,8 @@ def make_generator(
         # as plain attributes they are found without nn.Module.__getattr__, which is slow
         for module in model.modules():
             vars(module).update(module._parameters | module._buffers | module._modules)
-    if not compiles or not model.has_cache:
+    if not compiles:
         return model
-    from humptygpt.fast.compiled import CompiledGPT
-
     print("compiling: this takes about a minute", file=sys.stderr)
     # reduce-overhead replays CUDA graphs, so use it only on CUDA
     return CompiledGPT(model, mode="reduce-overhead" if device.type == "cuda" else None)

@@ -48,7 +48,10 @@ def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> d
         "progress": {
             key: saved[key] for key in ("iter", "best_val_loss") if saved[key] < math.inf
         },
-        "training": {key: run.saved["train_config"][key] for key in TRAINING.split()},
+        # the page knows no other task than text
+        "training": None
+        if "code_sha256" in run.saved["data"]["identity"]
+        else {key: run.saved["train_config"][key] for key in TRAINING.split()},
         "text": read_split(run, "train", TEXT_TOKENS)
         if run.task == "language modelling"
         else "",

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from humptygpt import checkpoint
-from humptygpt.cli import UserError
+from humptygpt.cli import UserError, refuse
 from humptygpt.files import remove
 from humptygpt.parallel import sharded
 from humptygpt.parallel.processes import (
@@ -105,10 +105,11 @@ class FullySharded(DataParallel):
         add_seeds(model)
         self.mesh = init_device_mesh(self.device.type, (self.size,))
         policy = precision(self.device, run.dtype)
-        for block in blocks(model):
-            fully_shard(block, mesh=self.mesh, mp_policy=policy)
-        # the rest in float32, because the embedding starts a float32 residual stream
-        fully_shard(model, mesh=self.mesh)
+        with refuse("parallel=fsdp: "):
+            for block in blocks(model):
+                fully_shard(block, mesh=self.mesh, mp_policy=policy)
+            # the rest in float32, because the embedding starts a float32 residual stream
+            fully_shard(model, mesh=self.mesh)
         for module in (*blocks(model), model):
             module.set_force_sum_reduction_for_comms(True)  # gloo supports only sums
         for module in model.modules():

@@ -43,6 +43,10 @@ def raise_if_rank_died() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "finished reduction" in str(error):
+            raise UserError(
+                "a weight got no gradient, which several processes cannot train; use it in every step, or --freeze it"
+            ) from error
         # gloo's errors have no class of their own, but their messages contain the names of its source files
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise

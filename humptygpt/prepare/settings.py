@@ -7,6 +7,7 @@ from pathlib import Path
 
 from humptygpt.cli import check_above_0, check_choices, check_least
 from humptygpt.convert.hub import repository
+from humptygpt.data import DATASETS
 from humptygpt.tokenizers import TOKENIZERS
 
 CHOICES = ("auto", *TOKENIZERS)  # values of --tokenizer besides paths and names of models
@@ -68,6 +69,8 @@ class PrepareConfig:
             )
         if name is None:
             raise ValueError("the data set has no name; add one, such as --name=mine")
+        if name in DATASETS:
+            raise ValueError(f"name={name} is generated data, which needs no preparing")
         if name == ".." or Path(name).name != name:
             raise ValueError(f"name={name!r} must be the name of a folder in data/")
         if (self.source is None) != (self.target is None) or (self.source and self.input):
