@@ -386,6 +386,21 @@ def test_a_setting_that_an_attention_ignores_is_noted(run_train, monkeypatch, ca
     assert "no effect" not in capsys.readouterr().err
 
 
+class Faint(models.RMSNorm):
+    """A norm with which attention hardly changes the logits."""
+
+    def forward(self, x):
+        return 1e-3 * super().forward(x)
+
+
+def test_a_setting_of_little_effect_is_not_said_to_have_none(
+    run_train, monkeypatch, capsys
+):
+    monkeypatch.setitem(models.NORMS, "faint", Faint)
+    run_train("--norm=faint")
+    assert "no effect" not in capsys.readouterr().err
+
+
 def test_an_attention_that_reads_rows_of_later_tokens_is_not_compiled(
     run_train, monkeypatch, capsys
 ):
