@@ -80,6 +80,7 @@ def progress_bar(run: Run) -> tqdm:
         total=run.config.max_iters,
         initial=run.progress.position,
         unit="step",
+        bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         dynamic_ncols=True,
         disable=None if run.process.first else True,
     )

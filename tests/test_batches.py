@@ -164,8 +164,8 @@ def test_the_whole_split_is_the_same_text_for_any_tokenizer_and_a_part_or_other_
     folder,
 ):
     text = make_text().replace("a", "ä")
-    Path("a.txt").write_text(text)
-    Path("b.txt").write_text(text[:-2] + "!\n")
+    Path("a.txt").write_text(text, encoding="utf-8")
+    Path("b.txt").write_text(text[:-2] + "!\n", encoding="utf-8")
 
     def evaluated(name: str, *keys: str, block_size: int = 16, eval_iters=None) -> dict:
         prepare_data.main(

@@ -81,7 +81,7 @@ def signal_in_step(monkeypatch):
 
         def step_and_signal(run, it):
             if it + 1 == at:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
             return step(run, it)
 
         monkeypatch.setattr(train, "train_step", step_and_signal)

@@ -54,7 +54,7 @@ SIZES += ["--mlp_conv=0", "--device=cpu", "--dtype=float32", "--muon_dtype=float
 STEPS = ["--max_iters=10", "--eval_interval=5", "--eval_iters=2", "--log_interval=1"]
 # in one process, because each start takes seconds
 ALL = """
-import json, os, signal, sys
+import json, signal, sys
 import sample, train
 from humptygpt import run as runs
 
@@ -64,7 +64,7 @@ draw = runs.draw_losses
 
 def stop(run, before):
     if stops and run.progress.iter == 6:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     return 0.0
 
 
