@@ -31,8 +31,8 @@ class OurTrainer(Trainer):
 
     def step(self, it: int) -> None:
         self.run.optimizer.set_lr(self.config.lr(it) / self.config.learning_rate)
-        loss, _, _ = train.train_step(self.run, it)
-        loss.item()
+        losses, _, _ = train.train_step(self.run, it)
+        losses["train_loss"].item()
 
 
 class OurGenerator(Generator):

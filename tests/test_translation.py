@@ -271,8 +271,9 @@ def test_accumulating_gives_the_gradient_of_the_mean_over_all_target_tokens(
     monkeypatch.setattr(
         Optimizer, "step", lambda optimizer: gradients.extend(p.grad for p in parameters)
     )
-    loss, _, tokens = train.train_step(run, 0)
-    assert tokens == count and float(loss) == pytest.approx(float((total / count).detach()))
+    losses, _, tokens = train.train_step(run, 0)
+    expected_loss = float((total / count).detach())
+    assert tokens == count and float(losses["train_loss"]) == pytest.approx(expected_loss)
     torch.testing.assert_close(gradients, list(expected))
 
 

@@ -54,9 +54,13 @@ SIZES += ["--mlp_conv=0", "--device=cpu", "--dtype=float32", "--muon_dtype=float
 STEPS = ["--max_iters=10", "--eval_interval=5", "--eval_iters=2", "--log_interval=1"]
 # in one process, because each start takes seconds
 ALL = """
-import json, signal, sys
+import dataclasses, json, signal, sys
 import sample, train
+from humptygpt import evaluation
 from humptygpt import run as runs
+
+no_samples = {"evaluation_examples": None, "final_examples": None}
+evaluation.TEXT = dataclasses.replace(evaluation.TEXT, **no_samples)
 
 stops = False
 draw = runs.draw_losses
