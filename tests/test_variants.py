@@ -87,10 +87,9 @@ for name, keys in json.loads(sys.argv[1]).items():
 """
 
 
-@pytest.fixture(scope="module")
-def edited(tmp_path_factory) -> Path:
+@pytest.fixture
+def edited(folder) -> Path:
     """A copy of the repository with all examples in it, in which each case has been trained."""
-    folder = tmp_path_factory.mktemp("edited")
     for name in ("humptygpt", "config"):
         shutil.copytree(ROOT / name, folder / name)
     for script in ROOT.glob("*.py"):
@@ -146,25 +145,17 @@ def losses_of(folder: Path, name: str) -> list[float]:
     return [row[key] for row in rows_of(folder, name) for key in keys if key in row]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_an_example_learns(edited, name):
-    losses = losses_of(edited, name)
-    assert losses[-1] < losses[0]
-
-
-@pytest.mark.parametrize("name", RESUMED)
-def test_an_example_with_a_state_or_a_schedule_is_resumed_exactly(edited, name):
-    assert losses_of(edited, f"{name}_stopped") == losses_of(edited, name)
-
-
-def test_each_example_changes_the_losses(edited):
-    assert len({losses_of(edited, name)[-1] for name in CASES}) == len(CASES)
-
-
-def test_terms_and_metrics_are_logged_under_their_names(edited):
+def test_every_example_learns_in_its_own_way_logs_its_numbers_and_resumes_exactly(edited):
+    losses = {name: losses_of(edited, name) for name in CASES}
+    assert all(found[-1] < found[0] for found in losses.values())
+    assert len({found[-1] for found in losses.values()}) == len(CASES)
+    for name in RESUMED:
+        assert losses_of(edited, f"{name}_stopped") == losses[name]
     first, *_, last = [row for row in rows_of(edited, "norm") if "train_loss" in row]
     assert 0 < first["update_ratio"] < 1
     assert last["second"] == pytest.approx(first["second"] / 10, rel=0.3)
+    # the balance of two blocks, in which experts are chosen about equally often
+    assert rows_of(edited, "moe")[0]["balance"] == pytest.approx(0.02, rel=0.1)
 
 
 # --------------------------------------------------------------------------------------
