@@ -50,10 +50,19 @@ def choose(view: Opened, **knobs) -> None:
         view.page.get_by_label(name, exact=True).select_option(label=f"{value}")
 
 
+# seen from inside the page, because a short training ends between two looks from outside
+TO_THE_END = """button => new Promise((done) => {
+  let begun = false;
+  new MutationObserver(() => {
+    begun ||= button.textContent === "Pause";
+    if (begun && button.textContent === "Train") done();
+  }).observe(button, { childList: true });
+  button.click();
+})"""
+
+
 def train_to_the_end(view: Opened) -> None:
-    view.page.get_by_role("button", name="Train", exact=True).click()
-    view.page.wait_for_selector("button:text-is('Pause')")
-    view.page.wait_for_selector("button:text-is('Train')", timeout=60_000)
+    view.page.get_by_role("button", name="Train", exact=True).evaluate(TO_THE_END)
     view.settle()
 
 
