@@ -276,7 +276,7 @@ def change_line(data: bytes, rng: random.Random) -> bytes:
 
 @pytest.mark.whole_ending
 @pytest.mark.parametrize(
-    "seeds", [range(8), pytest.param(range(8, 1000), marks=pytest.mark.long)], ids=str
+    "seeds", [range(4), pytest.param(range(4, 1000), marks=pytest.mark.long)], ids=str
 )
 def test_of_damaged_metrics_the_rows_before_the_damage_are_kept_and_drawn(seeds):
     train_run()

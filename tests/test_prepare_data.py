@@ -207,7 +207,7 @@ def killed_at(number: int):
 NEVER = 0
 
 
-@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("replaces", [False, True])
 def test_killed_at_any_moment_and_run_again_it_writes_the_same_bytes(
     corpus, monkeypatch, replaces, every
