@@ -75,21 +75,21 @@ SEED = re.compile(r"[/_-](seed[-_=]?)?\d+$")  # the seed in a path: -1, _seed=1,
 BITS = "best_bits_per_byte"
 # The rows of a table: (name, runs that share the row because they differ only in the seed)
 Rows = list[tuple[str, list["Run"]]]
-COLUMNS = {  # key of a row: heading:number format; numbers are right-aligned
-    "run": "run:",
-    "parameters": "parameters:,",
-    "seconds": "seconds:,.1f",
-    "tokens_per_second": "tokens/s:,.0f",
-    "test_bleu": "BLEU:.2f",
-    "best_val_loss": "val loss:.4f",
-    "best_iter": "iter:.0f",
-    BITS: "bits/byte:.3f",
-    "difference": "difference:+.3f",
-    "difference_error": "±:.3f",
-    "p": "p:.3f",
-    "remark": ":",
-    "state": "state:",
-    "settings": "settings:",
+COLUMNS = {  # key of a row: (heading, number format); numbers are right-aligned
+    "run": ("run", ""),
+    "parameters": ("parameters", ","),
+    "seconds": ("seconds", ",.1f"),
+    "tokens_per_second": ("tokens/s", ",.0f"),
+    "test_bleu": ("BLEU", ".2f"),
+    "best_val_loss": ("val loss", ".4f"),
+    "best_iter": ("iter", ".0f"),
+    BITS: ("bits/byte", ".3f"),
+    "difference": ("difference", "+.3f"),
+    "difference_error": ("±", ".3f"),
+    "p": ("p", ".3f"),
+    "remark": ("", ""),
+    "state": ("state", ""),
+    "settings": ("settings", ""),
 }
 
 
@@ -342,8 +342,7 @@ def numbers(rows: list[dict], key: str | None) -> list[float]:
 def format_table(title: str, table: list[dict]) -> str:
     """Format the table as text, with a line for each row. Columns that have no value in any row are left out."""
     columns = []
-    for key, column in COLUMNS.items():
-        heading, form = column.split(":")
+    for key, (heading, form) in COLUMNS.items():
         values = [row[key] for row in table]
         if set(values) != {None}:
             cells = [

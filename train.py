@@ -283,7 +283,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, Tensor], Tensor, int]:
     if process.sharded:
         grad_norm = grad_norm.full_tensor()
     metrics = {} if (step + 1) % run.config.log_interval else METRICS
-    before = {key: p.detach().clone() for key, p in run.model.named_parameters() if metrics}
+    weights = run.model.named_parameters() if metrics else ()
+    before = {key: p.detach().clone() for key, p in weights}
     run.scaler.step(run.optimizer)
     run.scaler.update()
     with torch.no_grad():

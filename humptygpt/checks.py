@@ -160,7 +160,7 @@ def small_losses(small: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor
 def without_gradient(
     small: nn.Module, text: dict[str, Tensor], tries: int = VOCABULARY
 ) -> list[str]:
-    """Name the parameters whose gradient is 0 for several texts, because an expert may not be asked for the first."""
+    """Name the parameters whose gradient is 0 for each of several texts. A single text may not reach every expert."""
     small.zero_grad()
     for shift in range(tries):
         batch = {name: (x + shift) % VOCABULARY for name, x in text.items()}
