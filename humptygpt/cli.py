@@ -34,6 +34,8 @@ Fields = dict[str, dataclasses.Field]  # {key: its field}, for one or more confi
 Vain = dict[str, tuple[str, Collection]]
 # type of a key that can be repeated: --key=ONE --key=ANOTHER
 TEXTS = tuple[str, ...]
+LAST = "57d295e"  # the last commit that knows the keys in REMOVED
+REMOVED: dict[str, object] = {}  # {key that is gone: the value with which it did nothing}
 
 
 class UserError(Exception):
@@ -88,10 +90,19 @@ def restore(cls: type, values: dict[str, object]):
     fields = fields_of(cls)
     found = {}
     for name, value in values.items():
+        if is_removed(name, value):
+            continue
         if name not in fields:
             raise UserError(f"it has the key {name}, which this code does not know")
         found[name] = convert(name, value, fields[name].type)
     return make(cls, found)
+
+
+def is_removed(name: str, value: object) -> bool:
+    """True if a file of an earlier version sets a key that is gone. Raises UserError unless the key did nothing."""
+    if name in REMOVED and value not in (None, REMOVED[name]):
+        raise UserError(f"{name}={value} is gone; commit {LAST} is the last that knows it")
+    return name in REMOVED
 
 
 def fields_of(*classes: type) -> Fields:
@@ -259,6 +270,8 @@ def read_config(path: str, fields: Fields) -> dict[str, object]:
         for name, value in names.items():
             helper = isinstance(value, types.ModuleType) or callable(value)
             if name.startswith("_") or (helper and name not in fields):
+                continue
+            if is_removed(name, value):
                 continue
             own = "" if is_json else " (a variable of your own begins with _)"
             check_key(name, fields, own)
