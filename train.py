@@ -58,7 +58,6 @@ from humptygpt.setup import (
     fit_to_data,
     keep_best,
     left_open,
-    make_batches,
     make_model,
     make_net,
     make_tester,
@@ -145,7 +144,6 @@ def setup(start: Start) -> Run:
         device=device,
         dtype=dtype,
         dataset=dataset,
-        batches=make_batches(config, dataset, model_config.vocab_size),
         model=model,
         net=model,
         progress=resumed_progress(config, saved) if saved else Progress(),
@@ -302,7 +300,7 @@ def compute_gradients(
     that the model adds to it under names of its own; and the number of tokens in the whole step.
     """
     process = run.process
-    shares, tokens = process.shares(run.batches, run.config, step)
+    shares, tokens = process.shares(run.dataset, run.config, step)
     means = defaultdict(float)
     for share in shares:
         rows = part_of(share, worker, process.workers.count)

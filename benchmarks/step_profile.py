@@ -39,7 +39,7 @@ def time_phases(run: train.Run, it: int) -> dict[str, float]:
             torch.accelerator.synchronize(run.device)
         seconds[name] = time.perf_counter() - began - sum(seconds.values())
 
-    batch = to_device(run.batches.batch(it, run.config.batch_size), run.device)
+    batch = to_device(run.dataset.batch(it, run.config.batch_size), run.device)
     end_phase("batch")
     with autocast(run.device, run.dtype):
         _, loss = run.model(**batch)

@@ -35,7 +35,8 @@ Vain = dict[str, tuple[str, Collection]]
 # type of a key that can be repeated: --key=ONE --key=ANOTHER
 TEXTS = tuple[str, ...]
 LAST = "57d295e"  # the last commit that knows the keys in REMOVED
-REMOVED: dict[str, object] = {}  # {key that is gone: the value with which it did nothing}
+# {key that is gone: the value with which it did nothing}
+REMOVED: dict[str, object] = {"ngram_targets": 0.0}
 
 
 class UserError(Exception):

@@ -70,14 +70,14 @@ class Process(AbstractContextManager):
         return torch.compile(model, dynamic=dynamic) if compiled else model
 
     def shares(
-        self, batches: Dataset, config: TrainConfig, step: int
+        self, dataset: Dataset, config: TrainConfig, step: int
     ) -> tuple[list[Share], int]:
         """Return this process's shares of a step, and the number of tokens in the whole step."""
         count = config.gradient_accumulation_steps
         stride = min(self.size, count)
         shares = []
         for number in range(step * count + self.rank % stride, (step + 1) * count, stride):
-            batch = batches.batch(number, config.batch_size)
+            batch = dataset.batch(number, config.batch_size)
             rows = range(len(batch["targets"]))
             seeds = [random_key(config.seed, number, row) for row in rows]
             shares.append(Share(batch, count_targets(batch), seeds))

@@ -143,7 +143,6 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     dataset: Dataset
-    batches: Dataset  # or, with ngram_targets, ngrams.SoftTargets
     model: nn.Module
     net: nn.Module  # the model used in training, perhaps compiled or wrapped in DDP; weights are saved from `model`
     progress: Progress

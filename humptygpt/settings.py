@@ -64,7 +64,6 @@ class Adjustable:
     skip_bad_lines: bool | None = None  # skip lines of the input that have no text
     batch_size: int = 4  # sequences per micro-batch (pairs: batch_size * block_size tokens)
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
-    ngram_targets: float = 0.0  # part of each target that n-grams of the text predict
     # optimizer
     minutes: float | None = None  # run for this many minutes; unset keys are chosen to fit
     max_iters: int = 2400  # training steps
@@ -143,7 +142,7 @@ class TrainConfig(OptimizerConfig, Adjustable):
             self, 1, "lr_decay_iters", "eval_interval", "eval_iters", "log_interval"
         )
         check_above_0(self, "minutes", "learning_rate", "muon_learning_rate", "lora_alpha")
-        check_least(self, 0, "beta1", "beta2", "muon_momentum", "ngram_targets", below=1)
+        check_least(self, 0, "beta1", "beta2", "muon_momentum", below=1)
         chosen_loggers(vars(self))
         if self.lora_rank and self.init_from == "scratch":
             raise ValueError(

@@ -322,15 +322,6 @@ def open_prepared(config: TrainConfig, model_config: ModelConfig) -> Dataset:
     return dataset(folder, model_config.block_size, config.seed, with_encoder, meta)
 
 
-def make_batches(config: TrainConfig, dataset: Dataset, vocab_size: int) -> Dataset:
-    """Return what makes the training batches: the dataset itself or, with ngram_targets, SoftTargets."""
-    if not config.ngram_targets or config.eval_only:
-        return dataset
-    from humptygpt.minutes.ngrams import SoftTargets
-
-    return SoftTargets(dataset, config.ngram_targets, vocab_size)
-
-
 def make_tester(config: TrainConfig, dataset: Dataset, process: Process) -> Callable | None:
     """With eval_pairs, make a function that tests a model: (model, dataset) -> metrics."""
     if not config.eval_pairs:
@@ -485,7 +476,7 @@ def count_workers(run: Run) -> int:
 def compile_now(run: Run, net: nn.Module) -> None:
     """Trigger compilation for the shapes of training, a process's share of a batch, and evaluation, a whole batch."""
     for step in range(2):
-        shares, _ = run.process.shares(run.batches, run.config, step)
+        shares, _ = run.process.shares(run.dataset, run.config, step)
         with (
             run.process.syncing(net, last=True),
             autocast(run.device, run.dtype),

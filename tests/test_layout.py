@@ -35,7 +35,6 @@ FROM_CORE = {
     ("run", "finetune"): "best.pt has LoRA merged",
     ("run", "parallel"): "each process of a sharded run reads its part of a checkpoint",
     ("setup", "finetune"): "a run may start from a model",
-    ("setup", "minutes"): "a small text may have targets from n-grams",
     ("setup", "scoring"): "an evaluation may test pairs",
     ("setup", "prepare"): "a run prepares its data if they are missing",
     ("report", "fast"): "the memory of a run follows the kernel of attention",

@@ -168,7 +168,7 @@ def test_a_run_says_how_far_it_is_and_is_done_on_time_whatever_was_planned(
     assert compared()["state"] == f"at {100 * positions[2] // planned:.0f} %"
 
 
-@pytest.mark.parametrize("keys", [[], ["--n_members=2", "--ngram_targets=0.5"]])
+@pytest.mark.parametrize("keys", [[], ["--n_members=2"]])
 def test_a_stopped_run_resumes_with_the_minutes_that_are_left(tiny, machine, keys):
     machine.evaluation = 0.2
     machine.stop_at = 40
@@ -341,23 +341,6 @@ def test_minutes_for_which_a_new_model_would_be_larger_are_noted_if_a_model_is_f
     assert not capsys.readouterr().err
 
 
-def test_ngrams_predict_more_of_the_targets_the_more_often_a_text_is_read(choose):
-    found = [choose(text, 20)[0].ngram_targets for text in TEXTS]
-    assert found == sorted(found, reverse=True)
-    assert found[0] == 0.5 > found[2] > 0.0 == found[3]
-    assert choose(10_000, 10, vocab_size=512)[0].ngram_targets == 0.25
-    assert choose(1_000_000, 0.1)[0].ngram_targets == 0.0
-    assert choose(10_000, 10, vocab_size=257)[0].ngram_targets == 0.5  # bytes
-    assert choose(10_000, 3, vocab_size=8192)[0].ngram_targets == 0.0
-    assert choose(10_000, 3, init_from="out/other")[0].ngram_targets == 0.5
-
-
-def test_ngrams_are_counted_only_if_they_fit_into_memory(choose, monkeypatch):
-    for free, share in ((2_700_010, 0.5), (2_699_990, 0.0)):
-        monkeypatch.setattr(plan, "free_memory", lambda device, free=free: free)
-        assert choose(10_000, 3, n_members=1)[0].ngram_targets == share
-
-
 def test_more_time_than_one_model_needs_for_a_text_goes_to_more_members(choose):
     found = [choose(100_000, minutes)[1].n_members for minutes in MINUTES]
     assert found == sorted(found) and found[:2] == [1, 1] and found[4] > found[3] > 1
@@ -381,7 +364,6 @@ def test_no_more_members_are_chosen_than_fit_into_memory(choose, monkeypatch):
 
 GIVEN = {
     "n_members": 3,
-    "ngram_targets": 0.25,
     "n_layer": 3,
     "n_embd": 200,
     "n_head": 8,
@@ -569,7 +551,7 @@ def test_a_run_whose_trials_took_all_of_its_time_takes_one_step(tiny, machine, s
 def test_plan_py_repeats_the_steps_that_were_taken(tiny, machine, capsys):
     Path("own.txt").write_text(make_text())
     argv = [argument for argument in TIMED if not argument.startswith("--dataset=")]
-    argv += ["--n_members=2", "--ngram_targets=0.25"]
+    argv += ["--n_members=2"]
     machine.step = lambda: 0.1 if machine.now < 6 else 0.2
     machine.run("--input=own.txt", "--dataset=named", *argv, "--minutes=0.2")
     steps, planned = progress()["iter"], read_config()
@@ -579,7 +561,7 @@ def test_plan_py_repeats_the_steps_that_were_taken(tiny, machine, capsys):
     assert settings["max_iters"] == steps and settings["dataset"] == "named"
     assert settings["eval_interval"] < planned["eval_interval"]
     assert "minutes" not in settings and "input" not in settings
-    assert settings["n_members"] == 2 and settings["ngram_targets"] == 0.25
+    assert settings["n_members"] == 2
     rows = machine.run("out/run/plan.py", "--overwrite=True")
     assert "has no effect" not in capsys.readouterr().err
     assert progress()["iter"] == steps
@@ -678,7 +660,7 @@ def test_conversations_get_a_plan_that_counts_what_is_learned(
     monkeypatch.setattr(plan, "decay", lambda *args: counted.append(args) or decay(*args))
     machine.run("--dataset=chats", *SHOWN[1:], "--minutes=0.2")
     config = read_config()
-    assert (config["block_size"], config["ngram_targets"]) == (256, 0.0)
+    assert config["block_size"] == 256
     assert config["n_members"] > 1  # the replies are read many times
     data = run_data(config)
     [(_, targets, text)] = counted

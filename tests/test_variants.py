@@ -295,7 +295,6 @@ class Ones(data.GeneratedDataset):
     ("keys", "complaint"),
     [
         (["--input=x.txt"], "input=x.txt has no effect with dataset=ones; leave it out"),
-        (["--ngram_targets=0.2"], "dataset=ones is generated, so there is no text to read"),
         (["--minutes=1"], "minutes=1 works only for prepared text and conversations, not"),
     ],
 )

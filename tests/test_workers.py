@@ -52,7 +52,7 @@ def weights() -> dict[str, torch.Tensor]:
         (["--optimizer=normuon", "--mlp_conv=3", "--checkpoint_activations=True"], 1e-3),
         (["--optimizer=muon", "--n_members=3"], 1e-3),
         (["--dtype=bfloat16", "--muon_dtype=bfloat16", "--optimizer=normuon"], 5e-3),
-        (["--gradient_accumulation_steps=2", "--ngram_targets=0.3", "--threads=4"], 1e-5),
+        (["--gradient_accumulation_steps=2", "--threads=4"], 1e-5),
     ],
 )
 def test_any_number_of_workers_has_the_losses_of_one_dropout_included(

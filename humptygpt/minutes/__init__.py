@@ -1,1 +1,1 @@
-"""--minutes: a model and a schedule for a text and a time limit. Also ensembles and targets from n-grams."""
+"""--minutes: a model and a schedule for a text and a time limit. Also ensembles."""

@@ -26,7 +26,6 @@ from humptygpt.data import TokenDataset
 from humptygpt.device import DTYPES, free_memory
 from humptygpt.evaluation import LINE_TOKENS, SAMPLE_TOKENS, cost_of_whole_split
 from humptygpt.files import write_text
-from humptygpt.minutes.ngrams import MOST_TOKENS
 from humptygpt.optimizers import make_optimizer
 from humptygpt.process import Process
 from humptygpt.report import Memory, check_training_fits, model_on_meta, training_memory
@@ -57,12 +56,6 @@ PROBE_STEPS = 5  # steps run to measure the time per step
 EPOCHS = 10  # epochs for each member of a small ensemble; a large one has twice as many
 SMALL_ENSEMBLE = 6  # members
 MOST_MEMBERS = 32
-FEW_EPOCHS = 4  # with no more than these, n-grams do not help
-MANY_EPOCHS = 10  # from these on, n-grams have their full share of the targets
-# with a larger vocabulary, n-grams take a large share of a step's time
-NGRAM_VOCABULARY = 1024
-NGRAM_BYTES = 270  # memory that counting n-grams takes, for each token of the text
-CHARACTERS = 300  # a larger vocabulary has tokens of several characters
 # seconds reserved at the end of a run to load the best model, sample from it, draw the plot and exit
 ENDING = 1.5
 
@@ -224,15 +217,6 @@ def dropout(epochs: float, parameters: float) -> float:
     return round(min(0.3, rate), 2) if rate > 0.03 else 0.0
 
 
-def ngram_targets(epochs: float, vocab_size: int) -> float:
-    """Choose how much of each target n-grams predict: the more often a text is read, the more.
-
-    N-grams predict tokens of several characters less well, so their share of such targets is half as large.
-    """
-    most = 0.5 if vocab_size <= CHARACTERS else 0.25
-    return round(most * min(1.0, epochs / MANY_EPOCHS), 2)
-
-
 def decay(weight_decay: float, tokens: float, text: int) -> float:
     """Scale the default weight decay to the size of the step and of the text.
 
@@ -300,7 +284,7 @@ def choose(
     device: torch.device,
     step: tuple[Callable, Callable],
 ) -> tuple[TrainConfig, ModelConfig]:
-    """Choose the settings that are not given: size, members, dropout, steps, weight decay and n-grams."""
+    """Choose the settings that are not given: size, members, dropout, steps and weight decay."""
 
     @cache
     def time_step(candidate: Candidate) -> float:
@@ -347,12 +331,6 @@ def choose(
     }
     if from_scratch:  # more weight decay would make a trained model forget
         chosen["weight_decay"] = decay(config.weight_decay, targets, text)
-    left = free - model_config.n_members * best.memory.total
-    small = text <= min(MOST_TOKENS, left / NGRAM_BYTES)
-    few = model_config.vocab_size <= NGRAM_VOCABULARY
-    suited = dataset.task == "language modelling" and device.type == "cpu"
-    if epochs > FEW_EPOCHS and small and few and suited:
-        chosen["ngram_targets"] = ngram_targets(epochs, model_config.vocab_size)
     chosen = {key: value for key, value in chosen.items() if key not in given}
     return replace(config, **chosen), model_config
 
@@ -478,7 +456,6 @@ def seconds_per_step(
         device=device,
         dtype=DTYPES[config.dtype],
         dataset=dataset,
-        batches=dataset,
         model=model,
         net=model,
         progress=Progress(),
@@ -517,11 +494,9 @@ def choice(run: Run) -> str:
     except UserError as error:
         export = f"not possible; {error}"
     several = f"{config.n_members} members of " if config.n_members > 1 else ""
-    share = run.config.ngram_targets
-    soft = f", {share:.0%} of each target from n-grams" if share else ""
     return (
         f"minutes: {run.config.minutes:g}; {several}{config.n_layer} layers of {config.n_embd} features,"
-        f" a context of {config.block_size} tokens, dropout {config.dropout:g}{soft}\n"
+        f" a context of {config.block_size} tokens, dropout {config.dropout:g}\n"
         f"export: {export}"
     )
 

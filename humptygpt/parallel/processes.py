@@ -165,13 +165,13 @@ class DataParallel(Process):
         return net
 
     def shares(
-        self, batches: Dataset, config: TrainConfig, step: int
+        self, dataset: Dataset, config: TrainConfig, step: int
     ) -> tuple[list[Share], int]:
         """Return this rank's shares of a step, and the number of tokens in the whole step.
 
         Shares are whole micro-batches or, if there are fewer of them than ranks, consecutive rows of one micro-batch.
         """
-        shares, _ = super().shares(batches, config, step)
+        shares, _ = super().shares(dataset, config, step)
         parts = max(1, self.size // config.gradient_accumulation_steps)
         number = self.rank * parts // self.size
         shares = [part_of(share, number, parts) for share in shares]
