@@ -128,7 +128,7 @@ def main(argv: list[str]) -> None:
     refuse_vain(given, vars(config), IN_VAIN)
     source = chosen_source(config, given)
     keys = config.select("device dtype quantize compile")
-    loaded = pipeline(source, config.checkpoint, talks=config.interactive, **keys)
+    loaded = pipeline(source, config.checkpoint, **keys)
     for key in NOT_FOR[loaded.task].split():
         if key in given:
             raise UserError(f"{key}={given[key]} has no effect with task={loaded.task}")

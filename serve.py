@@ -80,7 +80,6 @@ def main(argv: list[str]) -> None:
     loaded = pipeline(
         source,
         config.checkpoint,
-        talks=True,
         device=config.device,
         dtype=config.dtype,
         quantize=config.quantize,

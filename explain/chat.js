@@ -3,7 +3,7 @@ probability and the likeliest tokens at its place, and the text can be continued
 
 The backend computes: the server of serve.py, or the page of a run itself. It has
 
-  model    {id, is_chat, context, alphabet, ends, questions}, as from /v1/models
+  model    {id, is_chat, context, alphabet, eot, questions}, as from /v1/models
   hint     a text about the model
   write({message, turns, start, temperature, signal})
            an async generator of the tokens that follow those of the message. turns: what was said before it; start: the
@@ -70,7 +70,7 @@ class Chat {
   }
 
   isEnd(token) {
-    return this.model.ends.includes(token?.id);
+    return token?.id === this.model.eot;
   }
 
   isKnown(char) {

@@ -12,7 +12,7 @@ class Talk {
     const { data, tokenizer } = app;
     const { name, questions } = data;
     this.app = app;
-    this.model = { id: name, is_chat: true, alphabet: data.tokenizer.alphabet, ends: [tokenizer.eot], questions };
+    this.model = { id: name, is_chat: true, alphabet: data.tokenizer.alphabet, eot: tokenizer.eot, questions };
     this.hint = "A chat model that runs in this page, without a network.";
     this.chat = new Chat(element("talk"), this);
     this.chat.header.append(button("See how it computes", () => this.explainLast()));

@@ -139,7 +139,6 @@ def pipeline(
     source: str | Path,
     which: str = "best",
     *,
-    talks: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
@@ -147,18 +146,13 @@ def pipeline(
 ) -> Pipeline:
     """Load a model and prepare it for generation. Raises UserError if it is missing, damaged or not supported.
 
-    source, which: init_from and checkpoint in SampleConfig. talks: True: a model with a chat template is for the task
-    "chat", otherwise it continues a text. The other parameters have the same names as in SampleConfig.
+    source, which: init_from and checkpoint in SampleConfig. The other parameters have the same names as there.
     """
     from humptygpt.fast.generation import make_generator
 
     torch_device = pick_device(device)
     weight_dtype = torch.int8 if quantize else pick_dtype(dtype, torch_device)
     loaded = load(source, which)
-    if talks and not loaded.saved:
-        from humptygpt.chat.template import with_template
-
-        loaded = with_template(loaded)
     print(loaded.description, file=sys.stderr)
     compiles = compile and loaded.task != "translation"
     model = make_generator(loaded.model, weight_dtype, torch_device, compiles)

@@ -328,7 +328,7 @@ class TextStream:
 
     def feed(self, token: int) -> str:
         """Return the characters that can be shown now."""
-        if token == self.tokenizer.eot or token in self.tokenizer.ends:
+        if token == self.tokenizer.eot:
             self.ended = True
             return self.close()
         self.held += self.decoder.decode(self.tokenizer.pieces[token])

@@ -38,7 +38,6 @@ class Tokenizer:
     pieces: list[bytes]  # the bytes that each token stands for
     eot: int | None  # the token that ends each document; None: there is only one document
     bos: int | None = None  # the token that every text starts with, if the model has one
-    ends: Collection[int] = ()  # further tokens that end a generated text, like eot
     marks: Collection[int] = ()  # tokens that mark the turns of a conversation
     chat_template: str | None = None  # how conversations are written, in Jinja; for exports
     alphabet: str | None = None  # the only characters that can be encoded; None: any can

@@ -174,7 +174,7 @@ def test_each_text_ends_with_its_end_of_text_and_generation_with_the_last_one():
     assert len(set(lengths)) > 1
     read.clear()
     tokenizer = SimpleNamespace(vocab_size=11, pieces=[b"%x" % i for i in range(11)])
-    tokenizer.eot, tokenizer.ends = eot, ()
+    tokenizer.eot = eot
     texts = [""] * 3
     context = Context(model, prompts)
     for piece in stream_texts(context, tokenizer, range(3), max_new_tokens=40):

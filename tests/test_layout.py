@@ -27,7 +27,6 @@ FROM_CORE = {
         "parallel",
     ): "a run on several processes may save its checkpoint in parts",
     ("data", "prepare"): "a folder that nanoGPT prepared has no meta.json",
-    ("loading", "chat"): "a model of another project may have a chat template",
     ("loading", "convert"): "a source may be a model of another project",
     ("loading", "fast"): "a model is made ready to generate",
     ("loading", "finetune"): "a checkpoint may have LoRA",
@@ -46,7 +45,6 @@ FROM_CORE = {
 }
 # Imports of one slice by another, with their reasons.
 BETWEEN_SLICES = {
-    ("chat", "convert"): "a model of another project has a chat template in its folder",
     ("chat", "prepare"): "conversations are read and split like other documents",
     ("convert", "chat"): "an exported model carries how conversations are written",
     ("convert", "finetune"): "an adapter of a LoRA model is read and written",

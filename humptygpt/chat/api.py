@@ -125,7 +125,7 @@ class Api:
             "context": self.block_size,
             "alphabet": self.tokenizer.alphabet,
             "questions": self.questions,
-            "ends": [self.tokenizer.eot, *self.tokenizer.ends],
+            "eot": self.tokenizer.eot,
         }
 
     def chat(self, body: bytes) -> Iterator[str]:

@@ -29,8 +29,8 @@ def keep_newest(
 class Talk:
     """A conversation with a model. When the context is full, the oldest exchanges are dropped, but not the system's.
 
-    loaded: its tokenizer is a ChatTokenizer or a TemplateTokenizer. For each reply, it encodes the whole conversation.
-    Tokens that are in the context already stay there, with their cache.
+    loaded: its tokenizer is a ChatTokenizer. For each reply, it encodes the whole conversation. Tokens that are in the
+    context already stay there, with their cache.
     """
 
     advice = ""  # see Text in sample.py

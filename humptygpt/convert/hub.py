@@ -21,7 +21,6 @@ TEXT_FILES = [
     "merges.txt",
     "tokenizer_config.json",
     "chat_template.jinja",
-    "generation_config.json",
 ]
 WEIGHTS = [  # groups of file patterns; only the first group that the model has is downloaded
     ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],

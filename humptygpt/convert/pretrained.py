@@ -1,7 +1,8 @@
 """Tokenizers from other projects, in Hugging Face's tokenizer.json format."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 
 from humptygpt.chat.tokens import BEGIN, END
+from humptygpt.cli import UserError, one_line
 from humptygpt.tokenizers import (
     Tokenizer,
     pack,
@@ -71,7 +73,8 @@ class PretrainedTokenizer(Tokenizer):
 
     def without_special(self, text: str) -> list[str]:
         """Split a text so that no part has a special token: each that is recognised is split into its characters."""
-        encoding = self._rest.encode(text, add_special_tokens=False)
+        with refuse_text():
+            encoding = self._rest.encode(text, add_special_tokens=False)
         parts, end = [], 0
         for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
             if token in self.special:
@@ -121,9 +124,19 @@ def load_rest(content: str) -> "Engine":
 
 def encode_with(engine: "Engine", texts: list[str]) -> np.ndarray:
     """Encode each of the texts on its own. Returns their token ids one after the other."""
-    encodings = engine.encode_batch_fast(texts, add_special_tokens=False)
+    with refuse_text():
+        encodings = engine.encode_batch_fast(texts, add_special_tokens=False)
     ids = chain.from_iterable(encoding.ids for encoding in encodings)
     return np.fromiter(ids, dtype=np.int64)
+
+
+@contextmanager
+def refuse_text() -> Iterator[None]:
+    """Turn an error of the tokenizers library, such as an unknown character, into a UserError."""
+    try:
+        yield
+    except Exception as error:  # it has no class of its own
+        raise UserError(f"the text cannot be encoded: {one_line(error)}") from error
 
 
 def piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:

@@ -1,14 +1,15 @@
 """Read the tokenizer of a model in Hugging Face's format. Ids and text are the same as in transformers.
 
 The path is a folder or one of these files: tokenizer.json, tokenizer.model (sentencepiece), or vocab.json, which needs
-merges.txt in the same folder. tokenizer_config.json there names the special tokens. No code from the folder is run, and
-transformers is not needed.
+merges.txt in the same folder. tokenizer_config.json there names the special tokens. A chat template is recognised if it
+is the one that our exports have; any other is ignored. No code from the folder is run, and transformers is not needed.
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from humptygpt.cli import UserError, one_line
+from humptygpt.chat.tokens import TEMPLATE, ChatTokenizer
+from humptygpt.cli import UserError, note, one_line
 from humptygpt.convert.pretrained import PretrainedTokenizer, load_engine
 from humptygpt.convert.sentencepiece_model import convert_sentencepiece
 from humptygpt.files import parse_json
@@ -43,22 +44,34 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         if file is None:
             raise ValueError(f"there is neither {' nor '.join(READERS)}")
-        return READERS[file.name](file, read_settings(file.parent))
+        settings = read_settings(file.parent)
+        tokenizer = READERS[file.name](file, settings)
     # the tokenizers library has no exception class of its own
     except Exception as error:
         raise UserError(
             f"cannot read the tokenizer in {path}: {one_line(error)}"
         ) from error
+    template = settings.get("chat_template")
+    if template == TEMPLATE:
+        return ChatTokenizer(tokenizer)
+    if template:
+        note(
+            f"the chat template in {path} is ignored: without it, the model continues texts"
+        )
+    return tokenizer
 
 
 def read_settings(folder: Path) -> dict:
-    """Read tokenizer_config.json, if there is one, without entries that are null."""
+    """Read tokenizer_config.json and the chat template, if there are any, without entries that are null."""
     path = folder / "tokenizer_config.json"
     content = parse_json(path.read_bytes(), SETTINGS) if path.is_file() else {}
     settings = {key: value for key, value in content.items() if value is not None}
     for key in ENDS:
         if isinstance(settings.get(key), dict):
             settings[key] = settings[key]["content"]
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        settings["chat_template"] = template.read_text(encoding="utf-8")
     return settings
 
 

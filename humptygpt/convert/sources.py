@@ -37,7 +37,9 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 def from_folder(path: Path, source: str | Path) -> Loaded:
     """Load a model from a folder in Hugging Face's format, or an adapter in PEFT's format, merged into its base."""
     if not (path / CONFIG).is_file():
-        return Loaded(read_pretrained(path), read_tokenizer(path), path, f"{source}")
+        model, tokenizer = read_pretrained(path), read_tokenizer(path)
+        task = "chat" if tokenizer.name == "chat" else "language modelling"
+        return Loaded(model, tokenizer, path, f"{source}", task)
     adapter = read_config(path)
     key = "base_model_name_or_path"
     where = find_source(adapter[key], key=f"{path / CONFIG}: {key}")
