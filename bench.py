@@ -29,8 +29,8 @@ run must use a character tokenizer. `pip install playwright` installs the packag
 gpu: the time that the demo takes to reach its loss, including data preparation; milliseconds per step, tokens/s, MFU
 and peak memory, next to the estimated memory, of training GPT-2 124M and 350M, 124M with 8 micro-batches a step, 124M
 with NorMuon, and the demo, compiled and uncompiled; nanoGPT's speed if a checkout is given; tokens/s of decoding,
-uncompiled and compiled, next to the limit set by the memory bandwidth. The device, dtype, compile and evaluation
-settings of a config are ignored.
+next to the limit set by the memory bandwidth. The device, dtype, compile and evaluation settings of a config are
+ignored.
 machine: the demo's tokens/s on a CPU, in training and of one text, alone and while a second process does the same.
 Threads share each operator, or workers share a batch. The threads spin for different times before they sleep. The line
 of what train.py does is marked. `operators` is the fastest of all ways in which threads share operators, `shared` what
@@ -80,7 +80,6 @@ class BenchConfig:
     # what=sample
     size: str = "gpt2"  # model size
     weights: str = "float32"  # dtype of the weights
-    compile: bool = False  # compile HumptyGPT's single-token step
     texts: int = 1  # batch size: prompts continued in one batch
     prompt: int = 8  # prompt tokens per text
     new_tokens: int = 32  # tokens to generate after each prompt

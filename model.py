@@ -456,10 +456,6 @@ class Cache:
         self.n_padding: Tensor | None = None
         self.layers = [LayerCache(size) for _ in range(n_layer)]
 
-    def span(self, T: int) -> int:
-        """Count the tokens after the next forward pass: those already read and T new ones."""
-        return self.length + T
-
     def clear(self) -> None:
         """Forget the tokens but keep the buffers."""
         self.length = 0
@@ -693,9 +689,10 @@ class Stack(nn.Module):
     def share(self, idx, cache=None, padding=None, **kept) -> Shared:
         """Compute positions and masks for T new tokens. The arguments are those of forward()."""
         T = idx.shape[1]
-        start, S = (cache.length, cache.span(T)) if cache else (0, T)
+        start = cache.length if cache else 0
+        S = start + T
         assert self.block_size >= S, f"{S} tokens, but block_size is {self.block_size}"
-        at = slice(start, start + T)
+        at = slice(start, S)
         key_at = torch.arange(S, device=idx.device)
         query_at = start + key_at[:T]
         if cache and cache.n_padding is not None:
@@ -708,7 +705,7 @@ class Stack(nn.Module):
             for window in {block.attn.window for block in self.blocks}
         }
         rotary = self.position.rotary(at)
-        return Shared(idx, at, start + T, rotary, masks, padding, kept)
+        return Shared(idx, at, S, rotary, masks, padding, kept)
 
 
 # --------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ SAMPLING = "temperature top_k top_p min_p repetition_penalty seed max_new_tokens
 NOT_FOR = {
     "language modelling": "system num_beams length_penalty",
     "chat": "prompts num_samples logprobs num_beams length_penalty",
-    "translation": "prompts num_samples logprobs system compile seed stop temperature top_k top_p min_p"
+    "translation": "prompts num_samples logprobs system seed stop temperature top_k top_p min_p"
     " repetition_penalty",
 }
 # {key: (another setting, the values of that setting for which the key has no effect)}
@@ -95,7 +95,6 @@ class SampleConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # dtype of the linear layers; auto: float32 on a CPU
     quantize: str | None = None  # int8: 8-bit weights, CPU only; None: off
-    compile: bool = False  # compile the single-token step, for a GPU; takes about a minute
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
@@ -113,7 +112,7 @@ class SampleConfig:
             value = getattr(self, name)
             if value is not None and value > 1:
                 raise ValueError(f"{name}={value} must be at most 1")
-        for pair in ("start prompts", "interactive prompts", "compile quantize"):
+        for pair in ("start prompts", "interactive prompts"):
             one, other = pair.split()
             if getattr(self, one) and getattr(self, other):
                 raise ValueError(f"{one} and {other} cannot be combined; leave one out")
@@ -127,7 +126,7 @@ def main(argv: list[str]) -> None:
     config = cli.make(SampleConfig, given)
     refuse_vain(given, vars(config), IN_VAIN)
     source = chosen_source(config, given)
-    keys = config.select("device dtype quantize compile")
+    keys = config.select("device dtype quantize")
     loaded = pipeline(source, config.checkpoint, **keys)
     for key in NOT_FOR[loaded.task].split():
         if key in given:

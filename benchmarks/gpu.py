@@ -56,11 +56,6 @@ def bench(config: BenchConfig) -> dict:
     row("copying memory", f"{bandwidth / 1e9:.0f} GB/s", "read and written")
     for texts in (1, 16):
         figures[f"decode_{texts}"] = decoding(config, device, texts, bandwidth)
-        if device.type == "cuda":  # compiled for a CPU, it would be slower
-            compiling = replace(config, compile=True)
-            figures[f"decode_{texts}_compiled"] = decoding(
-                compiling, device, texts, bandwidth
-            )
     return figures
 
 
@@ -207,6 +202,5 @@ def decoding(
     }
     speed = f"{figures['tokens_per_second']:,} tokens/s"
     beside = f"weights at {read / seconds / 1e9:.1f} GB/s"
-    compiled = ", compiled" if config.compile else ""
-    row(f"gpt2_124m, decode, {name}, {texts} texts{compiled}", speed, beside)
+    row(f"gpt2_124m, decode, {name}, {texts} texts", speed, beside)
     return figures

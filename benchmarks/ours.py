@@ -45,7 +45,7 @@ class OurGenerator(Generator):
         dtype = getattr(torch, config.weights)
         self.device = pick_device(config.device if config.what == "gpu" else "cpu")
         model = build(model_config)
-        self.model = make_generator(model, dtype, self.device, config.compile)
+        self.model = make_generator(model, dtype, self.device)
 
     def steps(self, n: int) -> Iterator[tuple[list[int], Tensor]]:
         B, T = self.idx.shape

@@ -142,7 +142,6 @@ def pipeline(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
-    compile: bool = False,
 ) -> Pipeline:
     """Load a model and prepare it for generation. Raises UserError if it is missing, damaged or not supported.
 
@@ -154,8 +153,7 @@ def pipeline(
     weight_dtype = torch.int8 if quantize else pick_dtype(dtype, torch_device)
     loaded = load(source, which)
     print(loaded.description, file=sys.stderr)
-    compiles = compile and loaded.task != "translation"
-    model = make_generator(loaded.model, weight_dtype, torch_device, compiles)
+    model = make_generator(loaded.model, weight_dtype, torch_device)
     return Pipeline(model, loaded.tokenizer, loaded.task, torch_device, loaded.questions)
 
 

@@ -304,7 +304,9 @@ NANOGPT_KEYS = """out_dir eval_interval eval_iters log_interval always_save_chec
 wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias
 learning_rate max_iters lr_decay_iters min_lr beta1 beta2 warmup_iters weight_decay grad_clip decay_lr
 backend device dtype compile init_from eval_only"""
-SAMPLING_KEYS = "init_from out_dir start num_samples max_new_tokens temperature top_k seed device dtype compile"
+SAMPLING_KEYS = (
+    "init_from out_dir start num_samples max_new_tokens temperature top_k seed device dtype"
+)
 
 
 def test_every_key_of_nanogpt_is_known():

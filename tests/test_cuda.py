@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, TINY_RUN, read_rows
 from test_bench import NANOGPT
 from test_distributed import losses
-from test_inference import PADDED, greedy, logits_in_pieces
+from test_inference import logits_in_pieces
 from test_model import VARIANTS, random_model, tokens
 from uncached import generate
 
@@ -24,7 +24,6 @@ import bench
 import prepare_data
 import train
 from humptygpt.device import autocast, pick_dtype
-from humptygpt.fast.compiled import CompiledGPT
 from humptygpt.fast.generation import make_generator
 from humptygpt.report import ADVICE
 from model import POSITIONS
@@ -149,23 +148,6 @@ def test_in_16_bits_cached_is_uncached_also_padded(position, window):
         error = (found - expected).square().mean() / expected.var()
         assert error < 0.03**2
     torch.testing.assert_close(cached, whole, atol=0.1, rtol=0.0)
-
-
-@pytest.mark.parametrize("position", POSITIONS)
-def test_compiled_decode_writes_the_tokens_of_eager_decode(position, capsys):
-    """A card compiles as in sample.py, with CUDA graphs; on a CPU the model is only traced."""
-    torch._dynamo.reset()
-    model = random_model(position=position, mlp_conv=2, qk_norm=True, window=5).eval()
-    options = {"mode": "reduce-overhead"} if ON_GPU else {"backend": "eager"}
-    eager, ready = (
-        make_generator(copy.deepcopy(model), torch.float32, DEVICE, compiles=compiles)
-        for compiles in (False, True)
-    )
-    compiled = CompiledGPT(ready.model, **options)
-    for texts in (tokens(3, 4).tolist(), PADDED):
-        expected = greedy(eager, texts, 30, device=DEVICE)
-        assert greedy(compiled, texts, 30, device=DEVICE) == expected
-    assert "compile failed" not in capsys.readouterr().err
 
 
 def test_a_text_is_the_same_in_a_batch_and_alone():

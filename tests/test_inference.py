@@ -6,16 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_model import random_model, tokens
-from uncached import generate
 
 import model as models
 from humptygpt.cli import UserError
 from humptygpt.fast import generation as decoding
-from humptygpt.fast.compiled import CompiledGPT
 from humptygpt.fast.generation import ProductLinear, make_generator
 from humptygpt.sampling import Context
 from humptygpt.translation.beams import translate
-from model import POSITIONS
 
 
 def logits_in_pieces(model, idx, padding=None) -> torch.Tensor:
@@ -108,7 +105,7 @@ def test_norms_are_replaced_on_a_cpu_only_because_a_gpu_has_a_kernel_for_them(
 ):
     model = random_model(norm="rmsnorm", qk_norm=True)
     device = torch.device(device)
-    decoding.replace_layers(model, torch.float32, device, compiles=False, joins=False)
+    decoding.replace_layers(model, torch.float32, device, joins=False)
     functions = [f for module in model.modules() for f in vars(module).values()]
     fast = [isinstance(getattr(f, "__self__", f), decoding.FastRMSNorm) for f in functions]
     assert any(fast) == replaced
@@ -123,17 +120,14 @@ class Doubled(models.SelfAttention):
         return 2 * super().forward(x, shared, cache)
 
 
-def test_an_attention_of_ones_own_generates_cached_and_compiled(monkeypatch, capsys):
+def test_an_attention_of_ones_own_generates_with_a_cache(monkeypatch, capsys):
     monkeypatch.setitem(models.ATTENTIONS, "doubled", Doubled)
-    monkeypatch.setattr(torch, "compile", lambda step, **options: step)
     keys = {"attention": "doubled", "position": "rotary", "mlp_conv": 2, "window": 5}
     model, idx = random_model(**keys).eval(), tokens(3, 12)
     expected = model(idx)[0][:, 2:].detach()
-    for compiles in (False, True):
-        ready = make_generator(copy.deepcopy(model), compiles=compiles)
-        found = logits_in_pieces(ready, idx)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    assert capsys.readouterr().err == "compiling: this takes about a minute\n"
+    found = logits_in_pieces(make_generator(copy.deepcopy(model)), idx)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert capsys.readouterr().err == ""
 
 
 def mix(self, x, forward, *inputs):
@@ -171,7 +165,7 @@ def test_a_model_generates_without_what_its_edit_does_not_survive(
     )
     model, idx = random_model(n_layer=3).eval(), tokens(2, 8)
     expected = model(idx)[0][:, -1].detach()
-    context = Context(make_generator(model, compiles=True), idx[:, :7].tolist())
+    context = Context(make_generator(model), idx[:, :7].tolist())
     context.next_logits()
     context.append(idx[:, 7:].tolist())
     torch.testing.assert_close(context.next_logits(), expected)
@@ -215,95 +209,3 @@ def test_a_linear_layer_of_ones_own_is_not_swapped_for_a_product(monkeypatch):
     for dtype in (torch.float32, torch.bfloat16):
         ready = make_generator(copy.deepcopy(model), dtype)
         torch.testing.assert_close(ready(idx)[0], expected, atol=0.02, rtol=0.0)
-
-
-# --------------------------------------------------------------------------------------
-# Compiled
-
-
-def test_a_compiled_step_writes_into_the_same_buffers_for_every_token():
-    """Otherwise CUDA would make no graph of it."""
-    ready = make_generator(random_model(mlp_conv=2, position="rotary"), compiles=True).model
-    compiled = CompiledGPT(ready, backend="eager")
-    cache, seen = compiled.make_cache(), []
-    compiled.step = lambda idx, static: (
-        seen.append([[*map(id, (x.buffers | x.state).values())] for x in static.layers])
-        or ready.next_logits(idx, static)
-    )
-    for piece in tokens(2, 6).split([2, 1, 1, 1, 1], dim=1):
-        compiled.next_logits(piece, cache)
-    assert len(seen) == 4 and all(ids == seen[0] for ids in seen)
-
-
-def greedy(model, texts, n: int, **options) -> list[list[int]]:
-    return generate(model, texts, n, temperature=0.0, **options)
-
-
-def compile_both(model, backend: str, **low):
-    """The model made for generation, and the same compiled; and a list of the graphs."""
-    torch._dynamo.reset()
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend(backend)(graph, inputs)
-
-    eager = make_generator(copy.deepcopy(model), **low)
-    ready = make_generator(copy.deepcopy(model), **low, compiles=True).model
-    return eager, CompiledGPT(ready, backend=count), graphs
-
-
-PADDED = [[3, 4], [1, 2, 3, 4], [5, 6, 7]]
-
-
-@pytest.mark.parametrize(
-    "position",
-    [
-        "rotary",
-        "alibi",
-        *(pytest.param(name, marks=pytest.mark.long) for name in POSITIONS),
-    ],
-)
-def test_compiled_decode_writes_the_tokens_of_eager_decode_by_one_graph(position, capsys):
-    """Past block_size, plain and padded."""
-    for keys in (
-        {"bias": True, "logit_soft_cap": 5.0},
-        {"window": 5, "mlp_conv": 2, "qk_norm": True, "n_kv_head": 1, "mlp": "gated"},
-    ):
-        eager, compiled, graphs = compile_both(
-            random_model(position=position, **keys).eval(), "eager"
-        )
-        for texts in (tokens(3, 4).tolist(), PADDED):
-            assert greedy(compiled, texts, 30) == greedy(eager, texts, 30)
-        assert len(graphs) == 1  # padded or not
-    assert "compile failed" not in capsys.readouterr().err
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_by_inductor_it_computes_what_eager_decode_computes(dtype, capsys):
-    model = random_model(n_embd=64, position="rotary", qk_norm=True, bias=True).eval()
-    eager, compiled, graphs = compile_both(model, "inductor", dtype=dtype)
-    for B in (1, 3):
-        idx = tokens(B, 12)
-        with torch.inference_mode():
-            expected = logits_in_pieces(eager, idx)
-            found = logits_in_pieces(compiled, idx)
-        tolerance = 1e-4 if dtype == torch.float32 else 0.05
-        torch.testing.assert_close(found, expected, atol=tolerance, rtol=0.0)
-    assert len(graphs) == 2 and "compile failed" not in capsys.readouterr().err
-
-
-def test_where_compiling_fails_it_generates_uncompiled(capsys):
-    def broken(graph, inputs):
-        raise RuntimeError("no compiler here\nand a long story")
-
-    torch._dynamo.reset()
-    model = random_model().eval()
-    ready = make_generator(copy.deepcopy(model), compiles=True).model
-    capsys.readouterr()
-    texts = tokens(2, 4).tolist()
-    found = greedy(CompiledGPT(ready, backend=broken), texts, 5)
-    assert found == greedy(make_generator(model), texts, 5)
-    notes = capsys.readouterr().err
-    assert notes.count("torch.compile failed") == 1 and notes.count("\n") == 1

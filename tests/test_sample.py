@@ -87,7 +87,6 @@ BAD = {
     "prompt 2: character 'é' (U+00E9) is not among the": ["--prompts=prompts.txt"],
     "prompt 1: the prompt is empty; give at": ["--prompts=empty.txt"],
     "start and prompts cannot be combined": ["--start=A", "--prompts=prompts.txt"],
-    "compile and quantize cannot be combined": ["--compile=True", "--quantize=int8"],
     "top_p=1.5 must be at most 1": ["--top_p=1.5"],
 }
 

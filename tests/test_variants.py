@@ -395,17 +395,6 @@ def test_a_setting_of_little_effect_is_not_said_to_have_none(
     assert "no effect" not in capsys.readouterr().err
 
 
-def test_an_attention_that_reads_rows_of_later_tokens_is_not_compiled(
-    run_train, monkeypatch, capsys
-):
-    monkeypatch.setitem(models.ATTENTIONS, "own", Noted)
-    run_train("--attention=own", "--position=learned", "--qk_norm=False")
-    sample.main(["--out_dir=out/run", "--compile=True", "--device=cpu", "--num_samples=1"])
-    told = capsys.readouterr().err
-    assert "not compiling, because this model.py's logits would change" in told
-    assert "without a cache" not in told
-
-
 def test_several_last_layers_of_a_branch_count_as_one_when_weights_are_drawn(monkeypatch):
     class Experts(nn.Module):
         def __init__(self, config):

@@ -1,1 +1,1 @@
-"""Faster ways to compute the same numbers: a fused kernel of attention, other layers, a compiled step."""
+"""Faster ways to compute the same numbers: a fused kernel of attention and other layers."""

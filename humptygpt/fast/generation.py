@@ -2,13 +2,12 @@
 
 On a CPU, a small model is limited by the overhead of Python and PyTorch for each operator, a large one by reading
 its weights from memory. Norms, sums and the residual stream stay in float32. The formulas stay in model.py: only linear
-layers and RMS norms are replaced with faster equivalents. compiled.py compiles the single-token step.
+layers and RMS norms are replaced with faster equivalents.
 
 Shapes: see model.py.
 """
 
 import math
-import sys
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
@@ -32,10 +31,7 @@ LARGE = 5e6
 
 
 def make_generator(
-    model: nn.Module,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device = CPU,
-    compiles: bool = False,
+    model: nn.Module, dtype: torch.dtype = torch.float32, device: torch.device = CPU
 ) -> nn.Module:
     """Prepare a model for generation and move it to the device. It can no longer be trained or saved.
 
@@ -43,7 +39,6 @@ def make_generator(
     Embeddings are not converted, because each token reads only one row.
 
     dtype: float32, bfloat16 or float16 or, on a CPU, int8.
-    compiles: compile the single-token step, if the model has a cache.
     Raises UserError if there is not enough memory, or for int8 on a GPU.
     """
     if dtype == torch.int8 and device.type != "cpu":
@@ -55,31 +50,18 @@ def make_generator(
     check_fits("the weights take", weights * dtype.itemsize, free_memory(device), advice)
     model.eval().requires_grad_(False)
     check_model(model)
-    compiles = compiles and model.has_cache
-    if compiles:
-        from humptygpt.fast.compiled import CompiledGPT, fits_static_cache
-
-        if not fits_static_cache(model):
-            compiles = False
-            note("not compiling, because this model.py's logits would change")
-    joins = not compiles and agrees(model, joins=True)
+    joins = agrees(model, joins=True)
     if not joins and not agrees(model):
         note(
-            "not using faster layers, because this model.py's logits would change; generation is slower, in float32 and"
-            " not compiled"
+            "not using faster layers, because this model.py's logits would change; generation is slower, in float32"
         )
         return model.to(device)
-    replace_layers(model, dtype, device, compiles, joins)
+    replace_layers(model, dtype, device, joins)
     model.to(device)
-    if not compiles:
-        # as plain attributes they are found without nn.Module.__getattr__, which is slow
-        for module in model.modules():
-            vars(module).update(module._parameters | module._buffers | module._modules)
-    if not compiles:
-        return model
-    print("compiling: this takes about a minute", file=sys.stderr)
-    # reduce-overhead replays CUDA graphs, so use it only on CUDA
-    return CompiledGPT(model, mode="reduce-overhead" if device.type == "cuda" else None)
+    # as plain attributes they are found without nn.Module.__getattr__, which is slow
+    for module in model.modules():
+        vars(module).update(module._parameters | module._buffers | module._modules)
+    return model
 
 
 def choose_threads(loaded) -> None:
@@ -96,7 +78,7 @@ def agrees(model: nn.Module, joins: bool = False) -> bool:
         small, text = smaller(model)
         randomize(small.eval())
         expected = small(**text)[0]
-        replace_layers(small, torch.float32, CPU, compiles=False, joins=joins)
+        replace_layers(small, torch.float32, CPU, joins)
         return is_close(small(**text)[0], expected)
     except Exception:
         return False
@@ -107,18 +89,12 @@ def agrees(model: nn.Module, joins: bool = False) -> bool:
 
 
 def replace_layers(
-    model: nn.Module,
-    dtype: torch.dtype,
-    device: torch.device,
-    compiles: bool,
-    joins: bool,
+    model: nn.Module, dtype: torch.dtype, device: torch.device, joins: bool
 ) -> None:
     """Replace linear layers and RMS norms with faster equivalents, called as plain functions rather than as modules.
 
-    A module call costs as much as a small matrix product. With compiles=True, layers stay modules and norms are left
-    alone: the compiler removes the overhead and fuses the operators itself. joins: also use JoinedAttention.
+    A module call costs as much as a small matrix product. joins: also use JoinedAttention.
     """
-    fewer = device.type == "cpu" and not compiles  # a GPU computes a norm in one kernel
     for name, module in list(model.named_modules()):
         # other kinds of attention may compute queries, keys and values from different inputs
         if joins and type(module) is SelfAttention:
@@ -133,11 +109,12 @@ def replace_layers(
                 # on a GPU, attention and the cached keys and values also use this dtype
                 keeps = device.type != "cpu" and name in ("qkv_proj", *QKV)
                 result = dtype if keeps else torch.float32
-                layer = low_bit_linear(layer, dtype, result, compiles)
-            elif type(child).forward is nn.RMSNorm.forward and fewer:
+                layer = low_bit_linear(layer, dtype, result)
+            elif type(child).forward is nn.RMSNorm.forward and device.type == "cpu":
+                # a GPU computes a norm in one kernel
                 layer = FastRMSNorm(layer)
             # an nn.ModuleList can only hold modules
-            if compiles or isinstance(module, nn.ModuleList):
+            if isinstance(module, nn.ModuleList):
                 setattr(module, name, layer)
             else:
                 delattr(module, name)
@@ -192,9 +169,7 @@ class FastRMSNorm(nn.Module):
 PACKED_FROM = 2**17  # weights; packing a matrix with fewer costs more than it saves
 
 
-def low_bit_linear(
-    linear: nn.Linear, dtype: torch.dtype, result: torch.dtype, compiles: bool
-) -> nn.Module:
+def low_bit_linear(linear: nn.Linear, dtype: torch.dtype, result: torch.dtype) -> nn.Module:
     """Return a version of `linear` that is faster for a few tokens, or `linear` itself if there is none.
 
     dtype: type of its weights. result: dtype of its output.
@@ -203,7 +178,7 @@ def low_bit_linear(
         return ProductLinear(int8_product(linear), torch.float32, result)
     weight = linear.weight.to(dtype)
     bias = None if linear.bias is None else linear.bias.to(dtype)
-    if not compiles and packs(weight) and packing_pays(dtype):
+    if packs(weight) and packing_pays(dtype):
         product = packed_product(weight, bias)
     elif dtype == torch.float32:
         return linear
