@@ -24,12 +24,16 @@ sys.path.append(str(Path(__file__).parent.parent))
 from humptygpt.device import multiplies_bfloat16
 
 STEPS = 20
-COMMON = f"--n_layer=2 --n_head=4 --n_embd=32 --block_size=32 --batch_size=4 --lr_decay_iters={STEPS}"
-COMMON += " --eval_interval=10 --log_interval=1 --warmup_iters=4 --device=cpu --compile=False --dtype=float32"
-COMMON += " --activation=gelu --mlp_conv=0 --qk_norm=False --init=gpt2 --tie_weights=True --optimizer=adamw"
-COMMON += " --learning_rate=1e-3 --muon_learning_rate=0.02 --muon_momentum=0.95 --beta2=0.99 --schedule=cosine"
-COMMON += " --min_lr=None --grad_clip=1.0"
 MUON = "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"
+# a config file, because a key without effect is refused if it is typed; config files are made to be combined
+COMMON = f"""
+n_layer, n_head, n_embd, block_size, batch_size = 2, 4, 32, 32, 4
+lr_decay_iters, eval_interval, log_interval, warmup_iters = {STEPS}, 10, 1, 4
+device, compile, dtype = "cpu", False, "float32"
+activation, mlp_conv, qk_norm, init, tie_weights = "gelu", 0, False, "gpt2", True
+optimizer, learning_rate, schedule, min_lr, grad_clip = "adamw", 1e-3, "cosine", None, 1.0
+muon_learning_rate, muon_momentum, beta2, muon_dtype = 0.02, 0.95, 0.99, "{MUON}"
+"""
 KEYS = ["iter", "tokens", "lr", "train_loss", "grad_norm", "val_loss", "val_bits_per_byte"]
 BASE = "--dataset=text --position=rotary"  # the model that LoRA starts from
 RUNS = {
@@ -57,8 +61,6 @@ RUNS = {
 def run(script: Path, folder: Path, argv: str, processes: int = 1) -> None:
     launch = f"-m torch.distributed.run --standalone --nproc_per_node={processes}".split()
     command = [sys.executable, *(launch if processes > 1 else []), script, *argv.split()]
-    if script.name == "train.py":
-        command.append(f"--muon_dtype={MUON}")
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{argv}\n{done.stderr[-2000:]}"
@@ -80,7 +82,7 @@ def losses(first: Path, second: Path, folder: Path, name: str) -> list[dict]:
     straight, resumed = f"--out_dir=out/{name}/straight", f"--out_dir=out/{name}/resumed"
     half, whole = f"--max_iters={STEPS // 2}", f"--max_iters={STEPS}"
     resume = f"--init_from=resume {resumed} {whole}"
-    script, settings = first / "train.py", f"{COMMON} {RUNS[name]}"
+    script, settings = first / "train.py", f"common.py {RUNS[name]}"
     run(script, folder, f"{settings} {straight} {whole}", processes)
     run(script, folder, f"{settings} {resumed} {half}", processes)
     run(second / "train.py", folder, resume, processes)
@@ -100,10 +102,11 @@ def main(argv: list[str]) -> None:
         (folder / "text.txt").write_text(make_text(20_000))
         pairs = "".join(f"{source}\t{target}\n" for source, target in make_pairs())
         (folder / "pairs.tsv").write_text(pairs)
+        (folder / "common.py").write_text(COMMON)
         prepare = first / "prepare_data.py"
         run(prepare, folder, "--input=text.txt --name=text")
         run(prepare, folder, "--input=pairs.tsv --name=pairs --tokenizer=byte")
-        base = f"{COMMON} {BASE} --out_dir=out/base --max_iters=10"
+        base = f"common.py {BASE} --out_dir=out/base --max_iters=10"
         run(first / "train.py", folder, base)
         rows = pool.map(lambda name: losses(first, second, folder, name), RUNS)
         print(json.dumps(dict(zip(RUNS, rows, strict=True)), indent=1))
