@@ -36,7 +36,11 @@ Vain = dict[str, tuple[str, Collection]]
 TEXTS = tuple[str, ...]
 LAST = "57d295e"  # the last commit that knows the keys in REMOVED
 # {key that is gone: the value with which it did nothing}
-REMOVED: dict[str, object] = {"ngram_targets": 0.0}
+REMOVED: dict[str, object] = {
+    "encoding_errors": "strict",
+    "ngram_targets": 0.0,
+    "skip_bad_lines": False,
+}
 
 
 class UserError(Exception):

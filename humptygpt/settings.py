@@ -20,11 +20,9 @@ STEP = ("batch_size", "gradient_accumulation_steps")
 # shortened, the vocabulary size comes from the data, and dtypes and threads are measured
 MAY_DIFFER = {"out_dir", "warmup_iters", "input", "vocab_size"}
 MAY_DIFFER |= {"dtype", "muon_dtype", "threads"}
-# keys that control how the text of `input` is read
-OF_INPUT = ("text_key", "encoding_errors", "skip_bad_lines")
 NOT_ROTARY = POSITIONS.keys() - {"rotary"}
 # {key: (another key, the values of that other key for which the key has no effect)}
-IN_VAIN = dict.fromkeys(OF_INPUT, ("input", (None,)))
+IN_VAIN = {"text_key": ("input", (None,)), "input": ("dataset", DATASETS)}
 IN_VAIN |= dict.fromkeys(("schedule", "lr_decay_iters", "min_lr"), ("decay_lr", (False,)))
 IN_VAIN |= dict.fromkeys(("lora_alpha", "lora_targets"), ("lora_rank", (0,)))
 IN_VAIN |= dict.fromkeys(("rope_base", "rope_factor"), ("position", NOT_ROTARY))
@@ -37,7 +35,6 @@ IN_VAIN |= {
 }
 WINDOWS = ("window_mlp", "number_mlp")  # models without blocks
 IN_VAIN |= dict.fromkeys(("norm", "block", "attention", "mlp"), ("model", WINDOWS))
-IN_VAIN["input"] = ("dataset", DATASETS)
 FOR_SEVERAL = dict.fromkeys(("parallel", "backend"), ("processes", (1,)))
 # Defaults for a run that starts from a model; finetune/base.py chooses the optimizer and its rates.
 GENTLE = {"schedule": "linear", "min_lr": 0.0, "warmup_iters": 10}
@@ -60,8 +57,6 @@ class Adjustable:
     dataset: str = "shakespeare_char"  # folder in data/ that prepare_data.py wrote
     input: str | None = None  # your own text: a file or folder to prepare as a dataset
     text_key: str | None = None  # key of the text, or of a question and its answer: q,a
-    encoding_errors: str | None = None  # on invalid UTF-8: strict (fail), replace or ignore
-    skip_bad_lines: bool | None = None  # skip lines of the input that have no text
     batch_size: int = 4  # sequences per micro-batch (pairs: batch_size * block_size tokens)
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
     # optimizer

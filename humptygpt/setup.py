@@ -17,7 +17,15 @@ from torch import nn
 
 from humptygpt import checkpoint, cli, evaluation, machine
 from humptygpt.checks import sharing_problem
-from humptygpt.cli import UserError, fields_of, first_line, note, refuse_vain
+from humptygpt.cli import (
+    UserError,
+    fields_of,
+    first_line,
+    is_removed,
+    note,
+    refuse,
+    refuse_vain,
+)
 from humptygpt.data import COMMAND, DATASETS, Dataset, is_command, made_by, read_meta
 from humptygpt.device import autocast, pick_device, pick_dtype, to_device
 from humptygpt.loading import (
@@ -40,7 +48,6 @@ from humptygpt.settings import (
     MAY_CHANGE,
     MAY_DIFFER,
     NOT_IN_RECIPE,
-    OF_INPUT,
     RECIPE,
     STEP,
     TrainConfig,
@@ -284,15 +291,17 @@ def input_keys(config: TrainConfig, folder: Path) -> dict[str, object]:
         keys["tokenizer"] = config.init_from
     if command := made_by(folder):
         words = shlex.split(command)[2:]
+        with refuse(f"{folder / COMMAND}: "):
+            for word in words:
+                is_removed(*word.removeprefix("--").partition("=")[::2])
         keys = cli.read(words, PrepareConfig, positional="name")
         if Path(keys.get("input", "")).resolve() != Path(config.input).resolve():
             raise UserError(
                 f"{folder} was not made from input={config.input} but by this command: {command};"
                 " choose another name: --dataset=ANOTHER_NAME"
             )
-    for key in OF_INPUT:
-        if (value := getattr(config, key)) is not None:
-            keys[key] = value
+    if config.text_key:
+        keys["text_key"] = config.text_key
     return keys
 
 

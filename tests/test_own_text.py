@@ -225,25 +225,31 @@ def test_beside_a_config_file_the_input_names_the_data_and_a_model_its_tokens(
     assert tokenizer_of("more") == "byte"
 
 
-def test_train_hands_on_the_keys_that_a_complaint_about_its_input_names(folder, fails):
-    lines = [{"body": make_text(2000)}, {"body": 5}, {"body": make_text(2000, 1)}]
+def test_train_hands_on_the_key_that_a_complaint_about_its_input_names(folder, fails):
+    lines = [{"body": make_text(2000)}, {"text": 5}, {"body": make_text(2000, 1)}]
     Path("own.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    Path("latin1.txt").write_bytes(make_text().encode() + b"\xfc")
-    for name, *keys in (
-        ("own.jsonl", "--text_key=body", "--skip_bad_lines=True"),
-        ("latin1.txt", "--encoding_errors=replace"),
-    ):
-        argv = [f"--input={name}", *TRAIN]
-        for key in keys:
-            assert key.partition("=")[0] in fails(train.main, *argv)
-            argv.append(key)
-        assert train.main(argv) == 0
-    assert (meta("own")["documents"], meta("own")["skipped_lines"]) == (2, 1)
-    assert train.main(["--input=own.jsonl", *TRAIN]) == 0  # the data keeps its keys
-    other = ["--input=latin1.txt", *TRAIN, "--encoding_errors=ignore"]
-    assert "data/latin1 already holds data from other files or settings" in fails(
+    argv = ["--input=own.jsonl", *TRAIN]
+    assert "text_key" in fails(train.main, *argv)
+    assert train.main([*argv, "--text_key=body"]) == 0
+    assert meta("own")["documents"] == 2
+    assert train.main(argv) == 0  # the data keeps its key
+    other = [*argv, "--text_key=text"]
+    assert "data/own already holds data from other files or settings" in fails(
         train.main, *other
     )
+
+
+def test_data_that_was_prepared_with_a_setting_that_is_gone_is_refused_by_its_name(
+    folder, fails
+):
+    write_own(make_text())
+    prepare("own --input=own.txt")
+    command = Path("data/own/command.txt")
+    command.write_text(f"{command.read_text().strip()} --encoding_errors=replace\n")
+    assert fails(train.main, "--input=own.txt", *TRAIN) == (
+        "data/own/command.txt: encoding_errors=replace is gone; commit 57d295e is the last that knows it\n"
+    )
+    assert train.main(["--dataset=own", *TRAIN]) == 0
 
 
 def test_a_run_that_resumes_takes_no_input(fails):

@@ -126,10 +126,10 @@ def test_spaces_are_trimmed_and_collapsed(folder):
     assert all_pairs() == sorted(ROWS)
 
 
-def test_bytes_that_are_not_utf8_can_be_replaced(folder):
+def test_bytes_that_are_not_utf8_are_replaced(folder):
     path = Path(write_tsv("own.tsv", ROWS))
     path.write_bytes(path.read_bytes() + b"Gr\xfcn ist es.\tIt is green.\n")
-    prepare(f"--input=own.tsv --encoding_errors=replace {BYTES}")
+    prepare(f"--input=own.tsv {BYTES}")
     assert ("Gr\ufffdn ist es.", "It is green.") in all_pairs()
 
 
@@ -361,10 +361,8 @@ def test_no_sentence_of_one_split_is_in_another_in_either_language(everyday):
 # Bad input
 
 BAD = {
-    "tab.tsv, line 3 has 0 tabs; each line must be SOURCE, one tab, TARGET": "--input=tab.tsv",
-    "tabs.tsv, line 2 has 2 tabs; each line": "--input=tabs.tsv",
+    "tab.tsv has no pairs; each line must be SOURCE, one tab, TARGET: tab.tsv, line 2: ": "--input=tab.tsv",
     "empty.tsv has no pairs; each line must be SOURCE": "--input=empty.tsv",
-    "latin1.tsv is not valid utf-8; ": "--input=latin1.tsv",
     "cannot read damaged.tsv.gz: ": "--input=damaged.tsv.gz",
     "a.de and short.en have different numbers of lines; each line must": (
         "--source=a.de --target=short.en"
@@ -387,10 +385,8 @@ BAD = {
 def test_bad_input_is_one_line_that_names_the_place(folder, fails, complaint):
     write_tsv("own.tsv", ROWS)
     write("own.txt", make_text())
-    write("tab.tsv", "a\tb\n\t\nno tab\na\tb\n")
-    write("tabs.tsv", "a\tb\na\tb\tc\n")
+    write("tab.tsv", "\nno tab\n")
     write("empty.tsv", "\t\n\na\t\n")
-    write("latin1.tsv", b"a\tb\nGr\xfcn\tgreen\n")
     packed = Path(write_tsv("damaged.tsv.gz", ROWS))
     packed.write_bytes(packed.read_bytes()[:-20])
     write_two("a.de", "a.en", ROWS)

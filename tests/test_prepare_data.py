@@ -363,12 +363,12 @@ def test_files_of_a_folder_that_are_no_text_are_skipped_in_every_pass_named_and_
     Path("mixed").mkdir()
     for name in ("a", "g", "h"):
         Path(f"mixed/{name}.txt").write_text(name + make_text(3000, seed=ord(name)))
-    Path("mixed/b.txt").write_bytes(make_text(9000).encode() + b"\xfc")
+    Path("mixed/b.txt").write_bytes(b"a binary file\0")
     damaged = write("mixed/c.txt.gz", [make_text(9000)])
     damaged.write_bytes(damaged.read_bytes()[:-50])
     Path("mixed/d.gz").write_text("plain")
     Path("mixed/e.txt").write_bytes(b"\xef\xbb\xbf")  # only a byte order mark
-    Path("mixed/f.txt").write_bytes(b"\xff\xfea\0\0")
+    Path("mixed/f.txt").write_bytes(b"\xff\xfe")
     prepare("mine --input=mixed/* --tokenizer=char")
     out, err = capsys.readouterr()
     assert "note: skipped files: 5: 4 .txt, 1 without an extension; mixed/b.txt is" in err
@@ -376,8 +376,6 @@ def test_files_of_a_folder_that_are_no_text_are_skipped_in_every_pass_named_and_
     assert "mine: 3 files: mixed/*\n" in out
     train_texts, _ = documents_of("mine")
     assert [text[0] for text in train_texts] == [*"agh"]  # each is cut
-    prepare("mine --input=mixed --encoding_errors=replace --overwrite=True")
-    assert meta("mine")["documents"] == 5
 
 
 def test_sentence_pairs_are_skipped_in_a_folder_of_text_and_prepared_by_themselves(
@@ -414,7 +412,7 @@ def test_a_stream_is_prepared_and_no_copy_of_it_stays(folder, monkeypatch):
     ("data", "complaint"),
     [
         (b"", "standard_input.txt has no text"),
-        (b"ab\xfc", "standard_input.txt is not valid utf-8; convert it"),
+        (b"ab\0", "standard_input.txt is not a text file"),
     ],
 )
 def test_a_stream_without_text_is_refused_in_one_line(
@@ -424,20 +422,32 @@ def test_a_stream_without_text_is_refused_in_one_line(
     assert complaint in fails(prepare_data.main, "mine", "--input=-")
 
 
-def test_skipped_lines_are_counted(folder, capsys):
+@pytest.mark.parametrize("tokenizer", ["byte", "auto"])  # auto: reads once more
+def test_one_line_at_the_end_counts_bad_bytes_and_records_without_text_and_names_the_first(
+    folder, capsys, tokenizer
+):
     texts = [make_text(50, seed=n) if n % 3 else n for n in range(90)]
     write("own.jsonl", texts)
-    prepare("mine --input=own.jsonl --skip_bad_lines=True --tokenizer=byte")
-    assert "  skipped lines  30 without text\n" in capsys.readouterr().out
-    assert (meta("mine")["documents"], meta("mine")["skipped_lines"]) == (60, 30)
+    with Path("own.jsonl").open("ab") as file:
+        file.write(b'{"text": "Gr\xfc\xdfe"}\n')
+    prepare(f"mine --input=own.jsonl --tokenizer={tokenizer}")
+    first = "own.jsonl, line 1: no text under text_key=text"
+    counted = "records without text left out: 30, bad bytes replaced: 2"
+    assert capsys.readouterr().err == f"note: {counted}; the first: {first}\n"
+    assert meta("mine")["documents"] == 61
+    write("own.jsonl", texts[1:3])
+    prepare(f"mine --input=own.jsonl --tokenizer={tokenizer} --overwrite=True")
+    assert not capsys.readouterr().err
 
 
-def test_bad_lines_of_pairs_are_skipped_and_counted_as_empty(pairs, capsys):
+def test_lines_of_pairs_without_exactly_one_tab_are_left_out_and_counted(pairs, capsys):
     with Path("pairs.tsv").open("a") as file:
-        file.write("no tab\nWo?\tWhere?\tOu?\n")
-    prepare("mine --input=pairs.tsv --tokenizer=byte --skip_bad_lines=True")
-    assert meta("mine")["dropped"]["empty"] == 2 and meta("mine")["pairs"] == 60
-    assert "2 empty on one side" in capsys.readouterr().out
+        file.write("no tab\n\nWo?\tWhere?\tOu?\n")
+    prepare("mine --input=pairs.tsv --tokenizer=byte")
+    assert meta("mine")["dropped"]["empty"] == 0 and meta("mine")["pairs"] == 60
+    first = "pairs.tsv, line 61: each line must be SOURCE, one tab, TARGET"
+    counted = "records without text left out: 2"
+    assert f"note: {counted}; the first: {first}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

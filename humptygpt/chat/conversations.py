@@ -26,8 +26,9 @@ from humptygpt.cli import UserError
 from humptygpt.files import check_schema
 from humptygpt.prepare.corpus import Corpus, draw, read_all
 from humptygpt.prepare.documents import (
+    LEFT_OUT,
     READERS,
-    SKIP_HINT,
+    Flaws,
     Record,
     file_suffix,
     read_records,
@@ -61,7 +62,7 @@ REPLY = re.compile(rf"({re.escape(BEGIN)}assistant\n)(.*?({re.escape(END)}|$))",
 
 
 class Conversation(tuple[Turn, ...]):
-    """Turns up to the last reply; () if there is none."""
+    """Turns up to the last reply."""
 
     @property
     def texts(self) -> list[str]:
@@ -105,13 +106,12 @@ class Conversations(Corpus):
         """Read the conversations of a file. Equal conversations are in the same split."""
         path, config = self.files[number], self.config
         columns = asked_columns(config.text_key)
-        for place, record in read_records(path, config.encoding_errors, columns):
+        for where, record in read_records(path, columns, self.flaws):
             try:
                 conversation = parse(record, columns)
             except ValueError as error:
-                if not config.skip_bad_lines:
-                    raise UserError(f"{path}, {place}: {error}; {SKIP_HINT}") from error
-                conversation = Conversation()
+                self.flaws.add(LEFT_OUT, f"{where}: {error}")
+                continue
             drawn = draw("\n".join(conversation.texts), hashed=None)
             yield "val" if drawn <= config.val_fraction else "train", conversation
 
@@ -122,9 +122,6 @@ class Conversations(Corpus):
         counted = Counter()
         header = len(tokenizer.encode("assistant\n"))
         for conversation in conversations:
-            if not conversation:
-                counted["without_reply"] += 1
-                continue
             ids.append(np.append(tokenizer.encode_turns(conversation), tokenizer.base.eot))
             replies = [turn for turn in conversation if turn.role == "assistant"]
             text = "".join(conversation.texts)
@@ -145,20 +142,17 @@ class Conversations(Corpus):
         # after a conversation's last turn comes the token that separates conversations, whatever its text is
         first = re.split(rf"(?<={re.escape(END)}\n)(?!{re.escape(BEGIN)})", first_text)[0]
         return {
-            "without_reply": sum(counted["without_reply"] for counted in splits.values()),
             "longest": max(counted["longest"] for counted in splits.values()),
             "questions": QUESTION.findall(first_text)[:8],
             "example": REPLY.sub(r"\1[\2]", first[:SHOWN].strip()),
         }
 
     def summary(self, meta: dict) -> dict[str, str]:
-        lines = {
-            "longest": f"{meta['longest']:,} tokens; train.py cuts longer ones than block_size before a question"
-        }
-        if meta["without_reply"]:
-            lines["left out"] = f"{meta['without_reply']:,} without a reply to learn"
         example = indent(meta["example"], 17 * " ")
-        return lines | {"example": f"the model learns what is in brackets\n\n{example}"}
+        return {
+            "longest": f"{meta['longest']:,} tokens; train.py cuts longer ones than block_size before a question",
+            "example": f"the model learns what is in brackets\n\n{example}",
+        }
 
 
 def asked_columns(text_key: str) -> list[str]:
@@ -174,7 +168,7 @@ def is_conversations(path: Path, text_key: str | None) -> bool:
     if text_key or suffix not in (".jsonl", ".json"):
         return False
     with suppress(UserError, StopIteration):
-        _, first = next(read_records(path, "replace", []))
+        _, first = next(read_records(path, [], Flaws()))
         return bool(find_form(first, FORMS))
     return False
 
@@ -191,7 +185,7 @@ def parse(record: Record, columns: list[str]) -> Conversation:
     form = find_form(record, forms)
     if not form:
         names = " or ".join(" and ".join(form[:2]) for form in forms)
-        raise ValueError(f"it is no object with {names}: {str(record).strip()[:100]}")
+        raise ValueError(f"it is no object with {names}")
     if record.get("tools") or record.get("functions"):
         raise ValueError("it has tools, which a model cannot learn to call here")
     first = form[0]
@@ -202,6 +196,8 @@ def parse(record: Record, columns: list[str]) -> Conversation:
         turns = read_exchange(record, *form)
     while turns and turns[-1].role != "assistant":
         turns.pop()
+    if not turns:
+        raise ValueError("it has no reply of the assistant")
     return Conversation(turns)
 
 

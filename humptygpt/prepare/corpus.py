@@ -18,6 +18,7 @@ from tqdm import tqdm
 from humptygpt.cli import UserError, note
 from humptygpt.prepare.documents import (
     BadFile,
+    Flaws,
     Piece,
     describe_skipped,
     file_format,
@@ -68,6 +69,7 @@ class Corpus:
         self.files = self.paths = files
         self.source = source
         self.skipped = skipped
+        self.flaws = Flaws()  # of what was read last
 
     def note_skipped(self) -> None:
         if self.skipped:
@@ -79,7 +81,12 @@ class Corpus:
         items = read_all(self, f"checking the {self.counts[0]}")
         self.text_size = sum(len("".join(item.texts).encode()) for _, item in items)
         if not self.text_size:
-            raise UserError(f"{self.source} has no {self.missing}")
+            raise UserError(self.nothing_in(self.source))
+
+    def nothing_in(self, what: str | Path) -> str:
+        """Describe an input without items, with the first reason."""
+        why = f": {self.flaws.first}" if self.flaws.first else ""
+        return f"{what} has no {self.missing}{why}"
 
     def wrap(self, tokenizer: Tokenizer) -> Tokenizer:
         """Return the tokenizer that encodes the corpus, given the one of its text."""
@@ -132,6 +139,7 @@ class Documents(Corpus):
 
     def measure(self, number: int, bar: tqdm) -> Counter:
         """Count a file's characters in each split, and its bytes of UTF-8. Raises BadFile if there are none."""
+        self.flaws = Flaws()
         size = Counter()
         if file_suffix(self.files[number]) == ".mbox":
             note(
@@ -142,18 +150,17 @@ class Documents(Corpus):
             size.update({split: len(piece.text), "bytes": read})
             bar.update(read)
         if not size["bytes"]:
-            raise BadFile(f"{self.files[number]} has no {self.missing}")
+            raise BadFile(self.nothing_in(self.files[number]))
         return size
 
     def read(self, number: int) -> Iterator[tuple[str, Piece]]:
         """Read the documents of a file in pieces."""
         config = self.config
-        settings = (config.text_key, config.encoding_errors, config.skip_bad_lines)
         before = 0  # characters of the file before this piece
-        for piece in read_documents(self.files[number], *settings):
+        for piece in read_documents(self.files[number], config.text_key, self.flaws):
             if piece.first:
                 split = "val" if draw(piece.text) <= config.val_fraction else "train"
-            if self.cuts is None or not piece.text:
+            if self.cuts is None:
                 yield split, piece
                 continue
             begun, rest = piece.cut(max(0, self.cuts[number] - before))
@@ -169,9 +176,6 @@ class Documents(Corpus):
         ids = []
         counted = Counter()
         for piece in pieces:
-            if not piece.text:
-                counted["skipped_lines"] += 1
-                continue
             if piece.first and tokenizer.bos is not None:
                 ids.append([tokenizer.bos])
             encode = tokenizer.encode if piece.first else tokenizer.encode_rest
@@ -185,18 +189,14 @@ class Documents(Corpus):
         return ids, counted
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
-        return {"skipped_lines": sum(split["skipped_lines"] for split in splits.values())}
+        return {}
 
     def summary(self, meta: dict) -> dict[str, str]:
-        lines = {}
-        if self.cuts and self.separated:
-            lines["validation"] = (
-                f"the last {100 * self.config.val_fraction:.4g}% of each file,"
-                " because there are too few documents or their lengths differ too much"
-            )
-        if count := meta["skipped_lines"]:
-            lines["skipped lines"] = f"{count:,} without text"
-        return lines
+        if not self.cuts or not self.separated:
+            return {}
+        end = f"the last {100 * self.config.val_fraction:.4g}% of each file"
+        why = "because there are too few documents or their lengths differ too much"
+        return {"validation": f"{end}, {why}"}
 
 
 # --------------------------------------------------------------------------------------
@@ -210,6 +210,7 @@ def progress_bar(what: str, total: int | None = None) -> tqdm:
 
 def read_all(corpus: Corpus, what: str) -> Iterator[tuple[str, NamedTuple]]:
     """Yield (split, item) in order, with a progress bar. what: title of the bar."""
+    corpus.flaws = Flaws()
     with progress_bar(what, corpus.text_size) as bar:
         for number in range(len(corpus.files)):
             for split, item in corpus.read(number):

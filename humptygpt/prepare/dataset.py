@@ -71,6 +71,8 @@ def prepare(config: PrepareConfig) -> dict:
                 write_text(preparing / COMMAND, f"{command}\n")
                 write_text(preparing / "meta.json", json.dumps(meta, indent=1))
                 install(preparing, folder)
+                if corpus.flaws.first:
+                    note(str(corpus.flaws))
     print(summary(folder, corpus, meta))
     return meta
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, Self, TextIO
+from typing import NamedTuple, Self
 
 from humptygpt.cli import UserError, one_line
 
@@ -30,6 +30,7 @@ except ImportError:  # before Python 3.14
 
 Record = object  # a dict, unless the line or row is not valid; None: a blank line
 PIECE = 1 << 18  # maximum number of characters in a piece of a document
+LEFT_OUT = "records without text left out"  # what the note counts
 HEAD = 8000  # bytes read from the start of a file to determine whether it is text
 BYTE_ORDER_MARKS = {  # UTF-32 comes first, because its mark may begin with that of UTF-16
     b"\xff\xfe\0\0": "utf-32",
@@ -53,14 +54,12 @@ CONVERTERS = {  # {program: extensions of the files that it converts to text or 
     "unzip": ".zip",
     "tar": ".tar",
 }
-ENCODING_HINT = "set --encoding_errors=replace or ignore"
-SKIP_HINT = "skip such lines with --skip_bad_lines=True"
 
 
 class Piece(NamedTuple):
     """A document, or a part of a long one."""
 
-    text: str  # "" for a line or row without text, which is skipped
+    text: str
     first: bool  # True: the document begins with this piece
     last: bool  # True: the document ends with this piece
 
@@ -77,6 +76,20 @@ class Piece(NamedTuple):
 
 class BadFile(UserError):
     """A file that cannot be read as text. If there are other files, it is skipped with a note of the reason."""
+
+
+class Flaws(Counter):
+    """Counts the bad bytes and the records without text in files, and says where the first is."""
+
+    first = ""
+
+    def add(self, what: str, where: str, count: int = 1) -> None:
+        self[what] += count
+        self.first = self.first or where
+
+    def __str__(self):
+        counts = ", ".join(f"{what}: {count:,}" for what, count in self.items())
+        return f"{counts}; the first: {self.first}"
 
 
 # --------------------------------------------------------------------------------------
@@ -168,97 +181,90 @@ def read_errors(path: Path) -> Iterator[None]:
 # Documents
 
 
-def read_documents(
-    path: Path, text_key: str, errors: str, skip_bad_lines: bool = False
-) -> Iterator[Piece]:
+def read_documents(path: Path, text_key: str, flaws: Flaws) -> Iterator[Piece]:
     """Read all documents of a file in pieces of at most PIECE characters, cut at the same positions every time.
 
     A text file is one document, and so is the text under text_key in each line of JSON or row of Parquet or CSV.
-    \\r\\n and \\r become \\n.
-
-    errors: strict, replace or ignore, as in bytes.decode. skip_bad_lines: skip lines and rows without text, instead of
-    raising UserError at the first.
+    \\r\\n and \\r become \\n. flaws: counts bad bytes, and lines and rows without text.
     """
     if file_format(path) == ".txt":
-        with read_errors(path), open_text(path, errors) as text:
-            yield from pieces(iter(partial(text.read, PIECE), ""))
+        yield from pieces(read_text(path, flaws, size=PIECE))
         return
-    for place, record in read_records(path, errors, [text_key]):
+    for where, record in read_records(path, [text_key], flaws):
         text = record.get(text_key) if isinstance(record, dict) else None
-        if isinstance(text, str):
+        if text and isinstance(text, str):
             yield from pieces([text.replace("\r\n", "\n").replace("\r", "\n")])
-        elif skip_bad_lines:
-            yield Piece("", first=True, last=True)
         else:
-            raise UserError(
-                f"{path}, {place} has no text under {text_key!r}: {str(record).strip()[:100]};"
-                f" set --text_key to another key, {ENCODING_HINT}, or {SKIP_HINT}"
-            )
+            flaws.add(LEFT_OUT, f"{where}: no text under text_key={text_key}")
 
 
-@contextmanager
-def open_text(path: Path, errors: str, newline: str | None = None) -> Iterator[TextIO]:
-    """Open a text file, and decompress it if necessary. Raises BadFile if it is binary or not in a known encoding."""
+def read_text(
+    path: Path, flaws: Flaws, newline: str | None = None, size: int | None = None
+) -> Iterator[str]:
+    """Read a text file in parts of `size` characters; None: in lines. Bad bytes become U+FFFD, which flaws counts.
+
+    newline: as in open(). Raises BadFile if the file is binary.
+    """
     unpack = UNPACK.get(path.suffix.lower(), open)
-    with unpack(path, "rb") as file:
-        start = file.read(HEAD)
-    found = (name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark))
-    encoding = next(found, "utf-8-sig")
-    # as in git, a file with null bytes is binary; a PDF may have none at its start, so it is recognised by its mark
-    if start.startswith(b"%PDF-") or (encoding == "utf-8-sig" and b"\0" in start):
-        raise BadFile(f"{path} is not a text file{convert(path.suffix.lower())}")
-    try:
-        with unpack(path, "rt", encoding=encoding, errors=errors, newline=newline) as text:
-            yield text
-    except UnicodeDecodeError as error:
-        raise BadFile(
-            f"{path} is not valid {error.encoding}; convert it with iconv, or {ENCODING_HINT}"
-        ) from error
-
-
-def read_lines(path: Path, errors: str) -> Iterator[str]:
-    """Read the lines of a text file. errors: as in read_documents."""
-    with read_errors(path), open_text(path, errors, newline="\n") as text:
-        yield from text
+    line = 1
+    with read_errors(path):
+        with unpack(path, "rb") as file:
+            start = file.read(HEAD)
+        found = (name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark))
+        encoding = next(found, "utf-8-sig")
+        # as in git, a file with null bytes is binary; a PDF may have none at its start, so it is recognised by its mark
+        if start.startswith(b"%PDF-") or (encoding == "utf-8-sig" and b"\0" in start):
+            raise BadFile(f"{path} is not a text file{convert(path.suffix.lower())}")
+        with unpack(
+            path, "rt", encoding=encoding, errors="replace", newline=newline
+        ) as text:
+            for part in iter(partial(text.read, size) if size else text.readline, ""):
+                if bad := part.count("\ufffd"):
+                    at = line + part.count("\n", 0, part.index("\ufffd"))
+                    flaws.add(
+                        "bad bytes replaced", f"{path}, line {at:,}: it is not UTF-8", bad
+                    )
+                line += part.count("\n")
+                yield part
 
 
 def read_records(
-    path: Path, errors: str, columns: list[str]
+    path: Path, columns: list[str], flaws: Flaws
 ) -> Iterator[tuple[str, Record]]:
-    """Yield the records of a file of JSON, Parquet or CSV, each with its place for messages. Blank lines are left out.
+    """Yield the records of a file of JSON, Parquet or CSV, each with its file and place. Blank lines are left out.
 
-    errors: as in read_documents. columns: the keys to read; []: all, which works only for JSON.
+    columns: the keys to read; []: all, which works only for JSON. flaws: as in read_documents.
     """
     suffix = file_suffix(path)
     unit = "line" if suffix == ".jsonl" else "row"
     with read_errors(path):
-        for number, record in enumerate(READERS[suffix](path, columns, errors), start=1):
+        for number, record in enumerate(READERS[suffix](path, columns, flaws), start=1):
             if record is not None:
-                yield f"{unit} {number:,}", record
+                yield f"{path}, {unit} {number:,}", record
 
 
-def read_json(path: Path, columns: list[str], errors: str) -> Iterator[Record]:
+def read_json(path: Path, columns: list[str], flaws: Flaws) -> Iterator[Record]:
     """Read the lines of a JSON file, or the entries of the array in a .json file."""
-    with open_text(path, "surrogateescape") as lines:
-        if file_suffix(path) == ".json":
-            text = lines.read()
-            is_array = text.lstrip().startswith("[")
-            lines = map(json.dumps, json.loads(text)) if is_array else text.split("\n")
-        for line in lines:
-            yield parse_record(line, errors) if line.strip() else None
+    lines = read_text(path, flaws)
+    if file_suffix(path) == ".json":
+        text = "".join(lines)
+        is_array = text.lstrip().startswith("[")
+        lines = map(json.dumps, json.loads(text)) if is_array else text.split("\n")
+    for line in lines:
+        yield parse_record(line) if line.strip() else None
 
 
-def parse_record(line: str, errors: str) -> Record:
-    """Parse JSON, or return the line if that is not valid. errors: as in read_documents, for invalid text."""
+def parse_record(line: str) -> Record:
+    """Parse JSON, or return the line if that is not valid."""
     with suppress(ValueError, RecursionError):
-        text = json.dumps(json.loads(line), ensure_ascii=False)
-        # lone surrogates are not text: they stand for invalid bytes, or the JSON contains them as escapes
-        codes = text.encode("utf-16", "surrogatepass")
-        return json.loads(codes.decode("utf-16", errors))
+        record = json.loads(line)
+        # this fails if an escape stands for half a character
+        json.dumps(record, ensure_ascii=False).encode()
+        return record
     return line
 
 
-def read_parquet(path: Path, columns: list[str], errors: str) -> Iterator[Record]:
+def read_parquet(path: Path, columns: list[str], flaws: Flaws) -> Iterator[Record]:
     import pyarrow.parquet  # slow to import and rarely needed
 
     with pyarrow.parquet.ParquetFile(path) as table:
@@ -267,22 +273,22 @@ def read_parquet(path: Path, columns: list[str], errors: str) -> Iterator[Record
             yield from batch.to_pylist()
 
 
-def read_table(path: Path, columns: list[str], errors: str) -> Iterator[Record]:
+def read_table(path: Path, columns: list[str], flaws: Flaws) -> Iterator[Record]:
     """Read the rows of a CSV or TSV file.
 
     The first line names the columns. The separator is whichever of comma, semicolon and tab is most frequent there.
     Between tabs, quotes are part of the text.
     """
     csv.field_size_limit(2**31 - 1)
-    with open_text(path, errors, newline="") as text:
-        header = text.readline()
-        separator = max(",;\t", key=header.count)
-        quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-        table = csv.DictReader(chain([header], text), delimiter=separator, quoting=quoting)
-        check_columns(path, columns, table.fieldnames)
-        for row in table:
-            # the csv module stores surplus cells under None; in such a row, the text probably contains the separator
-            yield str(row) if None in row else row
+    lines = read_text(path, flaws, newline="")
+    header = next(lines, "")
+    separator = max(",;\t", key=header.count)
+    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+    table = csv.DictReader(chain([header], lines), delimiter=separator, quoting=quoting)
+    check_columns(path, columns, table.fieldnames)
+    for row in table:
+        # the csv module stores surplus cells under None; in such a row, the text probably contains the separator
+        yield str(row) if None in row else row
 
 
 READERS = {  # {extension: reads the records}

@@ -24,8 +24,6 @@ class PrepareConfig:
     name: str | None = None  # name of the folder in data/; the --name= prefix is optional
     input: str | None = None  # file, folder, pattern, or - for stdin
     text_key: str | None = None  # key of the text, or of a question and its answer: q,a
-    encoding_errors: str = "strict"  # how to handle bytes that are not UTF-8
-    skip_bad_lines: bool = False  # skip lines that have no text or, in a .tsv file, do not have exactly one tab
     val_fraction: float | None = None  # validation fraction; None: 0.1, or 0.02 for pairs
     files: int | None = None  # maximum number of files
     # sentence pairs; all but source and target also apply to a .tsv input
@@ -48,7 +46,6 @@ class PrepareConfig:
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
         return {
-            "encoding_errors": ("strict", "replace", "ignore"),
             "tokenizer": CHOICES,
             "model_type": ("bpe", "unigram"),
         }

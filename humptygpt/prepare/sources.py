@@ -19,6 +19,7 @@ from typing import NamedTuple
 from humptygpt.cli import UserError, note, one_line
 from humptygpt.files import whole, write_bytes, write_text
 from humptygpt.prepare.corpus import draw, normalised
+from humptygpt.prepare.documents import Flaws
 from humptygpt.prepare.download import download, package
 from humptygpt.prepare.settings import PrepareConfig
 from humptygpt.translation.pairs import PairFiles, read_pairs
@@ -230,7 +231,7 @@ def everyday_de_en(config: PrepareConfig) -> tuple[PairFiles, str]:
     archive = DOWNLOADS / "tatoeba" / "deu-eng.zip"
     pairs = read_tatoeba(download(TATOEBA_URL, archive, TATOEBA_SHA256))
     components = Components()
-    for pair in read_pairs(captions[0][1], "strict"):
+    for pair in read_pairs(captions[0][1], Flaws()):
         # all captions become one component, which is used for training
         components.connect("captions", pair.source)
         components.connect("captions", pair.target)

@@ -15,7 +15,7 @@ import numpy as np
 
 from humptygpt.cli import UserError
 from humptygpt.prepare.corpus import Corpus, draw, normalised
-from humptygpt.prepare.documents import SKIP_HINT, read_lines
+from humptygpt.prepare.documents import LEFT_OUT, Flaws, read_text
 from humptygpt.prepare.settings import PrepareConfig
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
@@ -81,7 +81,7 @@ class Pairs(Corpus):
         They are the sentences in the file held_out, the sources in a given validation or test split, and every sentence
         connected to one of them by pairs: its translations, their other translations, and so on.
         """
-        lines = read_lines(Path(self.config.held_out), self.config.encoding_errors)
+        lines = read_text(Path(self.config.held_out), self.flaws, newline="\n")
         held_out = {normalised(line.partition("\t")[0]) for line in lines}
         given = chain.from_iterable(map(self.read, self.given))
         held_out.update(normalised(pair.source) for _, pair in given)
@@ -98,10 +98,9 @@ class Pairs(Corpus):
 
     def read(self, number: int) -> Iterator[tuple[str, Pair]]:
         """Read one pair per line from self.files[number]. A dropped pair is yielded empty, with a reason."""
-        config = self.config
         held_out = set() if number in self.given else self.held_out
         given, paths = self.files[number]
-        for pair in read_pairs(paths, config.encoding_errors, config.skip_bad_lines):
+        for pair in read_pairs(paths, self.flaws):
             if not all(pair.texts):
                 pair = Pair("", "", "empty")
             elif held_out and not held_out.isdisjoint(map(normalised, pair.texts)):
@@ -174,15 +173,12 @@ class Pairs(Corpus):
 # Files -> pairs
 
 
-def read_pairs(
-    paths: tuple[Path, ...], errors: str, skip_bad_lines: bool = False
-) -> Iterator[Pair]:
+def read_pairs(paths: tuple[Path, ...], flaws: Flaws) -> Iterator[Pair]:
     """Read one pair per line from a TSV file, or from two aligned files. Whitespace is trimmed and collapsed.
 
-    A blank line of a TSV file is read as an empty pair. skip_bad_lines: read lines that do not have exactly one tab as
-    empty pairs too, instead of raising UserError. errors: as in read_documents().
+    flaws: counts bad bytes, and the lines of a TSV file that do not have exactly one tab. Blank lines are left out.
     """
-    files = (read_lines(path, errors) for path in paths)
+    files = (read_text(path, flaws, newline="\n") for path in paths)
     for number, lines in enumerate(zip_longest(*files), start=1):
         if None in lines:
             raise UserError(
@@ -190,10 +186,7 @@ def read_pairs(
                 " in the other file"
             )
         sides = lines if len(paths) == 2 else lines[0].split("\t")
-        if len(sides) != 2:
-            if lines[0].strip() and not skip_bad_lines:
-                raise UserError(
-                    f"{paths[0]}, line {number:,} has {len(sides) - 1:,} tabs; {LINE_RULE}; {SKIP_HINT}"
-                )
-            sides = ("", "")
-        yield Pair(*(" ".join(side.split()) for side in sides))
+        if len(sides) == 2:
+            yield Pair(*(" ".join(side.split()) for side in sides))
+        elif lines[0].strip():
+            flaws.add(LEFT_OUT, f"{paths[0]}, line {number:,}: {LINE_RULE}")
