@@ -116,8 +116,6 @@ class ModelConfig:
             raise ValueError(
                 f"block={self.block} has no residual connections, so with init=zero it would output 0; use init=gpt2"
             )
-        if self.mlp == "none" and self.block == "parallel":
-            raise ValueError("block=parallel needs a feed-forward network, but mlp=none")
 
     def check_values(self) -> None:
         """Raise ValueError for the first value that is invalid on its own."""
@@ -563,7 +561,6 @@ class Block(nn.Module):
     """
 
     residual = True  # outputs are added to inputs
-    one_norm = False  # True: both branches read the same normalised input
     ends_with_norm = False  # True: the stack needs no norm at its end
 
     def __init__(self, config: ModelConfig, layer: int = 0):
@@ -571,7 +568,7 @@ class Block(nn.Module):
         mlp = MLPS[config.mlp]
         self.attn_norm = NORMS[config.norm](config)
         self.attn = ATTENTIONS[config.attention](config, layer)
-        if mlp and not self.one_norm:
+        if mlp:
             self.mlp_norm = NORMS[config.norm](config)
         self.conv = CausalConv(config) if mlp and config.mlp_conv else None
         self.mlp = mlp(config) if mlp else None
@@ -627,26 +624,7 @@ class PlainBlock(Block):
         return x
 
 
-class ParallelBlock(Block):
-    """Both branches read the same input, so a GPU could compute them at the same time.
-
-    Source: Wang and Komatsuzaki 2021 (GPT-J); Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, section 2.
-    """
-
-    one_norm = True
-
-    def forward(self, x, shared, cache=None):
-        y = self.attn_norm(x)
-        x = x + self.attn_dropout(self.attn(y, shared, cache))
-        return x + self.mlp_dropout(self.feed_forward(y, shared, cache))
-
-
-BLOCKS = {
-    "pre_norm": PreNormBlock,
-    "post_norm": PostNormBlock,
-    "plain": PlainBlock,
-    "parallel": ParallelBlock,
-}
+BLOCKS = {"pre_norm": PreNormBlock, "post_norm": PostNormBlock, "plain": PlainBlock}
 
 
 class Stack(nn.Module):

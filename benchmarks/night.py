@@ -49,7 +49,6 @@ mlp_conv=5
 mlp=gated activation=silu
 activation=gelu
 norm=rmsnorm
-block=parallel
 embed_norm=True
 logit_soft_cap=15
 position=alibi

@@ -59,7 +59,7 @@ function branchesOf(trace, block) {
 /** The path of the input of a branch. */
 function branchInput({ config }, trace, block, branch) {
   if (config.block === "post_norm") return streamBefore(trace, block, branch);
-  return `${block}.${config.block === "parallel" ? "attn" : branch}_norm.output`;
+  return `${block}.${branch}_norm.output`;
 }
 
 /** The path from which numbers were copied; null if they are computed at this path. */

@@ -218,13 +218,11 @@ function feedForward(x, weights, { config }, before) {
 // --------------------------------------------------------------------------------------
 // Blocks
 
-/** {kind of block: whether a branch reads the norm of the stream, whether all read the same one, and whether what it
-computes is added to the stream} */
+/** {kind of block: whether a branch reads the norm of the stream, and whether what it computes is added to the stream} */
 const BLOCKS = {
   pre_norm: { normFirst: true, residual: true },
   post_norm: { normFirst: false, residual: true },
   plain: { normFirst: true, residual: false },
-  parallel: { normFirst: true, oneNorm: true, residual: true },
 };
 
 /** [its name in those of norms and of the stream, of its weights, of its trace, and its function] */
@@ -237,13 +235,12 @@ const BRANCHES = [
 /** inputs: values that all blocks of a stack share. Returns the trace. */
 function block(x, weights, inputs, before) {
   const { config, norm, dropout } = inputs;
-  const { normFirst, oneNorm, residual } = BLOCKS[config.block];
+  const { normFirst, residual } = BLOCKS[config.block];
   const y = { input: x };
-  const read = oneNorm && (y.attn_norm = norm(x, weights.attn_norm)).output;
   for (const [name, own, part, branch] of BRANCHES) {
     if (!weights[own]) continue;
     const normed = (stream) => (y[`${name}_norm`] = norm(stream, weights[`${name}_norm`])).output;
-    y[part] = branch(read || (normFirst ? normed(x) : x), weights, inputs, before?.[part]);
+    y[part] = branch(normFirst ? normed(x) : x, weights, inputs, before?.[part]);
     const change = dropout(y[part].o_proj ?? y[part].down_proj, own);
     const stream = residual ? add(x, change) : change;
     x = y[`after_${name}`] = normFirst ? stream : normed(stream);

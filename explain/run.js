@@ -17,7 +17,7 @@ function initialWeights(config) {
   const add = (name) => norm !== "none" && weights.push([`${name}.weight`, [C], "norm"]);
   for (let i = 0; i < n_layer; i++) {
     add(`stack.blocks.${i}.attn_norm`);
-    if (mlp !== "none" && !BLOCKS[block].oneNorm) add(`stack.blocks.${i}.mlp_norm`);
+    if (mlp !== "none") add(`stack.blocks.${i}.mlp_norm`);
     for (const [name, rows, columns] of linears) {
       const last = /o_proj|down_proj/.test(name);
       const std = BLOCKS[block].residual ? 0.02 / Math.sqrt(last ? branches : 1) : 1 / Math.sqrt(columns);

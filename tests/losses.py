@@ -42,7 +42,7 @@ RUNS = {
     " --activation=relu_squared --qk_norm=True --tie_weights=False --schedule=linear --min_lr=0.0 --grad_clip=0.0",
     "muon": "--dataset=text --position=rotary --norm=rmsnorm --optimizer=muon --weight_decay=0.0 --n_kv_head=2",
     "post_norm": "--dataset=text --position=sinusoidal --block=post_norm --activation=relu --schedule=wsd",
-    "alibi": "--dataset=text --position=alibi --block=parallel --n_kv_head=2 --window=8 --dropout=0.1",
+    "alibi": "--dataset=text --position=alibi --n_kv_head=2 --window=8 --dropout=0.1",
     "no_residual": "--dataset=text --position=none --block=plain --mlp=none --norm=none",
     "window": "--dataset=text --model=window_mlp --window=4 --optimizer=muon --dropout=0.2",
     "transformer": "--dataset=pairs --model=transformer --position=sinusoidal --block=post_norm --label_smoothing=0.1"

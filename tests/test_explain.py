@@ -670,12 +670,9 @@ def preset(path: str, **keys) -> dict:
 def drawn_settings(seed: int) -> dict:
     """Settings of a GPT, at random."""
     draw = random.Random(seed)
-    some = {
-        key: draw.choice(sorted(variants_of(key))) for key in ("position", "norm", "block")
-    }
+    some = {key: draw.choice(sorted(variants_of(key))) for key in ("position", "norm")}
+    some["block"] = draw.choice(["pre_norm", *sorted(variants_of("block"))])  # most have it
     some |= {key: draw.choice(sorted(variants_of(key))) for key in ("mlp", "activation")}
-    if some["block"] == "parallel" and some["mlp"] == "none":
-        some["mlp"] = "plain"
     for key in ("bias", "qk_norm", "tie_weights", "embed_norm", "attn_bias"):
         some[key] = draw.random() < 0.5
     some |= {"n_embd": 24, "n_head": 4, "n_kv_head": draw.choice([None, 1, 2])}
@@ -809,7 +806,6 @@ KNOBS = [
     {"position": "learned", "block": "post_norm", "tie_weights": True, "n_layer": 3},
     {"position": "sinusoidal", "norm": "rmsnorm", "block": "plain", "mlp": "gated"},
     {"position": "alibi", "norm": "none", "mlp": "none", "tie_weights": True},
-    {"block": "parallel"},
 ]
 
 
@@ -908,7 +904,7 @@ def test_what_the_parts_add_to_a_logit_adds_up_to_it_less_the_mean_of_all(node, 
         assert sum_of_parts == pytest.approx(logit - mean, abs=1e-5)
 
 
-@pytest.mark.parametrize("block", ["pre_norm", "post_norm", "parallel"])
+@pytest.mark.parametrize("block", ["pre_norm", "post_norm"])
 @pytest.mark.parametrize("branch", ["attn", "mlp"])
 def test_the_effect_of_a_branchs_output_is_what_that_branch_contributes(
     node, block, branch

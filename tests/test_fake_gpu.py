@@ -248,8 +248,6 @@ def allowed(case: dict) -> dict:
         case |= {"n_embd": 1}
     if case["block"] == "plain":
         case |= {"init": "gpt2"}
-    if case["block"] == "parallel" and case["mlp"] == "none":
-        case |= {"mlp": "plain"}
     if case["lora_rank"]:  # AdamW trains its small matrices
         case |= {"optimizer": "adamw"}
     return case

@@ -56,7 +56,7 @@ VARIANTS = [
     {"window": 5},
     {"n_hidden": 40},
     *({"mlp_conv": 3, "block": name} for name in BLOCKS),
-    {"mlp_conv": 40, "mlp": "gated", "block": "parallel"},
+    {"mlp_conv": 40, "mlp": "gated"},
     {"position": "rotary", "rope_factor": 4.0, "rope_original_context": 16},
     {"block_size": 1},
     {"model": "window_mlp", "window": 16},
@@ -90,15 +90,14 @@ def random_model(**keys) -> models.GPT:
 
 
 def combinations(position: str, block: str) -> list[dict]:
-    """Every norm x mlp x (n_kv_head, window) with these two. A parallel block needs an MLP."""
+    """Every norm x mlp x (n_kv_head, window) with these two."""
     found = []
     for norm, mlp, (n_kv_head, window) in itertools.product(
         NORMS, MLPS, KV_HEADS_AND_WINDOW
     ):
-        if (block, mlp) != ("parallel", "none"):
-            keys = {"position": position, "block": block, "norm": norm, "mlp": mlp}
-            sizes = {"n_head": 4, "n_embd": 16, "block_size": 8}
-            found.append(sizes | keys | {"n_kv_head": n_kv_head, "window": window})
+        keys = {"position": position, "block": block, "norm": norm, "mlp": mlp}
+        sizes = {"n_head": 4, "n_embd": 16, "block_size": 8}
+        found.append(sizes | keys | {"n_kv_head": n_kv_head, "window": window})
     return found
 
 
@@ -470,7 +469,6 @@ def test_each_layer_may_have_a_window_of_its_own_cached_or_not(monkeypatch):
     "keys",
     [
         {},
-        {"block": "parallel"},
         {"position": "alibi"},
         {"model": "window_mlp"},
         {"model": "window_mlp", "n_hidden": 9},
@@ -536,7 +534,6 @@ def test_alibi_lowers_scores_in_proportion_to_distance_to_both_sides():
     [
         ({}, 2 * 3 + 1),
         ({"block": "plain"}, 2 * 3 + 1),
-        ({"block": "parallel"}, 3 + 1),
         ({"block": "post_norm"}, 2 * 3),
         ({"mlp": "none"}, 3 + 1),
         ({"block": "post_norm", "mlp": "none"}, 3),
@@ -652,10 +649,6 @@ def test_with_init_zero_tokens_and_positions_weigh_the_same(tied):
         (
             {"block": "plain", "init": "zero"},
             "block=plain has no residual connections, so with init=zero it would output 0",
-        ),
-        (
-            {"mlp": "none", "block": "parallel"},
-            "block=parallel needs a feed-forward network",
         ),
         (
             {"model": "window_mlp"},

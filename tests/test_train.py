@@ -979,7 +979,7 @@ def test_the_window_network_trains_and_resumes(run_train, optimizer, model):
         ("activation", models.ACTIVATIONS, "silu"),
         ("norm", models.NORMS, "rmsnorm"),
         ("position", models.POSITIONS, "alibi"),
-        ("block", models.BLOCKS, "parallel"),
+        ("block", models.BLOCKS, "post_norm"),
         ("mlp", models.MLPS, "gated"),
     ],
 )

@@ -57,10 +57,9 @@ class DecoderBlock(Block):
         mlp = MLPS[config.mlp]
         self.attn_norm = NORMS[config.norm](config)
         self.attn = ATTENTIONS[config.attention](config, layer)
-        if not self.one_norm:
-            self.cross_norm = NORMS[config.norm](config)
+        self.cross_norm = NORMS[config.norm](config)
         self.cross_attn = CrossAttention(config, layer)
-        if mlp and not self.one_norm:
+        if mlp:
             self.mlp_norm = NORMS[config.norm](config)
         self.conv = CausalConv(config) if mlp and config.mlp_conv else None
         self.mlp = mlp(config) if mlp else None
@@ -100,21 +99,10 @@ class PlainDecoderBlock(DecoderBlock):
         return x
 
 
-class ParallelDecoderBlock(DecoderBlock):
-    one_norm = True
-
-    def forward(self, x, shared, cache=None):
-        y = self.attn_norm(x)
-        x = x + self.attn_dropout(self.attn(y, shared, cache))
-        x = x + self.cross_dropout(self.cross_attn(y, shared, cache))
-        return x + self.mlp_dropout(self.feed_forward(y, shared, cache))
-
-
 DECODER_BLOCKS = {
     "pre_norm": PreNormDecoderBlock,
     "post_norm": PostNormDecoderBlock,
     "plain": PlainDecoderBlock,
-    "parallel": ParallelDecoderBlock,
 }
 
 
