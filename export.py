@@ -38,13 +38,13 @@ class ExportConfig:
     # export
     init_from: str = "resume"  # resume: a checkpoint in out_dir; otherwise a run, a checkpoint, a model folder or gpt2
     out_dir: str = "out"  # folder of the run to export, or a checkpoint in it
-    checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt; average: its averaged weights
+    checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt
     to: str = "exported"  # file to write, ending in .gguf or .pt, or a new folder
     dtype: str = "float32"  # dtype of the weights; q8_0: 8 bits, .gguf only
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
-        return {"checkpoint": ("best", "latest", "average"), "dtype": DTYPES[".gguf"]}
+        return {"checkpoint": ("best", "latest"), "dtype": DTYPES[".gguf"]}
 
     def validate(self) -> None:
         check_choices(self)

@@ -72,7 +72,7 @@ class SampleConfig:
     # input and output
     init_from: str = "resume"  # resume: a checkpoint in out_dir; otherwise a run, a checkpoint, a model folder or gpt2
     out_dir: str = "out"  # folder of the run to sample from, or a checkpoint in it
-    checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt; average: its averaged weights
+    checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt
     start: str | None = None  # prompt, FILE:path to read it from a file, or - for stdin
     prompts: str | None = None  # file with one prompt per line, or - for stdin
     interactive: bool = False  # read prompts from the terminal, one after another

@@ -44,7 +44,7 @@ class ScoreConfig:
     # models
     out_dir: str = "out"  # folder of the run to score, or a checkpoint in it
     init_from: TEXTS = ()  # instead of out_dir: runs, checkpoints, model folders or names such as gpt2
-    checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt; average: its averaged weights
+    checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt
     # what to score
     text: str | None = None  # a text file, or - for stdin
     stride: int | None = None  # with text: window step in tokens; None: half of block_size

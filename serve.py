@@ -45,7 +45,7 @@ class ServeConfig:
     # model
     init_from: str = "resume"  # resume: a checkpoint in out_dir; otherwise a run, a checkpoint, a model folder or gpt2
     out_dir: str = "out"  # folder of the run, or a checkpoint in it
-    checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt; average: its averaged weights
+    checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt
     # server
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all addresses of this machine
     port: int = 8000  # 0: any free port

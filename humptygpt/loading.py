@@ -13,14 +13,14 @@ from torch import nn
 
 import model as models
 from humptygpt import checkpoint
-from humptygpt.cli import UserError, note, refuse
+from humptygpt.cli import UserError, note
 from humptygpt.device import DTYPES, pick_device, pick_dtype
 from humptygpt.files import parse_json
 from humptygpt.tokenizers import Tokenizer
 
 # allowed values of the keys with which scripts load a model
 CHOICES = {
-    "checkpoint": ("best", "latest", "average"),
+    "checkpoint": ("best", "latest"),
     "dtype": ("auto", *DTYPES),
     "quantize": ("int8",),
 }
@@ -50,8 +50,7 @@ class Pipeline(NamedTuple):
 def load(source: str | Path, which: str = "best") -> Loaded:
     """Load the model that init_from=source names. No weight is in memory twice.
 
-    which: best or latest, the checkpoint to load if source is a run; average: the averages in the latest. Raises
-    UserError if loading fails.
+    which: best or latest, the checkpoint to load if source is a run. Raises UserError if loading fails.
     """
     path = find_source(source, which)
     if is_folder(path):
@@ -63,7 +62,7 @@ def load(source: str | Path, which: str = "best") -> Loaded:
 
         loaded = from_nanogpt(path, saved)
     else:
-        loaded = from_run(path, saved, which)
+        loaded = from_run(path, saved)
     loaded.model.eval()
     tokens, rows = loaded.tokenizer.vocab_size, loaded.model.config.vocab_size
     if tokens > rows:
@@ -74,12 +73,10 @@ def load(source: str | Path, which: str = "best") -> Loaded:
     return loaded
 
 
-def from_run(path: Path, saved: object, which: str = "best") -> Loaded:
+def from_run(path: Path, saved: object) -> Loaded:
     """Make a model from the checkpoint of a run. Raises UserError if the checkpoint is not valid."""
     model, tokenizer = checkpoint.check(path, saved)
     checkpoint.restore_model(model, saved["model"])
-    if which == "average":
-        use_averages(path, model, saved)
     if saved["train_config"].get("lora_rank"):
         from humptygpt.finetune.lora import merge
 
@@ -97,20 +94,6 @@ def from_run(path: Path, saved: object, which: str = "best") -> Loaded:
         saved=saved,
         questions=saved["data"].get("questions", ()),
     )
-
-
-def use_averages(path: Path, model: nn.Module, saved: dict) -> None:
-    """Give a model the averages of its weights that an optimizer keeps in its state under this name, "average"."""
-    states = saved.get("optimizer", {"state": {}})["state"]
-    averages = {
-        name: state["average"] for name, state in states.items() if "average" in state
-    }
-    parameters = dict(model.named_parameters())
-    with refuse(f"{path} has no averages, which an optimizer would have to keep: "):
-        checkpoint.check_tensors("the average of ", averages, parameters)
-    for name, p in parameters.items():
-        p.data = averages[name]
-    saved["model"] = dict(model.state_dict())
 
 
 def code_checksum() -> str:
