@@ -27,9 +27,7 @@ With --x=KEY, the picture is a sweep: the lowest bits per byte, or the last valu
 setting, such as learning_rate, or parameters, seconds, tokens (trained on) or train_tokens (in the training text, known
 once a run has ended). --lines=KEY draws a line, and prints a table, for each value of a second setting. Runs that
 differ only in the seed, in whatever folders, are one row and one point: their mean, with its standard error as a bar. A
-note names other settings that differ. If x is parameters, tokens or train_tokens, a power law is fitted to each line of
-at least three sizes, by ordinary least squares in logarithms, over the means. It is drawn dashed, and its exponent is
-printed with its standard error.
+note names other settings that differ.
 """
 
 import json
@@ -421,7 +419,7 @@ def curve(runs: list[Run], plot: str) -> zip:
 
 
 def draw_sweep(panel, groups: dict[str, Rows], config: CompareConfig) -> None:
-    """Draw a line for each group, with a point for each row and, if x is a size, the power law that fits them."""
+    """Draw a line for each group, with a point for each row."""
     ticks = set()
     for title, rows in groups.items():
         points = []
@@ -434,21 +432,6 @@ def draw_sweep(panel, groups: dict[str, Rows], config: CompareConfig) -> None:
                 points.append((np.mean(x), np.mean(y), error))
         x, y, errors = np.reshape(sorted(points), (-1, 3)).T
         ticks.update(x)
-        if config.x in ("parameters", "tokens", "train_tokens"):
-            if len(set(x)) < 3 or min(*x, *y) <= 0:
-                note(
-                    f"{title}: no power law, which takes three evaluated values of {config.x}"
-                )
-            else:
-                (b, log_a), covariance = np.polyfit(np.log(x), np.log(y), 1, cov=True)
-                exponent = f"exponent {b:.4f} ± {covariance[0, 0] ** 0.5:.4f}"
-                print(
-                    f"{title}: {np.exp(log_a):.4g} * {config.x}^{b:.4f}, {exponent}",
-                    file=sys.stderr,
-                )
-                panel.plot(x, np.exp(log_a) * x**b, "--", color="gray")
-                panel.set_yscale("log")
-                title = f"{title}, {exponent}"
         panel.errorbar(x, y, errors, label=title, marker="o", capsize=3)
     if len(ticks) < 2:
         raise UserError(f"x={config.x} is not a number with two values, in evaluated runs")

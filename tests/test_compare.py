@@ -618,46 +618,6 @@ def make_sizes(bits: list[float]) -> list[str]:
     ]
 
 
-def test_a_power_law_of_sizes_is_fitted_by_least_squares_in_logarithms(draw, capsys):
-    off = np.array([0.01, -0.02, 0.03, 0.01])  # in the logarithm
-    sizes = 1000 * 2.0 ** np.arange(4)
-    losses = 30 * sizes**-0.25 * np.exp(off)
-    (panel,) = draw(*make_sizes(list(losses)), "--x=parameters")
-    # the textbook's formulas
-    x, y = np.log(sizes), np.log(losses)
-    x_off, y_off = x - x.mean(), y - y.mean()
-    slope = (x_off @ y_off) / (x_off @ x_off)
-    rest = y_off - slope * x_off
-    error = (rest @ rest / 2 / (x_off @ x_off)) ** 0.5
-    scale = math.exp(y.mean() - slope * x.mean())
-    exponent = f"exponent {slope:.4f} ± {error:.4f}"
-    law = f"all runs: {scale:.4g} * parameters^{slope:.4f}, {exponent}\n"
-    assert law in capsys.readouterr().err
-    assert texts_of(panel) == [f"all runs, {exponent}"]
-    (dashed,) = [line for line in panel.lines if line.get_linestyle() == "--"]
-    assert dashed.get_ydata() == pytest.approx(scale * sizes**slope)
-    assert panel.get_xscale() == panel.get_yscale() == "log"
-
-
-def test_there_is_no_power_law_of_two_sizes_of_a_setting_or_of_a_negative_number(
-    draw, capsys
-):
-    runs = [*make_sizes([3.0, 2.0]), make_run("out/new", _parameters=9000)]
-    (panel,) = draw(*runs, "--x=parameters")
-    note = (
-        "note: all runs: no power law, which takes three evaluated values of parameters\n"
-    )
-    assert note in capsys.readouterr().err and texts_of(panel) == ["all runs"]
-    runs = [make_run(f"out/layers_{n}", 1 / n, n_layer=n) for n in (1, 2, 4)]
-    (panel,) = draw(*runs, "--x=n_layer")
-    assert texts_of(panel) == ["all runs"] and "power law" not in capsys.readouterr().err
-    for number, path in enumerate(runs, 1):
-        with Path(path, "metrics.jsonl").open("a") as file:
-            file.write(f'{TIMES.replace("9,", f"{number},", 1)} "gain": -{number}}}\n')
-    draw(*runs, "--x=tokens", "--plot=gain")
-    assert "no power law" in capsys.readouterr().err
-
-
 def test_the_size_of_the_text_is_that_of_the_result_of_a_run_that_has_ended(draw):
     runs = make_sizes([5.0, 4.0, 3.0, 2.0])
     for tokens, path in enumerate(runs[:2], 1):

@@ -19,7 +19,6 @@ from torch import nn
 
 import model as models
 import prepare_data
-import sample
 import train
 from humptygpt import cli, data, optimizers, tokenizers
 from humptygpt.cli import UserError
