@@ -1,14 +1,12 @@
-"""Export a model as a folder for transformers, a file for llama.cpp or a single checkpoint.
+"""Export a model as a folder for transformers or a file for llama.cpp.
 
     python export.py --out_dir=out/shakespeare_char_llama --to=exported
     python export.py --out_dir=out/shakespeare_char_llama --to=model.gguf --dtype=q8_0
-    python export.py --out_dir=out/gpt2_1558m --checkpoint=latest --to=ckpt.pt    one file from a sharded run
     python export.py --init_from=nanoGPT/out-x --to=exported     any other model: nanoGPT's, a folder, an adapter, gpt2
 
 The folder has the model, its tokenizer and a model card, and is ready to upload to the Hugging Face Hub. The GGUF file
 is for llama.cpp and for programs that are built on it, such as Ollama and LM Studio. Both formats support only GPT-2's
-and Llama's architectures. Any run can be exported to a .pt file, a single file that all scripts can open. The file
-extension of --to selects the format.
+and Llama's architectures. The file extension of --to selects the format.
 """
 
 import shlex
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from humptygpt import cli, machine
-from humptygpt.cli import UserError, check_choices
+from humptygpt.cli import check_choices
 from humptygpt.files import whole
 
 if TYPE_CHECKING:
@@ -26,11 +24,7 @@ if TYPE_CHECKING:
 
 # torch takes seconds to import. Only the functions that need it import it, so a misspelt key is reported at once.
 
-DTYPES = {  # by file extension
-    ".gguf": ("float32", "bfloat16", "q8_0"),
-    ".pt": ("float32",),
-}
-FOLDER_DTYPES = ("float32", "bfloat16")  # with any other extension, or none
+DTYPES = ("float32", "bfloat16", "q8_0")
 
 
 @dataclass(frozen=True)
@@ -39,19 +33,21 @@ class ExportConfig:
     init_from: str = "resume"  # resume: a checkpoint in out_dir; otherwise a run, a checkpoint, a model folder or gpt2
     out_dir: str = "out"  # folder of the run to export, or a checkpoint in it
     checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt
-    to: str = "exported"  # file to write, ending in .gguf or .pt, or a new folder
+    to: str = "exported"  # file to write, ending in .gguf, or a new folder
     dtype: str = "float32"  # dtype of the weights; q8_0: 8 bits, .gguf only
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
-        return {"checkpoint": ("best", "latest"), "dtype": DTYPES[".gguf"]}
+        return {"checkpoint": ("best", "latest"), "dtype": DTYPES}
 
     def validate(self) -> None:
         check_choices(self)
-        dtypes = DTYPES.get(Path(self.to).suffix, FOLDER_DTYPES)
-        if self.dtype not in dtypes:
+        extension = Path(self.to).suffix
+        if extension == ".pt":
+            raise ValueError(f"to={self.to}: a run has such files; copy its best.pt")
+        if self.dtype == "q8_0" and extension != ".gguf":
             raise ValueError(
-                f"dtype={self.dtype} needs a file that ends in .gguf; otherwise use {' or '.join(dtypes)}"
+                "dtype=q8_0 needs a file that ends in .gguf; otherwise use float32 or bfloat16"
             )
 
 
@@ -64,11 +60,9 @@ def main(argv: list[str]) -> None:
 
     loaded = load(chosen_source(config, given), config.checkpoint)
     to = Path(config.to)
-    if to.suffix != ".pt":
-        find_family(loaded.model.config)  # refuse now, not after asking for packages
-        check_formulas(loaded.model.config, "transformers or llama.cpp")
-    writers = {".gguf": write_gguf_file, ".pt": write_checkpoint}
-    write = writers.get(to.suffix, write_folder)
+    find_family(loaded.model.config)  # refuse now, not after asking for packages
+    check_formulas(loaded.model.config, "transformers or llama.cpp")
+    write = write_gguf_file if to.suffix == ".gguf" else write_folder
     print(write(loaded, to, config.dtype))
 
 
@@ -97,18 +91,6 @@ def write_gguf_file(loaded: "Loaded", to: Path, dtype: str) -> str:
     with whole(to) as file:
         write_gguf(file, to.stem, loaded.model, tokens, dtype)
     return f"{to}: with llama.cpp, run: llama-completion -m {shlex.quote(str(to))} -n 200"
-
-
-def write_checkpoint(loaded: "Loaded", to: Path, dtype: str) -> str:
-    """Write all entries of a run's checkpoint to one file and return a line to print."""
-    from humptygpt.checkpoint import save
-
-    if loaded.saved is None:
-        raise UserError(
-            f"only a run can be exported as a checkpoint, which {loaded.path} is not; load it directly with --init_from"
-        )
-    save(to, loaded.saved)
-    return f"{to}: python sample.py {shlex.quote(f'--out_dir={to}')}"
 
 
 def generation_config(loaded: "Loaded") -> dict[str, object]:

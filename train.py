@@ -31,8 +31,7 @@ from tqdm import tqdm
 
 from humptygpt import evaluation, report
 from humptygpt.checks import check_model
-from humptygpt.cli import UserError
-from humptygpt.device import DTYPES, autocast, to_device, tune_malloc
+from humptygpt.device import DTYPES, autocast, to_device
 from humptygpt.loading import load
 from humptygpt.optimizers import make_optimizer
 from humptygpt.process import (
@@ -107,13 +106,9 @@ def setup(start: Start) -> Run:
     """Assemble a run."""
     config, model_config, saved, base, given = start
     process = start_process(config, lambda: prepare_missing(config))
-    if METRICS and process.sharded:
-        raise UserError("METRICS needs whole weights; use --parallel=ddp")
     device = process.device
     config = tune(config, process)
     dtype = DTYPES[config.dtype]
-    if not process.sharded:  # that gathers whole weights and frees them, which leaves gaps
-        tune_malloc()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     dataset = open_prepared(config, model_config)
@@ -134,9 +129,7 @@ def setup(start: Start) -> Run:
     elif not config.eval_only:
         check_training_fits(config, model_config, device, process.size)
 
-    model = make_model(
-        config, model_config, saved, base, process.sharded, dataset.tokenizer
-    )
+    model = make_model(config, model_config, saved, base, process.first, dataset.tokenizer)
     check_model(model)
     run = Run(
         config=config,
@@ -148,16 +141,18 @@ def setup(start: Start) -> Run:
         net=model,
         progress=resumed_progress(config, saved) if saved else Progress(),
         measured=left_open(start),
+        metrics=METRICS,
         clock=clock,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         test_pairs=make_tester(config, dataset, process),
     )
     process.place(model, run)
     run.optimizer = make_optimizer(config, model, process.optimizer_class)
-    if saved:
+    # an evaluation uses the plain model and no optimizer, to save memory
+    if saved and not config.eval_only:
         run.restore(saved)
         keep_best(run, saved)
-    if not config.eval_only:  # an evaluation uses the plain model, to save memory
+    if not config.eval_only:
         run.net = make_net(run)
         start_workers(run, compute_gradients)
     return run
@@ -277,10 +272,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, Tensor], Tensor, int]:
     losses = {key: process.sum(sum(part[key] for part in parts)) for key in parts[0]}
     process.workers.sum_gradients()
     run.scaler.unscale_(run.optimizer)
-    grad_norm = clip(run.model, run.config.grad_clip)
-    if process.sharded:
-        grad_norm = grad_norm.full_tensor()
-    metrics = {} if (step + 1) % run.config.log_interval else METRICS
+    grad_norm = process.gather(clip(run.model, run.config.grad_clip))
+    metrics = {} if (step + 1) % run.config.log_interval else run.metrics
     weights = run.model.named_parameters() if metrics else ()
     before = {key: p.detach().clone() for key, p in weights}
     run.scaler.step(run.optimizer)
@@ -371,11 +364,10 @@ def finish(run: Run, folder: RunFolder) -> str:
 def show_best(run: Run, folder: RunFolder) -> None:
     """Evaluate the best model on the whole validation split, print a sample, and score its translations."""
     model = run.model
-    if run.process.sharded or run.progress.best_iter < run.progress.iter:
+    if not run.has_best:
         model = load(folder.path).model
         model.has_cache = run.model.has_cache
-    if not run.process.sharded:  # a sharded model may not fit on one GPU
-        model.to(run.device)
+        model.to(run.process.sampling_device)
     stamp = run.progress.stamp()
     if evaluation.cost_of_whole_split(run):
         row = evaluation.measures(run, model, None)
@@ -397,7 +389,7 @@ def show_best(run: Run, folder: RunFolder) -> None:
 def evaluate_only(run: Run) -> str:
     row = evaluation.measures(run, run.net, run.config.eval_iters)
     text = f"{evaluation.evaluation_line(row)} at iter {run.progress.iter}"
-    if run.task.score and run.process.first and not run.process.sharded:
+    if run.task.score and run.process.size == 1:
         text += "\n" + show(run, run.task.score, run.model).text
     return text
 

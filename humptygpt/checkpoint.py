@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from humptygpt import cli, machine, tokenizers
 from humptygpt.cli import UserError, note, one_line, refuse
-from humptygpt.files import check_schema, remove, write_whole
+from humptygpt.files import check_schema, write_whole
 from humptygpt.tasks import MODELS, build_on_meta, config_class
 from model import ModelConfig
 
-SHARDED = ".metadata"  # a folder with this file is a sharded checkpoint
 FORMAT = "gpt checkpoint 3"  # the number increases whenever the schema changes
 CONFIG = {str: (int, float, bool, str, None)}
 COUNT = range(2**63)
@@ -54,19 +54,15 @@ def save(path: Path, entries: dict) -> None:
     state = {"format": FORMAT, **entries}
     check_schema(state, SCHEMA)
     write_whole(path, lambda file: torch.save(state, file))
-    for folder in sharded_folders(path):  # the previous checkpoint, if it was sharded
-        remove(folder)
 
 
-def read(path: Path, with_tensors: bool = True) -> dict:
+def read(path: Path) -> dict:
     """Load a checkpoint onto the CPU and check its entries. Optimizer.load() checks the optimizer state later.
 
-    with_tensors=False: do not read the tensors of a sharded checkpoint; leave them on the meta device.
     Raises UserError if the file is missing or damaged, is not a checkpoint, or would run code.
     """
-    path = stored(path)
-    saved = read_plain(path, with_tensors)
-    check(path, saved, "cpu" if with_tensors or not is_sharded(path) else "meta")
+    saved = read_plain(path)
+    check(path, saved)
     return saved
 
 
@@ -79,10 +75,9 @@ def find_checkpoint(out_dir: Path, which: str) -> Path:
 
     out_dir: the run's folder, or a checkpoint, which is returned unchanged.
     """
-    if out_dir.suffix == ".pt" or os.path.isfile(out_dir) or is_sharded(out_dir):
+    if out_dir.suffix == ".pt" or os.path.isfile(out_dir):
         return out_dir
-    best = stored(out_dir / "best.pt")
-    latest = stored(out_dir / "ckpt.pt")
+    best, latest = out_dir / "best.pt", out_dir / "ckpt.pt"
     if which == "best":
         if os.path.exists(best) or not os.path.exists(latest):
             return best
@@ -91,28 +86,18 @@ def find_checkpoint(out_dir: Path, which: str) -> Path:
 
 
 def has_checkpoint(out_dir: Path) -> bool:
-    return any(os.path.exists(stored(out_dir / name)) for name in ("ckpt.pt", "best.pt"))
+    refuse_sharded(out_dir)
+    return any(os.path.exists(out_dir / name) for name in ("ckpt.pt", "best.pt"))
 
 
-def is_sharded(path: Path) -> bool:
-    """True if path is the folder of a sharded checkpoint."""
-    return (path / SHARDED).exists()
-
-
-def sharded_folders(path: Path) -> list[Path]:
-    """Return the folders of sharded checkpoints that were saved instead of `path`, such as ckpt for ckpt.pt."""
-    # the .old folder exists only if a save was interrupted while replacing the previous checkpoint
-    return [*filter(is_sharded, (path.with_suffix(""), path.with_suffix(".old")))]
-
-
-def stored(path: Path) -> Path:
-    """Return `path`, such as ckpt.pt, or the sharded checkpoint saved instead, such as ckpt/, if that is newer."""
-    folders = sharded_folders(path)
-    if path.suffix == ".pt" and folders:
-        sharded_at = (folders[0] / SHARDED).stat().st_mtime
-        if not path.exists() or path.stat().st_mtime <= sharded_at:
-            return folders[0]
-    return path
+def refuse_sharded(out_dir: Path) -> None:
+    """Raise UserError if an earlier version wrote folders with the parts of a checkpoint here."""
+    for folder in (out_dir, out_dir / "ckpt", out_dir / "best"):
+        if os.path.exists(folder / ".metadata"):
+            raise UserError(
+                f"{folder} is a checkpoint in parts, which commit 57d295e of this repository reads; its"
+                " `python export.py --checkpoint=latest --to=ckpt.pt` makes one file of it"
+            )
 
 
 # --------------------------------------------------------------------------------------
@@ -128,7 +113,10 @@ def load_plain(path: Path, legacy: bool = False) -> object:
         check_records(path)
     # torch warns at length about a pickle that it did not write
     with warnings.catch_warnings(action="ignore"):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    if any(x.device.type != "cpu" for x in tree_leaves(loaded) if isinstance(x, Tensor)):
+        raise ValueError("a tensor has no values")
+    return loaded
 
 
 def check_records(path: Path) -> None:
@@ -159,14 +147,10 @@ def refuse_damaged(path: Path, problem: str = "") -> Iterator[None]:
 # Checking the content
 
 
-def read_plain(path: Path, with_tensors: bool = True) -> object:
-    """Read a checkpoint, sharded or not, without checking its content. Raises UserError as read() does."""
-    path = stored(path)
-    if is_sharded(path):
-        from humptygpt.parallel import sharded
-
-        return sharded.read(path, with_tensors)
+def read_plain(path: Path) -> object:
+    """Read a checkpoint without checking its content. Raises UserError as read() does."""
     if not path.exists():
+        refuse_sharded(path.parent)
         raise UserError(
             f"no checkpoint {path}; train first, or name the folder of a run with --out_dir"
         )
@@ -175,12 +159,10 @@ def read_plain(path: Path, with_tensors: bool = True) -> object:
         return load_plain(path)
 
 
-def check(
-    path: Path, saved: object, device: str = "cpu"
-) -> tuple[nn.Module, tokenizers.Tokenizer]:
+def check(path: Path, saved: object) -> tuple[nn.Module, tokenizers.Tokenizer]:
     """Check the content of a checkpoint. Returns its model, still on the meta device, and its tokenizer.
 
-    device: the type of device that its tensors must be on. Raises UserError if something is not valid.
+    Raises UserError if something is not valid.
     """
     if is_nanogpt(saved):
         source = shlex.quote(f"--init_from={path}")
@@ -199,7 +181,7 @@ def check(
     saved["model_config"] = asdict(config)
     model = build_like(path, config, saved["model"], saved["train_config"])
     with refuse_other_code(path):
-        check_tensors("the parameter ", saved["model"], model.state_dict(), device)
+        check_tensors("the parameter ", saved["model"], model.state_dict())
     return model, tokenizer
 
 
@@ -270,10 +252,9 @@ def check_tensors(
     entry: str,
     tensors: dict[str, Tensor],
     like: dict[str, Tensor],
-    device: str = "cpu",
     any_float: bool = False,
 ) -> None:
-    """Raise ValueError unless tensors match `like` and are dense, on `device`. entry: prefix of their names.
+    """Raise ValueError unless tensors match `like` and are dense. entry: prefix of their names.
 
     any_float: a tensor may have any floating-point dtype.
     """
@@ -287,8 +268,7 @@ def check_tensors(
         dtype, shape = like[name].dtype, like[name].shape
         if any_float and tensor.is_floating_point():
             dtype = tensor.dtype
-        expected = (device, dtype, shape)
-        if not dense or (tensor.device.type, tensor.dtype, tensor.shape) != expected:
+        if not dense or (tensor.dtype, tensor.shape) != (dtype, shape):
             raise ValueError(
                 f"{entry}{name} must be a dense, contiguous tensor of {dtype} and shape {tuple(shape)}"
             )

@@ -53,7 +53,7 @@ def load(source: str | Path, which: str = "best") -> Loaded:
     which: best or latest, the checkpoint to load if source is a run. Raises UserError if loading fails.
     """
     path = find_source(source, which)
-    if is_folder(path):
+    if os.path.isdir(path):
         from humptygpt.convert.sources import from_folder
 
         loaded = from_folder(path, source)
@@ -174,8 +174,3 @@ def find_source(source: str | Path, which: str = "best", key: str = "init_from")
     if repo := hub.repository(str(source)):
         return hub.fetch(repo) if key == "tokenizer" else hub.fetch_model(repo)
     raise UserError(f"{key}={source}: there is no such file or folder")
-
-
-def is_folder(path: Path) -> bool:
-    """True if path is a folder other than a sharded checkpoint; it should be in Hugging Face's format."""
-    return os.path.isdir(path) and not checkpoint.is_sharded(path)

@@ -120,22 +120,18 @@ class Optimizer:
         """Return plain data and tensors: {"steps": int, "state": {parameter: {name: tensor}}}."""
         return {"steps": self.steps, "state": self.state}
 
-    def load(self, saved: dict, device: str = "cpu") -> None:
+    def load(self, saved: dict, receive: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Load a saved state_dict. The groups keep their settings.
 
-        Raises ValueError if the names, shapes or dtypes of its tensors differ from those in state_like().
-        device: where the saved tensors are. With "meta", the state is set to zeros, to be filled later.
+        receive: Process.receive. Raises ValueError if the names, shapes or dtypes of the state's tensors differ from
+        those in state_like().
         """
         like = self.state_like() if saved["steps"] else {}
-        check_tensors("optimizer.", flat(saved["state"]), flat(like), device)
+        check_tensors("optimizer.", flat(saved["state"]), flat(like))
         self.steps = saved["steps"]
-        if device == "meta":
-            self.make_state()
-            return
         for name, tensors in like.items():
             self.state[name] = {
-                key: self.own_part(saved["state"][name][key], x)
-                for key, x in tensors.items()
+                key: receive(saved["state"][name][key], x) for key, x in tensors.items()
             }
 
     # ----------------------------------------------------------------------------------
@@ -148,10 +144,6 @@ class Optimizer:
     def local(self, x: Tensor) -> Tensor:
         """Return this process's part of a tensor."""
         return x
-
-    def own_part(self, value: Tensor, like: Tensor) -> Tensor:
-        """Return this process's part of a whole state tensor. like: its counterpart in state_like()."""
-        return value.to(like.device)
 
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
         """Return function(x). Processes may split the matrices among themselves.

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from humptygpt import checkpoint
 from humptygpt.data import Dataset, count_targets, random_key
-from humptygpt.device import THREADS, pick_device, pick_dtype, training_dtype
+from humptygpt.device import (
+    THREADS,
+    pick_device,
+    pick_dtype,
+    training_dtype,
+    tune_malloc,
+)
 from humptygpt.machine import discard_output, usable_cores
 from humptygpt.optimizers import Optimizer
 from humptygpt.settings import TrainConfig
@@ -55,6 +61,11 @@ class Process(AbstractContextManager):
     def __init__(self, device: torch.device):
         self.device = device
 
+    @property
+    def sampling_device(self) -> torch.device:
+        """Where a model that is loaded to generate text fits."""
+        return self.device
+
     def __exit__(self, error: type | None, *_: object) -> None:
         """End the run. With several processes, wait until all have finished, unless there was an error."""
         if self.workers:
@@ -91,9 +102,29 @@ class Process(AbstractContextManager):
         """Sum x over processes, in place."""
         return x
 
+    def gather(self, x: Tensor) -> Tensor:
+        """Return x itself or, if its parts are in several processes, all of it."""
+        return x
+
+    def receive(self, value: Tensor, like: Tensor) -> Tensor:
+        """Return this process's part of a tensor that the first process has, on the device.
+
+        value: the tensor; in other processes only its shape and dtype count. like: what has the part's place.
+        """
+        return value.to(self.device)
+
     def save(self, path: Path, entries: dict) -> None:
         """Write a checkpoint such as ckpt.pt."""
         checkpoint.save(path, entries)
+
+
+def read_checkpoint(path: Path, backend: str) -> dict:
+    """Read the checkpoint that a run resumes. Only the first process reads it; the others have its tensors on meta."""
+    if launched()[1] == 1:
+        return checkpoint.read(path)
+    from humptygpt.parallel.processes import read_once
+
+    return read_once(path, backend)
 
 
 def start_process(config: TrainConfig, prepare: Callable[[], None]) -> Process:
@@ -119,12 +150,14 @@ def start_process(config: TrainConfig, prepare: Callable[[], None]) -> Process:
 
 
 def tune(config: TrainConfig, process: Process) -> TrainConfig:
-    """Return the config with the fastest dtypes and a number of CPU threads, and set the number of threads.
+    """Return the config with the fastest dtypes and a number of CPU threads. Set the number of threads, and malloc.
 
     What the user has set stays. The dtypes are the same in all runs on a machine. In a run of several processes, the
     first one decides.
     """
     device = process.device
+    if not process.sharded:  # that gathers whole weights and frees them, which leaves gaps
+        tune_malloc()
     dtype, muon_dtype = config.dtype, config.muon_dtype
     if "auto" in (dtype, muon_dtype):
         measured = ["float32", "bfloat16"]

@@ -13,7 +13,6 @@ from torch import nn
 from tqdm import tqdm
 
 import model as models
-from humptygpt.checkpoint import stored
 from humptygpt.device import DTYPES, free_memory
 from humptygpt.loggers import own_values
 from humptygpt.machine import check_fits, discard_output
@@ -145,7 +144,7 @@ def stopped(run: Run, number: int) -> None:
 
 
 def diverged(folder: RunFolder, error: Diverged) -> None:
-    path = stored(folder.path / "ckpt.pt")
+    path = folder.path / "ckpt.pt"
     good = f"{path} is the last good checkpoint"
     kept = good if path.exists() else "nothing has been saved yet"
     advice = "Try a lower --learning_rate, more --warmup_iters, --grad_clip=1.0 or --dtype=float32"

@@ -48,11 +48,7 @@ FILES = [
     "wandb_id",
     "tensorboard",
     "snapshots",
-    "best",  # sharded checkpoints are folders
-    "best.old",
     "best.pt",
-    "ckpt",
-    "ckpt.old",
     "ckpt.pt",
 ]
 PREVIOUS = "previous"  # subfolder for the run that --overwrite=True has replaced
@@ -149,6 +145,7 @@ class Run:
     scaler: torch.amp.GradScaler
     clock: StepClock  # or, with --minutes, a plan.Clock
     measured: Collection[str] = ()  # settings that were left open and are measured here
+    metrics: dict[str, Callable] = field(default_factory=dict)  # METRICS of train.py
     test_pairs: Callable | None = None  # with eval_pairs: (model, dataset) -> metrics
     optimizer: Optimizer | None = None  # None only until setup() has made it
 
@@ -161,6 +158,11 @@ class Run:
         if task.score and not self.model.has_cache:  # translations are written with a cache
             return tasks.Task(task.dataset, batches_vary=task.batches_vary)
         return task
+
+    @property
+    def has_best(self) -> bool:
+        """True if the model is the best so far, and this process has all of it."""
+        return self.progress.best_iter == self.progress.iter and not self.process.sharded
 
     @property
     def is_last(self) -> bool:
@@ -184,7 +186,7 @@ class Run:
     @property
     def path(self) -> Path:
         """Path of the run's latest checkpoint, which may not exist yet."""
-        return checkpoint.stored(Path(self.config.out_dir) / "ckpt.pt")
+        return Path(self.config.out_dir) / "ckpt.pt"
 
     def state(self) -> dict:
         """Return the entries that ckpt.pt and best.pt have in common; checkpoint.SCHEMA describes them."""
@@ -222,20 +224,11 @@ class Run:
         return merged_state(self.model)
 
     def restore(self, saved: dict) -> None:
-        """Restore the optimizer, scaler and sharded weights from a checkpoint. Raises UserError if it does not fit."""
-        eval_only = self.config.eval_only
-        # each process of a sharded run reads its own part of the tensors, last
-        unread = any(x.is_meta for x in saved["model"].values())
-        # an evaluation needs neither the optimizer nor the scaler, and the optimizer's state takes memory
-        if not eval_only:
-            with checkpoint.refuse_other_code(self.path):
-                self.optimizer.load(saved["optimizer"], "meta" if unread else "cpu")
-            if saved.get("scaler"):
-                self.scaler.load_state_dict(saved["scaler"])
-        if unread:
-            from humptygpt.parallel import sharded
-
-            sharded.load(self.path, self.state() if eval_only else self.latest_state())
+        """Restore the optimizer and the scaler from a checkpoint. Raises UserError if it does not fit."""
+        with checkpoint.refuse_other_code(self.path):
+            self.optimizer.load(saved["optimizer"], self.process.receive)
+        if saved.get("scaler"):
+            self.scaler.load_state_dict(saved["scaler"])
 
 
 class Meter:
@@ -372,7 +365,7 @@ def move_aside(out_dir: Path) -> None:
     plan = out_dir / "plan.py"
     with files.refuse_unwritable(out_dir):
         moving.mkdir(exist_ok=True)
-        if checkpoint.stored(out_dir / "ckpt.pt").exists():
+        if (out_dir / "ckpt.pt").exists():
             files.remove(previous)
         elif previous.exists():
             # a run that was killed before its first ckpt.pt must not take the place of a whole one

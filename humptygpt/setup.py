@@ -39,7 +39,7 @@ from humptygpt.loading import (
 from humptygpt.loggers import chosen_loggers
 from humptygpt.machine import GIVEN
 from humptygpt.optimizers import freeze
-from humptygpt.process import Process, launched, restarted
+from humptygpt.process import Process, launched, read_checkpoint, restarted
 from humptygpt.report import memory_report
 from humptygpt.run import MOVING, Progress, Run, lock_out_dir, refuse_earlier_run
 from humptygpt.settings import (
@@ -117,9 +117,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         note(f"torchrun has restarted this run; resuming {path}")
         init_from = "resume"
     if init_from == "resume":
-        # a sharded checkpoint comes from parallel=fsdp, which a resumed run keeps unless told otherwise
-        sharded = processes > 1 and given.get("parallel", "fsdp") == "fsdp"
-        saved, base = checkpoint.read(path, with_tensors=not sharded), None
+        saved, base = read_checkpoint(path, given.get("backend", "auto")), None
         settings = resumed_settings(saved, settings, path)
     else:
         settings = defaults | settings
@@ -228,7 +226,7 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
 def is_same_run(settings: dict, path: Path) -> bool:
     """True if path is a checkpoint of an interrupted run with these settings."""
     try:
-        saved = checkpoint.read(path, with_tensors=False)
+        saved = checkpoint.read(path)
     except UserError:
         return False
     asked = asdict(cli.make(TrainConfig, settings))
@@ -384,7 +382,7 @@ def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
 
 def training_data(path: str | Path) -> Dataset:
     """Open the data that the run of a checkpoint was trained on. Raises UserError if it is not there any more."""
-    saved = checkpoint.read(find_source(path), with_tensors=False)
+    saved = checkpoint.read(find_source(path))
     config = cli.restore(TrainConfig, saved["train_config"])
     dataset = open_prepared(config, make_model_config(saved["model_config"]))
     check_same_data(saved, dataset, config.out_dir)
@@ -400,12 +398,12 @@ def make_model(
     model_config: ModelConfig,
     saved: dict | None = None,
     base: Loaded | None = None,
-    sharded: bool = False,
+    first: bool = True,
     tokenizer: Tokenizer | None = None,
 ) -> nn.Module:
-    """Return the model to train, on the CPU. sharded: do not allocate the weights of a new model yet.
+    """Return the model to train, on the CPU. tokenizer: that of the data; a trial without it trains a new model.
 
-    tokenizer: that of the data; a trial without it trains a new model.
+    first: False: do not allocate the weights of a new model, because the first process will send them.
     """
     if saved:
         model = build_on_meta(model_config, vars(config))
@@ -416,7 +414,7 @@ def make_model(
         model = adapt_model(base, config, model_config, tokenizer.vocab_size)
     else:
         torch.manual_seed(config.seed)
-        make = build_on_meta if sharded else build
+        make = build if first else build_on_meta
         model = make(model_config, vars(config))
     for module in model.modules():
         if isinstance(module, Stack):

@@ -1,7 +1,6 @@
 """Checkpoints: what is saved comes back, what is damaged or foreign is refused in one line, older formats are read."""
 
 import operator
-import os
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -211,16 +210,6 @@ def test_a_buffer_of_the_users_own_is_restored_with_the_weights(monkeypatch):
     weights = dict(model.state_dict())
     restored = checkpoint.restore_model(build_on_meta(model.config), weights)
     assert restored.stack.blocks[0].mlp.steps.tolist() == [5, 5, 5]
-
-
-@pytest.mark.parametrize("newer", ["ckpt.pt", "ckpt"])
-def test_of_a_file_and_a_sharded_checkpoint_the_newer_is_read(folder, newer):
-    Path("ckpt").mkdir()
-    for name, path in (("ckpt.pt", "ckpt.pt"), ("ckpt", "ckpt/.metadata")):
-        Path(path).touch()
-        time = 2e9 if name == newer else 1e9
-        os.utime(path, (time, time))
-    assert checkpoint.stored(Path("ckpt.pt")) == Path(newer)
 
 
 # --------------------------------------------------------------------------------------

@@ -518,7 +518,6 @@ def test_a_model_that_other_programs_would_compute_otherwise_is_refused(
         complaint = fails(export.main, "--out_dir=out/run", f"--to={to}")
         assert complaint.startswith("transformers or llama.cpp computes the formulas that")
         assert not Path(to).exists()
-    export.main(["--out_dir=out/run", "--to=model.pt"])  # model.py itself reads it
 
 
 def test_mistakes_are_one_line(fails):
@@ -527,6 +526,7 @@ def test_mistakes_are_one_line(fails):
     for argv, complaint in {
         "--to=x --dtype=q8_0": "dtype=q8_0 needs a file that ends in .gguf; otherwise use float32",
         "--to=x": "no checkpoint out/best.pt",
+        "--to=x.pt": "to=x.pt: a run has such files; copy its best.pt",
     }.items():
         assert complaint in fails(export.main, *argv.split())
     for path in ("full", "full/file", "/dev/null"):

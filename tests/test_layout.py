@@ -22,17 +22,12 @@ FILES = {
 # Slices that a file of the core imports, always inside a function, with the reasons. tasks.py also names objects of
 # slices in its tables MODELS and TASKS.
 FROM_CORE = {
-    (
-        "checkpoint",
-        "parallel",
-    ): "a run on several processes may save its checkpoint in parts",
     ("data", "prepare"): "a folder that nanoGPT prepared has no meta.json",
     ("loading", "convert"): "a source may be a model of another project",
     ("loading", "fast"): "a model is made ready to generate",
     ("loading", "finetune"): "a checkpoint may have LoRA",
     ("process", "parallel"): "a run may have several processes",
     ("run", "finetune"): "best.pt has LoRA merged",
-    ("run", "parallel"): "each process of a sharded run reads its part of a checkpoint",
     ("setup", "finetune"): "a run may start from a model",
     ("setup", "scoring"): "an evaluation may test pairs",
     ("setup", "prepare"): "a run prepares its data if they are missing",

@@ -109,18 +109,18 @@ def test_a_run_that_is_refused_changes_nothing_of_the_earlier_one(run_train, fai
     assert not (OUT / "previous").exists()
 
 
-@pytest.mark.parametrize("ckpt", ["ckpt.pt", "ckpt/.metadata"])
 def test_two_runs_are_whole_whenever_a_third_is_killed_while_it_moves_the_second(
-    ckpt, monkeypatch, capsys
+    monkeypatch, capsys
 ):
-    second = {ckpt: b"2", "best.pt": b"2", "result.json": b"2", "snapshots/0.pt": b"2"}
+    names = ("ckpt.pt", "best.pt", "result.json", "snapshots/0.pt")
+    second = dict.fromkeys(names, b"2")
     foreign = {
         "plan.py": b"plan",
         "notes.txt": b"",
-        "best/metrics.jsonl": b"",
-        "best/a": b"",
+        "adapter/metrics.jsonl": b"",
+        "adapter/a": b"",
     }
-    first = {"ckpt.pt": b"1", "best.pt": b"1", "adapter/weights": b"1"}
+    first = {"ckpt.pt": b"1", "best.pt": b"1", "snapshots/0.pt": b"1"}
     for name, content in (second | foreign).items():
         (OUT / name).parent.mkdir(parents=True, exist_ok=True)
         (OUT / name).write_bytes(content)

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 from functools import partial
 from pathlib import Path
 
@@ -324,14 +323,6 @@ def test_generated_data_is_not_prepared_and_no_page_trains_on_it(
     assert complaint in fails(prepare_data.main, "--input=x.txt", "--name=ones")
     assert train.main([*TINY_RUN, *PLAIN, "--dataset=ones"]) == 0
     assert page_data(Path("out/run/best.pt"))["training"] is None
-
-
-def test_metrics_are_refused_with_fsdp(tiny, fails, monkeypatch):
-    sharded = types.SimpleNamespace(sharded=True)
-    monkeypatch.setattr(train, "start_process", lambda config, prepare: sharded)
-    monkeypatch.setitem(train.METRICS, "one", lambda run, before: 1.0)
-    complaint = "METRICS needs whole weights; use --parallel=ddp"
-    assert complaint in fails(train.main, *TINY_RUN)
 
 
 def test_a_metric_that_is_not_finite_is_null(run_train, monkeypatch, capsys):

@@ -9,7 +9,7 @@ from humptygpt.convert.families import NANOGPT
 from humptygpt.convert.huggingface import build_model, plain_weights, read_pretrained
 from humptygpt.convert.read_huggingface import read_tokenizer, tokenizer_file
 from humptygpt.files import check_schema
-from humptygpt.loading import Loaded, find_source, is_folder, load
+from humptygpt.loading import Loaded, find_source, load
 from humptygpt.prepare.nanogpt import GPT2_TOKENS, gpt2_tokenizer, read_characters
 from humptygpt.tokenizers import Tokenizer
 from model import ModelConfig
@@ -29,7 +29,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if tokenizer_file(Path(source)):
         return read_tokenizer(Path(source))
     path = find_source(source, key="tokenizer")
-    if is_folder(path) and not (path / CONFIG).is_file():
+    if path.is_dir() and not (path / CONFIG).is_file():
         return read_tokenizer(path)
     return load(path).tokenizer
 

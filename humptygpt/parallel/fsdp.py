@@ -15,23 +15,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._pytree import tree_map_only
 
-from humptygpt import checkpoint
 from humptygpt.cli import UserError, refuse
-from humptygpt.files import remove
-from humptygpt.parallel import sharded
 from humptygpt.parallel.processes import (
     DataParallel,
     SharedOptimizer,
     raise_if_rank_died,
 )
 from humptygpt.run import Run
-from humptygpt.tasks import build
-from humptygpt.workers import add_seeds
 from model import Block
 
 
@@ -52,12 +47,6 @@ class ShardedOptimizer(SharedOptimizer):
 
     def total(self, x: Tensor) -> Tensor:
         return self.process.sum(x)
-
-    def own_part(self, value: Tensor, like: Tensor) -> Tensor:
-        """Return this rank's rows of a whole state tensor. A state of a single row is returned whole."""
-        return distribute_tensor(
-            value.to(like.device), like.device_mesh, like.placements, src_data_rank=None
-        ).clone()
 
     @raise_if_rank_died()
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
@@ -90,21 +79,22 @@ class FullySharded(DataParallel):
 
     sharded = True
     optimizer_class = ShardedOptimizer
+    sampling_device = torch.device("cpu")  # a sharded model may not fit on one GPU
 
     def place(self, model: nn.Module, run: Run) -> None:
-        """Move this rank's part of each parameter to the device, and drop the rest. Blocks are gathered one by one.
-
-        Raises UserError if the settings are not supported, or the ranks cannot train together.
-        """
+        """Move this rank's part of a model of the run to the device. Raises UserError as in DataParallel."""
         config = run.config
-        if config.lora_rank or config.snapshots or run.dtype == torch.float16:
+        half = run.dtype == torch.float16
+        if config.lora_rank or config.snapshots or run.metrics or half:
             raise UserError(
-                "parallel=fsdp does not support LoRA, snapshots or float16; use --parallel=ddp"
+                "parallel=fsdp does not support LoRA, snapshots, METRICS or float16; use --parallel=ddp"
             )
-        self.check(run)
-        add_seeds(model)
+        super().place(model, run)
+
+    def allocate(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Keep this rank's part of each parameter on the device. Blocks are gathered one by one."""
         self.mesh = init_device_mesh(self.device.type, (self.size,))
-        policy = precision(self.device, run.dtype)
+        policy = precision(self.device, dtype)
         with refuse("parallel=fsdp: "):
             for block in blocks(model):
                 fully_shard(block, mesh=self.mesh, mp_policy=policy)
@@ -116,12 +106,18 @@ class FullySharded(DataParallel):
             if any(p.is_meta for p in module.parameters(recurse=False)):
                 module.to_empty(device=self.device, recurse=False)
         model.to(self.device)  # also moves the position tables
-        if config.init_from == "scratch" and not run.progress.iter:
-            # rank 0 draws the weights that a single process would draw, and sends them
-            torch.manual_seed(config.seed)
-            whole = build(model.config).state_dict() if self.first else {}
-            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-            set_model_state_dict(model, whole, options=options)
+
+    @raise_if_rank_died()
+    def receive(self, value: Tensor, like: DTensor) -> DTensor:
+        """Return this rank's rows of rank 0's tensor."""
+        whole = torch.empty_like(value, device=self.device)
+        if self.first:
+            whole.copy_(value)
+        return distribute_tensor(whole, like.device_mesh, like.placements)
+
+    @raise_if_rank_died()
+    def gather(self, x: DTensor) -> Tensor:
+        return x.full_tensor()
 
     def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
         """Return the model itself. If `compiled`, compile each block, but not the code that gathers its weights."""
@@ -135,12 +131,19 @@ class FullySharded(DataParallel):
         net.set_requires_gradient_sync(last)
         return super().syncing(net, last=True)
 
-    @raise_if_rank_died()
     def save(self, path: Path, entries: dict) -> None:
-        """Write the checkpoint as a folder, named ckpt instead of ckpt.pt."""
-        sharded.save(path.with_suffix(""), {"format": checkpoint.FORMAT, **entries})
-        if self.first:
-            remove(path)
+        """Gather the tensors one by one in rank 0, which writes the checkpoint."""
+        gathered = {}
+
+        def gather(x: DTensor) -> Tensor | None:
+            whole = self.gather(x)
+            if not self.first:
+                return None
+            # tied weights are gathered twice, and kept once
+            return gathered.setdefault(x.to_local().data_ptr(), whole.cpu())
+
+        super().save(path, tree_map_only(DTensor, gather, entries))
+        self.wait_for_all()  # writing may take longer than TIMEOUT
 
 
 def precision(device: torch.device, dtype: torch.dtype) -> MixedPrecisionPolicy:

@@ -18,20 +18,23 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
+from humptygpt import checkpoint
 from humptygpt.cli import UserError, first_line
 from humptygpt.data import Dataset
 from humptygpt.optimizers import Optimizer
 from humptygpt.process import Process, Share, launched, part_of
 from humptygpt.run import Run
 from humptygpt.settings import TrainConfig
+from humptygpt.workers import add_seeds
 
 TIMEOUT = datetime.timedelta(minutes=10)  # for a collective during training
 LONG = datetime.timedelta(days=7)  # while one rank prepares data or scores translations
@@ -109,7 +112,7 @@ class DataParallel(Process):
         rank, size = launched()
         if device.type == "cuda":
             device = pick_gpu()
-        process = cls(rank, size, device, meet(config.backend, device))
+        process = cls(rank, size, device, connect(config.backend))
         DataParallel.world = dist.group.WORLD
         # ranks take turns, so that data is prepared only once on each disk, even if several machines share a disk
         for turn in range(size):
@@ -132,9 +135,35 @@ class DataParallel(Process):
     # Methods that a single process also has
 
     def place(self, model: nn.Module, run: Run) -> None:
-        """Check that the ranks can train this run together, and move a model of it to the device."""
+        """Move a model of the run to the device, with the weights of rank 0. Other ranks may have it on meta.
+
+        Raises UserError if the ranks cannot train together.
+        """
         self.check(run)
-        super().place(model, run)
+        add_seeds(model)
+        weights = dict(model.state_dict())
+        self.allocate(model, run.dtype)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(self.receive(weights[name], p))
+
+    def allocate(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Allocate this rank's part of a model on the device. dtype: that of products."""
+        if not self.first:
+            weights = model.state_dict()
+            checkpoint.restore_model(
+                model, {k: torch.empty_like(x, device="cpu") for k, x in weights.items()}
+            )
+        model.to(self.device)
+
+    @raise_if_rank_died()
+    def receive(self, value: Tensor, like: Tensor) -> Tensor:
+        """Return rank 0's tensor."""
+        whole = torch.empty_like(value, device=self.device)
+        if self.first:
+            whole.copy_(value)
+        dist.broadcast(whole, src=0)
+        return whole
 
     @raise_if_rank_died()
     def check(self, run: Run) -> None:
@@ -214,13 +243,14 @@ def pick_gpu() -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def meet(backend: str, device: torch.device) -> dist.ProcessGroup:
+@cache
+def connect(backend: str) -> dist.ProcessGroup:
     """Connect all ranks to the default process group. Returns a second group of them, whose timeout is LONG.
 
     Ranks exchange GPU tensors through NCCL, and CPU tensors through gloo, which does not wait for the GPU. Raises
     UserError if they cannot connect.
     """
-    if backend == "auto" and device.type == "cpu":
+    if backend == "auto" and not torch.cuda.is_available():
         backend = "gloo"
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
@@ -238,3 +268,13 @@ def meet(backend: str, device: torch.device) -> dist.ProcessGroup:
         raise UserError(
             f"the processes cannot connect ({first_line(error)}); start them with torchrun or use another --master_port"
         ) from error
+
+
+@raise_if_rank_died()
+def read_once(path: Path, backend: str) -> dict:
+    """Read a checkpoint in rank 0, and send the other ranks all of it except for the values of its tensors."""
+    group = connect(backend)
+    saved = checkpoint.read(path) if dist.get_rank() == 0 else None
+    described = [tree_map_only(Tensor, lambda x: torch.empty_like(x, device="meta"), saved)]
+    dist.broadcast_object_list(described, group=group)
+    return saved or described[0]
