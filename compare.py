@@ -54,7 +54,6 @@ IGNORED = {
     "out_dir",
     "init_from",
     "eval_only",
-    "eval_pairs",
     "always_save_checkpoint",
     "log_interval",
     "parallel",

@@ -59,7 +59,6 @@ from humptygpt.setup import (
     left_open,
     make_model,
     make_net,
-    make_tester,
     open_prepared,
     prepare_missing,
     read_settings,
@@ -144,7 +143,6 @@ def setup(start: Start) -> Run:
         metrics=METRICS,
         clock=clock,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        test_pairs=make_tester(config, dataset, process),
     )
     process.place(model, run)
     run.optimizer = make_optimizer(config, model, process.optimizer_class)
@@ -323,8 +321,6 @@ def clip(model: nn.Module, largest: float) -> Tensor:
 def evaluate(run: Run, folder: RunFolder, bar: tqdm) -> bool:
     """Evaluate, and save best.pt if the loss is the lowest so far. Returns True if it is. Raises Diverged."""
     row = evaluation.measures(run, run.net, run.config.evaluated_batches())
-    if run.test_pairs:
-        row |= show(run, run.test_pairs, run.model)
     improved = run.progress.record(row["val_loss"])
     folder.record(run.progress.stamp() | row)
     best = ", the best so far" if improved else ""
@@ -376,10 +372,6 @@ def show_best(run: Run, folder: RunFolder) -> None:
         folder.record(stamp | {f"whole_{key}": value for key, value in row.items()})
     if run.task.final_examples:
         print(show(run, run.task.final_examples, model))
-    if run.config.minutes:
-        from humptygpt.scoring import recites
-
-        print(show(run, recites.describe, model))
     if run.task.score:
         score = show(run, run.task.score, model)
         folder.record(stamp | score.metrics)

@@ -38,6 +38,7 @@ LAST = "57d295e"  # the last commit that knows the keys in REMOVED
 # {key that is gone: the value with which it did nothing}
 REMOVED: dict[str, object] = {
     "encoding_errors": "strict",
+    "eval_pairs": None,
     "ngram_targets": 0.0,
     "skip_bad_lines": False,
 }

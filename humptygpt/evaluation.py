@@ -150,10 +150,7 @@ def evaluation_line(row: dict[str, float]) -> str:
     text = f"val loss {row['val_loss']:.4f}"
     if error := row.get("val_standard_error"):
         text += f" ± {error:.4f}"
-    text += f" ({bits:.3f} bits per byte, perplexity {perplexity:.2f})"
-    if "pairs" in row:
-        text += f", {row['pairs_accuracy']:.1%} of {row['pairs']:,} pairs"
-    return text
+    return f"{text} ({bits:.3f} bits per byte, perplexity {perplexity:.2f})"
 
 
 # --------------------------------------------------------------------------------------

@@ -78,11 +78,6 @@ def draw_losses(rows: list[dict], path: Path) -> None:
         panel.set(xlabel="steps", ylabel=label)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
-    if accuracy := points(rows, "pairs_accuracy"):
-        right = axes.twinx()
-        label = "pairs in which the right text is likelier"
-        right.plot(*zip(*accuracy, strict=True), label=label, color="#15803d", marker=".")
-        right.yaxis.set_major_formatter("{x:.0%}")
     title = f"HumptyGPT: {path.parent.name}"
     figure.legend(title=title, frameon=False, loc="outside upper center")
     write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))

@@ -146,7 +146,6 @@ class Run:
     clock: StepClock  # or, with --minutes, a plan.Clock
     measured: Collection[str] = ()  # settings that were left open and are measured here
     metrics: dict[str, Callable] = field(default_factory=dict)  # METRICS of train.py
-    test_pairs: Callable | None = None  # with eval_pairs: (model, dataset) -> metrics
     optimizer: Optimizer | None = None  # None only until setup() has made it
 
     @property

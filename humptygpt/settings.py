@@ -78,7 +78,6 @@ class Adjustable:
     # evaluation
     eval_interval: int = 600  # steps between evaluations; one always follows the last step
     eval_iters: int | None = None  # batches per evaluation; None: about 10% of the run time
-    eval_pairs: str | None = None  # pairs to test at each evaluation: a file or a suite
     early_stopping: int = 0  # stop after this many evaluations without a new best; 0: never
     always_save_checkpoint: bool = True  # False: save only a new best and at the end
     snapshots: bool | None = None  # save weight snapshots for explain.py; None: if < 10 MB

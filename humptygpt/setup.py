@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +38,7 @@ from humptygpt.loading import (
 from humptygpt.loggers import chosen_loggers
 from humptygpt.machine import GIVEN
 from humptygpt.optimizers import freeze
-from humptygpt.process import Process, launched, read_checkpoint, restarted
+from humptygpt.process import launched, read_checkpoint, restarted
 from humptygpt.report import memory_report
 from humptygpt.run import MOVING, Progress, Run, lock_out_dir, refuse_earlier_run
 from humptygpt.settings import (
@@ -327,19 +326,6 @@ def open_prepared(config: TrainConfig, model_config: ModelConfig) -> Dataset:
         )
     dataset = DATASETS.get(folder.name, task.dataset)
     return dataset(folder, model_config.block_size, config.seed, with_encoder, meta)
-
-
-def make_tester(config: TrainConfig, dataset: Dataset, process: Process) -> Callable | None:
-    """With eval_pairs, make a function that tests a model: (model, dataset) -> metrics."""
-    if not config.eval_pairs:
-        return None
-    from humptygpt.scoring.pairs import measure, read_tests
-
-    if dataset.task != "language modelling" or process.sharded:
-        raise UserError(
-            f"eval_pairs={config.eval_pairs} needs a model that continues a text, and is not split among processes"
-        )
-    return partial(measure, tests=read_tests(config.eval_pairs))
 
 
 def fit_to_data(start: Start, dataset: Dataset) -> ModelConfig:

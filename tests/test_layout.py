@@ -29,7 +29,6 @@ FROM_CORE = {
     ("process", "parallel"): "a run may have several processes",
     ("run", "finetune"): "best.pt has LoRA merged",
     ("setup", "finetune"): "a run may start from a model",
-    ("setup", "scoring"): "an evaluation may test pairs",
     ("setup", "prepare"): "a run prepares its data if they are missing",
     ("report", "fast"): "the memory of a run follows the kernel of attention",
     ("tasks", "fast"): "attention has a faster kernel",

@@ -48,9 +48,7 @@ def test_nothing_is_found_in_another_text_and_nothing_in_texts_that_are_too_shor
         assert recited(texts, [TRAINING]) == (0.0, PIECE - 1)
 
 
-def test_score_py_and_the_end_of_a_run_by_the_clock_say_how_much_is_recited(
-    folder, capsys, fails
-):
+def test_score_py_says_how_much_is_recited(folder, capsys, fails):
     prepare_tiny()
     train.main([*TINY_RUN, "--max_iters=60", "--learning_rate=1e-2"])
     capsys.readouterr()

@@ -191,32 +191,6 @@ def test_a_suite_that_cannot_be_downloaded_or_is_damaged_names_its_file_and_plac
     assert place in fails(score.main, "--suite=blimp", "--out_dir=out/run")
 
 
-def test_pairs_are_tested_at_each_evaluation_of_a_run(run_train, capsys, fails):
-    write_lines("more.jsonl", {"good": "lal", "bad": "lla"}, {"good": "à", "bad": "è"})
-    rows = run_train("--eval_pairs=more.jsonl")
-    tested = [row for row in rows if "pairs" in row]
-    assert [row["iter"] for row in tested] == [3, 6]
-    assert f", {tested[1]['pairs_accuracy']:.1%} of 1 pairs" in capsys.readouterr().out
-    argv = ["--init_from=out/run/ckpt.pt", "--pairs=more.jsonl", "--json=True"]
-    *_, row = json.loads(scored(capsys, *argv))
-    assert (row["tests"], row["sum"]) == (1, tested[1]["pairs_accuracy"])
-    plain = run_train()
-    for row, other in zip(rows, plain, strict=True):  # training is not affected
-        assert other.items() <= row.items()
-    Path("more.jsonl").write_text("")
-    complaint = fails(train.main, *TINY_RUN, "--eval_pairs=more.jsonl")
-    assert "more.jsonl is empty" in complaint
-
-
-@pytest.mark.usefixtures("pairs")
-def test_a_translation_model_cannot_be_tested_with_pairs(fails):
-    argv = [*TINY_RUN, "--model=transformer", "--dataset=pairs", "--eval_pairs=english"]
-    argv.append("--block_size=64")
-    assert "eval_pairs=english needs a model that continues a text" in fails(
-        train.main, *argv
-    )
-
-
 BAD = {
     "pairs.jsonl, line 2: Expecting": '{"good": "a", "bad": "b"}\n{"good": \n',
     "line 1: the content must be dict": "[1]\n",

@@ -109,8 +109,7 @@ class Clock:
 
     def seconds_left(self, position: float, config: TrainConfig) -> float:
         """Seconds left for training steps, excluding the remaining evaluations and the end of the run."""
-        # the texts that show whether the model recites take as long as two samples
-        last = max(self.evaluation, 3 * self.sample)
+        last = max(self.evaluation, self.sample)
         closing = self.at_the_end * self.evaluation + last
         left = self.end - time.perf_counter() - closing
         before = math.ceil((config.max_iters - position) / config.eval_interval) - 1

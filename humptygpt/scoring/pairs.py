@@ -1,15 +1,15 @@
 """Minimal pairs and multiple choice: which of several texts does a model find likeliest?
 
-A file has one JSON object per line, in one of two forms, or with BLiMP's names; "group" is optional:
+A file has one JSON object per line, in one of two forms; "group" is optional:
 
     {"good": "The dogs bark.", "bad": "The dogs barks.", "group": "agreement"}
     {"context": "Snow is", "choices": [" white.", " black."], "answer": 0}
-    {"sentence_good": "The dogs bark.", "sentence_bad": "The dogs barks.", "UID": "agreement"}
 
 A test is passed if the right choice has the highest log-probability. A tie of n choices counts as 1 / n.
 """
 
 import fnmatch
+import json
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +19,6 @@ import numpy as np
 from torch import nn
 
 from humptygpt.cli import UserError, refuse
-from humptygpt.data import Dataset
 from humptygpt.files import check_schema, parse_json
 from humptygpt.prepare.download import download
 from humptygpt.sampling import read_text
@@ -30,7 +29,6 @@ SUITES = ("english", "python", "blimp")
 BLIMP = Path("data/downloads/BLiMP.zip")
 BLIMP_URL = "https://raw.githubusercontent.com/alexwarstadt/blimp/3e56b06fcabca9b30822fc66435fca6b1aa40bb1/BLiMP.zip"
 BLIMP_SHA256 = "172a1a714d72e72a89e8384dd531483f3d0f8a9aee3d33dccaf7992d8cecbb73"
-BLIMP_KEYS = {"sentence_good": "good", "sentence_bad": "bad", "UID": "group"}
 SCHEMA = {"context?": str, "choices": [str], "answer": int, "group?": str}
 
 
@@ -43,11 +41,12 @@ class Test(NamedTuple):
 
 def read_tests(source: str) -> list[Test]:
     """Read a suite or a file of tests. Raises UserError if a line is not valid, which it names, or if there is none."""
+    if source == "blimp":
+        return read_blimp()
     own = Path(__file__).parent / f"suites/{source}.jsonl"
     path = str(own) if source in SUITES else source
-    text = read_blimp() if source == "blimp" else read_text(path)
     tests = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             with refuse(f"{source}, line {number}: "):
                 tests.append(parse(line))
@@ -56,29 +55,31 @@ def read_tests(source: str) -> list[Test]:
     return tests
 
 
-def read_blimp() -> str:
-    """Return BLiMP's lines, downloaded on first use. Raises UserError if that fails."""
+def read_blimp() -> list[Test]:
+    """Read BLiMP, which is downloaded on first use. Raises UserError if that fails. Seven of its pairs are equal."""
     try:
         if not BLIMP.exists():
             download(BLIMP_URL, BLIMP, BLIMP_SHA256)
         with zipfile.ZipFile(BLIMP) as file:
             names = fnmatch.filter(file.namelist(), "data/*.jsonl")
-            lines = b"".join(map(file.read, sorted(names)))
+            lines = b"".join(map(file.read, sorted(names))).splitlines()
     except (UserError, zipfile.BadZipFile) as error:
         raise UserError(f"{error}; put a copy of {BLIMP_URL} at {BLIMP}") from error
-    return lines.decode()
+    return [
+        Test([row["sentence_good"], row["sentence_bad"]], 0, group=row["UID"])
+        for row in map(json.loads, lines)
+    ]
 
 
 def parse(line: str) -> Test:
     """Read a line. Raises ValueError if it is not valid."""
-    content = parse_json(line, {})
-    row = {BLIMP_KEYS.get(key, key): value for key, value in content.items()}
+    row = parse_json(line, {})
     if "good" in row:
         row |= {"choices": [row["good"], row.get("bad")], "answer": 0}
     check_schema(row, SCHEMA)
     test = Test(**{key: row[key] for key in Test._fields if key in row})
     different = len({*test.choices}) == len(test.choices) > 1
-    if "" in test.choices or not (different or "UID" in content):  # BLiMP has 7 equal pairs
+    if "" in test.choices or not different:
         raise ValueError("its choices must differ, and none may be empty")
     if test.answer not in range(len(test.choices)):
         raise ValueError(
@@ -120,13 +121,6 @@ def encode(test: Test, tokenizer: Tokenizer, room: int) -> list[tuple[np.ndarray
         (np.concatenate([tokenizer.start(), ids])[-room:], max(1, len(ids) - before))
         for ids in texts
     ]
-
-
-def measure(model: nn.Module, dataset: Dataset, tests: list[Test]) -> dict[str, float]:
-    """Test a model that is trained on this dataset. Returns the results for metrics.jsonl."""
-    passed = run_tests(model, dataset.tokenizer, tests)
-    count, accuracy, error = by_group(tests, passed)["all"]
-    return {"pairs": count, "pairs_accuracy": accuracy, "pairs_standard_error": error}
 
 
 def by_group(tests: list[Test], values: np.ndarray) -> dict[str, tuple[int, float, float]]:
