@@ -1,9 +1,10 @@
 """Try a model before it is used, because its user may have edited model.py, and say in a line what does not hold.
 
-It tries a smaller model with the same classes and settings, or one of the same width if that is small.
+It tries a smaller model with the same classes and settings, or one of the same width if that is small, with random
+weights.
 """
 
-from collections.abc import Iterator
+import functools
 from dataclasses import replace
 
 import torch
@@ -23,77 +24,128 @@ TOKENS = 70  # length of its text
 
 
 def check_model(model: nn.Module) -> None:
-    """Try a tiny model with the same classes and settings, and print a note for each thing that does not hold.
+    """Print a note for each check that finds a problem, and one for those that cannot be tried.
 
-    If its logits with a cache differ from those without one, or cannot be computed, the model generates without one.
+    If the cache is among them, the model generates without one.
     """
+    if models.attend in [getattr(part, "kernel", None) for part in model.modules()]:
+        note("attend() in model.py has been edited, so PyTorch's fused kernel is not used")
+    problems, untried = {}, {}
+    make_small = functools.cache(lambda: smaller(model))  # one for all, unless it fails
     # with its own random numbers, and with gradients even if the caller needs none
     with (
         torch.random.fork_rng(devices=[]),
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
-        try:
-            for problem in problems(model):
-                note(problem)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            model.has_cache = False
-            note(f"a small model like this one fails: {describe(error)}")
-
-
-def problems(model: nn.Module) -> Iterator[str]:
-    """Yield a line for each thing that does not hold."""
-    kernels = [getattr(part, "kernel", None) for part in model.modules()]
-    if models.attend in kernels:
-        yield "attend() in model.py has been edited, so PyTorch's fused kernel is not used"
-    small, text = smaller(model)
-    lost = without_gradient(small, text, tries=1)
-    if len(lost) == len(list(small.parameters())):
-        yield (
-            f"no weight of a new model gets a gradient, so it cannot learn; is a residual connection missing? With"
-            f" init={model.config.init}, some layers start at 0"
+        for name, check in CHECKS.items():
+            try:
+                problems[name] = check(*make_small())
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                untried[name] = describe(error)
+    for problem in filter(None, problems.values()):
+        note(problem)
+    if untried:
+        reasons = "; ".join(dict.fromkeys(untried.values()))
+        note(
+            f"a small model like this one fails, so these are not checked: {', '.join(untried)} ({reasons})"
         )
-    randomize(small)
-    if lost := without_gradient(small, text):
-        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
-        named = f"{', '.join(lost[:5])}{more}"
-        yield f"these weights get no gradient, so they cannot learn: {named}"
-    with torch.no_grad():
-        training = small(**text)[0]
-        logits, loss, *_ = small.eval()(**text, targets=text["idx"])
-        if not logits.isfinite().all():
-            yield "model.py computes nan or infinity from small random weights; is a softmax or a norm missing?"
-            return
-        if not is_close(small(**text)[0], logits):
-            yield "model.py is random in evaluation, so its losses and texts are random, too"
-            return
-        if not is_close(training, logits):
-            yield "training and evaluation compute different logits, even without dropout"
-        if not is_close(F.cross_entropy(logits.flatten(0, 1), text["idx"].flatten()), loss):
-            yield "the loss is not the cross-entropy, so bits per byte and perplexity do not follow from it"
-        for key, without in (("position", "none"), ("qk_norm", False)):
-            value = getattr(model.config, key)
-            if value == without or not any(kernels):
-                continue
-            other = build(replace(small.config, **{key: without})).eval()
-            other.load_state_dict(small.state_dict(), strict=False)
-            if torch.equal(other(**text)[0], logits):
-                yield f"{key}={value} has no effect: {key}={without} gives the same logits"
-        idx = text["idx"].clone()
-        idx[:, -1] = (idx[:, -1] + 1) % VOCABULARY
-        changed = small(**text | {"idx": idx})[0]
-        if not is_close(changed[:, :-1], logits[:, :-1]):
-            yield (
-                "a token sees later tokens, so the model can copy what it should predict: its losses are no measure"
-                " of prediction, and it cannot write"
-            )
-        if "source" not in text and not is_close(small.next_logits(idx), changed[:, -1]):
-            yield "next_logits(), with which the model writes, computes other logits than forward()"
-        elif model.has_cache and (problem := cache_problem(small, text, logits)):
-            model.has_cache = False
-            yield f"generating without a cache, which is slower: {problem}"
+    if model.has_cache and (problems | untried)["cache"]:
+        model.has_cache = False
+        note("generating without a cache, which is slower")
+
+
+# --------------------------------------------------------------------------------------
+# The checks: each returns what does not hold, or "". small, text: see smaller()
+
+
+def check_gradients(small: nn.Module, text: dict[str, Tensor]) -> str:
+    """Some weights must get a gradient in a new model, and each must get one with random weights."""
+    new = build(small.config)
+    if len(without_gradient(new, text, tries=1)) == len(list(new.parameters())):
+        return (
+            f"no weight of a new model gets a gradient, so it cannot learn; is a residual connection missing? With"
+            f" init={new.config.init}, some layers start at 0"
+        )
+    lost = without_gradient(small, text, tries=VOCABULARY)
+    if not lost:
+        return ""
+    return f"{len(lost)} weights get no gradient, so they cannot learn, such as {', '.join(lost[:5])}"
+
+
+def without_gradient(small: nn.Module, text: dict[str, Tensor], tries: int) -> list[str]:
+    """Name the parameters whose gradient is 0 for each of several texts. A single text may not reach every expert."""
+    small.train().zero_grad()
+    for shift in range(tries):
+        batch = {name: (x + shift) % VOCABULARY for name, x in text.items()}
+        losses = small_losses(small, batch | {"targets": batch["idx"]})
+        sum(losses.values()).backward()
+        named = small.named_parameters()
+        lost = [name for name, p in named if p.grad is None or not p.grad.any()]
+        if not lost:
+            break
+    return lost
+
+
+def check_evaluation(small: nn.Module, text: dict[str, Tensor]) -> str:
+    """Without dropout, training and evaluation must compute the same logits, and neither may be random."""
+    training = finite_logits(small.train(), text)
+    if is_close(finite_logits(small.eval(), text), training):
+        return ""
+    return "training and evaluation compute different logits, even without dropout"
+
+
+def check_future(small: nn.Module, text: dict[str, Tensor]) -> str:
+    """Another last token must not change the logits of the tokens before it."""
+    changed = text["idx"].clone()
+    changed[:, -1] = (changed[:, -1] + 1) % VOCABULARY
+    found = []
+    for idx in (text["idx"], changed):
+        torch.manual_seed(0)  # model.py may be random in evaluation
+        found.append(finite_logits(small.eval(), text | {"idx": idx})[:, :-1])
+    if is_close(*found):
+        return ""
+    return (
+        "a token sees later tokens, so the model can copy what it should predict: its losses are no measure of"
+        " prediction, and it cannot write"
+    )
+
+
+def check_cache(small: nn.Module, text: dict[str, Tensor]) -> str:
+    """Read the text in pieces, which are cached, and beside a shorter one."""
+    if not small.has_cache:
+        return ""
+    logits = finite_logits(small.eval(), text)[:, -1]
+    idx, *source = text.values()
+    T = idx.shape[1]
+    cache = small.make_cache(*source)
+    singles = min(3, T - 1)
+    for piece in idx.split([T - singles, *[1] * singles], dim=1):
+        found = small.next_logits(piece, cache)
+    if not is_close(found, logits):
+        return "with a cache, next_logits() computes other logits than forward()"
+    if not source and T > 2:  # prompts of different lengths
+        cache = small.make_cache()
+        cache.n_padding = torch.tensor([0, 2])
+        both = torch.cat([idx, F.pad(idx[:, 2:], (2, 0))])
+        alone = torch.cat([logits, small.next_logits(idx[:, 2:])])
+        if not is_close(small.next_logits(both, cache), alone):
+            return "with a cache, next_logits() computes other logits beside a longer text"
+    return ""
+
+
+CHECKS = {
+    "gradients": check_gradients,
+    "training unlike evaluation": check_evaluation,
+    "future tokens": check_future,
+    "cache": check_cache,
+}
+
+
+# --------------------------------------------------------------------------------------
+# Workers
 
 
 def sharing_problem(model: nn.Module) -> str | None:
@@ -103,7 +155,6 @@ def sharing_problem(model: nn.Module) -> str | None:
         with torch.random.fork_rng(devices=[]):
             small, text = smaller(model, model.config.dropout)
             add_seeds(small)
-            randomize(small)
             text["targets"] = text["idx"]
             batch = {name: torch.cat([x, x.flip(1)]) for name, x in text.items()}
             for rows in ([0], [1], [0, 1]):
@@ -122,8 +173,15 @@ def sharing_problem(model: nn.Module) -> str | None:
     return None
 
 
+# --------------------------------------------------------------------------------------
+# The small model
+
+
 def smaller(model: nn.Module, dropout: float = 0.0) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Build a smaller model with the same classes and settings, and a text for it: the arguments of its forward()."""
+    """Build a smaller model with the same classes and settings and with random weights.
+
+    Returns it and a text for it: the arguments of its forward().
+    """
     config = model.config
     sizes = {
         "n_members": min(config.n_members, 2),
@@ -139,10 +197,10 @@ def smaller(model: nn.Module, dropout: float = 0.0) -> tuple[nn.Module, dict[str
     text = {"idx": idx}
     if hasattr(model, "encode"):
         text["source"] = idx
-    return build(replace(config, **sizes)), text
+    return randomized(build(replace(config, **sizes))), text
 
 
-def randomize(small: nn.Module) -> None:
+def randomized(small: nn.Module) -> nn.Module:
     """Draw all weights at random, also those that are 0 in a new model."""
     random = torch.Generator().manual_seed(0)
     std = (2 * small.config.n_layer) ** -0.5  # the sum of many blocks must not overflow
@@ -150,6 +208,7 @@ def randomize(small: nn.Module) -> None:
         # a layer with more inputs sums more of them
         scale = min(1, 8 / p.shape[-1]) ** 0.5 if p.dim() > 1 else 1
         p.data.normal_(std=std * scale, generator=random)
+    return small
 
 
 def small_losses(small: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -157,46 +216,14 @@ def small_losses(small: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor
     return losses_of(small(**with_progress(small, batch, 0.5)))
 
 
-def without_gradient(
-    small: nn.Module, text: dict[str, Tensor], tries: int = VOCABULARY
-) -> list[str]:
-    """Name the parameters whose gradient is 0 for each of several texts. A single text may not reach every expert."""
-    small.zero_grad()
-    for shift in range(tries):
-        batch = {name: (x + shift) % VOCABULARY for name, x in text.items()}
-        sum(small_losses(small, batch | {"targets": batch["idx"]}).values()).backward()
-        named = small.named_parameters()
-        lost = [name for name, p in named if p.grad is None or not p.grad.any()]
-        if not lost:
-            break
-    return lost
-
-
-def cache_problem(small: nn.Module, text: dict[str, Tensor], logits: Tensor) -> str:
-    """Read a text in pieces with a cache, and beside a shorter one. Returns what does not hold.
-
-    logits: those of the whole text, (1, T, V).
-    """
-    idx, *source = text.values()
-    T = idx.shape[1]
-    try:
-        cache = small.make_cache(*source)
-        singles = min(3, T - 1)
-        for piece in idx.split([T - singles, *[1] * singles], dim=1):
-            found = small.next_logits(piece, cache)
-        if not is_close(found, logits[:, -1]):
-            return "with one, model.py computes other logits"
-        if not source and T > 2:  # prompts of different lengths
-            cache = small.make_cache()
-            cache.n_padding = torch.tensor([0, 2])
-            both = torch.cat([idx, F.pad(idx[:, 2:], (2, 0))])
-            found = small.next_logits(both, cache)
-            alone = torch.cat([logits[:, -1], small.next_logits(idx[:, 2:])])
-            if not is_close(found, alone):
-                return "beside a longer text, model.py computes other logits"
-    except Exception as error:
-        return describe(error)
-    return ""
+def finite_logits(small: nn.Module, text: dict[str, Tensor]) -> Tensor:
+    """Compute the logits, (1, T, V). Raises ArithmeticError if they cannot be compared."""
+    logits = small(**text)[0]
+    if not logits.isfinite().all():
+        raise ArithmeticError(
+            "model.py computes nan or infinity from small random weights; is a softmax or a norm missing?"
+        )
+    return logits
 
 
 def is_close(found: Tensor, expected: Tensor) -> bool:

@@ -16,13 +16,12 @@ from humptygpt import checks, loading
 from humptygpt.checks import check_model
 from humptygpt.fast.generation import agrees
 from humptygpt.tasks import MODELS
-from model import BLOCKS, POSITIONS, SelfAttention
+from model import BLOCKS, POSITIONS, SelfAttention, rotate
 
 ORIGINAL = {
     "attend": models.attend,
     "forward": SelfAttention.forward,
     "next_logits": models.GPT.next_logits,
-    "loss": models.GPT.loss,
     "append": models.LayerCache.append,
 }
 
@@ -72,10 +71,6 @@ def doubled(self, idx, cache=None):
     return 2 * ORIGINAL["next_logits"](self, idx, cache)
 
 
-def with_more(self, logits, targets):
-    return ORIGINAL["loss"](self, logits, targets) + 0.1 * logits.square().mean()
-
-
 def forget_all_but_20(self, end, **new):
     found = ORIGINAL["append"](self, end, **new)
     return [x.narrow(-2, max(0, end - 20), min(20, end)) for x in found]
@@ -96,7 +91,8 @@ EDITS = {
     (
         "attend",
         without_softmax,
-    ): "model.py computes nan or infinity from small random weights; is a softmax",
+    ): "a small model like this one fails, so these are not checked: training unlike "
+    "evaluation, future tokens, cache (ArithmeticError: model.py computes nan or infinity",
     (
         "attend",
         sigmoid,
@@ -104,11 +100,11 @@ EDITS = {
     (
         "forward",
         ignore_cache,
-    ): "generating without a cache, which is slower: with one, model.py computes other",
+    ): "with a cache, next_logits() computes other logits than forward()",
     (
         "forward",
         broken_cache,
-    ): "generating without a cache, which is slower: NotImplementedError: no cache yet",
+    ): "a small model like this one fails, so these are not checked: cache (NotImpl",
     (
         "block",
         without_residual,
@@ -120,27 +116,23 @@ EDITS = {
     (
         "forward",
         cut_gradient,
-    ): "these weights get no gradient, so they cannot learn: stack.blocks.0.attn",
+    ): "10 weights get no gradient, so they cannot learn, such as stack.blocks.0.attn",
     (
         "attend",
         random_weights,
-    ): "model.py is random in evaluation, so its losses and texts are",
+    ): "training and evaluation compute different logits, even without dropout",
     (
         "next_logits",
         doubled,
-    ): "next_logits(), with which the model writes, computes other logits than",
-    (
-        "loss",
-        with_more,
-    ): "the loss is not the cross-entropy, so bits per byte and perplexity",
+    ): "with a cache, next_logits() computes other logits than forward()",
     (
         "append",
         forget_all_but_20,
-    ): "generating without a cache, which is slower: with one, model.py computes other",
+    ): "with a cache, next_logits() computes other logits than forward()",
     (
         "embed",
         by_column,
-    ): "generating without a cache, which is slower: beside a longer text, model.py",
+    ): "with a cache, next_logits() computes other logits beside a longer text",
 }
 
 
@@ -148,12 +140,48 @@ EDITS = {
 def test_train_py_says_in_a_line_what_an_edit_breaks(edit, tiny, monkeypatch, capsys):
     name, edited = edit
     where = {"attend": models, "forward": SelfAttention, "block": BLOCKS["pre_norm"]}
-    where |= {"next_logits": models.GPT, "loss": models.GPT}
+    where |= {"next_logits": models.GPT}
     where |= {"append": models.LayerCache, "embed": POSITIONS["rotary"]}
     monkeypatch.setattr(where[name], "forward" if name == "block" else name, edited)
     train.main([*TINY_RUN, "--block_size=32", "--max_iters=1"])
     notes = re.findall("^note: (.*)$", capsys.readouterr().err, re.MULTILINE)
     assert sum(note.startswith(EDITS[edit]) for note in notes) == 1, notes
+
+
+def unguarded(self, x, shared, cache=None):
+    """An attention that reads rotary positions without asking whether there are any, and has no mask."""
+    q, k, v = (self.heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
+    q, k = rotate(q, shared.rotary), rotate(k, shared.rotary)
+    if cache:
+        k, v = cache.append(shared.end, k=k, v=v)
+    return self.output(see_everything(q, k, v, None), x)
+
+
+LEAK = "note: a token sees later tokens, so the model can copy what it should predict"
+
+
+def test_an_attention_that_takes_rotary_positions_for_granted_is_told_that_it_leaks(
+    run_train, monkeypatch, capsys
+):
+    monkeypatch.setattr(SelfAttention, "forward", unguarded)
+    run_train("--position=rotary")
+    told = capsys.readouterr().err
+    assert LEAK in told and "not checked" not in told
+
+
+def test_what_cannot_be_tried_is_named_and_does_not_keep_the_rest_from_being_tried(
+    capsys, monkeypatch
+):
+    def only_evaluated(self, x, shared, cache=None):
+        assert not self.training, "no training yet"
+        return unguarded(self, x, shared, cache)
+
+    monkeypatch.setattr(SelfAttention, "forward", only_evaluated)
+    check_model(random_model(position="rotary"))
+    told = capsys.readouterr().err
+    assert LEAK in told
+    failed = "gradients, training unlike evaluation (AssertionError: no training yet)"
+    assert f"so these are not checked: {failed}" in told
 
 
 def test_what_the_edit_does_not_break_is_not_mentioned(capsys):
@@ -195,7 +223,7 @@ def test_an_edit_that_fails_in_a_tiny_model_is_sampled_from_without_faster_layer
     monkeypatch.setattr(SelfAttention, "forward", only_16_features)
     sample.main(["--out_dir=out/run", "--max_new_tokens=3", "--device=cpu"])
     notes = capsys.readouterr().err
-    assert "a small model like this one fails: RuntimeError" in notes
+    assert "so these are not checked: gradients, training unlike evaluation," in notes
     assert "not using faster layers" in notes
 
 

@@ -27,7 +27,7 @@ from humptygpt.page.page_data import page_data
 from humptygpt.parallel.fsdp import ShardedOptimizer
 from humptygpt.parallel.processes import raise_if_rank_died
 from humptygpt.settings import TrainConfig
-from model import GPT, ModelConfig, SelfAttention
+from model import GPT, ModelConfig
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = (ROOT / "docs/variants.md").read_text(encoding="utf-8")
@@ -113,7 +113,7 @@ def edited(folder) -> Path:
     )
     assert done.returncode == 0, done.stderr
     # what the start says if a model does not hold what it should
-    for words in ("cannot learn", "computes other", "fails", "sees later", "no effect"):
+    for words in ("cannot learn", "computes other", "fails", "sees later"):
         assert words not in done.stderr
     return folder
 
@@ -348,40 +348,6 @@ def test_a_rule_checks_its_own_settings(tiny, fails, monkeypatch):
         lambda self: cli.check_least(self, 7, "beta1"),
     )
     assert "beta1=0.9 must be at least 7" in fails(train.main, *TINY_RUN)
-
-
-class Noted(SelfAttention):
-    def forward(self, x, shared, cache=None):
-        q, k, v = (self.heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if cache:
-            k, v = cache.append(shared.end, k=k, v=v)
-        y = self.kernel(q, k, v, shared.masks[self.window])
-        return self.output(y + v[:, :, -q.shape[2] :], x)
-
-
-def test_a_setting_that_an_attention_ignores_is_noted(run_train, monkeypatch, capsys):
-    monkeypatch.setitem(models.ATTENTIONS, "own", Noted)
-    run_train("--attention=own")
-    told = capsys.readouterr().err
-    assert "position=rotary has no effect: position=none gives the same logits" in told
-    assert "qk_norm=True has no effect: qk_norm=False gives the same logits" in told
-    run_train("--attention=softmax")
-    assert "no effect" not in capsys.readouterr().err
-
-
-class Faint(models.RMSNorm):
-    """A norm with which attention hardly changes the logits."""
-
-    def forward(self, x):
-        return 1e-3 * super().forward(x)
-
-
-def test_a_setting_of_little_effect_is_not_said_to_have_none(
-    run_train, monkeypatch, capsys
-):
-    monkeypatch.setitem(models.NORMS, "faint", Faint)
-    run_train("--norm=faint")
-    assert "no effect" not in capsys.readouterr().err
 
 
 def test_several_last_layers_of_a_branch_count_as_one_when_weights_are_drawn(monkeypatch):
