@@ -2,7 +2,7 @@
 
     python export.py --out_dir=out/shakespeare_char_llama --to=exported
     python export.py --out_dir=out/shakespeare_char_llama --to=model.gguf --dtype=q8_0
-    python export.py --init_from=nanoGPT/out-x --to=exported     any other model: nanoGPT's, a folder, an adapter, gpt2
+    python export.py --init_from=nanoGPT/out-x --to=exported     any other model: nanoGPT's, a folder, gpt2
 
 The folder has the model, its tokenizer and a model card, and is ready to upload to the Hugging Face Hub. The GGUF file
 is for llama.cpp and for programs that are built on it, such as Ollama and LM Studio. Both formats support only GPT-2's

@@ -329,11 +329,6 @@ def evaluate(run: Run, folder: RunFolder, bar: tqdm) -> bool:
         report.line(bar, show(run, run.task.evaluation_examples, run.model))
     if improved:
         run.process.save(folder.path / "best.pt", run.best_state())
-        # an adapter has no rows of the embedding, which the marks of turns need
-        if run.config.lora_rank and run.process.first and not run.dataset.tokenizer.marks:
-            from humptygpt.convert.adapters import write_adapter
-
-            write_adapter(run.model, run.config, folder.path / "adapter")
     return improved
 
 

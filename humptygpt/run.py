@@ -39,7 +39,6 @@ STOPPING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGBREAK", signal.SI
 SAME_REQUEST = 1.0
 # the files and folders that a run writes, apart from plan.py
 FILES = [
-    "adapter",
     "metrics.jsonl",
     "loss.png",
     "result.json",

@@ -190,8 +190,8 @@ def test_an_archive_that_is_none_is_one_line(fails):
 
 def test_what_our_scripts_have_written_is_no_text_of_a_folder_around_it(run_train, capsys):
     run_train()
-    Path("out/run/adapter").mkdir()
-    Path("out/run/adapter/adapter_config.json").write_text("written by our scripts")
+    Path("out/run/tensorboard").mkdir()
+    Path("out/run/tensorboard/events.json").write_text("written by our scripts")
     Path("notes").mkdir()
     Path("notes/meta.json").write_text("of the user")  # there is no mark of ours
     assert found(".") == ["notes/meta.json", "tiny.txt"]

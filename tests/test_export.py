@@ -198,7 +198,7 @@ def test_llama_cpp_has_the_greedy_text_of_sample_py(case, runs, monkeypatch):
 # Models that started elsewhere
 
 
-def test_a_run_with_lora_and_its_adapter_are_exported_merged(runs, monkeypatch, tmp_path):
+def test_a_run_with_lora_is_exported_merged(runs, monkeypatch, tmp_path):
     folder = runs("llama, documents of bpe")
     monkeypatch.chdir(folder)
     lora = ["--lora_rank=4", "--lora_targets=q_proj,v_proj,o_proj,up_proj", "--max_iters=8"]
@@ -212,8 +212,7 @@ def test_a_run_with_lora_and_its_adapter_are_exported_merged(runs, monkeypatch, 
         unmerged = model.eval()(idx)[0]
         before = load("out/run").model(idx)[0]
     assert (unmerged - before).abs().max() > 0.1
-    sources = ["--out_dir=lora", "--init_from=lora/ckpt.pt", "--init_from=lora/adapter"]
-    for number, source in enumerate(sources):
+    for number, source in enumerate(["--out_dir=lora", "--init_from=lora/ckpt.pt"]):
         export.main([source, f"--to={tmp_path}/{number}"])
         theirs, _ = open_folder(tmp_path / str(number))
         with torch.no_grad():
@@ -460,10 +459,8 @@ def test_the_card_names_files_and_models_without_the_users_folders(run_dir, fold
     card = model_card(found, "mine")
     for line in ("on a.de and a.en.", "input = 'my texts/a.txt'", "init_from = 'base'"):
         assert line in card
-    adapter = found._replace(
-        saved=None, description=f"{folder}/a: an adapter for {folder}/b"
-    )
-    assert "converted by HumptyGPT from a: an adapter for b." in model_card(adapter, "mine")
+    theirs = found._replace(saved=None, description=f"nanoGPT's {folder}/ckpt.pt")
+    assert "converted by HumptyGPT from nanoGPT's ckpt.pt." in model_card(theirs, "mine")
 
 
 # --------------------------------------------------------------------------------------

@@ -41,7 +41,6 @@ FROM_CORE = {
 BETWEEN_SLICES = {
     ("chat", "prepare"): "conversations are read and split like other documents",
     ("convert", "chat"): "an exported model carries how conversations are written",
-    ("convert", "finetune"): "an adapter of a LoRA model is read and written",
     ("convert", "prepare"): "nanoGPT's checkpoints name its data folders",
     ("minutes", "convert"): "a plan says if its model can be exported",
     ("page", "convert"): "the page tokenizes as SentencePiece does",

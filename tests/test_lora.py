@@ -1,24 +1,17 @@
-"""LoRA and freezing: trained and frozen parameters, and adapters that PEFT reads and writes."""
+"""LoRA and freezing: trained and frozen parameters."""
 
-import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import GPT2, ROOT, TINY_RUN, assert_same_weights, prepare_tiny
-from safetensors.torch import load_file, save_file
 
-import prepare_data
-import sample
 import train
 from humptygpt import checkpoint
 from humptygpt import run as runs
-from humptygpt.convert.adapters import write_adapter
-from humptygpt.convert.huggingface import read_pretrained
 from humptygpt.finetune import lora
 from humptygpt.finetune.lora import MARK
 from humptygpt.loading import load
@@ -31,7 +24,6 @@ ALL = "q_proj,k_proj,v_proj,o_proj,up_proj,down_proj"
 FROM_RUN = [*TINY_RUN, "--init_from=out/run", "--out_dir=out/lora", "--learning_rate=0.01"]
 LORA = [*FROM_RUN, "--lora_rank=2", "--lora_alpha=8"]
 OUT = Path("out/lora")
-IDX = torch.randint(11, (2, 20), generator=torch.Generator().manual_seed(0))
 HALF = ["--max_iters=3", "--lr_decay_iters=6"]
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
@@ -101,8 +93,6 @@ def test_a_resumed_run_with_lora_is_the_uninterrupted_one_and_names_its_base(bas
     assert train.main(["--init_from=resume", f"--out_dir={OUT}", "--max_iters=6"]) == 0
     saved = checkpoint.read(OUT / "ckpt.pt")
     assert_same_weights(saved["model"], whole)
-    adapter = json.loads((OUT / "adapter/adapter_config.json").read_text())
-    assert adapter["base_model_name_or_path"] == "out/run"
     assert saved["train_config"]["init_from"] == "out/run"
 
 
@@ -131,147 +121,6 @@ REFUSED = {
 def test_what_cannot_train_is_refused_in_one_line(argument, base, fails):
     argv = FROM_RUN if "freeze" in argument else LORA
     assert REFUSED[argument] in fails(train.main, *argv, argument)
-
-
-# --------------------------------------------------------------------------------------
-# PEFT
-
-
-def transformers_model(kind: str, **settings):
-    """A random GPT-2 or Llama of transformers."""
-    pytest.importorskip("peft", reason="needs peft: pip install -r requirements-dev.txt")
-    from test_pretrained import gpt2, llama
-
-    return gpt2(**settings) if kind == "gpt2" else llama(num_key_value_heads=2, **settings)
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-@pytest.mark.parametrize("targets", ["q_proj,v_proj", "k_proj,o_proj,up_proj,down_proj"])
-def test_peft_opens_the_adapter_with_equal_logits(kind, targets, folder):
-    theirs = transformers_model(kind)
-    theirs.save_pretrained("theirs")
-    ours = read_pretrained(Path("theirs"))
-    settings = {"lora_rank": 3, "lora_alpha": 5.0, "lora_targets": targets}
-    lora.add(ours, settings)
-    torch.manual_seed(0)
-    for p in trained_parameters(ours).values():
-        torch.nn.init.normal_(p, std=0.3)
-    write_adapter(ours, SimpleNamespace(init_from="theirs", **settings), Path("adapter"))
-    from peft import PeftModel
-
-    found = logits(ours, IDX)
-    opened = PeftModel.from_pretrained(theirs, "adapter").eval()
-    with torch.no_grad():
-        torch.testing.assert_close(found, opened(IDX).logits, **CLOSE)
-    torch.testing.assert_close(logits(lora.merge(ours), IDX), found, **CLOSE)
-
-
-@pytest.mark.parametrize(
-    "shape", [[], ["--qk_norm=True"]], ids=["names of transformers", "our names"]
-)
-def test_a_model_is_read_back_from_its_adapter(shape, run_train):
-    run_train("--bias=True", *shape)
-    targets = "--lora_targets=k_proj,v_proj,o_proj,up_proj"
-    whole_path = f"--init_from={Path('out/run').absolute()}"
-    assert train.main([*LORA, targets, "--eval_interval=6", whole_path]) == 0
-    config = json.loads(Path("out/lora/adapter/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(Path("out/run"))
-    merged, found = (load(path).model for path in ("out/lora", "out/lora/adapter"))
-    assert found.config == merged.config
-    torch.testing.assert_close(found.state_dict(), merged.state_dict(), **CLOSE)
-    prepare_data.main(["--input=tiny.txt", "--name=tiny2", "--tokenizer=out/lora/adapter"])
-    argv = ["--init_from=out/lora/adapter", "--dataset=tiny2", "--out_dir=out/more"]
-    assert train.main([*TINY_RUN, *argv]) == 0
-
-
-PEFT_CONFIGS = {
-    "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
-    "gpt2, rank-stabilised": (
-        "gpt2",
-        {"target_modules": ["c_fc"], "use_rslora": True, "fan_in_fan_out": True},
-    ),
-    "llama, several ranks": (
-        "llama",
-        {"target_modules": ["q_proj", "v_proj", "down_proj"], "rank_pattern": {"v_proj": 5}}
-        | {"alpha_pattern": {"down_proj": 11, "layers.1.self_attn.q_proj": 7}},
-    ),
-    "llama, MLP": ("llama", {"target_modules": ["gate_proj", "up_proj"]}),
-}
-
-
-def peft_adapter(kind: str, **settings):
-    """Save a model of transformers in theirs/ and a random adapter in adapter/, and return both as one model."""
-    base = transformers_model(kind, vocab_size=400)
-    import peft
-    from test_tokenizer_files import merges_folder
-
-    merges_folder(Path("theirs"))
-    base.save_pretrained("theirs")
-    base.name_or_path = base.config._name_or_path = "theirs"
-    config = peft.LoraConfig(r=3, lora_alpha=8, task_type="CAUSAL_LM", **settings)
-    model = peft.get_peft_model(base, config).eval()
-    for name, p in model.named_parameters():
-        if MARK in name:
-            torch.nn.init.normal_(p, std=0.3)
-    model.save_pretrained("adapter")
-    return model
-
-
-@pytest.mark.parametrize("name", PEFT_CONFIGS)
-def test_an_adapter_of_peft_is_read_with_its_logits(name, folder):
-    kind, settings = PEFT_CONFIGS[name]
-    theirs = peft_adapter(kind, **settings)
-    found = load("adapter")
-    with torch.no_grad():
-        expected = theirs(IDX).logits
-    torch.testing.assert_close(logits(found.model, IDX), expected, **CLOSE)
-    assert not torch.equal(expected, logits(load("theirs").model, IDX))
-
-
-def change_config(**changes):
-    path = Path("adapter/adapter_config.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def change_weights(**changes):
-    weights = load_file(WEIGHTS) | changes
-    save_file({name: x for name, x in weights.items() if x is not None}, WEIGHTS)
-
-
-WEIGHTS = Path("adapter/adapter_model.safetensors")
-B = "base_model.model.transformer.h.1.attn.c_attn.lora_B.weight"
-BAD = {
-    "peft_type must be LORA": lambda: change_config(peft_type="LOHA"),
-    "init_lora_weights must be None or bool or eva or": lambda: change_config(
-        init_lora_weights="pissa"
-    ),
-    "the regular expression 'c_(a|b)'; only layer names are": lambda: change_config(
-        alpha_pattern={"c_(a|b)": 3}
-    ),
-    "thei: there is no such file or folder": lambda: change_config(
-        base_model_name_or_path="thei"
-    ),
-    "adapter: the adapter is its own base model": lambda: change_config(
-        base_model_name_or_path=str(Path("adapter").absolute())
-    ),
-    "lora_A.weight is unknown, or its counterpart (lora_A or": lambda: change_weights(
-        **{B: None}
-    ),
-    "c_attn.lora_B.weight must be a dense, contiguous tensor of torch.float32 and shape (48, 3)": lambda: (
-        change_weights(**{B: torch.ones(48, 4)})
-    ),
-    "neither adapter_model.safetensors nor adapter_model.bin": lambda: WEIGHTS.unlink(),
-    "is truncated or damaged, or holds more": lambda: WEIGHTS.write_bytes(b"abc"),
-}
-
-
-@pytest.mark.parametrize("complaint", BAD)
-def test_an_adapter_that_is_damaged_or_more_than_lora_is_refused_in_one_line(
-    complaint, folder, fails
-):
-    peft_adapter("gpt2", target_modules=["c_attn"], fan_in_fan_out=True)
-    BAD[complaint]()
-    assert complaint in fails(sample.main, "--init_from=adapter")
 
 
 # --------------------------------------------------------------------------------------

@@ -117,8 +117,8 @@ def test_two_runs_are_whole_whenever_a_third_is_killed_while_it_moves_the_second
     foreign = {
         "plan.py": b"plan",
         "notes.txt": b"",
-        "adapter/metrics.jsonl": b"",
-        "adapter/a": b"",
+        "tensorboard/metrics.jsonl": b"",
+        "tensorboard/a": b"",
     }
     first = {"ckpt.pt": b"1", "best.pt": b"1", "snapshots/0.pt": b"1"}
     for name, content in (second | foreign).items():

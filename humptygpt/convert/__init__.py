@@ -1,1 +1,1 @@
-"""Import and export models: Hugging Face folders and downloads, LoRA adapters, nanoGPT checkpoints, GGUF files."""
+"""Import and export models: Hugging Face folders and downloads, nanoGPT checkpoints, GGUF files."""

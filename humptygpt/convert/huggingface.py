@@ -174,9 +174,9 @@ def build_model(
 # checked first.
 
 
-def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Weights:
-    """Read all tensors from the first of these files that the folder has. Raises ValueError, UserError or OSError."""
-    for name in names:
+def open_weights(folder: Path) -> Weights:
+    """Read all tensors from the first of MODEL_FILES that the folder has. Raises ValueError, UserError or OSError."""
+    for name in MODEL_FILES:
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
             return open_file(folder / name)
@@ -186,7 +186,7 @@ def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Weights:
             for shard in sorted(set(content["weight_map"].values())):
                 tensors |= open_file(folder / Path(shard).name)  # never from another folder
             return tensors
-    raise ValueError(f"there is neither {' nor '.join(names)}")
+    raise ValueError(f"there is neither {' nor '.join(MODEL_FILES)}")
 
 
 def open_file(path: Path) -> Weights:

@@ -1,10 +1,9 @@
-"""Load models and tokenizers of other programs, from Hugging Face folders, PEFT adapters or nanoGPT checkpoints."""
+"""Load models and tokenizers of other programs, from Hugging Face folders or nanoGPT checkpoints."""
 
 from collections import OrderedDict
 from pathlib import Path
 
 from humptygpt.cli import UserError, refuse, restore
-from humptygpt.convert.adapters import CONFIG, merge_adapter, read_config
 from humptygpt.convert.families import NANOGPT
 from humptygpt.convert.huggingface import build_model, plain_weights, read_pretrained
 from humptygpt.convert.read_huggingface import read_tokenizer, tokenizer_file
@@ -29,26 +28,16 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if tokenizer_file(Path(source)):
         return read_tokenizer(Path(source))
     path = find_source(source, key="tokenizer")
-    if path.is_dir() and not (path / CONFIG).is_file():
+    if path.is_dir():
         return read_tokenizer(path)
     return load(path).tokenizer
 
 
 def from_folder(path: Path, source: str | Path) -> Loaded:
-    """Load a model from a folder in Hugging Face's format, or an adapter in PEFT's format, merged into its base."""
-    if not (path / CONFIG).is_file():
-        model, tokenizer = read_pretrained(path), read_tokenizer(path)
-        task = "chat" if tokenizer.name == "chat" else "language modelling"
-        return Loaded(model, tokenizer, path, f"{source}", task)
-    adapter = read_config(path)
-    key = "base_model_name_or_path"
-    where = find_source(adapter[key], key=f"{path / CONFIG}: {key}")
-    if where.resolve() == path.resolve():
-        raise UserError(f"{path}: the adapter is its own base model")
-    base = load(where)
-    merge_adapter(path, adapter, base.model)
-    about = f"{path}: an adapter for {base.path}"
-    return base._replace(path=path, description=about, saved=None)
+    """Load a model from a folder in Hugging Face's format."""
+    model, tokenizer = read_pretrained(path), read_tokenizer(path)
+    task = "chat" if tokenizer.name == "chat" else "language modelling"
+    return Loaded(model, tokenizer, path, f"{source}", task)
 
 
 def from_nanogpt(path: Path, saved: dict) -> Loaded:
