@@ -458,8 +458,7 @@ function neighbours(app) {
 const MERGES_SHOWN = 40;
 
 function subwordsPanel(app) {
-  const unigram = app.data.tokenizer.model_type === "unigram";
-  return [h("p", {}, SUBWORDS[unigram ? "unigram" : app.tokenizer.name]), drawn(() => mergeTable(app))];
+  return [h("p", {}, SUBWORDS[app.tokenizer.name]), drawn(() => mergeTable(app))];
 }
 
 const MERGED =
@@ -467,9 +466,6 @@ const MERGED =
 const BYTES = "What is no token is spelled in bytes.";
 const SUBWORDS = {
   sentencepiece: `A word starts as characters, ▁ for a space. ${MERGED} ${BYTES}`,
-  unigram:
-    "▁ stands for a space. Of all ways to cut a text into tokens, the most probable one is taken, whose " +
-    `log-probabilities have the largest sum. ${BYTES}`,
   bpe: `A word starts as bytes. ${MERGED}`,
   gpt2: `A word starts as bytes. ${MERGED}`,
 };
@@ -494,7 +490,7 @@ function mergeTable(app) {
   const more = part.merges.length - MERGES_SHOWN;
   const caption = "The part of the text that the selected token is in, merge by merge";
   return [
-    table(caption, ["step", "symbols", part.scores ? "log-probability" : "rank"], mergeRows(part), [2]),
+    table(caption, ["step", "symbols", "rank"], mergeRows(part), [2]),
     more > 0 && h("p", { class: "quiet" }, `${more} more merges.`),
   ];
 }
@@ -502,7 +498,7 @@ function mergeTable(app) {
 const piece = (text) =>
   signs(text).replace(/[\u0000-\u001f\u0080-\u00a0]/g, (byte) => `\\${hexadecimal(byte.charCodeAt(0))}`);
 
-function mergeRows({ symbols, merges, scores, tokens }) {
+function mergeRows({ symbols, merges, tokens }) {
   const line = (texts, chosen = -1) => {
     const symbol = (text, i) => h("span", { class: i === chosen ? "merged" : null }, text);
     return h("code", { class: "symbols" }, texts.map(symbol));
@@ -513,8 +509,7 @@ function mergeRows({ symbols, merges, scores, tokens }) {
     now.splice(at, 2, made);
     rows.push([`${i + 1}`, line(now.map(piece), at), minus(+rank.toFixed(2))]);
   });
-  const sum = scores ? minus(scores.reduce((total, x) => total + x, 0).toFixed(2)) : "";
-  rows.push(["tokens", line(tokens.map((token) => `${piece(token.piece)} ${token.ids.join(" ")}`)), sum]);
+  rows.push(["tokens", line(tokens.map((token) => `${piece(token.piece)} ${token.ids.join(" ")}`)), ""]);
   return rows;
 }
 

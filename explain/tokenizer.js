@@ -7,7 +7,6 @@ makeTokenizer(data) returns
                     symbols    what it starts with: characters, or single bytes
                     merges     the merges, in their order: at (number of the left symbol), piece (what the two become),
                                rank (the lowest is merged first; of equal ones the leftmost)
-                    scores     of unigram instead: log-probability of each token
                     tokens     the result: piece and ids: none for a character that is left out, several for one that
                                is spelled in bytes
   decode(ids)     text; bytes that are not UTF-8 become U+FFFD
@@ -128,12 +127,12 @@ function bytePairTokenizer(data, pieces) {
 // Sentencepiece
 
 /** scores: by token, null for end-of-text and bytes, which text never becomes. byte_ids: tokens of bytes 0 to 255. */
-function sentencePieceTokenizer({ model_type, scores, byte_ids }, pieces) {
+function sentencePieceTokenizer({ scores, byte_ids }, pieces) {
   const ids = new Map();
   scores.forEach((score, id) => score !== null && ids.set(decodeBytes([pieces[id]]).replaceAll(" ", SPACE), id));
   const spelled = (piece) => ({ piece, ids: Array.from(utf8(piece), (byte) => byte_ids[byte.charCodeAt(0)]) });
   const token = (piece) => (ids.has(piece) ? { piece, ids: [ids.get(piece)] } : spelled(piece));
-  const encodePart = { bpe: encodeByMerges, unigram: encodeByScores }[model_type](ids, scores.map(Math.fround), token);
+  const encodePart = encodeByMerges(ids, scores, token);
   return (text) =>
     text
       .split(/([\n▁])/)
@@ -153,35 +152,6 @@ function encodeByMerges(ids, scores, token) {
     const symbols = [...part];
     const { merges, left } = mergePairs(symbols, rankOf);
     return { symbols, merges, tokens: left.map(token) };
-  };
-}
-
-/** Unigram: the pieces with the highest sum of scores, by Viterbi's algorithm. */
-function encodeByScores(ids, scores, token) {
-  const longest = Math.max(...Array.from(ids.keys(), (piece) => [...piece].length));
-  const unknown = Math.fround(scores.reduce((least, score) => Math.min(least, score), 0) - 10); // kUnkPenalty
-  const scoreOf = (piece) => scores[ids.get(piece)];
-  return (part) => {
-    const symbols = [...part];
-    const best = symbols.map(() => ({ score: -Infinity, from: -1 })); // by the end of the text
-    symbols.forEach((symbol, from) => {
-      const before = from ? best[from - 1].score : 0;
-      const offer = (to, score) => {
-        const sum = Math.fround(before + score); // rounded as in sentencepiece, for equal ties
-        if (best[to].from < 0 || sum > best[to].score) best[to] = { score: sum, from };
-      };
-      let piece = "";
-      for (let to = from; to < Math.min(symbols.length, from + longest); to++) {
-        piece += symbols[to];
-        if (ids.has(piece)) offer(to, scoreOf(piece));
-      }
-      if (!ids.has(symbol)) offer(from, unknown);
-    });
-    const found = [];
-    for (let to = symbols.length; to > 0; to = best[to - 1].from) {
-      found.unshift(symbols.slice(best[to - 1].from, to).join(""));
-    }
-    return { symbols, merges: [], scores: found.map((piece) => scoreOf(piece) ?? unknown), tokens: found.map(token) };
   };
 }
 

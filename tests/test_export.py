@@ -72,10 +72,6 @@ CASES = {  # options of prepare_data.py and train.py
         "--tokenizer=sentencepiece --vocab_size=320",
         "--tie_weights=False",
     ),
-    "gpt2, unigram": (
-        "--tokenizer=sentencepiece --vocab_size=320 --model_type=unigram",
-        "",
-    ),
     "llama, documents of bpe": ("--input=texts --tokenizer=bpe --vocab_size=320", LLAMA),
     "the rung 11_llama, char": (
         "--input=ascii.txt --tokenizer=char",
@@ -185,7 +181,7 @@ def test_transformers_has_the_logits_the_tokens_and_the_greedy_text_of_sample_py
     assert tokenizer.decode(output) == continued(Path("out/run"), text[:20])
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "unigram" not in case])
+@pytest.mark.parametrize("case", CASES)
 def test_llama_cpp_has_the_greedy_text_of_sample_py(case, runs, monkeypatch):
     monkeypatch.chdir(runs(case))
     export.main(["--out_dir=out/run", "--to=model.gguf"])
@@ -494,7 +490,6 @@ GGUF_REFUSES = [
     (ROTARY | {"activation": "relu"}, "activation=relu cannot be .* --activation=silu"),
     ({"tokenizer": CharTokenizer("aé")}, f"{CHAR} non-ASCII characters"),
     ({"tokenizer": CharTokenizer("aé▁", True)}, f"{CHAR} and must not contain '▁'"),
-    ({"tokenizer": EVERY["unigram"]}, "as GGUF, only to a folder: .* model_type=bpe.$"),
 ]
 
 

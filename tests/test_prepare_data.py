@@ -450,9 +450,7 @@ def test_lines_of_pairs_without_exactly_one_tab_are_left_out_and_counted(pairs, 
     assert f"note: {counted}; the first: {first}\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "kind", ["bpe", "sentencepiece --model_type=unigram", "sentencepiece"]
-)
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
 def test_a_vocabulary_that_is_too_large_becomes_as_large_as_the_text_allows(
     folder, capsys, kind
 ):

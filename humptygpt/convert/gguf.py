@@ -129,7 +129,7 @@ def with_merges(tokenizer: Tokenizer, content: dict) -> Vocabulary:
     model = content["model"]
     if model["type"] != "BPE" or not (split := known_split(tokenizer, content)):
         raise ValueError(
-            "llama.cpp needs a BPE tokenizer like that of GPT-2, Llama 2 or Llama 3 (sentencepiece: model_type=bpe)"
+            "llama.cpp needs a BPE tokenizer like that of GPT-2, Llama 2 or Llama 3"
         )
     found = {i: (f"[PAD{i}]", TokenType.UNUSED) for i in range(tokenizer.vocab_size)}
     for token, i in model["vocab"].items():

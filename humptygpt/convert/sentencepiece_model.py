@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from humptygpt.cli import UserError
+
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer
@@ -25,7 +27,7 @@ def convert_sentencepiece(
     model = SentencePieceProcessor(model_proto=proto)
     ids = range(model.vocab_size())
     plain = model.normalize(" a  ﬁ ") == "▁▁a▁▁ﬁ▁"
-    scores = [model.get_score(i) for i in normal_ids(model)]
+    scores = [*merge_scores(model).values()]
     if not plain or not any(map(model.is_byte, ids)) or scores.count(0) > 1:
         raise ValueError(
             "only sentencepiece models like Llama's are supported: with byte_fallback and a space before the text,"
@@ -53,30 +55,35 @@ def convert_sentencepiece(
     return engine, {key: model.id_to_piece(i) for key, i in ends.items() if i >= 0}
 
 
-def normal_ids(model: "SentencePieceProcessor") -> list[int]:
-    """List the ids of the pieces that sentencepiece learned."""
+def merge_scores(model: "SentencePieceProcessor") -> dict[int, float]:
+    """Return the score of each piece that sentencepiece learned, by id. The pair with the highest is merged first.
+
+    Raises UserError unless the scores are 0, -1, -2 and so on. Those of a unigram model are log-probabilities.
+    """
     others = (model.is_byte, model.is_control, model.is_unknown)
-    return [i for i in range(model.vocab_size()) if not any(kind(i) for kind in others)]
+    ids = [i for i in range(model.vocab_size()) if not any(kind(i) for kind in others)]
+    scores = {i: model.get_score(i) for i in ids}
+    if not all(score.is_integer() for score in scores.values()):
+        raise UserError(
+            "sentencepiece's unigram models cannot be converted, only its BPE models"
+        )
+    return scores
 
 
 def subword_model(model: "SentencePieceProcessor", space: str, first: int = 0) -> "Model":
-    """Build a model for the tokenizers library from the pieces of a sentencepiece model.
-
-    The two model types are told apart by their scores. In a BPE model these are 0, -1, -2, and so on, and the pair with
-    the highest score is merged first. In a unigram model they are log-probabilities.
+    """Build a BPE model for the tokenizers library from the pieces of a sentencepiece model.
 
     space: the character that stands for a space in pieces. first: the first id to use; the new ids start at 0.
     """
     from tokenizers import models
 
     ids = range(first, model.vocab_size())
-    pieces = [(model.id_to_piece(i).replace("▁", space), model.get_score(i)) for i in ids]
-    if not all(score.is_integer() for _, score in pieces):
-        # unk_id is required, but any id will do, because text that matches no piece is spelled in bytes
-        return models.Unigram(pieces, unk_id=0, byte_fallback=True)
-    by_score = sorted(normal_ids(model), key=model.get_score, reverse=True)
-    merges = find_merges([pieces[i - first][0] for i in by_score])
-    vocabulary = {text: i for i, (text, _) in enumerate(pieces)}
+    pieces = [model.id_to_piece(i).replace("▁", space) for i in ids]
+    scores = merge_scores(model)
+    merges = find_merges(
+        [pieces[i - first] for i in sorted(scores, key=scores.get, reverse=True)]
+    )
+    vocabulary = {text: i for i, text in enumerate(pieces)}
     return models.BPE(vocabulary, merges, byte_fallback=True)
 
 

@@ -101,10 +101,6 @@ def _(tokenizer: ByteTokenizer | BytePairTokenizer) -> tokenizers.Tokenizer:
 def _(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
     """Write spaces in pieces as spaces, not as sentencepiece's ▁, so that a ▁ in a text is encoded as bytes."""
     theirs = tokenizers.Tokenizer(subword_model(tokenizer.model, " ", first=1))
-    if isinstance(theirs.model, models.Unigram):
-        # split such texts: otherwise "<0x41>" would be encoded as the byte 0x41
-        byte_like = Regex("<(?=0x[0-9A-F]{2}>)")
-        theirs.pre_tokenizer = pre_tokenizers.Split(byte_like, "merged_with_previous")
     theirs.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return theirs
 

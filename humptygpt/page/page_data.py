@@ -9,7 +9,7 @@ from torch import nn
 
 from humptygpt import checkpoint
 from humptygpt.cli import UserError
-from humptygpt.convert.sentencepiece_model import normal_ids
+from humptygpt.convert.sentencepiece_model import merge_scores
 from humptygpt.data import TokenFiles, read_meta
 from humptygpt.loading import Loaded, from_run
 from humptygpt.loggers import read_metrics
@@ -170,12 +170,10 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict:
 
 
 def sentencepiece_data(tokenizer: SentencePieceTokenizer) -> dict:
-    """Return the model_type, the score of each token (None if no text encodes to it), and the ids of bytes 0 to 255."""
+    """Return the score of each token (None if no text encodes to it), and the ids of bytes 0 to 255."""
     model = tokenizer.model
-    scores = {i: model.get_score(i) for i in normal_ids(model)}
-    merged = all(score.is_integer() for score in scores.values())
+    scores = merge_scores(model)
     return {
-        "model_type": "bpe" if merged else "unigram",
         # our ids start at sentencepiece's token 1
         "scores": [scores.get(i) for i in range(1, model.vocab_size())],
         "byte_ids": [model.piece_to_id(f"<0x{byte:02X}>") - 1 for byte in range(256)],

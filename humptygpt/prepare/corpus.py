@@ -57,7 +57,6 @@ class Corpus:
         "val_fraction": 0.1,
         "text_key": "text",
         "vocab_size": 4096,
-        "model_type": "bpe",
         "split_digits": False,
     }
 

@@ -13,7 +13,7 @@ from humptygpt.tokenizers import TOKENIZERS
 CHOICES = ("auto", *TOKENIZERS)  # values of --tokenizer besides paths and names of models
 # {tokenizer: keys that only some tokenizers use}
 OPTIONS = {
-    "sentencepiece": ("vocab_size", "model_type"),
+    "sentencepiece": ("vocab_size",),
     "bpe": ("vocab_size", "split_digits"),
 }
 
@@ -36,7 +36,6 @@ class PrepareConfig:
     # tokens
     tokenizer: str = "auto"  # auto: chosen to fit the text; or the tokenizer of a run, a model folder or owner/model
     vocab_size: int | None = None  # at most this many tokens; None: fits the text, or 4096
-    model_type: str | None = None  # sentencepiece algorithm; None: bpe
     split_digits: bool | None = None  # bpe: each digit is a token, to learn sums; None: off
     # existing data
     overwrite: bool = False  # replace a different dataset of the same name
@@ -47,7 +46,6 @@ class PrepareConfig:
     def choices(cls) -> dict[str, Collection[str]]:
         return {
             "tokenizer": CHOICES,
-            "model_type": ("bpe", "unigram"),
         }
 
     def validate(self) -> None:

@@ -107,12 +107,12 @@ def train_characters(texts: Iterable[str], separated: bool) -> CharTokenizer:
 
 
 def train_sentencepiece(
-    texts: Iterable[str], separated: bool, vocab_size: int, model_type: str = "bpe"
+    texts: Iterable[str], separated: bool, vocab_size: int
 ) -> SentencePieceTokenizer:
     """Train a sentencepiece model of at most vocab_size tokens. Raises UserError if the texts need more.
 
     A line break is a token of its own, and a space belongs to the word after it. Neither is ever changed or added, so
-    decoding restores the text exactly. model_type: bpe or unigram.
+    decoding restores the text exactly.
     """
     import sentencepiece
 
@@ -127,7 +127,7 @@ def train_sentencepiece(
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
             model_writer=proto,
-            model_type=model_type,
+            model_type="bpe",
             vocab_size=vocab_size + 1,
             hard_vocab_limit=False,
             byte_fallback=True,
