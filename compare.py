@@ -64,10 +64,10 @@ IGNORED = {
     "wandb_project",
     "wandb_run_name",
     "_parameters",
-    "_measured",
+    "_measured",  # in runs of 57d295e
 }
-# the entries of config.json that are checked; _measured: the settings that the machine chose, not the user
-SCHEMA = {"max_iters": range(1, 2**53), "_parameters": range(2**53), "_measured?": [str]}
+# the entries of config.json that are checked
+SCHEMA = {"max_iters": range(1, 2**53), "_parameters": range(2**53)}
 SEED = re.compile(r"[/_-](seed[-_=]?)?\d+$")  # the seed in a path: -1, _seed=1, /1
 BITS = "best_bits_per_byte"
 # The rows of a table: (name, runs that share the row because they differ only in the seed)
@@ -227,17 +227,13 @@ def group_runs(runs: list[Run], config: CompareConfig) -> dict[str, Rows]:
             place = (os.path.relpath(path.parent), path.parent, path)
         else:
             place = ("", common, run.folder)
-        keys = run.settings.keys() - IGNORED - {"seed", *run.settings.get("_measured", ())}
+        keys = run.settings.keys() - IGNORED - {"seed"}
         chosen = str([(key, run.settings[key]) for key in sorted(keys)])
         variants.setdefault((*place, chosen), []).append(run)
     groups = {}
     for (title, parent, path, _), seeds in variants.items():
         name = path if path and seeds[1:] else seeds[0].folder
         groups.setdefault(title, []).append((os.path.relpath(name, parent), seeds))
-        for key in sorted(differing(seeds) - {"seed"}):
-            note(
-                f"the machine chose {key} differently for the runs of {name}; for a fair comparison, set it"
-            )
     for title, rows in groups.items():
         rows.sort(key=lambda row: row[0] != config.baseline)
         if config.baseline and rows[0][0] != config.baseline:

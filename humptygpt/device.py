@@ -1,21 +1,17 @@
-"""Choose devices and dtypes: those that the user names, or the best that the machine has."""
+"""Choose devices and dtypes: those that the user names, or by a rule the best that the machine has."""
 
 import ctypes
-import json
 import os
-import platform
 import re
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
-from pathlib import Path
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from humptygpt.cli import UserError, note
-from humptygpt.files import parse_json, write_text
-from humptygpt.machine import available_memory, fastest, read
+from humptygpt.cli import UserError
+from humptygpt.machine import available_memory
 
 THREADS = torch.get_num_threads()  # as many as there are cores
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,8 +51,6 @@ def pick_device(name: str) -> torch.device:
     available.append("cpu")
     if name == "auto":
         name = available[0]
-        if name == "mps":  # many small operators may be faster on the CPU
-            name = faster("device", ["cpu", "mps"])
     if name not in available:
         raise UserError(
             f"device={name} is not available; use one of these, or auto: {', '.join(available)}"
@@ -67,101 +61,37 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Find a dtype by name. Raises UserError for float16 on a device other than CUDA.
 
-    "auto" is bfloat16 on CUDA, or float16 if the card cannot multiply bfloat16. On other devices it is float32: to
-    generate, memory is the bottleneck, not arithmetic, and to train, training_dtype() measures it.
+    "auto" is the fastest for generation: float32 except on CUDA, because elsewhere memory is the bottleneck, not
+    arithmetic.
     """
-    if name == "auto" and device.type == "cuda":
-        name = "bfloat16" if multiplies_bfloat16(device) else "float16"
+    if name == "auto":
+        name = training_dtype(device) if device.type == "cuda" else "float32"
     if name == "float16" and device.type != "cuda":
         raise UserError(
             f"dtype=float16 needs a CUDA device, but this one is {device.type}; use float32 or bfloat16"
         )
-    return DTYPES.get(name, torch.float32)
+    return DTYPES[name]
 
 
 def training_dtype(device: torch.device) -> str:
-    """The dtype in which this machine trains faster: float32 or, on a processor that can multiply it, bfloat16."""
-    if not multiplies_bfloat16(device):
-        return "float32"
-    return faster("dtype", ["float32", "bfloat16"]) if device.type == "cpu" else "bfloat16"
-
-
-def faster(what: str, choices: Sequence[str]) -> str:
-    """Choose a device or a dtype by timing training steps, once for a processor and a version of torch.
-
-    The result is kept in the user's cache folder, so that it is the same in all runs, on a busy machine too.
-    what: dtype or device. choices: the first is taken unless another is clearly faster.
-    """
-    from filelock import FileLock  # late import: most scripts take no lock
-
-    key = measured_key(what)
-    kept = {}
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        path = cache / "humptygpt" / "measured.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # of two runs that start at once, the second waits
-            with suppress(OSError, ValueError):
-                kept = parse_json(path.read_bytes(), {})
-            if kept.get(key) not in choices:
-                kept[key] = fastest_training(choices)
-                write_text(path, json.dumps(kept, indent=1))
-                note(f"{kept[key]} trains fastest on this machine; this is kept in {path}")
-    # a RuntimeError if there is no home folder, or a file system without locks
-    except (OSError, RuntimeError, UserError) as error:
-        note(
-            f"the fastest {what} is measured at each start, because it cannot be kept: {error}"
-        )
-    return kept.get(key) or fastest_training(choices)
-
-
-def fastest_training(choices: Sequence[str]) -> str:
-    """Find the device or dtype in which feed-forward networks of three sizes train fastest.
-
-    Dtypes are compared on one thread, so that other programs matter less; Apple's GPU competes with all of them.
-    """
-    nets = {
-        C: nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
-        for C in (128, 256, 512)
-    }
-
-    def step(choice: str) -> None:
-        device = torch.device("cpu" if choice in DTYPES else choice)
-        for C, net in nets.items():
-            x = torch.ones(2**25 // C**2, C, device=device)  # equally much work for each
-            with autocast(device, DTYPES.get(choice, torch.float32)):
-                y = net.to(device)(x)
-            y.sum().backward()
-        net[0].weight.grad.sum().item()  # waits for the GPU
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads if "mps" in choices else 1)
-    try:
-        best = fastest(choices, step)
-    except (
-        RuntimeError
-    ):  # Apple's GPU in a virtual machine says that it is there, but has no memory
-        best = choices[0]
-    torch.set_num_threads(threads)
-    return best
-
-
-def measured_key(what: str) -> str:
-    """Describe a measurement by the processor, its instruction sets and the version of torch."""
-    name = re.search(r"^model name\s*: (.*)$", read(Path("/proc/cpuinfo")), re.MULTILINE)
-    capabilities = torch.cpu.get_capabilities().items()
-    flags = " ".join(sorted(flag for flag, value in capabilities if value is True))
-    processor = name[1] if name else platform.processor()
-    return f"{what}: {processor} ({flags}), torch {torch.__version__}"
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """True if the hardware has bfloat16 matrix products. Without them, bfloat16 is slower than float32."""
+    """The dtype of matrix products in which a device trains fastest."""
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = torch.cpu.get_capabilities()
-    has_products = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return device.type == "cpu" and bool(has_products)
+        major, _ = torch.cuda.get_device_capability(device)
+        return "bfloat16" if major >= 8 else "float16"
+    if device.type == "cpu":
+        return processor_dtype(torch.cpu.get_capabilities())
+    return "float32"
+
+
+def processor_dtype(capabilities: Mapping[str, object]) -> str:
+    """The dtype in which a processor trains fastest: bfloat16 with AMX, or with AVX-512 BF16 unless it is an Intel.
+
+    Without AMX, an Intel trains in bfloat16 at 0.7 of float32's speed. RECORDS.md, "Speed of a training step", has the
+    machines on which this was measured. capabilities: from torch.cpu.get_capabilities().
+    """
+    intel = "Intel" in capabilities.get("cpu_name", "")
+    fast = capabilities.get("amx_bf16") or (capabilities.get("avx512_bf16") and not intel)
+    return "bfloat16" if fast else "float32"
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

@@ -103,15 +103,12 @@ def code_checksum() -> str:
 
 def note_edits(out_dir: Path) -> None:
     """Print a note if model.py has changed since a run recorded its checksum."""
-    if recorded(out_dir, "_model.py", str) not in (None, code_checksum()):
-        note(f"model.py has changed since the run in {out_dir}, whose losses may not hold")
-
-
-def recorded(out_dir: Path, key: str, schema: object) -> object:
-    """Return an entry of a run's config.json that fits a schema; None if there is none."""
     with suppress(OSError, ValueError):
-        return parse_json((out_dir / "config.json").read_bytes(), {key: schema})[key]
-    return None
+        settings = parse_json((out_dir / "config.json").read_bytes(), {"_model.py": str})
+        if settings["_model.py"] != code_checksum():
+            note(
+                f"model.py has changed since the run in {out_dir}, whose losses may not hold"
+            )
 
 
 # --------------------------------------------------------------------------------------

@@ -152,30 +152,25 @@ def start_process(config: TrainConfig, prepare: Callable[[], None]) -> Process:
 def tune(config: TrainConfig, process: Process) -> TrainConfig:
     """Return the config with the fastest dtypes and a number of CPU threads. Set the number of threads, and malloc.
 
-    What the user has set stays. The dtypes are the same in all runs on a machine. In a run of several processes, the
-    first one decides.
+    What the user has set stays.
     """
-    device = process.device
     if not process.sharded:  # that gathers whole weights and frees them, which leaves gaps
         tune_malloc()
-    dtype, muon_dtype = config.dtype, config.muon_dtype
-    if "auto" in (dtype, muon_dtype):
-        measured = ["float32", "bfloat16"]
-        index = measured.index(training_dtype(device)) if process.first else 0
-        best = measured[int(process.sum(torch.tensor(index)))]
-        muon_dtype = best if muon_dtype == "auto" else muon_dtype
-        if device.type == "cpu" and dtype == "auto":
-            dtype = best
-    dtype = str(pick_dtype(dtype, device)).removeprefix("torch.")
     threads = min(config.threads, usable_cores()) if config.threads else THREADS
     torch.set_num_threads(threads)
-    return replace(
-        config,
-        dtype=dtype,
-        muon_dtype=muon_dtype,
-        # another number of processes may have more threads each
-        threads=threads if process.size == 1 else None,
-    )
+    # another number of processes may have more threads each
+    threads = threads if process.size == 1 else None
+    return replace(choose_dtypes(config, process.device), threads=threads)
+
+
+def choose_dtypes(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """Replace auto by the dtypes in which a device trains fastest. Raises UserError for a dtype that it cannot have."""
+    fastest = training_dtype(device)
+    dtype = pick_dtype(fastest if config.dtype == "auto" else config.dtype, device)
+    muon_dtype = config.muon_dtype
+    if muon_dtype == "auto":
+        muon_dtype = "bfloat16" if fastest == "bfloat16" else "float32"
+    return replace(config, dtype=str(dtype).removeprefix("torch."), muon_dtype=muon_dtype)
 
 
 # --------------------------------------------------------------------------------------

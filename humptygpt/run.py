@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -143,7 +143,6 @@ class Run:
     progress: Progress
     scaler: torch.amp.GradScaler
     clock: StepClock  # or, with --minutes, a plan.Clock
-    measured: Collection[str] = ()  # settings that were left open and are measured here
     metrics: dict[str, Callable] = field(default_factory=dict)  # METRICS of train.py
     optimizer: Optimizer | None = None  # None only until setup() has made it
 

@@ -17,7 +17,7 @@ TRAINING_ONLY = {"dropout", "label_smoothing"}
 # keys that may change on resume if their product does not
 STEP = ("batch_size", "gradient_accumulation_steps")
 # keys whose values in a checkpoint may differ from those in the command that wrote it: a short run's warmup is
-# shortened, the vocabulary size comes from the data, and dtypes and threads are measured
+# shortened, the vocabulary size comes from the data, dtypes and threads from the machine
 MAY_DIFFER = {"out_dir", "warmup_iters", "input", "vocab_size"}
 MAY_DIFFER |= {"dtype", "muon_dtype", "threads"}
 NOT_ROTARY = POSITIONS.keys() - {"rotary"}
@@ -73,7 +73,7 @@ class Adjustable:
     beta2: float = 0.99  # AdamW, NorMuon: decay rate of the second moment
     muon_learning_rate: float = 0.03  # Muon: peak learning rate
     muon_momentum: float = 0.85  # Muon: decay rate of the momentum
-    muon_dtype: str = "auto"  # Muon: dtype of its matrix products; auto: the faster
+    muon_dtype: str = "auto"  # Muon: dtype of its matrix products; auto: as for dtype
     grad_clip: float = 1.0  # maximum gradient norm; 0: no clipping
     # evaluation
     eval_interval: int = 600  # steps between evaluations; one always follows the last step
@@ -91,8 +91,8 @@ class Adjustable:
     wandb_project: str = "humptygpt"  # project on Weights & Biases
     wandb_run_name: str | None = None  # run name on Weights & Biases; None: name of out_dir
     # system
-    device: str = "auto"  # auto: the fastest there is; cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # auto: the fastest on this machine, measured once
+    device: str = "auto"  # auto: cuda, else mps, else cpu; or cuda:1
+    dtype: str = "auto"  # auto: the fastest for this kind of device
     threads: int | None = None  # CPU cores to use; None: all that there are
     compile: bool | None = None  # use torch.compile; None: for long runs on CUDA
     parallel: str = "ddp"  # for several processes: ddp, or fsdp to shard the model

@@ -26,19 +26,18 @@ from humptygpt.cli import (
     refuse_vain,
 )
 from humptygpt.data import COMMAND, DATASETS, Dataset, is_command, made_by, read_meta
-from humptygpt.device import autocast, pick_device, pick_dtype, to_device
+from humptygpt.device import autocast, pick_device, to_device
 from humptygpt.loading import (
     Loaded,
     code_checksum,
     find_source,
     load,
     note_edits,
-    recorded,
 )
 from humptygpt.loggers import chosen_loggers
 from humptygpt.machine import GIVEN
 from humptygpt.optimizers import freeze
-from humptygpt.process import launched, read_checkpoint, restarted
+from humptygpt.process import choose_dtypes, launched, read_checkpoint, restarted
 from humptygpt.report import memory_report
 from humptygpt.run import MOVING, Progress, Run, lock_out_dir, refuse_earlier_run
 from humptygpt.settings import (
@@ -70,9 +69,6 @@ LONG = 20_000
 # Workers share a batch if the model has at most this many parameters for each token of a worker: above that, the sum of
 # their gradients and the conversion of weights to bfloat16 take longer than the waits of threads that share operators
 PARAMETERS_PER_TOKEN = 50_000
-# settings that the machine chooses if the user does not
-MEASURED = ("dtype", "muon_dtype", "threads")
-
 # --------------------------------------------------------------------------------------
 # Settings
 
@@ -489,18 +485,9 @@ def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:
         vocab_size = from_state(meta["tokenizer"]).vocab_size
         model_config = replace(model_config, vocab_size=vocab_size)
     device = pick_device(config.device)
-    dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
+    config = choose_dtypes(config, device)
     _, processes = launched()
-    return memory_report(replace(config, dtype=dtype), model_config, device, processes)
-
-
-def left_open(start: Start) -> list[str]:
-    """List the settings that the machine chooses, for config.json: those that the user never set."""
-    if start.saved:
-        before = recorded(Path(start.config.out_dir), "_measured", [str])
-        keys = MEASURED if before is None else before
-        return [key for key in keys if key not in start.given]
-    return [key for key in MEASURED if getattr(start.config, key) in ("auto", None)]
+    return memory_report(config, model_config, device, processes)
 
 
 def recorded_settings(run: Run) -> dict[str, object]:
@@ -509,7 +496,6 @@ def recorded_settings(run: Run) -> dict[str, object]:
     # Keys that start with _ are ignored if config.json is used as a config file.
     settings["_parameters"] = count_parameters(run.model)
     settings["_model.py"] = code_checksum()
-    settings["_measured"] = run.measured
     return settings
 
 

@@ -83,23 +83,12 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def first_choices(monkeypatch):
-    """Take float32 and one thread, because a measurement could choose differently in two runs that are compared."""
+    """Take float32, one thread and the CPU, so that runs that are compared do not depend on the machine."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the processes that a test starts
     monkeypatch.setattr(process, "training_dtype", lambda device: "float32")
     monkeypatch.setattr(process, "THREADS", 1)
     monkeypatch.setattr(generation, "fastest", lambda choices, run: choices[0])
-
-
-@pytest.fixture(autouse=True, scope="session")
-def measured(tmp_path_factory):
-    """Give the tests a cache of their own, and the processes that they start what training_dtype() returns above."""
-    folder = tmp_path_factory.mktemp("cache")
-    (folder / "humptygpt").mkdir()
-    text = json.dumps({device.measured_key("dtype"): "float32"})
-    (folder / "humptygpt/measured.json").write_text(text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        yield
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 
 @pytest.fixture(autouse=True)

@@ -21,10 +21,10 @@ import torch
 from texts import make_pairs, make_text
 
 sys.path.append(str(Path(__file__).parent.parent))
-from humptygpt.device import multiplies_bfloat16
+from humptygpt.device import training_dtype
 
 STEPS = 20
-MUON = "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"
+MUON = training_dtype(torch.device("cpu"))
 # a config file, because a key without effect is refused if it is typed; config files are made to be combined
 COMMON = f"""
 n_layer, n_head, n_embd, block_size, batch_size = 2, 4, 32, 32, 4

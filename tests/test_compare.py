@@ -20,7 +20,7 @@ from model import ModelConfig
 
 SHAPE = ModelConfig(**GPT2, n_head=4, block_size=64, vocab_size=65)
 DEFAULTS = asdict(TrainConfig(max_iters=200)) | asdict(SHAPE)
-DEFAULTS |= {"_parameters": 804_096, "_model.py": "89abcdef", "_measured": []}
+DEFAULTS |= {"_parameters": 804_096, "_model.py": "89abcdef"}
 
 
 def make_run(
@@ -103,16 +103,6 @@ def test_a_row_shows_name_size_time_speed_the_lowest_loss_and_state(run):
     bits = 2 / math.log(2)
     row = f"a 804,096 300.0 10 2.0000 200 {bits:.3f} best done"
     assert row_of(run("out/a")[0], "a").split() == row.split()
-
-
-def test_a_run_that_does_not_say_what_the_machine_chose_is_compared(data):
-    """Earlier versions did not record it."""
-    for path in map(Path, make_seeds("out/idea/{}", 2.0, 2.2)):
-        settings = json.loads((path / "config.json").read_text())
-        del settings["_measured"]
-        (path / "config.json").write_text(json.dumps(settings))
-    (row,) = data("out/idea/1", "out/idea/2", "--group=True")
-    assert len(row["bits_of_seeds"]) == 2
 
 
 def test_settings_that_differ_are_shown_but_for_those_that_do_not_matter(run):
@@ -384,28 +374,6 @@ def test_both_layouts_of_folders_are_recognised_and_the_baseline_can_be_named(da
     first, second = data(*runs, f"--baseline={baseline}")
     assert [first["run"], second["run"]] == [baseline, LAYOUTS[layout]]
     assert second["difference"] == pytest.approx(-0.5 / math.log(2))
-
-
-def test_seeds_for_which_the_machine_chose_differently_are_one_row_and_a_note_says_so(run):
-    measured = {"_measured": ["dtype", "muon_dtype", "threads"], "muon_dtype": "float32"}
-    runs = make_seeds("out/a/old-{}", 2.0, dtype="float32", threads=1, **measured)
-    more = {"dtype": "bfloat16", "threads": 2} | measured
-    runs.append(make_run("out/a/old-2", 2.1, seed=2, **more))
-    runs += make_seeds("out/a/new-{}", 1.5, 1.6, dtype="float32", n_head=1, **measured)
-    # of the runs with a dtype of the user's, none was measured
-    runs += make_seeds("out/a/typed-{}", 2.0, dtype="float16", _measured=["threads"])
-    table, errors = run(*runs, "--group=True", "--json=True")
-    assert [row["seeds"] for row in json.loads(table)] == [2, 2, 1]
-    assert errors == (
-        f"note: the machine chose dtype differently for the runs of {Path('out/a/old').absolute()};"
-        " for a fair comparison, set it\n"
-    )
-    runs.remove("out/a/old-2")
-    assert run(*runs, "--group=True")[1] == ""
-    # a dtype that the user set is not ignored
-    runs = make_seeds("out/b/old-{}", 2.0, dtype="float32")
-    runs.append(make_run("out/b/old-2", 2.1, seed=2, dtype="bfloat16"))
-    assert len(json.loads(run(*runs, "--group=True", "--json=True")[0])) == 2
 
 
 def test_runs_whose_settings_differ_are_not_merged_whatever_their_names(data):

@@ -17,7 +17,7 @@ from conftest import ROOT
 import compare
 import model
 import sample
-from humptygpt import device, files, machine
+from humptygpt import files, machine
 from humptygpt.fast import attention, generation
 from humptygpt.prepare import documents
 
@@ -171,41 +171,6 @@ def test_a_drive_in_an_archive_does_not_lead_out_of_the_folder(monkeypatch):
 
 # --------------------------------------------------------------------------------------
 # Apple's GPU and processors
-
-
-@pytest.fixture
-def apple(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def test_the_device_is_measured_once_and_one_that_the_user_names_is_not(
-    apple, monkeypatch, capsys
-):
-    measured = ["mps"]
-    monkeypatch.setattr(device, "fastest_training", lambda choices: measured.pop())
-    assert device.pick_device("cpu").type == "cpu" and measured == ["mps"]
-    assert [device.pick_device("auto").type for _ in range(2)] == ["mps", "mps"]
-    assert capsys.readouterr().err.count("mps trains fastest on this machine") == 1
-    assert device.pick_device("cpu").type == "cpu"
-    assert device.pick_device("mps").type == "mps"
-
-
-def test_the_gpu_competes_with_all_threads_and_a_dtype_with_one(monkeypatch):
-    threads = []
-
-    def fastest(choices, step):
-        threads.append(torch.get_num_threads())
-        return choices[0]
-
-    monkeypatch.setattr(device, "fastest", fastest)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    device.fastest_training(["cpu", "mps"])
-    device.fastest_training(["float32", "bfloat16"])
-    assert [*threads, torch.get_num_threads()] == [2, 1, 2]
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

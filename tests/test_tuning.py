@@ -1,4 +1,4 @@
-"""What depends on the machine is measured, recorded, and kept by a resumed run."""
+"""What depends on the machine is recorded, and kept by a resumed run."""
 
 import json
 import os
@@ -23,7 +23,7 @@ AUTO = [arg for arg in TINY_RUN if "dtype" not in arg]
 
 @pytest.fixture
 def fast_choices(monkeypatch):
-    """Measurements that find bfloat16 and two threads fastest, on a CPU with bfloat16 products and two cores.
+    """A processor that trains fastest in bfloat16, with two cores.
 
     No threads are started, because tests that fork would wait for them.
     """
@@ -55,7 +55,7 @@ def test_the_first_choice_stays_unless_another_is_a_tenth_faster(
     assert machine.fastest([0, 1, 2], run) == expected
 
 
-def test_what_was_measured_is_in_all_files_of_the_run_and_a_resumed_run_keeps_it(
+def test_what_was_chosen_is_in_all_files_of_the_run_and_a_resumed_run_keeps_it(
     tiny, fast_choices, monkeypatch, capsys
 ):
     train.main(AUTO)
@@ -65,11 +65,11 @@ def test_what_was_measured_is_in_all_files_of_the_run_and_a_resumed_run_keeps_it
     saved = torch.load("out/run/ckpt.pt", weights_only=True)["train_config"]
     assert chosen.items() <= settings.items() and chosen.items() <= saved.items()
     rows = list(map(json.loads, Path("out/run/metrics.jsonl").read_text().splitlines()))
-    measured = [row for row in rows if "train_loss" in row]
-    assert {(row["dtype"], row["threads"]) for row in measured} == {("bfloat16", 2)}
+    losses = [row for row in rows if "train_loss" in row]
+    assert {(row["dtype"], row["threads"]) for row in losses} == {("bfloat16", 2)}
 
     monkeypatch.setattr(process, "THREADS", 1)
-    assert settings["_measured"] == ["dtype", "muon_dtype", "threads"]
+    monkeypatch.setattr(process, "training_dtype", lambda device: "float32")
     resume = ["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]
     train.main(resume)
     assert "device: cpu, bfloat16, 2 workers\n" in capsys.readouterr().out
@@ -78,10 +78,10 @@ def test_what_was_measured_is_in_all_files_of_the_run_and_a_resumed_run_keeps_it
     assert "device: cpu, float32, 1 thread\n" in printed.out
     assert "threads=1 instead of 2: losses stay the same only up to" in printed.err
     settings = json.loads(Path("out/run/config.json").read_text())
-    assert settings["_measured"] == ["muon_dtype"]
+    assert settings["muon_dtype"] == "bfloat16"
 
 
-def test_what_the_user_sets_is_not_measured(fast_choices):
+def test_what_the_user_sets_stays(fast_choices):
     config = TrainConfig(dtype="float32", muon_dtype="float32", threads=1)
     assert process.tune(config, Process(CPU)) == config
     assert torch.get_num_threads() == 1
@@ -91,18 +91,13 @@ def test_more_threads_than_cores_are_not_used(fast_choices):
     assert process.tune(TrainConfig(threads=64), Process(CPU)).threads == 2
 
 
-def test_each_process_takes_what_the_first_one_measured(fast_choices):
+def test_a_run_of_several_processes_records_no_threads(fast_choices):
+    """Resumed, it may have fewer processes, with more threads each."""
+
     class Second(Process):
         rank, size, first = 1, 2, False
 
-        def sum(self, x: torch.Tensor) -> torch.Tensor:
-            assert x == 0  # only the first process contributes
-            return x + 1  # it found the second choice fastest
-
-    config = process.tune(TrainConfig(), Second(CPU))
-    assert (config.dtype, config.muon_dtype) == ("bfloat16", "bfloat16")
-    # a resumed run may have fewer processes, with more threads each
-    assert config.threads is None
+    assert process.tune(TrainConfig(), Second(CPU)).threads is None
 
 
 @pytest.mark.parametrize(("limit", "threads"), [(1e4, 2), (1e5, 1)])

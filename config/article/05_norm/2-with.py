@@ -25,5 +25,5 @@ beta2 = 0.95
 schedule = "linear"
 min_lr = 0.0
 warmup_iters = 50
-dtype = "float32"  # the fastest can differ from run to run
+dtype = "float32"  # auto can differ from machine to machine
 eval_interval = 800

@@ -29,6 +29,6 @@ beta2 = 0.95
 schedule = "linear"
 min_lr = 0.0
 warmup_iters = 20
-dtype = "float32"  # the fastest can differ from run to run
+dtype = "float32"  # auto can differ from machine to machine
 muon_dtype = "float32"
 eval_interval = 2000
