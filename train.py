@@ -143,7 +143,7 @@ def setup(start: Start) -> Run:
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
     )
     process.place(model, run)
-    run.optimizer = make_optimizer(config, model, process.optimizer_class)
+    run.optimizer = make_optimizer(config, model, process.spread)
     # an evaluation uses the plain model and no optimizer, to save memory
     if saved and not config.eval_only:
         run.restore(saved)

@@ -35,12 +35,11 @@ class OptimizerConfig:
 
 
 class Slot(NamedTuple):
-    """One parameter during a step: the full tensor, or this rank's rows of a sharded one."""
+    """One parameter during a step."""
 
     weight: Tensor
     gradient: Tensor
     state: Mapping[str, Tensor]  # each is changed in place
-    shape: torch.Size  # shape of the full tensor
 
 
 class Rule(NamedTuple):
@@ -53,7 +52,10 @@ class Rule(NamedTuple):
     takes: Collection[str] = ("hidden",)  # groups of parameters, of group_parameters()
     settings: Collection[str] = ()  # TrainConfig keys that only this rule reads
     by_parameter: bool = False  # no update depends on another, so workers may share them
-    by_rows: bool = False  # it also works on some rows of a matrix, as parallel=fsdp needs
+
+
+def apply(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return function(x)
 
 
 class Optimizer:
@@ -63,9 +65,13 @@ class Optimizer:
     whose first step spends two to three seconds loading torch's compiler, longer than the rest of the startup.
     """
 
-    def __init__(self, groups: list[dict]):
-        """groups: dicts with rule, params, named_params, lr and anything else the rule needs; see make_optimizer."""
+    def __init__(self, groups: list[dict], spread: Callable = apply):
+        """groups: dicts with rule, params, named_params, lr and anything else the rule needs; see make_optimizer.
+
+        spread: Process.spread, with which several processes share the work of a rule.
+        """
         self.param_groups = groups
+        self.spread = spread
         self.state = {}  # {parameter: {name of a state tensor: tensor}}
         self.steps = 0
         self.each = self.update  # Workers replace it, so that each of them does a part
@@ -91,9 +97,7 @@ class Optimizer:
             slots = []
             for name, p in group["named_params"].items():
                 if p.grad is not None:
-                    state = {k: self.local(x) for k, x in self.state[name].items()}
-                    weight, gradient = self.local(p), self.local(p.grad)
-                    slots.append(Slot(weight, gradient, MappingProxyType(state), p.shape))
+                    slots.append(Slot(p, p.grad, MappingProxyType(self.state[name])))
             if group["rule"].by_parameter:
                 slots = slots[worker::workers]
             elif worker:
@@ -134,24 +138,6 @@ class Optimizer:
                 key: receive(saved["state"][name][key], x) for key, x in tensors.items()
             }
 
-    # ----------------------------------------------------------------------------------
-    # humptygpt/parallel overrides these for several processes
-
-    def total(self, x: Tensor) -> Tensor:
-        """Return the sum of x over all processes if each has only some rows of a matrix, otherwise x itself."""
-        return x
-
-    def local(self, x: Tensor) -> Tensor:
-        """Return this process's part of a tensor."""
-        return x
-
-    def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-        """Return function(x). Processes may split the matrices among themselves.
-
-        x: (n, rows, columns), n independent matrices. rows: the number of rows of a whole matrix.
-        """
-        return function(x)
-
 
 def flat(state: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return {"PARAMETER.NAME": state tensor}, where NAME is the name of the state tensor."""
@@ -164,7 +150,7 @@ def adamw(optimizer: Optimizer, group: dict, slots: list[Slot]) -> None:
     This calls the kernel behind torch.optim.AdamW(fused=True) directly, once for all parameters.
     Source: Loshchilov and Hutter 2017, arXiv:1711.05101.
     """
-    weights, gradients, states, _ = map(list, zip(*slots, strict=True))
+    weights, gradients, states = map(list, zip(*slots, strict=True))
     steps = torch.full((), float(optimizer.steps), device=weights[0].device)
     config = group["config"]
     torch._fused_adamw_(
@@ -196,54 +182,40 @@ def muon(
     config = group["config"]
     by_shape = defaultdict(list)
     for slot in slots:
-        by_shape[slot.shape].append(slot)
+        by_shape[slot.weight.shape].append(slot)
     for (rows, columns), alike in by_shape.items():
-        # (n, rows, columns); fewer rows if they are sharded
-        gradients = torch.stack([slot.gradient for slot in alike])
+        gradients = torch.stack([slot.gradient for slot in alike])  # (n, rows, columns)
         momentum = [slot.state["momentum_buffer"] for slot in alike]
         torch._foreach_lerp_(momentum, list(gradients), 1 - config.muon_momentum)
         # Nesterov momentum
         gradients.lerp_(torch.stack(momentum), config.muon_momentum)
         dtype = DTYPES.get(config.muon_dtype, torch.float32)
         function = partial(orthogonalize, dtype=dtype)
-        updates = optimizer.spread(function, gradients, rows).to(gradients.dtype)
+        updates = optimizer.spread(function, gradients).to(gradients.dtype)
         if normalize:
             moment = [slot.state["second_moment_buffer"] for slot in alike]
-            updates = normalize_neurons(
-                updates, moment, config.beta2, rows, optimizer.total
-            )
+            updates = normalize_neurons(updates, moment, config.beta2)
         weights = [slot.weight for slot in alike]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         lr = group["lr"] * math.sqrt(max(1, rows / columns))
         torch._foreach_add_(weights, list(updates), alpha=-lr)
 
 
-def normalize_neurons(
-    updates: Tensor,
-    second_moment: list[Tensor],
-    beta: float,
-    rows: int,
-    total: Callable[[Tensor], Tensor],
-) -> Tensor:
+def normalize_neurons(updates: Tensor, second_moment: list[Tensor], beta: float) -> Tensor:
     """Divide each neuron's part of the updates, (n, rows, columns), by its root mean square over recent steps.
 
     In an orthogonal update, some neurons move much less than others. This rule makes all of them move at about the
     same speed, without changing the norm of the whole update. A neuron is a row, or a column if there are more columns
     than rows.
-    second_moment: the running mean squares, updated in place; see per_neuron(). rows: the number of rows of a whole
-    matrix. total: function that sums over processes if each has only some of the rows.
+    second_moment: the running mean squares, updated in place; see per_neuron().
     Source: Li et al. 2025, arXiv:2510.05491.
     """
-    if rows >= updates.shape[2]:
-        mean_square = updates.square().mean(dim=2, keepdim=True)
-    else:
-        mean_square = total(updates.square().sum(dim=1, keepdim=True)) / rows
+    _, rows, columns = updates.shape
+    across = 2 if rows >= columns else 1
+    mean_square = updates.square().mean(dim=across, keepdim=True)
     torch._foreach_lerp_(second_moment, list(mean_square), 1 - beta)
     normalized = updates * (torch.stack(second_moment) + 1e-10).rsqrt()
-    before, after = (
-        total(x.norm(dim=(1, 2), keepdim=True).square()).sqrt()
-        for x in (updates, normalized)
-    )
+    before, after = (x.norm(dim=(1, 2), keepdim=True) for x in (updates, normalized))
     return normalized * (before / (after + 1e-10))
 
 
@@ -295,7 +267,6 @@ ADAMW = Rule(
     {"exp_avg": whole, "exp_avg_sq": whole},
     takes=ALL,
     by_parameter=True,
-    by_rows=True,
 )
 MUON = Rule(
     muon,
@@ -303,7 +274,6 @@ MUON = Rule(
     learning_rate="muon_learning_rate",
     settings=("muon_learning_rate", "muon_momentum"),
     by_parameter=True,
-    by_rows=True,
 )
 NORMUON = MUON._replace(
     update=partial(muon, normalize=True),
@@ -363,9 +333,9 @@ def rate_factor(name: str, p: Tensor, config: "TrainConfig") -> float:
 
 
 def make_optimizer(
-    config: "TrainConfig", model: nn.Module, optimizer_class: type[Optimizer] = Optimizer
+    config: "TrainConfig", model: nn.Module, spread: Callable = apply
 ) -> Optimizer:
-    """Make the optimizer of a run.
+    """Make the optimizer of a run. spread: Process.spread.
 
     Weight decay pulls matrices and embeddings towards zero, but not biases and norms.
     """
@@ -387,7 +357,7 @@ def make_optimizer(
                     "weight_decay": 0.0 if kind == "vectors" else config.weight_decay,
                 }
             )
-    return optimizer_class(groups)
+    return Optimizer(groups, spread)
 
 
 # --------------------------------------------------------------------------------------

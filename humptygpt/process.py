@@ -20,7 +20,6 @@ from humptygpt.device import (
     tune_malloc,
 )
 from humptygpt.machine import discard_output, usable_cores
-from humptygpt.optimizers import Optimizer
 from humptygpt.settings import TrainConfig
 from humptygpt.workers import Workers, add_seeds
 
@@ -55,7 +54,6 @@ class Process(AbstractContextManager):
     size = 1
     first = True  # whether this process writes files and prints
     sharded = False  # whether this process holds only part of each weight
-    optimizer_class = Optimizer
     workers: Workers | None = None  # None with eval_only, and until they are started
 
     def __init__(self, device: torch.device):
@@ -101,6 +99,10 @@ class Process(AbstractContextManager):
     def sum(self, x: Tensor) -> Tensor:
         """Sum x over processes, in place."""
         return x
+
+    def spread(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Apply a function to n independent matrices, x: (n, rows, columns), of which each process computes some."""
+        return function(x)
 
     def gather(self, x: Tensor) -> Tensor:
         """Return x itself or, if its parts are in several processes, all of it."""

@@ -182,7 +182,7 @@ def run_script(*argv: str, before: str = "", processes: int = 1):
 @pytest.mark.skipif(ON_GPU and CARDS < 2, reason="needs two cards")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_ranks_have_the_losses_of_one(tiny, parallel):
-    argv = ["--compile=False", "--gradient_accumulation_steps=2"]
+    argv = ["--optimizer=adamw", "--compile=False", "--gradient_accumulation_steps=2"]
     one = trained(*argv)
     done = run_script(*RUN, *argv, f"--parallel={parallel}", processes=2)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -162,7 +162,7 @@ def test_normuon_moves_all_neurons_at_one_speed_and_each_matrix_as_fast_as_muon(
 def test_the_second_moment_of_a_neuron_is_a_moving_average():
     updates = torch.full((1, 4, 2), 3.0)
     second_moment = [torch.full((4, 1), 1.0)]
-    optim.normalize_neurons(updates, second_moment, 0.75, 4, lambda x: x)
+    optim.normalize_neurons(updates, second_moment, 0.75)
     torch.testing.assert_close(second_moment[0], torch.full((4, 1), 0.75 * 1 + 0.25 * 9))
 
 

@@ -39,7 +39,7 @@ FSDP = [*UNEVEN, "--parallel=fsdp"]
 def test_a_sharded_run_starts_from_a_model_and_is_evaluated_as_one_of_one_process(
     run_train,
 ):
-    run_train()
+    run_train(*PLAIN)
     argv = [*TINY_RUN, "--init_from=out/run", "--out_dir=out/tuned", "--freeze=wte"]
     assert train.main(argv) == 0
     one = read_rows(Path("out/tuned"))
@@ -221,25 +221,30 @@ def on_a_full_disk(argv: list[str]) -> int:
 
 def test_a_full_disk_is_one_line(tiny, monkeypatch):
     monkeypatch.setattr(machine, "PATIENCE", 0)
-    found = complaints("--parallel=fsdp", main=on_a_full_disk)
+    found = complaints(*PLAIN, "--parallel=fsdp", main=on_a_full_disk)
     line = found[0].splitlines()[-1]
     assert "cannot write out/run/best.pt: No space left on device" in line
     assert not (OUT / "best.pt").exists()
 
 
+METRIC = {"one": lambda run, before: 1.0}
+
+
 @pytest.mark.parametrize(
-    "settings, dtype, metrics",
+    "settings, dtype, metrics, name",
     [
-        ({"lora_rank": 4}, "float32", {}),
-        ({"snapshots": True}, "float32", {}),
-        ({}, "float16", {}),
-        ({}, "float32", {"one": lambda run, before: 1.0}),
+        ({"lora_rank": 4}, "float32", {}, "LoRA"),
+        ({"optimizer": "muon"}, "float32", {}, "optimizer=muon"),
+        ({"optimizer": "normuon"}, "float32", {}, "optimizer=normuon"),
+        ({"snapshots": True}, "float32", {}, "snapshots"),
+        ({}, "float16", {}, "float16"),
+        ({}, "float32", METRIC, "METRICS"),
     ],
 )
-def test_what_cannot_be_sharded_is_refused(settings, dtype, metrics):
-    config = TrainConfig(init_from="out/other", **settings)
+def test_what_cannot_be_sharded_is_refused(settings, dtype, metrics, name):
+    config = TrainConfig(**{"optimizer": "adamw"} | settings)
     run = SimpleNamespace(config=config, dtype=getattr(torch, dtype), metrics=metrics)
-    complaint = "LoRA, snapshots, METRICS or float16; use --parallel=ddp"
+    complaint = f"parallel=fsdp does not support {name}; leave it out, or use --parallel"
     with pytest.raises(UserError, match=complaint):
         sharding.FullySharded(0, 2, CPU).place(None, run)
 

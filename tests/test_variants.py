@@ -24,7 +24,6 @@ from humptygpt.cli import UserError
 from humptygpt.minutes import ensemble
 from humptygpt.optimizers import Rule
 from humptygpt.page.page_data import page_data
-from humptygpt.parallel.fsdp import ShardedOptimizer
 from humptygpt.parallel.processes import raise_if_rank_died
 from humptygpt.settings import TrainConfig
 from model import GPT, ModelConfig
@@ -249,12 +248,6 @@ def test_a_metric_is_due_every_log_interval_steps_and_sees_the_update(
     assert len(found) == 3
     rates = [row["lr"] for row in rows if "train_loss" in row]
     assert found == pytest.approx(rates, rel=0.3)  # an element moves by about the rate
-
-
-def test_a_rule_that_needs_whole_matrices_is_refused_with_fsdp():
-    group = {"rule": Rule(None, {}), "config": TrainConfig(optimizer="muon")}
-    with pytest.raises(UserError, match="optimizer=muon needs whole matrices; use --par"):
-        ShardedOptimizer([group], process=None)
 
 
 def test_a_setting_of_a_rule_that_is_not_chosen_is_refused(tiny, fails):

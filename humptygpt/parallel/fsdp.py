@@ -9,7 +9,6 @@ its rows. Sources: Rajbhandari et al. 2019 (ZeRO), arXiv:1910.02054; Zhao et al.
 This module takes a second to load, so it is imported only with --parallel=fsdp.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -17,58 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from humptygpt.cli import UserError, refuse
-from humptygpt.parallel.processes import (
-    DataParallel,
-    SharedOptimizer,
-    raise_if_rank_died,
-)
+from humptygpt.parallel.processes import DataParallel, raise_if_rank_died
 from humptygpt.run import Run
 from model import Block
-
-
-class ShardedOptimizer(SharedOptimizer):
-    """An optimizer whose parameters are DTensors. Each rank updates its own rows."""
-
-    def __init__(self, groups: list[dict], process: DataParallel):
-        """Raises UserError if a rule needs whole matrices."""
-        super().__init__(groups, process)
-        for group in groups:
-            if not group["rule"].by_rows:
-                raise UserError(
-                    f"optimizer={group['config'].optimizer} needs whole matrices; use --parallel=ddp"
-                )
-
-    def local(self, x: Tensor) -> Tensor:
-        return x.to_local()
-
-    def total(self, x: Tensor) -> Tensor:
-        return self.process.sum(x)
-
-    @raise_if_rank_died()
-    def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-        """Apply a function to n independent matrices whose rows are spread over the ranks. Returns this rank's rows.
-
-        Each rank gathers some of the matrices, applies the function to them, and sends the rows of the results to the
-        ranks that keep them. x: (n, rows of this rank, columns). rows: number of rows of a whole matrix.
-        """
-        like = torch.empty(len(x), rows, x.shape[2], device="meta")
-
-        def redistribute(part: Tensor, before: int, after: int) -> Tensor:
-            whole = DTensor.from_local(
-                part.contiguous(),
-                self.process.mesh,
-                [Shard(before)],
-                shape=like.shape,
-                stride=like.stride(),
-            )
-            return whole.redistribute(placements=[Shard(after)]).to_local()
-
-        matrices = redistribute(x, before=1, after=0)
-        return redistribute(function(matrices), before=0, after=1)
 
 
 class FullySharded(DataParallel):
@@ -78,28 +32,34 @@ class FullySharded(DataParallel):
     """
 
     sharded = True
-    optimizer_class = ShardedOptimizer
     sampling_device = torch.device("cpu")  # a sharded model may not fit on one GPU
 
     def place(self, model: nn.Module, run: Run) -> None:
         """Move this rank's part of a model of the run to the device. Raises UserError as in DataParallel."""
         config = run.config
-        half = run.dtype == torch.float16
-        if config.lora_rank or config.snapshots or run.metrics or half:
-            raise UserError(
-                "parallel=fsdp does not support LoRA, snapshots, METRICS or float16; use --parallel=ddp"
-            )
+        needs_whole = {
+            "LoRA": config.lora_rank,
+            f"optimizer={config.optimizer}": config.optimizer != "adamw",
+            "snapshots": config.snapshots,
+            "METRICS": run.metrics,
+            "float16": run.dtype == torch.float16,
+        }
+        for name, chosen in needs_whole.items():
+            if chosen:
+                raise UserError(
+                    f"parallel=fsdp does not support {name}; leave it out, or use --parallel=ddp"
+                )
         super().place(model, run)
 
     def allocate(self, model: nn.Module, dtype: torch.dtype) -> None:
         """Keep this rank's part of each parameter on the device. Blocks are gathered one by one."""
-        self.mesh = init_device_mesh(self.device.type, (self.size,))
+        mesh = init_device_mesh(self.device.type, (self.size,))
         policy = precision(self.device, dtype)
         with refuse("parallel=fsdp: "):
             for block in blocks(model):
-                fully_shard(block, mesh=self.mesh, mp_policy=policy)
+                fully_shard(block, mesh=mesh, mp_policy=policy)
             # the rest in float32, because the embedding starts a float32 residual stream
-            fully_shard(model, mesh=self.mesh)
+            fully_shard(model, mesh=mesh)
         for module in (*blocks(model), model):
             module.set_force_sum_reduction_for_comms(True)  # gloo supports only sums
         for module in model.modules():

@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,7 +30,6 @@ from torch.utils._pytree import tree_map_only
 from humptygpt import checkpoint
 from humptygpt.cli import UserError, first_line
 from humptygpt.data import Dataset
-from humptygpt.optimizers import Optimizer
 from humptygpt.process import Process, Share, launched, part_of
 from humptygpt.run import Run
 from humptygpt.settings import TrainConfig
@@ -59,32 +58,9 @@ def raise_if_rank_died() -> Iterator[None]:
         ) from error
 
 
-class SharedOptimizer(Optimizer):
-    """An optimizer that divides Muon's orthogonalisation among the ranks: each orthogonalises some of the matrices."""
-
-    def __init__(self, groups: list[dict], process: "DataParallel"):
-        super().__init__(groups)
-        self.process = process
-
-    @raise_if_rank_died()
-    def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-        """Apply a function to matrices of which rank i computes numbers i, i + size, and so on. Returns all of them.
-
-        Each rank sends equally many matrices to the others; some of them may be padding.
-        """
-        size = self.process.size
-        computed = function(x[self.process.rank :: size])
-        own = computed.new_zeros(math.ceil(len(x) / size), *x.shape[1:])
-        own[: len(computed)] = computed
-        every = [torch.empty_like(own) for _ in range(size)]
-        dist.all_gather(every, own)
-        return torch.stack(every, dim=1).flatten(0, 1)[: len(x)]
-
-
 class DataParallel(Process):
     """One of several processes that each hold the whole model (DDP)."""
 
-    optimizer_class = SharedOptimizer
     # the default group, kept until Python ends: if DDP were the last to hold it, freeing it could wait forever for a
     # thread that waits for Python's lock (PyTorch issue 56297)
     world = None
@@ -102,7 +78,6 @@ class DataParallel(Process):
         self.size = size
         self.first = rank == 0
         self.patient = patient
-        self.optimizer_class = partial(self.optimizer_class, process=self)
 
     @classmethod
     def start(
@@ -220,6 +195,19 @@ class DataParallel(Process):
         """Sum x over ranks, in place."""
         dist.all_reduce(x)
         return x
+
+    @raise_if_rank_died()
+    def spread(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Apply a function to matrices of which rank i computes numbers i, i + size, and so on. Returns all of them.
+
+        Each rank sends equally many matrices to the others; some of them may be padding.
+        """
+        computed = function(x[self.rank :: self.size])
+        own = computed.new_zeros(math.ceil(len(x) / self.size), *x.shape[1:])
+        own[: len(computed)] = computed
+        every = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(every, own)
+        return torch.stack(every, dim=1).flatten(0, 1)[: len(x)]
 
     def save(self, path: Path, entries: dict) -> None:
         """Write a checkpoint, from rank 0 only."""
