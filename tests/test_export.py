@@ -27,7 +27,8 @@ from humptygpt.convert.families import FAMILIES, find_family
 from humptygpt.convert.gguf import ACTIVATIONS
 from humptygpt.convert.huggingface import to_pretrained
 from humptygpt.convert.model_card import model_card
-from humptygpt.convert.write_huggingface import build_tokenizer
+from humptygpt.convert.pretrained import PretrainedTokenizer
+from humptygpt.convert.write_huggingface import build_tokenizer, tokenizer_json
 from humptygpt.loading import Loaded, load
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build_on_meta
@@ -256,50 +257,6 @@ def test_any_text_has_the_same_tokens_in_transformers_and_comes_back(name, text)
     assert BUILT[name].decode(ids) == text
 
 
-IMPORTED = (
-    "GPT-2's tokenizer.json",
-    "Llama 3's tokenizer.json",
-    "sentencepiece, BPE",
-    "LlamaTokenizer",
-    "Llama 2's tokenizer.json",
-)
-PROMPTS = [
-    "Hello the dog",
-    "a",
-    "Füße, 東京!\n🙂 and   plain words",
-    "can't 1234567,\n(so).\n\n x",
-    "ﬁ e\u0301 ",
-]
-
-
-@pytest.mark.parametrize("kind", IMPORTED)
-def test_a_tokenizer_that_was_imported_has_its_tokens_in_llama_cpp(kind, folder):
-    """Random weights: any other token in the prompt would change the text that follows."""
-    from test_tokenizer_files import KINDS
-
-    from humptygpt.convert.read_huggingface import read_tokenizer
-
-    KINDS[kind](Path("theirs"))
-    found = loaded(tokenizer=read_tokenizer(Path("theirs")), **ROTARY)
-    export.write_gguf_file(found, Path("model.gguf"), "float32")
-    complete = llama_cpp(Path("model.gguf"))
-    for prompt in PROMPTS:
-        ids = sample.encode_prompt(prompt, found.tokenizer)
-        answer = complete(prompt, 8)
-        assert answer["usage"]["prompt_tokens"] == len(ids), prompt
-        expected = greedy(found, ids, 8)
-        if found.tokenizer.eot in expected:
-            expected = expected[: expected.index(found.tokenizer.eot)]
-        # llama.cpp does not show these
-        expected = [
-            i for i in expected if found.tokenizer.pieces[i] not in (b"<s>", b"<unk>")
-        ]
-        text = b"".join(found.tokenizer.pieces[i] for i in expected).decode(
-            "utf-8", "replace"
-        )
-        assert answer["choices"][0]["text"].lstrip() == text.lstrip(), prompt
-
-
 def test_the_end_of_text_token_is_theirs_too():
     for name, tokenizer in SEPARATED.items():
         theirs = build_tokenizer(tokenizer)
@@ -484,12 +441,18 @@ def test_the_presets_can_be_exported_in_both_formats(path):
     assert all(x.shape[-1] % 32 == 0 for x in weights.values() if x.dim() == 2)
 
 
+# a tokenizer that comes back from an export is another project's
+THEIRS = PretrainedTokenizer(tokenizer_json(SEPARATED["bpe"]), None, None)
 CHAR = "tokenizer=char cannot be .*"
 GGUF_REFUSES = [
     ({"activation": "gelu"}, "activation=gelu cannot be .* --activation=gelu_tanh"),
     (ROTARY | {"activation": "relu"}, "activation=relu cannot be .* --activation=silu"),
     ({"tokenizer": CharTokenizer("aé")}, f"{CHAR} non-ASCII characters"),
     ({"tokenizer": CharTokenizer("aé▁", True)}, f"{CHAR} and must not contain '▁'"),
+    (
+        {"tokenizer": THEIRS},
+        r"made here can be .*; export a folder, as with --to=FOLDER, wh",
+    ),
 ]
 
 

@@ -1,7 +1,8 @@
 """Write a model and its vocabulary to a single GGUF file, which llama.cpp can run.
 
 The file is laid out like those written by llama.cpp's own convert_hf_to_gguf.py. llama.cpp can run fewer of our models
-than transformers can: GPT-2 only with gelu_tanh, Llama only with silu, and both only with some kinds of tokenizer.
+than transformers can: GPT-2 only with gelu_tanh, Llama only with silu. Only tokenizers that were made here are
+written; llama.cpp's own script knows those of other projects.
 """
 
 import json
@@ -13,9 +14,10 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from torch import Tensor, nn
 
-from humptygpt.cli import UserError, refuse
+from humptygpt.cli import UserError
 from humptygpt.convert.families import find_family
 from humptygpt.convert.huggingface import all_settings, exported_weights
+from humptygpt.convert.pretrained import PretrainedTokenizer
 from humptygpt.convert.write_huggingface import tokenizer_json
 from humptygpt.tokenizers import (
     BYTE_TOKEN,
@@ -48,17 +50,6 @@ HYPERPARAMETERS = {
     "layer_norm_rms_eps": "norm_eps",
 }
 EMBEDDINGS = ("transformer.wte.weight", "model.embed_tokens.weight", "lm_head.weight")
-# regular expression with which Llama 3 splits text before merging byte pairs
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPLITS = {  # {split_key() of each step of a pre_tokenizer: llama.cpp's name for these steps}
-    (("ByteLevel", False, True),): "gpt-2",
-    ((LLAMA3_PATTERN, None, None), ("ByteLevel", False, False)): "llama-bpe",
-    ((None, None, None),): "default",  # the text is not split
-    (("Metaspace", None, False),): "default",
-}
 Vocabulary = dict[str, object]  # {X: argument of GGUFWriter.add_X, or None: leave X out}
 
 # --------------------------------------------------------------------------------------
@@ -67,30 +58,32 @@ Vocabulary = dict[str, object]  # {X: argument of GGUFWriter.add_X, or None: lea
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     """Describe a tokenizer for GGUF. Raises UserError if llama.cpp cannot produce the same tokens."""
-    with refuse(
-        f"tokenizer={tokenizer.name} cannot be exported as GGUF, only to a folder: "
-    ):
-        base = getattr(tokenizer, "base", tokenizer)
-        if isinstance(base, CharTokenizer | ByteTokenizer):
-            found = without_merges(base, tokenizer.pieces)
-        else:
-            found = with_merges(tokenizer, json.loads(tokenizer_json(tokenizer)))
-    eot, bos, end = tokenizer.eot, tokenizer.bos, END_OF_TEXT.encode()
+    base = getattr(tokenizer, "base", tokenizer)
+    if isinstance(base, PretrainedTokenizer):
+        raise UserError(
+            "only a tokenizer that was made here can be written to a .gguf file; export a folder, as with"
+            " --to=FOLDER, which llama.cpp's convert_hf_to_gguf.py reads"
+        )
+    if isinstance(base, CharTokenizer | ByteTokenizer):
+        found = without_merges(base, tokenizer.pieces)
+    else:
+        found = with_merges(tokenizer)
+    eot, end = tokenizer.eot, END_OF_TEXT.encode()
     if eot is None and end in tokenizer.pieces:
         eot = tokenizer.pieces.index(end)
-    return {
+    return found | {
         "eos_token_id": eot,
-        "bos_token_id": eot if bos is None else bos,
-        "add_bos_token": bos is not None,
+        "bos_token_id": eot,
+        "add_bos_token": False,
         "add_space_prefix": False,
         "chat_template": tokenizer.chat_template,
-    } | found
+    }
 
 
 def without_merges(
     tokenizer: CharTokenizer | ByteTokenizer, pieces: list[bytes]
 ) -> Vocabulary:
-    """Describe a tokenizer whose tokens are characters or bytes. Raises ValueError if llama.cpp has no equivalent.
+    """Describe a tokenizer whose tokens are characters or bytes. Raises UserError if llama.cpp has no equivalent.
 
     llama.cpp's tokenizer type rwkv matches the longest token first, and it is the only type that needs no end-of-text
     token. But it hangs on a text that contains the first byte of a token without the rest, which can happen with
@@ -105,8 +98,9 @@ def without_merges(
     if as_bytes:
         tokens = ["".join(f"\\x{byte:02x}" for byte in text) for text in texts]
     elif not end or "▁" in tokenizer.alphabet:
-        raise ValueError(
-            "an alphabet with non-ASCII characters needs an end-of-text token and must not contain '▁'"
+        raise UserError(
+            "tokenizer=char cannot be exported as GGUF, only to a folder: an alphabet with non-ASCII characters needs"
+            " an end-of-text token and must not contain '▁'"
         )
     else:
         tokens = [text.decode().replace(" ", "▁") for text in texts]
@@ -118,31 +112,23 @@ def without_merges(
     }
 
 
-def with_merges(tokenizer: Tokenizer, content: dict) -> Vocabulary:
-    """Describe a byte-pair tokenizer like that of GPT-2, Llama 2 or Llama 3. Raises ValueError for any other.
-
-    Known difference: at the start of a prompt or after a special token, transformers' LlamaTokenizer may add one space
-    fewer than llama.cpp does.
-
-    content: the tokenizer's tokenizer.json, parsed.
-    """
+def with_merges(tokenizer: Tokenizer) -> Vocabulary:
+    """Describe a tokenizer that merges pairs: of bytes, as GPT-2's, or of characters, as sentencepiece's."""
+    content = json.loads(tokenizer_json(tokenizer))
     model = content["model"]
-    if model["type"] != "BPE" or not (split := known_split(tokenizer, content)):
-        raise ValueError(
-            "llama.cpp needs a BPE tokenizer like that of GPT-2, Llama 2 or Llama 3"
-        )
-    found = {i: (f"[PAD{i}]", TokenType.UNUSED) for i in range(tokenizer.vocab_size)}
+    merges_characters = model["byte_fallback"]
+    found = {}
     for token, i in model["vocab"].items():
-        is_byte = model["byte_fallback"] and BYTE_TOKEN.fullmatch(token)
+        is_byte = merges_characters and BYTE_TOKEN.fullmatch(token)
         found[i] = token, TokenType.BYTE if is_byte else TokenType.NORMAL
     for entry in content["added_tokens"]:
         kind = TokenType.CONTROL if entry["special"] else TokenType.USER_DEFINED
         found[entry["id"]] = entry["content"], kind
-    tokens, types = zip(*found.values(), strict=True)
-    if split != "default":
+    tokens, types = zip(*(found[i] for i in range(tokenizer.vocab_size)), strict=True)
+    if not merges_characters:
         return {
             "tokenizer_model": "gpt2",
-            "tokenizer_pre": split,
+            "tokenizer_pre": "gpt-2",
             "token_list": tokens,
             "token_types": types,
             "token_merges": [" ".join(pair) for pair in model["merges"]],
@@ -153,25 +139,7 @@ def with_merges(tokenizer: Tokenizer, content: dict) -> Vocabulary:
         "token_list": [token.replace(" ", "▁") for token in tokens],
         "token_types": types,
         "token_scores": [-float(ranks.get(token, 0)) for token in tokens],
-        "add_space_prefix": list(tokenizer.encode("a")) != list(tokenizer.encode_rest("a")),
     }
-
-
-def known_split(tokenizer: Tokenizer, content: dict) -> str | None:
-    """Return llama.cpp's name for the way this tokenizer splits text, or None if llama.cpp's tokens would differ."""
-    step = content["pre_tokenizer"] or {}
-    split = SPLITS.get(tuple(map(split_key, step.get("pretokenizers") or [step])))
-    text = " A  ﬁ e\u0301 "  # any normalizer would change this text
-    pieces = [tokenizer.pieces[i] for i in tokenizer.encode_rest(text)]
-    same = b"".join(pieces) == text.encode()
-    fits = (split == "default") == content["model"]["byte_fallback"]
-    return split if same and fits else None
-
-
-def split_key(step: dict) -> tuple[str | None, bool | None, bool | None]:
-    """Describe a step of a pre_tokenizer: its pattern or type, whether it adds a space, and whether it splits."""
-    pattern = step.get("pattern", {}).get("Regex") or step.get("type")
-    return pattern, step.get("add_prefix_space"), step.get("use_regex", step.get("split"))
 
 
 # --------------------------------------------------------------------------------------
