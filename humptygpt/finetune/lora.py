@@ -11,8 +11,6 @@ from humptygpt.checkpoint import restore_model
 from humptygpt.cli import UserError
 from humptygpt.tasks import build_on_meta
 
-MARK = ".lora_"  # part of the names of the trained matrices
-
 
 class LoRALinear(nn.Linear):
     """A linear layer with LoRA: W x + b + alpha / rank * B A x, where only A and B are trained.
@@ -79,20 +77,13 @@ def train_rows(model: nn.Module, rows: list[int]) -> None:
             )
 
 
-def adapted(model: nn.Module) -> dict[str, LoRALinear]:
-    """Return {name: layer} for all layers with LoRA."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LoRALinear)
-    }
-
-
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of the equivalent model without LoRA. Weights that LoRA did not change are not copied."""
-    changed = {f"{name}.weight": layer.merged() for name, layer in adapted(model).items()}
-    state = {name: x for name, x in model.state_dict().items() if MARK not in name}
-    return state | changed
+    state = {name: x for name, x in model.state_dict().items() if ".lora_" not in name}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRALinear):
+            state[f"{name}.weight"] = layer.merged()
+    return state
 
 
 def merge(model: nn.Module) -> nn.Module:
