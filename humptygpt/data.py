@@ -12,7 +12,6 @@ import os
 import re
 import shlex
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,7 +51,6 @@ META = {  # the entries that training reads; data/README.md describes all of the
     "source": str,
     "dtype": {"uint16", "uint32"},
     "vocab_size?": COUNT,
-    "command?": str,
     "questions?": [str],
     "splits": {"train": dict, "val": dict},  # details in SPLITS
     "tokenizer": dict,  # details in the tokenizer's class
@@ -439,28 +437,7 @@ def check_splits(meta: dict) -> None:
 
 
 def how_to(folder: Path) -> str:
-    """Say how to repair a folder: with the command that made it, if that can still be read."""
-    command = made_by(folder) or f"python prepare_data.py {shlex.quote(folder.name)}"
-    return f"prepare it again: {command}"
-
-
-def made_by(folder: Path) -> str | None:
-    """Read the command that made a folder. Returns None if there is no command or it cannot be read."""
-    with suppress(OSError, ValueError), (folder / COMMAND).open(encoding="utf-8") as file:
-        text = file.read(10_000).strip()
-        if is_command(text):
-            return text
-    return None
-
-
-def is_command(text: str) -> bool:
-    """True if a file's text is a single prepare_data.py command that is safe to paste into a shell."""
-    try:
-        words = shlex.split(text)
-    except ValueError:
-        return False
-    return (
-        text.isprintable()
-        and words[:2] == ["python", "prepare_data.py"]
-        and shlex.join(words) == text
-    )
+    """Say how to repair a folder."""
+    if (folder / COMMAND).exists():
+        return f"prepare it again with the command in {folder / COMMAND}"
+    return f"prepare it: python prepare_data.py {shlex.quote(folder.name)}"

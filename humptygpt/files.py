@@ -1,6 +1,5 @@
 """Files: written whole or not at all, folders with one writer, and JSON whose content is checked."""
 
-import errno
 import json
 import os
 import secrets
@@ -63,26 +62,15 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def cannot_write(path: Path, error: Exception, advice: str = "") -> UserError:
-    """Describe a failed write in one line. If the disk is full, name its mount point and its free space."""
-    # errors from numpy and torch do not give the reason
-    reason = getattr(error, "strerror", None) or "the disk may be full"
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        # a link may lead to another disk; Path.is_mount() raises an error on Windows before Python 3.12
-        mounted = next(filter(os.path.ismount, path.resolve().parents))
-        usage = shutil.disk_usage(mounted)
-        megabytes = f"{usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB"
-        reason += f" (the disk {mounted} has {megabytes} free)"
-    return UserError(f"cannot write {path}: {reason}{advice}")
-
-
 @contextmanager
 def refuse_unwritable(path: Path, advice: str = "") -> Iterator[None]:
     """Raise UserError if the block cannot write to a file or folder. advice: end of the message."""
     try:
         yield
     except OSError as error:
-        raise cannot_write(path, error, advice) from error
+        # errors from numpy and torch do not give the reason
+        reason = error.strerror or "the disk may be full"
+        raise UserError(f"cannot write {path}: {reason}{advice}") from error
 
 
 def move(path: Path, to: Path) -> None:

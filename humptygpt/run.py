@@ -188,7 +188,7 @@ class Run:
     def state(self) -> dict:
         """Return the entries that ckpt.pt and best.pt have in common; checkpoint.SCHEMA describes them."""
         meta = self.dataset.meta
-        data = {key: meta[key] for key in ("source", "command", "questions") if key in meta}
+        data = {key: meta[key] for key in ("source", "questions") if key in meta}
         return {
             "train_config": asdict(self.config),
             "model_config": asdict(self.model.config),

@@ -25,7 +25,7 @@ from humptygpt.cli import (
     refuse,
     refuse_vain,
 )
-from humptygpt.data import COMMAND, DATASETS, Dataset, is_command, made_by, read_meta
+from humptygpt.data import COMMAND, DATASETS, Dataset, read_meta
 from humptygpt.device import autocast, pick_device, to_device
 from humptygpt.loading import (
     Loaded,
@@ -282,16 +282,16 @@ def input_keys(config: TrainConfig, folder: Path) -> dict[str, object]:
     keys = {"input": config.input}
     if config.init_from != "scratch":
         keys["tokenizer"] = config.init_from
-    if command := made_by(folder):
-        words = shlex.split(command)[2:]
-        with refuse(f"{folder / COMMAND}: "):
+    command = folder / COMMAND
+    if command.exists():
+        with refuse(f"{command}: "):
+            words = shlex.split(command.read_text(encoding="utf-8"))[2:]
             for word in words:
                 is_removed(*word.removeprefix("--").partition("=")[::2])
-        keys = cli.read(words, PrepareConfig, positional="name")
+            keys = cli.read(words, PrepareConfig, positional="name")
         if Path(keys.get("input", "")).resolve() != Path(config.input).resolve():
             raise UserError(
-                f"{folder} was not made from input={config.input} but by this command: {command};"
-                " choose another name: --dataset=ANOTHER_NAME"
+                f"{folder} was not made from input={config.input}; choose another name: --dataset=ANOTHER_NAME"
             )
     if config.text_key:
         keys["text_key"] = config.text_key
@@ -346,19 +346,16 @@ def fit_to_data(start: Start, dataset: Dataset) -> ModelConfig:
 
 
 def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
-    """Raise UserError unless a checkpoint was trained on this data. The message says how to get the right data."""
+    """Raise UserError unless a checkpoint was trained on this data."""
     pieces = from_state(saved["tokenizer"]).pieces
     # a checkpoint from an earlier version may have different keys
     known = saved["data"]["identity"].items()
     same = all(dataset.identity.get(key, value) == value for key, value in known)
     if pieces == dataset.tokenizer.pieces and same:
         return
-    advice = "; if the right data is in another folder, add --dataset=NAME"
-    command = saved["data"].get("command", "")
-    if is_command(command):
-        advice += f"; to prepare it again: {command}"
     raise UserError(
-        f"{dataset.folder} is not the data that {out_dir}/ckpt.pt was trained on{advice}"
+        f"{dataset.folder} is not the data that {out_dir}/ckpt.pt was trained on;"
+        " if that is in another folder, add --dataset=NAME"
     )
 
 

@@ -187,7 +187,7 @@ def test_a_models_tokenizer_separates_documents_where_it_can(run_train):
     run_train("--dataset=words", "--out_dir=out/words", "--max_iters=1")
     prepare_data.main(["--input=texts", "--name=texts", "--tokenizer=out/words"])
     meta = json.loads(Path("data/texts/meta.json").read_text())
-    assert meta["tokenizer"]["separated"] and meta["commonest"]
+    assert meta["tokenizer"]["separated"]
     run_train("--dataset=texts", "--init_from=out/words")
 
 

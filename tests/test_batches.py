@@ -244,7 +244,8 @@ DAMAGE = {
 def test_damaged_token_files_are_refused(tiny, fails, complaint):
     DAMAGE[complaint](tiny)
     line = fails(train.main, *TINY_RUN)
-    assert complaint in line and "prepare it again: python prepare_data.py " in line
+    way = "prepare it again with the command in data/tiny/command.txt"
+    assert complaint in line and way in line
 
 
 def test_a_text_shorter_than_a_block_is_refused(tiny, fails):
@@ -281,7 +282,7 @@ def test_large_files_are_checked_only_when_they_are_prepared_again(
     assert damaged in fails(train.main, *TINY_RUN)
     monkeypatch.setattr(datasets, "CHECKED", 799)  # bytes; val.bin has 800
     TokenDataset(tiny, 16, seed=1)
-    prepare_data.main(shlex.split(read_meta(tiny)["command"])[2:])
+    prepare_data.main(shlex.split((tiny / "command.txt").read_text())[2:])
     assert (tiny / "val.bin").read_bytes() == whole
 
 

@@ -89,7 +89,7 @@ def test_on_a_disk_of_any_size_a_run_ends_well_or_in_one_line_and_resumes_with_m
         complaint = run(train.main, RUN, capsys, monkeypatch)
         outcomes.append(complaint is None)
         if complaint:
-            assert f"No space left on device (the disk {path} has " in complaint
+            assert "No space left on device" in complaint
         for saved in path.glob("run/*.pt"):
             assert checkpoint.read(saved)["progress"]["iter"] in (2, 4, 6, 8)
         assert not list(path.rglob("*.tmp"))
@@ -117,7 +117,7 @@ def test_on_a_disk_of_any_size_a_preparation_ends_well_or_in_one_line_and_resume
         complaint = run(prepare_data.main, PREPARE, capsys, monkeypatch)
         assert (complaint is None) == ("meta.json" in contents("mine"))
         if complaint:
-            assert f"No space left on device (the disk {path} has " in complaint
+            assert "No space left on device" in complaint
         disk(10**8, keep=True)
         assert run(prepare_data.main, PREPARE, capsys, monkeypatch) is None
         assert contents("mine") == whole
@@ -125,7 +125,7 @@ def test_on_a_disk_of_any_size_a_preparation_ends_well_or_in_one_line_and_resume
 
 
 @pytest.mark.parametrize("room", [0, 1, 4096, 40_000])
-def test_a_checkpoint_that_finds_no_room_names_the_full_disk_and_not_what_follows_from_it(
+def test_a_checkpoint_that_finds_no_room_says_so_and_not_what_follows_from_it(
     run_train, monkeypatch, room
 ):
     class SmallDisk(io.FileIO):
@@ -143,7 +143,7 @@ def test_a_checkpoint_that_finds_no_room_names_the_full_disk_and_not_what_follow
     entries, before = checkpoint.read(path), path.read_bytes()
     assert room < len(before)
     del entries["format"]
-    full = r"No space left on device \(the disk /.* has .* MB free\); the previous file is"
+    full = "No space left on device; the previous file is"
     with monkeypatch.context() as patch, pytest.raises(UserError, match=full):
         patch.setattr(Path, "open", lambda *args: io.BufferedWriter(SmallDisk(*args)))
         checkpoint.save(path, entries)

@@ -149,15 +149,6 @@ def test_a_file_that_may_not_be_written_is_reported_at_once(refusals):
     assert not waits
 
 
-def test_a_full_disk_is_named_where_pathlib_knows_no_mount_points(monkeypatch):
-    def is_mount(path: Path) -> bool:
-        raise NotImplementedError("Path.is_mount() is unsupported on this system")
-
-    monkeypatch.setattr(files.Path, "is_mount", is_mount)
-    error = OSError(errno.ENOSPC, "No space left on device")
-    assert "MB free)" in str(files.cannot_write(Path("best.pt"), error))
-
-
 def test_a_drive_in_an_archive_does_not_lead_out_of_the_folder(monkeypatch):
     with zipfile.ZipFile("texts.zip", "w") as archive:
         archive.writestr("D:/texts/a.txt", "text")

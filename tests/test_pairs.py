@@ -1,5 +1,4 @@
 import gzip
-import re
 import zipfile
 from pathlib import Path
 
@@ -173,8 +172,8 @@ def test_pairs_too_long_empty_or_lopsided_are_dropped_and_reported(folder, capsy
     assert all_pairs() == sorted(kept)
     dropped = NONE_DROPPED | {"too_long": 2, "empty": 2, "lopsided": 2}
     assert (meta("mine")["dropped"], meta("mine")["longest"]) == (dropped, 40)
-    reasons = "2 longer than 40 tokens, 2 empty on one side, 2 with a side longer than 3 times the other plus 8 tokens"
-    assert f"  dropped pairs  {reasons}\n" in capsys.readouterr().out
+    reasons = "too_long 2, empty 2, lopsided 2, held_out 0"
+    assert f"  dropped: {reasons}\n" in capsys.readouterr().out
     prepare(f"--input=own.tsv --max_pair_tokens=40 --max_pair_ratio=15 {BYTES}")
     assert meta("mine")["dropped"]["lopsided"] == 0
 
@@ -191,7 +190,7 @@ def test_given_validation_and_test_splits_keep_every_pair_that_has_both_sides(fo
 
 
 @pytest.mark.parametrize("name", ["held.tsv", "held.tsv.gz", "held.txt"])
-def test_held_out_sentences_are_in_no_split_that_is_drawn(folder, capsys, name):
+def test_held_out_sentences_are_in_no_split_that_is_drawn(folder, name):
     held_out = ["wo  WOHNST du", "Grüß dich!", "„Der Hund: schläft“…"]
     target = "\tof a TSV file" if ".tsv" in name else ""
     write(name, "".join(f"{source}{target}\n" for source in held_out))
@@ -201,7 +200,6 @@ def test_held_out_sentences_are_in_no_split_that_is_drawn(folder, capsys, name):
     left = [row for row in ROWS if row[0] not in ("Wo wohnst du?", "Der Hund schläft.")]
     assert all_pairs() == sorted([*left, near])
     assert meta("mine")["dropped"] == NONE_DROPPED | {"held_out": 3}
-    assert "\n  dropped pairs  3 held out\n" in capsys.readouterr().out
 
 
 def test_what_translations_connect_with_a_held_out_sentence_is_held_out_as_well(folder):
@@ -266,14 +264,11 @@ def test_the_tokenizer_is_trained_on_both_sides_of_the_training_pairs_only(
     assert seen == [side for row in pairs_of("mine")["train"] for side in row]
 
 
-def test_the_summary_shows_the_splits_and_three_pairs(folder, capsys):
+def test_the_summary_shows_the_pairs_of_each_split(folder, capsys):
     write_multi30k({"train": ROWS, "val": ROWS[:9], "test": ROWS[:8]})
     prepare("translate_de_en --vocab_size=330")
     rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert rows[1:3] == ["total train val test", "pairs 77 60 9 8"]
-    assert re.fullmatch(r"longest side \d+ tokens, end-of-text included", rows[-7])
-    examples = [f"{source} -> {target}" for source, target in ROWS[:3]]
-    assert rows[-6:-2] == ["dropped pairs none", f"examples {examples[0]}", *examples[1:]]
 
 
 # --------------------------------------------------------------------------------------

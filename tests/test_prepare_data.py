@@ -96,7 +96,7 @@ FEW |= {"five": [9000, 100, 100, 100, 400], "one long": [20_050, *[100] * 30]}
 @pytest.mark.parametrize("name", ["{:02}.txt", "{:02}.jsonl", "all.jsonl"])
 @pytest.mark.parametrize("sizes", FEW)
 def test_validation_has_about_its_tenth_however_few_and_unequal_the_documents(
-    folder, capsys, sizes, name
+    folder, sizes, name
 ):
     texts = [make_text(size, n) for n, size in enumerate(FEW[sizes])]
     Path("few").mkdir()
@@ -106,11 +106,10 @@ def test_validation_has_about_its_tenth_however_few_and_unequal_the_documents(
     total, val = meta("mine")["characters"], meta("mine")["splits"]["val"]["characters"]
     assert total == sum(FEW[sizes]) and 0.05 <= val / total <= 0.15
     assert meta("mine")["documents"] == len(texts)
-    cut = "the last 10% of each file, because there are too few documents or their lengths differ too much"
     train_texts, val_texts = documents_of("mine")
-    if f"  validation     {cut}\n" not in capsys.readouterr().out:
-        assert {*train_texts, *val_texts} == {*texts}
-    elif name != "all.jsonl":
+    if {*train_texts, *val_texts} == {*texts}:
+        return
+    if name != "all.jsonl":
         halves = zip(train_texts, val_texts, strict=True)
         assert ["".join(pair) for pair in halves] == texts
     else:  # each half of a document that is cut ends in end-of-text
@@ -130,22 +129,16 @@ def test_a_cut_in_a_long_file_ends_its_training_part(folder, monkeypatch, size):
     )
 
 
-def test_the_summary_shows_counts_of_each_split_and_the_vocabulary(folder, capsys):
+def test_the_summary_shows_the_tokens_of_each_split(folder, capsys):
     write_own("b" * 600 + "a" * 300 + "ü" * 100)
     prepare("own --input=own.txt --tokenizer=char")
     assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == [
         "data/own: own.txt",
         "total train val",
-        "characters 1,000 900 100",
-        "bytes 1,100 900 200",
         "tokens 1,000 900 100",
-        "tokenizer char, 1.10 bytes per token, stored as uint16",
-        "vocabulary 3 tokens, all used",
-        "most frequent 'b' 60.0%, 'a' 30.0%, 'ü' 10.0%",
         "",
         "train on it: python train.py --dataset=own --out_dir=out/own",
     ]
-    assert meta("own")["commonest"][1] == {"token": 0, "text": "a", "share": 0.3}
 
 
 # --------------------------------------------------------------------------------------
@@ -269,8 +262,7 @@ def test_a_full_disk_is_one_line_and_gets_its_space_back(corpus, monkeypatch):
     write_often(monkeypatch)
     with full_disk(3) as error:
         prepare(PREPARE)
-    problem = "cannot write data/mine: No space left on device"
-    assert re.fullmatch(rf"{problem} \(the disk /.*\)", str(error.value))
+    assert str(error.value) == "cannot write data/mine: No space left on device"
     assert not Path("data/mine").exists()
 
 
@@ -305,7 +297,7 @@ def test_other_data_of_the_same_name_is_refused_at_once_and_replaced_whole_with_
     assert files_of("data/mine") == before
     prepare(f"{command} --overwrite=True")
     assert set(contents("mine")) == WHOLE
-    assert "--overwrite" not in meta("mine")["command"]
+    assert b"--overwrite" not in contents("mine")["command.txt"]
     prepare(command)  # is the same now
 
 
@@ -371,7 +363,7 @@ def test_files_of_a_folder_that_are_no_text_are_skipped_in_every_pass_named_and_
     Path("mixed/f.txt").write_bytes(b"\xff\xfe")
     prepare("mine --input=mixed/* --tokenizer=char")
     out, err = capsys.readouterr()
-    assert "note: skipped files: 5: 4 .txt, 1 without an extension; mixed/b.txt is" in err
+    assert "note: skipped files: 5; mixed/b.txt is" in err
     assert "; cannot read mixed/c.txt.gz: " in err and "; mixed/e.txt has no text" in err
     assert "mine: 3 files: mixed/*\n" in out
     train_texts, _ = documents_of("mine")
@@ -385,10 +377,7 @@ def test_sentence_pairs_are_skipped_in_a_folder_of_text_and_prepared_by_themselv
     Path("pairs.tsv").rename("mixed/a.TSV")
     Path("mixed/b.md").write_text(make_text())
     prepare("mine --input=mixed")
-    assert (
-        "skipped files: 1: 1 .tsv; mixed/a.TSV has no column 'text'"
-        in capsys.readouterr().err
-    )
+    assert "skipped files: 1; mixed/a.TSV has no column 'text'" in capsys.readouterr().err
     assert meta("mine")["task"] == "language modelling"
     prepare("mine --input=mixed/*.TSV --tokenizer=byte --overwrite=True")
     assert meta("mine")["task"] == "translation"
@@ -451,14 +440,10 @@ def test_lines_of_pairs_without_exactly_one_tab_are_left_out_and_counted(pairs, 
 
 
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
-def test_a_vocabulary_that_is_too_large_becomes_as_large_as_the_text_allows(
-    folder, capsys, kind
-):
+def test_a_vocabulary_that_is_too_large_becomes_as_large_as_the_text_allows(folder, kind):
     write_own(make_text(2000))
     prepare(f"mine --input=own.txt --tokenizer={kind}")
-    size = meta("mine")["vocab_size"]
-    assert 257 < size < 4096
-    assert f"  vocabulary     {size:,} tokens, " in capsys.readouterr().out
+    assert 257 < meta("mine")["vocab_size"] < 4096
     assert "".join(texts_of("mine")) == make_text(2000)
 
 
@@ -466,7 +451,7 @@ def test_a_folder_of_ours_without_its_meta_json_is_not_taken_for_nanogpts(folder
     Path("own text.txt").write_text(make_text(9000))
     prepare("mine '--input=own text.txt'")
     Path("data/mine/meta.json").unlink()
-    again = "prepare it again: python prepare_data.py mine '--input=own text.txt'\n"
+    again = "prepare it again with the command in data/mine/command.txt\n"
     problem = "data/mine has no meta.json, so it was not prepared completely"
     assert fails(train.main, "--dataset=mine") == f"{problem}; {again}"
 
@@ -651,7 +636,7 @@ BAD = {
     "the data set has no name; add one, such as --name=mine": ["--input=own.txt"],
     "name='my texts/own.txt' must be the name of a folder in data/": ["my texts/own.txt"],
     "no data set own.txt: it is not one of": ["own.txt"],
-    "/data/own has no input.txt; start the script where data/own is, or prepare your own": [
+    "/data/own has no input.txt; prepare your own text with --input=FILE_OR_FOLDER": [
         "own"
     ],
     f"tokenizer=morse is not one of: auto, {', '.join(tokenizer.TOKENIZERS)}": [

@@ -215,7 +215,9 @@ def test_a_stream_that_has_lost_ends_of_texts_is_refused(pairs, lost):
             ids[np.flatnonzero(ids == self.tokenizer.eot)[lost]] = 0
             yield start, ids
 
-    with pytest.raises(UserError, match="consist of complete pairs; prepare it again: "):
+    with pytest.raises(
+        UserError, match="consist of complete pairs; prepare it again with "
+    ):
         Damaged(Path("data/pairs"), 40, 1, with_encoder=True)
 
 

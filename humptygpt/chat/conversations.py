@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from textwrap import indent
 
 import numpy as np
 
@@ -145,13 +144,6 @@ class Conversations(Corpus):
             "longest": max(counted["longest"] for counted in splits.values()),
             "questions": QUESTION.findall(first_text)[:8],
             "example": REPLY.sub(r"\1[\2]", first[:SHOWN].strip()),
-        }
-
-    def summary(self, meta: dict) -> dict[str, str]:
-        example = indent(meta["example"], 17 * " ")
-        return {
-            "longest": f"{meta['longest']:,} tokens; train.py cuts longer ones than block_size before a question",
-            "example": f"the model learns what is in brackets\n\n{example}",
         }
 
 

@@ -17,12 +17,11 @@ from tqdm import tqdm
 
 from humptygpt.cli import UserError, note
 from humptygpt.prepare.documents import (
+    NAMED,
     BadFile,
     Flaws,
     Piece,
-    describe_skipped,
     file_format,
-    file_suffix,
     read_documents,
 )
 from humptygpt.prepare.settings import PrepareConfig
@@ -41,9 +40,6 @@ class Corpus:
     Each also has these methods:
         read(number)                        read the items of self.files[number]; yields (split, item)
         encode(tokenizer, split, items)     encode items of one split; returns arrays of token ids, and their counts
-        extra_meta(splits, first_text)      the entries of meta.json that only this kind of corpus has, given the counts
-                                            of each split and the start of the training split
-        summary(meta)                       the lines of the summary that only this kind has, as {title: text}
     An item is a tuple that has `texts`.
     """
 
@@ -60,9 +56,7 @@ class Corpus:
         "split_digits": False,
     }
 
-    def __init__(
-        self, config: PrepareConfig, files: list, source: str, skipped: dict[Path, str]
-    ):
+    def __init__(self, config: PrepareConfig, files: list, source: str, skipped: list[str]):
         """config: without unset keys. source: description of the files for meta.json. skipped: from find_files."""
         self.config = config
         self.files = self.paths = files
@@ -72,7 +66,9 @@ class Corpus:
 
     def note_skipped(self) -> None:
         if self.skipped:
-            note(describe_skipped(self.skipped))
+            note(
+                "; ".join([f"skipped files: {len(self.skipped):,}", *self.skipped[:NAMED]])
+            )
 
     def survey(self) -> None:
         """Read everything once, to check it and to find the size of the text. Raises UserError if there is none."""
@@ -86,6 +82,13 @@ class Corpus:
         """Describe an input without items, with the first reason."""
         why = f": {self.flaws.first}" if self.flaws.first else ""
         return f"{what} has no {self.missing}{why}"
+
+    def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
+        """Return the entries of meta.json that only this kind of corpus has.
+
+        splits: the counts of each. first_text: the start of the training split.
+        """
+        return {}
 
     def wrap(self, tokenizer: Tokenizer) -> Tokenizer:
         """Return the tokenizer that encodes the corpus, given the one of its text."""
@@ -121,7 +124,7 @@ class Documents(Corpus):
                 except BadFile as error:
                     if len(self.files) == 1:
                         raise
-                    self.skipped[file] = str(error)
+                    self.skipped.append(str(error))
         self.note_skipped()
         if not sizes:
             raise UserError(f"{self.source} has no {self.missing}")
@@ -140,10 +143,6 @@ class Documents(Corpus):
         """Count a file's characters in each split, and its bytes of UTF-8. Raises BadFile if there are none."""
         self.flaws = Flaws()
         size = Counter()
-        if file_suffix(self.files[number]) == ".mbox":
-            note(
-                f"{self.files[number]} is a mailbox; its headers and attachments are learned as text, too"
-            )
         for split, piece in self.read(number):
             read = len(piece.text.encode())
             size.update({split: len(piece.text), "bytes": read})
@@ -186,16 +185,6 @@ class Documents(Corpus):
                 documents=int(piece.first), characters=len(piece.text), bytes=size
             )
         return ids, counted
-
-    def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
-        return {}
-
-    def summary(self, meta: dict) -> dict[str, str]:
-        if not self.cuts or not self.separated:
-            return {}
-        end = f"the last {100 * self.config.val_fraction:.4g}% of each file"
-        why = "because there are too few documents or their lengths differ too much"
-        return {"validation": f"{end}, {why}"}
 
 
 # --------------------------------------------------------------------------------------

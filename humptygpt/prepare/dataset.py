@@ -67,7 +67,7 @@ def prepare(config: PrepareConfig) -> dict:
                 corpus.survey()
                 tokenizer = corpus.wrap(loaded or make_tokenizer(corpus))
                 meta = encode(corpus, tokenizer, preparing)
-                meta |= {"command": command, "made_from": made_from}
+                meta["made_from"] = made_from
                 write_text(preparing / COMMAND, f"{command}\n")
                 write_text(preparing / "meta.json", json.dumps(meta, indent=1))
                 install(preparing, folder)
@@ -107,7 +107,7 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
     source = built_in(config)
     preset = with_defaults(config, source.settings) if source else config
     files, name = find_input(preset, folder)
-    skipped = {}
+    skipped = []
     kind = Pairs
     if not isinstance(files, list):
         files, skipped = find_files(str(files))
@@ -122,7 +122,7 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
         elif chats := [file for file in files if is_conversations(file, config.text_key)]:
             kind = Conversations
             others = sorted({*files} - {*chats})
-            skipped |= {file: f"{file} has no conversations" for file in others}
+            skipped += [f"{file} has no conversations" for file in others]
             files = chats
         else:
             kind = Documents
@@ -160,7 +160,7 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | Path | PairFi
         return source.fetch(config)
     raise UserError(
         f"no data set {config.name}: it is not one of {', '.join(SOURCES)}, and {folder.absolute()} has no input.txt;"
-        f" start the script where {folder} is, or prepare your own text with --input=FILE_OR_FOLDER"
+        " prepare your own text with --input=FILE_OR_FOLDER"
     )
 
 
@@ -260,26 +260,19 @@ def install(preparing: Path, folder: Path) -> None:
 
 
 def summary(folder: Path, corpus: Corpus, meta: dict) -> str:
-    """Summarize the data: a table of counts, then lines about the vocabulary and the corpus."""
+    """Summarize the data: how much each split has, what was dropped, and an example of conversations."""
     columns = {"total": meta} | meta["splits"]
-    table = [
+    lines = [
         f"{folder}: {meta['source']}",
-        12 * " " + "".join(f"{name:>14}" for name in columns),
+        15 * " " + "".join(f"{name:>14}" for name in columns),
     ]
-    for key in corpus.counts:
-        # leave out a count of 1: a single document, cut in two
-        if meta[key] > 1 and not key.startswith("target"):
+    for key in (corpus.counts[0], "tokens"):
+        if meta[key] > 1:  # a single document is cut in two
             counts = "".join(f"{column[key]:>14,}" for column in columns.values())
-            table.append(f"  {key:<10}{counts}")
-    kind = meta["tokenizer"]["tokenizer"]
-    unused = meta["vocab_size"] - meta["vocabulary_used"]
-    frequent = [
-        f"{entry['text']!r} {100 * entry['share']:.1f}%" for entry in meta["commonest"][:6]
-    ]
-    lines = {
-        "tokenizer": f"{kind}, {meta['bytes_per_token']:.2f} bytes per token, stored as {meta['dtype']}",
-        "vocabulary": f"{meta['vocab_size']:,} tokens, {f'{unused:,} unused' if unused else 'all used'}",
-        "most frequent": ", ".join(frequent),
-        **corpus.summary(meta),
-    }
-    return "\n".join([*table, *(f"  {key:<15}{line}" for key, line in lines.items())])
+            lines.append(f"  {key:<13}{counts}")
+    if "dropped" in meta:
+        dropped = ", ".join(f"{why} {count:,}" for why, count in meta["dropped"].items())
+        lines.append(f"  dropped: {dropped}")
+    if "example" in meta:
+        lines += ["the model learns what is in brackets:", "", meta["example"]]
+    return "\n".join(lines)

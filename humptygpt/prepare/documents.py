@@ -31,6 +31,7 @@ except ImportError:  # before Python 3.14
 Record = object  # a dict, unless the line or row is not valid; None: a blank line
 PIECE = 1 << 18  # maximum number of characters in a piece of a document
 LEFT_OUT = "records without text left out"  # what the note counts
+NAMED = 5  # of the files that are skipped, the first that are named
 HEAD = 8000  # bytes read from the start of a file to determine whether it is text
 BYTE_ORDER_MARKS = {  # UTF-32 comes first, because its mark may begin with that of UTF-16
     b"\xff\xfe\0\0": "utf-32",
@@ -47,13 +48,6 @@ DAMAGE = (OSError, EOFError, zlib.error, zstd.ZstdError, ValueError, csv.Error)
 DAMAGE += (tarfile.TarError, zipfile.BadZipFile)
 # position before a single space and a word, where cutting a text does not change its tokens
 BEFORE_WORD = re.compile(r"(?<=\S) (?=[^\W_])")
-CONVERTERS = {  # {program: extensions of the files that it converts to text or unpacks}
-    "pdftotext": ".pdf",
-    "pandoc": ".docx .odt .epub .rtf",
-    "LibreOffice": ".doc .ppt .pptx .xls .xlsx",
-    "unzip": ".zip",
-    "tar": ".tar",
-}
 
 
 class Piece(NamedTuple):
@@ -96,8 +90,8 @@ class Flaws(Counter):
 # Files
 
 
-def find_files(where: str) -> tuple[list[Path], dict[Path, str]]:
-    """Find the files to read. Returns them, sorted, and {file that is skipped: the reason}.
+def find_files(where: str) -> tuple[list[Path], list[str]]:
+    """Find the files to read. Returns them, sorted, and why others are skipped.
 
     Hidden files and files written by our scripts are skipped. Raises UserError if no file is left.
     where: path of a file or a folder, or a glob pattern.
@@ -107,42 +101,22 @@ def find_files(where: str) -> tuple[list[Path], dict[Path, str]]:
         if path.is_dir():
             found = path.rglob("*")
         elif path.exists():
-            return [path], {}
+            return [path], []
         else:
             found = map(Path, glob.glob(where, recursive=True))  # noqa: PTH207, since the pattern may be absolute
         found = sorted(filter(Path.is_file, found), key=Path.as_posix)
     files = []
-    skipped = {}
+    skipped = []
     for file in found:
         if any(part.startswith(".") for part in file.parts[len(path.parts) :]):
-            skipped[file] = f"{file} is hidden"
+            skipped.append(f"{file} is hidden")
         elif any((at / mark).exists() for at in file.parents[:2] for mark in MARKS):
-            skipped[file] = f"{file} is part of a data folder or of a run"
+            skipped.append(f"{file} is part of a data folder or of a run")
         else:
             files.append(file)
     if not files:
-        reasons = list(skipped.values())[:5]
-        raise UserError("; ".join([f"no text files found at {where}", *reasons]))
+        raise UserError("; ".join([f"no text files found at {where}", *skipped[:NAMED]]))
     return files, skipped
-
-
-def describe_skipped(skipped: dict[Path, str]) -> str:
-    """Count the skipped files by kind, and give the first reasons."""
-    kinds = Counter(map(file_suffix, skipped))
-    counts = [
-        f"{count:,} {kind or 'without an extension'}{convert(kind)}"
-        for kind, count in kinds.most_common()
-    ]
-    counted = f"skipped files: {len(skipped):,}: {', '.join(counts)}"
-    return "; ".join([counted, *list(skipped.values())[:5]])
-
-
-def convert(kind: str) -> str:
-    """Name the program that makes text of files with this extension."""
-    for program, kinds in CONVERTERS.items():
-        if kind in kinds.split():
-            return f" ({program} converts them)"
-    return ""
 
 
 def unpack(archive: Path, folder: Path) -> Path:
@@ -214,7 +188,7 @@ def read_text(
         encoding = next(found, "utf-8-sig")
         # as in git, a file with null bytes is binary; a PDF may have none at its start, so it is recognised by its mark
         if start.startswith(b"%PDF-") or (encoding == "utf-8-sig" and b"\0" in start):
-            raise BadFile(f"{path} is not a text file{convert(path.suffix.lower())}")
+            raise BadFile(f"{path} is not a text file")
         with unpack(
             path, "rt", encoding=encoding, errors="replace", newline=newline
         ) as text:
@@ -304,8 +278,7 @@ def check_columns(path: Path, columns: list[str], found: list[str]) -> None:
     for column in columns:
         if column not in found:
             raise BadFile(
-                f"{path} has no column {column!r}; set --text_key to one of: {', '.join(found)};"
-                " or to two of them for a chat: QUESTION,ANSWER"
+                f"{path} has no column {column!r}; set --text_key to one of: {', '.join(found)}"
             )
 
 

@@ -25,7 +25,6 @@ def encode(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict:
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     splits = {split: Counter() for split in corpus.splits}
-    counts = np.zeros(tokenizer.vocab_size, np.int64)  # occurrences of each token
     todo = units(corpus)
     # threads use all cores, because the tokenizer libraries release Python's global lock while they encode
     with ThreadPoolExecutor(corpus.config.workers or machine.usable_cores()) as pool:
@@ -33,7 +32,6 @@ def encode(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict:
             encoded = pool.map(partial(corpus.encode, tokenizer), *zip(*batch, strict=True))
             for (split, _), (parts, counted) in zip(batch, encoded, strict=True):
                 ids = np.concatenate([np.empty(0, np.int64), *parts])
-                counts += np.bincount(ids, minlength=len(counts))
                 append(folder / f"{split}.bin", ids.astype(dtype))
                 total = splits[split]
                 total.update(counted)
@@ -46,7 +44,7 @@ def encode(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict:
                 f"{split}.bin would have {total['tokens']} tokens, but needs at least 2; change --val_fraction"
                 f" or add text; counted: {dict(total)}"
             )
-    return describe(corpus, tokenizer, folder, dtype, splits, counts.tolist())
+    return describe(corpus, tokenizer, folder, dtype, splits)
 
 
 def append(path: Path, ids: np.ndarray) -> None:
@@ -63,11 +61,10 @@ def describe(
     folder: Path,
     dtype: np.dtype,
     counted: dict[str, Counter],
-    counts: list[int],
 ) -> dict:
     """Build the content of meta.json, which describes the token files in a folder. Long entries come last.
 
-    counted: the counts of each split. counts: occurrences of each token.
+    counted: the counts of each split.
     """
     splits = {}
     for split, total in counted.items():
@@ -77,14 +74,6 @@ def describe(
             "sha256": {name: sha256(folder / name)},
         }
     total = {key: sum(split[key] for split in splits.values()) for key in corpus.counts}
-    commonest = [
-        {
-            "token": i,
-            "text": tokenizer.decode([i]),
-            "share": round(count / total["tokens"], 4),
-        }
-        for i, count in Counter(dict(enumerate(counts))).most_common(10)
-    ]
     first_text = tokenizer.decode(np.fromfile(folder / "train.bin", dtype, count=1000))
     return {
         "format": META_FORMAT,
@@ -92,11 +81,8 @@ def describe(
         "source": corpus.source,
         "dtype": dtype.name,
         **total,
-        "bytes_per_token": round(total["bytes"] / total["tokens"], 4),
         "vocab_size": tokenizer.vocab_size,
-        "vocabulary_used": sum(count > 0 for count in counts),
         **corpus.extra_meta(counted, first_text),
-        "commonest": commonest,
         "splits": splits,
         "tokenizer": tokenizer.state(),
     }

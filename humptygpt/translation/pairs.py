@@ -17,15 +17,10 @@ from humptygpt.cli import UserError
 from humptygpt.prepare.corpus import Corpus, draw, normalised
 from humptygpt.prepare.documents import LEFT_OUT, Flaws, read_text
 from humptygpt.prepare.settings import PrepareConfig
-from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
+from humptygpt.tokenizers import Tokenizer
 
 SLACK = 8  # one side may always be this many tokens longer, as in "Stop!" and "Halt, stehen bleiben!"
-DROPPED = {  # {reason to drop a pair: how the summary describes it}
-    "too_long": "longer than {max_pair_tokens} tokens",
-    "empty": "empty on one side",
-    "lopsided": f"with a side longer than {{max_pair_ratio:g}} times the other plus {SLACK} tokens",
-    "held_out": "held out",
-}
+DROPPED = ("too_long", "empty", "lopsided", "held_out")  # reasons to drop a pair
 LINE_RULE = "each line must be SOURCE, one tab, TARGET"
 # [(split, files)], where files is (TSV file,) or (source file, target file). If split is None, its pairs are split at
 # random
@@ -35,7 +30,7 @@ PairFiles = list[tuple[str | None, tuple[Path, ...]]]
 class Pair(NamedTuple):
     source: str
     target: str
-    dropped: str = ""  # a key of DROPPED if the pair is left out; its texts are then empty
+    dropped: str = ""  # one of DROPPED if the pair is left out; its texts are then empty
 
     @property
     def texts(self) -> tuple[str, str]:
@@ -56,7 +51,9 @@ class Pairs(Corpus):
         "max_pair_ratio": 3.0,
     }
 
-    def __init__(self, config: PrepareConfig, files: PairFiles, source: str, skipped: dict):
+    def __init__(
+        self, config: PrepareConfig, files: PairFiles, source: str, skipped: list[str]
+    ):
         super().__init__(config, files, source, skipped)
         self.paths = [path for _, paths in files for path in paths]
         if config.held_out is not None:
@@ -147,25 +144,10 @@ class Pairs(Corpus):
         return ids, counted
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
-        sides = first_text.split(END_OF_TEXT)[:-1]
         dropped = sum(splits.values(), Counter())
         return {
             "longest": max(counted["longest"] for counted in splits.values()),
             "dropped": {why: dropped[why] for why in DROPPED},
-            "examples": list(zip(sides[::2], sides[1::2], strict=False))[:3],
-        }
-
-    def summary(self, meta: dict) -> dict[str, str]:
-        dropped = [
-            f"{count:,} {DROPPED[why].format(**vars(self.config))}"
-            for why, count in meta["dropped"].items()
-            if count
-        ]
-        examples = [f"{source} -> {target}" for source, target in meta["examples"]]
-        return {
-            "longest side": f"{meta['longest']:,} tokens, end-of-text included",
-            "dropped pairs": ", ".join(dropped) or "none",
-            "examples": ("\n" + 17 * " ").join(examples),
         }
 
 
