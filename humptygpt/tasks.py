@@ -141,10 +141,6 @@ class Task:
     score: Callable[..., Score] | None = None  # at the end of a run and with --eval_only
     sample_label: str = "more of this"  # label printed before sample_command
     sample_command: str = "python sample.py {}"  # {} is the argument that names the run
-    card_prompt: str = ""  # prompt for the example in the model card
-    # in the model card: code that makes the model's input from the prompt {}, and what the model does
-    card_input: str = 'tokenizer({}, return_tensors="pt")'
-    card_note: str = "It continues texts like those it read. It follows no instructions."
 
 
 def find_task(name: str) -> Task:

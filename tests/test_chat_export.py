@@ -1,5 +1,6 @@
 """Chat models exported with ChatML, chat models of other projects, and fine-tuning on conversations."""
 
+import ast
 import json
 import random
 import re
@@ -203,12 +204,13 @@ def test_the_card_of_a_chat_model_shows_how_to_talk_and_its_code_runs(
     monkeypatch.chdir(talkers("bpe"))
     export.main(["--out_dir=out/run", f"--to={tmp_path}/card"])
     card = (tmp_path / "card/README.md").read_text()
-    assert "It answers as in the conversations" in card and "instructions" not in card
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     monkeypatch.chdir(tmp_path / "card")
     capsys.readouterr()
     exec(code, {})
-    assert capsys.readouterr().out.startswith(f"{BEGIN}user\nWho are you?{END}\n{BEGIN}ass")
+    (found,) = ast.literal_eval(capsys.readouterr().out)
+    roles = [turn["role"] for turn in found["generated_text"]]
+    assert roles == ["user", "assistant"]
 
 
 # --------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Exported models, asked through the programs that they are for: transformers and llama.cpp (xllamacpp) themselves."""
 
+import ast
 import errno
 import json
 import re
@@ -228,7 +229,7 @@ def test_a_model_that_was_not_trained_here_is_exported(capsys):
         expected = nanogpt(idx).logits
         torch.testing.assert_close(theirs(idx).logits, expected, atol=1e-4, rtol=1e-4)
     card = Path("first/README.md").read_text()
-    assert "parameters, converted by HumptyGPT from nanoGPT's nano/out/ckpt.pt." in card
+    assert "converted by HumptyGPT from nanoGPT's nano/out/ckpt.pt." in card
     capsys.readouterr()
     export.main(["--init_from=first", "--out_dir=x", "--to=again"])
     assert "note: out_dir=x has no effect with init_from=first" in capsys.readouterr().err
@@ -377,41 +378,32 @@ def test_rows_that_stand_for_no_token_are_never_drawn():
 # The model card
 
 
-def test_the_card_states_the_run_its_code_runs_and_its_settings_are_a_config_file(
-    runs, monkeypatch, capsys
-):
+def test_the_card_states_the_run_and_its_code_runs(runs, monkeypatch, capsys):
     transformers()
     monkeypatch.chdir(runs("llama, documents of bpe"))
     export.main(["--out_dir=out/run", "--to=card"])
     card = Path("card/README.md").read_text()
     lines = Path("out/run/metrics.jsonl").read_text().splitlines()
     (row,) = [row for row in map(json.loads, lines) if "val_loss" in row]
-    loss = f"{row['val_loss']:.4f} nats per token, at step {row['iter']}"
-    for words in (loss, "A Llama model with ", "on 12 files: texts", "norm = 'rmsnorm'"):
+    for words in (
+        f"{row['val_loss']:.4f} nats",
+        "A Llama model with ",
+        "on 12 files: texts",
+    ):
         assert words in card
     assert card.startswith("---\nlibrary_name: transformers\n")
-    use, settings = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    saved = load(Path("out/run/best.pt")).saved
-    Path("again.py").write_text(settings)
-    given = cli.read(["again.py"], ModelConfig, TrainConfig)
-    assert vars(cli.make(ModelConfig, given)) == saved["model_config"]
-    assert vars(cli.make(TrainConfig, given)) == saved["train_config"]
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     monkeypatch.chdir("card")
     capsys.readouterr()
-    exec(use, {})
-    assert capsys.readouterr().out.startswith(END_OF_TEXT)
+    exec(code, {})
+    (found,) = ast.literal_eval(capsys.readouterr().out)
+    assert found["generated_text"].startswith(END_OF_TEXT)
 
 
 def test_the_card_names_files_and_models_without_the_users_folders(run_dir, folder):
     found = load(run_dir)
     found.saved["data"]["source"] = f"{folder}/a.de and {folder}/a.en"
-    found.saved["train_config"] |= {
-        "input": f"{folder}/my texts/a.txt",
-        "init_from": "C:\\Users\\me\\base",
-    }
-    card = model_card(found, "mine")
-    for line in ("on a.de and a.en.", "input = 'my texts/a.txt'", "init_from = 'base'"):
-        assert line in card
+    assert "on a.de and a.en (val" in model_card(found, "mine")
     theirs = found._replace(saved=None, description=f"nanoGPT's {folder}/ckpt.pt")
     assert "converted by HumptyGPT from nanoGPT's ckpt.pt." in model_card(theirs, "mine")
 

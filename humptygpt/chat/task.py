@@ -64,18 +64,10 @@ def write_replies(model: nn.Module, dataset: ChatDataset) -> list[str]:
     return [reply for *_, reply in answers(model, dataset, QUESTIONS)]
 
 
-CARD_INPUT = """tokenizer.apply_chat_template(
-    [{{"role": "user", "content": "Who are you?"}}],
-    add_generation_prompt=True,
-    return_dict=True,
-    return_tensors="pt",
-)"""
 CHAT = Task(
     dataset=ChatDataset,
     evaluation_examples=show_replies,
     final_examples=show_answers,
     write=write_replies,
     sample_label="talk to it",
-    card_input=CARD_INPUT,
-    card_note="It answers as in the conversations that it was trained on.",
 )

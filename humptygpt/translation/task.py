@@ -59,6 +59,4 @@ TRANSLATION = Task(
     score=score_translations,
     sample_label="translate",
     sample_command='python sample.py {} --start="..."',
-    card_prompt="Ein Mann schläft.",
-    card_note="It translates: given a sentence and the end-of-text token, it writes the translation.",
 )
