@@ -28,7 +28,6 @@ from humptygpt import cli
 from humptygpt.cli import (
     TEXTS,
     UserError,
-    check_above_0,
     check_choices,
     check_least,
     note,
@@ -40,6 +39,7 @@ from humptygpt.sampling import (
     Context,
     Piece,
     Prompt,
+    check_sampling,
     encode_prompt,
     print_json_lines,
     read_prompts,
@@ -102,16 +102,12 @@ class SampleConfig:
 
     def validate(self) -> None:
         check_choices(self)
-        check_least(self, 1, "num_samples", "max_new_tokens", "num_beams", "top_k")
-        check_least(self, 0, "logprobs", "temperature", "seed", "min_p")
+        check_sampling(self)
+        check_least(self, 1, "num_samples", "max_new_tokens", "num_beams")
+        check_least(self, 0, "logprobs", "seed")
         check_least(self, -10, "length_penalty")
-        check_above_0(self, "top_p", "repetition_penalty")
         if "" in self.stop:
             raise ValueError("stop must not be empty")
-        for name in ("top_p", "min_p"):
-            value = getattr(self, name)
-            if value is not None and value > 1:
-                raise ValueError(f"{name}={value} must be at most 1")
         for pair in ("start prompts", "interactive prompts"):
             one, other = pair.split()
             if getattr(self, one) and getattr(self, other):

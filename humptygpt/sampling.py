@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from humptygpt.cli import UserError, note, refuse
+from humptygpt.cli import UserError, check_above_0, check_least, note, refuse
 from humptygpt.device import free_memory
 from humptygpt.machine import check_fits
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
@@ -92,6 +92,17 @@ def read_text(path: str) -> str:
 
 # --------------------------------------------------------------------------------------
 # Logits -> probabilities -> token
+
+
+def check_sampling(settings: object) -> None:
+    """Raise ValueError unless each of the settings of next_tokens() is None or in its range."""
+    check_least(settings, 1, "top_k")
+    check_least(settings, 0, "temperature", "min_p")
+    check_above_0(settings, "top_p", "repetition_penalty")
+    for name in ("top_p", "min_p"):
+        value = getattr(settings, name)
+        if value is not None and value > 1:
+            raise ValueError(f"{name}={value} must be at most 1")
 
 
 def penalize_repetition(logits: Tensor, texts: list[list[int]], penalty: float) -> Tensor:

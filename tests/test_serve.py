@@ -284,6 +284,14 @@ def test_a_longer_answer_than_there_is_room_for_and_any_seed_are_allowed(reciter
     assert content(answer) == REPLY
 
 
+def test_clients_that_send_what_asks_for_nothing_get_an_answer(reciter):
+    neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}}
+    neutral |= {"response_format": {"type": "text"}, "modalities": ["text"], "suffix": None}
+    for choice in ("auto", "none"):
+        keys = neutral | {"tool_choice": choice, "function_call": choice, "user": "me"}
+        assert content(ask_well(reciter, CHAT, HELLO | keys)) == REPLY
+
+
 def test_a_long_conversation_is_an_error_unless_the_server_forgets():
     long = said(("system", "s"), ("user", "a" * 30), ("assistant", "b" * 30), ("user", "c"))
     short = said(("system", "s"), ("user", "c"))
@@ -407,21 +415,22 @@ BAD = {
     },
     "text is missing": {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
     "messages[0].role must be assistant or": {"messages": [{"role": "x", "content": ""}]},
-    "temperature must be from 0 to 2": HELLO | {"temperature": -1},
+    "temperature=-1 must be at least 0": HELLO | {"temperature": -1},
     "temperature must be float": HELLO | {"temperature": "hot"},
-    "top_p must be from 1e-06 to 1": HELLO | {"top_p": 1.5},
-    "top_p must be from": HELLO | {"top_p": 0},
+    "top_p=1.5 must be at most 1": HELLO | {"top_p": 1.5},
+    "top_p=0 must be above 0": HELLO | {"top_p": 0},
     "stop must not be empty": HELLO | {"stop": ["a", ""]},
     "stop must not be": HELLO | {"stop": ""},
     "max_tokens must be an int from 0": HELLO | {"max_tokens": -1},
+    "top_k=0 must be at least 1": HELLO | {"top_k": 0},
     "n must be an int from 1 to 16": HELLO | {"n": 17},
-    "min_p must be from 0 to 1": HELLO | {"min_p": -0.1},
+    "min_p=-0.1 must be at least 0": HELLO | {"min_p": -0.1},
     "response_format is not supported": HELLO
     | {"response_format": {"type": "json_object"}},
     "tool_choice is not supported": HELLO | {"tool_choice": "required"},
-    "repetition_penalty must be from": HELLO | {"repetition_penalty": 0},
+    "repetition_penalty=0 must be above 0": HELLO | {"repetition_penalty": 0},
     "frequency_penalty is not supported": HELLO | {"frequency_penalty": 0.5},
-    "presence_penalty is not supported": HELLO | {"presence_penalty": "auto"},
+    "presence_penalty is not supported": HELLO | {"presence_penalty": -1},
     "stream_options.include_usage must be bool": HELLO
     | {"stream_options": {"include_usage": 1}},
     "stop must be str or list": HELLO | {"stop": 1},
@@ -436,8 +445,8 @@ BAD = {
     "surrogates not allowed": {"messages": [{"role": "user", "content": "\ud800"}]},
     "Expecting": b'{"messages": [',
     "nested too deeply": b"[" * 10**5,
-    "temperature must be from 0": b'{"messages": [], "temperature": NaN}',
-    "to 1": b'{"messages": [], "top_p": 1e999}',
+    "temperature=nan must be at least 0": b'{"messages": [], "temperature": NaN}',
+    "top_p=inf must be": b'{"messages": [], "top_p": 1e999}',
     "Exceeds the limit": b'{"messages": [], "seed": ' + b"9" * 5000 + b"}",
     "can't decode": b'"\xff"',
     "from 1 to 1,000,000": b"",

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from humptygpt.sampling import (
     Context,
     Piece,
     TextStream,
+    check_sampling,
     encode_prompt,
     stream_texts,
     with_likeliest,
@@ -36,7 +38,7 @@ COMMON = {
     "stop?": (str, [str]),
     "temperature?": float,
     "top_p?": float,
-    "top_k?": range(1, 2**31),
+    "top_k?": int,
     "min_p?": float,
     "repetition_penalty?": float,
     "seed?": int,
@@ -51,24 +53,11 @@ CHAT_SCHEMA = COMMON | {
     "max_completion_tokens?": range(2**53),  # the new name of max_tokens
     "reply_tokens?": list,  # our own: ids of the tokens with which the reply begins
 }
-# {key that would change the answer but is not supported: values of it that ask for nothing}. All other unknown keys are
-# ignored, as most servers do.
-REFUSED = {
-    "response_format": [{"type": "text"}],
-    "tool_choice": ["auto", "none"],
-    "function_call": ["auto", "none"],
-    "modalities": [["text"]],
-    "logit_bias": [{}],
-    "suffix": [""],
-    "frequency_penalty": [0],
-    "presence_penalty": [0],
-}
-LIMITS = {
-    "temperature": (0, 2),
-    "top_p": (1e-6, 1),
-    "min_p": (0, 1),
-    "repetition_penalty": (1e-6, 1e6),
-}
+# keys that would change the answer and are not supported, and their values that ask for nothing, besides 0 and what is
+# empty. All other unknown keys are ignored, as most servers do.
+UNSUPPORTED = "response_format tool_choice function_call modalities logit_bias suffix"
+UNSUPPORTED += " frequency_penalty presence_penalty"
+NEUTRAL = ("auto", "none", ["text"], {"type": "text"})
 TEXT_SCHEMA = COMMON | {
     "prompt": (str, list),
     "echo?": bool,
@@ -76,7 +65,7 @@ TEXT_SCHEMA = COMMON | {
     "best_of?": range(1, 2),
 }
 SAMPLING = "temperature top_p top_k min_p repetition_penalty"
-DEFAULTS = {
+DEFAULTS = dict.fromkeys(SAMPLING.split()) | {
     "stream": False,
     "stop": (),
     "temperature": 1,
@@ -225,7 +214,7 @@ class Api:
             request["stop"],
             max_new_tokens=min(request["max_tokens"], LONGEST),
             seed=request["seed"] % 2**63,
-            **{key: request.get(key) for key in SAMPLING.split()},
+            **{key: request[key] for key in SAMPLING.split()},
         )
 
     def logits(self, prompt: list[int]) -> Iterator[Tensor | None]:
@@ -262,13 +251,12 @@ def read(body: bytes, schema: dict) -> dict:
         key: value for key, value in parse_json(body, {}).items() if value is not None
     }
     check_schema(request, schema)
-    for key, neutral in REFUSED.items():
-        if key in request and request[key] not in neutral:
+    for key in UNSUPPORTED.split():
+        value = request.get(key)
+        if value and value not in NEUTRAL:
             raise UserError(f"{key} is not supported")
     request = DEFAULTS | {"seed": time.time_ns()} | request
-    for key, (least, most) in LIMITS.items():
-        if key in request and not least <= request[key] <= most:
-            raise UserError(f"{key} must be from {least} to {most}")
+    check_sampling(SimpleNamespace(**request))
     if isinstance(request["stop"], str):
         request["stop"] = [request["stop"]]
     if "" in request["stop"]:  # every text begins with it
