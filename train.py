@@ -55,7 +55,6 @@ from humptygpt.setup import (
     Start,
     dry_run,
     fit_to_data,
-    keep_best,
     make_model,
     make_net,
     open_prepared,
@@ -137,7 +136,7 @@ def setup(start: Start) -> Run:
         dataset=dataset,
         model=model,
         net=model,
-        progress=resumed_progress(config, saved) if saved else Progress(),
+        progress=resumed_progress(config, saved, dataset) if saved else Progress(),
         metrics=METRICS,
         clock=clock,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
@@ -147,7 +146,6 @@ def setup(start: Start) -> Run:
     # an evaluation uses the plain model and no optimizer, to save memory
     if saved and not config.eval_only:
         run.restore(saved)
-        keep_best(run, saved)
     if not config.eval_only:
         run.net = make_net(run)
         start_workers(run, compute_gradients)

@@ -120,13 +120,13 @@ class Process(AbstractContextManager):
         checkpoint.save(path, entries)
 
 
-def read_checkpoint(path: Path, backend: str) -> dict:
-    """Read the checkpoint that a run resumes. Only the first process reads it; the others have its tensors on meta."""
+def read_once(read: Callable[[], dict | None], backend: str) -> dict | None:
+    """Read a checkpoint in the first process only. The others get it with tensors that have no values."""
     if launched()[1] == 1:
-        return checkpoint.read(path)
-    from humptygpt.parallel.processes import read_once
+        return read()
+    from humptygpt.parallel.processes import read_and_describe
 
-    return read_once(path, backend)
+    return read_and_describe(read, backend)
 
 
 def start_process(config: TrainConfig, prepare: Callable[[], None]) -> Process:
@@ -182,11 +182,6 @@ def choose_dtypes(config: TrainConfig, device: torch.device) -> TrainConfig:
 def launched() -> tuple[int, int]:
     """Return this process's rank and the number of processes."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def restarted() -> bool:
-    """True if torchrun restarted the processes after one of them failed (--max_restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def silence_other_processes() -> None:

@@ -16,10 +16,6 @@ from model import POSITIONS
 TRAINING_ONLY = {"dropout", "label_smoothing"}
 # keys that may change on resume if their product does not
 STEP = ("batch_size", "gradient_accumulation_steps")
-# keys whose values in a checkpoint may differ from those in the command that wrote it: a short run's warmup is
-# shortened, the vocabulary size comes from the data, dtypes and threads from the machine
-MAY_DIFFER = {"out_dir", "warmup_iters", "input", "vocab_size"}
-MAY_DIFFER |= {"dtype", "muon_dtype", "threads"}
 NOT_ROTARY = POSITIONS.keys() - {"rotary"}
 # {key: (another key, the values of that other key for which the key has no effect)}
 IN_VAIN = {"text_key": ("input", (None,)), "input": ("dataset", DATASETS)}
@@ -50,7 +46,7 @@ class Adjustable:
 
     # run
     out_dir: str | None = None  # folder of the run; None: out/<dataset>
-    init_from: str = "scratch"  # scratch, resume (from out_dir/ckpt.pt), or a model: a run, checkpoint, folder or gpt2
+    init_from: str = "scratch"  # scratch, resume (out_dir/ckpt.pt), auto (resume if possible), or a model to start from
     overwrite: bool = False  # move an earlier run in out_dir to out_dir/previous
     eval_only: bool = False  # evaluate once, with BLEU for translation, and stop
     # data

@@ -37,14 +37,13 @@ from humptygpt.loading import (
 from humptygpt.loggers import chosen_loggers
 from humptygpt.machine import GIVEN
 from humptygpt.optimizers import freeze
-from humptygpt.process import choose_dtypes, launched, read_checkpoint, restarted
+from humptygpt.process import choose_dtypes, launched, read_once
 from humptygpt.report import memory_report
-from humptygpt.run import MOVING, Progress, Run, lock_out_dir, refuse_earlier_run
+from humptygpt.run import Progress, Run, lock_out_dir, refuse_earlier_run
 from humptygpt.settings import (
     FOR_SEVERAL,
     IN_VAIN,
     MAY_CHANGE,
-    MAY_DIFFER,
     NOT_IN_RECIPE,
     RECIPE,
     STEP,
@@ -97,7 +96,13 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     if locks and writes and not rank:
         locks.enter_context(lock_out_dir(out_dir))
     init_from = given.get("init_from", "scratch")
+    auto = init_from == "auto"
     saved, base, settings, defaults = None, None, given, {}
+    if auto or init_from == "resume":
+        backend = given.get("backend", TrainConfig.backend)
+        saved = read_once(lambda: latest_checkpoint(path, auto), backend)
+    if auto:
+        given["init_from"] = init_from = "resume" if saved else "scratch"
     if init_from not in ("scratch", "resume"):
         from humptygpt.finetune.base import base_defaults, base_settings
 
@@ -106,17 +111,12 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         defaults = base_defaults(base, given)
     elif init_from == "scratch" and takes_recipe(argv, given):
         defaults = recipe()
-    # while the subfolder MOVING exists, ckpt.pt belongs to the run that is being moved into it
-    begins = (out_dir / MOVING).exists()
-    if restarted() and not begins and is_same_run(defaults | settings, path):
-        note(f"torchrun has restarted this run; resuming {path}")
-        init_from = "resume"
-    if init_from == "resume":
-        saved, base = read_checkpoint(path, given.get("backend", "auto")), None
+    if saved:
         settings = resumed_settings(saved, settings, path)
     else:
         settings = defaults | settings
-        if writes and not overwrite:
+        # a run that was killed before its first ckpt.pt may have left a best.pt
+        if writes and not overwrite and not auto:
             refuse_earlier_run(out_dir)
     config = cli.make(TrainConfig, settings)
     model_config = make_model_config(settings)
@@ -127,13 +127,14 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     for name in chosen_loggers(asdict(config)):  # fail now, not after preparing data
         importlib.import_module(name)
     values = asdict(config) | asdict(model_config) | {"processes": processes}
+    values["input"] = given.get("input")  # a resumed run forgets it
     # a config.json sets every key, most of them to the default
     fields = fields_of(TrainConfig, ModelConfig)
     chosen = {key for key in given if given[key] != fields[key].default}
     # only noted: a config file may be combined with others, and the same command may run in several processes
     noted = given.keys() - typed | FOR_SEVERAL.keys()
     refuse_vain(chosen | typed, values, IN_VAIN | FOR_SEVERAL, noted)
-    if overwrite and (given.get("init_from") == "resume" or not writes):
+    if overwrite and (saved or not writes):
         note("overwrite=True has no effect: no new run is written")
     if not saved and "warmup_iters" not in given:
         config = fit_warmup(config)
@@ -218,17 +219,9 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
     return own | given | kept | {"out_dir": path.parent.as_posix(), "input": None}
 
 
-def is_same_run(settings: dict, path: Path) -> bool:
-    """True if path is a checkpoint of an interrupted run with these settings."""
-    try:
-        saved = checkpoint.read(path)
-    except UserError:
-        return False
-    asked = asdict(cli.make(TrainConfig, settings))
-    asked |= asdict(make_model_config(settings))
-    had = saved["train_config"] | saved["model_config"]
-    differ = {key for key, value in asked.items() if value != had.get(key)}
-    return "optimizer" in saved and differ <= MAY_DIFFER
+def latest_checkpoint(path: Path, may_begin: bool) -> dict | None:
+    """Read the checkpoint to resume. may_begin: if there is none, return None."""
+    return None if may_begin and not path.exists() else checkpoint.read(path)
 
 
 def fit_warmup(config: TrainConfig) -> TrainConfig:
@@ -500,7 +493,7 @@ def recorded_settings(run: Run) -> dict[str, object]:
 # Resuming a run
 
 
-def resumed_progress(config: TrainConfig, saved: dict) -> Progress:
+def resumed_progress(config: TrainConfig, saved: dict, dataset: Dataset) -> Progress:
     """Return the checkpoint's progress. Print a note about what will not go on as it was."""
     note_edits(Path(config.out_dir))
     progress = Progress(**saved["progress"])
@@ -524,26 +517,16 @@ def resumed_progress(config: TrainConfig, saved: dict) -> Progress:
         note(
             f"the learning rate rises from {had:.1e} to {lr:.1e}, because its schedule has changed"
         )
-    return progress
-
-
-def keep_best(run: Run, saved: dict) -> None:
-    """Evaluate best.pt again if the evaluation set has changed, so that only a better model replaces it."""
-    before = cli.restore(TrainConfig, saved["train_config"])
 
     def sequences(config: TrainConfig) -> int:
-        whole = run.dataset.all_val_batches(config.batch_size)
+        whole = dataset.all_val_batches(config.batch_size)
         return min(config.evaluated_batches(), whole) * config.batch_size
 
-    progress = run.progress
-    changed = sequences(run.config) != sequences(before)
-    if run.config.eval_only or progress.best_val_loss == math.inf or not changed:
-        return
-    best = load(run.config.out_dir).model
-    run.process.place(best, run)
-    loss, _ = evaluation.evaluate(run, best, run.config.evaluated_batches())
-    note(
-        f"the evaluation set changed: on the new one, the loss of best.pt is {loss:.4f}"
-        f" instead of {progress.best_val_loss:.4f}"
-    )
-    progress.best_val_loss = loss
+    if sequences(config) != sequences(before) and progress.best_val_loss < math.inf:
+        note(
+            "the evaluation set has changed, so the next evaluation begins a new best.pt, whose loss was"
+            f" {progress.best_val_loss:.4f} on the earlier set"
+        )
+        progress.best_val_loss = math.inf
+        progress.evals_since_best = 0
+    return progress

@@ -122,24 +122,6 @@ def test_a_model_that_no_run_trained_gets_adamw_and_a_rate_for_its_width(folder)
     assert read_settings([*argv, "--lora_rank=2"]).config.learning_rate == 1.6e-2
 
 
-def test_a_fine_tuning_is_resumed_when_torchrun_starts_it_again(other, monkeypatch, capsys):
-    shutil.copytree("out/run", "out/twin")
-    assert train.main(FROM_RUN) == 0
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    for change, resumes in (
-        ([], True),
-        (["--n_layer=7"], True),  # has no effect: the model keeps its size
-        (["--max_iters=7"], False),
-        (["--init_from=out/twin"], False),
-    ):
-        start = read_settings([*FROM_RUN, *change])
-        assert (start.saved is not None) == resumes
-        assert start.saved is None or start.base is None
-    assert train.main(FROM_RUN) == 0
-    assert "resuming out/other/ckpt.pt" in capsys.readouterr().err
-    assert not Path("out/other/previous").exists()
-
-
 def test_the_first_row_of_fine_tuning_is_the_loss_before_its_first_step(other, capsys):
     assert train.main([*FROM_RUN, "--eval_only=True"]) == 0
     loss = re.search(r"val loss \S+", capsys.readouterr().out)[0]

@@ -22,15 +22,13 @@ from conftest import PLAIN, TINY_RUN, assert_same_weights, read_rows
 from test_chat import prepare_chats
 
 import train
-from humptygpt import checkpoint, machine, optimizers, setup
+from humptygpt import checkpoint, machine, optimizers
 from humptygpt.data import TokenDataset
 from humptygpt.parallel import fsdp
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import DataParallel
 from humptygpt.prepare import dataset
-from humptygpt.process import restarted
 from humptygpt.settings import TrainConfig
-from humptygpt.setup import read_settings
 
 # loaded once here, and not in each process; DDP needs torch._dynamo
 assert torch._dynamo and fsdp
@@ -244,11 +242,11 @@ def test_one_process_reports(tiny):
 
 
 def signalled(argv: list[str], number: int) -> int:
-    """Train, and send this signal to process 1 in its fourth step, unless torchrun has started it again."""
+    """Train, and send this signal to process 1 in its fourth step."""
     step = train.train_step
 
     def step_and_signal(run, it):
-        if it == 3 and run.process.rank == 1 and not restarted():
+        if it == 3 and run.process.rank == 1:
             os.kill(os.getpid(), number)
         return step(run, it)
 
@@ -377,28 +375,19 @@ def test_a_process_that_dies_ends_the_others_and_the_run_resumes_exactly(
     tiny, monkeypatch, parallel
 ):
     argv = [*UNEVEN, "--dropout=0.2", f"{ACCUMULATE}2", f"--parallel={parallel}"]
+    argv += ["--init_from=auto"]
     assert launch(2, *argv) == [0, 0]
     rows, whole = read_rows(OUT), checkpoint.read(OUT / "ckpt.pt")["model"]
+    shutil.rmtree(OUT)
     assert launch(2, *argv, main=killed) == [2, -signal.SIGKILL]
     complaint = Path("stderr0").read_text().splitlines()[-1]
     assert complaint.startswith("train.py: another process has ended or does not respond")
-    # torchrun --max_restarts starts them again with this variable
+    # as torchrun --max_restarts does
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert launch(2, *argv) == [0, 0]
-    note = "note: torchrun has restarted this run; resuming out/run/ckpt"
-    assert note in Path("stderr0").read_text()
+    assert "; 3 are done" in Path("stdout0").read_text()
     assert read_rows(OUT) == rows
     assert_same_weights(checkpoint.read(OUT / "ckpt.pt")["model"], whole)
-
-
-@pytest.mark.parametrize("change", [None, "--n_layer=3", "--max_iters=7"])
-def test_only_the_same_run_is_resumed_when_torchrun_starts_again(
-    run_train, monkeypatch, change
-):
-    run_train()
-    monkeypatch.setattr(setup, "restarted", lambda: True)
-    start = read_settings([*TINY_RUN, *([change] if change else [])])
-    assert bool(start.saved) == (change is None)
 
 
 @pytest.mark.long
@@ -445,7 +434,7 @@ def test_killed_at_twenty_random_moments_runs_end_by_themselves_with_the_weights
         f"{ACCUMULATE}2",
         "--max_iters=60",
     ]
-    command += ["--eval_interval=2", f"--parallel={parallel}"]
+    command += ["--eval_interval=2", f"--parallel={parallel}", "--init_from=auto"]
 
     def run(seed: int, seconds: float) -> float:
         """Train, and return how long it took."""

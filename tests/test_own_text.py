@@ -256,16 +256,12 @@ def test_a_run_that_resumes_takes_no_input(fails):
     assert "input=tiny.txt is only for a new run" in fails(train.main, *argv)
 
 
-def test_a_run_with_an_input_resumes_when_torchrun_starts_it_again_and_again(
-    folder, capsys, monkeypatch
-):
-    write_own(make_text())
-    assert train.main(["--input=own.txt", *TRAIN, "--max_iters=3"]) == 0
-    # now a resumed run has saved
-    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=6"]) == 0
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    assert train.main(["--input=own.txt", *TRAIN]) == 0
-    assert "resuming out/run/ckpt.pt" in capsys.readouterr().err
+def test_a_command_with_an_input_begins_and_resumes_with_auto(folder, capsys):
+    Path("own.jsonl").write_text(json.dumps({"body": make_text()}))
+    argv = ["--input=own.jsonl", "--text_key=body", *TRAIN, "--init_from=auto"]
+    for steps in (2, 4, 6):
+        assert train.main([*argv, f"--max_iters={steps}"]) == 0
+    assert "; 4 are done" in capsys.readouterr().out
 
 
 def test_only_the_first_of_several_processes_prepares_the_input(folder, monkeypatch):

@@ -150,29 +150,35 @@ def test_two_runs_are_whole_whenever_a_third_is_killed_while_it_moves_the_second
     assert (OUT / "previous/previous/best.pt").read_bytes() == b"2"
 
 
-def test_torchrun_starts_an_overwriting_run_again_and_resumes_only_its_own_checkpoint(
-    run_train, monkeypatch
+def test_with_auto_a_run_is_resumed_if_there_is_a_checkpoint_and_else_begun(
+    tiny, fails, capsys
 ):
-    run_train("--seed=1")
-    (OUT / ".previous").mkdir()  # killed while the earlier run was being moved
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert read_settings([*TINY_RUN, "--seed=1"]).saved is None
+    argv = [key for key in TINY_RUN if not key.startswith(("--warmup_iters", "--over"))]
+    argv += ["--init_from=auto"]
+    assert train.main(argv) == 0
+    rows = read_rows(OUT)
     with lock_out_dir(OUT):
-        assert read_settings([*TINY_RUN, "--seed=1"]).saved is None
-    shutil.copy(OUT / "previous/ckpt.pt", OUT)
-    assert read_settings([*TINY_RUN, "--seed=1"]).saved is not None
-
-
-@pytest.mark.parametrize("base", [[], ["--init_from=out/base"]], ids=["new", "base"])
-def test_a_run_that_torchrun_starts_again_keeps_the_warmup_that_was_shortened(
-    tiny, monkeypatch, base
-):
-    assert train.main([*TINY_RUN, "--out_dir=out/base"]) == 0
-    argv = [each for each in TINY_RUN if not each.startswith("--warmup_iters")]
-    assert train.main([*argv, *base]) == 0
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    start = read_settings([*argv, *base])
+        start = read_settings([*argv, "--overwrite=True"])
     assert start.saved and start.config.warmup_iters == 0
+    assert "note: overwrite=True has no effect" in capsys.readouterr().err
+    assert train.main([*argv, "--max_iters=9"]) == 0
+    assert read_rows(OUT)[: len(rows)] == rows and len(read_rows(OUT)) > len(rows)
+    complaint = fails(train.main, *argv, "--seed=1")
+    assert complaint.startswith("seed=1 cannot change on resume: the checkpoint has")
+    # the first evaluation saves best.pt before ckpt.pt, and the run may be killed between them
+    (OUT / "ckpt.pt").unlink()
+    assert train.main(argv) == 0
+    assert read_rows(OUT) == rows
+    assert (OUT / "previous" / "best.pt").exists()
+
+
+def test_with_auto_the_checkpoint_of_a_run_that_is_being_moved_aside_is_not_resumed(
+    run_train,
+):
+    run_train()
+    (OUT / ".previous").mkdir()  # killed while the run was being moved
+    with lock_out_dir(OUT):
+        assert read_settings([*TINY_RUN, "--init_from=auto"]).saved is None
 
 
 def test_a_metrics_line_that_a_kill_cut_short_is_dropped(run_train):

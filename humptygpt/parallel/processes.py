@@ -259,10 +259,10 @@ def connect(backend: str) -> dist.ProcessGroup:
 
 
 @raise_if_rank_died()
-def read_once(path: Path, backend: str) -> dict:
+def read_and_describe(read: Callable[[], dict | None], backend: str) -> dict | None:
     """Read a checkpoint in rank 0, and send the other ranks all of it except for the values of its tensors."""
     group = connect(backend)
-    saved = checkpoint.read(path) if dist.get_rank() == 0 else None
+    saved = read() if dist.get_rank() == 0 else None
     described = [tree_map_only(Tensor, lambda x: torch.empty_like(x, device="meta"), saved)]
     dist.broadcast_object_list(described, group=group)
     return saved or described[0]
