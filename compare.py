@@ -37,7 +37,6 @@ import re
 import statistics
 import sys
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -64,6 +63,7 @@ IGNORED = {
     "wandb_project",
     "wandb_run_name",
     "_parameters",
+    "_train_tokens",
     "_measured",  # in runs of 57d295e
 }
 # the entries of config.json that are checked
@@ -146,6 +146,7 @@ class Run:
         """The settings, the latest value of each metric, and the sizes of the model and of the training text."""
         values = self.settings | {
             "parameters": self.settings["_parameters"],
+            "train_tokens": self.settings.get("_train_tokens"),
             "iter": 0,
             "tokens": 0,
             "seconds": 0,
@@ -153,10 +154,6 @@ class Run:
         }
         for row in self.rows:
             values |= row
-        with suppress(OSError, ValueError):  # a run that has not ended has no result.json
-            values |= parse_json((self.folder / "result.json").read_bytes(), {"data": {}})[
-                "data"
-            ]
         return values
 
     @cached_property
@@ -180,7 +177,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        if self.values.get("end") == "done":
+        if self.values.get("end") in ("finished", "stopped early", "done"):
             return "done"
         return f"at {100 * self.values['position'] // self.settings['max_iters']:.0f} %"
 

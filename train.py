@@ -8,8 +8,8 @@
     torchrun --standalone --nproc_per_node=2 train.py config/shakespeare_char.py
 
 Files written to out_dir: ckpt.pt (everything needed to resume), best.pt (the model with the lowest validation loss),
-metrics.jsonl, loss.png, config.json (which also works as a config file), command.txt and, at the end, result.json. A
-small model also gets snapshots/ for explain.py, and a run with --minutes gets plan.py, a config file that repeats it.
+metrics.jsonl, loss.png, config.json (which also works as a config file) and command.txt. A small model also gets
+snapshots/ for explain.py, and a run with --minutes gets plan.py, a config file that repeats it.
 Ctrl-C saves a checkpoint and stops.
 Keys that are not set have the defaults below: a plain GPT-2 of a laptop's size, with AdamW. Without a config file, a
 new GPT has the recipe of config/shakespeare_char.py instead: that file's values, except for its sizes and steps.
@@ -173,7 +173,6 @@ def fit(run: Run) -> int:
                 folder.end(run, "diverged")
                 report.diverged(folder, error)
             return 1
-        folder.record(run.progress.stamp() | {"end": "stopped" if stopped_by else "done"})
         folder.draw()  # a resumed run may have no steps left and no plot yet
         if run.process.first:
             folder.end(run, "interrupted" if stopped_by else finish(run, folder))

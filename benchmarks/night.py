@@ -5,8 +5,8 @@
 
 An experiment adds one change to the settings kept so far. It is kept if its bits per byte are lower than those of the
 best experiment so far, and p, by Student's t for three pairs of runs, is below 0.02: of a hundred changes that do
-nothing, one is kept. The decision reads nothing but each run's result.json and `compare.py --json=True`. At the end,
-the whole demo runs with and without what was kept.
+nothing, one is kept. The decision reads nothing but the last row of each run's metrics and `compare.py --json=True`. At
+the end, the whole demo runs with and without what was kept.
 
 Runs are in out/night. A run that has finished is not repeated, so the script may be stopped at any moment and started
 again. To try changes of your own, edit CHANGES.
@@ -95,8 +95,9 @@ def run_all(name: str, keys: list[str]) -> Path:
 
 
 def read_result(out_dir: Path) -> dict:
-    path = out_dir / "result.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    """Read the last row of metrics, which says how a run ended."""
+    path = out_dir / "metrics.jsonl"
+    return json.loads(path.read_text().splitlines()[-1]) if path.exists() else {}
 
 
 def is_better(change: str, best: Path, new: Path) -> bool:

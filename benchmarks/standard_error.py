@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from humptygpt.data import TokenDataset
 from humptygpt.evaluation import standard_error
 from humptygpt.loading import load
+from humptygpt.loggers import read_metrics
 
 TEXTS = 5  # of each half
 BATCH = 4  # blocks of 256 characters, as in the demo
@@ -59,7 +60,7 @@ def main() -> None:
 
 def train_on(folder: Path, text: str) -> None:
     """Train on the first half of the text, unless there is such a run. The other half is the validation split."""
-    if (folder / "result.json").exists():
+    if any("end" in row for row in read_metrics(folder / "metrics.jsonl")):
         return
     Path("out").mkdir(exist_ok=True)
     path = folder.with_suffix(".txt")

@@ -16,10 +16,9 @@ from humptygpt.machine import available_memory
 THREADS = torch.get_num_threads()  # as many as there are cores
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# peak in FLOP/s of dense bfloat16 or float16 products summed in float32, from data sheets, except for GB200, L40, A10G,
-# A6000, 4080 and 3060, whose figures are still to be checked; the first entry found in the card's name is used
+# peak in FLOP/s of dense bfloat16 or float16 products summed in float32, from data sheets; the first entry found in the
+# card's name is used
 PEAK_FLOPS = {
-    "GB200": 2500e12,
     "B200": 2250e12,
     "GH200": 989e12,
     "H200": 989e12,
@@ -27,18 +26,13 @@ PEAK_FLOPS = {
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
-    "L40": 181e12,
     "L4": 121e12,
-    "A10G": 70e12,
     "A10": 125e12,
-    "A6000": 155e12,
     "V100": 125e12,
     "T4": 65e12,
     "5090": 209e12,
     "4090": 165e12,
-    "4080": 97.5e12,
     "3090": 71e12,
-    "3060": 25.5e12,
 }
 
 

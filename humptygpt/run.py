@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt import checkpoint, files, tasks
-from humptygpt.cli import UserError, fields_of, note
+from humptygpt.cli import UserError, note
 from humptygpt.data import Dataset
 from humptygpt.device import peak_flops
 from humptygpt.loggers import (
@@ -388,11 +388,9 @@ class RunFolder:
         """settings: the contents of config.json. Raises UserError if a file cannot be written."""
         self.path = path = Path(run.config.out_dir)
         resumed_at = run.progress.iter
-        self.settings = settings
         self.writes = run.process.first
         self.rows = []
         self.loggers = []
-        self.command = shlex.join(["python", *sys.argv])
         if not self.writes:
             return
         if not importlib.util.find_spec("matplotlib"):
@@ -412,12 +410,12 @@ class RunFolder:
             for step, name in SNAPSHOTS.items():
                 if step >= resumed_at:  # to be taken again
                     files.remove(path / name)
-            files.remove(path / "result.json")  # until this run ends
+            files.remove(path / "result.json")  # 57d295e wrote one at the end
             files.remove_unfinished(path, [*FILES, "snapshots/*"])
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         files.write_text(path / "metrics.jsonl", lines)
         files.write_text(path / "config.json", json.dumps(settings, indent=1))
-        files.append(path / "command.txt", self.command)
+        files.append(path / "command.txt", shlex.join(["python", *sys.argv]))
         for name in chosen_loggers(settings):
             self.loggers.append(LOGGERS[name](path, settings, resumed_at))
 
@@ -438,30 +436,16 @@ class RunFolder:
             draw_losses(self.rows, self.path / "loss.png")
 
     def end(self, run: Run, how: str) -> None:
-        """Write result.json, from which a program learns how a run ended."""
-        evaluations = [row for row in self.rows if "val_loss" in row and row["iter"]]
-        best = min(evaluations, key=lambda row: row["val_loss"], default=None)
-        for row in self.rows:
-            if "whole_val_loss" in row:  # the best model on the whole validation split
-                best = {key.removeprefix("whole_"): row[key] for key in row}
-        fields = fields_of(type(run.config), type(run.model.config))
-        result = {
-            "end": how,
-            **run.progress.stamp(),
-            "final": evaluations[-1] if evaluations else None,
-            "best": best,
-            "parameters": self.settings["_parameters"],
-            "device": str(run.device),
-            "settings": {
-                key: self.settings[key]
-                for key, field in fields.items()
-                if self.settings[key] != field.default
-            },
-            "command": self.command,
-            "model.py": self.settings["_model.py"],
-            "data": run.dataset.identity,
-        }
-        files.write_text(self.path / "result.json", json.dumps(result, indent=1))
+        """Write the last row of metrics: how the run ended, and its best loss, with a checksum of the text it is on."""
+        best = {}
+        for (
+            row
+        ) in self.rows:  # the best model's loss on the whole validation split comes last
+            row = {key.removeprefix("whole_"): value for key, value in row.items()}
+            if "val_loss" in row and row["iter"] == run.progress.best_iter > 0:
+                kept = ("iter", "val_loss", "val_bits_per_byte", "val_text")
+                best = {f"best_{key}": row[key] for key in kept}
+        self.record(run.progress.stamp() | {"end": how} | best)
 
     def close(self) -> None:
         for logger in self.loggers:

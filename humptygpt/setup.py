@@ -485,6 +485,7 @@ def recorded_settings(run: Run) -> dict[str, object]:
     settings = asdict(run.config) | asdict(run.model.config)
     # Keys that start with _ are ignored if config.json is used as a config file.
     settings["_parameters"] = count_parameters(run.model)
+    settings["_train_tokens"] = run.dataset.identity.get("train_tokens")
     settings["_model.py"] = code_checksum()
     return settings
 

@@ -586,12 +586,11 @@ def make_sizes(bits: list[float]) -> list[str]:
     ]
 
 
-def test_the_size_of_the_text_is_that_of_the_result_of_a_run_that_has_ended(draw):
-    runs = make_sizes([5.0, 4.0, 3.0, 2.0])
-    for tokens, path in enumerate(runs[:2], 1):
-        result = {"end": "finished", "data": {"train_tokens": 10_000_000 * tokens}}
-        Path(path, "result.json").write_text(json.dumps(result))
-    Path(runs[3], "result.json").write_text('{"data": ')  # damaged
+def test_the_size_of_the_training_text_can_be_the_x_of_a_sweep(draw):
+    runs = [
+        make_run(f"out/{n}", math.log(2) * bits, _train_tokens=10_000_000 * n, n_layer=n)
+        for n, bits in ((1, 5.0), (2, 4.0))
+    ]
     (panel,) = draw(*runs, "--x=train_tokens")
     (points,) = lines_of(panel).values()
     assert points[:2] == ([10_000_000, 20_000_000], pytest.approx([5.0, 4.0]))

@@ -15,7 +15,7 @@ from conftest import TINY_RUN, read_rows
 
 import train
 from humptygpt import checkpoint, evaluation
-from humptygpt.loggers import TensorBoard, draw_losses
+from humptygpt.loggers import TensorBoard, draw_losses, read_metrics
 from humptygpt.run import lock_out_dir, move_aside
 from humptygpt.setup import read_settings
 
@@ -90,8 +90,8 @@ def test_a_run_that_overwrites_another_moves_it_to_previous_however_it_ends_itse
     note = "note: the earlier run in out/run is now in out/run/previous\n"
     assert note in capsys.readouterr().err
     assert files_of(OUT / "previous") == earlier
-    result = json.loads((OUT / "result.json").read_text())
-    assert result["end"] == end and result["settings"]["seed"] == 2
+    assert read_metrics(OUT / "metrics.jsonl")[-1]["end"] == end
+    assert json.loads((OUT / "config.json").read_text())["seed"] == 2
     # a run that has ended before its first checkpoint takes the place of no other
     train.main([*TINY_RUN, "--seed=3"])
     saved = checkpoint.read(OUT / "previous" / "ckpt.pt")["train_config"]

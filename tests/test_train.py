@@ -106,7 +106,7 @@ def test_a_run_leaves_checkpoints_metrics_picture_and_settings(run_train, capsys
     evaluated |= {"val_tokens", "val_text"}
     for row, measured in zip(raw, [*[logged] * 3, evaluated] * 2, strict=True):
         assert row.keys() == always | measured
-    assert end["end"] == "done"
+    assert end["end"] == "finished"
     last = raw[-1]
     meta = json.loads(Path("data/tiny/meta.json").read_text())
     # all tokens of the split but its first one are predicted
@@ -120,7 +120,7 @@ def test_a_run_leaves_checkpoints_metrics_picture_and_settings(run_train, capsys
     assert int(settings["_model.py"], 16) == code
     assert out.splitlines()[-1] == f"best val loss {last['val_loss']:.4f} at iter 6"
     assert "python sample.py --out_dir=out/run" in out
-    files = "best.pt ckpt.pt command.txt config.json loss.png metrics.jsonl result.json snapshots"
+    files = "best.pt ckpt.pt command.txt config.json loss.png metrics.jsonl snapshots"
     assert {path.name for path in OUT.iterdir()} == set(files.split())
 
 
@@ -684,7 +684,7 @@ def test_the_model_writes_a_line_at_ever_longer_intervals_in_a_hundredth_of_the_
     )
     assert run_train(*keys) == without
     assert written() == steps
-    assert json.loads((OUT / "result.json").read_text())["seconds"] == 120
+    assert last_row()["seconds"] == 120
     if cost > 0.1:
         return
     # an evaluation has just shown what the model writes
@@ -697,71 +697,62 @@ def test_the_model_writes_a_line_at_ever_longer_intervals_in_a_hundredth_of_the_
     assert written() == ["50", "100"]
 
 
-def test_result_json_says_how_a_run_ended_and_how_good_its_model_is(
+def last_row() -> dict:
+    return json.loads((OUT / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_the_last_row_says_how_a_run_ended_and_how_good_its_best_model_is(
     run_train, signal_in_step, monkeypatch
 ):
-    def result() -> dict:
-        return json.loads((OUT / "result.json").read_text())
-
-    monkeypatch.setattr(sys, "argv", ["train.py", "--n_layer=1"])
     rows = run_train("--n_layer=1", "--eval_iters=None")
     best = min(rows, key=lambda row: row.get("val_loss", 99))
-    found = result()
-    assert found["end"] == "finished"
-    assert found["best"].items() >= best.items()
-    assert found["final"] == found["best"]
-    assert (found["iter"], found["tokens"]) == (6, 384)
-    assert found["settings"].items() >= {"n_layer": 1, "dataset": "tiny"}.items()
-    assert "seed" not in found["settings"]
-    assert found["command"] == "python train.py --n_layer=1"
+    found = last_row()
+    assert (found["end"], found["iter"], found["tokens"]) == ("finished", 6, 384)
+    kept = ("iter", "val_loss", "val_bits_per_byte", "val_text")
+    assert found.items() >= {f"best_{key}": best[key] for key in kept}.items()
     evaluations(monkeypatch, 3.0, 4.0)
     run_train("--early_stopping=1", "--max_iters=9")
-    assert (result()["end"], result()["best"]["iter"]) == ("stopped early", 3)
+    assert (last_row()["end"], last_row()["best_iter"]) == ("stopped early", 3)
     evaluations(monkeypatch, 3.0, math.nan)
     assert train.main(TINY_RUN) == 1
-    assert (result()["end"], result()["final"]["val_loss"]) == ("diverged", 3.0)
+    assert (last_row()["end"], last_row()["best_val_loss"]) == ("diverged", 3.0)
     signal_in_step(2)
     assert train.main(TINY_RUN) == 143
-    assert (result()["end"], result()["best"]) == ("interrupted", None)
-    assert result()["data"] == found["data"]
+    assert last_row()["end"] == "interrupted" and "best_iter" not in last_row()
 
 
-def test_result_json_has_the_loss_on_the_whole_split_and_is_gone_while_a_run_goes_on(
+def test_the_last_row_has_the_loss_on_the_whole_split_if_it_was_computed(
     run_train, monkeypatch
 ):
     monkeypatch.setattr(TrainConfig, "evaluated_batches", lambda self: 2)
     run_train("--eval_iters=None", "--eval_interval=60", "--max_iters=60")
-    found = json.loads((OUT / "result.json").read_text())
     whole = read_rows(OUT)[-1]
-    assert found["best"]["val_bits_per_byte"] == whole["whole_val_bits_per_byte"]
-    assert (
-        found["best"]["val_tokens"]
-        == whole["whole_val_tokens"]
-        > found["final"]["val_tokens"]
-    )
-    seen = []
-    monkeypatch.setattr(
-        train, "train_step", lambda *_: seen.append((OUT / "result.json").exists()) or 1 / 0
-    )
-    with pytest.raises(ZeroDivisionError):
-        resume("--max_iters=61")
-    assert seen == [False]
+    for key in ("iter", "val_bits_per_byte", "val_text"):
+        assert last_row()[f"best_{key}"] == whole[f"whole_{key}"]
+
+
+def test_the_best_loss_of_the_last_row_is_of_the_newest_evaluation_set(
+    run_train, monkeypatch
+):
+    evaluations(monkeypatch, 1.2, 1.0, 2.0)
+    run_train("--eval_iters=2")
+    resume("--max_iters=9", "--eval_iters=30")
+    assert (last_row()["best_iter"], last_row()["best_val_loss"]) == (9, 2.0)
 
 
 def test_a_run_records_its_commands_and_whether_it_stopped_or_is_done(
     tiny, monkeypatch, signal_in_step
 ):
     def end() -> tuple[int, str]:
-        row = json.loads((OUT / "metrics.jsonl").read_text().splitlines()[-1])
-        return row["iter"], row["end"]
+        return last_row()["iter"], last_row()["end"]
 
     signal_in_step(1)
     monkeypatch.setattr(sys, "argv", ["train.py", "--start=a b", "\udcff"])
     assert train.main(TINY_RUN) == 143
-    assert end() == (1, "stopped")
+    assert end() == (1, "interrupted")
     monkeypatch.setattr(sys, "argv", ["train.py", *RESUME])
     resume()
-    assert end() == (6, "done")
+    assert end() == (6, "finished")
     assert (OUT / "command.txt").read_text().splitlines() == [
         r"python train.py '--start=a b' '\udcff'",
         f"python train.py {' '.join(RESUME)}",
