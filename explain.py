@@ -16,26 +16,18 @@ from pathlib import Path
 from humptygpt import cli, machine
 from humptygpt.files import write_whole
 from humptygpt.page.html import fill, to_text
+from humptygpt.source import RunSource
 
 # torch takes seconds to import. main() imports it last, so that a misspelt key is reported at once.
 
 
 @dataclass(frozen=True)
-class ExplainConfig:
-    # explain
-    out_dir: str = "out"  # folder of the run, or a checkpoint in it
-    checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt
+class ExplainConfig(RunSource):
+    # page
     to: str | None = None  # HTML file to write; None: explain.html beside the checkpoint
     start: str | None = None  # text that the page shows first
     snapshots: bool = True  # include the weights of earlier steps in the page
     playground: str | None = None  # HTML file of a page that trains a GPT, without a run
-
-    @classmethod
-    def choices(cls) -> dict[str, tuple[str, ...]]:
-        return {"checkpoint": ("best", "latest")}
-
-    def validate(self) -> None:
-        cli.check_choices(self)
 
 
 def main(argv: list[str]) -> None:

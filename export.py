@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from humptygpt import cli, machine
-from humptygpt.cli import check_choices
 from humptygpt.files import whole
+from humptygpt.source import ModelSource
 
 if TYPE_CHECKING:
     from humptygpt.loading import Loaded
@@ -28,20 +28,17 @@ DTYPES = ("float32", "bfloat16", "q8_0")
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(ModelSource):
     # export
-    init_from: str = "resume"  # resume: a checkpoint in out_dir; otherwise a run, a checkpoint, a model folder or gpt2
-    out_dir: str = "out"  # folder of the run to export, or a checkpoint in it
-    checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt
     to: str = "exported"  # file to write, ending in .gguf, or a new folder
     dtype: str = "float32"  # dtype of the weights; q8_0: 8 bits, .gguf only
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
-        return {"checkpoint": ("best", "latest"), "dtype": DTYPES}
+        return super().choices() | {"dtype": DTYPES}
 
     def validate(self) -> None:
-        check_choices(self)
+        super().validate()
         extension = Path(self.to).suffix
         if extension == ".pt":
             raise ValueError(f"to={self.to}: a run has such files; copy its best.pt")

@@ -18,23 +18,23 @@ import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import chain, product
+from pathlib import Path
 
 from humptygpt import machine
 
 if __name__ == "__main__":
     machine.start()  # before numpy and torch are loaded
 
-from humptygpt import cli
+from humptygpt import cli, loading
 from humptygpt.cli import (
     TEXTS,
     UserError,
-    check_choices,
     check_least,
     note,
     refuse_vain,
 )
 from humptygpt.fast.generation import choose_threads
-from humptygpt.loading import CHOICES, Pipeline, chosen_source, pipeline
+from humptygpt.loading import Pipeline, PipelineConfig, chosen_source
 from humptygpt.sampling import (
     Context,
     Piece,
@@ -58,21 +58,14 @@ NOT_FOR = {
     " repetition_penalty",
 }
 # {key: (another setting, the values of that setting for which the key has no effect)}
-IN_VAIN = {
-    "num_samples": ("interactive", (True,)),
-    "logprobs": ("interactive", (True,)),
-    "dtype": ("quantize", ("int8",)),
-}
-
-load = pipeline  # for notebooks, together with complete()
+IN_VAIN = loading.IN_VAIN | dict.fromkeys(
+    ("num_samples", "logprobs"), ("interactive", (True,))
+)
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(PipelineConfig):
     # input and output
-    init_from: str = "resume"  # resume: a checkpoint in out_dir; otherwise a run, a checkpoint, a model folder or gpt2
-    out_dir: str = "out"  # folder of the run to sample from, or a checkpoint in it
-    checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt
     start: str | None = None  # prompt, FILE:path to read it from a file, or - for stdin
     prompts: str | None = None  # file with one prompt per line, or - for stdin
     interactive: bool = False  # read prompts from the terminal, one after another
@@ -91,17 +84,9 @@ class SampleConfig:
     min_p: float | None = None  # drop tokens below this fraction of the top probability
     repetition_penalty: float = 1.0  # above 1: makes tokens already in the text less likely
     seed: int = 1337  # the same seed gives the same text
-    # system
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # dtype of the linear layers; auto: float32 on a CPU
-    quantize: str | None = None  # int8: 8-bit weights, CPU only; None: off
-
-    @classmethod
-    def choices(cls) -> dict[str, Collection[str]]:
-        return CHOICES
 
     def validate(self) -> None:
-        check_choices(self)
+        super().validate()
         check_sampling(self)
         check_least(self, 1, "num_samples", "max_new_tokens", "num_beams")
         check_least(self, 0, "logprobs", "seed")
@@ -121,9 +106,7 @@ def main(argv: list[str]) -> None:
     given = cli.read(argv, SampleConfig)
     config = cli.make(SampleConfig, given)
     refuse_vain(given, vars(config), IN_VAIN)
-    source = chosen_source(config, given)
-    keys = config.select("device dtype quantize")
-    loaded = pipeline(source, config.checkpoint, **keys)
+    loaded = config.pipeline(chosen_source(config, given))
     for key in NOT_FOR[loaded.task].split():
         if key in given:
             raise UserError(f"{key}={given[key]} has no effect with task={loaded.task}")
@@ -142,6 +125,15 @@ def main(argv: list[str]) -> None:
 
 # --------------------------------------------------------------------------------------
 # Generate
+
+
+def load(source: str | Path, which: str = "best", **keys) -> Pipeline:
+    """Load the model that init_from=source names, for complete(). For use in notebooks.
+
+    which: best or latest. keys: device, dtype or quantize, as in SampleConfig.
+    """
+    config = cli.restore(PipelineConfig, {"checkpoint": which, **keys})
+    return config.pipeline(source)
 
 
 def complete(loaded: Pipeline, prompt: str, max_new_tokens: int = 500, **keys) -> str:

@@ -27,24 +27,22 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from humptygpt import cli
+from humptygpt import cli, loading
 from humptygpt.checkpoint import find_checkpoint
-from humptygpt.cli import TEXTS, UserError, check_choices, check_least, note, refuse_vain
-from humptygpt.loading import CHOICES, Pipeline, pipeline
+from humptygpt.cli import TEXTS, UserError, check_least, note, refuse_vain
+from humptygpt.loading import Pipeline, PipelineConfig
 from humptygpt.sampling import read_text
 from humptygpt.scoring.pairs import SUITES, Test, by_group, read_tests, run_tests
 from humptygpt.scoring.text import score_text
 
 # {key: (another setting, the values of that setting for which the key has no effect)}
-IN_VAIN = {"stride": ("text", (None,)), "dtype": ("quantize", ("int8",))}
+IN_VAIN = loading.IN_VAIN | {"stride": ("text", (None,))}
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
-    # models
-    out_dir: str = "out"  # folder of the run to score, or a checkpoint in it
+class ScoreConfig(PipelineConfig):
+    # model
     init_from: TEXTS = ()  # instead of out_dir: runs, checkpoints, model folders or names such as gpt2
-    checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt
     # what to score
     text: str | None = None  # a text file, or - for stdin
     stride: int | None = None  # with text: window step in tokens; None: half of block_size
@@ -52,17 +50,13 @@ class ScoreConfig:
     suite: str | None = None  # a set of pairs
     recites: bool = False  # how much of what a run writes stands in its training text
     json: bool = False  # print JSON instead of a table
-    # system
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # dtype of the linear layers; auto: float32 on a CPU
-    quantize: str | None = None  # int8: 8-bit weights, CPU only; None: off
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
-        return CHOICES | {"suite": SUITES}
+        return super().choices() | {"suite": SUITES}
 
     def validate(self) -> None:
-        check_choices(self)
+        super().validate()
         check_least(self, 1, "stride")
         given = sum(map(bool, (self.text, self.pairs, self.suite, self.recites)))
         if given != 1:
@@ -91,13 +85,7 @@ def main(argv: list[str]) -> None:
 
 
 def load(config: ScoreConfig, source: str | Path) -> Pipeline:
-    loaded = pipeline(
-        source,
-        config.checkpoint,
-        device=config.device,
-        dtype=config.dtype,
-        quantize=config.quantize,
-    )
+    loaded = config.pipeline(source)
     if loaded.task == "translation":
         raise UserError(f"{source} translates; score.py is for models that continue a text")
     return loaded

@@ -13,7 +13,7 @@ import hmac
 import json
 import re
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,9 +28,9 @@ if __name__ == "__main__":
 
 from humptygpt import cli
 from humptygpt.chat.api import Api
-from humptygpt.cli import TEXTS, UserError, check_choices, first_line, refuse_vain
+from humptygpt.cli import TEXTS, UserError, first_line, refuse_vain
 from humptygpt.fast.generation import choose_threads
-from humptygpt.loading import CHOICES, chosen_source, pipeline
+from humptygpt.loading import IN_VAIN, PipelineConfig, chosen_source
 from humptygpt.page.html import fill
 
 JSON = "application/json"
@@ -41,11 +41,7 @@ HOST = re.compile(r"(localhost|[0-9.]+|\[[0-9a-f:]+\])")
 
 
 @dataclass(frozen=True)
-class ServeConfig:
-    # model
-    init_from: str = "resume"  # resume: a checkpoint in out_dir; otherwise a run, a checkpoint, a model folder or gpt2
-    out_dir: str = "out"  # folder of the run, or a checkpoint in it
-    checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt
+class ServeConfig(PipelineConfig):
     # server
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all addresses of this machine
     port: int = 8000  # 0: any free port
@@ -54,17 +50,9 @@ class ServeConfig:
     allowed_origins: TEXTS = ()  # other servers whose pages may ask: http://localhost:3000
     # chat
     forget: bool = False  # leave out the oldest turns of a conversation that is too long
-    # system
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # dtype of the linear layers; auto: float32 on a CPU
-    quantize: str | None = None  # int8: 8-bit weights, CPU only; None: off
-
-    @classmethod
-    def choices(cls) -> dict[str, Collection[str]]:
-        return CHOICES
 
     def validate(self) -> None:
-        check_choices(self)
+        super().validate()
         # no other machine can reach these two
         if self.api_key is None and self.host not in ("127.0.0.1", "localhost"):
             raise ValueError(
@@ -75,15 +63,9 @@ class ServeConfig:
 def main(argv: list[str]) -> None:
     given = cli.read(argv, ServeConfig)
     config = cli.make(ServeConfig, given)
-    refuse_vain(given, vars(config), {"dtype": ("quantize", ("int8",))})
+    refuse_vain(given, vars(config), IN_VAIN)
     source = chosen_source(config, given)
-    loaded = pipeline(
-        source,
-        config.checkpoint,
-        device=config.device,
-        dtype=config.dtype,
-        quantize=config.quantize,
-    )
+    loaded = config.pipeline(source)
     if loaded.task == "translation":
         raise UserError(f"{source} translates; use sample.py for that")
     choose_threads(loaded)

@@ -4,7 +4,9 @@ import math
 import os
 import sys
 import zlib
+from collections.abc import Collection
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,15 +18,12 @@ from humptygpt import checkpoint
 from humptygpt.cli import UserError, note
 from humptygpt.device import DTYPES, pick_device, pick_dtype
 from humptygpt.files import parse_json
+from humptygpt.source import ModelSource
 from humptygpt.tokenizers import Tokenizer
 
-# allowed values of the keys with which scripts load a model
-CHOICES = {
-    "checkpoint": ("best", "latest"),
-    "dtype": ("auto", *DTYPES),
-    "quantize": ("int8",),
-}
 FILES_OF_A_FOLDER = (".safetensors", ".bin", ".json", ".gguf")
+# {key: (another setting, the values of that setting for which the key has no effect)}
+IN_VAIN = {"dtype": ("quantize", ("int8",))}
 
 
 class Loaded(NamedTuple):
@@ -115,34 +114,40 @@ def note_edits(out_dir: Path) -> None:
 # Generation
 
 
-def pipeline(
-    source: str | Path,
-    which: str = "best",
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: str | None = None,
-) -> Pipeline:
-    """Load a model and prepare it for generation. Raises UserError if it is missing, damaged or not supported.
+@dataclass(frozen=True)
+class PipelineConfig(ModelSource):
+    """A model, and how it is prepared for generation."""
 
-    source, which: init_from and checkpoint in SampleConfig. The other parameters have the same names as there.
-    """
-    from humptygpt.fast.generation import make_generator
+    # system
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # dtype of the linear layers; auto: float32 on a CPU
+    quantize: str | None = None  # int8: 8-bit weights, CPU only; None: off
 
-    torch_device = pick_device(device)
-    weight_dtype = torch.int8 if quantize else pick_dtype(dtype, torch_device)
-    loaded = load(source, which)
-    print(loaded.description, file=sys.stderr)
-    model = make_generator(loaded.model, weight_dtype, torch_device)
-    return Pipeline(model, loaded.tokenizer, loaded.task, torch_device, loaded.questions)
+    @classmethod
+    def choices(cls) -> dict[str, Collection[str]]:
+        return super().choices() | {"dtype": ("auto", *DTYPES), "quantize": ("int8",)}
+
+    def pipeline(self, source: str | Path) -> Pipeline:
+        """Load the model that init_from=source names, and prepare it for generation.
+
+        Raises UserError if it is missing, damaged or not supported.
+        """
+        from humptygpt.fast.generation import make_generator
+
+        device = pick_device(self.device)
+        dtype = torch.int8 if self.quantize else pick_dtype(self.dtype, device)
+        loaded = load(source, self.checkpoint)
+        print(loaded.description, file=sys.stderr)
+        model = make_generator(loaded.model, dtype, device)
+        return Pipeline(model, loaded.tokenizer, loaded.task, device, loaded.questions)
 
 
 # --------------------------------------------------------------------------------------
 # Finding a model
 
 
-def chosen_source(config: object, given: dict) -> str | Path:
-    """Find the source named by a config's init_from, out_dir and checkpoint. given: the keys that the user set."""
+def chosen_source(config: ModelSource, given: dict) -> str | Path:
+    """Find the source that the settings name. given: the keys that the user set."""
     if config.init_from == "resume":
         return checkpoint.find_checkpoint(Path(config.out_dir), config.checkpoint)
     if "out_dir" in given:

@@ -53,6 +53,8 @@ BETWEEN_SLICES = {
 }
 # prepare_data.py imports the tokenizers, the token files, and most of humptygpt/prepare.
 TORCHLESS = [
+    "explain",
+    "export",
     "prepare_data",
     "humptygpt.convert.pretrained",
     "humptygpt.convert.read_huggingface",

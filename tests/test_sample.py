@@ -94,7 +94,7 @@ BAD = {
 def test_bad_input_is_one_line(run_dir, fails, monkeypatch):
     loaded = sample.load("out/run", device="cpu")
     # it prints nothing
-    monkeypatch.setattr(sample, "pipeline", lambda *args, **keys: loaded)
+    monkeypatch.setattr(sample.SampleConfig, "pipeline", lambda *args: loaded)
     Path("latin1.txt").write_bytes(b"caf\xe9")
     Path("empty.txt").write_text("")
     Path("prompts.txt").write_text("A\né\n", encoding="utf-8")
