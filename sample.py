@@ -26,13 +26,7 @@ if __name__ == "__main__":
     machine.start()  # before numpy and torch are loaded
 
 from humptygpt import cli, loading
-from humptygpt.cli import (
-    TEXTS,
-    UserError,
-    check_least,
-    note,
-    refuse_vain,
-)
+from humptygpt.cli import TEXTS, UserError, check_least, note, refuse_vain
 from humptygpt.fast.generation import choose_threads
 from humptygpt.loading import Pipeline, PipelineConfig, chosen_source
 from humptygpt.sampling import (
@@ -93,10 +87,8 @@ class SampleConfig(PipelineConfig):
         check_least(self, -10, "length_penalty")
         if "" in self.stop:
             raise ValueError("stop must not be empty")
-        for pair in ("start prompts", "interactive prompts"):
-            one, other = pair.split()
-            if getattr(self, one) and getattr(self, other):
-                raise ValueError(f"{one} and {other} cannot be combined; leave one out")
+        if self.prompts and (self.start or self.interactive):
+            raise ValueError("prompts cannot be combined with start or interactive")
 
     def select(self, keys: str) -> dict[str, object]:
         return {key: getattr(self, key) for key in keys.split()}

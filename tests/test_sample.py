@@ -86,7 +86,8 @@ BAD = {
     "cannot read : Is a directory": ["--start=FILE:"],
     "prompt 2: character 'é' (U+00E9) is not among the": ["--prompts=prompts.txt"],
     "prompt 1: the prompt is empty; give at": ["--prompts=empty.txt"],
-    "start and prompts cannot be combined": ["--start=A", "--prompts=prompts.txt"],
+    "prompts cannot be combined with start": ["--start=A", "--prompts=prompts.txt"],
+    "cannot be combined with start or interactive": ["--prompts=x", "--interactive=True"],
     "top_p=1.5 must be at most 1": ["--top_p=1.5"],
 }
 
