@@ -192,18 +192,13 @@ def model_on_meta(config: TrainConfig, model_config: ModelConfig) -> nn.Module:
     return model
 
 
-def training_memory(
-    config: TrainConfig,
-    model: nn.Module,
-    device: torch.device,
-    processes: int = 1,
-) -> Memory:
+def training_memory(config: TrainConfig, model: nn.Module, processes: int = 1) -> Memory:
     """Estimate the memory that each process needs. model: from model_on_meta()."""
     weights = FLOAT * count_parameters(model)
     gradients = FLOAT * sum(p.numel() for p in trained_parameters(model).values())
     states = make_optimizer(config, model).state_like().values()
     optimizer = sum(x.nbytes for state in states for x in state.values())
-    activations = activation_bytes(config, model, device, processes)
+    activations = activation_bytes(config, model, processes)
     if processes == 1 or config.parallel == "ddp":
         return Memory(weights, gradients, optimizer, activations)
     # a process that accumulates several micro-batches holds unsharded gradients
@@ -221,44 +216,31 @@ def training_memory(
     )
 
 
-def activation_bytes(
-    config: TrainConfig, model: nn.Module, device: torch.device, processes: int
-) -> float:
-    """Estimate the bytes that an uncompiled model keeps for its backward pass, including the logits' gradient."""
+def activation_bytes(config: TrainConfig, model: nn.Module, processes: int) -> float:
+    """Estimate the bytes that an uncompiled model keeps for its backward pass.
+
+    Of each token, a block keeps some eight float32 vectors of width C, among them the residual stream and its norms,
+    eight in the dtype of matrix products, around attention, and in that dtype its hidden neurons before and after their
+    activation, a gate once more. Frozen matrices do without their inputs. The head keeps float32 logits and their
+    gradient. RECORDS.md has measured peaks beside this.
+    """
     shape = model.config
-    dtype = DTYPES[config.dtype]
-    tokens = config.rows(processes) * shape.block_size
-    layers = (module for module in model.modules() if not list(module.children()))
-    # frozen layers before the first trained one need no activations for the backward pass
-    layers = dropwhile(lambda layer: not trained_parameters(layer), layers)
-    heads = [module.lm_head for module in model.modules() if hasattr(module, "lm_head")]
-    kept = sum(kept_of(layer, dtype) for layer in layers if layer not in heads)
-    from humptygpt.fast.attention import EXPLICIT_KEYS
-
-    few = shape.block_size <= EXPLICIT_KEYS and dtype == torch.bfloat16
-    short = device.type == "cpu" and few
-    for module in model.modules():  # attend() in model.py keeps the attention scores
-        if isinstance(module, models.SelfAttention) and (
-            short or module.kernel is models.attend
-        ):
-            kept += dtype.itemsize * shape.n_head * shape.block_size
-    blocks = sum(isinstance(module, models.Block) for module in model.modules())
+    C = shape.n_embd
+    size = DTYPES[config.dtype].itemsize
+    times = {"none": 0, "gated": 3}.get(shape.mlp, 2)
+    hidden = times * (shape.n_hidden or 4 * C)
+    block = FLOAT * 8 * C + size * (8 * C + hidden)
+    if config.lora_rank:
+        block *= 0.7
+    # frozen layers before the first trained one keep nothing
+    parts = (x for x in model.modules() if isinstance(x, nn.Embedding | models.Block))
+    kept = dropwhile(lambda part: not trained_parameters(part), parts)
+    blocks = sum(isinstance(part, models.Block) for part in kept)
+    layers = blocks * block
     if config.checkpoint_activations and blocks:  # one block at a time is recomputed
-        kept = kept / blocks + blocks * FLOAT * shape.n_embd
-    return tokens * (kept + len(heads) * 2 * FLOAT * shape.vocab_size)
-
-
-def kept_of(layer: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes per token that a layer keeps for the backward pass."""
-    if isinstance(layer, nn.Linear):
-        # its output, needed by the next operation, and its input, needed for the gradient of its weight
-        inputs = layer.in_features if layer.weight.requires_grad else 0
-        return dtype.itemsize * (inputs + layer.out_features)
-    if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
-        return FLOAT * layer.normalized_shape[0]
-    if isinstance(layer, models.CausalConv):
-        return FLOAT * layer.weight.shape[1]  # its input
-    return 0
+        layers = block + blocks * FLOAT * C
+    head = shape.n_members * 2 * FLOAT * shape.vocab_size
+    return config.rows(processes) * shape.block_size * (layers + head)
 
 
 def memory_report(
@@ -266,7 +248,7 @@ def memory_report(
 ) -> str:
     """Describe the parameters, FLOPs and memory of a run."""
     model = model_on_meta(config, model_config)
-    memory = training_memory(config, model, device, processes)
+    memory = training_memory(config, model, processes)
     micro_batches = config.gradient_accumulation_steps
     tokens = micro_batches * config.batch_size * model_config.block_size
     flops = models.flops_per_token(model)
@@ -299,5 +281,5 @@ def check_training_fits(
         f"training {count_parameters(model):,} parameters with batch_size={config.batch_size} and"
         f" block_size={model_config.block_size} takes at least"
     )
-    least = training_memory(config, model, device, processes).least
+    least = training_memory(config, model, processes).least
     check_fits(training, least, free_memory(device), ADVICE)

@@ -30,7 +30,6 @@ FROM_CORE = {
     ("run", "finetune"): "best.pt has LoRA merged",
     ("setup", "finetune"): "a run may start from a model",
     ("setup", "prepare"): "a run prepares its data if they are missing",
-    ("report", "fast"): "the memory of a run follows the kernel of attention",
     ("tasks", "fast"): "attention has a faster kernel",
     ("tasks", "finetune"): "a model may have LoRA",
     ("tasks", "minutes"): "a model may be an ensemble",

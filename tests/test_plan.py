@@ -417,7 +417,7 @@ def test_every_size_keeps_the_architecture_and_can_be_built():
     )
     dataset = SimpleNamespace(contexts=lambda sizes: sizes)
     given = {"n_kv_head", "block_size"}
-    tried = plan.candidates(training, config, given, dataset, CPU)
+    tried = plan.candidates(training, config, given, dataset)
     assert {candidate.tokens for candidate in tried} == set(plan.STEPS)
     shapes = {candidate.model_config for candidate in tried}
     sizes = {(shape.n_layer, shape.n_embd) for shape in shapes}

@@ -290,7 +290,7 @@ def choose(
         return seconds_per_step(*candidate[:2], dataset, device, *step)
 
     def find(config: TrainConfig) -> Candidate:
-        tried = candidates(config, model_config, given, dataset, device)
+        tried = candidates(config, model_config, given, dataset)
         tried.sort(key=lambda candidate: candidate.operations)
         check_training_fits(*tried[0][:2], device)
         fitting = [candidate for candidate in tried if candidate.memory.least <= free]
@@ -386,7 +386,6 @@ def candidates(
     model_config: ModelConfig,
     given: Collection[str],
     dataset: TokenDataset,
-    device: torch.device,
 ) -> list[Candidate]:
     """List the model as configured, and every other size, context and batch size that the given keys allow.
 
@@ -421,7 +420,7 @@ def candidates(
             batch = replace(config, batch_size=batch_size)
             tokens = batch_size * of_each
             operations = tokens * models.flops_per_token(model) + muon
-            memory = training_memory(batch, model, device)
+            memory = training_memory(batch, model)
             found.append(Candidate(batch, shape, parameters, tokens, operations, memory))
     return found
 
