@@ -7,8 +7,7 @@ import os
 import shlex
 import warnings
 import zipfile
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from humptygpt import cli, machine, tokenizers
-from humptygpt.cli import UserError, note, one_line, refuse
-from humptygpt.files import check_schema, write_whole
+from humptygpt import cli, tokenizers
+from humptygpt.cli import UserError, note, refuse
+from humptygpt.files import check_schema, refuse_damaged, write_whole
 from humptygpt.tasks import MODELS, build_on_meta, config_class
 from model import ModelConfig
 
@@ -126,21 +125,6 @@ def check_records(path: Path) -> None:
         # torch.load treats a record that is marked as a directory as empty, and leaves its tensor uninitialized
         if damaged or any(info.external_attr & 0x10 for info in file.infolist()):
             raise ValueError("a record is damaged")
-
-
-@contextmanager
-def refuse_damaged(path: Path, problem: str = "") -> Iterator[None]:
-    """Turn any error in the block into a UserError, because zip, pickle and torch raise many kinds of errors.
-
-    An out-of-memory error is raised unchanged. problem: what the message says about the file; "": that it is damaged.
-    """
-    try:
-        yield
-    except Exception as error:
-        if machine.is_out_of_memory(error):
-            raise
-        problem = problem or f"is damaged: {one_line(error)}"
-        raise UserError(f"{path} {problem}") from error
 
 
 # --------------------------------------------------------------------------------------

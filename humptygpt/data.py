@@ -7,11 +7,12 @@ by the same command. A folder that nanoGPT prepared has no such checksums.
 
 import hashlib
 import inspect
+import json
 import math
 import os
-import re
 import shlex
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ import numpy as np
 
 from humptygpt import tokenizers
 from humptygpt.cli import UserError
-from humptygpt.files import check_schema, parse_json
+from humptygpt.files import refuse_damaged
 
 if TYPE_CHECKING:  # torch takes seconds to load, and preparing data does not need it
     from torch import Tensor
@@ -32,29 +33,7 @@ META_FORMAT = "tokens 2"  # the number increases when the layout of data folders
 CHECKED = 1 << 28  # a split of up to this many bytes is checked whenever it is opened
 COMMAND = "command.txt"  # this file in a data folder holds the command that made it
 
-COUNT = range(2**53)  # a float64 holds these exactly
-POSITIVE = range(1, 2**53)
-SPLIT = {
-    "tokens": POSITIVE,
-    "bytes": POSITIVE,
-    "files": [{"name": str, "tokens": COUNT}],
-    "sha256?": {str: str},
-}
-SPLITS = {  # {task: schema of its splits}
-    "language modelling": {str: SPLIT},
-    "translation": {str: SPLIT | {"target_bytes": POSITIVE, "target_tokens": POSITIVE}},
-}
-SPLITS["chat"] = SPLITS["translation"]
-META = {  # the entries that training reads; data/README.md describes all of them
-    "format": {META_FORMAT},
-    "task": set(SPLITS),
-    "source": str,
-    "dtype": {"uint16", "uint32"},
-    "vocab_size?": COUNT,
-    "questions?": [str],
-    "splits": {"train": dict, "val": dict},  # details in SPLITS
-    "tokenizer": dict,  # details in the tokenizer's class
-}
+TASKS = ("language modelling", "translation", "chat")
 
 
 # --------------------------------------------------------------------------------------
@@ -130,11 +109,8 @@ class Dataset:
 
     def val_bytes_per_token(self) -> float:
         """UTF-8 bytes of text per predicted token in the validation split."""
-        entry = self.meta["splits"]["val"]
-        if "target_bytes" in entry:  # of translations or replies
-            return entry["target_bytes"] / entry["target_tokens"]
-        if "bytes" in entry:
-            return entry["bytes"] / entry["tokens"]
+        if self.val.bytes:
+            return self.val.bytes / self.val.targets
         lengths = self.tokenizer.token_bytes()
         return sum(int(lengths[ids].sum()) for _, ids in self.chunks("val")) / len(self.val)
 
@@ -337,29 +313,32 @@ class TokenFiles:
     """The token files of one split, memory-mapped and read as one sequence.
 
     meta: from read_meta. Raises UserError if a file is missing or does not match meta.
+    targets, bytes: the tokens on which the loss is measured, and the size of their text; None: unknown.
     """
 
     def __init__(self, folder: Path, split: str, meta: dict):
-        self.folder = folder
-        entry = meta["splits"][split]
-        self.paths = [folder / file["name"] for file in entry["files"]]
-        self.sums = entry.get("sha256", {})
-        try:
+        with refuse_bad_data(folder):
+            entry = meta["splits"][split]
+            names = [Path(file["name"]).name for file in entry["files"]]
+            if not all(name.startswith(split) for name in names):
+                raise ValueError(f"meta.json lists {names} as files of {split}")
+            self.paths = [folder / name for name in names]
+            self.sums = dict(entry.get("sha256", {}))
             self.arrays = [
                 np.asarray(np.memmap(path, meta["dtype"], mode="r")) for path in self.paths
             ]
-        except (OSError, ValueError) as error:  # ValueError: the file is truncated
-            raise self.error(f"cannot read {folder / split}.bin: {error}") from error
-        tokens = entry.get("tokens", len(self))  # nanoGPT's folders do not record it
-        if len(self) != tokens:
-            raise self.error(
-                f"{folder / split}.bin has {len(self):,} tokens, but meta.json says {tokens:,}"
-            )
-        if sum(ids.nbytes for ids in self.arrays) <= CHECKED:
-            self.verify()
-
-    def error(self, problem: str) -> UserError:
-        return UserError(f"{problem}; {how_to(self.folder)}")
+            tokens = entry.get("tokens", len(self))  # nanoGPT's folders do not record it
+            if len(self) != tokens:
+                raise ValueError(
+                    f"{split}.bin has {len(self):,} tokens, but meta.json says {tokens:,}"
+                )
+            # of translations or replies, or of a text
+            self.targets = entry.get("target_tokens", len(self))
+            self.bytes = entry.get("target_bytes", entry.get("bytes"))
+            if self.bytes is not None and not 0 < self.bytes / self.targets < math.inf:
+                raise ValueError(f"meta.json has {self.bytes} bytes for {split}")
+            if sum(ids.nbytes for ids in self.arrays) <= CHECKED:
+                self.verify()
 
     def __len__(self) -> int:
         return sum(map(len, self.arrays))
@@ -376,12 +355,10 @@ class TokenFiles:
         return rows
 
     def verify(self) -> None:
-        """Compare the files with their checksums, where there are any. Raises UserError if one differs."""
+        """Compare the files with their checksums, where there are any. Raises ValueError if one differs."""
         for path in self.paths:
             if path.name in self.sums and sha256(path) != self.sums[path.name]:
-                raise self.error(
-                    f"{path} was altered or damaged: its checksum does not match meta.json"
-                )
+                raise ValueError(f"the checksum of {path.name} does not match meta.json")
 
 
 # --------------------------------------------------------------------------------------
@@ -401,14 +378,19 @@ def read_meta(folder: Path) -> dict:
             "splits": {},
         }
     if os.path.exists(folder / "meta.json"):
-        try:
-            meta = parse_json((folder / "meta.json").read_bytes(), META)
-            check_splits(meta)
+        with refuse_bad_data(folder):
+            meta = json.loads((folder / "meta.json").read_bytes())
+            known = (
+                meta["format"] == META_FORMAT
+                and meta["task"] in TASKS
+                and meta["dtype"] in ("uint16", "uint32")
+                and {"train", "val"} <= meta["splits"].keys()
+                and isinstance(meta["tokenizer"], dict)
+                and "source" in meta
+            )
+            if not known:
+                raise ValueError("meta.json is of another version")
             return meta
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot read {folder}/meta.json: {error}; {how_to(folder)}"
-            ) from error
     if is_nanogpts(folder):
         from humptygpt.prepare.nanogpt import describe
 
@@ -425,15 +407,8 @@ def is_nanogpts(folder: Path) -> bool:
     return "meta.pkl" in names or ("train.bin" in names and not ours)
 
 
-def check_splits(meta: dict) -> None:
-    """Raise ValueError if a split lacks an entry, or lists a file that does not belong to it."""
-    check_schema(meta["splits"], SPLITS[meta["task"]], "splits")
-    for split, entry in meta["splits"].items():
-        for file in entry["files"]:
-            if not re.fullmatch(rf"{re.escape(split)}(_[0-9]+)?\.bin", file["name"]):
-                raise ValueError(
-                    f"splits.{split} lists the file {file['name']!r}, which does not belong to it"
-                )
+def refuse_bad_data(folder: Path) -> AbstractContextManager:
+    return refuse_damaged(folder, advice=f"; {how_to(folder)}")
 
 
 def how_to(folder: Path) -> str:

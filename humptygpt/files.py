@@ -10,7 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from humptygpt.cli import UserError
+from humptygpt.cli import UserError, one_line
+from humptygpt.machine import is_out_of_memory
 
 
 @contextmanager
@@ -145,6 +146,24 @@ def locked(folder: Path, what: str, advice: str) -> Iterator[None]:
 
 # --------------------------------------------------------------------------------------
 # What a file must contain. It may be damaged, malicious or from another program.
+
+
+@contextmanager
+def refuse_damaged(path: Path | str, problem: str = "", advice: str = "") -> Iterator[None]:
+    """Turn any error in the block into a UserError, because a damaged file can cause every kind of error.
+
+    A UserError or an out-of-memory error is raised unchanged. problem: what the message says about the file; "": that
+    it is damaged. advice: end of the message.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        problem = problem or f"is damaged: {one_line(error)}"
+        raise UserError(f"{path} {problem}{advice}") from error
 
 
 def parse_json(text: str | bytes, schema: object) -> dict:

@@ -218,25 +218,32 @@ def edit_meta(data: Path, **entries):
 
 
 DAMAGE = {
-    "train.bin was altered or damaged: its checksum does not match meta.json": alter,
+    "is damaged: the checksum of train.bin does not match meta.json": alter,
     "holds token 20, but its tokenizer has only 3": lambda data: edit_meta(
         data, tokenizer={"tokenizer": "char", "alphabet": "abc"}
     ),
-    "meta.json: splits.val lists the file 'train.bin', which": lambda data: edit_meta(
+    "is damaged: meta.json lists ['train.bin'] as files of val": lambda data: edit_meta(
         data, splits=(splits := read_meta(data)["splits"]) | {"val": splits["train"]}
     ),
-    "meta.json: splits.val lists the file '../val.bin', which": lambda data: (
-        data / "meta.json"
-    ).write_text((data / "meta.json").read_text().replace("val.bin", "../val.bin")),
-    "cannot read data/tiny/train.bin: Size": lambda data: shorten(data / "train.bin", 1),
+    "is damaged: Size of available data": lambda data: shorten(data / "train.bin", 1),
     "train.bin has 3,599 tokens, but meta.json says 3,600": lambda data: shorten(
         data / "train.bin", 2
     ),
-    "cannot read data/tiny/val.bin: [Errno 2]": lambda data: (data / "val.bin").unlink(),
-    "meta.json: format must be tokens 2": lambda data: (data / "meta.json").write_text(
-        '{"format": "tokens 99"}'
+    "is damaged: [Errno 2] No such file or directory: 'data/tiny/val.bin'": lambda data: (
+        data / "val.bin"
+    ).unlink(),
+    "is damaged: meta.json is of another version": lambda data: edit_meta(
+        data, format="tokens 99"
     ),
-    "meta.json: Expecting": lambda data: (data / "meta.json").write_text("{"),
+    "is damaged: Expecting": lambda data: (data / "meta.json").write_text("{"),
+    "is damaged: 'splits'": lambda data: (data / "meta.json").write_text(
+        (data / "meta.json").read_text().replace('"splits"', '"split"')
+    ),
+    "is damaged: meta.json has 0 bytes for val": lambda data: edit_meta(
+        data,
+        splits=(splits := read_meta(data)["splits"])
+        | {"val": splits["val"] | {"bytes": 0}},
+    ),
 }
 
 
@@ -246,6 +253,14 @@ def test_damaged_token_files_are_refused(tiny, fails, complaint):
     line = fails(train.main, *TINY_RUN)
     way = "prepare it again with the command in data/tiny/command.txt"
     assert complaint in line and way in line
+
+
+def test_a_file_outside_of_its_folder_is_not_read(tiny):
+    whole = TokenDataset(tiny, 16, seed=1).val.read(np.array([0]), 400)
+    np.zeros(400, np.uint16).tofile("data/val.bin")
+    meta = (tiny / "meta.json").read_text()
+    (tiny / "meta.json").write_text(meta.replace("val.bin", "../val.bin"))
+    assert (TokenDataset(tiny, 16, seed=1).val.read(np.array([0]), 400) == whole).all()
 
 
 def test_a_text_shorter_than_a_block_is_refused(tiny, fails):
@@ -278,7 +293,7 @@ def test_large_files_are_checked_only_when_they_are_prepared_again(
 ):
     whole = (tiny / "val.bin").read_bytes()
     (tiny / "val.bin").write_bytes((tiny / "val.bin").read_bytes()[::-1])
-    damaged = "data/tiny/val.bin was altered or damaged: its checksum does not match"
+    damaged = "data/tiny is damaged: the checksum of val.bin does not match meta.json"
     assert damaged in fails(train.main, *TINY_RUN)
     monkeypatch.setattr(datasets, "CHECKED", 799)  # bytes; val.bin has 800
     TokenDataset(tiny, 16, seed=1)

@@ -274,10 +274,9 @@ def choose(monkeypatch):
         settings |= given
         dataset = SimpleNamespace(
             task="language modelling",
-            train=range(text),
+            train=SimpleNamespace(targets=text),
+            splits=("train", "val"),
             val_bytes_per_token=lambda: 1.0,
-            meta={"splits": {"train": {}}},
-            splits={"train": range(text)},
             target_share=1.0,
             contexts=lambda sizes: [size for size in sizes if size < text],
             resize=lambda size: None,

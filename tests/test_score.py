@@ -191,25 +191,33 @@ def test_a_suite_that_cannot_be_downloaded_or_is_damaged_names_its_file_and_plac
     assert place in fails(score.main, "--suite=blimp", "--out_dir=out/run")
 
 
-BAD = {
-    "pairs.jsonl, line 2: Expecting": '{"good": "a", "bad": "b"}\n{"good": \n',
-    "line 1: the content must be dict": "[1]\n",
-    "line 1: it is nested too deeply": "[" * 10**5,
-    "line 1: choices is missing": '{"text": "a"}\n',
-    "line 1: its choices must differ": '{"good": "a", "bad": "a"}\n',
-    "line 1: its choices must differ, and none may be empty": '{"good": "a", "bad": ""}',
-    "line 1: choices[1] must be str": '{"good": "a"}\n',
-    "line 1: context must be str": '{"good": "a", "bad": "b", "context": 1}\n',
-    "line 1: answer=2 is not an index of its 2 choices": '{"choices": ["a", "b"], "answer": 2}',
-    "line 1: answer is missing": '{"choices": ["a", "b"]}',
-    "pairs.jsonl is empty": "\n",
-}
+BAD = [
+    '{"good": ',
+    "[1]",
+    "[" * 10**5,
+    '{"text": "a"}',
+    '{"good": "a", "bad": "a"}',
+    '{"good": "a", "bad": ""}',
+    '{"good": "a"}',
+    '{"good": "a", "bad": "b", "context": 1}',
+    '{"choices": ["a", "b"], "answer": 2}',
+    '{"choices": ["a", "b"], "answer": -1}',
+    '{"choices": ["a", "b"], "answer": [0]}',
+    '{"choices": ["a", ["b"]], "answer": 0}',
+    '{"choices": ["a", "b"]}',
+]
 
 
-@pytest.mark.parametrize("message, content", BAD.items())
-def test_a_bad_file_of_pairs_is_one_line(message, content, fails):
-    Path("pairs.jsonl").write_text(content)
-    assert message in fails(score.main, "--pairs=pairs.jsonl")
+@pytest.mark.parametrize("line", BAD, ids=range(len(BAD)))
+def test_a_bad_line_of_pairs_is_named_in_one_line(line, fails):
+    Path("pairs.jsonl").write_text(f'{{"good": "a", "bad": "b"}}\n{line}\n')
+    complaint = "pairs.jsonl, line 2 must be an object with texts: good and bad, or "
+    assert complaint in fails(score.main, "--pairs=pairs.jsonl")
+
+
+def test_a_file_without_pairs_is_one_line(fails):
+    Path("pairs.jsonl").write_text("\n")
+    assert "pairs.jsonl is empty" in fails(score.main, "--pairs=pairs.jsonl")
 
 
 def test_other_mistakes_are_explained(run_dir, fails):

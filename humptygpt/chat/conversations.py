@@ -141,7 +141,6 @@ class Conversations(Corpus):
         # after a conversation's last turn comes the token that separates conversations, whatever its text is
         first = re.split(rf"(?<={re.escape(END)}\n)(?!{re.escape(BEGIN)})", first_text)[0]
         return {
-            "longest": max(counted["longest"] for counted in splits.values()),
             "questions": QUESTION.findall(first_text)[:8],
             "example": REPLY.sub(r"\1[\2]", first[:SHOWN].strip()),
         }

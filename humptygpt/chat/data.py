@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from humptygpt.cli import UserError
-from humptygpt.data import TokenDataset, next_tokens, permute, random_key
+from humptygpt.data import TokenDataset, how_to, next_tokens, permute, random_key
 
 
 class ChatDataset(TokenDataset):
@@ -21,17 +21,23 @@ class ChatDataset(TokenDataset):
     out if its question alone fills the row. Raises UserError if no reply is left.
 
     is_target: {split: which tokens are targets, (T,)}. rows: {split: positions of each row's tokens}; see pack().
-    fitting: {split: positions of each conversation, or part of one, that is in a row}.
+    fitting: {split: positions of each conversation, or part of one, that is in a row}. longest: tokens of the longest
+    conversation.
     cut: {split: Counter of what happened to replies that do not fit}.
     """
 
     task = "chat"
 
     def set_up(self) -> None:
+        if not self.tokenizer.marks:
+            raise UserError(f"{self.folder} holds no conversations; {how_to(self.folder)}")
         self.ids, self.is_target, self.rows, self.cut, self.fitting = {}, {}, {}, {}, {}
+        self.longest = 0
         for split in self.splits:
-            self.ids[split] = np.concatenate([ids for _, ids in self.chunks(split)])
-            self.is_target[split], exchanges = self.find_targets(self.ids[split])
+            self.ids[split] = ids = np.concatenate([ids for _, ids in self.chunks(split)])
+            self.is_target[split], exchanges = self.find_targets(ids)
+            starts = [start for start in exchanges if self.begins(ids, start)]
+            self.longest = max([self.longest, *np.diff([*starts, len(ids)])])
             self.rows[split] = self.pack(split, exchanges)
         self.places = lru_cache(2)(self.find_places)  # of an epoch and the next
 
@@ -41,7 +47,7 @@ class ChatDataset(TokenDataset):
 
     def contexts(self, sizes: Collection[int]) -> list[int]:
         """Return the smallest size that has room for each conversation and a few more turns."""
-        needed = max(256, self.meta["longest"])
+        needed = max(256, self.longest)
         return [min((size for size in sizes if size >= needed), default=max(sizes))]
 
     def find_targets(self, ids: np.ndarray) -> tuple[np.ndarray, list[int]]:
@@ -170,7 +176,7 @@ class ChatDataset(TokenDataset):
     def summary(self, batch_size: int, eval_iters: int | None) -> tuple[str, str]:
         """Describe a batch and the evaluation set in words."""
         rows, total = len(self.rows["train"]), len(self.rows["val"])
-        each = self.meta["splits"]["train"]["conversations"] / rows
+        each = len(self.fitting["train"]) / rows
         batch = f"{batch_size} rows of {self.block_size} tokens, with {each:.1f} conversations in a row"
         for what, count in self.cut["train"].items():
             if count:

@@ -17,7 +17,6 @@ from humptygpt.checkpoint import (
     build_like,
     check_tensors,
     load_plain,
-    refuse_damaged,
     restore_model,
 )
 from humptygpt.cli import refuse, restore
@@ -28,7 +27,7 @@ from humptygpt.convert.families import (
     Family,
     find_family,
 )
-from humptygpt.files import check_schema, parse_json, write_bytes
+from humptygpt.files import check_schema, parse_json, refuse_damaged, write_bytes
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 

@@ -1,23 +1,16 @@
 """Load models and tokenizers of other programs, from Hugging Face folders or nanoGPT checkpoints."""
 
-from collections import OrderedDict
 from pathlib import Path
 
 from humptygpt.cli import UserError, refuse, restore
 from humptygpt.convert.families import NANOGPT
 from humptygpt.convert.huggingface import build_model, plain_weights, read_pretrained
 from humptygpt.convert.read_huggingface import read_tokenizer, tokenizer_file
-from humptygpt.files import check_schema
+from humptygpt.files import refuse_damaged
 from humptygpt.loading import Loaded, find_source, load
 from humptygpt.prepare.nanogpt import GPT2_TOKENS, gpt2_tokenizer, read_characters
 from humptygpt.tokenizers import Tokenizer
 from model import ModelConfig
-
-SCHEMA = {  # of nanoGPT's checkpoints
-    "model": (dict, OrderedDict),
-    "model_args": {"vocab_size": int},
-    "config?": {"dataset?": str},
-}
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
@@ -42,15 +35,15 @@ def from_folder(path: Path, source: str | Path) -> Loaded:
 
 def from_nanogpt(path: Path, saved: dict) -> Loaded:
     """Make a model from the content of a checkpoint of nanoGPT. Raises UserError if it is not valid."""
-    with refuse(f"cannot read {path}: "):
-        check_schema(saved, SCHEMA)
+    with refuse_damaged(path), refuse(f"cannot read {path}: "):
         weights = plain_weights(saved["model"])
+        # torch.compile puts this prefix before all names
+        weights = {name.removeprefix("_orig_mod."): x for name, x in weights.items()}
         settings = NANOGPT.fixed | saved["model_args"] | {"dropout": 0.0}
         config = restore(ModelConfig, settings)
-    # torch.compile puts this prefix before all names
-    weights = {name.removeprefix("_orig_mod."): x for name, x in weights.items()}
+        tokenizer = nanogpt_tokenizer(path, saved)
     model = build_model(path, NANOGPT, config, weights)
-    return Loaded(model, nanogpt_tokenizer(path, saved), path, f"nanoGPT's {path}")
+    return Loaded(model, tokenizer, path, f"nanoGPT's {path}")
 
 
 def nanogpt_tokenizer(path: Path, saved: dict) -> Tokenizer:

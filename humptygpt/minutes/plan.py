@@ -308,7 +308,7 @@ def choose(
             )
     config, model_config, parameters, tokens, *_ = best
     dataset.resize(model_config.block_size)
-    text, targets = text_tokens(dataset), tokens * dataset.target_share
+    text, targets = dataset.train.targets, tokens * dataset.target_share
     epochs = clock.planned() / time_step(best) * targets / text
     # a model that can be exported stays one that can
     may_have_members = from_scratch and model_config.model == "gpt"
@@ -334,12 +334,6 @@ def choose(
     return replace(config, **chosen), model_config
 
 
-def text_tokens(dataset: TokenDataset) -> int:
-    """Count the tokens to learn: all of a text, or the replies of conversations."""
-    entry = dataset.meta["splits"]["train"]
-    return entry.get("target_tokens", len(dataset.train))
-
-
 def find_best(
     tried: list[Candidate],
     dataset: TokenDataset,
@@ -352,7 +346,7 @@ def find_best(
     """
     dataset.resize(tried[0].model_config.block_size)
     bytes_per_token, share = dataset.val_bytes_per_token(), dataset.target_share
-    text = text_tokens(dataset) * bytes_per_token
+    text = dataset.train.targets * bytes_per_token
     most = max(most_parameters(text), tried[0].parameters)
     tried = [candidate for candidate in tried if candidate.parameters <= most]
 
@@ -504,7 +498,7 @@ def closing(run: Run, out_dir: Path) -> str:
     path = out_dir / "plan.py"
     write_plan(path, run)
     bytes_per_token = run.dataset.val_bytes_per_token()
-    text = text_tokens(run.dataset) * bytes_per_token
+    text = run.dataset.train.targets * bytes_per_token
     read = run.progress.tokens * bytes_per_token
     bits = run.progress.best_val_loss / math.log(2) / bytes_per_token
     told = f"{path} is a config file that repeats this run step by step"

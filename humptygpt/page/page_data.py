@@ -11,6 +11,7 @@ from humptygpt import checkpoint
 from humptygpt.cli import UserError
 from humptygpt.convert.sentencepiece_model import merge_scores
 from humptygpt.data import TokenFiles, read_meta
+from humptygpt.files import refuse_damaged
 from humptygpt.loading import Loaded, from_run
 from humptygpt.loggers import read_metrics
 from humptygpt.page.known_settings import check_formulas, check_settings
@@ -89,7 +90,7 @@ def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
         path = folder / name
         if step < end and path.exists():
             saved = checkpoint.read_plain(path)
-            with checkpoint.refuse_damaged(path, "is not a snapshot of this model"):
+            with refuse_damaged(path, "is not a snapshot of this model"):
                 checkpoint.check_tensors("", saved, like)
             rows = base64.b64encode(saved["rows"].numpy()).decode()
             data.append({"iter": step, "rows": rows})

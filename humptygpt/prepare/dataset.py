@@ -7,8 +7,8 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
@@ -59,7 +59,7 @@ def prepare(config: PrepareConfig) -> dict:
                     f"{folder} already holds data from other files or settings; choose another name, or replace it:"
                     f" {command} --overwrite=True"
                 )
-            if same and is_whole(folder, meta):
+            if same and is_whole(folder, corpus.splits, meta):
                 note(
                     f"{folder} already has this text with these settings; it is left unchanged"
                 )
@@ -216,20 +216,18 @@ def load_tokenizer(corpus: Corpus) -> Tokenizer:
 
 def read_old_meta(folder: Path) -> dict:
     """Read the meta.json of a folder. Returns {} if it is missing or damaged."""
-    try:
-        return json.loads((folder / "meta.json").read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        return dict(json.loads((folder / "meta.json").read_bytes()))
+    return {}
 
 
-def is_whole(folder: Path, meta: dict) -> bool:
+def is_whole(folder: Path, splits: Iterable[str], meta: dict) -> bool:
     """Return True if the token files in a folder are complete and match their checksums."""
-    try:
-        for split in meta["splits"]:
+    with suppress(UserError, ValueError):
+        for split in splits:
             TokenFiles(folder, split, meta).verify()
-    except UserError:
-        return False
-    return True
+        return True
+    return False
 
 
 def data_id(corpus: Corpus, command: str, loaded: Tokenizer | None) -> str:

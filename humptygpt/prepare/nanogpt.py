@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from humptygpt.cli import UserError, note
+from humptygpt.cli import note
 from humptygpt.data import META_FORMAT
+from humptygpt.files import refuse_damaged
 from humptygpt.tokenizers import CharTokenizer, GPT2Tokenizer, Tokenizer
 
 GPT2_TOKENS = 50_257  # size of GPT-2's vocabulary
@@ -54,14 +55,9 @@ class PlainUnpickler(pickle._Unpickler):
 
 def read_characters(path: Path) -> Tokenizer:
     """Read a character tokenizer from meta.pkl, a dictionary {vocab_size, itos, stoi}. Raises UserError if invalid."""
-    try:
+    with refuse_damaged(path):
         meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
         characters = [meta["itos"][i] for i in range(meta["vocab_size"])]
-        if any(type(char) is not str or len(char) != 1 for char in characters):
+        if any(len(char) != 1 for char in characters):
             raise ValueError("its tokens are not single characters")
         return CharTokenizer("".join(characters))
-    # an untrusted pickle can fail in any way, but it cannot run code
-    except Exception as error:
-        raise UserError(
-            f"{path} is not a plain dictionary {{vocab_size, itos, stoi}}: {error!r}"
-        ) from error
