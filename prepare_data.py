@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
 
 
 def training_arguments(config: PrepareConfig, meta: dict) -> list[str]:
-    """Choose train.py's arguments for this data: the model that the tokenizer comes from, a config or the recipe."""
+    """Choose train.py's arguments for this data: the model that the tokenizer comes from, or a config."""
     arguments = [f"--dataset={config.name}", f"--out_dir=out/{config.name}"]
     if config.tokenizer not in CHOICES:
         return [f"--init_from={config.tokenizer}", *arguments]
@@ -49,8 +49,9 @@ def training_arguments(config: PrepareConfig, meta: dict) -> list[str]:
     pairs = meta["task"] == "translation"
     if built_in(config) and own.is_file():
         arguments = [os.path.relpath(own)]
-    elif pairs:
-        arguments = [os.path.relpath(CONFIGS / "translate_de_en.py"), *arguments]
+    else:
+        suited = "translate_de_en.py" if pairs else "shakespeare_char.py"
+        arguments = [os.path.relpath(CONFIGS / suited), *arguments]
     if pairs and meta["longest"] > runpy.run_path(arguments[0])["block_size"]:
         arguments.append(f"--block_size={meta['longest']}")
     return arguments

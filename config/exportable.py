@@ -8,6 +8,8 @@ position = "rotary"
 norm = "rmsnorm"
 mlp = "gated"
 activation = "silu"
+mlp_conv = 0
+qk_norm = False
 init = "zero"
 tie_weights = False
 

@@ -34,10 +34,8 @@ IN_VAIN |= dict.fromkeys(("norm", "block", "attention", "mlp"), ("model", WINDOW
 FOR_SEVERAL = dict.fromkeys(("parallel", "backend"), ("processes", (1,)))
 # Defaults for a run that starts from a model; finetune/base.py chooses the optimizer and its rates.
 GENTLE = {"schedule": "linear", "min_lr": 0.0, "warmup_iters": 10}
-RECIPE = "config/shakespeare_char.py"  # what a new GPT is trained with if its command names no config file
-# keys of that file that say what is trained and for how long
-NOT_IN_RECIPE = ("out_dir", "dataset", "n_layer", "n_head", "n_embd", "block_size")
-NOT_IN_RECIPE += ("batch_size", "max_iters", "eval_interval")
+RECIPE = "config/shakespeare_char.py"  # what --minutes plans with: its law was fitted to this recipe
+UNPLANNED = 3.0  # minutes for text of one's own if a command says nothing about what to train and for how long
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Adjustable:
     # optimizer
     minutes: float | None = None  # run for this many minutes; unset keys are chosen to fit
     max_iters: int = 2400  # training steps
-    learning_rate: float = 1e-3  # peak learning rate, after warmup
+    learning_rate: float = 3e-3  # peak learning rate, after warmup
     decay_lr: bool = True  # warm up, then decay; False: constant learning rate
     schedule: str = "cosine"  # shape of the learning rate decay
     warmup_iters: int = 100  # steps of linear warmup

@@ -44,9 +44,9 @@ from humptygpt.settings import (
     FOR_SEVERAL,
     IN_VAIN,
     MAY_CHANGE,
-    NOT_IN_RECIPE,
     RECIPE,
     STEP,
+    UNPLANNED,
     TrainConfig,
 )
 from humptygpt.tasks import (
@@ -109,7 +109,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         base = load(init_from)
         settings = given | base_settings(base, given)
         defaults = base_defaults(base, given)
-    elif init_from == "scratch" and takes_recipe(argv, given):
+    elif given.get("minutes") and given.get("model", ModelConfig.model) == "gpt":
         defaults = recipe()
     if saved:
         settings = resumed_settings(saved, settings, path)
@@ -139,7 +139,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     if not saved and "warmup_iters" not in given:
         config = fit_warmup(config)
     if init_from == "scratch" and defaults:
-        print(f"no config file: training with the recipe of {RECIPE}", flush=True)
+        print(f"minutes: settings that are not given are those of {RECIPE}", flush=True)
     return Start(config, model_config, saved, base, given)
 
 
@@ -147,6 +147,9 @@ def read_command(argv: list[str]) -> tuple[dict[str, object], set[str]]:
     """Return the settings in a command and its config files, with out_dir set, and the keys typed in the command."""
     given = cli.read(argv, ModelConfig, TrainConfig)
     typed = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
+    if is_unplanned(argv, given):
+        given["minutes"] = UNPLANNED
+        print(f"no length is given: --minutes={UNPLANNED:g}", flush=True)
     if given.get("minutes"):
         if "max_iters" in typed:
             raise UserError(
@@ -167,18 +170,22 @@ def read_command(argv: list[str]) -> tuple[dict[str, object], set[str]]:
     return given, typed
 
 
-def takes_recipe(argv: list[str], given: dict) -> bool:
-    """True for a new GPT without a config file. For the other models the recipe has not been tried."""
-    no_file = all(argument.startswith("--") for argument in argv)
-    return no_file and given.get("model", ModelConfig.model) == "gpt"
-
-
 def recipe() -> dict[str, object]:
-    """Read the settings of the demo's config file, without those that say what is trained and for how long."""
-    fields = fields_of(ModelConfig, TrainConfig)
+    """Read the settings of RECIPE."""
     path = cli.CONFIGS.parent / RECIPE
-    settings = cli.read_config(str(path), fields)
-    return {key: x for key, x in settings.items() if key not in NOT_IN_RECIPE}
+    return cli.read_config(str(path), fields_of(ModelConfig, TrainConfig))
+
+
+def is_unplanned(argv: list[str], given: dict) -> bool:
+    """True if a command has text of its own to train a GPT on, and says nothing about the length of the run."""
+    has_file = any(not argument.startswith("--") for argument in argv)
+    says = given.keys() & {"minutes", "max_iters", "dry_run", "eval_only"}
+    is_gpt = given.get("model", ModelConfig.model) == "gpt"
+    is_pairs = ".tsv" in Path(given.get("input") or "").suffixes
+    one_process = launched()[1] == 1
+    return (
+        "input" in given and one_process and is_gpt and not (has_file or says or is_pairs)
+    )
 
 
 def data_name(where: str) -> str:

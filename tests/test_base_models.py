@@ -44,7 +44,8 @@ FROM_RUN = [*TINY_RUN, "--dataset=other", "--out_dir=out/other", "--init_from=ou
 def make_other() -> None:
     prepare_tiny()
     longer = ["--max_iters=60", "--eval_interval=30", "--log_interval=30"]
-    train.main([*TINY_RUN, *longer, "--learning_rate=0.01", "--position=learned"])
+    rule = ["--optimizer=normuon", "--learning_rate=0.01", "--grad_clip=0", "--beta2=0.95"]
+    train.main([*TINY_RUN, *longer, *rule])
     Path("other.txt").write_text(OTHER)
     prepare_data.main(["--input=other.txt", "--name=other", "--tokenizer=out/run"])
 
@@ -90,7 +91,7 @@ def test_fine_tuning_has_the_optimizer_of_the_base_run_and_a_fraction_of_its_rat
     assert rates("--lora_rank=2")[0] == pytest.approx(LORA_FRACTION * 0.01)
     config = read_settings([*FROM_RUN, "--optimizer=muon", "--weight_decay=0.5"]).config
     assert (config.optimizer, config.weight_decay) == ("muon", 0.5)
-    assert read_settings(TINY_RUN).config.learning_rate == 6e-3
+    assert read_settings(TINY_RUN).config.learning_rate == 3e-3
 
 
 def test_the_rates_do_not_shrink_from_one_fine_tuning_to_the_next(other):

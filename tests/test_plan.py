@@ -698,54 +698,52 @@ def test_the_smallest_texts_train_or_are_refused_in_one_line(folder, machine, ca
 # The defaults
 
 
-SAYS_RECIPE = f"no config file: training with the recipe of {RECIPE}\n"
+SAYS_RECIPE = f"minutes: settings that are not given are those of {RECIPE}\n"
 
 
-def test_without_a_config_file_a_new_gpt_has_the_recipe_of_the_demo(folder, capsys):
-    demo = read_settings([str(cli.CONFIGS / "shakespeare_char.py")])
-    assert capsys.readouterr().out == ""
-    own = read_settings(["--dataset=mine", "--batch_size=8"])
-    assert capsys.readouterr().out == SAYS_RECIPE
-    assert own.model_config == demo.model_config
-    changed = {"dataset": "mine", "out_dir": "out/mine", "batch_size": 8}
-    assert own.config == replace(demo.config, **changed)
-    assert own.given == changed
-
-
-def test_with_a_config_file_other_keys_have_the_defaults(folder, capsys):
-    Path("short.py").write_text("dataset = 'mine'\n")
+def test_a_new_gpt_has_the_defaults_and_with_minutes_the_recipe(folder, capsys):
     plain = TrainConfig(dataset="mine", out_dir="out/mine"), ModelConfig()
-    assert read_settings(["short.py"])[:2] == plain
+    assert read_settings(["--dataset=mine"])[:2] == plain
     assert capsys.readouterr().out == ""
-
-
-def test_the_recipe_is_what_its_file_says_without_sizes_and_steps(folder, monkeypatch):
-    monkeypatch.setattr(cli, "CONFIGS", folder / "config")
-    Path("config").mkdir()
-    sizes = "n_layer = n_head = 8\nn_embd = 64\nblock_size = batch_size = 3\n"
-    steps = "max_iters = eval_interval = 7\nout_dir = dataset = 'theirs'\n"
-    Path(RECIPE).write_text(f"{sizes}{steps}optimizer = 'muon'\nactivation = 'silu'\n")
-    found = read_settings(["--dataset=mine"])
-    config = TrainConfig(dataset="mine", out_dir="out/mine", optimizer="muon")
-    assert found[:2] == (config, ModelConfig(activation="silu"))
+    demo = read_settings([str(cli.CONFIGS / "shakespeare_char.py")])
+    Path("own.py").write_text("dataset = 'mine'\nmlp_conv = 1\n")
+    own = read_settings(["own.py", "--minutes=5"])
+    assert capsys.readouterr().out == SAYS_RECIPE
+    assert own.model_config == replace(demo.model_config, mlp_conv=1)
+    changed = {"dataset": "mine", "out_dir": "out/mine", "minutes": 5.0}
+    assert own.config == replace(demo.config, **changed)
+    assert own.given == changed | {"mlp_conv": 1}
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt"])
 def test_the_recipe_is_for_gpts_only(folder, capsys, name):
-    found = read_settings([f"--model={name}", "--n_embd=1", "--n_head=1", "--window=8"])
-    assert found.config == TrainConfig(out_dir="out/shakespeare_char")
+    sizes = ["--n_embd=1", "--n_head=1", "--window=8"]
+    found = read_settings([f"--model={name}", *sizes, "--minutes=5"])
+    assert found.config == TrainConfig(out_dir="out/shakespeare_char", minutes=5.0)
     assert found.model_config.activation == "gelu" and capsys.readouterr().out == ""
+
+
+def test_text_of_ones_own_takes_three_minutes_unless_a_command_says_what_to_train(
+    folder, capsys, monkeypatch
+):
+    assert read_settings(["--input=own.txt"]).config.minutes == 3
+    assert capsys.readouterr().out == f"no length is given: --minutes=3\n{SAYS_RECIPE}"
+    Path("own.py").touch()
+    for says in ("own.py", "--max_iters=9", "--input=own.tsv", "--eval_only=True"):
+        assert read_settings(["--input=own.txt", says]).config.minutes is None
+    assert read_settings(["--input=own.txt", "--minutes=1"]).config.minutes == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert read_settings(["--input=own.txt"]).config.minutes is None
 
 
 @pytest.mark.parametrize(
     ("files", "answers"),
-    [([], ["block=plain", "model=number_mlp"]), (["plain.py"], ["model=number_mlp"])],
+    [(["--minutes=5"], ["block=plain", "model=number_mlp"]), ([], ["model=number_mlp"])],
     ids=["recipe", "defaults"],
 )
 def test_every_choice_of_a_key_goes_with_the_others_or_says_what_does_not(
     folder, files, answers
 ):
-    Path("plain.py").touch()
     refused = []
     for key, choices in (ModelConfig.choices() | TrainConfig.choices()).items():
         for choice in choices:

@@ -22,19 +22,22 @@ RATES = ("learning_rate", "muon_learning_rate")
 # with these fractions of a new model's rates, a trained model goes on: see RECORDS.md
 FRACTION = 0.5
 LORA_FRACTION = 2.0
+FOREIGN = {
+    "learning_rate": 1e-3
+}  # of a new model as wide as the default, for models that no run of ours trained
 
 
 def base_defaults(base: Loaded, given: dict) -> dict[str, object]:
     """Choose the optimizer and the learning rates of a run that starts from a model: those of the model's own run.
 
     The rates are a fraction of that run's, or the same if it started from a model itself. A model that no run of ours
-    trained counts as trained with the defaults, at rates that are the lower the wider the model is.
+    trained counts as trained with AdamW, at rates that are the lower the wider the model is.
     """
-    saved = base.saved["train_config"] if base.saved else {}
+    saved = base.saved["train_config"] if base.saved else FOREIGN
     keys = saved.keys() & {*LIKE_BASE, *RATES} - given.keys()
     own = vars(cli.restore(TrainConfig, {key: saved[key] for key in keys}))
     scale = LORA_FRACTION if given.get("lora_rank") else FRACTION
-    if not saved:
+    if saved is FOREIGN:
         scale *= ModelConfig.n_embd / base.model.config.n_embd
     elif saved.get("init_from") != "scratch":
         scale = 1
