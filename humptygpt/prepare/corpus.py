@@ -114,7 +114,7 @@ class Documents(Corpus):
 
         Documents whose draw() is at most val_fraction are for validation. If their share of the text is not between
         0.5 * val_fraction and 1.5 * val_fraction, the end of each file is used for validation instead. A single text
-        file is always split this way. Raises UserError if there is no text, or if the only file cannot be read.
+        file is always split this way. Raises UserError if there is no text.
         """
         sizes = {}
         with progress_bar("checking the files") as bar:
@@ -122,12 +122,10 @@ class Documents(Corpus):
                 try:
                     sizes[file] = self.measure(number, bar)
                 except BadFile as error:
-                    if len(self.files) == 1:
-                        raise
                     self.skipped.append(str(error))
-        self.note_skipped()
         if not sizes:
-            raise UserError(f"{self.source} has no {self.missing}")
+            raise UserError("; ".join(self.skipped[:NAMED]))
+        self.note_skipped()
         self.files = list(sizes)
         if len(self.files) > 1:
             self.source = f"{len(self.files):,} files: {self.source}"
