@@ -104,8 +104,7 @@ class CharTokenizer(Tokenizer):
             (char,) = error.args
             raise UserError(
                 f"character {char!r} (U+{ord(char):04X}) is not among"
-                f" the {len(self.alphabet)} characters of this tokenizer; leave it out, or train a model on data"
-                " prepared with --tokenizer=bpe, which knows all characters"
+                f" the {len(self.alphabet)} characters of this tokenizer; leave it out"
             ) from error
 
     def state(self) -> dict:

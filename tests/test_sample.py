@@ -80,7 +80,7 @@ def test_the_best_checkpoint_is_sampled_unless_the_latest_is_asked_for(run_dir, 
 
 BAD = {
     "character 'é' (U+00E9) is not among the": ["--start=é"],
-    "; leave it out, or train a model on data prepared with --tokenizer=bpe": ["--start=é"],
+    "characters of this tokenizer; leave it out": ["--start=é"],
     "cannot read latin1.txt: it is not valid UTF-8": ["--start=FILE:latin1.txt"],
     "cannot read promts.txt: No such file or directory": ["--prompts=promts.txt"],
     "cannot read : Is a directory": ["--start=FILE:"],

@@ -78,8 +78,7 @@ def shakespeare(config: PrepareConfig) -> tuple[Path, str]:
             return path, "tiny Shakespeare"
         except UserError as error:
             note(
-                f"{error}; using the plays in the package {PLAYS_PACKAGE}, a different edition from tiny Shakespeare;"
-                " do not compare losses between the two"
+                f"{error}; using the plays in the package {PLAYS_PACKAGE}, a different edition from tiny Shakespeare"
             )
             fetch_plays(plays)
     return plays, f"the plays and poems in the package {PLAYS_PACKAGE}"
