@@ -73,7 +73,7 @@ def chats(made_once):
 
 def train_talker() -> None:
     prepare_chats()
-    train.main([*TINY_RUN, "--block_size=128"])
+    train.main([*TINY_RUN, "--block_size=256"])
 
 
 @pytest.fixture
@@ -429,10 +429,10 @@ def test_a_full_context_forgets_the_oldest_exchanges_whole_but_not_the_system_me
 def test_a_message_longer_than_the_context_is_one_line_and_the_talk_goes_on(
     talker, capsys, monkeypatch
 ):
-    monkeypatch.setattr("sys.stdin", StringIO("egg\n" + "wall " * 40 + "\negg\n"))
+    monkeypatch.setattr("sys.stdin", StringIO("egg\n" + "wall " * 80 + "\negg\n"))
     sample.main(["--out_dir=out/run", "--interactive=True", "--temperature=0"])
     printed = capsys.readouterr()
-    assert printed.err.count("more than fit into block_size=128") == 1
+    assert printed.err.count("more than fit into block_size=256") == 1
     first, again = printed.out.splitlines()
     assert first and again
 
