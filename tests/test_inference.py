@@ -23,15 +23,6 @@ def logits_in_pieces(model, idx, padding=None) -> torch.Tensor:
     return torch.stack([model.next_logits(piece, cache) for piece in pieces], dim=1)
 
 
-def check_equal(keys: dict) -> None:
-    model = random_model(**keys).eval()
-    idx = tokens(3, 9)
-    expected = model(idx)[0][:, 2:].detach()
-    ready = make_generator(copy.deepcopy(model))
-    found = logits_in_pieces(ready, idx)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4, msg=str(keys))
-
-
 @pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
 )
@@ -42,7 +33,10 @@ def test_large_matrices_are_packed_and_give_the_same_logits(monkeypatch):
         {"mlp": "gated", "tie_weights": False},
         {"n_kv_head": 1, "position": "rotary"},
     ):
-        check_equal(keys)
+        model, idx = random_model(**keys).eval(), tokens(3, 9)
+        expected = model(idx)[0][:, 2:].detach()
+        found = logits_in_pieces(make_generator(copy.deepcopy(model)), idx)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4, msg=str(keys))
     ready = make_generator(random_model())
     functions = [f for module in ready.modules() for f in vars(module).values()]
     products = [isinstance(getattr(f, "__self__", f), ProductLinear) for f in functions]

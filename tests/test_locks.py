@@ -132,18 +132,6 @@ def test_a_killed_process_leaves_no_lock_and_its_run_is_resumed(run_train):
     assert not (OUT / ".lock").exists()
 
 
-def test_a_run_that_does_not_start_leaves_no_folder(tiny, fails):
-    argv = [*TINY_RUN, "--out_dir=out/deep/run", "--vocab_size=3"]
-    assert "vocab_size=3 must be at least " in fails(train.main, *argv)
-    assert not Path("out/deep/run").exists()
-
-
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a read-only folder")
-def test_if_no_folder_can_be_made_nobody_is_named_as_its_user(tiny, fails):
-    line = "cannot write /proc/x: No such file or directory; choose another folder\n"
-    assert fails(train.main, *TINY_RUN, "--out_dir=/proc/x") == line
-
-
 # --------------------------------------------------------------------------------------
 # Fifty starts of two runs
 

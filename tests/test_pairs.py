@@ -125,13 +125,6 @@ def test_spaces_are_trimmed_and_collapsed(folder):
     assert all_pairs() == sorted(ROWS)
 
 
-def test_bytes_that_are_not_utf8_are_replaced(folder):
-    path = Path(write_tsv("own.tsv", ROWS))
-    path.write_bytes(path.read_bytes() + b"Gr\xfcn ist es.\tIt is green.\n")
-    prepare(f"--input=own.tsv {BYTES}")
-    assert ("Gr\ufffdn ist es.", "It is green.") in all_pairs()
-
-
 # --------------------------------------------------------------------------------------
 # Splits and dropped pairs
 

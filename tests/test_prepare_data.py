@@ -399,20 +399,6 @@ def test_a_stream_is_prepared_and_no_copy_of_it_stays(folder, monkeypatch):
     assert meta("mine")["source"] == "standard input" and set(contents("mine")) == WHOLE
 
 
-@pytest.mark.parametrize(
-    ("data", "complaint"),
-    [
-        (b"", "standard_input.txt has no text"),
-        (b"ab\0", "standard_input.txt is not a text file"),
-    ],
-)
-def test_a_stream_without_text_is_refused_in_one_line(
-    folder, monkeypatch, fails, data, complaint
-):
-    pipe(monkeypatch, data)
-    assert complaint in fails(prepare_data.main, "mine", "--input=-")
-
-
 @pytest.mark.parametrize("tokenizer", ["byte", "auto"])  # auto: reads once more
 def test_one_line_at_the_end_counts_bad_bytes_and_records_without_text_and_names_the_first(
     folder, capsys, tokenizer

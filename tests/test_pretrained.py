@@ -405,7 +405,6 @@ BAD = [
     # pickles
     (pickled(lambda x: x | {LN: Code()}), f"{PICKLE} is {WHOLE} holds more than tensors"),
     (pickled(lambda _: Code(), _use_new_zipfile_serialization=False), WHOLE),
-    (pickled(lambda _: [1]), WHOLE),
     (pickled(lambda x: x | {LN: [1.0]}), WHOLE),
 ]
 

@@ -193,16 +193,13 @@ def test_a_suite_that_cannot_be_downloaded_or_is_damaged_names_its_file_and_plac
 
 BAD = [
     '{"good": ',
-    "[1]",
     "[" * 10**5,
     '{"text": "a"}',
     '{"good": "a", "bad": "a"}',
     '{"good": "a", "bad": ""}',
     '{"good": "a"}',
     '{"good": "a", "bad": "b", "context": 1}',
-    '{"choices": ["a", "b"], "answer": 2}',
     '{"choices": ["a", "b"], "answer": -1}',
-    '{"choices": ["a", "b"], "answer": [0]}',
     '{"choices": ["a", ["b"]], "answer": 0}',
     '{"choices": ["a", "b"]}',
 ]

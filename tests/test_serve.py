@@ -417,12 +417,10 @@ BAD = {
     "messages[0].role must be assistant or": {"messages": [{"role": "x", "content": ""}]},
     "temperature=-1 must be at least 0": HELLO | {"temperature": -1},
     "temperature must be float": HELLO | {"temperature": "hot"},
-    "top_p=1.5 must be at most 1": HELLO | {"top_p": 1.5},
     "top_p=0 must be above 0": HELLO | {"top_p": 0},
     "stop must not be empty": HELLO | {"stop": ["a", ""]},
     "stop must not be": HELLO | {"stop": ""},
     "max_tokens must be an int from 0": HELLO | {"max_tokens": -1},
-    "top_k=0 must be at least 1": HELLO | {"top_k": 0},
     "n must be an int from 1 to 16": HELLO | {"n": 17},
     "min_p=-0.1 must be at least 0": HELLO | {"min_p": -0.1},
     "response_format is not supported": HELLO
@@ -444,11 +442,8 @@ BAD = {
     "messages is empty": {"messages": []},
     "surrogates not allowed": {"messages": [{"role": "user", "content": "\ud800"}]},
     "Expecting": b'{"messages": [',
-    "nested too deeply": b"[" * 10**5,
     "temperature=nan must be at least 0": b'{"messages": [], "temperature": NaN}',
     "top_p=inf must be": b'{"messages": [], "top_p": 1e999}',
-    "Exceeds the limit": b'{"messages": [], "seed": ' + b"9" * 5000 + b"}",
-    "can't decode": b'"\xff"',
     "from 1 to 1,000,000": b"",
 }
 
@@ -509,12 +504,6 @@ RAW = {
     "negative": (
         400,
         b"POST /v1/completions HTTP/1.1\r\n" + HOST + b"Content-Length: -5\r\n\r\n{}",
-    ),
-    "huge": (
-        400,
-        b"POST /v1/completions HTTP/1.1\r\n"
-        + HOST
-        + b"Content-Length: 99999999999\r\n\r\n{}",
     ),
     "path": (404, b"POST /v1/nothing HTTP/1.1\r\n" + HOST + b"\r\n"),
     "page": (404, b"GET /etc/passwd HTTP/1.1\r\n" + HOST + b"\r\n"),

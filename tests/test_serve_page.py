@@ -55,9 +55,7 @@ def opened(browser):
         page.on("request", lambda request: requests.append(request.url))
         url = f"http://127.0.0.1:{server.server_port}/"
         page.goto(url)
-        page.wait_for_selector("#message[placeholder]")
-        page.fill("#temperature", "0")  # the reciter then makes no mistake
-        page.focus("#message")
+        make_ready(page)
         page.own = url
         return page
 
@@ -67,6 +65,12 @@ def opened(browser):
         context.close()
     assert console == []
     assert all(url.startswith(tuple(page.own for page in pages)) for url in requests)
+
+
+def make_ready(page) -> None:
+    page.wait_for_selector("#message[placeholder]")
+    page.fill("#temperature", "0")  # the reciter then makes no mistake
+    page.focus("#message")
 
 
 def say(page, text: str = "Hello") -> None:
@@ -214,9 +218,7 @@ def test_a_conversation_survives_a_reload_also_while_it_is_written(reciter, open
     gate.release(4)
     wait_for_reply(page, "Grü", 1)
     page.reload()
-    page.wait_for_selector("#message[placeholder]")
-    page.fill("#temperature", "0")  # the reciter then makes no mistake
-    page.focus("#message")
+    make_ready(page)
     assert replies(page) == [REPLY, "Grü"]
     assert page.locator(".user p").last.inner_text() == "<img src=x onerror=alert(1)>"
     assert page.locator("article img").count() == 0
@@ -229,9 +231,7 @@ def test_when_the_context_is_full_the_oldest_exchanges_are_forgotten(browser):
         context = browser.new_context()
         page = context.new_page()
         page.goto(f"http://127.0.0.1:{server.server_port}")
-        page.wait_for_selector("#message[placeholder]")
-        page.fill("#temperature", "0")  # the reciter then makes no mistake
-        page.focus("#message")
+        make_ready(page)
         for number in range(3):
             say(page, f"Number {number}")
             wait_until_done(page)
@@ -249,9 +249,7 @@ def test_a_server_that_has_gone_is_reported_and_the_page_can_go_on(
     context = browser.new_context()
     page = context.new_page()
     page.goto(f"http://127.0.0.1:{reciter.server_port}")
-    page.wait_for_selector("#message[placeholder]")
-    page.fill("#temperature", "0")  # the reciter then makes no mistake
-    page.focus("#message")
+    make_ready(page)
     context.set_offline(True)
     say(page)
     wait_until_done(page)

@@ -11,7 +11,6 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +23,7 @@ from conftest import (
     make_text,
     read_rows,
     started_processes,
+    train_losses,
 )
 from test_snapshots import kept
 
@@ -60,10 +60,6 @@ def resume(*argv: str) -> list[dict]:
 
 def values(key: str, rows: list[dict]) -> list[float]:
     return [row[key] for row in rows if key in row]
-
-
-def train_losses(rows: list[dict]) -> list[float]:
-    return values("train_loss", rows)
 
 
 def evaluations(monkeypatch, *losses: float) -> None:
@@ -440,17 +436,6 @@ def test_out_of_memory_is_one_line_and_no_failure_of_the_compiler(
     assert line.startswith("out of memory") and line.endswith(f"; {ADVICE}\n")
 
 
-def test_a_model_that_is_traced_for_compiling_trains_alike_and_keeps_its_names(
-    run_train, monkeypatch
-):
-    eager = train_losses(run_train())
-    names = weights().keys()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    traced = train_losses(run_train("--compile=True"))
-    assert traced == pytest.approx(eager, rel=1e-4)
-    assert weights().keys() == names
-
-
 # --------------------------------------------------------------------------------------
 # Stopping and resuming
 
@@ -731,28 +716,11 @@ def test_the_last_row_has_the_loss_on_the_whole_split_if_it_was_computed(
         assert last_row()[f"best_{key}"] == whole[f"whole_{key}"]
 
 
-def test_the_best_loss_of_the_last_row_is_of_the_newest_evaluation_set(
-    run_train, monkeypatch
-):
-    evaluations(monkeypatch, 1.2, 1.0, 2.0)
-    run_train("--eval_iters=2")
-    resume("--max_iters=9", "--eval_iters=30")
-    assert (last_row()["best_iter"], last_row()["best_val_loss"]) == (9, 2.0)
-
-
-def test_a_run_records_its_commands_and_whether_it_stopped_or_is_done(
-    tiny, monkeypatch, signal_in_step
-):
-    def end() -> tuple[int, str]:
-        return last_row()["iter"], last_row()["end"]
-
-    signal_in_step(1)
+def test_a_run_records_its_commands(run_train, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--start=a b", "\udcff"])
-    assert train.main(TINY_RUN) == 143
-    assert end() == (1, "interrupted")
+    run_train()
     monkeypatch.setattr(sys, "argv", ["train.py", *RESUME])
-    resume()
-    assert end() == (6, "finished")
+    resume("--max_iters=7")
     assert (OUT / "command.txt").read_text().splitlines() == [
         r"python train.py '--start=a b' '\udcff'",
         f"python train.py {' '.join(RESUME)}",
@@ -905,7 +873,6 @@ BAD = {
     "vocab_size=3 must be at least": ["--vocab_size=3"],
     "cannot write blocked/run: Not a directory; choose another": ["--out_dir=blocked/run"],
     "name='data/tiny' must be the name of a folder in data/": ["--dataset=data/tiny"],
-    "cannot write blocked: File exists; choose another": ["--out_dir=blocked"],
 }
 
 
@@ -964,10 +931,8 @@ def test_the_window_network_trains_and_resumes(run_train, optimizer, model):
     ("key", "variants", "name"),
     [
         ("activation", models.ACTIVATIONS, "silu"),
-        ("norm", models.NORMS, "rmsnorm"),
         ("position", models.POSITIONS, "alibi"),
         ("block", models.BLOCKS, "post_norm"),
-        ("mlp", models.MLPS, "gated"),
     ],
 )
 def test_a_new_variant_is_one_line_in_one_dictionary(

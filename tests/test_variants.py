@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ADAMW, PLAIN, TINY_RUN
+from conftest import ADAMW, PLAIN, TINY_RUN, train_losses
 from test_model import random_model
 from texts import make_text
 from torch import nn
@@ -203,9 +203,7 @@ def test_a_term_reaches_workers_and_members_and_stays_out_of_the_losses(
     rows = run_train(*keys)
     assert terms(rows) == pytest.approx([3 * (1 - step / 6) for step in range(6)])
     if keys == ["--threads=2"]:
-        expected = [row["train_loss"] for row in plain if "train_loss" in row]
-        found = [row["train_loss"] for row in rows if "train_loss" in row]
-        assert found == pytest.approx(expected, abs=1e-5)
+        assert train_losses(rows) == pytest.approx(train_losses(plain), abs=1e-5)
 
 
 def test_a_term_changes_what_is_learned(run_train, monkeypatch):
@@ -385,20 +383,21 @@ def test_a_part_of_a_block_is_refused_for_a_model_without_blocks(tiny, fails):
     assert complaint in fails(train.main, *TINY_RUN, *PLAIN, *keys)
 
 
-def test_a_compiled_training_has_the_losses_of_an_eager_one_and_few_graphs(
+def test_a_compiled_training_has_the_losses_and_names_of_an_eager_one_and_few_graphs(
     run_train, monkeypatch, capsys
 ):
-    expected = losses_in(run_train("--dropout=0.2", "--dtype=float32"))
+    def names() -> set[str]:
+        return set(torch.load("out/run/ckpt.pt")["model"])
+
+    expected = train_losses(run_train("--dropout=0.2", "--dtype=float32"))
     # without the compiler behind it, which takes a minute
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.utils.counters.clear()
-    found = losses_in(run_train("--compile=True", "--dtype=float32", "--dropout=0"))
-    assert found == pytest.approx(losses_in(run_train("--dropout=0")), rel=1e-5)
+    eager = names()
+    found = train_losses(run_train("--compile=True", "--dtype=float32", "--dropout=0"))
+    assert names() == eager
+    assert found == pytest.approx(train_losses(run_train("--dropout=0")), rel=1e-5)
     assert found != expected
     assert "failed" not in capsys.readouterr().err
     run_train("--compile=True", "--dropout=0.2")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < 12
-
-
-def losses_in(rows: list[dict]) -> list[float]:
-    return [row["train_loss"] for row in rows if "train_loss" in row]

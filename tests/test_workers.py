@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, TINY_RUN, assert_same_weights, read_rows
+from conftest import train_losses as losses
 
 import model as models
 import train
@@ -34,10 +35,6 @@ LONGER = ["--max_iters=20", "--dropout=0.2", "--eval_interval=20"]
 @pytest.fixture(autouse=True)
 def cores(monkeypatch):
     monkeypatch.setattr(process, "usable_cores", lambda: 8)
-
-
-def losses(rows: list[dict]) -> list[float]:
-    return [row["train_loss"] for row in rows if "train_loss" in row]
 
 
 def weights() -> dict[str, torch.Tensor]:
