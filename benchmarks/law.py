@@ -121,7 +121,8 @@ def measure() -> None:
 def command(text: str, minutes: int, number: int) -> list[str]:
     keys = [f"--{key}={value}" for key, value in draw(text, minutes, number).items()]
     out_dir = OUT / f"{text}_{minutes}" / str(number)
-    return [f"--dataset={text}", f"--out_dir={out_dir}", *keys]
+    recipe = "config/shakespeare_char.py"
+    return [recipe, f"--dataset={text}", f"--out_dir={out_dir}", *keys]
 
 
 def run(only: str, share: str) -> None:

@@ -16,12 +16,18 @@ from model import POSITIONS
 TRAINING_ONLY = {"dropout", "label_smoothing"}
 # keys that may change on resume if their product does not
 STEP = ("batch_size", "gradient_accumulation_steps")
-NOT_ROTARY = POSITIONS.keys() - {"rotary"}
 # {key: (another key, the values of that other key for which the key has no effect)}
-IN_VAIN = {"text_key": ("input", (None,)), "input": ("dataset", DATASETS)}
-IN_VAIN |= dict.fromkeys(("schedule", "lr_decay_iters", "min_lr"), ("decay_lr", (False,)))
-IN_VAIN |= dict.fromkeys(("lora_alpha", "lora_targets"), ("lora_rank", (0,)))
-IN_VAIN |= dict.fromkeys(("rope_base", "rope_factor"), ("position", NOT_ROTARY))
+IN_VAIN = {
+    "text_key": ("input", (None,)),
+    "input": ("dataset", DATASETS),
+    **dict.fromkeys(("schedule", "lr_decay_iters", "min_lr"), ("decay_lr", (False,))),
+    **dict.fromkeys(("lora_alpha", "lora_targets"), ("lora_rank", (0,))),
+    **dict.fromkeys(("rope_base", "rope_factor"), ("position", {*POSITIONS} - {"rotary"})),
+    # models without blocks
+    **dict.fromkeys(
+        ("norm", "block", "attention", "mlp"), ("model", ("window_mlp", "number_mlp"))
+    ),
+}
 # {optimizer: the settings of its rules}
 OF_RULES = {x: {key for rule in OPTIMIZERS[x] for key in rule.settings} for x in OPTIMIZERS}
 IN_VAIN |= {
@@ -29,8 +35,6 @@ IN_VAIN |= {
     for settings in OF_RULES.values()
     for key in settings
 }
-WINDOWS = ("window_mlp", "number_mlp")  # models without blocks
-IN_VAIN |= dict.fromkeys(("norm", "block", "attention", "mlp"), ("model", WINDOWS))
 FOR_SEVERAL = dict.fromkeys(("parallel", "backend"), ("processes", (1,)))
 # Defaults for a run that starts from a model; finetune/base.py chooses the optimizer and its rates.
 GENTLE = {"schedule": "linear", "min_lr": 0.0, "warmup_iters": 10}

@@ -68,6 +68,7 @@ LONG = 20_000
 # Workers share a batch if the model has at most this many parameters for each token of a worker: above that, the sum of
 # their gradients and the conversion of weights to bfloat16 take longer than the waits of threads that share operators
 PARAMETERS_PER_TOKEN = 50_000
+
 # --------------------------------------------------------------------------------------
 # Settings
 
@@ -88,6 +89,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     locks: receives the lock on out_dir, taken before the checkpoint is read. A run that writes nothing takes no lock.
     """
     rank, processes = launched()
+    fields = fields_of(TrainConfig, ModelConfig)
     given, typed = read_command(argv)
     overwrite = given.pop("overwrite", False)  # belongs to this command, not to the run
     out_dir = Path(given["out_dir"])
@@ -110,7 +112,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         settings = given | base_settings(base, given)
         defaults = base_defaults(base, given)
     elif given.get("minutes") and given.get("model", ModelConfig.model) == "gpt":
-        defaults = recipe()
+        defaults = cli.read_config(str(cli.CONFIGS.parent / RECIPE), fields)
     if saved:
         settings = resumed_settings(saved, settings, path)
     else:
@@ -129,7 +131,6 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     values = asdict(config) | asdict(model_config) | {"processes": processes}
     values["input"] = given.get("input")  # a resumed run forgets it
     # a config.json sets every key, most of them to the default
-    fields = fields_of(TrainConfig, ModelConfig)
     chosen = {key for key in given if given[key] != fields[key].default}
     # only noted: a config file may be combined with others, and the same command may run in several processes
     noted = given.keys() - typed | FOR_SEVERAL.keys()
@@ -170,22 +171,17 @@ def read_command(argv: list[str]) -> tuple[dict[str, object], set[str]]:
     return given, typed
 
 
-def recipe() -> dict[str, object]:
-    """Read the settings of RECIPE."""
-    path = cli.CONFIGS.parent / RECIPE
-    return cli.read_config(str(path), fields_of(ModelConfig, TrainConfig))
-
-
 def is_unplanned(argv: list[str], given: dict) -> bool:
     """True if a command has text of its own to train a GPT on, and says nothing about the length of the run."""
     has_file = any(not argument.startswith("--") for argument in argv)
     says = given.keys() & {"minutes", "max_iters", "dry_run", "eval_only"}
     is_gpt = given.get("model", ModelConfig.model) == "gpt"
-    is_pairs = ".tsv" in Path(given.get("input") or "").suffixes
-    one_process = launched()[1] == 1
-    return (
-        "input" in given and one_process and is_gpt and not (has_file or says or is_pairs)
-    )
+    if not given.get("input") or has_file or says or not is_gpt or launched()[1] > 1:
+        return False
+    path = Path(given["input"])
+    files = filter(Path.is_file, path.rglob("*")) if path.is_dir() else [path]
+    is_pairs = all(".tsv" in file.suffixes for file in files)
+    return not is_pairs or "text_key" in given
 
 
 def data_name(where: str) -> str:

@@ -28,7 +28,7 @@ from humptygpt.cli import UserError
 from humptygpt.minutes import plan
 from humptygpt.optimizers import trained_parameters
 from humptygpt.settings import RECIPE, TrainConfig
-from humptygpt.setup import read_settings, recipe
+from humptygpt.setup import read_settings
 from humptygpt.tasks import MODELS, build_on_meta, make_model_config
 from model import ModelConfig, Stack, flops_per_token
 
@@ -38,6 +38,7 @@ LANGUAGE_MODELS = [
     name for name, (_, learns) in MODELS.items() if "language modelling" in learns
 ]
 LENGTH = ("--max_iters", "--eval_interval", "--eval_iters", "--warmup_iters")
+DEMO = str(cli.CONFIGS / "shakespeare_char.py")
 TIMED = [argument for argument in TINY_RUN if argument.partition("=")[0] not in LENGTH]
 TIMED += ["--schedule=linear", "--min_lr=0.0"]
 SHOWN = ["--dataset=tiny", "--out_dir=out/run", "--device=cpu", "--dtype=float32"]
@@ -270,7 +271,8 @@ def choose(monkeypatch):
     monkeypatch.setattr(cores, "STARTED", 0.0)
 
     def chosen(text: int, minutes: float, **given) -> tuple[TrainConfig, ModelConfig]:
-        settings = recipe() | {"vocab_size": 65, "minutes": minutes, "dtype": "float32"}
+        settings = cli.read([DEMO], ModelConfig, TrainConfig)
+        settings |= {"vocab_size": 65, "minutes": minutes, "dtype": "float32"}
         settings |= given
         dataset = SimpleNamespace(
             task="language modelling",
@@ -705,7 +707,7 @@ def test_a_new_gpt_has_the_defaults_and_with_minutes_the_recipe(folder, capsys):
     plain = TrainConfig(dataset="mine", out_dir="out/mine"), ModelConfig()
     assert read_settings(["--dataset=mine"])[:2] == plain
     assert capsys.readouterr().out == ""
-    demo = read_settings([str(cli.CONFIGS / "shakespeare_char.py")])
+    demo = read_settings([DEMO])
     Path("own.py").write_text("dataset = 'mine'\nmlp_conv = 1\n")
     own = read_settings(["own.py", "--minutes=5"])
     assert capsys.readouterr().out == SAYS_RECIPE
@@ -728,9 +730,14 @@ def test_text_of_ones_own_takes_three_minutes_unless_a_command_says_what_to_trai
 ):
     assert read_settings(["--input=own.txt"]).config.minutes == 3
     assert capsys.readouterr().out == f"no length is given: --minutes=3\n{SAYS_RECIPE}"
-    Path("own.py").touch()
-    for says in ("own.py", "--max_iters=9", "--input=own.tsv", "--eval_only=True"):
+    Path("pairs").mkdir()
+    for path in ("own.py", "pairs/a.tsv", "pairs/b.tsv.gz"):
+        Path(path).touch()
+    pairs = ("--input=own.tsv", "--input=pairs")
+    for says in ("own.py", "--max_iters=9", "--eval_only=True", *pairs):
         assert read_settings(["--input=own.txt", says]).config.minutes is None
+    for path in pairs:  # question and answer
+        assert read_settings([path, "--text_key=q,a"]).config.minutes == 3
     assert read_settings(["--input=own.txt", "--minutes=1"]).config.minutes == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert read_settings(["--input=own.txt"]).config.minutes is None

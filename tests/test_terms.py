@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from humptygpt import cli
 from humptygpt.cli import make
 from humptygpt.optimizers import orthogonalize
 from humptygpt.sampling import probabilities
 from humptygpt.settings import TrainConfig
-from humptygpt.setup import recipe
 from humptygpt.tasks import make_model_config
 from model import (
     GPT,
@@ -23,7 +23,8 @@ from model import (
 )
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0]])
-DEMO_KEYS = {"vocab_size": 65} | recipe()
+DEMO_FILE = str(cli.CONFIGS / "shakespeare_char.py")
+DEMO_KEYS = {"vocab_size": 65} | cli.read([DEMO_FILE], ModelConfig, TrainConfig)
 DEMO = make_model_config(DEMO_KEYS)
 
 

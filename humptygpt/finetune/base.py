@@ -22,9 +22,8 @@ RATES = ("learning_rate", "muon_learning_rate")
 # with these fractions of a new model's rates, a trained model goes on: see RECORDS.md
 FRACTION = 0.5
 LORA_FRACTION = 2.0
-FOREIGN = {
-    "learning_rate": 1e-3
-}  # of a new model as wide as the default, for models that no run of ours trained
+# models that no run of ours trained count as trained at this rate, if they are as wide as the default
+FOREIGN = {"learning_rate": 1e-3}
 
 
 def base_defaults(base: Loaded, given: dict) -> dict[str, object]:
