@@ -91,17 +91,11 @@ def test_training_by_the_clock_too_sampling_and_the_page_need_no_optional_packag
 @pytest.mark.parametrize(
     ("package", "argv"),
     [
-        (
-            "tokenizers",
-            "prepare_data.py a --input=own.txt --tokenizer=bpe --vocab_size=300",
-        ),
         ("tiktoken,tiktoken_ext", "prepare_data.py a --input=own.txt --tokenizer=gpt2"),
         ("pyarrow", "prepare_data.py a --input=own.parquet"),
-        ("matplotlib", "compare.py out/run"),
     ],
 )
-def test_a_missing_package_is_named_in_one_line(run_train, capsys, package, argv):
-    run_train()
+def test_a_missing_package_is_named_in_one_line(folder, package, argv):
     Path("own.txt").write_text(make_text())
     Path("own.parquet").write_bytes(b"PAR1")
     done = run_without([package], argv)

@@ -203,32 +203,20 @@ def test_a_nanogpt_folder_opens_as_it_is(folder):
     assert train.main([*TINY_RUN, "--dataset=old"]) == 0
 
 
-def alter(data: Path):
-    ids = np.fromfile(data / "train.bin", np.uint16)
-    ids[100] ^= 1
-    ids.tofile(data / "train.bin")
-
-
-def shorten(path: Path, count: int):
-    path.write_bytes(path.read_bytes()[:-count])
-
-
 def edit_meta(data: Path, **entries):
     (data / "meta.json").write_text(json.dumps(read_meta(data) | entries))
 
 
 DAMAGE = {
-    "is damaged: the checksum of train.bin does not match meta.json": alter,
     "holds token 20, but its tokenizer has only 3": lambda data: edit_meta(
         data, tokenizer={"tokenizer": "char", "alphabet": "abc"}
     ),
     "is damaged: meta.json lists ['train.bin'] as files of val": lambda data: edit_meta(
         data, splits=(splits := read_meta(data)["splits"]) | {"val": splits["train"]}
     ),
-    "is damaged: Size of available data": lambda data: shorten(data / "train.bin", 1),
-    "train.bin has 3,599 tokens, but meta.json says 3,600": lambda data: shorten(
-        data / "train.bin", 2
-    ),
+    "train.bin has 3,599 tokens, but meta.json says 3,600": lambda data: (
+        data / "train.bin"
+    ).write_bytes((data / "train.bin").read_bytes()[:-2]),
     "is damaged: [Errno 2] No such file or directory: 'data/tiny/val.bin'": lambda data: (
         data / "val.bin"
     ).unlink(),
@@ -236,9 +224,6 @@ DAMAGE = {
         data, format="tokens 99"
     ),
     "is damaged: Expecting": lambda data: (data / "meta.json").write_text("{"),
-    "is damaged: 'splits'": lambda data: (data / "meta.json").write_text(
-        (data / "meta.json").read_text().replace('"splits"', '"split"')
-    ),
     "is damaged: meta.json has 0 bytes for val": lambda data: edit_meta(
         data,
         splits=(splits := read_meta(data)["splits"])

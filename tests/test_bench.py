@@ -152,16 +152,10 @@ def test_seconds_to_the_target_are_read_off_between_two_evaluations():
     assert figures == {"x_seconds": 30.0, "x_seconds_to_target": 22.5, "x_val_loss": 2.0}
 
 
-@pytest.fixture
-def trainers(text) -> list[contenders.Trainer]:
+def test_both_are_scored_by_one_function_on_the_whole_split(text):
     preset = replace(training.PRESET, batch_size=2, device="cpu", dtype="float32")
     shape = replace(training.SHAPE, vocab_size=24)
-    theirs = replace(preset, learning_rate=1)
-    return [OurTrainer(preset, shape), NanoGPTTrainer(theirs, shape, "other")]
-
-
-def test_both_are_scored_by_one_function_on_the_whole_split(trainers):
-    for trainer in trainers:
+    for trainer in (OurTrainer(preset, shape), NanoGPTTrainer(preset, shape, "other")):
         # no two texts cost the same
         torch.nn.init.normal_(next(trainer.model.parameters()))
         val = trainer.dataset.val
@@ -201,17 +195,13 @@ def test_bad_input_is_one_line(text, fails):
 # Generation
 
 
-@pytest.fixture
-def small(here, monkeypatch):
+def test_generation_is_timed_beside_what_is_installed_and_what_is_missing_is_named(
+    here, text, monkeypatch, capsys
+):
     """--size=gpt2 is SMALL; no package but torch is there."""
     monkeypatch.setattr(generation, "shapes", lambda size: (SMALL, SMALL))
     find = lambda package: package if package == "torch" else None  # noqa: E731
     monkeypatch.setattr(generation.importlib.util, "find_spec", find)
-
-
-def test_generation_is_timed_beside_what_is_installed_and_what_is_missing_is_named(
-    small, text, capsys
-):
     argv = ["--what=sample", "--new_tokens=4", "--rounds=2", "--texts=2", "--prompt=3"]
     bench.main([*argv, "--weights=int8", "--nanogpt=other"])
     out = capsys.readouterr().out

@@ -82,12 +82,12 @@ def by_column(self, x, at):
     return x * (1 + 0.1 * torch.arange(columns.start, columns.stop)[:, None])
 
 
+LEAK = "a token sees later tokens, so the model can copy what it should predict"
+UNLIKE = "training and evaluation compute different logits, even without dropout"
+CACHE = "with a cache, next_logits() computes other logits than forward()"
 # {what is replaced by what: what train.py says}
 EDITS = {
-    (
-        "attend",
-        see_everything,
-    ): "a token sees later tokens, so the model can copy what it should predict",
+    ("attend", see_everything): LEAK,
     (
         "attend",
         without_softmax,
@@ -99,36 +99,20 @@ EDITS = {
     ): "attend() in model.py has been edited, so PyTorch's fused kernel is not used",
     (
         "forward",
-        ignore_cache,
-    ): "with a cache, next_logits() computes other logits than forward()",
-    (
-        "forward",
         broken_cache,
     ): "a small model like this one fails, so these are not checked: cache (NotImpl",
     (
         "block",
         without_residual,
     ): "no weight of a new model gets a gradient, so it cannot learn; is a residual",
-    (
-        "forward",
-        more_in_training,
-    ): "training and evaluation compute different logits, even without dropout",
+    ("forward", more_in_training): UNLIKE,
     (
         "forward",
         cut_gradient,
     ): "10 weights get no gradient, so they cannot learn, such as stack.blocks.0.attn",
-    (
-        "attend",
-        random_weights,
-    ): "training and evaluation compute different logits, even without dropout",
-    (
-        "next_logits",
-        doubled,
-    ): "with a cache, next_logits() computes other logits than forward()",
-    (
-        "append",
-        forget_all_but_20,
-    ): "with a cache, next_logits() computes other logits than forward()",
+    ("attend", random_weights): UNLIKE,
+    ("next_logits", doubled): CACHE,
+    ("append", forget_all_but_20): CACHE,
     (
         "embed",
         by_column,
@@ -143,7 +127,8 @@ def test_train_py_says_in_a_line_what_an_edit_breaks(edit, tiny, monkeypatch, ca
     where |= {"next_logits": models.GPT}
     where |= {"append": models.LayerCache, "embed": POSITIONS["rotary"]}
     monkeypatch.setattr(where[name], "forward" if name == "block" else name, edited)
-    train.main([*TINY_RUN, "--block_size=32", "--max_iters=1"])
+    keys = ["--position=rotary", "--init=zero", "--block_size=32", "--max_iters=1"]
+    train.main([*TINY_RUN, *keys])
     notes = re.findall("^note: (.*)$", capsys.readouterr().err, re.MULTILINE)
     assert sum(note.startswith(EDITS[edit]) for note in notes) == 1, notes
 
@@ -157,16 +142,13 @@ def unguarded(self, x, shared, cache=None):
     return self.output(see_everything(q, k, v, None), x)
 
 
-LEAK = "note: a token sees later tokens, so the model can copy what it should predict"
-
-
 def test_an_attention_that_takes_rotary_positions_for_granted_is_told_that_it_leaks(
     run_train, monkeypatch, capsys
 ):
     monkeypatch.setattr(SelfAttention, "forward", unguarded)
     run_train("--position=rotary")
     told = capsys.readouterr().err
-    assert LEAK in told and "not checked" not in told
+    assert f"note: {LEAK}" in told and "not checked" not in told
 
 
 def test_what_cannot_be_tried_is_named_and_does_not_keep_the_rest_from_being_tried(
@@ -179,7 +161,7 @@ def test_what_cannot_be_tried_is_named_and_does_not_keep_the_rest_from_being_tri
     monkeypatch.setattr(SelfAttention, "forward", only_evaluated)
     check_model(random_model(position="rotary"))
     told = capsys.readouterr().err
-    assert LEAK in told
+    assert f"note: {LEAK}" in told
     failed = "gradients, training unlike evaluation (AssertionError: no training yet)"
     assert f"so these are not checked: {failed}" in told
 

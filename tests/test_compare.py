@@ -260,7 +260,6 @@ def test_a_run_that_has_not_been_evaluated_shows_dashes_and_is_drawn_without_a_c
 BROKEN = {
     '{"max_iters": 2': "Expecting ',' delimiter: line 1 column 16 (char 15)",
     '{"hidden_size": 768}': "max_iters is missing",
-    "": "Expecting value: line 1 column 1 (char 0)",
 }
 
 
@@ -289,10 +288,8 @@ def test_bad_arguments_are_one_line(fails):
     make_run("out/a", 2.0)
     for argv, complaint in {
         "": "no runs to compare; try: python compare.py out/*",
-        "out/a --pictur=x.png": "unknown key pictur",
         "out/a --picture=x.svg": "picture=x.svg must end in .png",
         "out/a --picture=d.png": "cannot write d.png: it is not a regular file; choose another path",
-        "out/a --json=-": "json='-' must be bool",
         "out/a --baseline=b": "baseline=b is not a row of out; its rows: a",
     }.items():
         assert complaint in fails(compare.main, *argv.split())
@@ -440,13 +437,21 @@ def test_the_picture_is_a_png_and_files_are_not_taken_for_runs(run):
 
 
 @pytest.fixture
-def draw(saved_figures):
+def draw(monkeypatch):
     """Run compare.py and return the panels of its picture."""
+    from matplotlib.figure import Figure
+
+    figures, savefig = [], Figure.savefig
+
+    def recorded(figure, *args, **keys):
+        figures.append(figure)
+        savefig(figure, *args, **keys)
 
     def run(*argv: str) -> list:
         compare.main([*argv, "--picture=x.png"])
-        return saved_figures[-1].axes
+        return figures[-1].axes
 
+    monkeypatch.setattr(Figure, "savefig", recorded)
     return run
 
 
@@ -578,14 +583,6 @@ def test_a_note_says_in_what_the_runs_of_a_sweep_differ_besides(run):
     assert errors == "note: the runs also differ in n_head, position\n"
 
 
-def make_sizes(bits: list[float]) -> list[str]:
-    """Runs of 1000, 2000, 4000 and so on parameters, with these bits per byte."""
-    return [
-        make_run(f"out/{n}", math.log(2) * each, _parameters=1000 * 2**n, n_layer=n)
-        for n, each in enumerate(bits)
-    ]
-
-
 def test_the_size_of_the_training_text_can_be_the_x_of_a_sweep(draw):
     runs = [
         make_run(f"out/{n}", math.log(2) * bits, _train_tokens=10_000_000 * n, n_layer=n)
@@ -597,7 +594,7 @@ def test_the_size_of_the_training_text_can_be_the_x_of_a_sweep(draw):
 
 
 def test_keys_that_cannot_be_plotted_are_one_line(run):
-    runs = make_sizes([3.0, 2.0])
+    runs = make_sweep()
     for key, near in {"plot": "train_los", "x": "parameter", "lines": "n_embed"}.items():
         right = {"plot": "train_loss", "x": "parameters", "lines": "n_embd"}[key]
         with pytest.raises(UserError) as error:

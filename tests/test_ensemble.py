@@ -8,7 +8,6 @@ from conftest import TINY_RUN
 from test_model import tiny as tiny_gpt
 from uncached import generate, uncached
 
-import export
 import train
 from humptygpt import sampling
 from humptygpt.cli import UserError
@@ -102,10 +101,7 @@ def test_a_run_is_saved_and_loaded_with_the_tied_weights_of_each_member(tiny):
         assert member.lm_head.weight is member.wte.weight
 
 
-def test_it_is_not_exported(tiny, fails):
-    assert train.main([*TINY_RUN, "--n_members=2"]) == 0
-    line = fails(export.main, "--out_dir=out/run", "--to=exported")
-    assert "mlp_conv=3" in line and "n_members=2" in line
+def test_it_is_not_exported():
     llama = ModelConfig(**FAMILIES["llama"].fixed | {"n_members": 2})
     one = "n_members=2 cannot be exported; LlamaForCausalLM needs n_members=1"
     with pytest.raises(UserError, match=one):
