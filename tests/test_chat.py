@@ -379,8 +379,8 @@ def test_the_loss_is_finite_whatever_the_lengths(folder, kind, capsys):
 # Talking
 
 
-def replies(talk: Talk, *said: str, most: int = 20) -> list[str]:
-    keys = {"max_new_tokens": most, "temperature": 0}
+def replies(talk: Talk, *said: str) -> list[str]:
+    keys = {"max_new_tokens": 20, "temperature": 0}
     return ["".join(talk.reply(each, 0, **keys)) for each in said]
 
 
@@ -390,12 +390,12 @@ def test_the_cache_that_is_kept_between_turns_gives_the_replies_of_the_whole_con
     said = ["wall egg 3", "king", "men sat 9"]
     talk = Talk(talker, "Be brief.")
     turns = [Turn("system", "Be brief.")]
-    for text, reply in zip(said, replies(talk, *said, most=5), strict=True):
+    for text, reply in zip(said, replies(talk, *said), strict=True):
         turns.append(Turn("user", text))
         ids = talker.tokenizer.encode_turns(turns, reply=True).tolist()
         context = Context(talker.model, [ids])
         pieces = stream_texts(
-            context, talker.tokenizer, [0], max_new_tokens=5, temperature=0
+            context, talker.tokenizer, [0], max_new_tokens=20, temperature=0
         )
         assert reply == "".join(piece.text for piece in pieces)
         turns.append(Turn("assistant", reply))
@@ -428,7 +428,7 @@ def test_a_message_longer_than_the_context_is_one_line_and_the_talk_goes_on(
 
 
 def test_a_question_is_stripped_as_in_the_api_and_never_forgotten_within_its_reply(talker):
-    talk, said = Talk(talker), "egg " * 22  # more than half of the context
+    talk, said = Talk(talker), "egg " * 55  # more than half of the context
     keys = {"temperature": 0, "max_new_tokens": 50}
     reply = "".join(talk.reply(f" \t{said}", 0, **keys))
     seen = talker.tokenizer.decode(talk.context.texts[0])
