@@ -196,6 +196,22 @@ def run_train(tiny):
     return run
 
 
+@pytest.fixture
+def saved_figures(monkeypatch) -> list:
+    """The matplotlib figures that are saved."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    savefig = Figure.savefig
+
+    def recorded(figure, *args, **keys):
+        figures.append(figure)
+        savefig(figure, *args, **keys)
+
+    monkeypatch.setattr(Figure, "savefig", recorded)
+    return figures
+
+
 def read_rows(out_dir) -> list[dict]:
     """Read the rows of metrics.jsonl without the last one and without the numbers that depend on the clock."""
     rows = [
@@ -206,10 +222,6 @@ def read_rows(out_dir) -> list[dict]:
         for row in rows
         if "end" not in row
     ]
-
-
-def train_losses(rows: list[dict]) -> list[float]:
-    return [row["train_loss"] for row in rows if "train_loss" in row]
 
 
 def assert_same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

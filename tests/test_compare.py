@@ -437,21 +437,13 @@ def test_the_picture_is_a_png_and_files_are_not_taken_for_runs(run):
 
 
 @pytest.fixture
-def draw(monkeypatch):
+def draw(saved_figures):
     """Run compare.py and return the panels of its picture."""
-    from matplotlib.figure import Figure
-
-    figures, savefig = [], Figure.savefig
-
-    def recorded(figure, *args, **keys):
-        figures.append(figure)
-        savefig(figure, *args, **keys)
 
     def run(*argv: str) -> list:
         compare.main([*argv, "--picture=x.png"])
-        return figures[-1].axes
+        return saved_figures[-1].axes
 
-    monkeypatch.setattr(Figure, "savefig", recorded)
     return run
 
 

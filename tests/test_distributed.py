@@ -273,6 +273,12 @@ def test_a_signal_to_one_process_ends_all_with_one_checkpoint_that_any_number_re
     assert losses(read_rows(Path("out/copy"))) == pytest.approx(losses(rows), rel=1e-3)
 
 
+def complaints(*argv: str, **settings) -> list[str]:
+    """Launch two processes, which both have to end with exit code 2, and return their messages."""
+    assert launch(2, *TINY_RUN, *argv, **settings) == [2, 2]
+    return [Path(f"stderr{rank}").read_text() for rank in range(2)]
+
+
 def scaled_with_one_overflow(argv: list[str]) -> int:
     """Train with float16's scaler. Only process 1 has gradients that are not finite, in its third step."""
     runs = []
@@ -325,8 +331,7 @@ def with_other_data(argv: list[str]) -> int:
 )
 def test_a_mistake_is_one_line(tiny, monkeypatch, argv, settings, complaint):
     monkeypatch.setattr(machine, "PATIENCE", 0)
-    assert launch(2, *TINY_RUN, *argv, **settings) == [2, 2]
-    line = Path("stderr0").read_text()
+    line = complaints(*argv, **settings)[0]
     assert complaint in line and line.count("\n") == 1
     assert not Path("out").exists()
 
