@@ -386,8 +386,9 @@ def read_meta(folder: Path) -> dict:
                 and meta["dtype"] in ("uint16", "uint32")
                 and {"train", "val"} <= meta["splits"].keys()
                 and isinstance(meta["tokenizer"], dict)
-                and "source" in meta
             )
+            # raises TypeError unless they are texts
+            "".join([meta["source"], *meta.get("questions", ())])
             if not known:
                 raise ValueError("meta.json is of another version")
             return meta
