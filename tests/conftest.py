@@ -224,6 +224,10 @@ def read_rows(out_dir) -> list[dict]:
     ]
 
 
+def train_losses(rows: list[dict]) -> list[float]:
+    return [row["train_loss"] for row in rows if "train_loss" in row]
+
+
 def assert_same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
