@@ -743,7 +743,7 @@ class GPT(nn.Module):
         smoothing = self.config.label_smoothing if self.training else 0.0
         logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(
-            logits, targets.flatten(0, 1), ignore_index=-1, label_smoothing=smoothing
+            logits, targets.flatten(), ignore_index=-1, label_smoothing=smoothing
         )
 
     def make_cache(self, size: int | None = None) -> Cache:
