@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GPT2, ROOT, make_text
+from conftest import ROOT, make_text
 from huggingface_hub import constants, save_torch_state_dict
 from safetensors.torch import load as load_bytes
 from servers import serving
@@ -25,7 +25,7 @@ from humptygpt.loading import load
 from model import GPT, ModelConfig
 
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 400}
-SMALL |= GPT2 | {"bias": True, "activation": "gelu_tanh"}
+SMALL |= {"bias": True, "activation": "gelu_tanh"}
 REPO = "openai-community/gpt2"
 COMMIT = "a" * 40
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GPT2, ROOT, TINY_RUN, assert_same_weights, prepare_tiny
+from conftest import ROOT, TINY_RUN, assert_same_weights, prepare_tiny
 
 import train
 from humptygpt import checkpoint
@@ -145,7 +145,7 @@ def test_lora_needs_at_most_half_the_memory_of_full_fine_tuning_of_124_million_p
 ):
     run_train()
     sizes = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
-    model = GPT(ModelConfig(**GPT2 | sizes, vocab_size=50257, bias=True))
+    model = GPT(ModelConfig(**sizes, vocab_size=50257, bias=True))
     large = {"model_config": vars(model.config), "model": dict(model.state_dict())}
     checkpoint.save(Path("base.pt"), checkpoint.read(Path("out/run/best.pt")) | large)
     argv = ["--init_from=base.pt", "--dataset=tiny", "--batch_size=1", "--block_size=256"]

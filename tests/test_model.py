@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPT2, overfit
+from conftest import overfit
 from uncached import generate, uncached
 
 import model as models
@@ -78,7 +78,7 @@ every_variant = each(VARIANTS)
 def tiny(**keys) -> models.GPT:
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 11}
-    return build(make_model_config(GPT2 | sizes | keys))
+    return build(make_model_config(sizes | keys))
 
 
 def random_model(**keys) -> models.GPT:

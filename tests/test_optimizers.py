@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from conftest import ADAMW
 from test_model import every_variant, tiny
 
 from humptygpt import optimizers as optim
@@ -21,7 +20,7 @@ every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 def make_optimizer(model, name: str = "adamw", **keys) -> Optimizer:
-    settings = ADAMW | {"optimizer": name, "weight_decay": 0.0} | keys
+    settings = {"optimizer": name, "weight_decay": 0.0} | keys
     return optim.make_optimizer(TrainConfig(**settings), model)
 
 

@@ -21,7 +21,7 @@ from humptygpt.translation import task
 
 SMALL = [
     *("--n_layer=2", "--n_head=2", "--n_embd=32", "--device=cpu", "--dtype=float32"),
-    *("--batch_size=4", "--max_iters=1", "--eval_iters=1", "--n_hidden=None"),
+    *("--batch_size=4", "--max_iters=1", "--eval_iters=1"),
 ]
 ADVISED = {
     "char": "--input=own.txt --tokenizer=char '--name=my own'",

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PLAIN, TINY_RUN, assert_same_weights, read_rows, train_losses
+from conftest import TINY_RUN, assert_same_weights, read_rows, train_losses
 from test_distributed import (
     CPU,
     RESUME,
@@ -39,7 +39,7 @@ FSDP = [*UNEVEN, "--parallel=fsdp"]
 def test_a_sharded_run_starts_from_a_model_and_is_evaluated_as_one_of_one_process(
     run_train,
 ):
-    run_train(*PLAIN)
+    run_train()
     argv = [*TINY_RUN, "--init_from=out/run", "--out_dir=out/tuned", "--freeze=wte"]
     assert train.main(argv) == 0
     one = read_rows(Path("out/tuned"))
@@ -85,7 +85,7 @@ def test_on_a_gpu_blocks_are_gathered_in_bfloat16_and_masters_and_stream_stay_fl
 
 @pytest.mark.long
 def test_compiled_sharded_processes_have_the_losses_of_one(run_train):
-    argv = [*PLAIN, "--gradient_accumulation_steps=4"]
+    argv = ["--gradient_accumulation_steps=4"]
     one = losses(run_train(*argv))
     assert launch(2, *TINY_RUN, *argv, "--parallel=fsdp", "--compile=True") == [0, 0]
     assert "torch.compile failed" not in Path("stderr0").read_text()
@@ -218,7 +218,7 @@ def on_a_full_disk(argv: list[str]) -> int:
 
 def test_a_full_disk_is_one_line(tiny, monkeypatch):
     monkeypatch.setattr(machine, "PATIENCE", 0)
-    found = complaints(*PLAIN, "--parallel=fsdp", main=on_a_full_disk)
+    found = complaints("--parallel=fsdp", main=on_a_full_disk)
     line = found[0].splitlines()[-1]
     assert "cannot write out/run/best.pt: No space left on device" in line
     assert not (OUT / "best.pt").exists()

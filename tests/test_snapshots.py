@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import test_model
 import torch
-from conftest import GPT2, assert_same_weights
+from conftest import assert_same_weights
 
 import train
 from humptygpt import checkpoint
@@ -62,7 +62,7 @@ def test_a_small_run_keeps_the_weights_of_steps_0_10_30_and_so_on(run_train):
 
 def test_without_being_asked_a_run_keeps_less_than_10_megabytes():
     with torch.device("meta"):
-        model = build(ModelConfig(**GPT2, n_layer=8, block_size=64, vocab_size=65))
+        model = build(ModelConfig(n_layer=8, block_size=64, vocab_size=65))
     assert count_parameters(model) == 1_591_552
 
     def keeps(**settings) -> bool:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import PLAIN, TINY_RUN
+from conftest import TINY_RUN
 from test_chat import chat, write_chats
 from test_explain import rounded
 from test_explain_page import Opened, assert_axe_finds_nothing
@@ -45,7 +45,7 @@ def runs(tmp_path_factory):
         for name, data in {"humpty_egg": [], "chars": ["--tokenizer=char"]}.items():
             prepare_data.main(["--input=chats.jsonl", f"--name={name}", *data])
             keys = [f"--dataset={name}", f"--out_dir=out/{name}", *KEYS]
-            train.main([*TINY_RUN, *PLAIN, *keys])
+            train.main([*TINY_RUN, *keys])
             explain.main([f"--out_dir=out/{name}"])
     return folder
 

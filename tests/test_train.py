@@ -181,8 +181,7 @@ def test_a_folder_with_a_space_is_quoted_in_what_to_do_next(tiny, capsys):
 
 
 def test_evaluating_only_goes_without_dropout_and_writes_nothing(tiny, capsys):
-    argv = [*TINY_RUN, "--eval_only=True", "--init=gpt2"]  # init=zero hides dropout
-    argv += ["--eval_iters=None", "--batch_size=1"]
+    argv = [*TINY_RUN, "--eval_only=True", "--eval_iters=None", "--batch_size=1"]
     lines = set()
     for dropout in ("0.0", "0.5"):
         assert train.main([*argv, f"--dropout={dropout}"]) == 0
@@ -329,10 +328,10 @@ def test_a_larger_vocabulary_pads_the_model(run_train):
 
 
 def test_accumulation_equals_a_big_batch(run_train):
-    big = train_losses(run_train("--batch_size=8", "--optimizer=adamw"))
+    big = train_losses(run_train("--batch_size=8"))
     big_weights = weights()
     micro = ["--batch_size=2", "--gradient_accumulation_steps=4"]
-    small = train_losses(run_train(*micro, "--optimizer=adamw"))
+    small = train_losses(run_train(*micro))
     assert small == pytest.approx(big, rel=1e-5)
     torch.testing.assert_close(weights(), big_weights, atol=1e-4, rtol=1e-4)
 
@@ -348,8 +347,8 @@ def test_each_batch_has_a_dropout_mask_of_its_own(tiny, run_train):
     # a text of one block, so that batches differ only by dropout
     (tiny / "input.txt").write_text(make_text(17 * 10 // 9 + 2))
     prepare_data.main(["tiny", "--overwrite=True"])
-    still = ["--optimizer=adamw", "--learning_rate=1e-30", "--weight_decay=0"]
-    losses = train_losses(run_train("--dropout=0.5", "--init=gpt2", *still))
+    still = ["--learning_rate=1e-30", "--weight_decay=0"]
+    losses = train_losses(run_train("--dropout=0.5", *still))
     assert len(set(losses)) == 6
 
 

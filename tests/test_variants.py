@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ADAMW, PLAIN, TINY_RUN, train_losses
+from conftest import TINY_RUN, train_losses
 from test_model import random_model
 from texts import make_text
 from torch import nn
@@ -33,8 +33,8 @@ EXAMPLES = (ROOT / "docs/variants.md").read_text(encoding="utf-8")
 # the settings that choose each example; those without a setting are in force in all
 CASES = {
     "norm": ["--norm=scale"],
-    "linear": ["--attention=linear", "--qk_norm=False"],
-    "latent": ["--attention=latent", "--qk_norm=False"],
+    "linear": ["--attention=linear"],
+    "latent": ["--attention=latent"],
     "gated": ["--attention=gated"],
     "exclusive": ["--attention=exclusive"],
     "window": ["--window=4"],
@@ -46,8 +46,7 @@ CASES = {
 }
 # those with a state or a schedule of their own are also stopped and resumed
 RESUMED = ["lion", "averaged", "copy"]
-SIZES = ["--n_layer=2", "--n_embd=32", "--position=learned", "--block_size=16"]
-SIZES += ["--mlp_conv=0", "--device=cpu", "--dtype=float32", "--muon_dtype=float32"]
+SIZES = ["--n_layer=2", "--n_embd=32", "--block_size=16", "--device=cpu", "--dtype=float32"]
 STEPS = ["--max_iters=10", "--eval_interval=5", "--eval_iters=2", "--log_interval=1"]
 # in one process, because each start takes seconds
 ALL = """
@@ -241,7 +240,7 @@ def test_a_metric_is_due_every_log_interval_steps_and_sees_the_update(
         return max((p - before[name]).abs().max() for name, p in weights)
 
     monkeypatch.setitem(train.METRICS, "largest", largest)
-    rows = run_train(*PLAIN, "--log_interval=2", "--learning_rate=1e-3")
+    rows = run_train("--log_interval=2", "--learning_rate=1e-3")
     found = [row["largest"] for row in rows if "train_loss" in row]
     assert len(found) == 3
     rates = [row["lr"] for row in rows if "train_loss" in row]
@@ -250,7 +249,7 @@ def test_a_metric_is_due_every_log_interval_steps_and_sees_the_update(
 
 def test_a_setting_of_a_rule_that_is_not_chosen_is_refused(tiny, fails):
     complaint = "muon_momentum=0.5 has no effect with optimizer=adamw; leave it out"
-    assert complaint in fails(train.main, *TINY_RUN, *PLAIN, "--muon_momentum=0.5")
+    assert complaint in fails(train.main, *TINY_RUN, "--muon_momentum=0.5")
 
 
 def test_a_factor_is_of_the_rate_of_each_parameter(monkeypatch):
@@ -258,7 +257,7 @@ def test_a_factor_is_of_the_rate_of_each_parameter(monkeypatch):
     monkeypatch.setattr(
         optimizers, "rate_factor", lambda name, p, config: 1 + ("attn" in name)
     )
-    groups = optimizers.make_optimizer(TrainConfig(**ADAMW), model).param_groups
+    groups = optimizers.make_optimizer(TrainConfig(), model).param_groups
     names = [name for group in groups for name in group["named_params"]]
     assert sorted(names) == sorted(dict(model.named_parameters()))
     for group in groups:
@@ -312,7 +311,7 @@ def test_generated_data_is_not_prepared_and_no_page_trains_on_it(
     monkeypatch.setitem(data.DATASETS, "ones", Ones)
     complaint = "name=ones is generated data, which needs no preparing"
     assert complaint in fails(prepare_data.main, "--input=x.txt", "--name=ones")
-    assert train.main([*TINY_RUN, *PLAIN, "--dataset=ones"]) == 0
+    assert train.main([*TINY_RUN, "--dataset=ones"]) == 0
     assert page_data(Path("out/run/best.pt"))["training"] is None
 
 
@@ -329,7 +328,7 @@ def test_a_state_that_is_replaced_instead_of_changed_is_an_error(tiny, monkeypat
     rule = Rule(update, {"sum": optimizers.whole}, takes=optimizers.ALL)
     monkeypatch.setitem(optimizers.OPTIMIZERS, "sum", [rule])
     with pytest.raises(TypeError, match="does not support item assignment"):
-        train.main([*TINY_RUN, *PLAIN, "--optimizer=sum"])
+        train.main([*TINY_RUN, "--optimizer=sum"])
 
 
 def test_a_rule_checks_its_own_settings(tiny, fails, monkeypatch):
@@ -380,7 +379,7 @@ def test_a_weight_without_a_gradient_is_one_line_with_several_processes():
 def test_a_part_of_a_block_is_refused_for_a_model_without_blocks(tiny, fails):
     keys = ["--model=window_mlp", "--window=4", "--norm=none"]
     complaint = "norm=none has no effect with model=window_mlp; leave it out"
-    assert complaint in fails(train.main, *TINY_RUN, *PLAIN, *keys)
+    assert complaint in fails(train.main, *TINY_RUN, *keys)
 
 
 def test_a_compiled_training_has_the_losses_and_names_of_an_eager_one_and_few_graphs(
