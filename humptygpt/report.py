@@ -220,16 +220,16 @@ def activation_bytes(config: TrainConfig, model: nn.Module, processes: int) -> f
     """Estimate the bytes that an uncompiled model keeps for its backward pass.
 
     Of each token, a block keeps some eight float32 vectors of width C, among them the residual stream and its norms,
-    eight in the dtype of matrix products, around attention, and in that dtype its hidden neurons before and after their
-    activation, a gate once more. Frozen matrices do without their inputs. The head keeps float32 logits and their
-    gradient. RECORDS.md has measured peaks beside this.
+    eight in the dtype of matrix products, around attention, and in that dtype its hidden neurons twice, before and
+    after their activation, or four times with a gate. Frozen matrices do without their inputs. The head keeps float32
+    logits and their gradient. RECORDS.md has measured peaks beside this.
     """
     shape = model.config
     C = shape.n_embd
     size = DTYPES[config.dtype].itemsize
-    times = {"none": 0, "gated": 3}.get(shape.mlp, 2)
-    hidden = times * (shape.n_hidden or 4 * C)
-    block = FLOAT * 8 * C + size * (8 * C + hidden)
+    hidden = shape.n_hidden or (8 * C / 3 if shape.mlp == "gated" else 4 * C)
+    tensors = {"none": 0, "gated": 4}.get(shape.mlp, 2)
+    block = FLOAT * 8 * C + size * (8 * C + tensors * hidden)
     if config.lora_rank:
         block *= 0.7
     # frozen layers before the first trained one keep nothing
