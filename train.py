@@ -286,7 +286,7 @@ def compute_gradients(
     that the model adds to it under names of its own; and the number of tokens in the whole step.
     """
     process = run.process
-    shares, tokens = process.shares(run.dataset, run.config, step)
+    shares, tokens = process.shares(run, step)
     means = defaultdict(float)
     for share in shares:
         rows = part_of(share, worker, process.workers.count)

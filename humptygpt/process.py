@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt import checkpoint
-from humptygpt.data import Dataset, count_targets, random_key
+from humptygpt.data import count_targets, random_key
 from humptygpt.device import (
     THREADS,
     pick_device,
@@ -78,15 +78,14 @@ class Process(AbstractContextManager):
         """Wrap the model for training, and compile it if compiled=True. dynamic: whether batch shapes vary."""
         return torch.compile(model, dynamic=dynamic) if compiled else model
 
-    def shares(
-        self, dataset: Dataset, config: TrainConfig, step: int
-    ) -> tuple[list[Share], int]:
+    def shares(self, run: "Run", step: int) -> tuple[list[Share], int]:
         """Return this process's shares of a step, and the number of tokens in the whole step."""
+        config = run.config
         count = config.gradient_accumulation_steps
         stride = min(self.size, count)
         shares = []
         for number in range(step * count + self.rank % stride, (step + 1) * count, stride):
-            batch = dataset.batch(number, config.batch_size)
+            batch = run.dataset.batch(number, config.batch_size)
             rows = range(len(batch["targets"]))
             seeds = [random_key(config.seed, number, row) for row in rows]
             shares.append(Share(batch, count_targets(batch), seeds))

@@ -458,7 +458,7 @@ def count_workers(run: Run) -> int:
 def compile_now(run: Run, net: nn.Module) -> None:
     """Trigger compilation for the shapes of training, a process's share of a batch, and evaluation, a whole batch."""
     for step in range(2):
-        shares, _ = run.process.shares(run.dataset, run.config, step)
+        shares, _ = run.process.shares(run, step)
         with (
             run.process.syncing(net, last=True),
             autocast(run.device, run.dtype),

@@ -29,7 +29,6 @@ from torch.utils._pytree import tree_map_only
 
 from humptygpt import checkpoint
 from humptygpt.cli import UserError, first_line
-from humptygpt.data import Dataset
 from humptygpt.process import Process, Share, launched, part_of
 from humptygpt.run import Run
 from humptygpt.settings import TrainConfig
@@ -168,15 +167,13 @@ class DataParallel(Process):
         net.broadcast_buffers = False
         return net
 
-    def shares(
-        self, dataset: Dataset, config: TrainConfig, step: int
-    ) -> tuple[list[Share], int]:
+    def shares(self, run: Run, step: int) -> tuple[list[Share], int]:
         """Return this rank's shares of a step, and the number of tokens in the whole step.
 
         Shares are whole micro-batches or, if there are fewer of them than ranks, consecutive rows of one micro-batch.
         """
-        shares, _ = super().shares(dataset, config, step)
-        parts = max(1, self.size // config.gradient_accumulation_steps)
+        shares, _ = super().shares(run, step)
+        parts = max(1, self.size // run.config.gradient_accumulation_steps)
         number = self.rank * parts // self.size
         shares = [part_of(share, number, parts) for share in shares]
         # Ranks with equally many rows may have different numbers of targets. The sum also shows in one line that a rank
