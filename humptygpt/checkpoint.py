@@ -1,13 +1,12 @@
 """Checkpoints: tensors and plain data, written atomically and checked when read. Reading one never runs code.
 
-This module owns their schema and is the only one that turns a checkpoint into a model.
+This module is the only one that turns a checkpoint into a model. Run.state() has the entries.
 """
 
 import os
 import shlex
 import warnings
 import zipfile
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,47 +15,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from humptygpt import cli, tokenizers
-from humptygpt.cli import UserError, note, refuse
-from humptygpt.files import check_schema, refuse_damaged, write_whole
+from humptygpt.cli import UserError, note
+from humptygpt.files import refuse_damaged, write_whole
 from humptygpt.tasks import MODELS, build_on_meta, config_class
 from model import ModelConfig
 
-FORMAT = "gpt checkpoint 3"  # the number increases whenever the schema changes
-CONFIG = {str: (int, float, bool, str, None)}
-COUNT = range(2**63)
-LORA = {"lora_rank?": COUNT, "lora_alpha?": float, "lora_targets?": str}
-AMOUNTS = ("position", "seconds", "run_seconds", "best_val_loss")
-PROGRESS = {"iter": COUNT[1:], "losses": [float], **dict.fromkeys(AMOUNTS, float)}
-PROGRESS |= dict.fromkeys(("tokens", "best_iter", "evals_since_best"), COUNT)
-SCHEMA = {
-    "format": str,
-    "train_config": CONFIG,
-    "model_config": CONFIG,
-    "tokenizer": dict,  # from Tokenizer.state()
-    "task": str,
-    "data": {
-        "source": str,
-        "identity": {str: (int, str)},
-        "command?": str,
-        "questions?": [str],
-    },
-    "progress": PROGRESS,
-    "model": {str: Tensor},
-    # only in ckpt.pt, for resuming
-    "optimizer?": {"steps": COUNT, "state": {str: {str: Tensor}}},
-    "scaler?": ({str: float}, None),  # only with float16
-}
+FORMAT = "gpt checkpoint 3"  # the number increases whenever the entries change
 
 
 def save(path: Path, entries: dict) -> None:
-    """Write a checkpoint. entries: everything in SCHEMA except the format."""
-    state = {"format": FORMAT, **entries}
-    check_schema(state, SCHEMA)
-    write_whole(path, lambda file: torch.save(state, file))
+    """Write a checkpoint. entries: from Run.state()."""
+    write_whole(path, lambda file: torch.save({"format": FORMAT, **entries}, file))
 
 
 def read(path: Path) -> dict:
-    """Load a checkpoint onto the CPU and check its entries. Optimizer.load() checks the optimizer state later.
+    """Load a checkpoint onto the CPU and check what its model needs; whoever uses other entries checks them.
 
     Raises UserError if the file is missing or damaged, is not a checkpoint, or would run code.
     """
@@ -138,33 +111,32 @@ def read_plain(path: Path) -> object:
         raise UserError(
             f"no checkpoint {path}; train first, or name the folder of a run with --out_dir"
         )
-    problem = "is not a checkpoint: it is truncated, damaged or holds more than tensors and plain data"
+    problem = "it is truncated or damaged, or holds more than tensors and plain data"
     with refuse_damaged(path, problem):
         return load_plain(path)
 
 
 def check(path: Path, saved: object) -> tuple[nn.Module, tokenizers.Tokenizer]:
-    """Check the content of a checkpoint. Returns its model, still on the meta device, and its tokenizer.
-
-    Raises UserError if something is not valid.
-    """
+    """Build the model of a checkpoint, still on the meta device, and its tokenizer. Raises UserError if that fails."""
     if is_nanogpt(saved):
         source = shlex.quote(f"--init_from={path}")
         raise UserError(f"{path} is a nanoGPT checkpoint; to start from it, use {source}")
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise UserError(
-            f"{path} is not a checkpoint from this version, whose format is {FORMAT!r}"
-        )
-    with refuse(f"{path} is damaged: "):
-        check_schema(saved, SCHEMA)
-    with refuse(f"{path}: "):
+    with refuse_damaged(path):
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT!r}")
         tokenizer = tokenizers.from_state(saved["tokenizer"])
-    with refuse_other_code(path):
-        config = check_content(saved, tokenizer.vocab_size)
-    # fills in defaults for keys that the checkpoint predates
-    saved["model_config"] = asdict(config)
-    model = build_like(path, config, saved["model"], saved["train_config"])
-    with refuse_other_code(path):
+        settings, training = saved["model_config"], saved["train_config"]
+        config = cli.restore(config_class(settings), settings)
+        _, learns = MODELS[config.model]
+        if saved["task"] not in learns:
+            raise ValueError(f"model={config.model} does not support task={saved['task']}")
+        check_sizes(config, saved["model"])
+        has_lora = training.get("lora_rank")
+    saved["model_config"] = asdict(config)  # with defaults for keys that it predates
+    model = build_on_meta(config)
+    with refuse_damaged(path):
+        if has_lora:
+            model = build_on_meta(config, training)
         check_tensors("the parameter ", saved["model"], model.state_dict())
     return model, tokenizer
 
@@ -174,62 +146,16 @@ def is_nanogpt(saved: object) -> bool:
     return isinstance(saved, dict) and "model_args" in saved and "format" not in saved
 
 
-def refuse_other_code(path: Path) -> AbstractContextManager:
-    """Turn a ValueError in the block into a UserError: the file is intact, but was written by different code."""
-    return refuse(f"{path} was written by different code: ")
-
-
-def check_content(saved: dict, tokens: int) -> ModelConfig:
-    """Check settings, task and progress, and return the model's config. tokens: size of the tokenizer's vocabulary.
-
-    Raises ValueError or UserError if they are invalid or unknown to this code.
-    """
-    for key, value in saved["train_config"].items():
-        if type(value) is str and not value.isprintable():
-            raise ValueError(f"{key} must not contain control characters")
-    check_schema(saved["train_config"], LORA, "train_config")
-    config = cli.restore(config_class(saved["model_config"]), saved["model_config"])
-    if config.vocab_size is None or tokens > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokens} tokens, but the model has vocab_size={config.vocab_size}"
-        )
-    _, learns = MODELS[config.model]
-    if saved["task"] not in learns:
-        raise ValueError(f"model={config.model} does not support task={saved['task']}")
-    progress = saved["progress"]
-    if unknown := progress.keys() - PROGRESS.keys():
-        raise ValueError(f"it has progress.{min(unknown)}, which this code does not know")
-    for key in AMOUNTS:
-        if not progress[key] >= 0:
-            raise ValueError(f"progress.{key}={progress[key]} must be at least 0")
-    return config
-
-
-def build_like(
-    what: object,
-    config: ModelConfig,
-    weights: dict[str, Tensor],
-    training: dict | None = None,
-) -> nn.Module:
-    """Build the model that a file describes, on the meta device.
-
-    Raises UserError, before anything huge is built, if the sizes cannot match the weights. An error in a model's own
-    code is not caught.
-    what: the file, as named in messages. training: as in build_on_meta().
-    """
+def check_sizes(config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    """Raise an exception of any type unless a model of these weights may have these sizes, before it is built."""
     # number_mlp has n_embd=1 and no embedding weights
-    sizes = {1}.union(*(x.shape for x in weights.values() if not x.is_nested))
-    try:
-        layers = config.n_layer * config.n_members
-        if layers <= len(weights) and config.n_embd in sizes:
-            return build_on_meta(config, training)
-    except RuntimeError as error:
-        if "overflow" not in str(error):  # from a tensor with too many elements
-            raise
-    raise UserError(
-        f"cannot read {what}: n_members={config.n_members}, n_layer={config.n_layer} and n_embd={config.n_embd}"
-        " do not match its weights"
-    )
+    sizes = {1}.union(*(x.shape for x in weights.values()))
+    layers = config.n_layer * config.n_members
+    if None is config.vocab_size or layers > len(weights) or config.n_embd not in sizes:
+        raise ValueError(
+            f"vocab_size={config.vocab_size}, n_members={config.n_members}, n_layer={config.n_layer} and"
+            f" n_embd={config.n_embd} do not match its weights"
+        )
 
 
 def check_tensors(

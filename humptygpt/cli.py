@@ -93,7 +93,7 @@ def make(cls: type, values: dict[str, object]):
 
 
 def restore(cls: type, values: dict[str, object]):
-    """Make a config from a file's {key: value}. Raises UserError if a key is unknown or a value has the wrong type."""
+    """Make a config from a file's {key: value}. Raises UserError if a key is unknown or a value is invalid."""
     fields = fields_of(cls)
     found = {}
     for name, value in values.items():

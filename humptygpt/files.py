@@ -149,21 +149,21 @@ def locked(folder: Path, what: str, advice: str) -> Iterator[None]:
 
 
 @contextmanager
-def refuse_damaged(path: Path | str, problem: str = "", advice: str = "") -> Iterator[None]:
-    """Turn any error in the block into a UserError, because a damaged file can cause every kind of error.
+def refuse_damaged(what: object, problem: str = "", advice: str = "") -> Iterator[None]:
+    """Turn any error in the block, which uses the content of a file, into a UserError.
 
-    A UserError or an out-of-memory error is raised unchanged. problem: what the message says about the file; "": that
-    it is damaged. advice: end of the message.
+    A wrong content can raise any kind of error. No model may be built here, so that an error in an edited model.py
+    keeps its traceback. what: the file. problem: what the message says; "": the error. advice: end of the message.
     """
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        problem = problem or f"is damaged: {one_line(error)}"
-        raise UserError(f"{path} {problem}{advice}") from error
+        reason = problem or one_line(error).removeprefix("cannot read ")
+        if not problem and not isinstance(error, UserError | ValueError | OSError):
+            reason = f"{type(error).__name__}: {reason}"
+        raise UserError(f"cannot read {what}: {reason}{advice}") from error
 
 
 def parse_json(text: str | bytes, schema: object) -> dict:
@@ -185,7 +185,6 @@ def check_schema(value: object, schema: object, name: str = "") -> None:
         {"a", "b"}           one of these strings
         range(1, 10)         an integer in the range
         [schema]             a list of any length
-        {str: schema}        a dictionary whose keys are any strings
         {"a": schema, ...}   a dictionary with at least these keys; one written "a?" may be missing
         (schema, ...)        any one of these schemas, which must be of different types
     """
@@ -200,21 +199,13 @@ def check_schema(value: object, schema: object, name: str = "") -> None:
             check_schema(item, form[0], f"{name}[{number}]")
     if not isinstance(form, dict):
         return
-    if any(type(key) is not str for key in value):
-        raise ValueError(f"{what} must have strings as keys")
-    if str in form:
-        for key, item in value.items():
-            check_schema(
-                item, form[str], f"{name}.{key if key.isprintable() else repr(key)}"
-            )
-    else:
-        for declared, rule in form.items():
-            key = declared.removesuffix("?")
-            path = f"{name}.{key}" if name else key
-            if key in value:
-                check_schema(value[key], rule, path)
-            elif key == declared:
-                raise ValueError(f"{path} is missing")
+    for declared, rule in form.items():
+        key = declared.removesuffix("?")
+        path = f"{name}.{key}" if name else key
+        if key in value:
+            check_schema(value[key], rule, path)
+        elif key == declared:
+            raise ValueError(f"{path} is missing")
 
 
 def is_kind(value: object, schema: object) -> bool:

@@ -17,7 +17,7 @@ import model as models
 from humptygpt import checkpoint
 from humptygpt.cli import UserError, note
 from humptygpt.device import DTYPES, pick_device, pick_dtype
-from humptygpt.files import parse_json
+from humptygpt.files import parse_json, refuse_damaged
 from humptygpt.source import ModelSource
 from humptygpt.tokenizers import Tokenizer
 
@@ -32,7 +32,7 @@ class Loaded(NamedTuple):
     path: Path  # the checkpoint or the folder that was read
     description: str  # one line for the user
     task: str = "language modelling"
-    saved: dict | None = None  # the entries of a run's checkpoint: see checkpoint.SCHEMA
+    saved: dict | None = None  # the entries of a run's checkpoint: see Run.state()
     questions: tuple | list = ()  # examples of what a chat model can be asked
 
 
@@ -81,18 +81,18 @@ def from_run(path: Path, saved: object) -> Loaded:
 
         model = merge(model)
     note_edits(path.parent)
-    progress = saved["progress"]
-    loss = progress["best_val_loss"]
-    best = f"best val loss {loss:.4f}" if loss < math.inf else "not evaluated yet"
-    return Loaded(
-        model=model,
-        tokenizer=tokenizer,
-        task=saved["task"],
-        path=path,
-        description=f"{path}: iter {progress['iter']}, {best}",
-        saved=saved,
-        questions=saved["data"].get("questions", ()),
-    )
+    with refuse_damaged(path):
+        steps, loss = saved["progress"]["iter"], saved["progress"]["best_val_loss"]
+        best = f"best val loss {loss:.4f}" if loss < math.inf else "not evaluated yet"
+        return Loaded(
+            model=model,
+            tokenizer=tokenizer,
+            task=saved["task"],
+            path=path,
+            description=f"{path}: iter {steps:d}, {best}",
+            saved=saved,
+            questions=[*map(str, saved["data"].get("questions", ()))],
+        )
 
 
 def code_checksum() -> str:

@@ -127,12 +127,12 @@ class Optimizer:
     def load(self, saved: dict, receive: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Load a saved state_dict. The groups keep their settings.
 
-        receive: Process.receive. Raises ValueError if the names, shapes or dtypes of the state's tensors differ from
-        those in state_like().
+        receive: Process.receive. Raises an exception of any type if the names, shapes or dtypes of the state's tensors
+        differ from those in state_like().
         """
         like = self.state_like() if saved["steps"] else {}
         check_tensors("optimizer.", flat(saved["state"]), flat(like))
-        self.steps = saved["steps"]
+        self.steps = int(float(saved["steps"]))
         for name, tensors in like.items():
             self.state[name] = {
                 key: receive(saved["state"][name][key], x) for key, x in tensors.items()

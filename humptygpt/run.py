@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt import checkpoint, files, tasks
-from humptygpt.cli import UserError, note
+from humptygpt.cli import UserError, check_least, note
 from humptygpt.data import Dataset
 from humptygpt.device import peak_flops
 from humptygpt.loggers import (
@@ -79,7 +79,14 @@ class Progress:
     # with --minutes: wall-clock time of the run, summed over all resumes
     run_seconds: float = 0.0
     # losses of the steps since the last row of metrics
-    losses: list[float] = field(default_factory=list)
+    losses: list = field(default_factory=list)
+
+    def validate(self) -> None:
+        """Raise ValueError for a number that no run has."""
+        check_least(self, 0, "iter", "tokens", "seconds", "best_iter", "evals_since_best")
+        check_least(self, 0, "position", "run_seconds")
+        if not math.isfinite(math.fsum(self.losses)):
+            raise ValueError("a loss is not finite")
 
     def record(self, val_loss: float) -> bool:
         """Record a validation loss. Returns True if it is the lowest so far. Raises Diverged if it is nan or huge."""
@@ -186,7 +193,7 @@ class Run:
         return Path(self.config.out_dir) / "ckpt.pt"
 
     def state(self) -> dict:
-        """Return the entries that ckpt.pt and best.pt have in common; checkpoint.SCHEMA describes them."""
+        """Return the entries that ckpt.pt and best.pt have in common."""
         meta = self.dataset.meta
         data = {key: meta[key] for key in ("source", "questions") if key in meta}
         return {
@@ -222,10 +229,11 @@ class Run:
 
     def restore(self, saved: dict) -> None:
         """Restore the optimizer and the scaler from a checkpoint. Raises UserError if it does not fit."""
-        with checkpoint.refuse_other_code(self.path):
+        with files.refuse_damaged(self.path):
             self.optimizer.load(saved["optimizer"], self.process.receive)
-        if saved.get("scaler"):
-            self.scaler.load_state_dict(saved["scaler"])
+            if saved.get("scaler"):  # only with float16
+                math.fsum(saved["scaler"].values())  # all are numbers
+                self.scaler.load_state_dict(saved["scaler"])
 
 
 class Meter:

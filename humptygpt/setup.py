@@ -27,6 +27,7 @@ from humptygpt.cli import (
 )
 from humptygpt.data import COMMAND, DATASETS, Dataset, read_meta
 from humptygpt.device import autocast, pick_device, to_device
+from humptygpt.files import refuse_damaged
 from humptygpt.loading import (
     Loaded,
     code_checksum,
@@ -200,9 +201,7 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
         raise UserError(
             f"{path} holds a model but no optimizer state, so it cannot be resumed; is it a copy of best.pt?"
         )
-    with checkpoint.refuse_other_code(path):
-        train_config = cli.restore(TrainConfig, saved["train_config"])
-    own = asdict(train_config) | saved["model_config"]
+    own = asdict(saved["train_config"]) | saved["model_config"]
     fixed = own.keys() - MAY_CHANGE
     # the sequences of a step stay the same, but they may be split into more or fewer micro-batches
     if math.prod((own | given)[key] for key in STEP) != math.prod(own[key] for key in STEP):
@@ -224,7 +223,19 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
 
 def latest_checkpoint(path: Path, may_begin: bool) -> dict | None:
     """Read the checkpoint to resume. may_begin: if there is none, return None."""
-    return None if may_begin and not path.exists() else checkpoint.read(path)
+    return None if may_begin and not path.exists() else read_run(path)
+
+
+def read_run(path: Path) -> dict:
+    """Read a checkpoint. Of its entries, train_config is made a TrainConfig and progress a Progress."""
+    saved = checkpoint.read(path)
+    with refuse_damaged(path):
+        for key, value in saved["train_config"].items():
+            if isinstance(value, str) and not value.isprintable():
+                raise ValueError(f"{key} must not contain control characters")
+        saved["train_config"] = cli.restore(TrainConfig, saved["train_config"])
+        saved["progress"] = cli.restore(Progress, saved["progress"])
+    return saved
 
 
 def fit_warmup(config: TrainConfig) -> TrainConfig:
@@ -304,13 +315,13 @@ def open_prepared(config: TrainConfig, model_config: ModelConfig) -> Dataset:
             f"{folder} was prepared from {meta['source']}, not from {own}; to prepare that:"
             f" python prepare_data.py {folder.name} --overwrite=True"
         )
-    task = find_task(meta["task"])
     with_encoder = hasattr(model_class(model_config.model), "encode")
     _, learns = MODELS[model_config.model]
     if meta["task"] not in learns:
         raise UserError(
             f"dataset={folder.name} is for {meta['task']}, but model={model_config.model} is for {' and '.join(learns)}"
         )
+    task = find_task(meta["task"])
     # fail now, not at the end of training
     if task.package and not importlib.util.find_spec(task.package):
         raise UserError(
@@ -343,10 +354,11 @@ def fit_to_data(start: Start, dataset: Dataset) -> ModelConfig:
 
 def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
     """Raise UserError unless a checkpoint was trained on this data."""
-    pieces = from_state(saved["tokenizer"]).pieces
-    # a checkpoint from an earlier version may have different keys
-    known = saved["data"]["identity"].items()
-    same = all(dataset.identity.get(key, value) == value for key, value in known)
+    pieces, identity = from_state(saved["tokenizer"]).pieces, dataset.identity
+    with refuse_damaged(f"{out_dir}/ckpt.pt"):
+        # a checkpoint from an earlier version may have different keys
+        known = saved["data"]["identity"].items()
+        same = all(identity.get(key, value) == value for key, value in known)
     if pieces == dataset.tokenizer.pieces and same:
         return
     raise UserError(
@@ -357,8 +369,8 @@ def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
 
 def training_data(path: str | Path) -> Dataset:
     """Open the data that the run of a checkpoint was trained on. Raises UserError if it is not there any more."""
-    saved = checkpoint.read(find_source(path))
-    config = cli.restore(TrainConfig, saved["train_config"])
+    saved = read_run(find_source(path))
+    config = saved["train_config"]
     dataset = open_prepared(config, make_model_config(saved["model_config"]))
     check_same_data(saved, dataset, config.out_dir)
     return dataset
@@ -500,8 +512,7 @@ def recorded_settings(run: Run) -> dict[str, object]:
 def resumed_progress(config: TrainConfig, saved: dict, dataset: Dataset) -> Progress:
     """Return the checkpoint's progress. Print a note about what will not go on as it was."""
     note_edits(Path(config.out_dir))
-    progress = Progress(**saved["progress"])
-    before = cli.restore(TrainConfig, saved["train_config"])
+    progress, before = saved["progress"], saved["train_config"]
     had = before.lr(progress.position)
     if config.minutes and before.minutes:
         progress.position *= before.minutes / config.minutes

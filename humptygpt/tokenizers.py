@@ -11,12 +11,12 @@ import zlib
 from collections.abc import Collection, Iterable
 from functools import cached_property
 from itertools import chain
-from typing import ClassVar, Self
+from typing import Self
 
 import numpy as np
 
 from humptygpt.cli import UserError
-from humptygpt.files import check_schema
+from humptygpt.files import refuse_damaged
 
 END_OF_TEXT = "<|endoftext|>"
 # size limit for an unpacked tokenizer description; Llama 3's tokenizer.json takes 9 MB, Gemma's 33 MB
@@ -34,7 +34,6 @@ class Tokenizer:
     """
 
     name: str
-    schema: ClassVar = {"separated?": bool}  # entries of state() besides the name
     pieces: list[bytes]  # the bytes that each token stands for
     eot: int | None  # the token that ends each document; None: there is only one document
     bos: int | None = None  # the token that every text starts with, if the model has one
@@ -78,7 +77,7 @@ class Tokenizer:
 
     @classmethod
     def from_state(cls, **entries) -> Self:
-        """Undo state(). entries: state() without the name, checked against the schema. Raises ValueError if damaged."""
+        """Undo state(). entries: state() without the name. Raises an exception of any type if they are damaged."""
         return cls(**entries)
 
 
@@ -86,14 +85,13 @@ class CharTokenizer(Tokenizer):
     """One token for each character of an alphabet, in the order of the alphabet."""
 
     name = "char"
-    schema: ClassVar = {"alphabet": str, "separated?": bool}
 
     def __init__(self, alphabet: str, separated: bool = False):
         if not alphabet or len(set(alphabet)) < len(alphabet):
             raise ValueError("the alphabet is empty or contains a duplicate character")
         self.alphabet = alphabet
         self.pieces = [char.encode("utf-8", "surrogatepass") for char in alphabet]
-        self.pieces += [END_OF_TEXT.encode()] * separated
+        self.pieces += [END_OF_TEXT.encode()] * bool(separated)
         self.eot = len(alphabet) if separated else None
         self._ids = {char: i for i, char in enumerate(alphabet)}
 
@@ -117,7 +115,8 @@ class ByteTokenizer(Tokenizer):
     name = "byte"
 
     def __init__(self, separated: bool = False):
-        self.pieces = [bytes([i]) for i in range(256)] + [END_OF_TEXT.encode()] * separated
+        self.pieces = [bytes([i]) for i in range(256)]
+        self.pieces += [END_OF_TEXT.encode()] * bool(separated)
         self.eot = 256 if separated else None
 
     def encode(self, text: str) -> np.ndarray:
@@ -133,7 +132,6 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     name = "sentencepiece"
-    schema: ClassVar = {"separated": bool, "proto": str}
 
     def __init__(self, proto: bytes, separated: bool = False):
         import sentencepiece
@@ -174,7 +172,6 @@ class BytePairTokenizer(Tokenizer):
     """
 
     name = "bpe"
-    schema: ClassVar = {"separated": bool, "pieces": str}
 
     def __init__(self, pieces: list[bytes], separated: bool = False):
         single = {bytes([byte]) for byte in range(256)}
@@ -239,17 +236,9 @@ def tokenizer_class(name: str) -> type[Tokenizer]:
 
 def from_state(state: dict) -> Tokenizer:
     """Make the tokenizer that a meta.json or a checkpoint describes. Raises UserError if it is damaged or unknown."""
-    entries = dict(state)
-    name = str(entries.pop("tokenizer", None))
-    kind = tokenizer_class(name)
-    try:
-        check_schema(entries, kind.schema)
-        return kind.from_state(**entries)
-    # sentencepiece raises RuntimeError
-    except (TypeError, ValueError, RuntimeError, zlib.error) as error:
-        raise UserError(
-            f"the description of the tokenizer {name} is damaged: {error!r}"
-        ) from error
+    with refuse_damaged("the description of the tokenizer"):
+        entries = dict(state)
+        return tokenizer_class(entries.pop("tokenizer")).from_state(**entries)
 
 
 # --------------------------------------------------------------------------------------

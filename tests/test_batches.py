@@ -211,20 +211,22 @@ DAMAGE = {
     "holds token 20, but its tokenizer has only 3": lambda data: edit_meta(
         data, tokenizer={"tokenizer": "char", "alphabet": "abc"}
     ),
-    "is damaged: meta.json lists ['train.bin'] as files of val": lambda data: edit_meta(
-        data, splits=(splits := read_meta(data)["splits"]) | {"val": splits["train"]}
+    "cannot read data/tiny: meta.json lists ['train.bin'] as files of val": lambda data: (
+        edit_meta(
+            data, splits=(splits := read_meta(data)["splits"]) | {"val": splits["train"]}
+        )
     ),
     "train.bin has 3,599 tokens, but meta.json says 3,600": lambda data: (
         data / "train.bin"
     ).write_bytes((data / "train.bin").read_bytes()[:-2]),
-    "is damaged: [Errno 2] No such file or directory: 'data/tiny/val.bin'": lambda data: (
-        data / "val.bin"
-    ).unlink(),
-    "is damaged: meta.json is of another version": lambda data: edit_meta(
+    "cannot read data/tiny: [Errno 2] No such file or directory: 'data/tiny/val.bin'": lambda data: (
+        (data / "val.bin").unlink()
+    ),
+    "cannot read data/tiny: meta.json is of another version": lambda data: edit_meta(
         data, format="tokens 99"
     ),
-    "is damaged: Expecting": lambda data: (data / "meta.json").write_text("{"),
-    "is damaged: meta.json has 0 bytes for val": lambda data: edit_meta(
+    "cannot read data/tiny: Expecting": lambda data: (data / "meta.json").write_text("{"),
+    "cannot read data/tiny: meta.json has 0 bytes for val": lambda data: edit_meta(
         data,
         splits=(splits := read_meta(data)["splits"])
         | {"val": splits["val"] | {"bytes": 0}},
@@ -278,7 +280,7 @@ def test_large_files_are_checked_only_when_they_are_prepared_again(
 ):
     whole = (tiny / "val.bin").read_bytes()
     (tiny / "val.bin").write_bytes((tiny / "val.bin").read_bytes()[::-1])
-    damaged = "data/tiny is damaged: the checksum of val.bin does not match meta.json"
+    damaged = "cannot read data/tiny: the checksum of val.bin does not match meta.json"
     assert damaged in fails(train.main, *TINY_RUN)
     monkeypatch.setattr(datasets, "CHECKED", 799)  # bytes; val.bin has 800
     TokenDataset(tiny, 16, seed=1)

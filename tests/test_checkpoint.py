@@ -82,8 +82,10 @@ def malicious(path: Path):
     torch.save({"format": checkpoint.FORMAT, "model": Evil()}, path)
 
 
-NO_CHECKPOINT = "out/run/best.pt is not a checkpoint: it is truncated, damaged or holds"
-OTHER_VERSION = "out/run/best.pt is not a checkpoint from this version"
+NO_CHECKPOINT = (
+    "cannot read out/run/best.pt: it is truncated or damaged, or holds more than"
+)
+OTHER_VERSION = "cannot read out/run/best.pt: its format is not 'gpt checkpoint 3'"
 BAD = [
     (NO_CHECKPOINT, malicious),
     (NO_CHECKPOINT, lambda path: path.write_bytes(b"no zip at all")),
@@ -119,34 +121,33 @@ def test_a_record_marked_as_a_directory_is_noticed(folder):
     # 38 bytes into the record's entry in the directory at the end of the file
     content[content.rindex(b"PK\1\2", 0, content.rindex(name.encode())) + 38] ^= 0x10
     path.write_bytes(content)
-    with pytest.raises(UserError, match="it is truncated, damaged"):
+    with pytest.raises(UserError, match="it is truncated or damaged"):
         checkpoint.read(path)
 
 
 # --------------------------------------------------------------------------------------
-# The schema
+# Content that nothing can use
 
 
 HEAD = "the parameter lm_head.weight must be a dense, contiguous tensor of torch.float32 and shape"
-OTHER_CODE = "ckpt.pt was written by different code: "
+READ = "cannot read out/run/ckpt.pt: "
 # (complaint, path to an entry, its other value or None if it is missing)
 EDITS = [
-    ("train_config is missing", "train_config", None),
-    (f"{OTHER_CODE}it has the key batch_sice, which", "train_config/batch_sice", 4),
+    (f"{READ}KeyError: 'train_config'", "train_config", None),
+    (f"{READ}it has the key batch_sice, which", "train_config/batch_sice", 4),
     ("batch_size=0 must be at least 1", "train_config/batch_size", 0),
     ("device must not contain control characters", "train_config/device", "c\npu"),
-    ("train_config.lora_alpha must be float", "train_config/lora_alpha", "16"),
+    ("lora_alpha='16' must be float", "train_config/lora_alpha", "16"),
     ("n_layer=4000 and n_embd=8 do not match", "model_config/n_layer", 4000),
     ("n_members=4000, n_layer=", "model_config/n_members", 4000),
     ("n_embd=1099511627776 must be from 1 to", "model_config/n_embd", 2**40),
-    ("progress.seconds=nan must be at least 0", "progress/seconds", float("nan")),
-    ("description of the tokenizer char is damaged", "tokenizer/alphabet", None),
-    ("has 4 tokens, but the model has vocab_size=3", "tokenizer/alphabet", "abcd"),
+    ("seconds=nan must be at least 0", "progress/seconds", float("nan")),
+    ("the description of the tokenizer: TypeError", "tokenizer/alphabet", None),
     ("model=gpt does not support task=", "task", "painting"),
-    ("progress.iter must", "progress/iter", 10**400),
-    (f"{OTHER_CODE}it has progress.x, which this code", "progress/x", 3),
-    (f"{OTHER_CODE}it lacks the parameter wte.weight", "model/wte.weight", None),
-    (f"{OTHER_CODE}it has the parameter w, which", "model/w", torch.zeros(3)),
+    ("iter=1000", "progress/iter", 10**400),
+    (f"{READ}it has the key x, which this code", "progress/x", 3),
+    (f"{READ}it lacks the parameter wte.weight", "model/wte.weight", None),
+    (f"{READ}it has the parameter w, which", "model/w", torch.zeros(3)),
     (HEAD, "model/lm_head.weight", torch.zeros(8, 3)),
     (HEAD, "model/lm_head.weight", torch.zeros(8, 3).T),
     (HEAD, "model/lm_head.weight", torch.zeros(3, 8).double()),
@@ -171,14 +172,6 @@ def test_an_entry_that_is_missing_unknown_or_of_another_kind_is_named(
     with pytest.raises(UserError, match=complaint) as refusal:
         train.main(["--init_from=resume", "--out_dir=out/run"])
     assert "\n" not in str(refusal.value)
-
-
-def test_what_does_not_fit_the_schema_is_never_saved(folder):
-    entries = make_entries()
-    del entries["model"]
-    with pytest.raises(ValueError, match="model is missing"):
-        checkpoint.save(Path("a.pt"), entries)
-    assert not Path("a.pt").exists()
 
 
 @pytest.mark.parametrize("position", models.POSITIONS)
@@ -228,7 +221,7 @@ def test_a_checkpoint_of_other_code_is_whole_and_says_what_differs(
     def complaints() -> set[str]:
         """The messages of sampling and resuming, without the names of their files."""
         lines = map(fails, USES)
-        return {line.partition(".pt was written by different code: ")[2] for line in lines}
+        return {line.partition(".pt: ")[2] for line in lines}
 
     kinds = ", ".join(models.NORMS)
     with monkeypatch.context() as patch:

@@ -208,7 +208,7 @@ BAD = [
 @pytest.mark.parametrize("line", BAD, ids=range(len(BAD)))
 def test_a_bad_line_of_pairs_is_named_in_one_line(line, fails):
     Path("pairs.jsonl").write_text(f'{{"good": "a", "bad": "b"}}\n{line}\n')
-    complaint = "pairs.jsonl, line 2 must be an object with texts: good and bad, or "
+    complaint = "pairs.jsonl, line 2: it must be an object with texts: good and bad, or "
     assert complaint in fails(score.main, "--pairs=pairs.jsonl")
 
 

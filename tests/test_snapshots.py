@@ -120,11 +120,11 @@ def test_a_damaged_snapshot_or_one_of_another_model_is_refused(run_train):
     whole = path.read_bytes()
     (found,) = page_data.snapshot_data(OUT, 6, model)
     assert found["iter"] == 0
-    with pytest.raises(UserError, match=r"0\.pt is not a snapshot of this model"):
+    with pytest.raises(UserError, match=r"0\.pt: it is not a snapshot of this model"):
         page_data.snapshot_data(OUT, 6, test_model.tiny())
     path.write_bytes(whole[:1000])
-    with pytest.raises(UserError, match=r"0\.pt is not a checkpoint: it is trunc"):
+    with pytest.raises(UserError, match=r"0\.pt: it is truncated or damaged"):
         page_data.snapshot_data(OUT, 6, model)
     torch.save([1, 2], path)
-    with pytest.raises(UserError, match=r"0\.pt is not a snapshot"):
+    with pytest.raises(UserError, match=r"0\.pt: it is not a snapshot"):
         page_data.snapshot_data(OUT, 6, model)

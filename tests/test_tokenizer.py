@@ -158,6 +158,7 @@ def packed(pieces: list[bytes]) -> str:
     "state",
     [
         {"tokenizer": "char"},
+        {"tokenizer": ["char"]},
         {"tokenizer": "byte", 3: False},
         {"tokenizer": "sentencepiece", "separated": False, "proto": "ü"},
         {"tokenizer": "sentencepiece", "separated": False, "proto": PROTO[:-4]},
@@ -165,7 +166,7 @@ def packed(pieces: list[bytes]) -> str:
     ],
 )
 def test_a_damaged_description_is_refused(state):
-    damaged = f"the description of the tokenizer {state['tokenizer']} is damaged"
+    damaged = "cannot read the description of the tokenizer: "
     with pytest.raises(UserError, match=damaged) as error:
         tokenizer.from_state(state)
     assert "\n" not in str(error.value)
@@ -183,8 +184,7 @@ def test_a_small_description_of_a_huge_vocabulary_takes_little_memory(monkeypatc
     assert len(content) < 1 << 16 and most < 1 << 22
 
 
-@pytest.mark.parametrize("name", ["morse", ["char"]])
-def test_an_unknown_tokenizer_is_refused(name):
+def test_an_unknown_tokenizer_is_refused():
     kinds = ", ".join(tokenizer.TOKENIZERS)
     with pytest.raises(UserError, match=rf"tokenizer .* is not one of: {kinds}"):
-        tokenizer.from_state({"tokenizer": name})
+        tokenizer.from_state({"tokenizer": "morse"})

@@ -260,7 +260,7 @@ REFUSED = {
     "the tokenizers library reports": ("tokenizer", {"model": {}}),
     r"its decoder \['WordPiece'\] is not supp": ("tokenizer", {"decoder": DECODER}),
     r"its decoder \[\] is not supported": ("tokenizer", {"decoder": None}),
-    ": eos_token must be str": ("tokenizer_config", {"eos_token": 3}),
+    ": TypeError: Input must be a List": ("tokenizer_config", {"eos_token": 3}),
     "gives '</s>' the id 7, but its id in the voc": ("tokenizer_config", ADDED),
 }
 
@@ -298,7 +298,7 @@ def test_a_damaged_state_is_refused(made):
     for key in state.keys() - {"tokenizer"}:
         for wrong in ("", "AAAA", 10**6, {"a": "b"}, ["x"]):
             with pytest.raises(
-                UserError, match=r"the description of the tokenizer .* is damaged"
+                UserError, match="cannot read the description of the tokenizer: "
             ):
                 tokenizer.from_state(state | {key: wrong})
 

@@ -7,7 +7,7 @@ I am Humpty Dumpty.<|im_end|>
 """
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -50,7 +50,6 @@ class ChatTokenizer(Tokenizer):
     """
 
     name = "chat"
-    schema: ClassVar = {"base": dict, "replies?": [str]}
     chat_template = TEMPLATE
 
     def __init__(self, base: Tokenizer, replies: Sequence[str] = ()):

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt.checkpoint import (
-    build_like,
+    check_sizes,
     check_tensors,
     load_plain,
     restore_model,
 )
-from humptygpt.cli import refuse, restore
+from humptygpt.cli import restore
 from humptygpt.convert.families import (
     ACTIVATION_NAMES,
     FAMILIES,
@@ -27,7 +27,7 @@ from humptygpt.convert.families import (
     Family,
     find_family,
 )
-from humptygpt.files import check_schema, parse_json, refuse_damaged, write_bytes
+from humptygpt.files import refuse_damaged, write_bytes
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 
@@ -40,15 +40,7 @@ SUPPORTED = {  # {key of config.json that changes the model's formulas: the only
     "scale_attn_by_inverse_layer_idx": False,
     "partial_rotary_factor": 1,
 }
-ROPE_TYPES = {"default", "llama3"}
-ROPE = {"rope_type?": ROPE_TYPES, "type?": ROPE_TYPES}  # older files have the second key
-SCHEMA = {
-    "model_type": set(FAMILIES),
-    "vocab_size": int,
-    # transformers before version 5 writes the first of these keys, later versions the second
-    "rope_scaling?": (ROPE, None),
-    "rope_parameters?": (ROPE, None),
-}
+ROPE_TYPES = ("default", "llama3")
 
 
 # --------------------------------------------------------------------------------------
@@ -99,27 +91,33 @@ def read_pretrained(folder: Path) -> nn.Module:
 
     Raises UserError if the model is damaged or not supported.
     """
-    what = f"the model in {folder}"
     family, config = read_config(folder)
-    with refuse(f"cannot read {what}: "):
+    with refuse_damaged(f"the model in {folder}"):
         tensors = open_weights(folder)
-    return build_model(what, family, config, tensors)
+    return build_model(f"the model in {folder}", family, config, tensors)
 
 
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     """Read config.json. Raises UserError if it is damaged or describes a model that is not supported."""
-    with refuse(f"cannot read the model in {folder}: config.json: "):
-        content = parse_json((folder / "config.json").read_bytes(), SCHEMA)
-        family = FAMILIES[content["model_type"]]
+    with refuse_damaged(f"the model in {folder}: config.json"):
+        content = json.loads((folder / "config.json").read_bytes())
+        kind = content["model_type"]
+        if kind not in FAMILIES:
+            raise ValueError(f"model_type={kind} is not one of: {', '.join(FAMILIES)}")
+        family = FAMILIES[kind]
         return family, restore(ModelConfig, family.fixed | model_settings(family, content))
 
 
 def model_settings(family: Family, content: dict[str, object]) -> dict[str, object]:
     """Translate config.json into our settings, without checking their types. Raises ValueError if it is unsupported."""
+    # transformers before version 5 writes the first of these keys, later versions the second
     rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
     content = family.defaults | content | rope
     table = family.settings
-    if rope.get("rope_type", rope.get("type")) == "llama3":
+    kind = rope.get("rope_type", rope.get("type", "default"))  # older files have the second
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"rope_type={kind} is not one of: {', '.join(ROPE_TYPES)}")
+    if kind == "llama3":
         table = table | ROPE_SCALING
     for key, value in SUPPORTED.items():
         if content.get(key, value) != value:
@@ -140,8 +138,18 @@ def build_model(
     All names and shapes are checked before any memory is allocated. Raises UserError if they do not match the config.
     what: the name of the file in error messages.
     """
-    model = build_like(what, config, tensors)
+    with refuse_damaged(what):
+        check_sizes(config, tensors)
+    model = build_on_meta(config)
     like = model.state_dict()
+    with refuse_damaged(what):
+        return restore_model(model, to_ours(family, config, tensors, like))
+
+
+def to_ours(
+    family: Family, config: ModelConfig, tensors: Weights, like: Weights
+) -> Weights:
+    """Convert the tensors of a file, which are removed one by one, to our state dict. like: our state dict on meta."""
     stored = {}
     while tensors:
         name, tensor = tensors.popitem()
@@ -151,9 +159,8 @@ def build_model(
             stored[name] = tensor
     if config.tie_weights:  # older files contain the tied head as well
         stored.pop("lm_head.weight", None)
-    with refuse(f"cannot read {what}: "):
-        expected = to_theirs(family, config, like)
-        check_tensors("the weight ", stored, expected, any_float=True)
+    expected = to_theirs(family, config, like)
+    check_tensors("the weight ", stored, expected, any_float=True)
     ours = {}
     for name, parts in weight_names(family, config, like):
         tensor = transposed(family, name, stored.pop(name).detach())
@@ -165,7 +172,7 @@ def build_model(
             )
     if config.tie_weights:
         ours["lm_head.weight"] = ours["wte.weight"]
-    return restore_model(model, ours)
+    return ours
 
 
 # --------------------------------------------------------------------------------------
@@ -174,15 +181,14 @@ def build_model(
 
 
 def open_weights(folder: Path) -> Weights:
-    """Read all tensors from the first of MODEL_FILES that the folder has. Raises ValueError, UserError or OSError."""
+    """Read all tensors from the first of MODEL_FILES that the folder has. Raises an exception of any type."""
     for name in MODEL_FILES:
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
             return open_file(folder / name)
         if index.is_file():
-            content = parse_json(index.read_bytes(), {"weight_map": {str: str}})
             tensors = {}
-            for shard in sorted(set(content["weight_map"].values())):
+            for shard in sorted(set(json.loads(index.read_bytes())["weight_map"].values())):
                 tensors |= open_file(folder / Path(shard).name)  # never from another folder
             return tensors
     raise ValueError(f"there is neither {' nor '.join(MODEL_FILES)}")
@@ -193,19 +199,12 @@ def open_file(path: Path) -> Weights:
     from safetensors.torch import load_file
 
     path.open("rb").close()  # raises OSError if the file cannot be read
-    problem = "is truncated or damaged, or holds more than tensors and plain data"
+    problem = "it is truncated or damaged, or holds more than tensors and plain data"
     with refuse_damaged(path, problem):
         if path.suffix == ".safetensors":
             # load_file also checks that the file has the size that its header declares
             return load_file(path)
-        return plain_weights(load_plain(path, legacy=True))
-
-
-def plain_weights(state: Mapping) -> Weights:
-    """Return an unpickled state dict as a plain dictionary. Raises ValueError unless it maps names to tensors."""
-    weights = dict(state)
-    check_schema(weights, {str: (Tensor, nn.Parameter)})
-    return weights
+        return dict(load_plain(path, legacy=True))
 
 
 # --------------------------------------------------------------------------------------

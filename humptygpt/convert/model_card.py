@@ -17,7 +17,7 @@ def model_card(loaded: Loaded, name: str) -> str:
     origin = f"converted by HumptyGPT from {loaded.description}"
     if saved := loaded.saved:
         loss = saved["progress"]["best_val_loss"]
-        origin = f"trained with HumptyGPT on {saved['data']['source']} (validation loss: {loss:.4f} nats per token)"
+        origin = f"trained with HumptyGPT on {saved['data'].get('source')} (validation loss: {loss:.4f} nats per token)"
     prompt = tokenizer.decode(tokenizer.start())
     if tokenizer.chat_template:
         prompt = [{"role": "user", "content": "Who are you?"}]

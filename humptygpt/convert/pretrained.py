@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -36,12 +36,11 @@ class PretrainedTokenizer(Tokenizer):
     """
 
     name = "tokenizer.json"
-    schema: ClassVar = {"content": str, "eot": (int, None), "bos": (int, None)}
 
     def __init__(self, content: str, eot: int | None, bos: int | None):
         self.content = content
-        self.eot = eot
-        self.bos = bos
+        self.eot = None if eot is None else int(eot)
+        self.bos = None if bos is None else int(bos)
         self._engine = load_engine(content)
         ids = self._engine.get_vocab(with_added_tokens=True)
         size = 1 + max(ids.values(), default=-1)

@@ -5,31 +5,21 @@ merges.txt in the same folder. tokenizer_config.json there names the special tok
 is the one that our exports have; any other is ignored. No code from the folder is run, and transformers is not needed.
 """
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from humptygpt.chat.tokens import TEMPLATE, ChatTokenizer
-from humptygpt.cli import UserError, note, one_line
+from humptygpt.cli import note
 from humptygpt.convert.pretrained import PretrainedTokenizer, load_engine
 from humptygpt.convert.sentencepiece_model import convert_sentencepiece
-from humptygpt.files import parse_json
+from humptygpt.files import refuse_damaged
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Engine
 
 ENDS = ("bos_token", "eos_token")
-TOKEN = (str, {"content": str}, None)
-SWITCH = (bool, None)
-SETTINGS = {
-    "bos_token?": TOKEN,
-    "eos_token?": TOKEN,
-    "legacy?": SWITCH,
-    "add_bos_token?": SWITCH,
-    "add_prefix_space?": SWITCH,
-    "tokenizer_class?": (str, None),
-    "added_tokens_decoder?": {str: {"content": str}},
-}
 
 
 def tokenizer_file(path: Path) -> Path | None:
@@ -41,16 +31,11 @@ def tokenizer_file(path: Path) -> Path | None:
 def read_tokenizer(path: Path) -> Tokenizer:
     """Read the tokenizer from a folder or a file. Raises UserError if it is missing, damaged or not supported."""
     file = tokenizer_file(path)
-    try:
+    with refuse_damaged(f"the tokenizer in {path}"):
         if file is None:
             raise ValueError(f"there is neither {' nor '.join(READERS)}")
         settings = read_settings(file.parent)
         tokenizer = READERS[file.name](file, settings)
-    # the tokenizers library has no exception class of its own
-    except Exception as error:
-        raise UserError(
-            f"cannot read the tokenizer in {path}: {one_line(error)}"
-        ) from error
     template = settings.get("chat_template")
     if template == TEMPLATE:
         return ChatTokenizer(tokenizer)
@@ -64,7 +49,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 def read_settings(folder: Path) -> dict:
     """Read tokenizer_config.json and the chat template, if there are any, without entries that are null."""
     path = folder / "tokenizer_config.json"
-    content = parse_json(path.read_bytes(), SETTINGS) if path.is_file() else {}
+    content = json.loads(path.read_bytes()) if path.is_file() else {}
     settings = {key: value for key, value in content.items() if value is not None}
     for key in ENDS:
         if isinstance(settings.get(key), dict):

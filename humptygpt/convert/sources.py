@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from humptygpt.cli import UserError, refuse, restore
+from humptygpt.cli import UserError, restore
 from humptygpt.convert.families import NANOGPT
-from humptygpt.convert.huggingface import build_model, plain_weights, read_pretrained
+from humptygpt.convert.huggingface import build_model, read_pretrained
 from humptygpt.convert.read_huggingface import read_tokenizer, tokenizer_file
 from humptygpt.files import refuse_damaged
 from humptygpt.loading import Loaded, find_source, load
@@ -35,25 +35,24 @@ def from_folder(path: Path, source: str | Path) -> Loaded:
 
 def from_nanogpt(path: Path, saved: dict) -> Loaded:
     """Make a model from the content of a checkpoint of nanoGPT. Raises UserError if it is not valid."""
-    with refuse_damaged(path), refuse(f"cannot read {path}: "):
-        weights = plain_weights(saved["model"])
-        # torch.compile puts this prefix before all names
-        weights = {name.removeprefix("_orig_mod."): x for name, x in weights.items()}
+    with refuse_damaged(path):
         settings = NANOGPT.fixed | saved["model_args"] | {"dropout": 0.0}
         config = restore(ModelConfig, settings)
-        tokenizer = nanogpt_tokenizer(path, saved)
+        # torch.compile puts this prefix before all names
+        weights = {k.removeprefix("_orig_mod."): x for k, x in saved["model"].items()}
+        dataset = Path(saved.get("config", {}).get("dataset", "")).name
     model = build_model(path, NANOGPT, config, weights)
+    tokenizer = nanogpt_tokenizer(path, dataset, config.vocab_size)
     return Loaded(model, tokenizer, path, f"nanoGPT's {path}")
 
 
-def nanogpt_tokenizer(path: Path, saved: dict) -> Tokenizer:
+def nanogpt_tokenizer(path: Path, dataset: str, vocab_size: int) -> Tokenizer:
     """Read the dataset's meta.pkl, from our data/ or from nanoGPT's. If there is none, return GPT-2's tokenizer."""
-    dataset = Path(saved.get("config", {}).get("dataset", "")).name
     meta = Path("data", dataset, "meta.pkl")
     for file in (meta, path.absolute().parent.parent / meta):
         if file.is_file():
             return read_characters(file)
-    if saved["model_args"]["vocab_size"] < GPT2_TOKENS:
+    if vocab_size < GPT2_TOKENS:
         raise UserError(
             f"{path} needs the alphabet of its dataset, but there is no {meta} here or in nanoGPT's folder"
         )

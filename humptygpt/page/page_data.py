@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from humptygpt import checkpoint
-from humptygpt.cli import UserError
+from humptygpt.cli import UserError, convert, fields_of
 from humptygpt.convert.sentencepiece_model import merge_scores
 from humptygpt.data import TokenFiles, read_meta
 from humptygpt.files import refuse_damaged
@@ -39,6 +39,8 @@ def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> d
     tokenizer = tokenizer_data(run.tokenizer)
     check_settings(run.model.config, tokenizer["name"])
     check_formulas(run.model.config, "a page")
+    with refuse_damaged(path):
+        training = training_data(run)
     saved = run.saved["progress"]
     # of several members, the page shows the first
     shown = run.model if run.model.config.n_members == 1 else run.model.members[0]
@@ -49,10 +51,7 @@ def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> d
         "progress": {
             key: saved[key] for key in ("iter", "best_val_loss") if saved[key] < math.inf
         },
-        # the page knows no other task than text
-        "training": None
-        if "code_sha256" in run.saved["data"]["identity"]
-        else {key: run.saved["train_config"][key] for key in TRAINING.split()},
+        "training": training,
         "text": read_split(run, "train", TEXT_TOKENS)
         if run.task == "language modelling"
         else "",
@@ -63,6 +62,14 @@ def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> d
         "start": start or example_text(run),
         "metrics": read_metrics(path.with_name("metrics.jsonl")),
     }
+
+
+def training_data(run: Loaded) -> dict | None:
+    """Return the settings with which the page trains; None if the data is generated, which the page does not know."""
+    if "code_sha256" in run.saved["data"]["identity"]:
+        return None
+    values, fields = run.saved["train_config"], fields_of(TrainConfig)
+    return {key: convert(key, values[key], fields[key].type) for key in TRAINING.split()}
 
 
 def playground_data() -> dict:
@@ -90,7 +97,7 @@ def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
         path = folder / name
         if step < end and path.exists():
             saved = checkpoint.read_plain(path)
-            with refuse_damaged(path, "is not a snapshot of this model"):
+            with refuse_damaged(path, "it is not a snapshot of this model"):
                 checkpoint.check_tensors("", saved, like)
             rows = base64.b64encode(saved["rows"].numpy()).decode()
             data.append({"iter": step, "rows": rows})
@@ -107,8 +114,8 @@ def example_text(run: Loaded) -> str:
 
 def read_split(run: Loaded, split: str, count: int) -> str:
     """Decode the first tokens of a split of the run's data. Returns "" if the data is missing or has changed."""
-    folder = Path("data", run.saved["train_config"]["dataset"])
-    with suppress(UserError, KeyError):  # generated data has no splits
+    with suppress(UserError, KeyError, TypeError):  # generated data has no splits
+        folder = Path("data", run.saved["train_config"]["dataset"])
         meta = read_meta(folder)
         if meta["tokenizer"] == run.saved["tokenizer"]:
             ids = TokenFiles(folder, split, meta).arrays[0][:count]

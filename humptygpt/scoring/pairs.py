@@ -29,7 +29,7 @@ SUITES = ("english", "python", "blimp")
 BLIMP = Path("data/downloads/BLiMP.zip")
 BLIMP_URL = "https://raw.githubusercontent.com/alexwarstadt/blimp/3e56b06fcabca9b30822fc66435fca6b1aa40bb1/BLiMP.zip"
 BLIMP_SHA256 = "172a1a714d72e72a89e8384dd531483f3d0f8a9aee3d33dccaf7992d8cecbb73"
-RULE = "must be an object with texts: good and bad, or choices, which differ, and answer, the index of the right one"
+RULE = "it must be an object with texts: good and bad, or choices, which differ, and answer, the index of the right one"
 
 
 class Test(NamedTuple):
