@@ -24,6 +24,7 @@ from test_distributed import (
 from test_snapshots import kept
 from torch.distributed.fsdp import FSDPModule
 
+import model as models
 import sample
 import train
 from humptygpt import checkpoint, evaluation, machine
@@ -152,6 +153,33 @@ def test_processes_on_machines_without_a_shared_disk_resume(tiny, parallel):
     evaluate = [*RESUME, "--eval_only=True", "--eval_iters=2"]
     assert launch(2, *evaluate, main=on_a_disk_of_its_own) == [0, 0]
     assert f"val loss {rows[-1]['val_loss']:.4f}" in Path("stdout0").read_text()
+
+
+def with_a_buffer(argv: list[str]) -> int:
+    """Train a model that counts its steps, in a buffer that is saved with the weights."""
+
+    class Counting(models.MLP):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("steps", torch.zeros(3))
+
+        def forward(self, x):
+            if self.training:
+                self.steps += 1
+                Path("steps").write_text(str(self.steps.tolist()))
+            return super().forward(x)
+
+    models.MLPS["counting"] = Counting
+    return on_a_disk_of_its_own([*argv, "--mlp=counting"])
+
+
+@every_parallel
+def test_a_buffer_of_the_users_own_reaches_all_processes(tiny, parallel):
+    argv = [*UNEVEN, f"--parallel={parallel}", "--init_from=auto", "--lr_decay_iters=6"]
+    for steps in (3, 6):
+        assert launch(2, *argv, f"--max_iters={steps}", main=with_a_buffer) == [0, 0]
+        for path in (Path("steps"), Path("disk1/steps")):
+            assert path.read_text() == str([float(steps)] * 3)
 
 
 def killed_while_saving(argv: list[str]) -> int:

@@ -10,6 +10,7 @@ This module takes a second to load, so it is imported only with --parallel=fsdp.
 """
 
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -63,13 +64,16 @@ class FullySharded(DataParallel):
         for module in (*blocks(model), model):
             module.set_force_sum_reduction_for_comms(True)  # gloo supports only sums
         for module in model.modules():
-            if any(p.is_meta for p in module.parameters(recurse=False)):
+            own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
+            if any(x.is_meta for x in own):
                 module.to_empty(device=self.device, recurse=False)
         model.to(self.device)  # also moves the position tables
 
     @raise_if_rank_died()
-    def receive(self, value: Tensor, like: DTensor) -> DTensor:
+    def receive(self, value: Tensor, like: Tensor) -> Tensor:
         """Return this rank's rows of rank 0's tensor."""
+        if not isinstance(like, DTensor):  # a buffer
+            return super().receive(value, like)
         whole = torch.empty_like(value, device=self.device)
         if self.first:
             whole.copy_(value)

@@ -109,24 +109,23 @@ class DataParallel(Process):
     # Methods that a single process also has
 
     def place(self, model: nn.Module, run: Run) -> None:
-        """Move a model of the run to the device, with the weights of rank 0. Other ranks may have it on meta.
+        """Move a model of the run to the device, with the state of rank 0. Other ranks may have it on meta.
 
         Raises UserError if the ranks cannot train together.
         """
         self.check(run)
         add_seeds(model)
-        weights = dict(model.state_dict())
+        whole = dict(model.state_dict())
         self.allocate(model, run.dtype)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(self.receive(weights[name], p))
+        for name, x in model.state_dict().items():
+            x.copy_(self.receive(whole[name], x))
 
     def allocate(self, model: nn.Module, dtype: torch.dtype) -> None:
         """Allocate this rank's part of a model on the device. dtype: that of products."""
         if not self.first:
-            weights = model.state_dict()
+            whole = model.state_dict()
             checkpoint.restore_model(
-                model, {k: torch.empty_like(x, device="cpu") for k, x in weights.items()}
+                model, {k: torch.empty_like(x, device="cpu") for k, x in whole.items()}
             )
         model.to(self.device)
 
