@@ -264,7 +264,7 @@ def begin(
             f"minutes={config.minutes:g} works only for prepared text and conversations, not for {config.dataset};"
             " use max_iters instead"
         )
-    clock = Clock(config.minutes, saved["progress"]["run_seconds"] if saved else 0.0)
+    clock = Clock(config.minutes, saved["progress"].run_seconds if saved else 0.0)
     # compiling takes about a minute, so a timed run compiles only if the user asks for it
     config = replace(config, compile=bool(config.compile))
     if not saved:
