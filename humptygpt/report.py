@@ -221,8 +221,8 @@ def activation_bytes(config: TrainConfig, model: nn.Module, processes: int) -> f
 
     Of each token, a block keeps some eight float32 vectors of width C, among them the residual stream and its norms,
     eight in the dtype of matrix products, around attention, and in that dtype its hidden neurons twice, before and
-    after their activation, or four times with a gate. Frozen matrices do without their inputs. The head keeps float32
-    logits and their gradient. RECORDS.md has measured peaks beside this.
+    after their activation, or four times with a gate. Frozen matrices do without their inputs. The head has float32
+    logits, the logarithms of their probabilities and their gradient. RECORDS.md has measured peaks beside this.
     """
     shape = model.config
     C = shape.n_embd
@@ -239,7 +239,7 @@ def activation_bytes(config: TrainConfig, model: nn.Module, processes: int) -> f
     layers = blocks * block
     if config.checkpoint_activations and blocks:  # one block at a time is recomputed
         layers = block + blocks * FLOAT * C
-    head = shape.n_members * 2 * FLOAT * shape.vocab_size
+    head = shape.n_members * 3 * FLOAT * shape.vocab_size
     return config.rows(processes) * shape.block_size * (layers + head)
 
 
