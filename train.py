@@ -34,12 +34,7 @@ from humptygpt.checks import check_model
 from humptygpt.device import DTYPES, autocast, to_device
 from humptygpt.loading import load
 from humptygpt.optimizers import make_optimizer
-from humptygpt.process import (
-    part_of,
-    silence_other_processes,
-    start_process,
-    tune,
-)
+from humptygpt.process import launched, part_of, start_process, tune
 from humptygpt.report import ADVICE, check_training_fits
 from humptygpt.run import (
     Diverged,
@@ -75,7 +70,8 @@ LINES = {0, *(25 * 2**doublings for doublings in range(40))}
 
 
 def main(argv: list[str]) -> int:
-    silence_other_processes()
+    if launched()[0]:  # of several processes, the first prints
+        machine.discard_output()
     with ExitStack() as locks, machine.memory_advice(ADVICE):
         start = read_settings(argv, locks)
         if start.config.dry_run:
@@ -350,7 +346,7 @@ def finish(run: Run, folder: RunFolder) -> str:
 def show_best(run: Run, folder: RunFolder) -> None:
     """Evaluate the best model on the whole validation split, print a sample, and score its translations."""
     model = run.model
-    if not run.has_best:
+    if run.process.sharded or run.progress.best_iter < run.progress.iter:
         model = load(folder.path).model
         model.has_cache = run.model.has_cache
         model.to(run.process.sampling_device)

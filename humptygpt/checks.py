@@ -217,6 +217,9 @@ def small_losses(small: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor
     return losses_of(small(**with_progress(small, batch, 0.5)))
 
 
+is_close = functools.partial(torch.allclose, rtol=1e-3, atol=1e-3)
+
+
 def finite_logits(small: nn.Module, text: dict[str, Tensor]) -> Tensor:
     """Compute the logits, (1, T, V). Raises ArithmeticError if they cannot be compared."""
     logits = small(**text)[0]
@@ -225,10 +228,6 @@ def finite_logits(small: nn.Module, text: dict[str, Tensor]) -> Tensor:
             "model.py computes nan or infinity from small random weights; is a softmax or a norm missing?"
         )
     return logits
-
-
-def is_close(found: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(found, expected, 1e-3, 1e-3)
 
 
 def describe(error: Exception) -> str:

@@ -12,7 +12,6 @@ import math
 import os
 import shlex
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -159,14 +158,8 @@ class TokenDataset(Dataset):
     def batch(self, index: int, batch_size: int) -> Batch:
         """Make training batch number `index`: idx and targets, both int64 (batch_size, block_size).
 
-        Batches 2i and 2i + 1 of size n together hold the same blocks as batch i of size 2n.
-        """
-        return self.blocks("train", self.train_starts(index, batch_size))
-
-    def train_starts(self, index: int, batch_size: int) -> np.ndarray:
-        """Start positions of the blocks in training batch number `index`, (batch_size,).
-
         An epoch starts at a random offset, cuts the text into blocks and visits each block once, in a random order.
+        Batches 2i and 2i + 1 of size n together hold the same blocks as batch i of size 2n.
         """
         T = self.block_size
         last = len(self.train) - 1 - T  # the last position at which a block can start
@@ -179,7 +172,7 @@ class TokenDataset(Dataset):
             key = random_key(self.seed, int(epoch))
             order = permute(numbers[epochs == epoch], blocks, key)
             starts[epochs == epoch] = key % offsets + T * order
-        return starts
+        return self.blocks("train", starts)
 
     def val_batches(self, batch_size: int, eval_iters: int | None) -> Iterator[Batch]:
         """Yield the evaluation set, which is always the same: eval_iters batches of blocks spread over the split.
@@ -317,7 +310,7 @@ class TokenFiles:
     """
 
     def __init__(self, folder: Path, split: str, meta: dict):
-        with refuse_bad_data(folder):
+        with refuse_damaged(folder, advice=f"; {how_to(folder)}"):
             entry = meta["splits"][split]
             names = [Path(file["name"]).name for file in entry["files"]]
             if not all(name.startswith(split) for name in names):
@@ -378,7 +371,7 @@ def read_meta(folder: Path) -> dict:
             "splits": {},
         }
     if os.path.exists(folder / "meta.json"):
-        with refuse_bad_data(folder):
+        with refuse_damaged(folder, advice=f"; {how_to(folder)}"):
             meta = json.loads((folder / "meta.json").read_bytes())
             known = (
                 meta["format"] == META_FORMAT
@@ -406,10 +399,6 @@ def is_nanogpts(folder: Path) -> bool:
     names = {path.name for path in folder.glob("*")}
     ours = {"preparing", "meta.json", COMMAND} & names
     return "meta.pkl" in names or ("train.bin" in names and not ours)
-
-
-def refuse_bad_data(folder: Path) -> AbstractContextManager:
-    return refuse_damaged(folder, advice=f"; {how_to(folder)}")
 
 
 def how_to(folder: Path) -> str:

@@ -19,7 +19,7 @@ from humptygpt.device import (
     training_dtype,
     tune_malloc,
 )
-from humptygpt.machine import discard_output, usable_cores
+from humptygpt.machine import usable_cores
 from humptygpt.settings import TrainConfig
 from humptygpt.workers import Workers, add_seeds
 
@@ -181,9 +181,3 @@ def choose_dtypes(config: TrainConfig, device: torch.device) -> TrainConfig:
 def launched() -> tuple[int, int]:
     """Return this process's rank and the number of processes."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def silence_other_processes() -> None:
-    """Discard the standard output of all processes but the first."""
-    if launched()[0]:
-        discard_output()

@@ -164,11 +164,6 @@ class Run:
         return task
 
     @property
-    def has_best(self) -> bool:
-        """True if the model is the best so far, and this process has all of it."""
-        return self.progress.best_iter == self.progress.iter and not self.process.sharded
-
-    @property
     def is_last(self) -> bool:
         """True after the last planned step."""
         return self.progress.position >= self.config.max_iters

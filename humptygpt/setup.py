@@ -103,7 +103,9 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     saved, base, settings, defaults = None, None, given, {}
     if auto or init_from == "resume":
         backend = given.get("backend", TrainConfig.backend)
-        saved = read_once(lambda: latest_checkpoint(path, auto), backend)
+        saved = read_once(
+            lambda: read_run(path) if path.exists() or not auto else None, backend
+        )
     if auto:
         given["init_from"] = init_from = "resume" if saved else "scratch"
     if init_from not in ("scratch", "resume"):
@@ -219,11 +221,6 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
     if "max_iters" in given:
         own["minutes"] = None
     return own | given | kept | {"out_dir": path.parent.as_posix(), "input": None}
-
-
-def latest_checkpoint(path: Path, may_begin: bool) -> dict | None:
-    """Read the checkpoint to resume. may_begin: if there is none, return None."""
-    return None if may_begin and not path.exists() else read_run(path)
 
 
 def read_run(path: Path) -> dict:

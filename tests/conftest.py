@@ -27,17 +27,6 @@ ROOT = Path(__file__).parent.parent
 # models this small only wait for each other's threads, and a process that has had threads cannot be forked
 torch.set_num_threads(1)
 device.THREADS = 1
-# GPT-2's blocks, with which most tests of single parts build a model, and the AdamW that goes with them
-GPT2 = {
-    "position": "learned",
-    "activation": "gelu",
-    "mlp_conv": 0,
-    "qk_norm": False,
-    "init": "gpt2",
-    "tie_weights": True,
-}
-ADAMW = {"optimizer": "adamw", "beta2": 0.99, "grad_clip": 1.0}
-PLAIN = [f"--{key}={value}" for key, value in (GPT2 | ADAMW).items()]
 TINY_MODEL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16"]
 TINY_RUN = [
     *TINY_MODEL,
@@ -62,7 +51,7 @@ def overfit(
     model: nn.Module, batch: dict[str, Tensor], steps: int, lr: float, until: float
 ) -> float:
     """Train on one batch. Returns the loss after this many steps, or the first one below `until`."""
-    config = TrainConfig(**ADAMW, learning_rate=lr, weight_decay=0.0)
+    config = TrainConfig(learning_rate=lr, weight_decay=0.0)
     optimizer = make_optimizer(config, model)
     for _ in range(steps):
         _, loss = model(**batch)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPT2, overfit
+from conftest import overfit
 from uncached import generate
 
 import model as models
@@ -38,7 +38,7 @@ TO_GREEN_CIRCLE = torch.tensor([[-0.17, 0.39, 0.10]])
 def config(**keys) -> ModelConfig:
     """A ModelConfig with small sizes, unless the keys say otherwise."""
     small = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 27}
-    return ModelConfig(**GPT2 | small | keys)
+    return ModelConfig(**small | keys)
 
 
 def inputs(T: int, position: Position | None = None) -> Shared:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    GPT2,
     ROOT,
     TINY_RUN,
     assert_same_weights,
@@ -301,7 +300,7 @@ def test_nanogpts_config_to_fine_tune_means_what_it_means_there(
 ):
     shape = {"n_layer": 48, "n_head": 25, "n_embd": 1600, "block_size": 1024}
     shape |= {"vocab_size": 50257, "bias": True}
-    model = build_on_meta(ModelConfig(**GPT2 | shape))
+    model = build_on_meta(ModelConfig(**shape))
     base = Loaded(model, None, Path("gpt2"), "")
     monkeypatch.setattr(setup, "load", lambda source: {"gpt2-xl": base}[source])
     keys = {"dataset": "shakespeare", "init_from": "gpt2-xl", "batch_size": 1}

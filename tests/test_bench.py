@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ADAMW, GPT2, make_text
+from conftest import make_text
 
 import bench
 import prepare_data
@@ -58,7 +58,7 @@ class GPT(torch.nn.Module):
         return torch.optim.SGD(self.parameters(), lr=learning_rate)
 """
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 40}
-SMALL = ModelConfig(**GPT2 | SIZES | {"bias": True, "activation": "gelu_tanh"})
+SMALL = ModelConfig(**SIZES, bias=True, activation="gelu_tanh")
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def text(folder):
     Path("other").mkdir()
     Path("other/model.py").write_text(NANOGPT)
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16}
-    keys = GPT2 | ADAMW | shape | {"batch_size": 12, "muon_learning_rate": 0.02}
+    keys = shape | {"batch_size": 12, "muon_learning_rate": 0.02}
     Path("plain.py").write_text("".join(f"{k} = {v!r}\n" for k, v in keys.items()))
     Path("tiny.py").write_text(
         Path("plain.py").read_text()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ADAMW, GPT2, PLAIN, TINY_RUN
+from conftest import TINY_RUN
 
 import model as models
 import sample
@@ -28,9 +28,9 @@ def make_entries() -> dict:
     """The entries of a small checkpoint, as saved."""
     torch.manual_seed(0)
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 4, "vocab_size": 3}
-    config = models.ModelConfig(**GPT2 | sizes | {"tie_weights": False})
+    config = models.ModelConfig(**sizes, tie_weights=False)
     model = build(config)
-    train_config = TrainConfig(**ADAMW, dataset="tiny", out_dir="out")
+    train_config = TrainConfig(dataset="tiny", out_dir="out")
     optimizer = make_optimizer(train_config, model)
     optimizer.make_state()
     return {
@@ -241,7 +241,7 @@ def test_a_checkpoint_of_other_code_is_whole_and_says_what_differs(
 
 
 def test_a_bug_in_a_model_is_not_taken_for_a_damaged_file(run_train, monkeypatch):
-    run_train(*PLAIN, "--norm=layernorm", "--bias=True")
+    run_train("--norm=layernorm", "--bias=True")
     write_pretrained(load_source(OUT).model, Path("theirs"))
     monkeypatch.setitem(models.NORMS, "layernorm", lambda config: int("a bug"))
     for use in (*USES, lambda argv: load_source("theirs")):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GPT2, ROOT
+from conftest import ROOT
 
 import compare
 from humptygpt import checkpoint
@@ -18,7 +18,7 @@ from humptygpt.cli import UserError
 from humptygpt.settings import TrainConfig
 from model import ModelConfig
 
-SHAPE = ModelConfig(**GPT2, n_head=4, block_size=64, vocab_size=65)
+SHAPE = ModelConfig(n_head=4, block_size=64, vocab_size=65)
 DEFAULTS = asdict(TrainConfig(max_iters=200)) | asdict(SHAPE)
 DEFAULTS |= {"_parameters": 804_096, "_model.py": "89abcdef"}
 

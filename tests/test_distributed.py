@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._dynamo
-from conftest import PLAIN, TINY_RUN, assert_same_weights, read_rows
+from conftest import TINY_RUN, assert_same_weights, read_rows
 from test_chat import prepare_chats
 
 import train
@@ -38,7 +38,7 @@ OUT = Path("out/run")
 TIME = 600  # seconds until a test fails
 RESUME = ["--init_from=resume", "--out_dir=out/run"]
 # 4 processes do not divide 34 rows of a matrix evenly
-UNEVEN = [*TINY_RUN, *PLAIN, "--n_embd=34"]
+UNEVEN = [*TINY_RUN, "--n_embd=34"]
 every_parallel = pytest.mark.parametrize("parallel", TrainConfig.choices()["parallel"])
 
 
@@ -429,7 +429,6 @@ def test_killed_at_twenty_random_moments_runs_end_by_themselves_with_the_weights
     command += [
         "dying.py",
         *TINY_RUN,
-        *PLAIN,
         "--dropout=0.2",
         f"{ACCUMULATE}2",
         "--max_iters=60",

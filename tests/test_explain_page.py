@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PLAIN, TINY_RUN, WITHOUT_SAMPLE
+from conftest import TINY_RUN, WITHOUT_SAMPLE
 from test_explain import expected_trace, rounded
 from test_snapshots import restored
 from texts import make_pairs, make_text
@@ -54,7 +54,7 @@ def runs(tmp_path_factory):
         prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte"])
         starts = dict.fromkeys(RUNS, START) | {"pairs": "Wo wohnst du?"}
         for name, keys in RUNS.items():
-            train.main([*TINY_RUN, *PLAIN, f"--out_dir=out/{name}", *keys])
+            train.main([*TINY_RUN, f"--out_dir=out/{name}", *keys])
             explain.main([f"--out_dir=out/{name}", f"--start={starts[name]}"])
         Path("out/playground").mkdir()
         explain.main([PLAYGROUND])

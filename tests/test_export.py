@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PLAIN, TINY_RUN, make_text
+from conftest import TINY_RUN, make_text
 from gguf import GGUFReader, GGUFWriter
 from properties import given, settings
 from test_model import random_model
@@ -108,7 +108,7 @@ def make_run(prepared: str, trained: str) -> None:
         text = make_text(150) + "é東\n" + make_text(500, seed=number)
         Path("texts", f"{number}.txt").write_text(text)
     prepare_data.main(["--input=text.txt", "--name=mine", *prepared.split()])
-    shape = [*PLAIN, "--n_layer=2", "--n_head=2", "--n_embd=32", "--activation=gelu_tanh"]
+    shape = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--activation=gelu_tanh"]
     given = trained.split() if RUNG in trained else [*shape, *trained.split()]
     train_briefly(*given, "--max_iters=20", "--block_size=160", "--out_dir=out/run")
 
@@ -458,7 +458,7 @@ def test_what_gguf_cannot_hold_is_refused_by_name_with_the_way_out(keys, complai
 def test_a_model_that_other_programs_would_compute_otherwise_is_refused(
     tiny, fails, monkeypatch
 ):
-    train.main([*TINY_RUN, *PLAIN, "--max_iters=1", "--activation=gelu_tanh"])
+    train.main([*TINY_RUN, "--max_iters=1", "--activation=gelu_tanh"])
     heads = models.SelfAttention.heads
     monkeypatch.setattr(models.SelfAttention, "heads", lambda self, x: 1.2 * heads(self, x))
     for to in ("exported", "model.gguf"):

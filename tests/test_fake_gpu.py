@@ -22,7 +22,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GPT2
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -213,7 +212,7 @@ def watched_residual_stream():
 # --------------------------------------------------------------------------------------
 # The cases
 
-SHAPE = GPT2 | {"n_layer": 2, "n_head": 4, "n_embd": 16, "block_size": 8, "vocab_size": 11}
+SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 16, "block_size": 8, "vocab_size": 11}
 OPTIONS = {
     "model": tuple(MODELS),
     "position": tuple(POSITIONS),

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ADAMW, GPT2, ROOT
+from conftest import ROOT
 
 import from_scratch
 import model as models
@@ -34,7 +34,7 @@ def both():
         for x in rows:
             x.numbers = [number + random.gauss(0, 0.1) for number in x.numbers]
     settings = {"vocab_size": len(from_scratch.ALPHABET), "n_head": 2, "activation": "relu"}
-    model = build(models.ModelConfig(**GPT2 | SIZES | settings)).double()
+    model = build(models.ModelConfig(**SIZES | settings)).double()
     state = {f"{name}.weight": tensor(rows, "numbers") for name, rows in weights.items()}
     model.load_state_dict(state | {"lm_head.weight": state["wte.weight"]})
     return weights, model
@@ -66,7 +66,7 @@ def test_logits_loss_and_gradients_are_those_of_model_py(both):
 
 def test_a_step_of_adamw_ends_in_the_weights_of_the_trainer(both):
     weights, model = both
-    config = TrainConfig(**ADAMW, learning_rate=0.01, weight_decay=0.1)
+    config = TrainConfig(learning_rate=0.01, weight_decay=0.1)
     optimizer = make_optimizer(config, model)
     for number in (1, 2):
         _, losses, _, _ = step(weights, model)

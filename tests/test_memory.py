@@ -11,9 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    ADAMW,
-    GPT2,
-    PLAIN,
     TINY_RUN,
     WITHOUT_SAMPLE,
     read_rows,
@@ -37,7 +34,7 @@ from model import ACTIVATIONS, BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig
 ROOT = Path(__file__).parent.parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SIZES = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 50}
-TINY = ModelConfig(**GPT2 | SIZES)
+TINY = ModelConfig(**SIZES)
 
 
 # --------------------------------------------------------------------------------------
@@ -95,7 +92,7 @@ def test_the_lower_bound_is_below_what_a_step_holds_and_counts_what_trains(
     key, value, dtype
 ):
     sizes = {"vocab_size": 50, "block_size": 64, "window": 8, "batch_size": 6}
-    settings = vars(TINY) | ADAMW | sizes | {"dtype": dtype, key: value}
+    settings = vars(TINY) | sizes | {"dtype": dtype, key: value}
     config = cli.make(TrainConfig, settings | {"init_from": "out/base"})
     model_config = tasks.make_model_config(settings)
     measured = kept_by_autograd(config, model_config, rows=6)
@@ -321,7 +318,6 @@ COMMANDS = {
         train.main,
         [
             *TINY_RUN,
-            *PLAIN,
             *("--n_embd=256", "--block_size=64", "--batch_size=64", "--max_iters=2"),
         ],
     ),
