@@ -96,7 +96,7 @@ FORMS = {
     "parts of text": {
         "messages": [
             {"role": "user", "content": [{"type": "text", "text": "Hi\n\nyou"}]},
-            {"role": "assistant", "content": "Ho"},
+            {"role": "assistant", "content": "Ho", "tool_calls": []},
         ],
         "tools": [],
     },
@@ -190,9 +190,16 @@ BAD = {
     "line 2: messages[0].role must be assistant or developer or gpt or human or": json.dumps(
         {"messages": [{"role": "tool", "content": "x"}]}
     ),
-    "line 2: it has a turn without content, as if that called a tool": json.dumps(
-        {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}
+    "line 2: it has a turn without content": json.dumps(
+        {"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}
     ),
+    "line 2: messages[0].tool_calls[0] must be None": json.dumps(
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}
+    ),
+    "line 2: messages[0].function_call must be None": json.dumps(
+        {"messages": [{"role": "assistant", "content": "x", "function_call": {}}]}
+    ),
+    "line 2: it has an empty reply": json.dumps(chat("a", " \n", "c", "d")),
     "line 2: it has tools": json.dumps({"messages": [], "tools": [{}]}),
     "line 2: messages[0].content[0].type must be text": json.dumps(
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}
@@ -200,6 +207,7 @@ BAD = {
     "line 2: it has a reply of weight 0": json.dumps(
         {"messages": [{"role": "assistant", "content": "x", "weight": 0}]}
     ),
+    "chats.jsonl, line 2: it has an empty reply": '{"instruction": "a", "output": ""}',
     "line 2: output must be str": '{"instruction": "a", "output": 1}',
     "line 2: it has no reply of the assistant": json.dumps(chat("a")),
 }

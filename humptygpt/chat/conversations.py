@@ -46,7 +46,14 @@ FORMS = (
     ("prompt", "completion"),  # OpenAI's older files
 )
 TURNS = {
-    "messages": [{"role": {*ROLES, *ALIASES}, "content?": CONTENT}],
+    "messages": [
+        {
+            "role": {*ROLES, *ALIASES},
+            "content?": CONTENT,
+            "tool_calls?": ([None], None),  # an empty list, or none
+            "function_call?": None,
+        }
+    ],
     "conversations": [{"from": {*ROLES, *ALIASES}, "value": str}],
 }
 OFTEN = 3  # a reply of a training split that occurs so many times is one token
@@ -189,6 +196,8 @@ def parse(record: Record, columns: list[str]) -> Conversation:
         turns.pop()
     if not turns:
         raise ValueError("it has no reply of the assistant")
+    if not all(turn.content for turn in turns if turn.role == "assistant"):
+        raise ValueError("it has an empty reply")
     return Conversation(turns)
 
 
@@ -196,7 +205,7 @@ def read_turn(message: dict) -> Turn:
     role = message.get("role") or message["from"]
     content = message.get("content", message.get("value"))
     if content is None:
-        raise ValueError("it has a turn without content, as if that called a tool")
+        raise ValueError("it has a turn without content")
     if message.get("weight") == 0:
         raise ValueError("it has a reply of weight 0, but all replies are learned")
     return Turn(ALIASES.get(role, role), clean(join_parts(content)))
