@@ -128,6 +128,22 @@ def test_each_form_of_a_conversation_gives_the_same_turns(folder, form):
             assert parse(record, []) == expected
 
 
+def test_a_system_message_and_a_history_beside_the_turns_are_learned():
+    beside = {"system": "Be brief.", "history": [["a", "b"]]}
+    first, *_ = parse(FORMS["ShareGPT"] | beside | {"history": []}, [])
+    assert first == Turn("system", "Be brief.")
+    texts = [turn.text for turn in parse(FORMS["Alpaca"] | beside, [])]
+    earlier = ["system\nBe brief.", "user\na", "assistant\nb"]
+    assert texts == [*earlier, "user\nHi\n\nyou", "assistant\nHo"]
+    # an empty one is none, because nobody sends it to the model
+    assert len(parse(chat("Hi", "Ho", system=""), [])) == 2
+
+
+def test_a_reply_keeps_its_indentation_and_a_question_does_not():
+    turns = parse(chat("   Hi", " \n    if x:\n        y()\n "), [])
+    assert turns == (Turn("user", "Hi"), Turn("assistant", "    if x:\n        y()"))
+
+
 def test_two_replies_in_a_row_are_both_learned(folder):
     more = {"role": "assistant", "content": "Hum"}
     twice = [chat(f"Hi {i}", "Ho")["messages"] + [more] for i in range(40)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from humptygpt.chat.talk import keep_newest
-from humptygpt.chat.tokens import CONTENT, ROLES, Turn, join_parts
+from humptygpt.chat.tokens import CONTENT, ROLES, Turn, join_parts, make_turn
 from humptygpt.cli import UserError
 from humptygpt.files import check_schema, parse_json
 from humptygpt.loading import Pipeline
@@ -267,7 +267,7 @@ def read(body: bytes, schema: dict) -> dict:
 def read_turn(message: dict) -> Turn:
     """Read a message of a request. A call of a tool has no content."""
     content = join_parts(message.get("content"))
-    return Turn(ALIASES.get(message["role"], message["role"]), content.strip())
+    return make_turn(ALIASES.get(message["role"], message["role"]), content)
 
 
 def event(content: dict) -> str:

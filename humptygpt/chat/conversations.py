@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import chain, cycle
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from humptygpt.chat.tokens import (
     ChatTokenizer,
     Turn,
     join_parts,
+    make_turn,
 )
 from humptygpt.cli import UserError
 from humptygpt.files import check_schema
@@ -187,11 +189,13 @@ def parse(record: Record, columns: list[str]) -> Conversation:
     if record.get("tools") or record.get("functions"):
         raise ValueError("it has tools, which a model cannot learn to call here")
     first = form[0]
+    turns = [] if columns else read_before(record)
     if first in TURNS:
         check_schema(record, {first: TURNS[first]})
-        turns = list(map(read_turn, record[first]))
+        turns += map(read_turn, record[first])
     else:
-        turns = read_exchange(record, *form)
+        turns += read_exchange(record, *form)
+    turns = [turn for turn in turns if turn.content or turn.role != "system"]
     while turns and turns[-1].role != "assistant":
         turns.pop()
     if not turns:
@@ -201,6 +205,14 @@ def parse(record: Record, columns: list[str]) -> Conversation:
     return Conversation(turns)
 
 
+def read_before(record: dict) -> list[Turn]:
+    """Read what ShareGPT and Alpaca have beside the turns: the system's turn, and Alpaca's earlier exchanges."""
+    check_schema(record, {"system?": (str, None), "history?": ([[str]], None)})
+    roles = chain(["system"], cycle(["user", "assistant"]))
+    texts = [record.get("system") or "", *chain(*record.get("history") or ())]
+    return list(map(make_turn, roles, texts))
+
+
 def read_turn(message: dict) -> Turn:
     role = message.get("role") or message["from"]
     content = message.get("content", message.get("value"))
@@ -208,7 +220,7 @@ def read_turn(message: dict) -> Turn:
         raise ValueError("it has a turn without content")
     if message.get("weight") == 0:
         raise ValueError("it has a reply of weight 0, but all replies are learned")
-    return Turn(ALIASES.get(role, role), clean(join_parts(content)))
+    return make_turn(ALIASES.get(role, role), join_parts(content))
 
 
 def read_exchange(record: dict, question: str, answer: str, *more: str) -> list[Turn]:
@@ -216,8 +228,4 @@ def read_exchange(record: dict, question: str, answer: str, *more: str) -> list[
     optional = {f"{key}?": (str, None) for key in more}
     check_schema(record, {question: str, answer: str} | optional)
     asked = "\n\n".join(filter(None, map(record.get, [question, *more])))
-    return [Turn("user", clean(asked)), Turn("assistant", clean(record[answer]))]
-
-
-def clean(text: str) -> str:
-    return re.sub("\r\n?", "\n", text.strip())
+    return [make_turn("user", asked), make_turn("assistant", record[answer])]

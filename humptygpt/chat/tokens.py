@@ -6,6 +6,7 @@ Who are you?<|im_end|>
 I am Humpty Dumpty.<|im_end|>
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self
 
@@ -16,6 +17,8 @@ from humptygpt.tokenizers import Tokenizer
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
+# blank lines before a text, and a single space as in OpenAI's older files; more are the indentation of code
+BEFORE = re.compile(r"\A(?:\s*\n)?(?: (?=\S))?")
 CONTENT = (str, [{"type": {"text"}, "text": str}], None)  # schema of a message's content
 # ChatML for transformers and llama.cpp; Ollama knows the template by this very text
 TEMPLATE = (
@@ -32,6 +35,12 @@ class Turn(NamedTuple):
     def text(self) -> str:
         """The turn without its special tokens."""
         return f"{self.role}\n{self.content}"
+
+
+def make_turn(role: str, text: str) -> Turn:
+    """Make a turn of a text without the white space around it. A reply may be code, so it keeps its indentation."""
+    text = re.sub("\r\n?", "\n", text).rstrip()
+    return Turn(role, BEFORE.sub("", text) if role == "assistant" else text.lstrip())
 
 
 def join_parts(content: str | list[dict] | None) -> str:
