@@ -228,6 +228,7 @@ TABLES = {
     "a.csv": ('id,text,n\r\n1,"one, ""two""\r\nthree",5\r\n\r\n2,vier,6\r\n', "utf-8"),
     "a.CSV.gz": ('text\n"one, ""two""\nthree"\nvier\n', "utf-8-sig"),
     "b.csv": ('id;text\n1;"one, ""two""\nthree"\n2;vier', "utf-8"),
+    "sep.csv": ('sep=;\nid; text \n1;"one, ""two""\nthree"\n2;vier', "utf-8"),
 }
 
 
@@ -237,6 +238,16 @@ def test_each_row_of_a_table_is_a_document_in_the_column_text_key(name):
     data = text.encode(encoding)
     Path(name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     assert read(name) == ['one, "two"\nthree', "vier"]
+
+
+@pytest.mark.parametrize("after", ["4,d\n5,e\n", '4,"d"\n5,e\n'])
+def test_a_stray_quote_in_a_csv_is_refused_with_its_row_and_not_the_rest_of_the_file(
+    fails, after
+):
+    Path("a.csv").write_text('id,text\n1,a 5" disk\n\n2,"b\n b"\n3,"stray\n' + after)
+    complaint = fails(prepare_data.main, "mine", "--input=a.csv", "--val_fraction=0.5")
+    assert complaint.startswith("cannot read a.csv, row 3: ")
+    assert complaint.endswith("; a quote in a quoted cell is written twice\n")
 
 
 def test_quotes_in_a_table_separated_by_tabs_are_part_of_the_text():

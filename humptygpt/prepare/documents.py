@@ -43,8 +43,8 @@ BYTE_ORDER_MARKS = {  # UTF-32 comes first, because its mark may begin with that
 MARKS = ("command.txt", "metrics.jsonl")
 UNPACK = {".gz": gzip.open, ".zst": zstd.open}
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
-# what raises them: files, compressed files, Parquet (ValueError), CSV, archives
-DAMAGE = (OSError, EOFError, zlib.error, zstd.ZstdError, ValueError, csv.Error)
+# what raises them: files, compressed files, Parquet (ValueError), archives
+DAMAGE = (OSError, EOFError, zlib.error, zstd.ZstdError, ValueError)
 DAMAGE += (tarfile.TarError, zipfile.BadZipFile)
 # position before a single space and a word, where cutting a text does not change its tokens
 BEFORE_WORD = re.compile(r"(?<=\S) (?=[^\W_])")
@@ -211,10 +211,16 @@ def read_records(
     """
     suffix = file_suffix(path)
     unit = "line" if suffix == ".jsonl" else "row"
+    number = 0
     with read_errors(path):
-        for number, record in enumerate(READERS[suffix](path, columns, flaws), start=1):
-            if record is not None:
-                yield f"{path}, {unit} {number:,}", record
+        try:
+            for number, record in enumerate(READERS[suffix](path, columns, flaws), start=1):
+                if record is not None:
+                    yield f"{path}, {unit} {number:,}", record
+        except csv.Error as error:
+            raise BadFile(
+                f"cannot read {path}, row {number + 1:,}: {error}; a quote in a quoted cell is written twice"
+            ) from error
 
 
 def read_json(path: Path, columns: list[str], flaws: Flaws) -> Iterator[Record]:
@@ -256,9 +262,15 @@ def read_table(path: Path, columns: list[str], flaws: Flaws) -> Iterator[Record]
     csv.field_size_limit(2**31 - 1)
     lines = read_text(path, flaws, newline="")
     header = next(lines, "")
+    if header.startswith("sep="):  # a line that only Excel reads
+        header = next(lines, "")
     separator = max(",;\t", key=header.count)
     quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-    table = csv.DictReader(chain([header], lines), delimiter=separator, quoting=quoting)
+    # strict: without it, a cell with a stray quote would contain all that follows
+    table = csv.DictReader(
+        chain([header], lines), delimiter=separator, quoting=quoting, strict=True
+    )
+    table.fieldnames = [name.strip() for name in table.fieldnames]
     check_columns(path, columns, table.fieldnames)
     for row in table:
         # the csv module stores surplus cells under None; in such a row, the text probably contains the separator
