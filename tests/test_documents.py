@@ -1,5 +1,7 @@
+import errno
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -27,7 +29,7 @@ def write(path: str, texts: list, key: str = "text") -> Path:
         return Path(path)
     lines = "".join(json.dumps({"id": 1, key: text}) + "\n" for text in texts)
     with packed(path, "wb") as file:
-        file.write((lines if name.endswith(".jsonl") else texts[0]).encode())
+        file.write((lines if "json" in name else texts[0]).encode())
     return Path(path)
 
 
@@ -49,7 +51,9 @@ def test_a_text_file_is_one_document(name):
     assert read(write(name, TEXTS)) == TEXTS[:1]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "A.JSONL.zst", "a.PARQUET"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "A.JSONL.zst", "a.ndjson", "a.jsonlines", "a.PARQUET"]
+)
 def test_each_line_of_json_and_each_row_of_parquet_is_a_document(name):
     assert read(write(name, TEXTS)) == TEXTS
     assert read(write(name, TEXTS, "content"), "content") == TEXTS
@@ -154,6 +158,41 @@ def test_binary_and_hidden_files_are_skipped_and_counted_and_the_first_are_named
         Path(f"t/z{number}.png").write_bytes(b"\0")
     assert found("t") == ["t/notes", "t/utf16.txt"]
     assert capsys.readouterr().err == f"note: skipped files: 8; {named}\n"
+
+
+def test_folders_that_are_links_or_cannot_be_read_are_named(capsys, monkeypatch):
+    for name in ("t/a", "t/locked", "elsewhere"):
+        Path(name).mkdir(parents=True)
+        Path(name, "a.txt").write_text("some text")
+    Path("t/link").symlink_to("../elsewhere")
+    scandir = os.scandir
+
+    def refusing(path):
+        if "locked" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)  # root may read all
+    assert found("t") == ["t/a/a.txt"]
+    link = "t/link is a link to a folder, which --input='t/**' follows"
+    locked = "cannot read t/locked: Permission denied"
+    assert capsys.readouterr().err == f"note: skipped files: 2; {link}; {locked}\n"
+    assert found("t/**") == ["t/a/a.txt", "t/link/a.txt"]
+
+
+def test_exports_in_json_that_are_learned_as_they_are_written_are_noted(capsys):
+    Path("t").mkdir()
+    for name, content in {
+        "t/conversations.json": [{"title": "Hi", "mapping": {}}],  # ChatGPT's
+        "t/data.json": {"data": [{"text": "some text"}]},
+        "t/general.json": [{"type": "message", "text": "Hi"}],  # Slack's
+    }.items():
+        Path(name).write_text(json.dumps(content))
+    assert len(found("t")) == 3
+    assert capsys.readouterr().err == (
+        "note: .json files learned as they are written, since they hold no conversations: 3;"
+        " the first: t/conversations.json\n"
+    )
 
 
 @pytest.mark.parametrize("ending", ["zip", "tar.gz"])

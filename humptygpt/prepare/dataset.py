@@ -21,6 +21,7 @@ from humptygpt.prepare.corpus import Corpus, Documents
 from humptygpt.prepare.documents import (
     ARCHIVES,
     file_format,
+    file_suffix,
     find_files,
     read_errors,
     unpack,
@@ -126,6 +127,11 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
             files = chats
         else:
             kind = Documents
+            if exports := [file for file in files if file_suffix(file) == ".json"]:
+                note(
+                    f".json files learned as they are written, since they hold no conversations: {len(exports):,};"
+                    f" the first: {exports[0]}"
+                )
     corpus = kind(resolve(config, preset, kind), files, name, skipped)
     if name.lower().endswith(ARCHIVES):  # its files are unpacked anew each time
         corpus.paths = [Path(name)]

@@ -8,6 +8,7 @@ import csv
 import glob
 import gzip
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -97,16 +98,16 @@ def find_files(where: str) -> tuple[list[Path], list[str]]:
     where: path of a file or a folder, or a glob pattern.
     """
     path = Path(where)
+    files = []
+    skipped = []
     with read_errors(path):
         if path.is_dir():
-            found = path.rglob("*")
+            found = files_below(path, skipped)
         elif path.exists():
             return [path], []
         else:
             found = map(Path, glob.glob(where, recursive=True))  # noqa: PTH207, since the pattern may be absolute
         found = sorted(filter(Path.is_file, found), key=Path.as_posix)
-    files = []
-    skipped = []
     for file in found:
         if any(part.startswith(".") for part in file.parts[len(path.parts) :]):
             skipped.append(f"{file} is hidden")
@@ -117,6 +118,21 @@ def find_files(where: str) -> tuple[list[Path], list[str]]:
     if not files:
         raise UserError("; ".join([f"no text files found at {where}", *skipped[:NAMED]]))
     return files, skipped
+
+
+def files_below(folder: Path, skipped: list[str]) -> Iterator[Path]:
+    """Yield the files in a folder and its subfolders. skipped: receives the folders that are not read, and why."""
+
+    def skip(error: OSError) -> None:
+        skipped.append(f"cannot read {error.filename}: {error.strerror}")
+
+    for at, folders, names in os.walk(folder, onerror=skip):
+        for name in folders:
+            if (link := Path(at, name)).is_symlink():
+                skipped.append(
+                    f"{link} is a link to a folder, which --input='{folder}/**' follows"
+                )
+        yield from (Path(at, name) for name in names)
 
 
 def unpack(archive: Path, folder: Path) -> Path:
@@ -131,8 +147,9 @@ def unpack(archive: Path, folder: Path) -> Path:
 
 
 def file_suffix(path: Path) -> str:
-    """Return the extension of a file, in lower case and without that of its compression."""
-    return Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
+    """Return the extension of a file, in lower case and without that of its compression; .jsonl for all JSON lines."""
+    suffix = Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
+    return ".jsonl" if suffix in (".ndjson", ".jsonlines") else suffix
 
 
 def file_format(path: Path) -> str:
