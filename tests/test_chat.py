@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import tracemalloc
 from io import BytesIO, StringIO, TextIOWrapper
 from itertools import chain
 from pathlib import Path
@@ -120,12 +121,23 @@ def test_each_form_of_a_conversation_gives_the_same_turns(folder, form):
     for path, text in (
         ("a.jsonl", "\n" + json.dumps(FORMS[form]) + "\n"),
         ("a.json", json.dumps([FORMS[form]] * 2, indent=1)),
-        ("b.json", json.dumps(FORMS[form])),
+        ("b.json", json.dumps(FORMS[form], indent=1)),
     ):
         Path(path).write_text(text)
         assert is_conversations(Path(path), None)
         for _, record in read_records(Path(path), [], Flaws()):
             assert parse(record, []) == expected
+
+
+@pytest.mark.parametrize("cut", [0, 50])
+def test_a_large_json_file_is_read_one_entry_at_a_time(folder, cut):
+    text = json.dumps([chat("Hi", "Ho")] * 5000)
+    Path("a.json").write_text(text[: len(text) - cut])
+    tracemalloc.start()
+    assert is_conversations(Path("a.json"), None)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5 * len(text)
 
 
 def test_a_system_message_and_a_history_beside_the_turns_are_learned():

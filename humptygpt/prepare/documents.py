@@ -47,6 +47,7 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 # what raises them: files, compressed files, Parquet (ValueError), archives
 DAMAGE = (OSError, EOFError, zlib.error, zstd.ZstdError, ValueError)
 DAMAGE += (tarfile.TarError, zipfile.BadZipFile)
+BETWEEN = re.compile(r"[\s,]*")  # what separates the entries of a JSON array
 # position before a single space and a word, where cutting a text does not change its tokens
 BEFORE_WORD = re.compile(r"(?<=\S) (?=[^\W_])")
 
@@ -244,11 +245,22 @@ def read_json(path: Path, columns: list[str], flaws: Flaws) -> Iterator[Record]:
     """Read the lines of a JSON file, or the entries of the array in a .json file."""
     lines = read_text(path, flaws)
     if file_suffix(path) == ".json":
-        text = "".join(lines)
-        is_array = text.lstrip().startswith("[")
-        lines = map(json.dumps, json.loads(text)) if is_array else text.split("\n")
+        lines = entries("".join(lines).strip())
     for line in lines:
         yield parse_record(line) if line.strip() else None
+
+
+def entries(text: str) -> Iterator[str]:
+    """Cut JSON into the entries of its array, one at a time, because parsed they take far more memory than the text.
+
+    Without an array, each value is an entry. Raises ValueError at the first one that is not valid.
+    """
+    decoder = json.JSONDecoder()
+    start = BETWEEN.match(text, text.startswith("[")).end()
+    while start < len(text) and text[start] != "]":
+        _, end = decoder.raw_decode(text, start)
+        yield text[start:end]
+        start = BETWEEN.match(text, end).end()
 
 
 def parse_record(line: str) -> Record:
