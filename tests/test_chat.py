@@ -10,6 +10,8 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import TINY_RUN, read_rows
@@ -118,14 +120,15 @@ FORMS = {
 def test_each_form_of_a_conversation_gives_the_same_turns(folder, form):
     expected = (Turn("user", "Hi\n\nyou"), Turn("assistant", "Ho"))
     assert parse(FORMS[form], []) == expected
-    for path, text in (
-        ("a.jsonl", "\n" + json.dumps(FORMS[form]) + "\n"),
-        ("a.json", json.dumps([FORMS[form]] * 2, indent=1)),
-        ("b.json", json.dumps(FORMS[form], indent=1)),
-    ):
-        Path(path).write_text(text)
-        assert is_conversations(Path(path), None)
-        for _, record in read_records(Path(path), [], Flaws()):
+    Path("a.jsonl").write_text("\n" + json.dumps(FORMS[form]) + "\n")
+    Path("a.json").write_text(json.dumps([FORMS[form]] * 2, indent=1))
+    Path("b.json").write_text(json.dumps(FORMS[form], indent=1))
+    if form != "parts of text":  # a column has one type
+        table = pyarrow.Table.from_pylist([FORMS[form]])
+        pyarrow.parquet.write_table(table, "a.parquet")
+    for path in Path().iterdir():
+        assert is_conversations(path, None)
+        for _, record in read_records(path, [], Flaws()):
             assert parse(record, []) == expected
 
 
@@ -174,9 +177,7 @@ def test_columns_of_questions_and_answers_are_conversations(folder, ending):
     if ending == "jsonl":
         path.write_text("\n".join(map(json.dumps, rows)))
     elif ending == "parquet":
-        parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
-        pyarrow = pytest.importorskip("pyarrow")
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         with path.open("w") as file:
             table = csv.DictWriter(
@@ -237,6 +238,9 @@ BAD = {
     ),
     "chats.jsonl, line 2: it has an empty reply": '{"instruction": "a", "output": ""}',
     "line 2: output must be str": '{"instruction": "a", "output": 1}',
+    "line 2: it compares two replies; training on preferences": json.dumps(
+        {"prompt": "a", "chosen": "b", "rejected": "c"}
+    ),
     "line 2: it has no reply of the assistant": json.dumps(chat("a")),
 }
 

@@ -38,6 +38,8 @@ from humptygpt.tokenizers import Tokenizer
 
 # other names of the roles
 ALIASES = {"human": "user", "gpt": "assistant", "developer": "system"}
+# keys of two replies to compare, which are recognised to be refused
+PREFERENCES = ("chosen", "rejected")
 # keys by which a record is a conversation: that of its turns, or those of a question,
 # its answer and what may follow the question
 FORMS = (
@@ -46,6 +48,7 @@ FORMS = (
     ("instruction", "output", "input"),  # Alpaca
     ("instruction", "response", "context"),  # Dolly
     ("prompt", "completion"),  # OpenAI's older files
+    PREFERENCES,
 )
 TURNS = {
     "messages": [
@@ -165,7 +168,7 @@ def is_conversations(path: Path, text_key: str | None) -> bool:
     suffix = file_suffix(path)
     if asked_columns(text_key or ""):
         return suffix in READERS
-    if text_key or suffix not in (".jsonl", ".json"):
+    if text_key or suffix not in (".jsonl", ".json", ".parquet"):
         return False
     with suppress(UserError, StopIteration):
         _, first = next(read_records(path, [], Flaws()))
@@ -184,10 +187,14 @@ def parse(record: Record, columns: list[str]) -> Conversation:
     forms = [columns] if columns else FORMS
     form = find_form(record, forms)
     if not form:
-        names = " or ".join(" and ".join(form[:2]) for form in forms)
+        names = " or ".join(" and ".join(form[:2]) for form in forms if form != PREFERENCES)
         raise ValueError(f"it is no object with {names}")
     if record.get("tools") or record.get("functions"):
         raise ValueError("it has tools, which a model cannot learn to call here")
+    if form == PREFERENCES:
+        raise ValueError(
+            "it compares two replies; training on preferences is not supported"
+        )
     first = form[0]
     turns = [] if columns else read_before(record)
     if first in TURNS:

@@ -225,7 +225,7 @@ def read_records(
 ) -> Iterator[tuple[str, Record]]:
     """Yield the records of a file of JSON, Parquet or CSV, each with its file and place. Blank lines are left out.
 
-    columns: the keys to read; []: all, which works only for JSON. flaws: as in read_documents.
+    columns: the keys to read; []: all. flaws: as in read_documents.
     """
     suffix = file_suffix(path)
     unit = "line" if suffix == ".jsonl" else "row"
@@ -278,7 +278,7 @@ def read_parquet(path: Path, columns: list[str], flaws: Flaws) -> Iterator[Recor
 
     with pyarrow.parquet.ParquetFile(path) as table:
         check_columns(path, columns, table.schema_arrow.names)
-        for batch in table.iter_batches(256, columns=columns, use_threads=False):
+        for batch in table.iter_batches(256, columns=columns or None, use_threads=False):
             yield from batch.to_pylist()
 
 
