@@ -3,6 +3,7 @@ import gzip
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import pyarrow
@@ -312,6 +313,8 @@ def test_tables_without_the_column_are_skipped_in_a_folder_and_named(folder, cap
 BAD = {
     "a.pdf is not a text file": "a.pdf",
     "cannot read a.zip: File is not a zip file": "a.zip",
+    "is encrypted, password required": "locked.zip",
+    "cannot read deflate64.zip: That compression method is not supported": "deflate64.zip",
     "text_key=body has no effect, since latin1.txt has no records with keys or columns": (
         "latin1.txt --text_key=body"
     ),
@@ -333,13 +336,20 @@ BAD = {
 def test_bad_files_are_one_line_that_names_the_place(fails, complaint):
     for name, data in {
         "a.pdf": b"%PDF-1.7 text",
-        "a.zip": b"PK\3\4\x14\0",
         "empty.txt": b"",
         "latin1.txt": b"Gr\xfc\xdfe",
         "number.jsonl": b'{"text": 5}\n',
         "wrong.txt.zst": b"plain",
     }.items():
         Path(name).write_bytes(data)
+    with zipfile.ZipFile("a.zip", "w") as file:
+        file.writestr("a.txt", "some text")
+    # flags and method of a file, in its own header and in the directory at the end
+    for name, offset, value in (("locked.zip", 6, 1), ("deflate64.zip", 8, 9)):
+        data = bytearray(Path("a.zip").read_bytes())
+        data[offset] = data[data.index(b"PK\1\2") + offset + 2] = value
+        Path(name).write_bytes(data)
+    Path("a.zip").write_bytes(b"PK\3\4\x14\0")
     write("null.parquet", ["a", None])
     Path("damaged.parquet").write_bytes(Path("null.parquet").read_bytes()[:-20])
     short = write("short.txt.gz", [make_text(9000)])

@@ -385,18 +385,22 @@ def test_sentence_pairs_are_skipped_in_a_folder_of_text_and_prepared_by_themselv
     assert meta("mine")["task"] == "translation"
 
 
-def pipe(monkeypatch, data: bytes) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-
-
-def test_a_stream_is_prepared_and_no_copy_of_it_stays(folder, monkeypatch):
+@pytest.mark.parametrize("where", ["-", "a pipe"])
+def test_a_stream_is_prepared_and_no_copy_of_it_stays(folder, monkeypatch, where):
     text = make_text(9000)
     Path("data/mine/preparing").mkdir(parents=True)
     Path("data/mine/preparing/train.bin").touch()  # left behind by a kill
-    pipe(monkeypatch, text.encode())
-    prepare("mine --input=-")
+    source = "standard input"
+    if where == "-":
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    else:  # as in --input=<(cat own.txt)
+        read, write = os.pipe()
+        os.write(write, text.encode())
+        os.close(write)
+        source = where = f"/dev/fd/{read}"
+    prepare(f"mine --input={where}")
     assert "".join(texts_of("mine")) == text
-    assert meta("mine")["source"] == "standard input" and set(contents("mine")) == WHOLE
+    assert meta("mine")["source"] == source and set(contents("mine")) == WHOLE
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "auto"])  # auto: reads once more

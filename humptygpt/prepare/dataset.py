@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 from humptygpt.chat.conversations import Conversations, is_conversations
 from humptygpt.cli import UserError, note
@@ -150,12 +151,12 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | Path | PairFi
         paths = (Path(config.source), Path(config.target))
         return [(None, paths)], f"{config.source} and {config.target}"
     if config.input == "-":
-        # a copy, because the text is read several times
-        path = folder / PREPARING / "standard_input.txt"
-        with path.open("wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
-        return path, "standard input"
+        return copied(sys.stdin.buffer, folder), "standard input"
     if config.input is not None:
+        with read_errors(path := Path(config.input)):
+            if path.is_fifo():  # as in --input=<(zcat dump.gz)
+                with path.open("rb") as pipe:
+                    return copied(pipe, folder), config.input
         if config.input.lower().endswith(ARCHIVES):
             return unpack(Path(config.input), folder / PREPARING / "unpacked"), config.input
         return config.input, config.input
@@ -168,6 +169,14 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | Path | PairFi
         f"no data set {config.name}: it is not one of {', '.join(SOURCES)}, and {folder.absolute()} has no input.txt;"
         " prepare your own text with --input=FILE_OR_FOLDER"
     )
+
+
+def copied(stream: BinaryIO, folder: Path) -> Path:
+    """Copy a stream to a file, because the text is read several times. Returns its path."""
+    path = folder / PREPARING / "standard_input.txt"
+    with path.open("wb") as file:
+        shutil.copyfileobj(stream, file)
+    return path
 
 
 def with_defaults(config: PrepareConfig, defaults: dict) -> PrepareConfig:

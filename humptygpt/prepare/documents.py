@@ -44,8 +44,8 @@ BYTE_ORDER_MARKS = {  # UTF-32 comes first, because its mark may begin with that
 MARKS = ("command.txt", "metrics.jsonl")
 UNPACK = {".gz": gzip.open, ".zst": zstd.open}
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
-# what raises them: files, compressed files, Parquet (ValueError), archives
-DAMAGE = (OSError, EOFError, zlib.error, zstd.ZstdError, ValueError)
+# what raises them: files, compressed files, Parquet (ValueError), archives (RuntimeError if they are encrypted)
+DAMAGE = (OSError, EOFError, zlib.error, zstd.ZstdError, ValueError, RuntimeError)
 DAMAGE += (tarfile.TarError, zipfile.BadZipFile)
 BETWEEN = re.compile(r"[\s,]*")  # what separates the entries of a JSON array
 # position before a single space and a word, where cutting a text does not change its tokens
