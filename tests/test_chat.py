@@ -282,6 +282,16 @@ def test_conversations_that_share_a_long_system_message_are_in_both_splits(folde
     assert 1 <= splits["val"]["conversations"] <= 10
 
 
+@pytest.mark.parametrize("count", [2, 12, 30])
+def test_a_few_conversations_are_in_both_splits_whatever_their_draws(folder, count):
+    for seed in range(10, 18):
+        write_chats(*(chat(f"Question {seed}.{i}?", f"Answer {i}.") for i in range(count)))
+        command = "--input=chats.jsonl --name=tiny --tokenizer=byte --overwrite=True"
+        prepare_data.main(command.split())
+        val = read_meta(Path("data/tiny"))["splits"]["val"]["conversations"]
+        assert max(1, count * 0.05) <= val < count
+
+
 # --------------------------------------------------------------------------------------
 # Tokens, rows and targets
 

@@ -155,6 +155,15 @@ def test_the_splits_have_about_the_requested_fractions(folder, keys, fractions):
     assert found.pop("train") and found == pytest.approx(fractions, rel=0.25)
 
 
+@pytest.mark.parametrize("first", range(0, 60, 20))
+def test_of_twenty_pairs_one_is_for_validation_and_one_for_the_test(folder, first):
+    write_tsv("own.tsv", [*ROWS[first : first + 20], ("Leer.", "")])
+    prepare("mine --input=own.tsv --tokenizer=byte")
+    found = pairs_of("mine")
+    assert (len(found["val"]), len(found["test"])) == (1, 1)
+    assert len(found["train"]) == 18
+
+
 def test_pairs_too_long_empty_or_lopsided_are_dropped_and_reported(folder, capsys):
     too_long = [("x" * 40, "y" * 20), ("y" * 20, "x" * 40)]
     empty = [("", "Empty."), ("Leer.", " ")]
@@ -359,7 +368,7 @@ BAD = {
     "source and target must be given together, without input": (
         "--input=own.tsv --source=a.de --target=a.en"
     ),
-    "train.bin would have 0 tokens, but needs at least 2; change --val_fraction or add": (
+    "train.bin would have 0 tokens, but needs at least 2; add text, or change the --val_f": (
         "--input=own.tsv --max_pair_tokens=2 --tokenizer=byte"
     ),
     "max_pair_tokens=9 has no effect with task=language modelling": (

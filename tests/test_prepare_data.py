@@ -640,7 +640,7 @@ BAD = {
     "vocab_size=300 has no effect with tokenizer=char; leave it out": [
         *("mine", "--input=own.txt", "--tokenizer=char", "--vocab_size=300")
     ],
-    "val.bin would have 1 tokens, but needs at least 2; change --val_fraction or add text": [
+    "needs at least 2; add text, or change the --val_fraction of prepare_data.py": [
         *("mine", "--input=own.txt")
     ],
     "cannot write data/taken": ["--input=own.txt", "--name=taken"],

@@ -114,7 +114,7 @@ class Conversations(Corpus):
         return [text for text, count in counted.most_common() if count >= OFTEN]
 
     def read(self, number: int) -> Iterator[tuple[str, Conversation]]:
-        """Read the conversations of a file. Equal conversations are in the same split."""
+        """Read the conversations of a file."""
         path, config = self.files[number], self.config
         columns = asked_columns(config.text_key)
         for where, record in read_records(path, columns, self.flaws):
@@ -123,8 +123,11 @@ class Conversations(Corpus):
             except ValueError as error:
                 self.flaws.add(LEFT_OUT, f"{where}: {error}")
                 continue
-            drawn = draw("\n".join(conversation.texts), hashed=None)
-            yield "val" if drawn <= config.val_fraction else "train", conversation
+            yield self.split_of(conversation), conversation
+
+    def draw(self, conversation: Conversation) -> float:
+        """Draw by the whole text, so that equal conversations are in the same split."""
+        return draw("\n".join(conversation.texts), hashed=None)
 
     def encode(
         self, tokenizer: ChatTokenizer, split: str, conversations: list[Conversation]

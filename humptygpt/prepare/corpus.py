@@ -7,6 +7,8 @@ corpus of sentence pairs, and chat/conversations.py one of conversations.
 import hashlib
 import re
 import unicodedata
+from array import array
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +41,7 @@ class Corpus:
 
     Each also has these methods:
         read(number)                        read the items of self.files[number]; yields (split, item)
+        draw(item)                          draw a number in [0, 1) that decides its split, for split_of()
         encode(tokenizer, split, items)     encode items of one split; returns arrays of token ids, and their counts
     An item is a tuple that has `texts`.
     """
@@ -63,6 +66,12 @@ class Corpus:
         self.source = source
         self.skipped = skipped
         self.flaws = Flaws()  # of what was read last
+        # {split: the largest draw of its items}; train has the rest
+        self.limits = {"val": config.val_fraction}
+
+    def split_of(self, item: NamedTuple) -> str:
+        drawn = self.draw(item)
+        return next((split for split, x in self.limits.items() if drawn <= x), "train")
 
     def note_skipped(self) -> None:
         if self.skipped:
@@ -71,12 +80,28 @@ class Corpus:
             )
 
     def survey(self) -> None:
-        """Read everything once, to check it and to find the size of the text. Raises UserError if there is none."""
+        """Read everything once, to check it and to find the size of the text. Raises UserError if there is none.
+
+        A split with less than half of its share, as happens by chance if there are few items, gets the lowest draws.
+        """
         self.note_skipped()
-        items = read_all(self, f"checking the {self.counts[0]}")
-        self.text_size = sum(len("".join(item.texts).encode()) for _, item in items)
-        if not self.text_size:
+        size = taken = before = 0
+        draws = array("d")
+        for _, item in read_all(self, f"checking the {self.counts[0]}"):
+            if text := "".join(item.texts):
+                size += len(text.encode())
+                draws.append(self.draw(item))
+        if not size:
             raise UserError(self.nothing_in(self.source))
+        self.text_size = size
+        draws = np.sort(draws)
+        for split, limit in self.limits.items():
+            share, before = (limit - before) * len(draws), limit
+            count = bisect_right(draws, limit) - taken
+            if count < share / 2:
+                count = max(1, round(share))
+                self.limits[split] = draws[: taken + count][-1]
+            taken += count
 
     def nothing_in(self, what: str | Path) -> str:
         """Describe an input without items, with the first reason."""

@@ -41,8 +41,8 @@ def encode(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict:
     for split, total in splits.items():
         if total["tokens"] < 2:
             raise UserError(
-                f"{split}.bin would have {total['tokens']} tokens, but needs at least 2;"
-                " change --val_fraction or add text"
+                f"{split}.bin would have {total['tokens']} tokens, but needs at least 2; add text, or change the"
+                " --val_fraction of prepare_data.py"
             )
     return describe(corpus, tokenizer, folder, dtype, splits)
 

@@ -62,6 +62,7 @@ class Pairs(Corpus):
         self.given = [n for n, (split, _) in enumerate(files) if split in ("val", "test")]
         if config.test_fraction or self.given:
             self.splits = ("train", "val", "test")
+            self.limits["test"] = config.val_fraction + config.test_fraction
         # the splits from which pairs are dropped that are unsuitable for training
         self.cleaned = ("train",) if self.given else self.splits
         self.held_out = set()
@@ -102,13 +103,11 @@ class Pairs(Corpus):
                 pair = Pair("", "", "empty")
             elif held_out and not held_out.isdisjoint(map(normalised, pair.texts)):
                 pair = Pair("", "", "held_out")
-            yield given or self.draw_split(pair), pair
+            yield given or self.split_of(pair), pair
 
-    def draw_split(self, pair: Pair) -> str:
-        """Choose a split by the source, so that the same source is never in two splits."""
-        val, test = self.config.val_fraction, self.config.test_fraction
-        drawn = draw(pair.source)
-        return "val" if drawn < val else "test" if drawn < val + test else "train"
+    def draw(self, pair: Pair) -> float:
+        """Draw by the source, so that the same source is never in two splits."""
+        return draw(pair.source)
 
     def encode(
         self, tokenizer: Tokenizer, split: str, pairs: list[Pair]
