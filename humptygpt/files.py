@@ -125,9 +125,9 @@ def locked(folder: Path, what: str, advice: str) -> Iterator[None]:
     from filelock import FileLock, Timeout  # late import: most scripts take no lock
 
     path = folder / ".lock"
-    created = [parent for parent in path.parents if not parent.exists()]
     lock = FileLock(path, timeout=0)
     with refuse_unwritable(folder, "; choose another folder"):
+        created = [parent for parent in path.parents if not parent.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()

@@ -644,6 +644,7 @@ BAD = {
         *("mine", "--input=own.txt")
     ],
     "cannot write data/taken": ["--input=own.txt", "--name=taken"],
+    "nnn: File name too long; choose another folder": ["--input=own.txt", "n" * 300],
 }
 
 
