@@ -20,6 +20,7 @@ Files are streamed and never held in memory.
 import os
 import runpy
 import shlex
+from pathlib import Path
 
 from humptygpt import machine
 
@@ -30,6 +31,8 @@ from humptygpt import cli
 from humptygpt.cli import CONFIGS
 from humptygpt.prepare.dataset import PrepareConfig, built_in, prepare
 from humptygpt.prepare.settings import CHOICES
+
+WEIGHTS = (".pt", ".safetensors", ".bin")
 
 
 def main(argv: list[str]) -> None:
@@ -43,7 +46,7 @@ def main(argv: list[str]) -> None:
 def training_arguments(config: PrepareConfig, meta: dict) -> list[str]:
     """Choose train.py's arguments for this data: the model that the tokenizer comes from, or a config."""
     arguments = [f"--dataset={config.name}", f"--out_dir=out/{config.name}"]
-    if config.tokenizer not in CHOICES:
+    if config.tokenizer not in CHOICES and has_weights(Path(config.tokenizer)):
         return [f"--init_from={config.tokenizer}", *arguments]
     own = CONFIGS / f"{config.name}.py"
     pairs = meta["task"] == "translation"
@@ -55,6 +58,12 @@ def training_arguments(config: PrepareConfig, meta: dict) -> list[str]:
     if pairs and meta["longest"] > runpy.run_path(arguments[0])["block_size"]:
         arguments.append(f"--block_size={meta['longest']}")
     return arguments
+
+
+def has_weights(source: Path) -> bool:
+    """False if a file or folder holds a tokenizer without its model. A model on the Hub has weights."""
+    suffixes = {path.suffix for path in (source, *source.glob("*"))}
+    return not source.exists() or not suffixes.isdisjoint(WEIGHTS)
 
 
 if __name__ == "__main__":

@@ -405,4 +405,5 @@ def how_to(folder: Path) -> str:
     """Say how to repair a folder."""
     if (folder / COMMAND).exists():
         return f"prepare it again with the command in {folder / COMMAND}"
-    return f"prepare it: python prepare_data.py {shlex.quote(folder.name)}"
+    own = " --input=FILE_OR_FOLDER --overwrite=True" if is_nanogpts(folder) else ""
+    return f"prepare it: python prepare_data.py {shlex.quote(folder.name)}{own}"

@@ -185,7 +185,7 @@ def test_the_whole_split_is_the_same_text_for_any_tokenizer_and_a_part_or_other_
     assert part["val_tokens"] == 2 * 4 * 16 and part["val_text"] != whole["val_text"]
 
 
-def test_a_nanogpt_folder_opens_as_it_is(folder):
+def test_a_nanogpt_folder_opens_as_it_is(folder, fails):
     text = make_text(2000)
     alphabet = sorted(set(text))
     data = folder / "data" / "old"
@@ -200,6 +200,12 @@ def test_a_nanogpt_folder_opens_as_it_is(folder):
     read = dataset.train.read(np.array([0]), 1800)[0]
     assert dataset.tokenizer.decode(read) == text[:1800]
     assert dataset.val_bytes_per_token() == 1.0
+    assert train.main([*TINY_RUN, "--dataset=old"]) == 0
+    (data / "val.bin").unlink()
+    Path("own.txt").write_text(text)
+    way = "python prepare_data.py old --input=FILE_OR_FOLDER --overwrite=True"
+    assert fails(train.main, *TINY_RUN, "--dataset=old").endswith(f"; prepare it: {way}\n")
+    prepare_data.main(shlex.split(way.replace("FILE_OR_FOLDER", "own.txt"))[2:])
     assert train.main([*TINY_RUN, "--dataset=old"]) == 0
 
 

@@ -14,9 +14,11 @@ from texts import make_text
 
 import prepare_data
 import train
+from humptygpt.convert.write_huggingface import tokenizer_files
 from humptygpt.prepare import dataset, sources, vocabulary
 from humptygpt.settings import TrainConfig
 from humptygpt.setup import data_name, prepare_missing
+from humptygpt.tokenizers import from_state
 from humptygpt.translation import task
 
 SMALL = [
@@ -31,6 +33,7 @@ ADVISED = {
     "long pairs of a data set with a config": "translate_de_en --tokenizer=char",
     "tokens of a run": "--input=own.txt --tokenizer=out/run --name=own",
     "tokens of a checkpoint": "--input=own.txt --tokenizer=out/run/ckpt.pt --name=own",
+    "a tokenizer without its model": "--input=own.txt --tokenizer=theirs --name=own",
 }
 
 
@@ -44,6 +47,11 @@ def test_the_command_that_is_printed_after_preparing_trains(
     rows = [(4 * f"{source} ", 4 * f"{target} ") for source, target in ROWS]
     write_tsv("pairs.tsv", rows)
     write_multi30k({"train": rows[:40], "val": rows[40:50], "test": rows[50:]})
+    if case == "a tokenizer without its model":
+        prepare("--input=own.txt --name=tiny --vocab_size=300")
+        theirs = tokenizer_files(from_state(meta("tiny")["tokenizer"]), block_size=64)
+        Path("theirs").mkdir()
+        Path("theirs/tokenizer.json").write_text(theirs["tokenizer.json"])
     if "tokens of" in case:
         prepare("--input=own.txt --name=tiny --tokenizer=byte")
         assert train.main(TINY_RUN) == 0
