@@ -18,7 +18,7 @@ TRAINING_ONLY = {"dropout", "label_smoothing"}
 STEP = ("batch_size", "gradient_accumulation_steps")
 # {key: (another key, the values of that other key for which the key has no effect)}
 IN_VAIN = {
-    "text_key": ("input", (None,)),
+    **dict.fromkeys(("text_key", "val_input"), ("input", (None,))),
     "input": ("dataset", DATASETS),
     **dict.fromkeys(("schedule", "lr_decay_iters", "min_lr"), ("decay_lr", (False,))),
     **dict.fromkeys(("lora_alpha", "lora_targets"), ("lora_rank", (0,))),
@@ -55,6 +55,7 @@ class Adjustable:
     dataset: str = "shakespeare_char"  # folder in data/ that prepare_data.py wrote
     input: str | None = None  # your own text: a file or folder to prepare as a dataset
     text_key: str | None = None  # key of the text, or of a question and its answer: q,a
+    val_input: str | None = None  # your own validation text; None: a tenth of input
     batch_size: int = 4  # sequences per micro-batch (pairs: batch_size * block_size tokens)
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
     # optimizer

@@ -297,8 +297,9 @@ def input_keys(config: TrainConfig, folder: Path) -> dict[str, object]:
             raise UserError(
                 f"{folder} was not made from input={config.input}; choose another name: --dataset=ANOTHER_NAME"
             )
-    if config.text_key:
-        keys["text_key"] = config.text_key
+    for key in ("text_key", "val_input"):
+        if value := getattr(config, key):
+            keys[key] = value
     return keys
 
 

@@ -292,6 +292,14 @@ def test_a_few_conversations_are_in_both_splits_whatever_their_draws(folder, cou
         assert max(1, count * 0.05) <= val < count
 
 
+def test_val_input_may_hold_conversations_in_another_format(folder):
+    write_chats(*(chat(f"a {i}", "b") for i in range(5)))
+    Path("val.json").write_text('[{"instruction": "c", "output": "d"}]')
+    prepare_data.main(["--input=chats.jsonl", "--name=tiny", "--val_input=val.json"])
+    splits = read_meta(Path("data/tiny"))["splits"]
+    assert [splits[x]["conversations"] for x in ("train", "val")] == [5, 1]
+
+
 # --------------------------------------------------------------------------------------
 # Tokens, rows and targets
 

@@ -246,6 +246,18 @@ def test_train_hands_on_the_key_that_a_complaint_about_its_input_names(folder, f
     )
 
 
+def test_a_run_takes_a_validation_text_of_ones_own_and_keeps_it(folder, fails):
+    write_own(make_text())
+    Path("val.txt").write_text(make_text(500, seed=1))
+    argv = ["--input=own.txt", *TRAIN]
+    assert train.main([*argv, "--val_input=val.txt"]) == 0
+    assert texts_of("own") == (make_text(), make_text(500, seed=1))
+    assert train.main(argv) == 0  # the data keeps it
+    assert "val_input=val.txt has no effect with input=None" in fails(
+        train.main, *TRAIN, "--dataset=own", "--val_input=val.txt"
+    )
+
+
 def test_data_that_was_prepared_with_a_setting_that_is_gone_is_refused_by_its_name(
     folder, fails
 ):

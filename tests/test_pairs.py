@@ -180,6 +180,14 @@ def test_pairs_too_long_empty_or_lopsided_are_dropped_and_reported(folder, capsy
     assert meta("mine")["dropped"]["lopsided"] == 0
 
 
+def test_val_input_keeps_every_pair_that_has_both_sides(folder):
+    odd = [("x" * 300, "y" * 300), ("a", "b" * 30)]
+    write_tsv("own.tsv", [*ROWS, *odd])
+    write_tsv("val.tsv", [*odd, ("Leer.", "")])
+    prepare("mine --input=own.tsv --val_input=val.tsv --tokenizer=byte")
+    assert pairs_of("mine") == {"train": ROWS, "val": odd}
+
+
 def test_given_validation_and_test_splits_keep_every_pair_that_has_both_sides(folder):
     odd = [("x" * 300, "y" * 300), ("a", "b" * 30)]
     empty = [("Leer.", "")]

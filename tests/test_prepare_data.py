@@ -89,6 +89,51 @@ def test_more_files_change_nothing_for_the_documents_that_were_there(corpus):
         assert few and set(few) < set(more)
 
 
+@pytest.mark.parametrize("val", ["val.txt", "val.txt.gz", "val.jsonl", "val.parquet", "-"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_val_input_is_the_validation_split_and_nothing_is_learned_from_it(
+    folder, monkeypatch, val, kind
+):
+    text, theirs = make_text(3000), make_text(500, seed=1)
+    write_own(text)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(theirs.encode())))
+    write(val, [theirs])
+    prepare(f"mine --input=own.txt --tokenizer={kind} --val_input={val}")
+    assert texts_of("mine") == (text, theirs)
+    learned = meta("mine")["tokenizer"]
+    write_own(2 * text)
+    prepare(f"twice --input=own.txt --tokenizer={kind} --val_fraction=0.5")
+    assert learned == meta("twice")["tokenizer"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_character_that_only_the_validation_text_has_is_refused_or_coded(
+    folder, fails, kind
+):
+    Path("train").mkdir()
+    texts = [make_text(3000, n) for n in range(3)]
+    for n, text in enumerate(texts):
+        Path(f"train/{n}.txt").write_text(text)
+    Path("val.txt").write_text("Grüße")
+    command = f"mine --input=train --tokenizer={kind} --val_input=val.txt"
+    if kind == "char":
+        complaint = fails(prepare_data.main, *command.split())
+        assert "'ü' (U+00FC) is not among the" in complaint
+        prepare(command.replace("char", complaint.split("--tokenizer=")[1].split(",")[0]))
+    else:
+        prepare(command)
+    assert documents_of("mine") == (texts, ["Grüße"])
+
+
+def test_each_line_of_a_text_is_a_document_with_lines(folder):
+    lines = [f"{n}: {make_text(60, n)}".replace("\n", "  ") for n in range(50)]
+    write_own("\n\n".join(lines) + "\n \n")
+    prepare("mine --input=own.txt --lines=True --val_fraction=0.3")
+    train_texts, val_texts = documents_of("mine")
+    assert sorted(train_texts + val_texts, key=lines.index) == lines
+    assert meta("mine")["documents"] == 50 and 8 < len(val_texts) < 22
+
+
 FEW = {"equal": [3000, 3000], "unequal": [200, 6000]}
 FEW |= {"five": [9000, 100, 100, 100, 400], "one long": [20_050, *[100] * 30]}
 
@@ -643,6 +688,18 @@ BAD = {
     "needs at least 2; add text, or change the --val_fraction of prepare_data.py": [
         *("mine", "--input=own.txt")
     ],
+    "val_fraction=0.2 has no effect with val_input=own.txt; leave it out": [
+        *("mine", "--input=chats.jsonl", "--val_input=own.txt", "--val_fraction=0.2")
+    ],
+    "val_input=own.txt must be chat data as the input is, in other files": [
+        *("mine", "--input=chats.jsonl", "--val_input=own.txt")
+    ],
+    "val_input=own.txt must be language modelling data as the input is, in other": [
+        *("mine", "--input=*.txt", "--val_input=own.txt")
+    ],
+    "lines=True has no effect with task=chat; leave it out": [
+        *("mine", "--input=chats.jsonl", "--lines=True")
+    ],
     "cannot write data/taken": ["--input=own.txt", "--name=taken"],
     "nnn: File name too long; choose another folder": ["--input=own.txt", "n" * 300],
 }
@@ -651,6 +708,7 @@ BAD = {
 @pytest.mark.parametrize("complaint", BAD)
 def test_bad_input_is_one_line(folder, fails, complaint):
     write_own("some text\n")
+    Path("chats.jsonl").write_text('{"prompt": "a", "completion": "b"}')
     Path("my texts").mkdir()
     Path("my texts/own.txt").write_text("some text\n")
     Path("data").mkdir()

@@ -11,6 +11,7 @@ from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -52,6 +53,7 @@ class Corpus:
     separated = True  # each item ends with the end-of-text token
     missing: str  # what an input without items lacks
     text_size: int | None = None  # bytes of UTF-8; set by survey()
+    validation: "tuple[Corpus, ...]" = ()  # the corpus of val_input, if that is given
     defaults: ClassVar = {  # of keys that the user leaves unset
         "val_fraction": 0.1,
         "text_key": "text",
@@ -132,7 +134,8 @@ class Documents(Corpus):
     @property
     def separated(self) -> bool:
         """True if each document ends with the end-of-text token. False if a single text is the whole corpus."""
-        return len(self.files) > 1 or file_format(self.files[0]) != ".txt"
+        is_text = file_format(self.files[0]) == ".txt" and not self.config.lines
+        return len(self.files) > 1 or not is_text
 
     def survey(self) -> None:
         """Read everything once, to skip the files that are not text and to decide how to split the rest.
@@ -157,8 +160,8 @@ class Documents(Corpus):
         total = sum(sizes.values(), Counter())
         self.text_size = total.pop("bytes")
         fraction = self.config.val_fraction
-        share = total["val"] / (fraction * total.total())
-        if not self.separated or not 0.5 <= share <= 1.5:
+        wanted = fraction * total.total()
+        if not self.separated or not 0.5 * wanted <= total["val"] <= 1.5 * wanted:
             lengths = (size["train"] + size["val"] for size in sizes.values())
             self.cuts = [int(length * (1 - fraction)) for length in lengths]
 
@@ -178,7 +181,8 @@ class Documents(Corpus):
         """Read the documents of a file in pieces."""
         config = self.config
         before = 0  # characters of the file before this piece
-        for piece in read_documents(self.files[number], config.text_key, self.flaws):
+        file = self.files[number]
+        for piece in read_documents(file, config.text_key, self.flaws, config.lines):
             if piece.first:
                 split = "val" if draw(piece.text) <= config.val_fraction else "train"
             if self.cuts is None:
@@ -233,7 +237,8 @@ def units(corpus: Corpus) -> Iterator[tuple[str, list[NamedTuple]]]:
     """Group the items of each split into units of about UNIT characters. Yields (split, items)."""
     items = defaultdict(list)
     lengths = Counter()
-    for split, item in read_all(corpus, "encoding"):
+    corpora = (corpus, *corpus.validation)
+    for split, item in chain.from_iterable(read_all(each, "encoding") for each in corpora):
         items[split].append(item)
         lengths[split] += sum(map(len, item.texts))
         if lengths[split] >= UNIT:

@@ -66,15 +66,17 @@ def prepare(config: PrepareConfig) -> dict:
                     f"{folder} already has this text with these settings; it is left unchanged"
                 )
             else:
-                corpus.survey()
+                for each in (corpus, *corpus.validation):
+                    each.survey()
                 tokenizer = corpus.wrap(loaded or make_tokenizer(corpus))
                 meta = encode(corpus, tokenizer, preparing)
                 meta["made_from"] = made_from
                 write_text(preparing / COMMAND, f"{command}\n")
                 write_text(preparing / "meta.json", json.dumps(meta, indent=1))
                 install(preparing, folder)
-                if corpus.flaws.first:
-                    note(str(corpus.flaws))
+                for each in (corpus, *corpus.validation):
+                    if each.flaws:
+                        note(str(each.flaws))
     print(summary(folder, corpus, meta))
     return meta
 
@@ -108,6 +110,8 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
     """Find the documents, pairs or conversations that the config names. folder: the data set's, in data/."""
     source = built_in(config)
     preset = with_defaults(config, source.settings) if source else config
+    if config.val_input is not None:
+        preset = replace(preset, val_fraction=0.0)
     files, name = find_input(preset, folder)
     skipped = []
     kind = Pairs
@@ -115,7 +119,8 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
         files, skipped = find_files(str(files))
         files = files[: preset.files]
         formats = set(map(file_format, files))
-        if config.text_key and formats <= {".txt"}:
+        # val_input, of which val_fraction is 1, may be of another format
+        if config.text_key and formats <= {".txt"} and config.val_fraction != 1:
             raise UserError(
                 f"text_key={config.text_key} has no effect, since {name} has no records with keys or columns"
             )
@@ -136,6 +141,15 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
     corpus = kind(resolve(config, preset, kind), files, name, skipped)
     if name.lower().endswith(ARCHIVES):  # its files are unpacked anew each time
         corpus.paths = [Path(name)]
+    if config.val_input is not None:
+        unused = dict.fromkeys(("val_input", "source", "target", "files", "held_out"))
+        own = replace(preset, **unused | {"input": config.val_input, "val_fraction": 1.0})
+        val = find_corpus(own, folder / PREPARING)
+        if val.task != corpus.task or {*val.paths} & {*corpus.paths}:
+            raise UserError(
+                f"val_input={config.val_input} must be {corpus.task} data as the input is, in other files"
+            )
+        corpus.validation = (val,)
     return corpus
 
 
@@ -174,6 +188,7 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | Path | PairFi
 def copied(stream: BinaryIO, folder: Path) -> Path:
     """Copy a stream to a file, because the text is read several times. Returns its path."""
     path = folder / PREPARING / "standard_input.txt"
+    path.parent.mkdir(exist_ok=True)
     with path.open("wb") as file:
         shutil.copyfileobj(stream, file)
     return path
@@ -200,6 +215,10 @@ def resolve(
     vain = dict.fromkeys(others, f"tokenizer={resolved.tokenizer}")
     if kind is not Pairs:
         vain |= dict.fromkeys(ONLY_FOR_PAIRS, f"task={kind.task}")
+    if kind is not Documents:
+        vain["lines"] = f"task={kind.task}"
+    if config.val_input is not None:
+        vain["val_fraction"] = f"val_input={config.val_input}"
     for key, setting in vain.items():
         if (value := getattr(config, key)) is not None:
             raise UserError(f"{key}={value} has no effect with {setting}; leave it out")
@@ -248,7 +267,7 @@ def is_whole(folder: Path, splits: Iterable[str], meta: dict) -> bool:
 def data_id(corpus: Corpus, command: str, loaded: Tokenizer | None) -> str:
     """Hash what determines the data: the command, the files (path, size and modification time), a loaded tokenizer."""
     made_from = [command]
-    for path in corpus.paths:
+    for path in chain(corpus.paths, *(each.paths for each in corpus.validation)):
         with read_errors(path):
             status = path.stat()
         made_from.append([path.as_posix(), status.st_mtime_ns, status.st_size])

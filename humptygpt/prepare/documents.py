@@ -173,14 +173,21 @@ def read_errors(path: Path) -> Iterator[None]:
 # Documents
 
 
-def read_documents(path: Path, text_key: str, flaws: Flaws) -> Iterator[Piece]:
+def read_documents(
+    path: Path, text_key: str, flaws: Flaws, by_line: bool = False
+) -> Iterator[Piece]:
     """Read all documents of a file in pieces of at most PIECE characters, cut at the same positions every time.
 
     A text file is one document, and so is the text under text_key in each line of JSON or row of Parquet or CSV.
     \\r\\n and \\r become \\n. flaws: counts bad bytes, and lines and rows without text.
+    by_line: each line of a text file is a document, without its line break. Blank lines are left out.
     """
     if file_format(path) == ".txt":
-        yield from pieces(read_text(path, flaws, size=PIECE))
+        if by_line:
+            for line in read_text(path, flaws):
+                yield from pieces([line.rstrip("\n")] if line.strip() else [])
+        else:
+            yield from pieces(read_text(path, flaws, size=PIECE))
         return
     for where, record in read_records(path, [text_key], flaws):
         text = record.get(text_key) if isinstance(record, dict) else None

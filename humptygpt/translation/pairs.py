@@ -63,8 +63,6 @@ class Pairs(Corpus):
         if config.test_fraction or self.given:
             self.splits = ("train", "val", "test")
             self.limits["test"] = config.val_fraction + config.test_fraction
-        # the splits from which pairs are dropped that are unsuitable for training
-        self.cleaned = ("train",) if self.given else self.splits
         self.held_out = set()
 
     def survey(self) -> None:
@@ -114,12 +112,12 @@ class Pairs(Corpus):
     ) -> tuple[list[np.ndarray], Counter]:
         """Encode pairs of one split. Returns arrays of token ids, and the counts for meta.json.
 
-        In the splits in self.cleaned, a pair is dropped if one side, including end-of-text, is longer than
+        Unless its split is given, a pair is dropped if one side, including end-of-text, is longer than
         self.config.max_pair_tokens, or longer than self.config.max_pair_ratio times the other side plus SLACK.
         """
         ids = []
         counted = Counter()
-        cleans = split in self.cleaned
+        cleans = split == "train" or not (self.given or self.validation)
         for pair in pairs:
             sides = map(tokenizer.encode, pair.texts)
             source, target = (np.append(side, tokenizer.eot) for side in sides)
