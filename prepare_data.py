@@ -7,14 +7,15 @@
     python prepare_data.py translate_de_en                                   built-in pairs, downloaded if missing
     python prepare_data.py --input=pairs.tsv --name=mine                     your own: SOURCE, a tab and TARGET per line
     python prepare_data.py --source=a.de --target=a.en --name=mine           or two aligned files
+    python prepare_data.py --input=chats.jsonl --name=mine                   conversations
 
 Input is text, .jsonl, .parquet or .csv, optionally compressed as .gz or .zst. Each line of JSON, each row of Parquet or
-CSV, and each file with any other extension except .tsv is one document. In a folder of documents, files that are not
-text are skipped and listed. Carriage returns become line breaks, and an end-of-text token separates documents. A
-document's split, train or val, depends only on its text, so adding files does not move existing documents to the other
-split. A single text file is cut in two instead, and so is each file if there are few documents. A pair's split, train,
-val or test, depends only on its source; both sides share one vocabulary.
-Files are streamed and never held in memory.
+CSV, and each file with any other extension except .tsv is one document; with --lines=True, each line of a text file. In
+a folder of documents, files that are not text are skipped and listed. Carriage returns become line breaks, and an
+end-of-text token separates documents. A document's split, train or val, depends only on its text, so adding files does
+not move existing documents to the other split. A single text file is cut in two instead, and so is each file if there
+are few documents. A pair's split, train, val or test, depends only on its source; both sides share one vocabulary.
+With --val_input=FILE_OR_FOLDER, that is the validation split. Files are streamed and never held in memory.
 """
 
 import os

@@ -26,9 +26,7 @@ class PrepareConfig:
     text_key: str | None = None  # key of the text, or of a question and its answer: q,a
     lines: bool | None = None  # each line of a text file is a document; None: off
     val_fraction: float | None = None  # validation fraction; None: 0.1, or 0.02 for pairs
-    val_input: str | None = (
-        None  # validation text, as for input; None: val_fraction of input
-    )
+    val_input: str | None = None  # validation text of its own; None: a part of input
     files: int | None = None  # maximum number of files
     # sentence pairs; all but source and target also apply to a .tsv input
     source: str | None = None  # file with one sentence per line
