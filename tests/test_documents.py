@@ -191,7 +191,7 @@ def test_exports_in_json_that_are_learned_as_they_are_written_are_noted(capsys):
         Path(name).write_text(json.dumps(content))
     assert len(found("t")) == 3
     assert capsys.readouterr().err == (
-        "note: .json files learned as they are written, since they hold no conversations: 3;"
+        "note: .json files in none of the forms of docs/chat.md, learned as they are written: 3;"
         " the first: t/conversations.json\n"
     )
 
@@ -261,13 +261,14 @@ def test_lines_and_rows_without_text_are_left_out_and_counted_and_the_first_is_n
         flaws = Flaws()
         assert read(path, flaws=flaws) == ["good"]
         first = f"the first: {path}, {place}: no text under text_key=text"
-        assert str(flaws) == f"records without text left out: {bad}; {first}"
+        assert str(flaws) == f"records left out: {bad}; {first}"
 
 
 TABLES = {
     "a.csv": ('id,text,n\r\n1,"one, ""two""\r\nthree",5\r\n\r\n2,vier,6\r\n', "utf-8"),
     "a.CSV.gz": ('text\n"one, ""two""\nthree"\nvier\n', "utf-8-sig"),
     "b.csv": ('id;text\n1;"one, ""two""\nthree"\n2;vier', "utf-8"),
+    "spaces.csv": ('id, text\n1, "one, ""two""\nthree"\n2, vier', "utf-8"),
     "sep.csv": ('sep=;\nid; text \n1;"one, ""two""\nthree"\n2;vier', "utf-8"),
 }
 
@@ -323,6 +324,7 @@ BAD = {
     "number.jsonl has no text to learn from: number.jsonl, line 1: no text under text_key=text": (
         "number.jsonl"
     ),
+    "line 1: no text under text_key=text; its keys: question, answer": "faq.jsonl",
     "null.parquet has no column 'body'; set --text_key to one of: id, text": (
         "null.parquet --text_key=body"
     ),
@@ -339,6 +341,7 @@ def test_bad_files_are_one_line_that_names_the_place(fails, complaint):
         "empty.txt": b"",
         "latin1.txt": b"Gr\xfc\xdfe",
         "number.jsonl": b'{"text": 5}\n',
+        "faq.jsonl": b'{"question": "a", "answer": "b"}',
         "wrong.txt.zst": b"plain",
     }.items():
         Path(name).write_bytes(data)

@@ -458,7 +458,7 @@ def test_one_line_at_the_end_counts_bad_bytes_and_records_without_text_and_names
         file.write(b'{"text": "Gr\xfc\xdfe"}\n')
     prepare(f"mine --input=own.jsonl --tokenizer={tokenizer}")
     first = "own.jsonl, line 1: no text under text_key=text"
-    counted = "records without text left out: 30, bad bytes replaced: 2"
+    counted = "records left out: 30, bad bytes replaced: 2"
     assert capsys.readouterr().err == f"note: {counted}; the first: {first}\n"
     assert meta("mine")["documents"] == 61
     write("own.jsonl", texts[1:3])
@@ -472,7 +472,7 @@ def test_lines_of_pairs_without_exactly_one_tab_are_left_out_and_counted(pairs, 
     prepare("mine --input=pairs.tsv --tokenizer=byte")
     assert meta("mine")["dropped"]["empty"] == 0 and meta("mine")["pairs"] == 60
     first = "pairs.tsv, line 61: each line must be SOURCE, one tab, TARGET"
-    counted = "records without text left out: 2"
+    counted = "records left out: 2"
     assert f"note: {counted}; the first: {first}\n" in capsys.readouterr().err
 
 

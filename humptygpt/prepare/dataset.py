@@ -135,7 +135,7 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
             kind = Documents
             if exports := [file for file in files if file_suffix(file) == ".json"]:
                 note(
-                    f".json files learned as they are written, since they hold no conversations: {len(exports):,};"
+                    f".json files in none of the forms of docs/chat.md, learned as they are written: {len(exports):,};"
                     f" the first: {exports[0]}"
                 )
     corpus = kind(resolve(config, preset, kind), files, name, skipped)

@@ -31,7 +31,7 @@ except ImportError:  # before Python 3.14
 
 Record = object  # a dict, unless the line or row is not valid; None: a blank line
 PIECE = 1 << 18  # maximum number of characters in a piece of a document
-LEFT_OUT = "records without text left out"  # what the note counts
+LEFT_OUT = "records left out"  # what the note counts
 NAMED = 5  # of the files that are skipped, the first that are named
 HEAD = 8000  # bytes read from the start of a file to determine whether it is text
 BYTE_ORDER_MARKS = {  # UTF-32 comes first, because its mark may begin with that of UTF-16
@@ -194,7 +194,10 @@ def read_documents(
         if text and isinstance(text, str):
             yield from pieces([text.replace("\r\n", "\n").replace("\r", "\n")])
         else:
-            flaws.add(LEFT_OUT, f"{where}: no text under text_key={text_key}")
+            why = f"no text under text_key={text_key}"
+            if isinstance(record, dict) and text_key not in record:
+                why += f"; its keys: {', '.join(record)}"
+            flaws.add(LEFT_OUT, f"{where}: {why}")
 
 
 def read_text(
@@ -304,7 +307,11 @@ def read_table(path: Path, columns: list[str], flaws: Flaws) -> Iterator[Record]
     quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
     # strict: without it, a cell with a stray quote would contain all that follows
     table = csv.DictReader(
-        chain([header], lines), delimiter=separator, quoting=quoting, strict=True
+        chain([header], lines),
+        delimiter=separator,
+        quoting=quoting,
+        skipinitialspace=f"{separator} " in header,
+        strict=True,
     )
     table.fieldnames = [name.strip() for name in table.fieldnames]
     check_columns(path, columns, table.fieldnames)
