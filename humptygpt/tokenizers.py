@@ -103,7 +103,7 @@ class CharTokenizer(Tokenizer):
             raise UserError(
                 f"character {char!r} (U+{ord(char):04X}) is not among"
                 f" the {len(self.alphabet)} characters of this tokenizer; leave it out, or prepare the data with"
-                " --tokenizer=byte, which has all"
+                " prepare_data.py --tokenizer=byte, which has all"
             ) from error
 
     def state(self) -> dict:

@@ -118,7 +118,7 @@ def test_a_character_that_only_the_validation_text_has_is_refused_or_coded(
     command = f"mine --input=train --tokenizer={kind} --val_input=val.txt"
     if kind == "char":
         complaint = fails(prepare_data.main, *command.split())
-        assert "'ü' (U+00FC) is not among the" in complaint
+        assert "'G' (U+0047) is not among the" in complaint
         prepare(command.replace("char", complaint.split("--tokenizer=")[1].split(",")[0]))
     else:
         prepare(command)
@@ -691,10 +691,10 @@ BAD = {
     "val_fraction=0.2 has no effect with val_input=own.txt; leave it out": [
         *("mine", "--input=chats.jsonl", "--val_input=own.txt", "--val_fraction=0.2")
     ],
-    "val_input=own.txt must be chat data as the input is, in other files": [
+    "val_input=own.txt must be for chat, as the input is, and no part of it": [
         *("mine", "--input=chats.jsonl", "--val_input=own.txt")
     ],
-    "val_input=own.txt must be language modelling data as the input is, in other": [
+    "val_input=own.txt must be for language modelling, as the input is, and no": [
         *("mine", "--input=*.txt", "--val_input=own.txt")
     ],
     "lines=True has no effect with task=chat; leave it out": [

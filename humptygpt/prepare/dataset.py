@@ -147,7 +147,7 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
         val = find_corpus(own, folder / PREPARING)
         if val.task != corpus.task or {*val.paths} & {*corpus.paths}:
             raise UserError(
-                f"val_input={config.val_input} must be {corpus.task} data as the input is, in other files"
+                f"val_input={config.val_input} must be for {corpus.task}, as the input is, and no part of it"
             )
         corpus.validation = (val,)
     return corpus
