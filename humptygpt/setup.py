@@ -257,7 +257,8 @@ def prepare_missing(config: TrainConfig) -> None:
     if config.dataset in DATASETS:
         return
     folder = Path("data") / config.dataset
-    names = {path.name for path in folder.glob("*")}
+    with refuse():
+        names = {path.name for path in folder.glob("*")}
     prepared = names & {"meta.json", "meta.pkl"}
     if prepared and (config.input is None or launched()[0]):
         return

@@ -271,6 +271,11 @@ def test_data_that_was_prepared_with_a_setting_that_is_gone_is_refused_by_its_na
     assert train.main(["--dataset=own", *TRAIN]) == 0
 
 
+def test_a_data_set_whose_name_is_too_long_is_refused_in_one_line(tiny, fails):
+    argv = [*TRAIN, f"--dataset={300 * 'n'}"]
+    assert "File name too long" in fails(train.main, *argv)
+
+
 def test_a_run_that_resumes_takes_no_input(fails):
     argv = ["--input=tiny.txt", "--init_from=resume", "--out_dir=out/run"]
     assert "input=tiny.txt is only for a new run" in fails(train.main, *argv)
