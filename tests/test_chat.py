@@ -222,11 +222,15 @@ BAD = {
     "line 2: it has a turn without content": json.dumps(
         {"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}
     ),
-    "line 2: messages[0].tool_calls[0] must be None": json.dumps(
+    "line 2: it has tool_calls": json.dumps(
         {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}
     ),
-    "line 2: messages[0].function_call must be None": json.dumps(
-        {"messages": [{"role": "assistant", "content": "x", "function_call": {}}]}
+    "line 2: it has function_call": json.dumps(
+        {
+            "messages": [
+                {"role": "assistant", "content": "x", "function_call": {"name": "f"}}
+            ]
+        }
     ),
     "line 2: it has an empty reply": json.dumps(chat("a", " \n", "c", "d")),
     "line 2: it has tools": json.dumps({"messages": [], "tools": [{}]}),

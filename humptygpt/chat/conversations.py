@@ -51,14 +51,7 @@ FORMS = (
     PREFERENCES,
 )
 TURNS = {
-    "messages": [
-        {
-            "role": {*ROLES, *ALIASES},
-            "content?": CONTENT,
-            "tool_calls?": ([None], None),  # an empty list, or none
-            "function_call?": None,
-        }
-    ],
+    "messages": [{"role": {*ROLES, *ALIASES}, "content?": CONTENT}],
     "conversations": [{"from": {*ROLES, *ALIASES}, "value": str}],
 }
 OFTEN = 3  # a reply of a training split that occurs so many times is one token
@@ -226,6 +219,9 @@ def read_before(record: dict) -> list[Turn]:
 def read_turn(message: dict) -> Turn:
     role = message.get("role") or message["from"]
     content = message.get("content", message.get("value"))
+    for key in ("tool_calls", "function_call"):
+        if message.get(key):
+            raise ValueError(f"it has {key}, but a model cannot learn to call tools here")
     if content is None:
         raise ValueError("it has a turn without content")
     if message.get("weight") == 0:
