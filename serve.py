@@ -69,10 +69,13 @@ def main(argv: list[str]) -> None:
     if loaded.task == "translation":
         raise UserError(f"{source} translates; use sample.py for that")
     choose_threads(loaded)
-    server = listen(config, Api(loaded, str(source), config.forget))
-    key = f"/#{quote(server.key)}" if server.key else ""
-    print(f"open http://{config.host}:{server.server_port}{key} (Ctrl-C stops)", flush=True)
-    server.serve_forever()
+    with listen(config, Api(loaded, str(source), config.forget)) as server:
+        key = f"/#{quote(server.key)}" if server.key else ""
+        print(
+            f"open http://{config.host}:{server.server_port}{key} (Ctrl-C stops)",
+            flush=True,
+        )
+        server.serve_forever()
 
 
 class Server(ThreadingHTTPServer):
@@ -85,18 +88,24 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128  # clients that may wait until they are accepted
 
     def __init__(self, config: ServeConfig, api: Api):
-        super().__init__((config.host, config.port), Handler)
         self.api = api
         self.config = config
         self.key = None if config.api_key == "none" else config.api_key
         # answers: (generator, queue of its parts, Event that is set when the client has left)
         self.unfinished = SimpleQueue()
-        Thread(target=self.generate, daemon=True).start()
+        self.generator = Thread(target=self.generate, daemon=True)
+        self.generator.start()
+        super().__init__((config.host, config.port), Handler)
+
+    def server_close(self) -> None:
+        """Close the server. Python aborts if it ends while a thread is inside torch, so wait for that thread."""
+        super().server_close()
+        self.unfinished.put(None)
+        self.generator.join()
 
     def generate(self) -> None:
         """Compute the next part of each answer in turn. Its last part is None, or the exception that ended it."""
-        while True:
-            answer, parts, left = self.unfinished.get()
+        for answer, parts, left in iter(self.unfinished.get, None):
             if left.is_set():
                 continue
             try:

@@ -6,11 +6,12 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from queue import Queue
 from types import SimpleNamespace
@@ -585,9 +586,9 @@ def test_a_server_for_other_machines_needs_a_key_or_the_word_none(fails):
 # Several clients
 
 
-def request_of(body: dict) -> bytes:
+def request_of(body: dict, path: str = CHAT) -> bytes:
     content = json.dumps(HELLO | body).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}"
     return f"{head}\r\n\r\n".encode() + content
 
 
@@ -712,7 +713,7 @@ def test_a_client_that_sends_half_a_request_holds_up_nobody(reciter):
 
 @contextmanager
 def started(folder: Path, run: str):
-    """Run serve.py in a process of its own. Yields the process and its port; nothing may fail in it."""
+    """Run serve.py in a process of its own, until Ctrl-C. Yields the process and its port; nothing may fail in it."""
     argv = [sys.executable, str(ROOT / "serve.py"), f"--out_dir=out/{run}", "--port=0"]
     with (folder / "errors.txt").open("w") as errors:
         process = subprocess.Popen(
@@ -726,10 +727,10 @@ def started(folder: Path, run: str):
         try:
             address = re.search(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())
             yield process, int(address[1])
-            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 130
         finally:
-            process.terminate()
-            process.wait(20)
+            process.kill()
             process.stdout.close()
     assert "Traceback" not in (folder / "errors.txt").read_text()
 
@@ -794,10 +795,10 @@ def storm(port: int, expected: list[str], seed: int, rounds: int) -> list[str]:
 
 
 @pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.long)])
-def test_twenty_clients_of_which_half_misbehave_get_right_answers_and_cost_no_memory(
+def test_twenty_clients_of_which_half_misbehave_get_right_answers_and_ctrl_c_ends_three(
     runs, rounds
 ):
-    with started(runs, "chat") as (process, port):
+    with ExitStack() as clients, started(runs, "chat") as (process, port):
         expected = [content(ask_well(port, CHAT, body)) for body in SAID]
         memory = psutil.Process(process.pid).memory_info
         assert storm(port, expected, 0, rounds) == []
@@ -806,6 +807,11 @@ def test_twenty_clients_of_which_half_misbehave_get_right_answers_and_cost_no_me
         growth = memory().rss / before - 1
         print(f"memory: {before / 1e6:.1f} MB, {growth:+.2%}")
         assert growth < 0.05
+        for _ in range(3):
+            client = clients.enter_context(socket.create_connection(("127.0.0.1", port)))
+            request = {"prompt": "king", "max_tokens": 4096, "n": 16, "stream": True}
+            client.sendall(request_of(request, TEXT))
+            client.recv(1)
 
 
 def test_the_server_answers_the_same_after_a_training_has_replaced_its_checkpoint(runs):
