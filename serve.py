@@ -12,6 +12,8 @@ sets. There is no encryption: put a proxy in front of it.
 import hmac
 import json
 import re
+import socket
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -35,9 +37,12 @@ from humptygpt.page.html import fill
 
 JSON = "application/json"
 LARGEST = 1_000_000  # bytes of a request
+# seconds in which a request must arrive, and for which a client may leave its answer unread
+PATIENCE = 20
+CONNECTIONS = 200  # open at once; the system lets further clients wait
 # A website can point its own name at this machine, and a browser then lets its page read our answers. So requests must
-# name the server by an IP address, as localhost, or by a name that the user gave.
-HOST = re.compile(r"(localhost|[0-9.]+|\[[0-9a-f:]+\])")
+# name the server by an IP address, as localhost, or by a name that the user gave. A browser always sends a name.
+HOST = re.compile(r"(localhost|[0-9.]+|\[[0-9a-f:]+\])?")
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,14 @@ class ServeConfig(PipelineConfig):
 
     def validate(self) -> None:
         super().validate()
-        # no other machine can reach these two
-        if self.api_key is None and self.host not in ("127.0.0.1", "localhost"):
+        # no other machine can reach these
+        if self.api_key is None and self.host not in ("127.0.0.1", "::1", "localhost"):
             raise ValueError(
                 f"host={self.host} lets other machines in; set --api_key=KEY, or --api_key=none to let anybody ask"
+            )
+        if self.api_key and not re.fullmatch("[!-~]+", self.api_key):
+            raise ValueError(
+                "api_key must be ASCII without spaces, or no client can send it"
             )
 
 
@@ -89,13 +98,37 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, config: ServeConfig, api: Api):
         self.api = api
-        self.config = config
+        self.hosts = lower(config.host, *config.allowed_hosts)
+        self.origins = lower(*config.allowed_origins)
         self.key = None if config.api_key == "none" else config.api_key
         # answers: (generator, queue of its parts, Event that is set when the client has left)
         self.unfinished = SimpleQueue()
         self.generator = Thread(target=self.generate, daemon=True)
         self.generator.start()
+        self.connections = {}  # {open connection: time by which its request must have arrived}
+        self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         super().__init__((config.host, config.port), Handler)
+
+    def get_request(self) -> tuple[socket.socket, tuple]:
+        """Accept a connection. If there are too many, or no descriptors are left, wait a moment and raise OSError."""
+        if len(self.connections) < CONNECTIONS:
+            with suppress(OSError):
+                connection, address = super().get_request()
+                self.connections[connection] = time.monotonic() + PATIENCE
+                return connection, address
+        time.sleep(0.1)
+        raise OSError
+
+    def service_actions(self) -> None:
+        """End the request of each client that has taken too long to send it."""
+        for connection, end in [*self.connections.items()]:
+            if end < time.monotonic():
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RD)
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        super().shutdown_request(request)
+        del self.connections[request]
 
     def server_close(self) -> None:
         """Close the server. Python aborts if it ends while a thread is inside torch, so wait for that thread."""
@@ -117,6 +150,11 @@ class Server(ThreadingHTTPServer):
                 self.unfinished.put((answer, parts, left))
 
 
+def lower(*names: str) -> set[str]:
+    """Return names of hosts or origins as browsers send them."""
+    return {name.lower().removesuffix("/") for name in names}
+
+
 def listen(config: ServeConfig, api: Api) -> Server:
     try:
         return Server(config, api)
@@ -129,7 +167,7 @@ def listen(config: ServeConfig, api: Api) -> Server:
 class Handler(BaseHTTPRequestHandler):
     """Answers one request. It speaks HTTP/1.0, which ends each answer by closing the connection."""
 
-    timeout = 20  # seconds to wait for the client's next bytes
+    timeout = PATIENCE
     disable_nagle_algorithm = True  # send each token at once
     origin: str | None = None  # that of another server's page, if it may read our answers
     server: Server
@@ -140,18 +178,23 @@ class Handler(BaseHTTPRequestHandler):
 
     def parse_request(self) -> bool:
         """Read the headers. Refuse a request that a page of another site may have made, and one without the key."""
-        if not super().parse_request():
+        try:
+            return super().parse_request() and self.may_ask()
+        except ValueError as error:
+            self.send_error(400, f"the address or the Origin is not valid: {error}")
             return False
-        config = self.server.config
+
+    def may_ask(self) -> bool:
+        """Send an error and return False if the request is refused. Raises ValueError if it has an invalid URL."""
         host, origin = (self.headers.get(name, "").lower() for name in ("Host", "Origin"))
         name = re.sub(r":\d+$", "", host)
-        if not HOST.fullmatch(name) and name not in (config.host, *config.allowed_hosts):
+        if not HOST.fullmatch(name) and name not in self.server.hosts:
             self.send_error(
                 403, f"this server does not know the name {name}: --allowed_hosts={name}"
             )
             return False
         if origin and urlsplit(origin).netloc != host:
-            if origin not in config.allowed_origins:
+            if origin not in self.server.origins:
                 self.send_error(
                     403, f"pages of {origin} may not ask: --allowed_origins={origin}"
                 )
@@ -232,7 +275,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.rfile.read(size)
         while size > 0 and self.rfile.read(min(size, LARGEST)):
             size -= LARGEST  # a client reads the error once it has sent everything
-        raise UserError(f"Content-Length must be from 1 to {LARGEST:,}")
+        raise UserError(
+            f"Content-Length must be from 1 to {LARGEST:,}; chunked bodies are not supported"
+        )
 
     def send(self, status: int, kind: str, content: bytes = b"") -> None:
         self.send_response(status)

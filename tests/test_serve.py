@@ -1,5 +1,6 @@
 """serve.py: OpenAI's API over one model, whoever asks, and however."""
 
+import errno
 import http.client
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -317,6 +319,7 @@ def test_the_model_and_the_servers_health_have_addresses(reciter):
         b"\r\n\r\n"
     )
     assert b" 200 " in head and not body
+    assert b" 200 " in raw(reciter, b"GET /health HTTP/1.0\r\n\r\n")  # as probes ask
 
 
 def test_without_a_seed_two_answers_differ(served_text):
@@ -445,7 +448,7 @@ BAD = {
     "Expecting": b'{"messages": [',
     "temperature=nan must be at least 0": b'{"messages": [], "temperature": NaN}',
     "top_p=inf must be": b'{"messages": [], "top_p": 1e999}',
-    "from 1 to 1,000,000": b"",
+    "from 1 to 1,000,000; chunked bodies are not": b"",
 }
 
 
@@ -508,7 +511,8 @@ RAW = {
     ),
     "path": (404, b"POST /v1/nothing HTTP/1.1\r\n" + HOST + b"\r\n"),
     "page": (404, b"GET /etc/passwd HTTP/1.1\r\n" + HOST + b"\r\n"),
-    "no host": (403, b"GET / HTTP/1.1\r\n\r\n"),
+    "bad address": (400, b"GET http://[bad/v1 HTTP/1.1\r\n" + HOST + b"\r\n"),
+    "bad origin": (400, b"GET / HTTP/1.1\r\nOrigin: http://[bad\r\n" + HOST + b"\r\n"),
     "method": (501, b"PUT / HTTP/1.1\r\n" + HOST + b"\r\n"),
     "line": (414, b"GET /" + b"a" * 70_000),
     "headers": (431, b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n"),
@@ -549,8 +553,8 @@ def test_a_page_of_another_site_is_refused(reciter, status, headers):
 
 def test_names_and_pages_that_the_user_allows_may_ask():
     keys = {
-        "allowed_hosts": ("box.local", "other"),
-        "allowed_origins": ("http://app.example",),
+        "allowed_hosts": ("Box.local", "other"),
+        "allowed_origins": ("http://App.example/",),
     }
     page = {"Origin": "http://app.example", "Access-Control-Request-Headers": "x-a"}
     with recite(**keys) as server:
@@ -566,8 +570,15 @@ def test_names_and_pages_that_the_user_allows_may_ask():
     assert b"Allow-Headers: x-a" in answer
 
 
+def test_a_server_may_listen_on_an_ipv6_address():
+    with recite(host="::1") as server:
+        connection = http.client.HTTPConnection("::1", server.server_port, timeout=30)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200
+
+
 def test_a_server_with_a_key_answers_only_those_who_send_it():
-    with recite(api_key="geheim é") as server:
+    with recite(api_key="geheim") as server:
         for sent in ({}, {"Authorization": "Bearer wrong"}):
             for path, method in ((CHAT, "POST"), ("/v1/models", "GET")):
                 status, answer = ask(server, path, HELLO, method, **sent)
@@ -580,6 +591,7 @@ def test_a_server_with_a_key_answers_only_those_who_send_it():
 def test_a_server_for_other_machines_needs_a_key_or_the_word_none(fails):
     assert "set --api_key=KEY" in fails(serve.main, "--host=0.0.0.0")
     assert serve.ServeConfig(host="0.0.0.0", api_key="none").validate() is None
+    assert "api_key must be ASCII" in fails(serve.main, "--api_key=schlüssel")
 
 
 # --------------------------------------------------------------------------------------
@@ -699,12 +711,40 @@ def test_an_error_of_the_model_is_500_or_within_a_stream_an_event_that_openais_c
     assert content(ask_well(reciter, CHAT, HELLO)) == REPLY
 
 
-def test_a_client_that_sends_half_a_request_holds_up_nobody(reciter):
-    with socket.create_connection(("127.0.0.1", reciter.server_port)) as slow:
+@pytest.mark.parametrize("patience", [20, 0])
+def test_a_client_that_sends_half_a_request_holds_up_nobody_and_is_dropped_in_the_end(
+    reciter, monkeypatch, patience
+):
+    monkeypatch.setattr(serve, "PATIENCE", patience)
+    with socket.create_connection(("127.0.0.1", reciter.server_port), timeout=30) as slow:
         slow.sendall(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 90\r\n\r\n{"
         )
-        assert content(ask_well(reciter, CHAT, HELLO)) == REPLY
+        if patience:
+            assert content(ask_well(reciter, CHAT, HELLO)) == REPLY
+        else:
+            slow.recv(10**6)  # whatever the server says before it leaves
+
+
+def test_at_the_limit_of_connections_or_descriptors_others_wait(reciter, monkeypatch):
+    waits, counts = [], []
+    errors = [OSError(errno.EMFILE, "Too many open files")] * 3
+    accept = socketserver.TCPServer.get_request
+
+    def get_request(server):
+        counts.append(len(server.connections))
+        if errors:
+            raise errors.pop()
+        return accept(server)
+
+    monkeypatch.setattr(socketserver.TCPServer, "get_request", get_request)
+    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setattr(serve, "CONNECTIONS", 2)
+    asked = [connect(reciter, {}) for _ in range(9)]
+    for connection in asked:
+        with connection:
+            assert b"200 OK" in connection.recv(100)
+    assert len(waits) >= 3 and max(counts) < 2
 
 
 # --------------------------------------------------------------------------------------
