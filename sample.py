@@ -233,7 +233,7 @@ def converse(config: SampleConfig, loaded: Pipeline) -> None:
             for text in partner.reply(line, turn, **config.select(SAMPLING)):
                 print(text, end="", flush=True)
             print(flush=True)
-        except (UserError, UnicodeEncodeError) as error:
+        except UserError as error:
             note(str(error))
 
 
@@ -275,8 +275,6 @@ def typed_lines(advice: str = "") -> Iterator[str]:
             yield input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
-        except UnicodeDecodeError as error:
-            raise UserError("standard input is not valid UTF-8") from error
 
 
 if __name__ == "__main__":

@@ -197,10 +197,15 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
 
 def use_utf8() -> None:
-    """Read and write UTF-8. On a pipe or into a file, Windows would use an encoding that lacks most characters."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
+    """Read and write UTF-8 whatever the locale is, which may lack most characters. A byte order mark is skipped.
+
+    Bytes that are not UTF-8 become half characters, as on the command line, which check_text() refuses.
+    """
+    for stream in (sys.stdout, sys.stderr):
         if stream:  # None without a console
             stream.reconfigure(encoding="utf-8", errors=stream.errors)
+    if sys.stdin:
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
 
 
 def discard_output() -> None:
@@ -218,8 +223,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     """
     if main.__module__ == "__main__":  # main() is in the script that was started
         start()
-        if WINDOWS:
-            use_utf8()
+        use_utf8()
         if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

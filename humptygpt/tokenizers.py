@@ -27,6 +27,17 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how sentencepiece writes a byte
 
 
+def check_text(text: str) -> str:
+    """Return a text. Raises UserError if it has half a character or a byte that is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the text has {text[error.start]!r}, which is half a character or a byte that is not UTF-8"
+        ) from error
+    return text
+
+
 class Tokenizer:
     """The interface of all tokenizers.
 
@@ -121,7 +132,7 @@ class ByteTokenizer(Tokenizer):
         self.eot = 256 if separated else None
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+        return np.frombuffer(check_text(text).encode(), np.uint8).astype(np.int64)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -152,7 +163,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise ValueError("the model lacks a token that any text may need")
 
     def encode(self, text: str) -> np.ndarray:
-        parts = re.split("([\n▁])", text)  # every second part is a separator
+        parts = re.split("([\n▁])", check_text(text))  # every second part is a separator
         parts[::2] = self.model.encode(parts[::2], num_threads=1)
         parts[1::2] = map(self._separators.get, parts[1::2])
         return np.fromiter(chain(*parts), dtype=np.int64) - 1
@@ -192,7 +203,7 @@ class BytePairTokenizer(Tokenizer):
         )
 
     def encode(self, text: str) -> np.ndarray:
-        return self.engine.encode_to_numpy(text).astype(np.int64)
+        return self.engine.encode_to_numpy(check_text(text)).astype(np.int64)
 
     def state(self) -> dict:
         pieces = b"\n".join(map(base64.b64encode, self.pieces[:-1]))

@@ -44,9 +44,11 @@ def python(code: str, text: str = "", **environment: str) -> str:
 
 def test_a_pipe_has_utf_8_whatever_the_encoding_of_the_system_is():
     code = (
-        "from humptygpt import machine; machine.use_utf8(); x = input(); print(len(x), x)"
+        "import sys; from humptygpt import machine; machine.use_utf8(); x = input();"
+        " print(len(x), x, sys.stdin.errors)"
     )
-    assert python(code, "± → 你好\n", **ASCII) == "6 ± → 你好\n"
+    marked = "\ufeff± → 你好\n"  # by a byte order mark, as from PowerShell
+    assert python(code, marked, **ASCII) == "6 ± → 你好 surrogateescape\n"
 
 
 def test_a_program_without_a_console_has_no_streams_to_change(monkeypatch):

@@ -110,8 +110,9 @@ def test_a_space_that_ends_the_context_counts_as_the_beginning_of_each_choice():
     tests = [
         pairs.Test(["yes", "no"], 1, "A: "),
         pairs.Test([" yes", " no"], 1, "A:"),
+        pairs.Test(["yes", "\ud83d"], 0),  # half a character, which no tokenizer has
     ]
-    np.testing.assert_array_equal(run_tests(model, tokenizer, tests), [1, 1])
+    np.testing.assert_array_equal(run_tests(model, tokenizer, tests), [1, 1, math.nan])
 
 
 def test_several_models_make_one_table_with_paired_differences(run_dir, capsys):

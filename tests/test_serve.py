@@ -444,7 +444,9 @@ BAD = {
         "messages": [{"role": "user", "content": "x" * 400}]
     },
     "messages is empty": {"messages": []},
-    "surrogates not allowed": {"messages": [{"role": "user", "content": "\ud800"}]},
+    "the text has '\\ud800', which is half": {
+        "messages": [{"role": "user", "content": "\ud800"}]
+    },
     "Expecting": b'{"messages": [',
     "temperature=nan must be at least 0": b'{"messages": [], "temperature": NaN}',
     "top_p=inf must be": b'{"messages": [], "top_p": 1e999}',

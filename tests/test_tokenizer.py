@@ -71,6 +71,13 @@ def test_the_end_of_text_token_never_comes_out_of_ordinary_text(name, text):
 
 
 @every
+def test_half_a_character_and_a_byte_that_is_not_utf_8_are_refused(tok):
+    for char in ("\ud83d", "\udcff"):  # Python's form of such a byte on the command line
+        with pytest.raises(UserError, match=r"has '\\ud|U\+D"):
+            tok.encode(f"or{char}")
+
+
+@every
 def test_a_tokenizer_comes_back_from_its_state_of_plain_data(tok):
     state = tok.state()
     assert all(type(value) in (str, bool) for value in state.values())

@@ -199,6 +199,9 @@ def test_pieces_joined_are_the_text_and_continue_a_prompt_with_its_spaces(kind, 
     typed = "".join(SIGNS)  # among them, special tokens
     marks = {ours.eot, ours.bos}
     assert marks & {*ours.encode(typed)} and not marks & {*ours.encode_plain(typed)}
+    for encode in (ours.encode, ours.encode_rest, ours.encode_plain):
+        with pytest.raises(UserError, match="which is half a character"):
+            encode("dog\ud83d")
 
 
 def test_the_ends_of_texts_are_the_models_own(made):

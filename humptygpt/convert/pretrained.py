@@ -13,6 +13,7 @@ from humptygpt.chat.tokens import BEGIN, END
 from humptygpt.cli import UserError, one_line
 from humptygpt.tokenizers import (
     Tokenizer,
+    check_text,
     pack,
     printable_bytes,
     sentencepiece_bytes,
@@ -73,7 +74,7 @@ class PretrainedTokenizer(Tokenizer):
     def without_special(self, text: str) -> list[str]:
         """Split a text so that no part has a special token: each that is recognised is split into its characters."""
         with refuse_text():
-            encoding = self._rest.encode(text, add_special_tokens=False)
+            encoding = self._rest.encode(check_text(text), add_special_tokens=False)
         parts, end = [], 0
         for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
             if token in self.special:
@@ -124,7 +125,8 @@ def load_rest(content: str) -> "Engine":
 def encode_with(engine: "Engine", texts: list[str]) -> np.ndarray:
     """Encode each of the texts on its own. Returns their token ids one after the other."""
     with refuse_text():
-        encodings = engine.encode_batch_fast(texts, add_special_tokens=False)
+        checked = [check_text(text) for text in texts]
+        encodings = engine.encode_batch_fast(checked, add_special_tokens=False)
     ids = chain.from_iterable(encoding.ids for encoding in encodings)
     return np.fromiter(ids, dtype=np.int64)
 
