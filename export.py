@@ -40,8 +40,10 @@ class ExportConfig(ModelSource):
     def validate(self) -> None:
         super().validate()
         extension = Path(self.to).suffix
-        if extension == ".pt":
-            raise ValueError(f"to={self.to}: a run has such files; copy its best.pt")
+        if extension in (".bin", ".onnx", ".pt", ".safetensors"):
+            raise ValueError(
+                f"to={self.to} must be a folder or end in .gguf; a run's own best.pt can be copied as it is"
+            )
         if self.dtype == "q8_0" and extension != ".gguf":
             raise ValueError(
                 "dtype=q8_0 needs a file that ends in .gguf; otherwise use float32 or bfloat16"
