@@ -26,10 +26,15 @@ from humptygpt import checkpoint, cli
 from humptygpt.cli import UserError
 from humptygpt.convert.families import FAMILIES, find_family
 from humptygpt.convert.gguf import ACTIVATIONS
-from humptygpt.convert.huggingface import to_pretrained
+from humptygpt.convert.huggingface import to_pretrained, write_files
 from humptygpt.convert.model_card import model_card
 from humptygpt.convert.pretrained import PretrainedTokenizer
-from humptygpt.convert.write_huggingface import build_tokenizer, tokenizer_json
+from humptygpt.convert.read_huggingface import read_tokenizer
+from humptygpt.convert.write_huggingface import (
+    build_tokenizer,
+    tokenizer_files,
+    tokenizer_json,
+)
 from humptygpt.loading import Loaded, load
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build_on_meta
@@ -265,6 +270,11 @@ def test_the_end_of_text_token_is_theirs_too():
         ids = [*tokenizer.encode("or"), tokenizer.eot]
         assert theirs.decode(ids, skip_special_tokens=True) == "or"
         assert theirs.decode(ids, skip_special_tokens=False) == f"or{END_OF_TEXT}"
+
+
+def test_an_exported_alphabet_without_an_a_is_read_back(folder):
+    write_files(folder, tokenizer_files(CharTokenizer("bc"), 64))
+    assert read_tokenizer(folder).encode("cb").tolist() == [1, 0]
 
 
 def test_a_character_that_the_alphabet_lacks_is_an_error_there_as_here():

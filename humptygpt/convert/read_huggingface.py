@@ -118,5 +118,5 @@ def finish(engine: "Engine", settings: dict) -> PretrainedTokenizer:
             single=[start, "$A"], special_tokens=[(start, engine.token_to_id(start))]
         )
     bos, eot = (engine.token_to_id(settings.get(key, "")) for key in ENDS)
-    starts = engine.encode("a").ids[:1] == [bos]
+    starts = engine.encode("").ids[:1] == [bos]
     return PretrainedTokenizer(engine.to_str(), eot, bos if starts else None)
