@@ -63,8 +63,10 @@ def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
         raise UserError(
             "the prompt is empty; give at least one character, or leave out --start"
         )
-    # as in nanoGPT, a prompt may begin with end-of-text
-    separated = tokenizer.eot is not None and text.startswith(END_OF_TEXT)
+    # as in nanoGPT, a prompt may begin with end-of-text, unless the model has another token for that
+    eot = tokenizer.eot
+    named = eot is not None and tokenizer.pieces[eot] == END_OF_TEXT.encode()
+    separated = named and text.startswith(END_OF_TEXT)
     if separated:
         text = text.removeprefix(END_OF_TEXT)
     before = tokenizer.start()[: int(separated or tokenizer.bos is not None)]

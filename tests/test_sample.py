@@ -11,9 +11,10 @@ from test_model import random_model
 import sample
 import score
 from humptygpt import checkpoint, sampling
+from humptygpt.chat.tokens import ChatTokenizer
 from humptygpt.cli import UserError
-from humptygpt.sampling import read_prompts
-from humptygpt.tokenizers import ByteTokenizer
+from humptygpt.sampling import encode_prompt, read_prompts
+from humptygpt.tokenizers import END_OF_TEXT, ByteTokenizer
 
 
 def printed(capsys, *argv: str) -> tuple[str, str]:
@@ -218,6 +219,14 @@ def test_weights_in_fewer_bits_sample_text_and_score_nearly_the_same(run_dir, ca
         score.main(["--out_dir=out/run", "--text=text.txt", *low])
         scores.append(float(capsys.readouterr().out.split()[0]))
     assert scores == pytest.approx([scores[0]] * 3, rel=0.01)
+
+
+def test_a_prompt_may_begin_with_end_of_text_if_that_is_the_name_of_the_models_token():
+    tokenizer = ByteTokenizer(separated=True)
+    text = f"{END_OF_TEXT}ab"
+    assert encode_prompt(text, tokenizer) == [256, *b"ab"]
+    chat = ChatTokenizer(tokenizer)  # its texts end with <|im_end|>
+    assert encode_prompt(text, chat) == [*text.encode()]
 
 
 def test_only_a_line_break_ends_a_prompt():
