@@ -113,6 +113,9 @@ IMPORTED = (  # tokenizers of other projects
 )
 
 
+REPLY = "We are open from nine."
+
+
 def conversations(tokenizer: Tokenizer, count: int) -> list[list[Turn]]:
     """Random turns, of characters that the tokenizer has."""
     draw = random.Random(0)
@@ -138,13 +141,16 @@ def test_transformers_template_gives_the_tokens_of_200_conversations(name, folde
         base = CharTokenizer("".join(map(chr, range(9, 127))), separated=True)
     else:
         base = SEPARATED[name]
-    reply = "We are open from nine."
-    state = json.loads(json.dumps(ChatTokenizer(base, [reply]).state()))
+    replies = [REPLY] if name == "bpe" else []  # as a FAQ has, which gets byte pairs
+    state = json.loads(json.dumps(ChatTokenizer(base, replies).state()))
     ours = from_state(state)
     write_files(folder, tokenizer_files(ours, 256))
     theirs = transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    known = [Turn("user", "When?"), Turn("assistant", reply), Turn("user", "Why?")]
-    for turns in [known, *conversations(ours.base, 200)]:
+    quoted = [Turn("user", REPLY), Turn("assistant", REPLY), Turn("user", f"{REPLY} Why?")]
+    expected = ours.encode_turns(quoted).tolist()
+    assert [expected.count(i) for i in ours.replies.values()] == [1] * len(replies)
+    assert read_tokenizer(folder).encode_turns(quoted).tolist() == expected
+    for turns in [quoted, *conversations(ours.base, 200)]:
         expected = ours.encode_turns(turns, reply=True).tolist()
         keys = {"add_generation_prompt": True, "return_dict": False}
         assert theirs.apply_chat_template(messages(turns), **keys) == expected
@@ -176,7 +182,8 @@ def test_transformers_and_llama_cpp_reply_as_we_do(name, talkers, monkeypatch, t
 
 @pytest.mark.parametrize("name", BASES)
 def test_a_gguf_file_has_the_template_and_its_tokens_are_control_tokens(name, folder):
-    tokenizer = ChatTokenizer(SEPARATED[name])
+    replies = [REPLY] if name == "bpe" else []
+    tokenizer = ChatTokenizer(SEPARATED[name], replies)
     export.write_gguf_file(
         loaded(tokenizer=tokenizer, **ROTARY)._replace(task="chat"),
         Path("model.gguf"),
@@ -187,6 +194,8 @@ def test_a_gguf_file_has_the_template_and_its_tokens_are_control_tokens(name, fo
     types = fields["tokenizer.ggml.token_type"].contents()
     for mark in (BEGIN, END, END_OF_TEXT):
         assert types[tokens.index(mark)] == TokenType.CONTROL
+    for reply in replies:
+        assert types[tokens.index(reply)] == TokenType.USER_DEFINED
     assert tokens.index(BEGIN) == tokenizer.begin and len(tokens) == tokenizer.vocab_size
     assert fields["tokenizer.ggml.eos_token_id"].contents() == tokens.index(END)
     assert "add_generation_prompt" in fields["tokenizer.chat_template"].contents()

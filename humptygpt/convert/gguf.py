@@ -124,6 +124,9 @@ def with_merges(tokenizer: Tokenizer) -> Vocabulary:
     for entry in content["added_tokens"]:
         kind = TokenType.CONTROL if entry["special"] else TokenType.USER_DEFINED
         found[entry["id"]] = entry["content"], kind
+    for reply, i in getattr(tokenizer, "replies", {}).items():
+        # llama.cpp finds these inside other texts, too; those of any other type it would never find
+        found[i] = reply, TokenType.USER_DEFINED
     tokens, types = zip(*(found[i] for i in range(tokenizer.vocab_size)), strict=True)
     if not merges_characters:
         return {

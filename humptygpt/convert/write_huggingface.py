@@ -5,17 +5,20 @@ name, as always in transformers, and so are <|im_start|> and <|im_end|> with a c
 several bytes that are not valid UTF-8, each becomes a U+FFFD, whereas ours writes one U+FFFD for all of them.
 """
 
+import json
+import re
 from functools import singledispatch
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from humptygpt.chat.tokens import BEGIN, END, ChatTokenizer
 from humptygpt.cli import UserError
-from humptygpt.convert.pretrained import PretrainedTokenizer, load_rest
+from humptygpt.convert.pretrained import PretrainedTokenizer, load_engine, load_rest
 from humptygpt.convert.sentencepiece_model import find_merges, subword_model
 from humptygpt.tokenizers import (
     END_OF_TEXT,
+    GPT2_PATTERN,
     BytePairTokenizer,
     ByteTokenizer,
     CharTokenizer,
@@ -109,5 +112,27 @@ def _(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
 def _(tokenizer: ChatTokenizer) -> tokenizers.Tokenizer:
     theirs = load_rest(tokenizer_json(tokenizer.base))
     theirs.add_special_tokens([BEGIN, END])
-    theirs.add_tokens([AddedToken(text, normalized=False) for text in tokenizer.replies])
-    return theirs
+    return with_replies(theirs, tokenizer.replies) if tokenizer.replies else theirs
+
+
+def with_replies(
+    engine: tokenizers.Tokenizer, replies: dict[str, int]
+) -> tokenizers.Tokenizer:
+    """Add replies, {text: id}, to a byte-pair tokenizer. Each is one token if it is the whole turn of the assistant.
+
+    An added token would be found inside other texts, too. So a reply is a word of the vocabulary, and the text between
+    two special tokens is split into words such that a reply is one word.
+    """
+    content = json.loads(engine.to_str())
+    sign_of = {byte: sign for sign, byte in printable_bytes().items()}
+    words = {"".join(map(sign_of.get, text.encode())): i for text, i in replies.items()}
+    content["model"]["vocab"] = engine.get_vocab(with_added_tokens=True) | words
+    engine = load_engine(json.dumps(content))
+    whole = rf"(?<=\Aassistant\n)(?:{'|'.join(map(re.escape, replies))})\z"
+    engine.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(f"{whole}|{GPT2_PATTERN}"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return engine
