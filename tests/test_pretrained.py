@@ -195,6 +195,21 @@ def test_a_model_gives_the_logits_of_transformers_and_goes_back_bit_for_bit(shap
     assert_same_weights(read_pretrained(Path("back")).state_dict(), ours.state_dict())
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_model_that_is_called_tied_but_has_its_own_head_keeps_it_and_a_note_says_so(
+    kind, capsys
+):
+    make = {"gpt2": gpt2, "llama": llama}[kind]
+    make(**UNTIED).save_pretrained(HF)
+    edit_config(**TIED)()
+    theirs = type(make()).from_pretrained(HF).eval()
+    assert not torch.equal(theirs.lm_head.weight, theirs.get_input_embeddings().weight)
+    ours = read_pretrained(HF).eval()
+    expected = theirs(IDX).logits.detach()
+    torch.testing.assert_close(ours(IDX)[0], expected, atol=1e-4, rtol=1e-4)
+    assert "note: the model in theirs has its own head" in capsys.readouterr().err
+
+
 GRADIENTS = {"gpt2": {}, "llama": rope_scaling() | {"num_key_value_heads": 2}}
 
 

@@ -53,7 +53,8 @@ class Family:
     # keys that config.json may omit, with their defaults in transformers; other keys default to None
     defaults: dict[str, object]
     fixed: dict[str, object]  # {key of ModelConfig: its value in the whole family}
-    # {layer in transformers: our layers, separated by spaces and concatenated}; "#" stands for the index of a block
+    # {layer in transformers: our layers, separated by spaces and concatenated}, the embedding first; "#" stands for the
+    # index of a block
     weights: dict[str, str]
     transposed: bool  # True: matrices in blocks are (inputs, outputs), unlike ours
     preset: str  # one of our config files that describes a model of this family

@@ -19,7 +19,7 @@ from humptygpt.checkpoint import (
     load_plain,
     restore_model,
 )
-from humptygpt.cli import restore
+from humptygpt.cli import note, restore
 from humptygpt.convert.families import (
     ACTIVATION_NAMES,
     FAMILIES,
@@ -140,6 +140,11 @@ def build_model(
     """
     with refuse_damaged(what):
         check_sizes(config, tensors)
+        if config.tie_weights and "lm_head.weight" in tensors:
+            embedding, *_ = family.weights
+            if not torch.equal(tensors["lm_head.weight"], tensors[f"{embedding}.weight"]):
+                note(f"{what} has its own head, so it is loaded with tie_weights=False")
+                config = replace(config, tie_weights=False)
     model = build_on_meta(config)
     like = model.state_dict()
     with refuse_damaged(what):
@@ -157,7 +162,7 @@ def to_ours(
             name = family.prefix + name
         if not name.endswith(BUFFERS):
             stored[name] = tensor
-    if config.tie_weights:  # older files contain the tied head as well
+    if config.tie_weights:  # older files contain the same matrix as the head
         stored.pop("lm_head.weight", None)
     expected = to_theirs(family, config, like)
     check_tensors("the weight ", stored, expected, any_float=True)
