@@ -32,7 +32,7 @@ from tqdm import tqdm
 from humptygpt import evaluation, report
 from humptygpt.checks import check_model
 from humptygpt.device import DTYPES, autocast, to_device
-from humptygpt.loading import load
+from humptygpt.loading import is_finite, load
 from humptygpt.optimizers import make_optimizer
 from humptygpt.process import launched, part_of, start_process, tune
 from humptygpt.report import ADVICE, check_training_fits
@@ -222,13 +222,15 @@ def write_line(run: Run, meter: Meter, bar: tqdm) -> None:
     """Show what the model writes after 0, 25, 50, 100, 200 steps and so on.
 
     All lines together take at most 1 % of the run's time. The first is always written, because nobody knows beforehand
-    how long it takes.
+    how long it takes. Raises Diverged.
     """
     progress = run.progress
     if progress.iter not in LINES:
         return
     meter.read()
     write = run.task.evaluation_examples
+    if write and not is_finite(run.model):
+        raise Diverged(f"model has weights that are not finite at iter {progress.iter}")
     if not write or not run.process.first:
         return
     taken = meter.lines

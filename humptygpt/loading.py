@@ -63,6 +63,10 @@ def load(source: str | Path, which: str = "best") -> Loaded:
     else:
         loaded = from_run(path, saved)
     loaded.model.eval()
+    if not is_finite(loaded.model):
+        raise UserError(
+            f"{path} has weights that are not finite: did its training diverge?"
+        )
     tokens, rows = loaded.tokenizer.vocab_size, loaded.model.config.vocab_size
     if tokens > rows:
         raise UserError(
@@ -70,6 +74,11 @@ def load(source: str | Path, which: str = "best") -> Loaded:
             " use the tokenizer that belongs to the model"
         )
     return loaded
+
+
+def is_finite(model: nn.Module) -> bool:
+    """True unless a weight is nan or infinite."""
+    return all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 def from_run(path: Path, saved: object) -> Loaded:

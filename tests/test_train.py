@@ -681,6 +681,28 @@ def test_the_model_writes_a_line_at_ever_longer_intervals_in_a_hundredth_of_the_
     assert written() == ["50", "100"]
 
 
+@pytest.mark.whole_ending
+def test_weights_that_are_not_finite_end_a_run_and_start_none(
+    run_train, monkeypatch, fails
+):
+    step = train.train_step
+
+    def ruin(run: runs.Run, number: int):
+        found = step(run, number)
+        run.model.wte.weight.data += math.nan if number == 24 else 0
+        return found
+
+    monkeypatch.setattr(train, "train_step", ruin)
+    keys = ["--max_iters=30", "--eval_interval=10", "--log_interval=30"]
+    assert train.main([*TINY_RUN, *keys]) == 1
+    assert last_row()["end"] == "diverged"
+    saved = checkpoint.read(OUT / "best.pt")
+    saved["model"]["wte.weight"][0] = math.nan
+    checkpoint.save(OUT / "best.pt", saved)
+    keys = ["--init_from=out/run", "--dataset=tiny", "--out_dir=out/tuned"]
+    assert "has weights that are not finite" in fails(train.main, *keys)
+
+
 def last_row() -> dict:
     return json.loads((OUT / "metrics.jsonl").read_text().splitlines()[-1])
 
