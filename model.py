@@ -121,7 +121,12 @@ class ModelConfig:
         """Raise ValueError for the first value that is invalid on its own."""
         for name, choices in self.choices().items():
             if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"{name}={value} is not one of: {', '.join(choices)}")
+                table = [
+                    f" ({k} in model.py)" for k, x in globals().items() if x is choices
+                ]
+                raise ValueError(
+                    f"{name}={value} is not one of: {', '.join(choices)}{''.join(table)}"
+                )
         for names, (least, most) in LIMITS.items():
             for name in names.split():
                 value = getattr(self, name)

@@ -227,7 +227,7 @@ def test_a_checkpoint_of_other_code_is_whole_and_says_what_differs(
     with monkeypatch.context() as patch:
         patch.setitem(models.NORMS, "mine", models.RMSNorm)
         run_train("--norm=mine")
-    assert complaints() == {f"norm=mine is not one of: {kinds}\n"}
+    assert complaints() == {f"norm=mine is not one of: {kinds} (NORMS in model.py)\n"}
 
     monkeypatch.setitem(models.NORMS, "mine", models.NORMS["none"])
     name = "stack.blocks.0.attn_norm.weight"

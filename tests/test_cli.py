@@ -241,7 +241,10 @@ def test_the_tables_of_keys_set_in_vain_name_keys_that_exist():
 @pytest.mark.parametrize(
     ("option", "answer"),
     [
-        ("--norm=a\tb\nc", "norm=a b c is not one of: layernorm, rmsnorm, none"),
+        (
+            "--norm=a\tb\nc",
+            "norm=a b c is not one of: layernorm, rmsnorm, none (NORMS in model.py)",
+        ),
         (f"--seed={2**63}", f"seed={2**63} must be at least 0 and below 9.22337e+18"),
     ],
 )

@@ -668,6 +668,15 @@ def test_a_bad_model_config_is_refused(keys, complaint):
         build(config)
 
 
+def test_an_unknown_variant_is_refused_with_the_name_of_the_table_for_it():
+    for key, choices in models.ModelConfig.choices().items():
+        if isinstance(choices, dict):
+            with pytest.raises(ValueError, match=f"^{key}=own is not one of: ") as refusal:
+                models.ModelConfig(**{key: "own"}).validate()
+            _, table = str(refusal.value).removesuffix(" in model.py)").split(" (")
+            assert getattr(models, table) is choices
+
+
 def test_capped_logits_keep_their_precision_in_bfloat16():
     model = tiny(logit_soft_cap=30.0)
     logits = torch.linspace(10, 40, 200).bfloat16()
