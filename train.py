@@ -293,7 +293,11 @@ def compute_gradients(
             with autocast(run.device, run.dtype):
                 batch = with_progress(run.model, rows.batch, progress)
                 losses = losses_of(run.net(**to_device(batch, run.device)))
-                losses = {key: x * (rows.tokens / tokens) for key, x in losses.items()}
+                # without targets, the mean is nan
+                losses = {
+                    key: x * (rows.tokens / tokens) if rows.tokens else x.nan_to_num() * 0
+                    for key, x in losses.items()
+                }
             # DDP and FSDP average gradients over processes; this factor turns the average into a sum
             run.scaler.scale(sum(losses.values()) * process.size).backward()
         for key, x in losses.items():

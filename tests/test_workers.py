@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_RUN, assert_same_weights, read_rows
@@ -20,10 +21,11 @@ import train
 from humptygpt import evaluation, machine, process, setup
 from humptygpt.checks import sharing_problem
 from humptygpt.cli import UserError
-from humptygpt.data import TokenDataset
+from humptygpt.data import DATASETS, GeneratedDataset, TokenDataset, next_tokens
 from humptygpt.process import part_of
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build
+from humptygpt.tokenizers import CharTokenizer
 from model import ModelConfig
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
@@ -82,6 +84,43 @@ def test_workers_train_the_small_matrices_of_lora(run_train):
     argv = ["--init_from=out/base", "--lora_rank=2", "--dropout=0.1"]
     expected = losses(run_train(*argv))
     assert losses(run_train(*argv, "--threads=2")) == pytest.approx(expected, abs=1e-5)
+
+
+class HalfTargets(GeneratedDataset):
+    """Of four rows the last two have no targets, and neither has any of the fourth step."""
+
+    tokenizer = CharTokenizer("abcd")
+
+    def batch(self, index, batch_size):
+        rows = np.arange(index * batch_size, (index + 1) * batch_size)
+        draws = [np.random.default_rng(row).integers(4, size=17) for row in rows]
+        ignored = (rows % 4 > 1) | (rows // 4 == 3)
+        return next_tokens(np.stack(draws), np.tile(ignored[:, None], 16))
+
+    def val_batches(self, batch_size, eval_iters):
+        yield self.batch(0, 4)
+
+
+@pytest.mark.parametrize("smoothing", ["0", "0.1"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["--threads=2"],
+        ["--batch_size=2", "--gradient_accumulation_steps=2"],
+        ["--batch_size=2", "--gradient_accumulation_steps=2", "--threads=2"],
+    ],
+)
+def test_rows_without_targets_do_not_count_however_a_batch_is_divided(
+    folder, monkeypatch, keys, smoothing
+):
+    monkeypatch.setitem(DATASETS, "half", HalfTargets)
+    found = []
+    for divided in (["--threads=1"], keys):
+        argv = ["--dataset=half", f"--label_smoothing={smoothing}", *divided]
+        assert train.main([*TINY_RUN, *argv]) == 0
+        found.append(losses(read_rows(Path("out/run"))))
+    assert found[0][3] == 0 and min(found[0][:3]) > 1
+    assert found[1] == pytest.approx(found[0], abs=2e-6)
 
 
 def test_a_run_may_go_on_with_another_number_of_workers_and_says_so(run_train, capsys):
