@@ -51,7 +51,6 @@ from humptygpt.loggers import read_metrics
 # Settings to ignore, because they do not affect the trained model; _parameters already has its own column.
 IGNORED = {
     "out_dir",
-    "init_from",
     "eval_only",
     "always_save_checkpoint",
     "log_interval",

@@ -108,7 +108,7 @@ def test_a_row_shows_name_size_time_speed_the_lowest_loss_and_state(run):
 def test_settings_that_differ_are_shown_but_for_those_that_do_not_matter(run):
     make_run("out/a", 2.0)
     make_run("out/b", 2.0, position="none", n_head=1)
-    make_run("out/c", 2.0, wandb_run_name="x", log_interval=7, init_from="resume")
+    make_run("out/c", 2.0, wandb_run_name="x", log_interval=7)
     table, _ = run("out/a", "out/b", "out/c")
     assert row_of(table, "a").endswith("  n_head=4 position=learned")
     assert "difference" not in table  # only groups have a first row to compare with
@@ -330,6 +330,18 @@ def test_runs_of_a_variant_that_differ_only_in_the_seed_are_one_row_of_means_and
     # the formula for two pairs
     assert four["p"] == pytest.approx(1 - 2 / math.pi * math.atan(t), abs=1e-4)
     assert one["comparable"] is four["comparable"] is True
+
+
+@pytest.mark.parametrize("sweep", [["--group=True"], ["--x=n_layer"]])
+def test_runs_that_started_from_different_models_do_not_share_a_row(data, sweep):
+    runs = make_seeds("out/idea/with-{}", 1.0, 1.2, init_from="out/a")
+    runs += make_seeds("out/idea/with/{}", 2.0, 2.2, init_from="out/b")
+    rows = data(*runs, *sweep)
+    assert [(row["init_from"], row["seeds"]) for row in rows] == [
+        ("out/a", 2),
+        ("out/b", 2),
+    ]
+    assert [row["best_val_loss"] for row in rows] == pytest.approx([1.1, 2.1])
 
 
 # (pairs, t): beyond it lie 5 % of Student's distribution, from any printed table
