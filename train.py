@@ -169,7 +169,7 @@ def fit(run: Run) -> int:
                 folder.end(run, "diverged")
                 report.diverged(folder, error)
             return 1
-        folder.draw()  # a resumed run may have no steps left and no plot yet
+        folder.draw(run)  # a resumed run may have no steps left and no plot yet
         if run.process.first:
             folder.end(run, "interrupted" if stopped_by else finish(run, folder))
     if run.process.first and stopped_by:
@@ -213,7 +213,7 @@ def train(run: Run, folder: RunFolder) -> int | None:
             if stop:
                 return (signals or [signal.SIGTERM])[0]
             if due and not run.is_over:
-                folder.draw()
+                folder.draw(run)
                 run.clock.leave_out(meter.leave_out())
     return None
 

@@ -49,10 +49,10 @@ def own_values(row: dict) -> dict[str, float]:
     return {key: x for key, x in own.items() if x is not None}
 
 
-def draw_losses(rows: list[dict], path: Path) -> None:
-    """Plot training and validation loss against steps. The legend gives the lowest validation loss.
+def draw_losses(rows: list[dict], path: Path, best: int) -> None:
+    """Plot training and validation loss against steps. The legend gives the loss of best.pt.
 
-    Own values are plotted below, each in a panel.
+    Own values are plotted below, each in a panel. best: step of best.pt.
     """
     val = points(rows, "val_loss")
     if not val:
@@ -68,9 +68,9 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     axes.plot(
         *train, label="training", color="#9db4c8", linewidth=1, marker=".", markersize=3
     )
-    # a loss at step 0 belongs to the model that the run started from; it counts only if there is no other
-    step, lowest = min(val, key=lambda point: (point[0] == 0, point[1]))
-    label = f"validation, lowest {lowest:.3f} at step {step:,}"
+    # rows may be missing; a loss at step 0 belongs to the model that the run started from
+    step, loss = min(val, key=lambda point: (point[0] != best, point[0] == 0, point[1]))
+    label = f"validation, best {loss:.3f} at step {step:,}"
     axes.plot(*zip(*val, strict=True), label=label, color="#c2410c", marker=".")
     for panel, label in zip(panels, labels, strict=True):
         if label in own:

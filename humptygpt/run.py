@@ -433,10 +433,10 @@ class RunFolder:
             if "end" not in row:
                 logger.log(row, step=row["iter"])
 
-    def draw(self) -> None:
+    def draw(self, run: Run) -> None:
         """Draw loss.png, if matplotlib is installed."""
         if importlib.util.find_spec("matplotlib"):
-            draw_losses(self.rows, self.path / "loss.png")
+            draw_losses(self.rows, self.path / "loss.png", run.progress.best_iter)
 
     def end(self, run: Run, how: str) -> None:
         """Write the last row of metrics: how the run ended, and its best loss, with a checksum of the text it is on."""

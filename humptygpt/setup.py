@@ -533,7 +533,7 @@ def resumed_progress(config: TrainConfig, saved: dict, dataset: Dataset) -> Prog
         )
 
     def sequences(config: TrainConfig) -> int:
-        whole = dataset.all_val_batches(config.batch_size)
+        whole = dataset.all_val_batches(config.batch_size) or math.inf  # if generated
         return min(config.evaluated_batches(), whole) * config.batch_size
 
     if sequences(config) != sequences(before) and progress.best_val_loss < math.inf:

@@ -193,24 +193,28 @@ def test_a_metrics_line_that_a_kill_cut_short_is_dropped(run_train):
 # The plot
 
 
-def test_the_plot_shows_every_loss_and_names_the_lowest_but_the_one_before_the_first_step(
-    saved_figures,
+@pytest.mark.parametrize(
+    ("losses", "best", "named"),
+    [
+        ([1.0, 5.0, 4.0, 6.0], 30, "6.000 at step 30"),  # of a smaller evaluation set
+        ([1.0, 5.0, 4.0, 6.0], 99, "4.000 at step 20"),  # its row was damaged
+        ([1.0], 0, "1.000 at step 0"),
+    ],
+)
+def test_the_plot_shows_every_loss_and_names_that_of_best_pt(
+    saved_figures, losses, best, named
 ):
-    for losses, lowest in (
-        ([1.0, 5.0, 4.0], "4.000 at step 20"),
-        ([1.0], "1.000 at step 0"),
-    ):
-        rows = [
-            {"iter": 10 * it, "train_loss": loss, "val_loss": loss}
-            for it, loss in enumerate(losses)
-        ]
-        draw_losses(rows, Path("loss.png"))
-        figure = saved_figures[-1]
-        label = figure.legends[0].get_texts()[1].get_text()
-        assert label == f"validation, lowest {lowest}"
-        for line in figure.axes[0].lines:
-            assert list(line.get_ydata()) == losses
-            assert line.get_marker() != "None"  # a single point would be invisible
+    rows = [
+        {"iter": 10 * it, "train_loss": loss, "val_loss": loss}
+        for it, loss in enumerate(losses)
+    ]
+    draw_losses(rows, Path("loss.png"), best)
+    figure = saved_figures[-1]
+    label = figure.legends[0].get_texts()[1].get_text()
+    assert label == f"validation, best {named}"
+    for line in figure.axes[0].lines:
+        assert list(line.get_ydata()) == losses
+        assert line.get_marker() != "None"  # a single point would be invisible
 
 
 # --------------------------------------------------------------------------------------

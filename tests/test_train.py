@@ -26,6 +26,7 @@ from conftest import (
     train_losses,
 )
 from test_snapshots import kept
+from test_variants import Ones
 
 import model as models
 import prepare_data
@@ -33,6 +34,7 @@ import sample
 import train
 from humptygpt import checkpoint, evaluation, settings, setup
 from humptygpt import run as runs
+from humptygpt.data import DATASETS
 from humptygpt.optimizers import OPTIMIZERS, Optimizer, Rule
 from humptygpt.process import Process
 from humptygpt.report import ADVICE
@@ -749,27 +751,30 @@ def test_a_run_records_its_commands(run_train, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "best"),
+    ("dataset", "before", "after", "best", "loss"),
     [
-        (30, 40, "1.0000 at iter 6"),  # both are the whole split
-        (2, None, "2.0000 at iter 9"),
+        ("tiny", 30, 40, 6, 1.0),  # both are the whole split
+        ("tiny", 2, None, 9, 2.0),
+        ("ones", 2, 3, 9, 2.0),  # generated
     ],
 )
 def test_on_resume_the_best_stays_the_best_unless_the_evaluation_set_changes(
-    run_train, monkeypatch, capsys, before, after, best
+    run_train, monkeypatch, capsys, dataset, before, after, best, loss
 ):
+    drawn = []
+    monkeypatch.setattr(runs, "draw_losses", lambda rows, path, best: drawn.append(best))
+    monkeypatch.setitem(DATASETS, "ones", Ones)
     evaluations(monkeypatch, 1.2, 1.0, 2.0)
-    run_train(f"--eval_iters={before}")
-    kept = weights("best.pt")
+    run_train(f"--dataset={dataset}", f"--eval_iters={before}")
     resume("--max_iters=9", f"--eval_iters={after}")
     out, errors = capsys.readouterr()
-    assert out.endswith(f"best val loss {best}\n")
-    new = weights("ckpt.pt") if after is None else kept
-    assert_same_weights(weights("best.pt"), new)
+    assert out.endswith(f"best val loss {loss:.4f} at iter {best}\n")
+    assert checkpoint.read(OUT / "best.pt")["progress"]["iter"] == drawn[-1] == best
+    assert (last_row()["best_iter"], last_row()["best_val_loss"]) == (best, loss)
     changed = (
         "the next evaluation begins a new best.pt, whose loss was 1.0000 on the earlier"
     )
-    assert (changed in errors) == (after is None)
+    assert (changed in errors) == (best == 9)
 
 
 def test_a_resumed_run_says_if_its_learning_rate_rises(run_train, capsys):

@@ -70,7 +70,7 @@ def stop(run, before):
 
 train.METRICS["stop"] = stop
 for name, keys in json.loads(sys.argv[1]).items():
-    runs.draw_losses = draw if name == "norm" else lambda rows, path: None
+    runs.draw_losses = draw if name == "norm" else lambda *args: None
     assert train.main([*keys, f"--out_dir=out/{name}"]) == 0
     if name in sys.argv[2:]:
         stops, out = True, f"--out_dir=out/{name}_stopped"
