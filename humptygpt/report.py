@@ -123,7 +123,9 @@ def closing(run: Run, rows: list[dict]) -> str:
     text = f"{run.task.sample_label}: {command}"
     if progress.best_iter == progress.iter:
         minutes, steps = run.config.minutes, run.config.max_iters
-        twice = f"--minutes={2 * minutes:g}" if minutes else f"--max_iters={2 * steps}"
+        twice = f"--max_iters={2 * steps}"
+        if minutes:  # less than it has taken, if a finished run is resumed with less
+            twice = f"--minutes={2 * minutes * progress.position / steps:g}"
         text += f"\ntwice as long: python train.py --init_from=resume {out_dir_key(run)} {twice}"
     if progress.best_val_loss < math.inf:
         text += f"\nbest val loss {progress.best_val_loss:.4f} at iter {progress.best_iter}"

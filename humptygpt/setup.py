@@ -524,8 +524,14 @@ def resumed_progress(config: TrainConfig, saved: dict, dataset: Dataset) -> Prog
             f"threads={config.threads} instead of {before.threads}: losses stay the same only up to rounding"
         )
     if progress.position >= config.max_iters:
-        more = f"minutes=N above {config.minutes:g}" if config.minutes else "max_iters=N"
-        note(f"all {progress.iter} steps are done; for more, use --{more}")
+        done = f"all {progress.iter} steps are done; for more, use --"
+        if not config.minutes:
+            note(f"{done}max_iters=N")
+        elif before.minutes:
+            taken = config.minutes * progress.position / config.max_iters
+            note(f"{done}minutes=N above {taken:g}")
+        else:
+            raise UserError(f"{done}max_iters=N: minutes were not the length of this run")
     lr = config.lr(progress.position)
     if lr - had > 0.01 * config.learning_rate:
         note(

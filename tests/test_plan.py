@@ -187,15 +187,21 @@ def test_a_stopped_run_resumes_with_the_minutes_that_are_left(tiny, machine, key
     assert progress()["position"] == read_config()["max_iters"] > stopped["position"]
 
 
-def test_a_finished_run_goes_on_by_more_minutes_or_by_its_steps(tiny, machine, capsys):
+def test_a_finished_run_goes_on_by_more_minutes_or_by_its_steps(
+    tiny, machine, fails, capsys
+):
+    losses = itertools.count(3.0, -0.01)
+    machine.patch.setattr(evaluation, "evaluate", lambda *args: (next(losses), 0.0))
     machine.run(*TIMED, "--minutes=0.1")
     steps = progress()["iter"]
-    machine.run(*RESUME)
-    assert progress()["iter"] == steps
-    assert (
-        f"all {steps} steps are done; for more, use --minutes=N above 0.1\n"
-        in capsys.readouterr().err
-    )
+    for less in ([], ["--minutes=0.02"]):
+        machine.run(*RESUME, *less)
+        assert progress()["iter"] == steps
+        out, errors = capsys.readouterr()
+        assert (
+            f"all {steps} steps are done; for more, use --minutes=N above 0.1\n" in errors
+        )
+        assert "--out_dir=out/run --minutes=0.2\n" in out
     machine.now = 1000.0
     machine.run(*RESUME, "--minutes=0.2")
     assert progress()["run_seconds"] == pytest.approx(12 - plan.ENDING, abs=0.1)
@@ -205,6 +211,8 @@ def test_a_finished_run_goes_on_by_more_minutes_or_by_its_steps(tiny, machine, c
     machine.run(*RESUME, f"--max_iters={steps + 5}")
     assert progress()["iter"] == progress()["position"] == steps + 5
     assert read_config()["minutes"] is None
+    complaint = f"all {steps + 5} steps are done; for more, use --max_iters=N: minutes were"
+    assert fails(train.main, *RESUME, "--minutes=9").startswith(complaint)
 
 
 def test_a_run_whose_only_evaluation_is_its_last_ends_on_time_also_resumed(tiny, machine):
