@@ -34,10 +34,8 @@ def main(argv: list[str]) -> None:
     given = cli.read(argv, ExplainConfig)
     config = cli.make(ExplainConfig, given)
     if config.playground:
-        others = given.keys() - {"playground"}
-        cli.refuse_vain(
-            given, vars(config), dict.fromkeys(others, ("playground", (config.playground,)))
-        )
+        others = " ".join(given.keys() - {"playground"})
+        cli.refuse_vain(given, vars(config), [(others, "playground", (config.playground,))])
     from humptygpt.checkpoint import find_checkpoint
     from humptygpt.page.page_data import page_data, playground_data
 

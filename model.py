@@ -112,6 +112,11 @@ class ModelConfig:
             raise ValueError(
                 f"position=rotary rotates feature pairs, so head_size={self.features} must be even"
             )
+        if self.rope_low_freq_factor >= self.rope_high_freq_factor:
+            raise ValueError(
+                f"rope_low_freq_factor={self.rope_low_freq_factor:g} must be below"
+                f" rope_high_freq_factor={self.rope_high_freq_factor:g}"
+            )
         if self.init == "zero" and not BLOCKS[self.block].residual:
             raise ValueError(
                 f"block={self.block} has no residual connections, so with init=zero it would output 0; use init=gpt2"

@@ -51,10 +51,8 @@ NOT_FOR = {
     "translation": "prompts num_samples logprobs system seed stop temperature top_k top_p min_p"
     " repetition_penalty",
 }
-# {key: (another setting, the values of that setting for which the key has no effect)}
-IN_VAIN = loading.IN_VAIN | dict.fromkeys(
-    ("num_samples", "logprobs"), ("interactive", (True,))
-)
+# [(keys, another setting, the values of that setting for which the keys have no effect)]
+IN_VAIN = [*loading.IN_VAIN, ("num_samples logprobs", "interactive", (True,))]
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ from humptygpt.sampling import read_text
 from humptygpt.scoring.pairs import SUITES, Test, by_group, read_tests, run_tests
 from humptygpt.scoring.text import score_text
 
-# {key: (another setting, the values of that setting for which the key has no effect)}
-IN_VAIN = loading.IN_VAIN | {"stride": ("text", (None,))}
+# [(key, another setting, the values of that setting for which the key has no effect)]
+IN_VAIN = [*loading.IN_VAIN, ("stride", "text", (None,))]
 
 
 @dataclass(frozen=True)

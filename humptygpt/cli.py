@@ -30,8 +30,8 @@ from pathlib import Path
 
 CONFIGS = Path(__file__).parent.parent / "config"
 Fields = dict[str, dataclasses.Field]  # {key: its field}, for one or more config classes
-# {key: (another key, the values of that other key for which `key` has no effect)}
-Vain = dict[str, tuple[str, Collection]]
+# [(keys, another key, the values of that other key for which the keys have no effect)]
+Vain = list[tuple[str, str, Collection]]
 # type of a key that can be repeated: --key=ONE --key=ANOTHER
 TEXTS = tuple[str, ...]
 LAST = "57d295e"  # the last commit that knows the keys in REMOVED
@@ -148,8 +148,10 @@ def in_vain(given: Collection[str], settings: dict, table: Vain) -> dict[str, st
     """Find the given keys that have no effect with these settings. Returns {key: why}."""
     return {
         key: f"{key}={settings[key]} has no effect with {other}={settings[other]}"
-        for key, (other, values) in table.items()
-        if key in given and settings[other] in values
+        for keys, other, values in table
+        if settings[other] in values
+        for key in keys.split()
+        if key in given
     }
 
 

@@ -22,8 +22,8 @@ from humptygpt.source import ModelSource
 from humptygpt.tokenizers import Tokenizer
 
 FILES_OF_A_FOLDER = (".safetensors", ".bin", ".json", ".gguf")
-# {key: (another setting, the values of that setting for which the key has no effect)}
-IN_VAIN = {"dtype": ("quantize", ("int8",))}
+# [(key, another setting, the values of that setting for which the key has no effect)]
+IN_VAIN = [("dtype", "quantize", ("int8",))]
 
 
 class Loaded(NamedTuple):

@@ -272,7 +272,7 @@ MUON = Rule(
     muon,
     {"momentum_buffer": whole},
     learning_rate="muon_learning_rate",
-    settings=("muon_learning_rate", "muon_momentum"),
+    settings=("muon_learning_rate", "muon_momentum", "muon_dtype"),
     by_parameter=True,
 )
 NORMUON = MUON._replace(

@@ -16,26 +16,32 @@ from model import POSITIONS
 TRAINING_ONLY = {"dropout", "label_smoothing"}
 # keys that may change on resume if their product does not
 STEP = ("batch_size", "gradient_accumulation_steps")
-# {key: (another key, the values of that other key for which the key has no effect)}
-IN_VAIN = {
-    **dict.fromkeys(("text_key", "val_input"), ("input", (None,))),
-    "input": ("dataset", DATASETS),
-    **dict.fromkeys(("schedule", "lr_decay_iters", "min_lr"), ("decay_lr", (False,))),
-    **dict.fromkeys(("lora_alpha", "lora_targets"), ("lora_rank", (0,))),
-    **dict.fromkeys(("rope_base", "rope_factor"), ("position", {*POSITIONS} - {"rotary"})),
-    # models without blocks
-    **dict.fromkeys(
-        ("norm", "block", "attention", "mlp"), ("model", ("window_mlp", "number_mlp"))
+WITHOUT_BLOCKS = ("window_mlp", "number_mlp")
+# [(keys, another key, the values of that other key for which the keys have no effect)]
+IN_VAIN = [
+    ("text_key val_input", "input", (None,)),
+    ("input", "dataset", DATASETS),
+    ("schedule lr_decay_iters min_lr warmup_iters", "decay_lr", (False,)),
+    ("lora_alpha lora_targets", "lora_rank", (0,)),
+    ("parallel backend", "processes", (1,)),
+    ("rope_base rope_factor", "position", {*POSITIONS} - {"rotary"}),
+    (
+        "rope_low_freq_factor rope_high_freq_factor rope_original_context",
+        "rope_factor",
+        (1,),
     ),
-}
+    ("norm norm_eps embed_norm block position init tie_weights", "model", WITHOUT_BLOCKS),
+    ("attention n_head n_kv_head head_size qk_norm attn_bias", "model", WITHOUT_BLOCKS),
+    ("mlp mlp_conv mlp_bias", "model", WITHOUT_BLOCKS),
+    ("mlp_conv mlp_bias activation n_hidden", "mlp", ("none",)),
+]
 # {optimizer: the settings of its rules}
 OF_RULES = {x: {key for rule in OPTIMIZERS[x] for key in rule.settings} for x in OPTIMIZERS}
-IN_VAIN |= {
-    key: ("optimizer", [name for name, own in OF_RULES.items() if key not in own])
+IN_VAIN += [
+    (key, "optimizer", [name for name, own in OF_RULES.items() if key not in own])
     for settings in OF_RULES.values()
     for key in settings
-}
-FOR_SEVERAL = dict.fromkeys(("parallel", "backend"), ("processes", (1,)))
+]
 # Defaults for a run that starts from a model; finetune/base.py chooses the optimizer and its rates.
 GENTLE = {"schedule": "linear", "min_lr": 0.0, "warmup_iters": 10}
 RECIPE = "config/shakespeare_char.py"  # what --minutes plans with: its law was fitted to this recipe

@@ -42,7 +42,6 @@ from humptygpt.process import choose_dtypes, launched, read_once
 from humptygpt.report import memory_report
 from humptygpt.run import Progress, Run, lock_out_dir, refuse_earlier_run
 from humptygpt.settings import (
-    FOR_SEVERAL,
     IN_VAIN,
     MAY_CHANGE,
     RECIPE,
@@ -133,11 +132,11 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         importlib.import_module(name)
     values = asdict(config) | asdict(model_config) | {"processes": processes}
     values["input"] = given.get("input")  # a resumed run forgets it
-    # a config.json sets every key, most of them to the default
-    chosen = {key for key in given if given[key] != fields[key].default}
+    # a config.json sets every key, most of them to the default, and muon_dtype as the machine chose it
+    chosen = {key for key in given if given[key] != fields[key].default} - {"muon_dtype"}
     # only noted: a config file may be combined with others, and the same command may run in several processes
-    noted = given.keys() - typed | FOR_SEVERAL.keys()
-    refuse_vain(chosen | typed, values, IN_VAIN | FOR_SEVERAL, noted)
+    noted = given.keys() - typed | {"parallel", "backend"}
+    refuse_vain(chosen | typed, values, IN_VAIN, noted)
     if overwrite and (saved or not writes):
         note("overwrite=True has no effect: no new run is written")
     if not saved and "warmup_iters" not in given:

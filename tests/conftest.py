@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 # models this small only wait for each other's threads, and a process that has had threads cannot be forked
 torch.set_num_threads(1)
 device.THREADS = 1
-TINY_MODEL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16"]
+TINY_MODEL = ["--n_layer=2", "--n_embd=32", "--block_size=16"]
 TINY_RUN = [
     *TINY_MODEL,
     "--dataset=tiny",
@@ -43,7 +43,6 @@ TINY_RUN += [
     "--warmup_iters=2",
     "--eval_iters=2",
     "--dtype=float32",
-    "--muon_dtype=float32",
 ]
 
 

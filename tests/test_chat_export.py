@@ -44,7 +44,7 @@ from humptygpt.tokenizers import END_OF_TEXT, CharTokenizer, Tokenizer, from_sta
 
 SHAPE = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=96 --norm=rmsnorm --mlp_conv=0 --qk_norm=False --init=gpt2"
 BRIEFLY = "--batch_size=8 --warmup_iters=2 --eval_iters=1 --eval_interval=1000 --device=cpu --dtype=float32"
-BRIEFLY += " --optimizer=adamw --learning_rate=2e-2 --muon_dtype=float32 --snapshots=False"
+BRIEFLY += " --optimizer=adamw --learning_rate=2e-2 --snapshots=False"
 WORDS = ["wall", "king", "egg", "horse", "men", "sat", "fall", "great"]
 SAID = ["wall 3", "king 5", "sat 7"]
 BASES = {  # options of prepare_data.py

@@ -727,8 +727,8 @@ def test_a_new_gpt_has_the_defaults_and_with_minutes_the_recipe(folder, capsys):
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt"])
 def test_the_recipe_is_for_gpts_only(folder, capsys, name):
-    sizes = ["--n_embd=1", "--n_head=1", "--window=8"]
-    found = read_settings([f"--model={name}", *sizes, "--minutes=5"])
+    Path("small.py").write_text("n_embd = n_head = 1\nwindow = 8\n")
+    found = read_settings(["small.py", f"--model={name}", "--minutes=5"])
     assert found.config == TrainConfig(out_dir="out/shakespeare_char", minutes=5.0)
     assert found.model_config.activation == "gelu" and capsys.readouterr().out == ""
 
@@ -751,9 +751,15 @@ def test_text_of_ones_own_takes_three_minutes_unless_a_command_says_what_to_trai
     assert read_settings(["--input=own.txt"]).config.minutes is None
 
 
+DTYPES_OF_MUON = TrainConfig.choices()["muon_dtype"]  # in vain with AdamW
+
+
 @pytest.mark.parametrize(
     ("files", "answers"),
-    [(["--minutes=5"], ["block=plain", "model=number_mlp"]), ([], ["model=number_mlp"])],
+    [
+        (["--minutes=5"], ["block=plain", "model=number_mlp"]),
+        ([], ["model=number_mlp", *(f"muon_dtype={x}" for x in DTYPES_OF_MUON)]),
+    ],
     ids=["recipe", "defaults"],
 )
 def test_every_choice_of_a_key_goes_with_the_others_or_says_what_does_not(

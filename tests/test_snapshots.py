@@ -93,9 +93,9 @@ def test_snapshots_change_nothing_in_a_run(run_train):
 
 
 def test_a_resumed_run_has_the_same_snapshots_byte_for_byte(run_train):
-    run_train("--max_iters=31", "--eval_interval=6", "--decay_lr=False")
+    run_train("--max_iters=31", "--eval_interval=6", "--lr_decay_iters=31")
     whole = kept()
-    run_train("--max_iters=10", "--eval_interval=6", "--decay_lr=False")
+    run_train("--max_iters=10", "--eval_interval=6", "--lr_decay_iters=31")
     assert list(kept()) == [0]
     # files of steps that the resumed run has not done, and half a file, as after a kill; and a file of the user's
     for name in ("30.pt", "100.pt", "300.pt.0123abcd.tmp", "my copy.pt"):

@@ -247,11 +247,6 @@ def test_a_metric_is_due_every_log_interval_steps_and_sees_the_update(
     assert found == pytest.approx(rates, rel=0.3)  # an element moves by about the rate
 
 
-def test_a_setting_of_a_rule_that_is_not_chosen_is_refused(tiny, fails):
-    complaint = "muon_momentum=0.5 has no effect with optimizer=adamw; leave it out"
-    assert complaint in fails(train.main, *TINY_RUN, "--muon_momentum=0.5")
-
-
 def test_a_factor_is_of_the_rate_of_each_parameter(monkeypatch):
     model = random_model()
     monkeypatch.setattr(
@@ -374,12 +369,6 @@ def test_a_weight_of_few_texts_is_not_said_to_be_lost(run_train, monkeypatch, ca
 def test_a_weight_without_a_gradient_is_one_line_with_several_processes():
     with pytest.raises(UserError, match="a weight got no gradient"), raise_if_rank_died():
         raise RuntimeError("Expected to have finished reduction in the prior iteration")
-
-
-def test_a_part_of_a_block_is_refused_for_a_model_without_blocks(tiny, fails):
-    keys = ["--model=window_mlp", "--window=4", "--norm=none"]
-    complaint = "norm=none has no effect with model=window_mlp; leave it out"
-    assert complaint in fails(train.main, *TINY_RUN, *keys)
 
 
 def test_a_compiled_training_has_the_losses_and_names_of_an_eager_one_and_few_graphs(

@@ -516,8 +516,8 @@ def write_plan(path: Path, run: Run) -> None:
         if settings[key]:
             steps = settings[key] * run.progress.iter / run.progress.position
             settings[key] = max(1, round(steps))
-    unused = in_vain(settings, settings | {"input": None}, IN_VAIN)
-    left_out = {"minutes", "input", "overwrite", "parallel", "backend", "threads", *unused}
+    unused = in_vain(settings, settings | {"input": None, "processes": 1}, IN_VAIN)
+    left_out = {"minutes", "input", "overwrite", "threads", *unused}
     lines = [
         f"# The run that --minutes chose for {run.config.dataset}, step by step.",
         "#",
