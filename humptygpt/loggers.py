@@ -23,8 +23,8 @@ ROW = {
     "test_bleu?": float,
 }
 
-# the entries of a row of training; others are the model's own terms of the loss, and METRICS of train.py
-LOGGED = {"iter", "tokens", "seconds", "position", "train_loss", "lr", "grad_norm"}
+# the entries of rows; others are the model's own terms of the loss, and METRICS of train.py
+LOGGED = {key.removesuffix("?") for key in ROW} | {"lr", "grad_norm", "end"}
 LOGGED |= {"tokens_per_second", "dtype", "threads", "mfu"}
 
 

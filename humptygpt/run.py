@@ -293,7 +293,7 @@ class Meter:
         self.logged_seconds = progress.seconds
         progress.losses = []
         if taken := LOGGED & self.own.keys():
-            raise UserError(f"every row of metrics.jsonl has {taken.pop()}; rename yours")
+            raise UserError(f"metrics.jsonl has a {taken.pop()} already; rename yours")
         return row | self.own
 
 

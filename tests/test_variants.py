@@ -224,11 +224,12 @@ def test_a_term_of_a_whole_batch_is_computed_on_it_and_a_note_says_so(
     assert complaint in capsys.readouterr().err
 
 
-def test_a_term_may_not_have_the_name_of_a_column(tiny, fails, monkeypatch):
+@pytest.mark.parametrize("name", ["lr", "val_loss", "whole_val_loss", "end"])
+def test_a_term_may_not_have_the_name_of_a_column(tiny, fails, monkeypatch, name):
     monkeypatch.setattr(models, "GPT", WithTerm)
-    monkeypatch.setattr(WithTerm, "name", "lr")
-    complaint = "every row of metrics.jsonl has lr; rename yours"
-    assert complaint in fails(train.main, *TINY_RUN)
+    monkeypatch.setattr(WithTerm, "name", name)
+    complaint = f"metrics.jsonl has a {name} already; rename yours\n"
+    assert fails(train.main, *TINY_RUN) == complaint
 
 
 def test_a_metric_is_due_every_log_interval_steps_and_sees_the_update(
@@ -258,6 +259,14 @@ def test_a_factor_is_of_the_rate_of_each_parameter(monkeypatch):
     for group in groups:
         for name in group["named_params"]:
             assert group["peak_lr"] == TrainConfig.learning_rate * (1 + ("attn" in name))
+
+
+def test_the_factors_of_the_example_are_1_at_a_width_of_128():
+    lines = re.search("-    return 1.0\n(.*?)```", EXAMPLES, re.DOTALL)[1]
+    found = {}
+    exec("def factor(name, p):\n" + lines.replace("+", " "), found)
+    named = random_model(n_embd=128, n_head=2).named_parameters()
+    assert {found["factor"](name, p) for name, p in named} == {1.0}
 
 
 class Ones(data.GeneratedDataset):
