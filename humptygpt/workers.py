@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from humptygpt.cli import UserError
 from humptygpt.data import random_key
-from humptygpt.machine import discard_output
 from humptygpt.optimizers import trained_parameters
 
 if TYPE_CHECKING:  # run.py imports this file
@@ -72,8 +71,10 @@ class Workers:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             for stop in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(stop, signal.SIG_IGN)
-            # only the process that trains prints what model.py prints, and stops at its breakpoints
-            discard_output()
+            # only the process that trains prints and logs what model.py does, and stops at its breakpoints
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
             sys.breakpointhook = lambda *arguments, **keys: None
             # in a thread of its own, because this one remembers OpenMP's threads, which were not forked
             thread = Thread(target=self.obey, args=(number, theirs))

@@ -307,26 +307,38 @@ def test_an_exception_that_only_a_worker_meets_is_shown_with_its_line(run_train,
         run_train("--threads=2")
 
 
-def test_only_the_process_that_trains_prints_and_stops_at_a_breakpoint(
-    run_train, monkeypatch, capfd
-):
-    ours, loss, stops = os.getpid(), models.GPT.loss, []
+TALKING = f"""
+import logging, sys
+sys.path[:0] = [{str(ROOT)!r}]
+import model, train
+from humptygpt import machine, process
 
-    def talking(self, logits, targets):
-        if self.training and self.config.vocab_size > 11:
-            print("rows:", len(targets), flush=True)
-            breakpoint()
-        return loss(self, logits, targets)
+loss = model.GPT.loss
 
-    def stop():
-        assert os.getpid() == ours
-        stops.append(None)
 
-    monkeypatch.setattr(models.GPT, "loss", talking)
-    monkeypatch.setattr(sys, "breakpointhook", stop)
-    run_train("--threads=2", "--max_iters=3")
-    assert len(stops) == 3
-    assert capfd.readouterr().out.count("rows: 2") == 3
+def talking(self, logits, targets):
+    if self.training and self.config.vocab_size > 11:
+        print("on stdout:", len(targets))
+        print("on stderr", file=sys.stderr)
+        logging.warning("in the log")
+        breakpoint()
+    return loss(self, logits, targets)
+
+
+model.GPT.loss = talking
+process.usable_cores = lambda: 2
+sys.breakpointhook = lambda: print("stopped")
+logging.basicConfig()
+machine.run(train.main)
+"""
+
+
+def test_only_the_process_that_trains_prints_logs_and_stops_at_a_breakpoint(tiny):
+    command = [sys.executable, "-c", TALKING, *TINY_RUN, "--threads=2", "--max_iters=3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    said = done.stdout + done.stderr
+    for words in ("on stdout: 2\n", "on stderr\n", "in the log\n", "stopped\n"):
+        assert said.count(words) == 3
 
 
 def test_a_worker_that_is_killed_ends_the_run_in_one_line(tiny, monkeypatch):
