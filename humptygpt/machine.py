@@ -35,12 +35,16 @@ WORTH = 1.1  # a choice replaces the default only if it is at least this many ti
 
 
 def start() -> None:
-    """Prepare for a script's imports: limit the threads to the usable cores, and how long they spin.
+    """Prepare for a script's imports: open closed streams, limit the threads to the usable cores, and their spinning.
 
     A thread that spins while it waits for another thread of its process blocks a core that a different process could
     use: with spinning threads, two training runs on two cores were ten times slower. A thread that sleeps has to be
     woken, which a virtual machine makes slow. Settings in the user's environment take precedence.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed; no other file may get its number
+            empty = open(os.devnull, mode, encoding="utf-8")  # noqa: PTH123, SIM115, stays open
+            setattr(sys, name, empty)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Ctrl-C during the imports ends the script without a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
