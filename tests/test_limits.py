@@ -21,7 +21,8 @@ def groups(tmp_path, monkeypatch):
     """Write what the system says of our control groups: the path of ours, {file: content}."""
 
     def write(path: str, files: dict[str, str]) -> None:
-        (tmp_path / "cgroup").write_text(f"1:name=systemd:/x\n0::{path}\n")
+        groups = f"3:cpu,cpuacct:{path}\n2:memory:{path}\n1:name=systemd:/x\n0::{path}\n"
+        (tmp_path / "cgroup").write_text(groups)
         for name, content in files.items():
             (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "fs" / name).write_text(content)
@@ -31,6 +32,9 @@ def groups(tmp_path, monkeypatch):
     return write
 
 
+QUOTA = {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}  # version 1
+OUTER = {"cpu/a/cpu.cfs_quota_us": "150000", "cpu/a/cpu.cfs_period_us": "100000"}
+OUTER |= {"cpu/a/b/cpu.cfs_quota_us": "-1", "cpu/a/b/cpu.cfs_period_us": "100000"}
 NESTED = {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000"}
 
 
@@ -42,6 +46,8 @@ NESTED = {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000"}
         ("/a/b", NESTED, 2),
         ("/", {"cpu.max": "20000 100000"}, 1),
         ("/", {"cpu.max": "1600000 100000"}, 8),
+        ("/a/b", OUTER, 2),
+        ("/of/the/host", QUOTA, 1),
     ],
 )
 def test_threads_are_as_many_as_affinity_and_quota_allow(
@@ -79,7 +85,7 @@ def environment(monkeypatch):
     others = {key: value for key, value in os.environ.items() if key not in NAMES}
     monkeypatch.setattr(os, "environ", others)
     monkeypatch.setattr(machine, "affinity", lambda: 8)
-    monkeypatch.setattr(machine, "read_numbers", lambda path: [])
+    monkeypatch.setattr(machine, "read_numbers", lambda *names: [])
 
 
 def test_a_script_has_threads_that_give_way_and_what_the_user_chose_stays(
@@ -88,7 +94,7 @@ def test_a_script_has_threads_that_give_way_and_what_the_user_chose_stays(
     machine.start()
     assert os.environ["GOMP_SPINCOUNT"] == str(machine.SPINS)
     assert "OMP_NUM_THREADS" not in os.environ
-    monkeypatch.setattr(machine, "read_numbers", lambda path: [250, 100])
+    monkeypatch.setattr(machine, "read_numbers", lambda *names: [250, 100])
     monkeypatch.setattr(os, "environ", {"OMP_WAIT_POLICY": "active"})
     machine.start()
     assert os.environ == {"OMP_WAIT_POLICY": "active", "OMP_NUM_THREADS": "3"}
@@ -119,6 +125,8 @@ def test_a_script_that_loads_torch_has_its_wait_policy_before_and_an_import_of_i
 # --------------------------------------------------------------------------------------
 # Memory
 
+VERSION_1 = {"memory/memory.limit_in_bytes": "5000", "memory/memory.usage_in_bytes": "3000"}
+VERSION_1 |= {"memory/a/memory.limit_in_bytes": "9223372036854771712"}  # none
 INNER = {"a/memory.max": "9000", "a/memory.current": "1"}
 
 
@@ -129,6 +137,7 @@ INNER = {"a/memory.max": "9000", "a/memory.current": "1"}
         ("/", {"memory.max": "5000", "memory.current": "3000"}, 2000),
         ("/a", INNER | {"memory.max": "100", "memory.current": "90"}, 10),
         ("/", {"memory.max": "600", "memory.current": "700"}, 0),
+        ("/a", VERSION_1 | {"memory/a/memory.usage_in_bytes": "1"}, 2000),
     ],
 )
 @pytest.mark.parametrize("stat", ["", "anon 1\ninactive_file 90\nactive_file 7\n"])
@@ -138,7 +147,7 @@ def test_available_memory_is_that_of_the_machine_and_of_every_control_group(
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:       16 kB\nMemAvailable:    8 kB\n")
     monkeypatch.setattr(machine, "MEMINFO", meminfo)
-    groups(path, files | {"memory.stat": stat})
+    groups(path, files | {"memory.stat": stat, "memory/memory.stat": stat})
     cached = 97 if stat and 0 < available < 8192 else 0
     assert machine.available_memory() == available + cached
 
