@@ -31,10 +31,9 @@ from humptygpt.loggers import (
 from humptygpt.optimizers import Optimizer
 from humptygpt.process import Process
 from humptygpt.settings import TrainConfig
+from humptygpt.workers import STOPPING
 from model import count_parameters, flops_per_token
 
-# SIGBREAK exists on Windows: Ctrl-Break, which is how one program asks another to stop
-STOPPING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGBREAK", signal.SIGINT)}
 # seconds within which repeated signals count as one: `timeout` and some shells signal a process and then its group
 SAME_REQUEST = 1.0
 # the files and folders that a run writes, apart from plan.py
@@ -298,12 +297,12 @@ class Meter:
 
 
 # --------------------------------------------------------------------------------------
-# SIGINT and SIGTERM request a stop at the end of a step
+# Signals request a stop at the end of a step
 
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Yield a list that collects SIGINT and SIGTERM. A second signal ends the program at once, without saving."""
+    """Yield a list that collects signals. A second signal ends the program at once, without saving."""
     caught = []
     first_at = 0.0
 
@@ -320,7 +319,12 @@ def catch_signals() -> Iterator[list[int]]:
         elif time.monotonic() - first_at > SAME_REQUEST:
             os._exit(128 + number)
 
-    handlers = {number: signal.signal(number, catch) for number in STOPPING}
+    handlers = {
+        number: signal.signal(number, catch)
+        for number in STOPPING
+        # what is ignored, as SIGHUP under nohup, stays so, but for SIGINT, which scripts let the background ignore
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield caught
     finally:

@@ -32,6 +32,12 @@ if TYPE_CHECKING:  # run.py imports this file
     from humptygpt.run import Run
 
 PR_SET_PDEATHSIG = 1  # in sys/prctl.h
+# signals that ask a run to stop: Ctrl-C, kill, Ctrl-Break on Windows, and a closed terminal elsewhere
+STOPPING = {
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP")
+    if hasattr(signal, name)
+}
 
 
 class Workers:
@@ -69,7 +75,7 @@ class Workers:
             return process, ours
         try:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            for stop in (signal.SIGINT, signal.SIGTERM):
+            for stop in STOPPING:
                 signal.signal(stop, signal.SIG_IGN)
             # only the process that trains prints and logs what model.py does, and stops at its breakpoints
             null = os.open(os.devnull, os.O_WRONLY)

@@ -474,6 +474,19 @@ def test_ctrl_c_saves_even_if_it_has_ended_the_reader_of_our_messages(tiny):
     assert saved_step() >= 2
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGHUP")
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_saves_and_stops_unless_nohup_lets_us_ignore_it(
+    tiny, signal_in_step, request, ignored
+):
+    handler = signal.SIG_IGN if ignored else lambda *args: None
+    before = signal.signal(signal.SIGHUP, handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
+    signal_in_step(2, signal.SIGHUP)
+    assert train.main(TINY_RUN) == (0 if ignored else 128 + signal.SIGHUP)
+    assert saved_step() == (6 if ignored else 2)
+
+
 def quiet_train(*argv: str) -> None:
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115, needed to the end
     torch.set_num_threads(1)
