@@ -130,6 +130,10 @@ class TrainConfig(OptimizerConfig, Adjustable):
 
     def validate(self) -> None:
         """Raise ValueError for the first value or combination that is invalid."""
+        # a resumed run prints what a checkpoint holds, whoever made it
+        for key, value in vars(self).items():
+            if isinstance(value, str) and not value.isprintable():
+                raise ValueError(f"{key}={value!r} must be printable text")
         check_choices(self)
         super().validate()
         check_least(self, 0, "seed", "warmup_iters", "min_lr", "weight_decay", "grad_clip")

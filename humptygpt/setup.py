@@ -228,9 +228,6 @@ def read_run(path: Path) -> dict:
     """Read a checkpoint. Of its entries, train_config is made a TrainConfig and progress a Progress."""
     saved = checkpoint.read(path)
     with refuse_damaged(path):
-        for key, value in saved["train_config"].items():
-            if isinstance(value, str) and not value.isprintable():
-                raise ValueError(f"{key} must not contain control characters")
         saved["train_config"] = cli.restore(TrainConfig, saved["train_config"])
         saved["progress"] = cli.restore(Progress, saved["progress"])
     return saved

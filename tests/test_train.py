@@ -904,6 +904,8 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(
 
 
 BAD = {
+    r"out_dir='out/a\tb' must be printable text": ["--out_dir=out/a\tb"],
+    r"out_dir='out/\udcff' must be printable text": ["--out_dir=out/\udcff"],
     "rope_low_freq_factor=8 must be below rope_high_freq_factor=4": [
         "--position=rotary",
         "--rope_factor=2",
