@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -133,33 +134,74 @@ def test_train_py_says_in_a_line_what_an_edit_breaks(edit, tiny, monkeypatch, ca
     assert sum(note.startswith(EDITS[edit]) for note in notes) == 1, notes
 
 
-def unguarded(self, x, shared, cache=None):
-    """An attention that reads rotary positions without asking whether there are any, and has no mask."""
-    q, k, v = (self.heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
-    q, k = rotate(q, shared.rotary), rotate(k, shared.rotary)
-    if cache:
-        k, v = cache.append(shared.end, k=k, v=v)
-    return self.output(see_everything(q, k, v, None), x)
+class Own(SelfAttention):
+    """An attention that reads rotary positions without asking whether there are any."""
+
+    def forward(self, x, shared, cache=None):
+        q, k, v = (self.heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, shared.rotary), rotate(k, shared.rotary)
+        if cache:
+            k, v = cache.append(shared.end, k=k, v=v)
+        return self.output(models.attend(q, k, v, self.mask(shared)), x)
+
+    def mask(self, shared):
+        return shared.masks[self.window]
 
 
-def test_an_attention_that_takes_rotary_positions_for_granted_is_told_that_it_leaks(
-    run_train, monkeypatch, capsys
+class Leaking(Own):
+    def mask(self, shared):
+        return torch.zeros(1)
+
+
+class Forgetful(Own):
+    def forward(self, x, shared, cache=None):
+        return super().forward(x, shared)
+
+
+class Narrow(Own):
+    def output(self, y, x):
+        return super().output(y, x)[..., 1:]
+
+
+class Unused(Own):
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.spare = torch.nn.Parameter(torch.ones(3))
+
+
+MISTAKES = {
+    Own: None,
+    Leaking: LEAK,
+    Forgetful: CACHE,
+    Narrow: "a small model like this one fails, so these are not checked: gradients, training unlike evaluation, future"
+    " tokens, cache (RuntimeError: ",
+    Unused: "2 weights get no gradient, so they cannot learn, such as stack.blocks.0.attn.spare",
+}
+
+
+@pytest.mark.parametrize("attention", MISTAKES)
+def test_an_attention_that_takes_rotary_positions_for_granted_is_told_its_mistake(
+    attention, tiny, monkeypatch, capsys, fails
 ):
-    monkeypatch.setattr(SelfAttention, "forward", unguarded)
-    run_train("--position=rotary")
-    told = capsys.readouterr().err
-    assert f"note: {LEAK}" in told and "not checked" not in told
+    argv = [*TINY_RUN, "--attention=own", "--position=rotary", "--max_iters=1"]
+    assert fails(train.main, *argv) == "attention=own is not one of: softmax\n"
+    monkeypatch.setitem(models.ATTENTIONS, "own", attention)
+    with suppress(RuntimeError):  # of the shapes
+        train.main(argv)
+    notes = re.findall("^note: (.*)$", capsys.readouterr().err, re.MULTILINE)
+    assert notes[0].startswith(MISTAKES[attention]) if MISTAKES[attention] else not notes
 
 
 def test_what_cannot_be_tried_is_named_and_does_not_keep_the_rest_from_being_tried(
     capsys, monkeypatch
 ):
-    def only_evaluated(self, x, shared, cache=None):
-        assert not self.training, "no training yet"
-        return unguarded(self, x, shared, cache)
+    class Unready(Leaking):
+        def forward(self, x, shared, cache=None):
+            assert not self.training, "no training yet"
+            return super().forward(x, shared, cache)
 
-    monkeypatch.setattr(SelfAttention, "forward", only_evaluated)
-    check_model(random_model(position="rotary"))
+    monkeypatch.setitem(models.ATTENTIONS, "own", Unready)
+    check_model(random_model(position="rotary", attention="own"))
     told = capsys.readouterr().err
     assert f"note: {LEAK}" in told
     failed = "gradients, training unlike evaluation (AssertionError: no training yet)"
