@@ -136,7 +136,7 @@ EDITS = [
     (f"{READ}KeyError: 'train_config'", "train_config", None),
     (f"{READ}it has the key batch_sice, which", "train_config/batch_sice", 4),
     ("batch_size=0 must be at least 1", "train_config/batch_size", 0),
-    ("device='c\\npu' must be printable text", "train_config/device", "c\npu"),
+    ("device=.* must be printable text", "train_config/device", "c\npu"),
     ("lora_alpha='16' must be float", "train_config/lora_alpha", "16"),
     ("n_layer=4000 and n_embd=8 do not match", "model_config/n_layer", 4000),
     ("n_members=4000, n_layer=", "model_config/n_members", 4000),

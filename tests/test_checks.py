@@ -179,6 +179,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize("attention", MISTAKES)
 def test_an_attention_that_takes_rotary_positions_for_granted_is_told_its_mistake(
     attention, tiny, monkeypatch, capsys, fails

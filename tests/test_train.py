@@ -955,7 +955,8 @@ IN_VAIN |= {f"{key} model=window_mlp": ["--window=4"] for key in of_blocks}
 @pytest.mark.parametrize("keys", IN_VAIN)
 def test_a_key_that_a_command_sets_in_vain_is_refused(fails, keys):
     key, other = keys.split()
-    complaint = fails(train.main, f"--{key}", f"--{other}", *IN_VAIN[keys])
+    argv = ["--dataset=missing", f"--{key}", f"--{other}", *IN_VAIN[keys]]
+    complaint = fails(train.main, *argv)
     assert complaint == f"{key} has no effect with {other}; leave it out\n"
 
 
