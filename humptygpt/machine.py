@@ -43,8 +43,7 @@ def start() -> None:
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed; no other file may get its number
-            empty = open(os.devnull, mode, encoding="utf-8")  # noqa: PTH123, SIM115, stays open
-            setattr(sys, name, empty)
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115, stays open
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Ctrl-C during the imports ends the script without a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
