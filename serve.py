@@ -103,6 +103,7 @@ class Server(ThreadingHTTPServer):
         self.key = None if config.api_key == "none" else config.api_key
         # answers: (generator, queue of its parts, Event that is set when the client has left)
         self.unfinished = SimpleQueue()
+        self.closing = False
         self.generator = Thread(target=self.generate, daemon=True)
         self.generator.start()
         self.connections = {}  # {open connection: time by which its request must have arrived}
@@ -128,18 +129,19 @@ class Server(ThreadingHTTPServer):
 
     def shutdown_request(self, request: socket.socket) -> None:
         super().shutdown_request(request)
-        del self.connections[request]
+        self.connections.pop(request, None)  # Ctrl-C may end it a second time
 
     def server_close(self) -> None:
         """Close the server. Python aborts if it ends while a thread is inside torch, so wait for that thread."""
         super().server_close()
+        self.closing = True
         self.unfinished.put(None)
         self.generator.join()
 
     def generate(self) -> None:
         """Compute the next part of each answer in turn. Its last part is None, or the exception that ended it."""
         for answer, parts, left in iter(self.unfinished.get, None):
-            if left.is_set():
+            if left.is_set() or self.closing:
                 continue
             try:
                 part = next(answer, None)

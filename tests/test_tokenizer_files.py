@@ -21,6 +21,7 @@ from humptygpt.convert.write_huggingface import build_tokenizer, tokenizer_files
 from humptygpt.data import read_meta
 from humptygpt.prepare.corpus import Documents
 from humptygpt.prepare.documents import Piece
+from humptygpt.prepare.settings import PrepareConfig
 
 transformers = pytest.importorskip(
     "transformers", reason="needs transformers: pip install -r requirements-dev.txt"
@@ -221,7 +222,7 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(kind, made):
     _, theirs, ours = made(kind)
     first, second = "Hello the dog.", " and plain words\n12"
     pieces = [Piece(first, True, False), Piece(second, False, True)]
-    ids, _ = Documents(None, [], "", []).encode(ours, "train", pieces)
+    ids, _ = Documents(PrepareConfig(), [], "", []).encode(ours, "train", pieces)
     assert np.concatenate(ids).tolist() == [*theirs(first + second).input_ids, ours.eot]
 
 
