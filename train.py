@@ -11,8 +11,9 @@ Files written to out_dir: ckpt.pt (everything needed to resume), best.pt (the mo
 metrics.jsonl, loss.png, config.json (which also works as a config file) and command.txt. A small model also gets
 snapshots/ for explain.py, and a run with --minutes gets plan.py, a config file that repeats it.
 Ctrl-C saves a checkpoint and stops.
-Keys that are not set have the defaults below: a plain GPT-2 of a laptop's size, with AdamW. --minutes plans with the
-recipe of config/shakespeare_char.py. --input without a config file, --minutes and --max_iters takes --minutes=3.
+Keys that are not set have the defaults below: a GPT-2 of a laptop's size without biases, with AdamW. --minutes plans
+with the recipe of config/shakespeare_char.py. --input without a config file, --minutes and --max_iters takes
+--minutes=3.
 """
 
 import signal
