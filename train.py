@@ -34,7 +34,7 @@ from humptygpt import evaluation, report
 from humptygpt.checks import check_model
 from humptygpt.device import DTYPES, autocast, to_device
 from humptygpt.loading import is_finite, load
-from humptygpt.optimizers import make_optimizer
+from humptygpt.optimizers import make_optimizer, set_lr
 from humptygpt.process import launched, part_of, start_process, tune
 from humptygpt.report import ADVICE, check_training_fits
 from humptygpt.run import (
@@ -192,7 +192,7 @@ def train(run: Run, folder: RunFolder) -> int | None:
                 write_line(run, meter, bar)
             before = progress.position
             lr = config.lr(before)
-            run.optimizer.set_lr(lr / config.learning_rate)
+            set_lr(run.optimizer, lr / config.learning_rate)
             losses, grad_norm, tokens = train_step(run, progress.iter)
             due = run.advance(tokens)
             meter.add(losses, grad_norm)

@@ -7,7 +7,6 @@
     python compare.py out/law/*/*          show the results
     python -m benchmarks.law gather        write the results to benchmarks/law.jsonl
     python -m benchmarks.law fit           fit the constants of humptygpt/minutes/plan.py to law.jsonl
-    python -m benchmarks.law advice        compare each run's advice with the measured gains
     python -m benchmarks.law plot          draw assets/law.png
 
 measure and minutes need a machine without other programs. The ranges and the seeds below were chosen before any of the
@@ -268,30 +267,6 @@ def outcome(out_dir: Path) -> dict[str, float]:
     }
 
 
-def advice() -> None:
-    """Print, for each run with --minutes, its advice and the gains that were measured for a doubling.
-
-    The gain of twice the minutes is taken from this run and the next longer one, or the next shorter one if there is
-    none. The gain of twice the text is taken from a run on twice the text, or from this run and one on half of it. The
-    latter is larger, because that half was read more often.
-    """
-    known = runs()
-    for text, minutes in CELLS:
-        row = known[text, minutes, "minutes"]
-        told = plan.advice(row["parameters"], row["read"], row["size"])
-        times = [m for name, m in CELLS if name == text]
-        longer = [m for m in times if m > minutes]
-        other = longer[0] if longer else times[-2]
-        more = row["bits"] - known[text, other, "minutes"]["bits"]
-        gains = [f"minutes {more / math.log2(other / minutes):.3f}"]
-        if half := known.get((text, minutes, "half")):
-            gains.append(f"text {half['bits'] - row['bits']:.3f} (since half of it)")
-        if twice := known.get((text, minutes, "twice")):
-            gains.append(f"text {row['bits'] - twice['bits']:.3f}")
-        epochs = row["read"] / row["size"]
-        print(f"{text}, {minutes} minutes, {epochs:.1f} epochs: {told}; {', '.join(gains)}")
-
-
 def plot() -> None:
     """Draw a panel for each text: the search, the runs with --minutes, the scaling law, and nanoGPT."""
     known = runs().values()
@@ -336,5 +311,5 @@ def script(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     what, *options = sys.argv[1:]
-    commands = (prepare, measure, run, run_minutes, gather, fit, advice, plot)
+    commands = (prepare, measure, run, run_minutes, gather, fit, plot)
     {c.__name__.removeprefix("run_"): c for c in commands}[what](*options)

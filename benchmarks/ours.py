@@ -10,6 +10,7 @@ from bench import BenchConfig
 from benchmarks.contenders import Generator, Trainer
 from humptygpt.device import pick_device
 from humptygpt.fast.generation import make_generator
+from humptygpt.optimizers import set_lr
 from humptygpt.sampling import Context, continue_texts
 from humptygpt.settings import TrainConfig
 from humptygpt.setup import Start
@@ -30,7 +31,7 @@ class OurTrainer(Trainer):
         self.device = self.run.device
 
     def step(self, it: int) -> None:
-        self.run.optimizer.set_lr(self.config.lr(it) / self.config.learning_rate)
+        set_lr(self.run.optimizer, self.config.lr(it) / self.config.learning_rate)
         losses, _, _ = train.train_step(self.run, it)
         losses["train_loss"].item()
 

@@ -24,6 +24,7 @@ import train
 from benchmarks.training import DEMO
 from compare import t_test
 from humptygpt import cli, evaluation
+from humptygpt.optimizers import set_lr
 from humptygpt.settings import TrainConfig
 from humptygpt.setup import Start
 from model import ModelConfig
@@ -58,7 +59,7 @@ def bits_per_byte(seed: int, keys: dict) -> float:
     config = cli.make(TrainConfig, given)
     run = train.setup(Start(config, cli.make(ModelConfig, given)))
     for step in range(STEPS):
-        run.optimizer.set_lr(config.lr(step) / config.learning_rate)
+        set_lr(run.optimizer, config.lr(step) / config.learning_rate)
         train.train_step(run, step)
     return evaluation.measures(run, run.net, 100)["val_bits_per_byte"]
 

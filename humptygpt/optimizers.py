@@ -1,16 +1,16 @@
-"""Update rules (AdamW, Muon and NorMuon) and learning rate schedules.
+"""Optimizers (AdamW, Muon and NorMuon) and learning rate schedules.
 
-A new rule is one function and one line in OPTIMIZERS, and its settings are fields of OptimizerConfig; a new schedule is
-one function and one line in SCHEDULES.
+An optimizer is a torch.optim.Optimizer. One of another project, or of your own in that style, is one import and one
+line in OPTIMIZERS, and its settings are fields of OptimizerConfig. A new schedule is one function and one line in
+SCHEDULES.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,14 @@ from humptygpt.device import DTYPES
 if TYPE_CHECKING:  # settings.py imports this file
     from humptygpt.settings import TrainConfig
 
+Groups = list[
+    dict
+]  # of parameters and their settings, as torch.optim takes them; see group_parameters()
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Settings of rules. A resumed run keeps them; those that may change are in settings.py."""
+    """Settings of optimizers. A resumed run keeps them; those that may change are in settings.py."""
 
     # kept if the run is resumed
     optimizer: str = "adamw"  # optimizer of the blocks' matrices; AdamW trains the rest
@@ -34,171 +38,136 @@ class OptimizerConfig:
         """Raise ValueError for a setting of your own that is invalid, for example with cli.check_least()."""
 
 
-class Slot(NamedTuple):
-    """One parameter during a step."""
-
-    weight: Tensor
-    gradient: Tensor
-    state: Mapping[str, Tensor]  # each is changed in place
-
-
-class Rule(NamedTuple):
-    """An update rule, and the state that it keeps for each parameter."""
-
-    update: Callable  # called with (optimizer, group, slots); works in place
-    # {name of a state tensor: function that returns a tensor of its shape, such as a view, from a parameter}
-    state: dict[str, Callable[[Tensor], Tensor]]
-    learning_rate: str = "learning_rate"  # TrainConfig key of the peak learning rate
-    takes: Collection[str] = ("hidden",)  # groups of parameters, of group_parameters()
-    settings: Collection[str] = ()  # TrainConfig keys that only this rule reads
-    by_parameter: bool = False  # no update depends on another, so workers may share them
-
-
 def apply(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return function(x)
 
 
-class Optimizer:
-    """Groups of parameters, each with a rule and its settings, and the state of each parameter by name.
+class Optimizer(torch.optim.Optimizer):
+    """A torch.optim.Optimizer that starts without torch's compiler, and whose parameters workers may divide.
 
-    It has the interface that a training loop and a GradScaler need. It is not a torch.optim.Optimizer,
-    whose first step spends two to three seconds loading torch's compiler, longer than the rest of the startup.
+    So the update of a parameter must not depend on others.
     """
 
-    def __init__(self, groups: list[dict], spread: Callable = apply):
-        """groups: dicts with rule, params, named_params, lr and anything else the rule needs; see make_optimizer.
+    # torch wraps it in a decorator that loads the compiler, which takes one to three seconds
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
 
-        spread: Process.spread, with which several processes share the work of a rule.
-        """
-        self.param_groups = groups
-        self.spread = spread
-        self.state = {}  # {parameter: {name of a state tensor: tensor}}
-        self.steps = 0
-        self.each = self.update  # Workers replace it, so that each of them does a part
+    def __init__(self, groups: Groups):
+        """groups: from make_optimizer(), with all settings."""
+        super().__init__(groups, {})
 
-    def set_lr(self, scale: float) -> None:
-        """Set each group's learning rate to scale times its peak."""
-        for group in self.param_groups:
-            group["lr"] = group["peak_lr"] * scale
+    def fresh_state(self, p: Tensor, group: dict) -> dict[str, Tensor]:
+        """Return the state of a parameter before the first step."""
+        raise NotImplementedError
 
-    def step(self) -> None:
-        """Update every parameter that has a gradient."""
-        self.make_state()
-        self.each([group["lr"] for group in self.param_groups])
+    def update(self, params: list[Tensor], group: dict) -> None:
+        """Update the parameters of a group that have a gradient."""
+        raise NotImplementedError
 
     @torch.no_grad()
-    def update(self, rates: list[float], worker: int = 0, workers: int = 1) -> None:
-        """Do a worker's part of a step. It updates some of the parameters of a rule, if the rule allows that.
-
-        Worker 0 updates all parameters of any other rule. rates: the learning rate of each group.
-        """
-        self.steps += 1
-        for group, group["lr"] in zip(self.param_groups, rates, strict=True):
-            slots = []
-            for name, p in group["named_params"].items():
-                if p.grad is not None:
-                    slots.append(Slot(p, p.grad, MappingProxyType(self.state[name])))
-            if group["rule"].by_parameter:
-                slots = slots[worker::workers]
-            elif worker:
-                continue
-            if slots:
-                group["rule"].update(self, group, slots)
-
-    def state_like(self) -> dict[str, dict[str, Tensor]]:
-        """Return {parameter: {name of a state tensor: a tensor of its shape and dtype}}."""
-        return {
-            name: {key: view(p) for key, view in group["rule"].state.items()}
-            for group in self.param_groups
-            for name, p in group["named_params"].items()
-        }
+    def step(self, closure: None = None) -> None:
+        self.make_state()
+        for group in self.param_groups:
+            if params := [p for p in group["params"] if p.grad is not None]:
+                self.update(params, group)
 
     def make_state(self) -> None:
-        """Set the state of every parameter to zeros, unless it has one."""
-        self.state = self.state or {
-            name: {key: torch.zeros_like(x) for key, x in like.items()}
-            for name, like in self.state_like().items()
+        """Make the state of each parameter that has none."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p not in self.state:
+                    self.state[p] = self.fresh_state(p, group)
+
+
+class AdamW(Optimizer):
+    """p -= lr * (m / (sqrt(v) + eps) + weight_decay * p), where m and v are the means of the gradient and its square.
+
+    The means are over recent steps, and corrected for their start at 0. This calls the kernel behind
+    torch.optim.AdamW(fused=True) once for each group. Source: Loshchilov and Hutter 2017, arXiv:1711.05101.
+    """
+
+    def fresh_state(self, p: Tensor, group: dict) -> dict[str, Tensor]:
+        step = torch.zeros((), device=p.device)
+        return {
+            "step": step,
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
         }
 
-    def state_dict(self) -> dict:
-        """Return plain data and tensors: {"steps": int, "state": {parameter: {name: tensor}}}."""
-        return {"steps": self.steps, "state": self.state}
-
-    def load(self, saved: dict, receive: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Load a saved state_dict. The groups keep their settings.
-
-        receive: Process.receive. Raises an exception of any type if the names, shapes or dtypes of the state's tensors
-        differ from those in state_like().
-        """
-        like = self.state_like() if saved["steps"] else {}
-        check_tensors("optimizer.", flat(saved["state"]), flat(like))
-        self.steps = int(float(saved["steps"]))
-        for name, tensors in like.items():
-            self.state[name] = {
-                key: receive(saved["state"][name][key], x) for key, x in tensors.items()
-            }
-
-
-def flat(state: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return {"PARAMETER.NAME": state tensor}, where NAME is the name of the state tensor."""
-    return {f"{name}.{key}": x for name in state for key, x in state[name].items()}
-
-
-def adamw(optimizer: Optimizer, group: dict, slots: list[Slot]) -> None:
-    """Move each element by lr times its mean gradient divided by its root mean square gradient: by at most about lr.
-
-    This calls the kernel behind torch.optim.AdamW(fused=True) directly, once for all parameters.
-    Source: Loshchilov and Hutter 2017, arXiv:1711.05101.
-    """
-    weights, gradients, states = map(list, zip(*slots, strict=True))
-    steps = torch.full((), float(optimizer.steps), device=weights[0].device)
-    config = group["config"]
-    torch._fused_adamw_(
-        weights,
-        gradients,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
-        [],
-        [steps] * len(slots),
-        lr=group["lr"],
-        beta1=config.beta1,
-        beta2=config.beta2,
-        weight_decay=group["weight_decay"],
-        eps=1e-8,
-        amsgrad=False,
-        maximize=False,
-    )
+    def update(self, params: list[Tensor], group: dict) -> None:
+        steps, means, squares = (
+            [self.state[p][key] for p in params]
+            for key in ("step", "exp_avg", "exp_avg_sq")
+        )
+        torch._foreach_add_(steps, 1)
+        beta1, beta2 = group["betas"]
+        torch._fused_adamw_(
+            params,
+            [p.grad for p in params],
+            means,
+            squares,
+            [],
+            steps,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )
 
 
-def muon(
-    optimizer: Optimizer, group: dict, slots: list[Slot], normalize: bool = False
-) -> None:
+class Muon(AdamW):
     """Update each matrix by its momentum, with all singular values set to about 1 so that no direction is neglected.
 
-    Matrices of the same shape are stacked and orthogonalised together.
-    normalize: use NorMuon instead; see normalize_neurons().
+    Matrices of the same shape are stacked and orthogonalised together. Groups without "momentum" are AdamW's.
     Source: Jordan et al. 2024, "Muon: an optimizer for the hidden layers of neural networks".
     """
-    config = group["config"]
-    by_shape = defaultdict(list)
-    for slot in slots:
-        by_shape[slot.weight.shape].append(slot)
-    for (rows, columns), alike in by_shape.items():
-        gradients = torch.stack([slot.gradient for slot in alike])  # (n, rows, columns)
-        momentum = [slot.state["momentum_buffer"] for slot in alike]
-        torch._foreach_lerp_(momentum, list(gradients), 1 - config.muon_momentum)
-        # Nesterov momentum
-        gradients.lerp_(torch.stack(momentum), config.muon_momentum)
-        dtype = DTYPES.get(config.muon_dtype, torch.float32)
-        function = partial(orthogonalize, dtype=dtype)
-        updates = optimizer.spread(function, gradients).to(gradients.dtype)
-        if normalize:
-            moment = [slot.state["second_moment_buffer"] for slot in alike]
-            updates = normalize_neurons(updates, moment, config.beta2)
-        weights = [slot.weight for slot in alike]
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        lr = group["lr"] * math.sqrt(max(1, rows / columns))
-        torch._foreach_add_(weights, list(updates), alpha=-lr)
+
+    spread: Callable  # Process.spread; make_optimizer() sets it
+
+    def fresh_state(self, p: Tensor, group: dict) -> dict[str, Tensor]:
+        if "momentum" not in group:
+            return super().fresh_state(p, group)
+        return {"momentum_buffer": torch.zeros_like(p)}
+
+    def update(self, params: list[Tensor], group: dict) -> None:
+        if "momentum" not in group:
+            return super().update(params, group)
+        by_shape = defaultdict(list)
+        for p in params:
+            by_shape[p.shape].append(p)
+        for (rows, columns), alike in by_shape.items():
+            gradients = torch.stack([p.grad for p in alike])  # (n, rows, columns)
+            momentum = [self.state[p]["momentum_buffer"] for p in alike]
+            torch._foreach_lerp_(momentum, list(gradients), 1 - group["momentum"])
+            # Nesterov momentum
+            gradients.lerp_(torch.stack(momentum), group["momentum"])
+            function = partial(orthogonalize, dtype=group["dtype"])
+            updates = self.spread(function, gradients).to(gradients.dtype)
+            updates = self.normalize(updates, alike, group)
+            torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
+            lr = group["lr"] * math.sqrt(max(1, rows / columns))
+            torch._foreach_add_(alike, list(updates), alpha=-lr)
+
+    def normalize(self, updates: Tensor, params: list[Tensor], group: dict) -> Tensor:
+        """Return the updates of parameters of the same shape, (n, rows, columns)."""
+        return updates
+
+
+class NorMuon(Muon):
+    """Muon whose neurons all move at about the same speed; see normalize_neurons()."""
+
+    def fresh_state(self, p: Tensor, group: dict) -> dict[str, Tensor]:
+        state = super().fresh_state(p, group)
+        if "momentum" in group:
+            across = p[:, :1] if p.shape[0] >= p.shape[1] else p[:1]
+            state["second_moment_buffer"] = torch.zeros_like(across)
+        return state
+
+    def normalize(self, updates: Tensor, params: list[Tensor], group: dict) -> Tensor:
+        moments = [self.state[p]["second_moment_buffer"] for p in params]
+        return normalize_neurons(updates, moments, group["betas"][1])
 
 
 def normalize_neurons(updates: Tensor, second_moment: list[Tensor], beta: float) -> Tensor:
@@ -253,34 +222,19 @@ def product_of_polynomials(a: Tensor) -> Tensor:
     return product
 
 
-def whole(p: Tensor) -> Tensor:
-    return p
+def muon(groups: Groups, config: "TrainConfig", kind: type[Muon] = Muon) -> Muon:
+    """Let Muon update the matrices of hidden layers, and AdamW the rest."""
+    for group in groups:
+        if group["kind"] == "hidden":
+            group["lr"] = group["factor"] * config.muon_learning_rate
+            group["momentum"] = config.muon_momentum
+            group["dtype"] = DTYPES.get(config.muon_dtype, torch.float32)
+    return kind(groups)
 
 
-def per_neuron(p: Tensor) -> Tensor:
-    return p[:, :1] if p.shape[0] >= p.shape[1] else p[:1]
-
-
-ALL = ("hidden", "matrices", "vectors")
-ADAMW = Rule(
-    adamw,
-    {"exp_avg": whole, "exp_avg_sq": whole},
-    takes=ALL,
-    by_parameter=True,
-)
-MUON = Rule(
-    muon,
-    {"momentum_buffer": whole},
-    learning_rate="muon_learning_rate",
-    settings=("muon_learning_rate", "muon_momentum", "muon_dtype"),
-    by_parameter=True,
-)
-NORMUON = MUON._replace(
-    update=partial(muon, normalize=True),
-    state=MUON.state | {"second_moment_buffer": per_neuron},
-)
-# {name: rules, of which the first that takes a parameter updates it}. AdamW updates what they do not take.
-OPTIMIZERS = {"adamw": [ADAMW], "muon": [MUON], "normuon": [NORMUON]}
+MUONS = {"muon": muon, "normuon": partial(muon, kind=NorMuon)}
+# {name: a class of torch.optim, or a function that makes an optimizer from groups and the settings}
+OPTIMIZERS = {"adamw": AdamW, **MUONS}
 
 
 # --------------------------------------------------------------------------------------
@@ -334,30 +288,75 @@ def rate_factor(name: str, p: Tensor, config: "TrainConfig") -> float:
 
 def make_optimizer(
     config: "TrainConfig", model: nn.Module, spread: Callable = apply
-) -> Optimizer:
-    """Make the optimizer of a run. spread: Process.spread.
+) -> torch.optim.Optimizer:
+    """Make the optimizer of a run. Each group has its kind, the factor and the peak of its rate, and what AdamW needs.
+
+    spread: Process.spread, with which several processes share the work of Muon.
 
     Weight decay pulls matrices and embeddings towards zero, but not biases and norms.
     """
     groups = []
     for kind, members in group_parameters(model).items():
-        rule = next(x for x in [*OPTIMIZERS[config.optimizer], ADAMW] if kind in x.takes)
-        factors = {name: rate_factor(name, p, config) for name, p in members.items()}
-        for factor in dict.fromkeys(factors.values()):
-            part = {name: p for name, p in members.items() if factors[name] == factor}
-            peak_lr = factor * getattr(config, rule.learning_rate)
-            groups.append(
-                {
-                    "rule": rule,
-                    "named_params": part,
-                    "params": list(part.values()),
-                    "lr": peak_lr,
-                    "peak_lr": peak_lr,
-                    "config": config,
-                    "weight_decay": 0.0 if kind == "vectors" else config.weight_decay,
-                }
-            )
-    return Optimizer(groups, spread)
+        by_factor = defaultdict(list)
+        for name, p in members.items():
+            by_factor[rate_factor(name, p, config)].append(p)
+        for factor, params in by_factor.items():
+            group = {"kind": kind, "params": params, "factor": factor}
+            group["lr"] = factor * config.learning_rate
+            group["betas"] = (config.beta1, config.beta2)
+            group["weight_decay"] = 0.0 if kind == "vectors" else config.weight_decay
+            groups.append(group)
+    make = OPTIMIZERS[config.optimizer]
+    optimizer = make(groups) if isinstance(make, type) else make(groups, config)
+    optimizer.spread = spread
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+    return optimizer
+
+
+def set_lr(optimizer: torch.optim.Optimizer, scale: float) -> None:
+    """Set each group's learning rate to scale times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * scale
+
+
+# --------------------------------------------------------------------------------------
+# What a checkpoint holds: the state of each parameter by its name, because torch keys it by position
+
+
+def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict]:
+    """Return {name of a parameter: its state}, without those that have none."""
+    named = trained_parameters(model).items()
+    return {name: optimizer.state[p] for name, p in named if p in optimizer.state}
+
+
+def restore_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict, receive: Callable
+) -> None:
+    """Undo named_state() of an optimizer that has taken a step. The groups keep their settings.
+
+    saved: the state, or what 57d295e saved: {"steps": int, "state": state}. receive: Process.receive. Raises an
+    exception of any type if the names do not fit the model or, for classes made here, the shapes and dtypes.
+    """
+    if "steps" in saved:
+        steps, saved = saved["steps"], saved["state"]
+        for values in saved.values():
+            if "exp_avg" in values:
+                values["step"] = torch.tensor(float(steps))
+    parameters = trained_parameters(model)
+    if unknown := saved.keys() - parameters.keys():
+        raise ValueError(f"it has optimizer.{min(unknown)}, which this code does not know")
+    if isinstance(optimizer, Optimizer):
+        optimizer.make_state()
+        for name, p in parameters.items():
+            check_tensors(f"optimizer.{name}.", saved.get(name, {}), optimizer.state[p])
+    for name, values in saved.items():
+        p = parameters[name]
+        like = optimizer.state[p]
+        optimizer.state[p] = {
+            key: receive(x, like.get(key, p)) if isinstance(x, Tensor) else x
+            for key, x in values.items()
+        }
 
 
 # --------------------------------------------------------------------------------------

@@ -16,10 +16,15 @@ import model as models
 from humptygpt.device import DTYPES, free_memory
 from humptygpt.loggers import own_values
 from humptygpt.machine import check_fits, discard_output
-from humptygpt.optimizers import freeze, make_optimizer, trained_parameters
+from humptygpt.optimizers import (
+    Optimizer,
+    freeze,
+    make_optimizer,
+    trained_parameters,
+)
 from humptygpt.run import Diverged, Run, RunFolder
 from humptygpt.settings import TrainConfig
-from humptygpt.tasks import build_on_meta
+from humptygpt.tasks import WithoutValues, build_on_meta
 from model import ModelConfig, count_parameters
 
 ADVICE = (
@@ -198,8 +203,16 @@ def training_memory(config: TrainConfig, model: nn.Module, processes: int = 1) -
     """Estimate the memory that each process needs. model: from model_on_meta()."""
     weights = FLOAT * count_parameters(model)
     gradients = FLOAT * sum(p.numel() for p in trained_parameters(model).values())
-    states = make_optimizer(config, model).state_like().values()
-    optimizer = sum(x.nbytes for state in states for x in state.values())
+    trained = make_optimizer(config, model)
+    optimizer = (
+        2 * gradients
+    )  # a guess for other classes, which make their state in the first step
+    if isinstance(trained, Optimizer):
+        with WithoutValues():
+            trained.make_state()
+        optimizer = sum(
+            x.nbytes for state in trained.state.values() for x in state.values()
+        )
     activations = activation_bytes(config, model, processes)
     if processes == 1 or config.parallel == "ddp":
         return Memory(weights, gradients, optimizer, activations)

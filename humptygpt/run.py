@@ -28,7 +28,7 @@ from humptygpt.loggers import (
     draw_losses,
     read_metrics,
 )
-from humptygpt.optimizers import Optimizer
+from humptygpt.optimizers import named_state, restore_state
 from humptygpt.process import Process
 from humptygpt.settings import TrainConfig
 from humptygpt.workers import STOPPING
@@ -150,7 +150,7 @@ class Run:
     scaler: torch.amp.GradScaler
     clock: StepClock  # or, with --minutes, a plan.Clock
     metrics: dict[str, Callable] = field(default_factory=dict)  # METRICS of train.py
-    optimizer: Optimizer | None = None  # None only until setup() has made it
+    optimizer: torch.optim.Optimizer | None = None  # None only until setup() has made it
 
     @property
     def task(self) -> tasks.Task:
@@ -203,7 +203,7 @@ class Run:
     def latest_state(self) -> dict:
         """Return the entries of ckpt.pt."""
         return self.state() | {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": named_state(self.optimizer, self.model),
             "scaler": self.scaler.state_dict() or None,
         }
 
@@ -224,7 +224,9 @@ class Run:
     def restore(self, saved: dict) -> None:
         """Restore the optimizer and the scaler from a checkpoint. Raises UserError if it does not fit."""
         with files.refuse_damaged(self.path):
-            self.optimizer.load(saved["optimizer"], self.process.receive)
+            state, receive = saved["optimizer"], self.process.receive
+            if state or self.progress.iter:
+                restore_state(self.optimizer, self.model, state, receive)
             if saved.get("scaler"):  # only with float16
                 math.fsum(saved["scaler"].values())  # all are numbers
                 self.scaler.load_state_dict(saved["scaler"])

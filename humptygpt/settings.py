@@ -8,7 +8,7 @@ from humptygpt.cli import check_above_0, check_choices, check_least, fields_of
 from humptygpt.data import DATASETS
 from humptygpt.device import DTYPES
 from humptygpt.loggers import chosen_loggers
-from humptygpt.optimizers import OPTIMIZERS, SCHEDULES, OptimizerConfig
+from humptygpt.optimizers import MUONS, OPTIMIZERS, SCHEDULES, OptimizerConfig
 from humptygpt.tasks import MODELS
 from model import POSITIONS
 
@@ -34,13 +34,11 @@ IN_VAIN = [
     ("attention n_head n_kv_head head_size qk_norm attn_bias", "model", WITHOUT_BLOCKS),
     ("mlp mlp_conv mlp_bias", "model", WITHOUT_BLOCKS),
     ("mlp_conv mlp_bias activation n_hidden", "mlp", ("none",)),
-]
-# {optimizer: the settings of its rules}
-OF_RULES = {x: {key for rule in OPTIMIZERS[x] for key in rule.settings} for x in OPTIMIZERS}
-IN_VAIN += [
-    (key, "optimizer", [name for name, own in OF_RULES.items() if key not in own])
-    for settings in OF_RULES.values()
-    for key in settings
+    (
+        "muon_learning_rate muon_momentum muon_dtype",
+        "optimizer",
+        {*OPTIMIZERS} - {*MUONS},
+    ),
 ]
 # Defaults for a run that starts from a model; finetune/base.py chooses the optimizer and its rates.
 GENTLE = {"schedule": "linear", "min_lr": 0.0, "warmup_iters": 10}

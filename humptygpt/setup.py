@@ -445,7 +445,6 @@ def start_workers(run: Run, compute_gradients: Callable) -> None:
     tasks = {
         "gradients": compute_gradients,
         "losses": evaluation.batch_losses,
-        "update": lambda run, worker, rates: run.optimizer.update(rates, worker, count),
     }
     Workers(run, tasks, count)
 

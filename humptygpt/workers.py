@@ -16,7 +16,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from multiprocessing.connection import Connection, Pipe
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from humptygpt.cli import UserError
 from humptygpt.data import random_key
-from humptygpt.optimizers import trained_parameters
+from humptygpt.optimizers import Optimizer, trained_parameters
 
 if TYPE_CHECKING:  # run.py imports this file
     from humptygpt.run import Run
@@ -56,10 +55,14 @@ class Workers:
         self.parameters = list(trained_parameters(run.model).values())
         for p in self.parameters:
             p.data = shared(p.data)
-        run.optimizer.make_state()
+        self.updated = self.parameters, *[()] * (count - 1)  # by each worker
+        if isinstance(run.optimizer, Optimizer):
+            run.optimizer.make_state()
+            self.updated = [self.parameters[number::count] for number in range(count)]
         for state in run.optimizer.state.values():
-            state |= {key: shared(x) for key, x in state.items()}
-        run.optimizer.each = partial(self.each, "update")
+            state |= {key: shared(x) for key, x in state.items() if isinstance(x, Tensor)}
+        run.optimizer.step = self.step
+        self.tasks |= {"update": self.update}
         self.gradients = [[shared(p.data) for p in self.parameters] for _ in range(count)]
         # workers share all memory until somebody writes to it: give back what is free, and let no collection write
         ctypes.CDLL(None).malloc_trim(0)
@@ -121,14 +124,31 @@ class Workers:
             own = self.gradients[0 if name == "update" else number]
             if name == "gradients":
                 torch._foreach_zero_(own)
-            for p, gradient in zip(self.parameters, own, strict=True):
-                p.grad = gradient
+            self.show(own)
         return self.tasks[name](self.run, number, *arguments)
 
     def sum_gradients(self) -> None:
         """Add the gradients of the other workers to those of worker 0."""
         for others in self.gradients[1:]:
             torch._foreach_add_(self.gradients[0], others)
+
+    def step(self) -> None:
+        """Take a step of the optimizer, in place of its own step()."""
+        self.each("update", [group["lr"] for group in self.run.optimizer.param_groups])
+        self.show(self.gradients[0])
+
+    def update(self, run: "Run", number: int, rates: list[float]) -> None:
+        """Update a worker's parameters: an optimizer leaves those without a gradient as they are."""
+        mine = {*self.updated[number]}
+        for p in self.parameters:
+            p.grad = p.grad if p in mine else None
+        for group, lr in zip(run.optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr
+        type(run.optimizer).step(run.optimizer)
+
+    def show(self, gradients: list[Tensor]) -> None:
+        for p, gradient in zip(self.parameters, gradients, strict=True):
+            p.grad = gradient
 
     def close(self) -> None:
         for process, _ in self.others:

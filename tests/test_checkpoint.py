@@ -16,7 +16,7 @@ from humptygpt import checkpoint
 from humptygpt.cli import UserError
 from humptygpt.convert.huggingface import write_pretrained
 from humptygpt.loading import load as load_source
-from humptygpt.optimizers import make_optimizer
+from humptygpt.optimizers import make_optimizer, named_state
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build, build_on_meta
 from humptygpt.tokenizers import CharTokenizer
@@ -42,7 +42,7 @@ def make_entries() -> dict:
         "data": {"source": "ü.txt", "identity": {"train_tokens": 9}},
         "progress": asdict(train.Progress(iter=3, tokens=12, losses=[1.5])),
         "model": dict(model.state_dict()),
-        "optimizer": optimizer.state_dict(),
+        "optimizer": named_state(optimizer, model),
         "scaler": None,
     }
 

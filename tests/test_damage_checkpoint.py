@@ -60,9 +60,8 @@ def change_entries(data: bytes, rng: random.Random) -> bytes:
 def change_tensor(data: bytes, rng: random.Random) -> bytes:
     """Change the shape, dtype, layout, device, class or memory of a tensor."""
     entries = torch.load(io.BytesIO(data), weights_only=False)
-    optimizer = entries.get("optimizer", {"state": {}})
-    tensors = rng.choice([entries["model"], *optimizer["state"].values()])
-    name = rng.choice(list(tensors))
+    tensors = rng.choice([entries["model"], *entries.get("optimizer", {}).values()])
+    name = rng.choice([name for name, x in tensors.items() if x.dim()])
     tensors[name] = rng.choice(OTHER_TENSORS)(tensors[name])
     return to_bytes(entries)
 

@@ -297,7 +297,8 @@ def scaled_with_one_overflow(argv: list[str]) -> int:
 
     train.setup = setup_with_scaler
     code = train.main(argv)
-    found = f"{runs[0].scaler.get_scale()} {runs[0].optimizer.steps}"
+    steps = next(iter(runs[0].optimizer.state.values()))["step"]
+    found = f"{runs[0].scaler.get_scale()} {steps:.0f}"
     Path(f"scale{os.environ['RANK']}").write_text(found)
     return code
 

@@ -37,7 +37,7 @@ from humptygpt.chat.tokens import BEGIN, END, ChatTokenizer, Turn
 from humptygpt.cli import UserError
 from humptygpt.data import TokenDataset
 from humptygpt.loading import code_checksum, load
-from humptygpt.optimizers import make_optimizer
+from humptygpt.optimizers import make_optimizer, set_lr
 from humptygpt.page import known_settings, page_data
 from humptygpt.page.html import to_text
 from humptygpt.page.known_settings import (
@@ -719,7 +719,7 @@ def train_both(node, model: nn.Module, batches: list[dict], settings: dict):
         loss.backward()
         norms.append(train.clip(model, config.grad_clip).item())
         losses.append(loss.item())
-        optimizer.set_lr(config.lr(it) / config.learning_rate)
+        set_lr(optimizer, config.lr(it) / config.learning_rate)
         optimizer.step()
         model.zero_grad()
     return found, losses, norms

@@ -24,7 +24,7 @@ from humptygpt import evaluation
 from humptygpt import loading as interchange
 from humptygpt import run as run_module
 from humptygpt.checkpoint import load_plain
-from humptygpt.optimizers import make_optimizer
+from humptygpt.optimizers import make_optimizer, set_lr
 from humptygpt.page.html import fill, to_text
 from humptygpt.page.page_data import page_data
 from humptygpt.settings import TrainConfig
@@ -908,7 +908,7 @@ def test_steps_of_the_page_are_pytorchs_and_a_step_can_be_gone_back_to(opened, r
     optimizer = make_optimizer(config, model)
     losses = []
     for step in range(4):
-        optimizer.set_lr(config.lr(step) / config.learning_rate)
+        set_lr(optimizer, config.lr(step) / config.learning_rate)
         loss = mean_loss(model, ids)
         losses.append(loss.item())
         model.zero_grad()

@@ -14,7 +14,7 @@ from humptygpt import checkpoint
 from humptygpt import run as runs
 from humptygpt.finetune.lora import LoRALinear
 from humptygpt.loading import load
-from humptygpt.optimizers import ADAMW, trained_parameters
+from humptygpt.optimizers import trained_parameters
 from humptygpt.setup import read_settings
 from humptygpt.tasks import build_on_meta
 from model import GPT, ModelConfig
@@ -57,7 +57,7 @@ def test_a_run_with_lora_starts_as_the_model_that_it_starts_from(base):
 def test_adamw_trains_the_matrices_of_lora_whatever_the_optimizer(base, optimizer):
     run = train.setup(read_settings([*LORA, f"--optimizer={optimizer}"]))
     groups = [group for group in run.optimizer.param_groups if group["params"]]
-    assert groups and all(group["rule"] is ADAMW for group in groups)
+    assert groups and all("momentum" not in group for group in groups)
 
 
 def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base):
@@ -66,7 +66,7 @@ def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base):
     saved, best = (checkpoint.read(OUT / name) for name in ("ckpt.pt", "best.pt"))
     before = base.model.state_dict()
     own = {name for name in saved["model"] if ".lora_" in name}
-    assert saved["optimizer"]["state"].keys() == own
+    assert saved["optimizer"].keys() == own
     assert all(saved["model"][name].any() for name in own)
     assert_same_weights({k: x for k, x in saved["model"].items() if k not in own}, before)
     changed = {k for k, x in best["model"].items() if not torch.equal(x, before[k])}
@@ -104,7 +104,7 @@ def test_frozen_parameters_stay_and_the_others_train(base):
     # the head shares the weights of wte
     parts = r"(wte|lm_head)\.|\.blocks\.0\.|\.attn_norm\."
     assert same == {name for name in before if re.search(parts, name)}
-    assert not saved["optimizer"]["state"].keys() & same
+    assert not saved["optimizer"].keys() & same
 
 
 REFUSED = {

@@ -499,16 +499,13 @@ def test_what_does_not_fit_into_memory_is_not_tried(tiny, machine, fails):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_the_law_promises_less_loss_by_more_of_anything_and_advises_the_best(text):
+def test_the_law_promises_less_loss_by_more_of_anything(text):
     for parameters in (10**4, 10**6, 10**9):
         for read in (text / 2, text, 3 * text):
             now = plan.loss(parameters, read, text)
             assert plan.loss(2 * parameters, read, text) <= now
             assert plan.loss(parameters, 2 * read, text) <= now
             assert plan.loss(parameters, read, 2 * text) <= now
-        # a text that was read once has more to teach
-        assert "twice the text" not in plan.advice(parameters, text, text)
-    assert "twice the text" in plan.advice(10**12, 1000 * text, text)
 
 
 # --------------------------------------------------------------------------------------
@@ -604,28 +601,6 @@ def test_plan_py_has_the_settings_and_learning_rates_of_a_run_that_stopped_early
     scaled = {"max_iters", "eval_interval", "warmup_iters", "lr_decay_iters"}
     for key in written.keys() - scaled:
         assert written[key] == recorded[key]
-
-
-@pytest.mark.parametrize(
-    ("start", "change", "expected"),
-    [
-        ("scratch", -0.01, r"twice the .* by about [\d.]+ bits per byte"),
-        ("scratch", 0.01, None),
-        ("out/base", -0.01, None),
-    ],
-)
-def test_the_law_promises_nothing_to_a_run_from_a_model_or_one_that_became_worse(
-    tiny, machine, capsys, start, change, expected
-):
-    machine.run(*TINY_RUN, "--out_dir=out/base")
-    losses = itertools.count(3.0, change)
-    machine.patch.setattr(evaluation, "evaluate", lambda *args: (next(losses), 0.0))
-    capsys.readouterr()
-    machine.now = 0.0
-    machine.run(*TIMED, f"--init_from={start}", "--minutes=0.2")
-    found = re.search("^what would help most: (.*)", capsys.readouterr().out, re.M)
-    assert bool(found) == bool(expected)
-    assert not found or re.fullmatch(expected, found[1])
 
 
 def test_a_model_to_start_from_keeps_its_size(tiny, machine, small_sizes, capsys):

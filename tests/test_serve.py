@@ -765,6 +765,8 @@ def started(folder: Path, run: str):
             stderr=errors,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
+            # a shell lets what it runs in the background ignore Ctrl-C
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             address = re.search(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())

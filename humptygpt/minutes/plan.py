@@ -183,22 +183,6 @@ def most_parameters(text: float) -> float:
     return 140 * text**0.75
 
 
-def advice(parameters: int, read: float, text: float, bits: float = math.inf) -> str:
-    """Say what would lower the loss most: more minutes, more text or a larger model.
-
-    bits: the loss of the run in bits per byte; the rest as for loss().
-    """
-    now = loss(parameters, read, text)
-    losses = {
-        "twice the minutes": loss(parameters, 2 * read, text),
-        "twice the text": loss(parameters, read, 2 * text),
-        "twice the parameters, in twice the minutes": loss(2 * parameters, read, text),
-    }
-    best = min(losses, key=losses.get)
-    gain = min(now, bits) * (1 - losses[best] / now)  # no more than there is to gain
-    return f"what would help most: {best}; it would lower the loss by about {gain:.2f} bits per byte"
-
-
 def count_members(epochs: float) -> int:
     """Choose the number of members. epochs: how often one model could read the text in the time that there is.
 
@@ -494,18 +478,10 @@ def choice(run: Run) -> str:
 
 
 def closing(run: Run, out_dir: Path) -> str:
-    """Write plan.py. Returns the last lines of a run: what plan.py is, and what would lower the loss most."""
+    """Write plan.py, and return a line that says what it is."""
     path = out_dir / "plan.py"
     write_plan(path, run)
-    bytes_per_token = run.dataset.val_bytes_per_token()
-    text = run.dataset.train.targets * bytes_per_token
-    read = run.progress.tokens * bytes_per_token
-    bits = run.progress.best_val_loss / math.log(2) / bytes_per_token
-    told = f"{path} is a config file that repeats this run step by step"
-    improving = run.progress.best_iter == run.progress.iter
-    if improving and run.config.init_from == "scratch":  # the law describes no other run
-        told += f"\n{advice(count_inner(run.model), read, text, bits)}"
-    return told
+    return f"{path} is a config file that repeats this run step by step"
 
 
 def write_plan(path: Path, run: Run) -> None:
