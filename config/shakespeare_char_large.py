@@ -2,8 +2,8 @@
 #
 #   python train.py config/shakespeare_char_large.py
 #
-# The model has 2.69 million parameters. On one CPU core with bfloat16 instructions, training takes about 25
-# minutes and reaches a validation loss of 1.4110 nats per character. RECORDS.md says what else was tried.
+# The model has 2.69 million parameters. On one CPU core with bfloat16 instructions, training takes about 25 minutes
+# and reaches a validation loss of 1.4110 nats per character. RECORDS.md says what else was tried.
 
 out_dir = "out/shakespeare_char_large"
 dataset = "shakespeare_char"  # tiny Shakespeare: 1.1 million characters

@@ -42,7 +42,9 @@ def start() -> None:
     woken, which a virtual machine makes slow. Settings in the user's environment take precedence.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed; no other file may get its number
+        if (
+            getattr(sys, name) is None
+        ):  # it is closed: reopen it, or another file gets its number
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115, stays open
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Ctrl-C during the imports ends the script without a traceback
@@ -204,7 +206,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
 def use_utf8() -> None:
     """Read and write UTF-8 whatever the locale is, which may lack most characters. A byte order mark is skipped.
 
-    Bytes that are not UTF-8 become half characters, as on the command line, which check_text() refuses.
+    Bytes that are not UTF-8 become lone surrogates, as on the command line, and check_text() refuses those.
     """
     for stream in (sys.stdout, sys.stderr):
         if stream:  # None without a console

@@ -22,9 +22,8 @@ from humptygpt.device import DTYPES
 if TYPE_CHECKING:  # settings.py imports this file
     from humptygpt.settings import TrainConfig
 
-Groups = list[
-    dict
-]  # of parameters and their settings, as torch.optim takes them; see group_parameters()
+# parameters and their settings, as torch.optim takes them; make_optimizer() makes them
+Groups = list[dict]
 
 
 @dataclass(frozen=True)

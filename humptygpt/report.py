@@ -129,7 +129,9 @@ def closing(run: Run, rows: list[dict]) -> str:
     if progress.best_iter == progress.iter:
         minutes, steps = run.config.minutes, run.config.max_iters
         twice = f"--max_iters={2 * steps}"
-        if minutes:  # less than it has taken, if a finished run is resumed with less
+        if (
+            minutes
+        ):  # the position is beyond the end if a finished run is resumed with fewer minutes
             twice = f"--minutes={2 * minutes * progress.position / steps:g}"
         text += f"\ntwice as long: python train.py --init_from=resume {out_dir_key(run)} {twice}"
     if progress.best_val_loss < math.inf:
@@ -204,9 +206,8 @@ def training_memory(config: TrainConfig, model: nn.Module, processes: int = 1) -
     weights = FLOAT * count_parameters(model)
     gradients = FLOAT * sum(p.numel() for p in trained_parameters(model).values())
     trained = make_optimizer(config, model)
-    optimizer = (
-        2 * gradients
-    )  # a guess for other classes, which make their state in the first step
+    # a guess: a class from elsewhere makes its state in the first step
+    optimizer = 2 * gradients
     if isinstance(trained, Optimizer):
         with WithoutValues():
             trained.make_state()

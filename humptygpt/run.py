@@ -324,7 +324,8 @@ def catch_signals() -> Iterator[list[int]]:
     handlers = {
         number: signal.signal(number, catch)
         for number in STOPPING
-        # what is ignored, as SIGHUP under nohup, stays so, but for SIGINT, which scripts let the background ignore
+        # A signal that is ignored stays ignored, such as SIGHUP under nohup. SIGINT is the exception, because shells
+        # let background jobs ignore it.
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN
     }
     try:

@@ -115,8 +115,9 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         defaults = base_defaults(base, given)
     elif given.get("minutes") and given.get("model", ModelConfig.model) == "gpt":
         defaults = cli.read_config(str(cli.CONFIGS.parent / RECIPE), fields)
-        # a width for these heads, which are as large as the recipe's; --minutes tries others
-        defaults["n_embd"] = 64 * given.get("n_head", defaults["n_head"])
+        # the recipe's width would have to be a multiple of n_head: keep the size of its heads instead
+        heads = given.get("n_head", defaults["n_head"])
+        defaults["n_embd"] = defaults["n_embd"] // defaults["n_head"] * heads
     if saved:
         settings = resumed_settings(saved, settings, path)
     else:

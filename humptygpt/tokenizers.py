@@ -28,7 +28,7 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how sentencepiece writes a byt
 
 
 def check_text(text: str) -> str:
-    """Return a text. Raises UserError if it has half a character or a byte that is not UTF-8."""
+    """Return the text. Raises UserError if it has a lone surrogate, which also stands for a byte that is not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -55,7 +55,8 @@ class Workers:
         self.parameters = list(trained_parameters(run.model).values())
         for p in self.parameters:
             p.data = shared(p.data)
-        self.updated = self.parameters, *[()] * (count - 1)  # by each worker
+        # the parameters that each worker updates; a class from elsewhere may not let them be divided
+        self.updated = [self.parameters, *([] for _ in range(1, count))]
         if isinstance(run.optimizer, Optimizer):
             run.optimizer.make_state()
             self.updated = [self.parameters[number::count] for number in range(count)]

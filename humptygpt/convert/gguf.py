@@ -125,7 +125,7 @@ def with_merges(tokenizer: Tokenizer) -> Vocabulary:
         kind = TokenType.CONTROL if entry["special"] else TokenType.USER_DEFINED
         found[entry["id"]] = entry["content"], kind
     for reply, i in getattr(tokenizer, "replies", {}).items():
-        # llama.cpp finds these inside other texts, too; those of any other type it would never find
+        # llama.cpp also finds tokens of this type inside other texts; it would never find any other type
         found[i] = reply, TokenType.USER_DEFINED
     tokens, types = zip(*(found[i] for i in range(tokenizer.vocab_size)), strict=True)
     if not merges_characters:
