@@ -42,9 +42,8 @@ def start() -> None:
     woken, which a virtual machine makes slow. Settings in the user's environment take precedence.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if (
-            getattr(sys, name) is None
-        ):  # it is closed: reopen it, or another file gets its number
+        # a closed stream is opened anew, or another file would get its number
+        if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115, stays open
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Ctrl-C during the imports ends the script without a traceback

@@ -129,9 +129,8 @@ def closing(run: Run, rows: list[dict]) -> str:
     if progress.best_iter == progress.iter:
         minutes, steps = run.config.minutes, run.config.max_iters
         twice = f"--max_iters={2 * steps}"
-        if (
-            minutes
-        ):  # the position is beyond the end if a finished run is resumed with fewer minutes
+        # the position is beyond the end if a finished run is resumed with fewer minutes
+        if minutes:
             twice = f"--minutes={2 * minutes * progress.position / steps:g}"
         text += f"\ntwice as long: python train.py --init_from=resume {out_dir_key(run)} {twice}"
     if progress.best_val_loss < math.inf:

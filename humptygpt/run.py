@@ -448,9 +448,8 @@ class RunFolder:
     def end(self, run: Run, how: str) -> None:
         """Write the last row of metrics: how the run ended, and its best loss, with a checksum of the text it is on."""
         best = {}
-        for (
-            row
-        ) in self.rows:  # the best model's loss on the whole validation split comes last
+        # the best model's loss on the whole validation split comes last
+        for row in self.rows:
             row = {key.removeprefix("whole_"): value for key, value in row.items()}
             if "val_loss" in row and row["iter"] == run.progress.best_iter > 0:
                 kept = ("iter", "val_loss", "val_bits_per_byte", "val_text")
