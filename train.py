@@ -17,9 +17,8 @@ with the recipe of config/shakespeare_char.py. --input without a config file, --
 """
 
 import signal
-from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 
 from humptygpt import machine
 
@@ -32,36 +31,34 @@ from tqdm import tqdm
 
 from humptygpt import evaluation, report
 from humptygpt.checks import check_model
-from humptygpt.device import DTYPES, autocast, to_device
+from humptygpt.device import autocast
 from humptygpt.loading import is_finite, load
-from humptygpt.optimizers import make_optimizer, set_lr
-from humptygpt.process import launched, part_of, start_process, tune
+from humptygpt.optimizers import set_lr
+from humptygpt.ranks import launched, start_ranks, tune
 from humptygpt.report import ADVICE, check_training_fits
 from humptygpt.run import (
+    Clock,
     Diverged,
     Meter,
     Progress,
     Run,
     RunFolder,
-    StepClock,
     catch_signals,
     take_snapshot,
 )
 from humptygpt.setup import (
     Start,
+    assemble,
     dry_run,
     fit_to_data,
     make_model,
-    make_net,
     open_prepared,
     prepare_missing,
     read_settings,
     recorded_settings,
     resumed_progress,
-    start_workers,
 )
-from humptygpt.tasks import losses_of, with_progress
-from humptygpt.workers import set_seeds
+from humptygpt.step import train_step
 
 # {name: function}: your own metrics, for metrics.jsonl and loss.png. Every log_interval steps, each is called after the
 # update as function(run, before), while the gradients are there. before: {name: weight before the update}
@@ -80,7 +77,7 @@ def main(argv: list[str]) -> int:
             return 0
         run = setup(start)
         del start  # free the checkpoint's memory
-        with run.process:
+        with run.ranks:
             print(report.summary(run), flush=True)
             if run.config.minutes:
                 from humptygpt.minutes import plan
@@ -89,7 +86,7 @@ def main(argv: list[str]) -> int:
             if run.config.eval_only:
                 print(evaluate_only(run))
                 return 0
-            return fit(run)
+            return run.ranks.each(fit, run)
 
 
 # --------------------------------------------------------------------------------------
@@ -97,56 +94,27 @@ def main(argv: list[str]) -> int:
 
 
 def setup(start: Start) -> Run:
-    """Assemble a run."""
+    """Put the run together that a command has asked for."""
     config, model_config, saved, base, given = start
-    process = start_process(config, lambda: prepare_missing(config))
-    device = process.device
-    config = tune(config, process)
-    dtype = DTYPES[config.dtype]
-    if device.type == "cuda":
+    ranks = start_ranks(config, lambda: prepare_missing(config))
+    config = tune(config, ranks)
+    if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     dataset = open_prepared(config, model_config)
     model_config = fit_to_data(start, dataset)
-    clock = StepClock()
+    progress = resumed_progress(config, saved, dataset) if saved else Progress()
+    clock = Clock(progress, config.minutes)
     if config.minutes:
         from humptygpt.minutes import plan
 
-        config, model_config, clock = plan.begin(
-            config,
-            model_config,
-            given,
-            saved,
-            dataset,
-            device,
-            step=(train_step, compute_gradients),
+        config, model_config = plan.begin(
+            config, model_config, given, dataset, clock, ranks.device
         )
     elif not config.eval_only:
-        check_training_fits(config, model_config, device, process.size)
-
-    model = make_model(config, model_config, saved, base, process.first, dataset.tokenizer)
+        check_training_fits(config, model_config, ranks.device, ranks.size)
+    model = make_model(config, model_config, saved, base, ranks.first, dataset.tokenizer)
     check_model(model)
-    run = Run(
-        config=config,
-        process=process,
-        device=device,
-        dtype=dtype,
-        dataset=dataset,
-        model=model,
-        net=model,
-        progress=resumed_progress(config, saved, dataset) if saved else Progress(),
-        metrics=METRICS,
-        clock=clock,
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-    )
-    process.place(model, run)
-    run.optimizer = make_optimizer(config, model, process.spread)
-    # an evaluation uses the plain model and no optimizer, to save memory
-    if saved and not config.eval_only:
-        run.restore(saved)
-    if not config.eval_only:
-        run.net = make_net(run)
-        start_workers(run, compute_gradients)
-    return run
+    return assemble(config, dataset, model, ranks, clock, METRICS, saved)
 
 
 # --------------------------------------------------------------------------------------
@@ -166,40 +134,42 @@ def fit(run: Run) -> int:
         try:
             stopped_by = train(run, folder)
         except Diverged as error:
-            if run.process.first:
+            if run.ranks.first:
                 folder.end(run, "diverged")
                 report.diverged(folder, error)
             return 1
         folder.draw(run)  # a resumed run may have no steps left and no plot yet
-        if run.process.first:
-            folder.end(run, "interrupted" if stopped_by else finish(run, folder))
-    if run.process.first and stopped_by:
-        report.stopped(run, stopped_by)
-    return 128 + stopped_by if stopped_by else 0
+        folder.end(run, "interrupted" if stopped_by else finish(run, folder))
+    if stopped_by:
+        if run.ranks.first:
+            report.stopped(run, stopped_by)
+        return 128 + stopped_by
+    return 0
 
 
 def train(run: Run, folder: RunFolder) -> int | None:
     """Train to the end or until a signal arrives. Returns the signal's number or None. Raises Diverged."""
-    config = run.config
-    progress = run.progress
+    config, progress, clock = run.config, run.progress, run.clock
     meter = Meter(run)
-    run.clock.start(run)
+    clock.start(1 + evaluation.cost_of_whole_split(run))
     due = False
     with catch_signals() as signals, report.progress_bar(run) as bar:
         while not run.is_over:
             take_snapshot(run)
             if not due:  # an evaluation shows what the model writes
                 write_line(run, meter, bar)
-            before = progress.position
-            lr = config.lr(before)
+            lr = config.lr(progress.position)
             set_lr(run.optimizer, lr / config.learning_rate)
-            losses, grad_norm, tokens = train_step(run, progress.iter)
-            due = run.advance(tokens)
+            before = weights_for_metrics(run)
+            losses, grad_norm, tokens = train_step(run)
+            due, stop = run.advance(
+                tokens, signals
+            )  # a later signal is handled in the next step
+            losses |= compute_metrics(run, before)
+            run.model.zero_grad()
             meter.add(losses, grad_norm)
-            bar.update(progress.position - before)
+            bar.update(progress.position - bar.n)
             log = run.is_last or progress.iter % config.log_interval == 0
-            # a signal that arrives after this line is handled in the next step
-            stop = bool(run.process.sum(torch.tensor(len(signals))))
             if not (log or due or stop):
                 continue
             meter.read()
@@ -209,13 +179,13 @@ def train(run: Run, folder: RunFolder) -> int | None:
                 report.step(bar, run, row)
             improved = due and evaluate(run, folder, bar)
             if stop or (due and (run.is_over or improved or config.always_save_checkpoint)):
-                progress.run_seconds = run.clock.seconds()
-                run.process.save(folder.path / "ckpt.pt", run.latest_state())
+                progress.run_seconds = clock.total()
+                run.ranks.save(folder.path / "ckpt.pt", run.latest_state())
             if stop:
                 return (signals or [signal.SIGTERM])[0]
             if due and not run.is_over:
                 folder.draw(run)
-                run.clock.leave_out(meter.leave_out())
+                clock.evaluation = clock.leave_out()
     return None
 
 
@@ -225,95 +195,37 @@ def write_line(run: Run, meter: Meter, bar: tqdm) -> None:
     All lines together take at most 1 % of the run's time. The first is always written, because nobody knows beforehand
     how long it takes. Raises Diverged.
     """
-    progress = run.progress
+    progress, clock = run.progress, run.clock
     if progress.iter not in LINES:
         return
     meter.read()
     write = run.task.evaluation_examples
     if write and not is_finite(run.model):
         raise Diverged(f"model has weights that are not finite at iter {progress.iter}")
-    if not write or not run.process.first:
+    if not write or not run.ranks.first:
         return
-    taken = meter.lines
+    taken = clock.lines
     if taken:
-        whole = progress.seconds + run.clock.time_left(run)
+        whole = progress.seconds + clock.left(run.config)
         if sum(taken) + taken[-1] > whole / 100:
             return
     report.line(bar, f"iter {progress.iter}:{show(run, write, run.model, 1)}")
-    taken.append(meter.leave_out())
-    run.clock.leave_out_line(taken[-1])
+    taken.append(clock.leave_out())
 
 
-def train_step(run: Run, step: int) -> tuple[dict[str, Tensor], Tensor, int]:
-    """Take one optimizer step. step: its index, from 0.
+def weights_for_metrics(run: Run) -> dict[str, Tensor]:
+    """Copy the weights before a step whose METRICS are due, {name: weight}. Before other steps, return nothing."""
+    due = (run.progress.iter + 1) % run.config.log_interval == 0
+    if not (run.metrics and run.ranks.first and due):
+        return {}
+    return {name: p.detach().clone() for name, p in run.model.named_parameters()}
 
-    Workers or, with torchrun, processes take parts of the gradients, which are summed once, and of Muon's update.
-    Returns the mean losses before the step, with METRICS if they are due, the gradient norm before clipping and the
-    number of tokens. Tensors stay on the device, because reading them would make the CPU wait for the GPU.
-    """
-    process = run.process
-    task = "gradients", step, run.progress.position / run.config.max_iters
-    try:
-        parts, (tokens, *_) = zip(*process.workers.each(*task), strict=True)
-    except RuntimeError as error:
-        if process.size == 1 and not machine.is_out_of_memory(error):
-            # repeat the computation, so that torch shows which line of the forward pass is to blame
-            with suppress(RuntimeError), torch.autograd.detect_anomaly(check_nan=False):
-                compute_gradients(run, 0, *task[1:])
-        raise
-    losses = {key: process.sum(sum(part[key] for part in parts)) for key in parts[0]}
-    process.workers.sum_gradients()
-    run.scaler.unscale_(run.optimizer)
-    grad_norm = process.gather(clip(run.model, run.config.grad_clip))
-    metrics = {} if (step + 1) % run.config.log_interval else run.metrics
-    weights = run.model.named_parameters() if metrics else ()
-    before = {key: p.detach().clone() for key, p in weights}
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
+
+def compute_metrics(run: Run, before: dict[str, Tensor]) -> dict[str, object]:
+    """Compute METRICS after a step. before: from weights_for_metrics(), which says whether they are due."""
+    metrics = run.metrics if before else {}
     with torch.no_grad():
-        losses |= {key: metric(run, before) for key, metric in metrics.items()}
-    run.model.zero_grad()
-    return losses, grad_norm, tokens
-
-
-def compute_gradients(
-    run: Run, worker: int, step: int, progress: float
-) -> tuple[dict[str, Tensor], int]:
-    """Add up a worker's gradients over the micro-batches of a step.
-
-    progress: that of the run, from 0 to 1. Returns its part of the mean losses of the step: train_loss, and the terms
-    that the model adds to it under names of its own; and the number of tokens in the whole step.
-    """
-    process = run.process
-    shares, tokens = process.shares(run, step)
-    means = defaultdict(float)
-    for share in shares:
-        rows = part_of(share, worker, process.workers.count)
-        set_seeds(run.model, rows.seeds)
-        with process.syncing(run.net, last=share is shares[-1]):
-            with autocast(run.device, run.dtype):
-                batch = with_progress(run.model, rows.batch, progress)
-                losses = losses_of(run.net(**to_device(batch, run.device)))
-                # without targets, the mean is nan
-                losses = {
-                    key: x * (rows.tokens / tokens) if rows.tokens else x.nan_to_num() * 0
-                    for key, x in losses.items()
-                }
-            # DDP and FSDP average gradients over processes; this factor turns the average into a sum
-            run.scaler.scale(sum(losses.values()) * process.size).backward()
-        for key, x in losses.items():
-            means[key] += x.detach()
-    return dict(means), tokens
-
-
-def clip(model: nn.Module, largest: float) -> Tensor:
-    """Scale the gradients down so that their norm is at most `largest`, unless that is 0. Returns the norm before."""
-    norm = nn.utils.get_total_norm(
-        [p.grad for p in model.parameters() if p.grad is not None]
-    )
-    if largest:
-        nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm)
-    return norm
+        return {name: metric(run, before) for name, metric in metrics.items()}
 
 
 def evaluate(run: Run, folder: RunFolder, bar: tqdm) -> bool:
@@ -323,10 +235,10 @@ def evaluate(run: Run, folder: RunFolder, bar: tqdm) -> bool:
     folder.record(run.progress.stamp() | row)
     best = ", the best so far" if improved else ""
     report.line(bar, f"iter {run.progress.iter}: {evaluation.evaluation_line(row)}{best}")
-    if run.task.evaluation_examples and run.process.first:
+    if run.task.evaluation_examples and run.ranks.first:
         report.line(bar, show(run, run.task.evaluation_examples, run.model))
     if improved:
-        run.process.save(folder.path / "best.pt", run.best_state())
+        run.ranks.save(folder.path / "best.pt", run.best_state())
     return improved
 
 
@@ -338,35 +250,39 @@ def finish(run: Run, folder: RunFolder) -> str:
     """Show what the best model can do, and say what to do next. Returns how the run ended."""
     progress = run.progress
     early = progress.position < run.config.max_iters
-    if run.config.minutes:
+    if run.config.minutes and run.ranks.first:
         from humptygpt.minutes import plan
 
         print(plan.closing(run, folder.path))
     if early:
         print(f"stopped early: the validation loss was lowest at iter {progress.best_iter}")
-    if run.task.final_examples or run.task.score or evaluation.cost_of_whole_split(run):
-        show_best(run, folder)
+    show_best(run, folder)
     print(report.closing(run, folder.rows))
     return "stopped early" if early else "finished"
 
 
 def show_best(run: Run, folder: RunFolder) -> None:
     """Evaluate the best model on the whole validation split, print a sample, and score its translations."""
-    model = run.model
-    if run.process.sharded or run.progress.best_iter < run.progress.iter:
-        model = load(folder.path).model
+    task, whole = run.task, evaluation.cost_of_whole_split(run)
+    model, net = run.model, run.net
+    if run.ranks.sharded or run.progress.best_iter < run.progress.iter:
+        if not run.ranks.first or not (task.final_examples or task.score or whole):
+            return
+        model = net = load(folder.path).model
         model.has_cache = run.model.has_cache
-        model.to(run.process.sampling_device)
+        model.to(run.ranks.sampling_device)
     stamp = run.progress.stamp()
-    if evaluation.cost_of_whole_split(run):
-        row = evaluation.measures(run, model, None)
+    if whole:
+        row = evaluation.measures(run, net, None)
         print(f"the whole validation split: {evaluation.evaluation_line(row)}")
         row["iter"] = run.progress.best_iter
         folder.record(stamp | {f"whole_{key}": value for key, value in row.items()})
-    if run.task.final_examples:
-        print(show(run, run.task.final_examples, model))
-    if run.task.score:
-        score = show(run, run.task.score, model)
+    if not run.ranks.first:
+        return
+    if task.final_examples:
+        print(show(run, task.final_examples, model))
+    if task.score:
+        score = show(run, task.score, model)
         folder.record(stamp | score.metrics)
         print(score.text)
 
@@ -374,7 +290,7 @@ def show_best(run: Run, folder: RunFolder) -> None:
 def evaluate_only(run: Run) -> str:
     row = evaluation.measures(run, run.net, run.config.eval_iters)
     text = f"{evaluation.evaluation_line(row)} at iter {run.progress.iter}"
-    if run.task.score and run.process.size == 1:
+    if run.task.score and run.ranks.size == 1:
         text += "\n" + show(run, run.task.score, run.model).text
     return text
 

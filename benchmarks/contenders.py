@@ -13,7 +13,7 @@ import torch
 from bench import BenchConfig
 from humptygpt.evaluation import evaluate
 from humptygpt.machine import GIVEN
-from humptygpt.process import Process
+from humptygpt.ranks import Ranks
 from model import ModelConfig
 
 WARMUP = 20  # steps before the counted ones
@@ -43,7 +43,8 @@ class Trainer:
         """Loss in nats per token over the whole validation split, in blocks of block_size, in float32."""
         run = SimpleNamespace(
             config=self.config,
-            process=Process(self.device),
+            net=None,
+            ranks=Ranks(self.device),
             dataset=self.dataset,
             device=self.device,
             dtype=torch.float32,

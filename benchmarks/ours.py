@@ -11,9 +11,11 @@ from benchmarks.contenders import Generator, Trainer
 from humptygpt.device import pick_device
 from humptygpt.fast.generation import make_generator
 from humptygpt.optimizers import set_lr
+from humptygpt.run import Run
 from humptygpt.sampling import Context, continue_texts
 from humptygpt.settings import TrainConfig
 from humptygpt.setup import Start
+from humptygpt.step import train_step
 from humptygpt.tasks import build
 from model import ModelConfig
 
@@ -30,9 +32,17 @@ class OurTrainer(Trainer):
         self.dataset = self.run.dataset
         self.device = self.run.device
 
+    def take_steps(self, first: int, count: int) -> list[float]:
+        def take(run: Run) -> list[float]:
+            return Trainer.take_steps(self, first, count)
+
+        return self.run.ranks.each(take, self.run)
+
     def step(self, it: int) -> None:
+        self.run.progress.iter = it
         set_lr(self.run.optimizer, self.config.lr(it) / self.config.learning_rate)
-        losses, _, _ = train.train_step(self.run, it)
+        losses, _, _ = train_step(self.run)
+        self.run.model.zero_grad()
         losses["train_loss"].item()
 
 

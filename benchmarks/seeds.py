@@ -60,7 +60,9 @@ def bits_per_byte(seed: int, keys: dict) -> float:
     run = train.setup(Start(config, cli.make(ModelConfig, given)))
     for step in range(STEPS):
         set_lr(run.optimizer, config.lr(step) / config.learning_rate)
-        train.train_step(run, step)
+        train.train_step(run)
+        run.model.zero_grad()
+        run.progress.iter += 1
     return evaluation.measures(run, run.net, 100)["val_bits_per_byte"]
 
 

@@ -12,6 +12,7 @@ from benchmarks.contenders import WARMUP
 from benchmarks.ours import OurTrainer
 from benchmarks.training import DEMO, read_configs
 from humptygpt.device import autocast, to_device
+from humptygpt.step import clip
 
 
 def bench(config: BenchConfig) -> dict:
@@ -30,7 +31,7 @@ def bench(config: BenchConfig) -> dict:
 
 
 def time_phases(run: train.Run, it: int) -> dict[str, float]:
-    """Take a step of one micro-batch in the same way as train.train_step. Returns the seconds of each phase."""
+    """Take a step of one micro-batch in the same way as train_step(). Returns the seconds of each phase."""
     seconds = {}
     began = time.perf_counter()
 
@@ -46,7 +47,7 @@ def time_phases(run: train.Run, it: int) -> dict[str, float]:
     end_phase("forward")
     loss.backward()
     end_phase("backward")
-    train.clip(run.model, run.config.grad_clip)
+    clip(run)
     end_phase("clip")
     run.optimizer.step()
     run.model.zero_grad()

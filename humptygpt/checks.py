@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import model as models
 from humptygpt.cli import first_line, note
+from humptygpt.dropout import add_seeds, set_seeds
 from humptygpt.machine import is_out_of_memory
 from humptygpt.tasks import build, losses_of, with_progress
-from humptygpt.workers import add_seeds, set_seeds
 from model import count_parameters
 
 SMALL = 2e6  # a model of up to this many parameters is tried in its own width
@@ -37,6 +37,8 @@ def check_model(model: nn.Module) -> None:
         torch.random.fork_rng(devices=[]),
         torch.inference_mode(False),
         torch.enable_grad(),
+        # if a backward pass fails, torch shows which line of the forward pass is to blame
+        torch.autograd.set_detect_anomaly(True, check_nan=False),
     ):
         for name, check in CHECKS.items():
             try:
@@ -145,33 +147,52 @@ CHECKS = {
 
 
 # --------------------------------------------------------------------------------------
-# Workers
+# Ranks
 
 
 def sharing_problem(model: nn.Module) -> str | None:
-    """Say why workers cannot each train on some rows of a batch; None if they can."""
-    losses = []
+    """Say why ranks cannot each train on some rows of a batch; None if they can."""
+    losses, gradients = [], []
     try:
         with torch.random.fork_rng(devices=[]):
             small, text = smaller(model, model.config.dropout)
             add_seeds(small)
-            text["targets"] = text["idx"]
-            # the second row is one token again and again, whose loss is unlike that of a text
+            # the second row is one token again and again, whose loss is unlike that of a text, with half of the targets
             batch = {k: torch.cat([x, x[:, :1].expand_as(x)]) for k, x in text.items()}
+            batch["targets"] = batch["idx"].clone()
+            batch["targets"][1, : batch["idx"].shape[1] // 2] = -1
+            targets = (batch["targets"] >= 0).sum(1)
             for rows in ([0], [1], [0, 1]):
                 set_seeds(small, rows)
-                before = [x.clone() for x in (torch.get_rng_state(), *small.buffers())]
+                small.zero_grad()
+                before = [torch.get_rng_state(), *copied(small.state_dict())]
                 part = {name: x[rows] for name, x in batch.items()}
-                losses.append(torch.stack([*small_losses(small, part).values()]))
-                after = torch.get_rng_state(), *small.buffers()
+                loss = torch.stack([*small_losses(small, part).values()])
+                loss = loss * (targets[rows].sum() / targets.sum())
+                loss.sum().backward()
+                losses.append(loss.detach())
+                gradients.append(gradient_of(small))
+                after = [torch.get_rng_state(), *copied(small.state_dict())]
     except Exception as error:
         return describe(error)
     if not all(map(torch.equal, before, after)):
         return "in training, model.py changes a buffer or draws random numbers of its own"
-    first, second, both = losses
-    if not torch.allclose((first + second) / 2, both, 1e-3, 1e-6):
-        return "the loss of a batch is not the mean of its rows' losses"
+    if not torch.allclose(losses[0] + losses[1], losses[2], 1e-3, 1e-6):
+        return "the loss of a batch is not the mean of its targets' losses"
+    difference = gradients[0] + gradients[1] - gradients[2]
+    if difference.norm() > 1e-3 * gradients[2].norm():
+        return "the gradient of a batch is not the sum of its rows' gradients"
     return None
+
+
+def copied(state: dict[str, Tensor]) -> list[Tensor]:
+    return [x.clone() for x in state.values()]
+
+
+def gradient_of(small: nn.Module) -> Tensor:
+    params = list(small.parameters())
+    zeros = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    return torch.cat([x.flatten() for x in zeros])
 
 
 # --------------------------------------------------------------------------------------

@@ -8,66 +8,47 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from humptygpt.data import Dataset, TokenDataset, count_targets
 from humptygpt.device import autocast, to_device
-from humptygpt.run import Run
+from humptygpt.ranks import Ranks
+from humptygpt.run import LINE_TOKENS, SAMPLE_TOKENS, Run
 from humptygpt.tasks import Task
 
-SAMPLE_TOKENS = 300  # length of the sample at the end of a run
-LINE_TOKENS = 60  # length of the sample after each evaluation
 BLOCKS = 8  # blocks of batches whose means give the standard error of a loss
 # fewest batches for a standard error: a dozen in each block, because neighbouring batches of one scene are alike
 FEWEST_BATCHES = 96
 
 
+@torch.no_grad()
 def evaluate(
     run: Run, net: nn.Module, eval_iters: int | None
 ) -> tuple[float, float | None]:
-    """Compute the loss of net over an evaluation set, which is split among the processes and the workers.
+    """Compute the loss of net over an evaluation set, which ranks divide if net is what they train.
 
     Evaluation draws no random numbers, so it cannot affect training. Afterwards, net is in its previous mode again,
     training or evaluation. eval_iters: batches in the set; None: the whole validation split.
     Returns the mean loss in nats per token, and its standard error; None if there are too few batches to estimate that.
     """
-    process = run.process
-    if process.workers and net is run.net:
-        parts = process.workers.each("losses", eval_iters)
-    else:
-        parts = [batch_losses(run, 0, eval_iters, net)]
-    rows = np.array(process.sum(sum(parts)).tolist())
-    losses, weights = rows[rows[:, 1] > 0].T
-    mean = losses @ weights / weights.sum()
-    return float(mean), standard_error(losses - mean, weights)
-
-
-@torch.no_grad()
-def batch_losses(
-    run: Run, worker: int, eval_iters: int | None, net: nn.Module | None = None
-) -> Tensor:
-    """Return the mean loss and the number of targets of each batch, float64 (batches, 2).
-
-    Every worker and every process fills its own places and leaves 0 in the others. net: None for the net in training.
-    Workers know no other net, so this process evaluates another one on the batches of all of them.
-    """
-    process = run.process
-    every = process.size * (1 if net is not None else process.workers.count)
-    first = process.rank + worker
-    net = run.net if net is None else net
+    ranks = run.ranks if net is run.net else Ranks(run.device)
     was_training = net.training
     net.eval()
     losses, weights = [], []
     batches = run.dataset.val_batches(run.config.batch_size, eval_iters)
-    for batch in own_batches(batches, first, every):
+    for batch in own_batches(batches, ranks.rank, ranks.size):
         with autocast(run.device, run.dtype):
             losses.append(net(**to_device(batch, run.device))[1])
         weights.append(count_targets(batch))
     net.train(was_training)
-    table = torch.zeros(every * len(losses), 2, dtype=torch.float64)
-    table[first::every, 0] = torch.stack(losses).cpu().double()
-    table[first::every, 1] = torch.tensor(weights)
-    return table
+    # each rank fills its own rows, (mean loss, number of targets), and leaves 0 in the others
+    table = torch.zeros(ranks.size * len(losses), 2, dtype=torch.float64)
+    table[ranks.rank :: ranks.size, 0] = torch.stack(losses).cpu().double()
+    table[ranks.rank :: ranks.size, 1] = torch.tensor(weights)
+    rows = np.array(ranks.sum(table).tolist())
+    losses, weights = rows[rows[:, 1] > 0].T
+    mean = losses @ weights / weights.sum()
+    return float(mean), standard_error(losses - mean, weights)
 
 
 def standard_error(deviations: np.ndarray, weights: np.ndarray) -> float | None:
@@ -99,11 +80,11 @@ def cost_of_whole_split(run: Run) -> float:
     """Return the cost of evaluating the whole validation split at the end, in units of a regular evaluation.
 
     A cost of 0 means that the run does not end with this evaluation. The run skips it if regular evaluations already
-    cover the split, if it would take more than a twentieth of the training time, if eval_iters is set, or if there are
-    several processes.
+    cover the split, if it would take more than a twentieth of the training time, if eval_iters is set, or if torchrun
+    has started several ranks.
     """
     config = run.config
-    if config.eval_iters or run.process.size > 1:
+    if config.eval_iters or run.ranks.by_torchrun:
         return 0
     batches = run.dataset.all_val_batches(config.batch_size)
     steps = config.max_iters * config.gradient_accumulation_steps
@@ -141,7 +122,9 @@ def measures(run: Run, net: nn.Module, eval_iters: int | None) -> dict[str, floa
     if error:
         row["val_standard_error"] = error
         row["val_bits_standard_error"] = error * bits_per_nat
-    return row | evaluated(run.dataset, run.config.batch_size, eval_iters)
+    if run.ranks.first:
+        row |= evaluated(run.dataset, run.config.batch_size, eval_iters)
+    return row
 
 
 def evaluation_line(row: dict[str, float]) -> str:

@@ -29,6 +29,12 @@ STARTED = time.perf_counter()  # when the command started, not counting Python's
 CGROUPS = Path("/sys/fs/cgroup")
 OUR_GROUPS = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
+# signals that ask a run to stop: Ctrl-C, kill, Ctrl-Break on Windows, and a closed terminal elsewhere
+STOPPING = {
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP")
+    if hasattr(signal, name)
+}
 PATIENCE = 2  # seconds that other ranks wait for rank 0 to report an error first
 SPINS = 5000  # how often a waiting thread looks again before it sleeps: some 90 us, two or three wake-ups
 WORTH = 1.1  # a choice replaces the default only if it is at least this many times as fast

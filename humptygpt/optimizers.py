@@ -42,7 +42,7 @@ def apply(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 class Optimizer(torch.optim.Optimizer):
-    """A torch.optim.Optimizer that starts without torch's compiler, and whose parameters workers may divide.
+    """A torch.optim.Optimizer that starts without torch's compiler, and whose parameters ranks may divide.
 
     So the update of a parameter must not depend on others.
     """
@@ -123,7 +123,7 @@ class Muon(AdamW):
     Source: Jordan et al. 2024, "Muon: an optimizer for the hidden layers of neural networks".
     """
 
-    spread: Callable  # Process.spread; make_optimizer() sets it
+    spread: Callable  # Ranks.spread; make_optimizer() sets it
 
     def fresh_state(self, p: Tensor, group: dict) -> dict[str, Tensor]:
         if "momentum" not in group:
@@ -290,7 +290,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Make the optimizer of a run. Each group has its kind, the factor and the peak of its rate, and what AdamW needs.
 
-    spread: Process.spread, with which several processes share the work of Muon.
+    spread: Ranks.spread, with which several ranks share the work of Muon.
 
     Weight decay pulls matrices and embeddings towards zero, but not biases and norms.
     """
@@ -334,7 +334,7 @@ def restore_state(
 ) -> None:
     """Undo named_state() of an optimizer that has taken a step. The groups keep their settings.
 
-    saved: the state, or what 57d295e saved: {"steps": int, "state": state}. receive: Process.receive. Raises an
+    saved: the state, or what 57d295e saved: {"steps": int, "state": state}. receive: Ranks.receive. Raises an
     exception of any type if the names do not fit the model or, for classes made here, the shapes and dtypes.
     """
     if "steps" in saved:

@@ -50,13 +50,10 @@ def summary(run: Run) -> str:
     start = "" if config.init_from == "scratch" else f", from {config.init_from}"
     about = f"about {steps:,}" if config.minutes else f"{steps:,}"
     done = f"; {run.progress.iter:,} are done" if run.progress.iter else ""
-    processes = f", {run.process.size} processes" if run.process.size > 1 else ""
-    if run.device.type == "cpu":
-        threads = torch.get_num_threads()
-        if run.process.workers and run.process.workers.count > 1:
-            processes = f", {run.process.workers.count} workers"
-        else:
-            processes = f", {threads} thread{'s' * (threads > 1)}{processes}"
+    processes = f", {run.ranks.size} processes" if run.ranks.size > 1 else ""
+    threads = torch.get_num_threads()
+    if run.device.type == "cpu" and (not processes or threads > 1):
+        processes = f", {threads} thread{'s' * (threads > 1)}{processes}"
     size = f", {len(dataset.train):,} tokens to train on" if dataset.splits else ""
     return (
         f"data: {dataset.meta['source']}{size},"
@@ -86,7 +83,7 @@ def progress_bar(run: Run) -> tqdm:
         unit="step",
         bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         dynamic_ncols=True,
-        disable=None if run.process.first else True,
+        disable=None if run.ranks.first else True,
     )
 
 
@@ -104,7 +101,7 @@ def step(bar: tqdm, run: Run, row: dict) -> None:
     steps = run.config.max_iters
     position = run.progress.position
     done = f" ({position / steps:.0%})" if run.config.minutes else f"/{steps}"
-    left = run.clock.time_left(run)
+    left = run.clock.left(run.config)
     line(bar, f"iter {run.progress.iter}{done}: {text}, {left:.0f} s of training left")
 
 

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from humptygpt import checkpoint, files, tasks
+from humptygpt import checkpoint, files, machine, tasks
 from humptygpt.cli import UserError, check_least, note
 from humptygpt.data import Dataset
 from humptygpt.device import peak_flops
@@ -29,9 +30,8 @@ from humptygpt.loggers import (
     read_metrics,
 )
 from humptygpt.optimizers import named_state, restore_state
-from humptygpt.process import Process
+from humptygpt.ranks import Ranks
 from humptygpt.settings import TrainConfig
-from humptygpt.workers import STOPPING
 from model import count_parameters, flops_per_token
 
 # seconds within which repeated signals count as one: `timeout` and some shells signal a process and then its group
@@ -56,6 +56,10 @@ SNAPSHOTS = {
     step: f"snapshots/{step}.pt"
     for step in (0, *(first * 10**zeros for zeros in range(1, 12) for first in (1, 3)))
 }
+# seconds reserved at the end of a run to load the best model, sample from it, draw the plot and exit
+ENDING = 1.5
+SAMPLE_TOKENS = 300  # length of the sample at the end of a run
+LINE_TOKENS = 60  # length of the sample after each evaluation
 SMALL = 10e6  # by default, a run saves snapshots if they total fewer bytes than this
 
 
@@ -75,7 +79,7 @@ class Progress:
     evals_since_best: int = 0
     # how far the run has come, from 0 to max_iters: equal to iter or, with --minutes, estimated from the clock
     position: float = 0.0
-    # with --minutes: wall-clock time of the run, summed over all resumes
+    # wall-clock time of the run, summed over all resumes
     run_seconds: float = 0.0
     # losses of the steps since the last row of metrics
     losses: list = field(default_factory=list)
@@ -109,30 +113,72 @@ class Progress:
         }
 
 
-class StepClock:
-    """Measures the progress of a run in steps. With --minutes, a plan.Clock measures it in time instead."""
+class Clock:
+    """The time of a run: how long it has trained, and how far it is, in steps or, with --minutes, in time.
 
-    def start(self, run: "Run") -> None:
-        """Start the clock."""
+    So a run with --minutes ends on time even if other programs slow it down. Only the first rank reads its clock.
+    """
 
-    def advance(self, position: float, config: TrainConfig) -> float:
-        """Return the position after a step, given the position before it. Both are between 0 and config.max_iters."""
-        return position + 1
+    def __init__(self, progress: Progress, minutes: float | None = None):
+        self.progress = progress
+        # when the run began, had it never been interrupted
+        self.began = machine.STARTED - progress.run_seconds
+        self.end = self.began + 60 * minutes - ENDING if minutes else None  # of training
+        self.evaluation = 0.0  # seconds that the last one took or, before that, an estimate
+        self.lines = []  # seconds that the model took to write each line
+        self.start()
 
-    def leave_out(self, evaluation: float) -> None:
-        """Exclude the time since advance(), which was spent on an evaluation. evaluation: its duration in seconds."""
+    def start(self, evaluations_at_end: float = 1.0) -> None:
+        """Let training start now. evaluations_at_end: time to evaluate after the last step, in regular evaluations."""
+        self.evaluations_at_end = evaluations_at_end
+        self.started = time.perf_counter() - self.progress.seconds
+        self.last_step = self.progress.seconds
 
-    def leave_out_line(self, line: float) -> None:
-        """Exclude the time since advance(), in which the model wrote a line. line: how long it took, in seconds."""
+    def read(self) -> None:
+        """Note how long the run has trained, without what was left out."""
+        self.progress.seconds = time.perf_counter() - self.started
 
-    def seconds(self) -> float:
-        """Seconds that count towards --minutes, including the time before the run was resumed."""
-        return 0.0
+    def leave_out(self) -> float:
+        """Exclude the time since read(), which was not spent on training. Returns that time in seconds."""
+        seconds = time.perf_counter() - self.started - self.progress.seconds
+        self.started += seconds
+        self.last_step = self.progress.seconds
+        return seconds
 
-    def time_left(self, run: "Run") -> float:
-        """Estimate the remaining training time in seconds."""
-        progress = run.progress
-        return (run.config.max_iters - progress.iter) * progress.seconds / progress.iter
+    def total(self) -> float:
+        """Seconds that the run has taken, with all that was left out."""
+        return time.perf_counter() - self.began
+
+    def advance(self, config: TrainConfig) -> float:
+        """Return the position after a step, from 0 to config.max_iters; progress has the one before it."""
+        position = self.progress.position
+        if not self.end:
+            return position + 1
+        now = time.perf_counter() - self.started
+        step = now - self.last_step
+        self.last_step = now
+        left = self.steps_left(config)
+        if left < step / 2:
+            return config.max_iters
+        return position + (config.max_iters - position) * step / (left + step)
+
+    def steps_left(self, config: TrainConfig) -> float:
+        """Seconds left for training steps, without the evaluations and the sample at the end."""
+        sample = self.lines[-1] * SAMPLE_TOKENS / LINE_TOKENS if self.lines else 0.0
+        at_end = self.evaluations_at_end * self.evaluation + max(self.evaluation, sample)
+        left = self.end - time.perf_counter() - at_end
+        before = math.ceil(
+            (config.max_iters - self.progress.position) / config.eval_interval
+        )
+        # at least half of the time is kept for steps; evaluations that no longer fit are skipped
+        return max(left - (before - 1) * self.evaluation, left / 2)
+
+    def left(self, config: TrainConfig) -> float:
+        """Seconds until training ends."""
+        if self.end:
+            return self.end - time.perf_counter()
+        steps = config.max_iters - self.progress.iter
+        return steps * self.progress.seconds / self.progress.iter
 
 
 @dataclass
@@ -140,7 +186,7 @@ class Run:
     """Everything that a training run consists of, assembled by setup()."""
 
     config: TrainConfig
-    process: Process
+    ranks: Ranks
     device: torch.device
     dtype: torch.dtype
     dataset: Dataset
@@ -148,15 +194,15 @@ class Run:
     net: nn.Module  # the model used in training, perhaps compiled or wrapped in DDP; weights are saved from `model`
     progress: Progress
     scaler: torch.amp.GradScaler
-    clock: StepClock  # or, with --minutes, a plan.Clock
+    clock: Clock
     metrics: dict[str, Callable] = field(default_factory=dict)  # METRICS of train.py
     optimizer: torch.optim.Optimizer | None = None  # None only until setup() has made it
 
     @property
     def task(self) -> tasks.Task:
         task = tasks.find_task(self.dataset.task)
-        # no process of a sharded run has the whole model, so none can generate examples
-        if self.process.sharded:
+        # no rank of a sharded run has the whole model, so none can generate examples
+        if self.ranks.sharded:
             return replace(task, evaluation_examples=None, final_examples=None)
         if task.score and not self.model.has_cache:  # translations are written with a cache
             return tasks.Task(task.dataset, batches_vary=task.batches_vary)
@@ -172,14 +218,20 @@ class Run:
         stops_early = 0 < self.config.early_stopping <= self.progress.evals_since_best
         return stops_early or self.is_last
 
-    def advance(self, tokens: int) -> bool:
-        """Count a step and the tokens that it trained on. Returns True if an evaluation is due."""
+    def advance(self, tokens: int, signals: list[int]) -> tuple[bool, bool]:
+        """Count a step and the tokens that it trained on.
+
+        Returns whether an evaluation is due, and whether a rank has received a signal.
+        """
         progress, interval = self.progress, self.config.eval_interval
         before = progress.position
         progress.iter += 1
         progress.tokens += tokens
-        progress.position = self.clock.advance(before, self.config)
-        return self.is_last or before // interval < progress.position // interval
+        position = self.clock.advance(self.config) if self.ranks.first else 0.0
+        board = torch.tensor([position, len(signals)], dtype=torch.float64)
+        progress.position, stop = self.ranks.sum(board).tolist()
+        due = self.is_last or before // interval < progress.position // interval
+        return due, bool(stop)
 
     @property
     def path(self) -> Path:
@@ -224,7 +276,7 @@ class Run:
     def restore(self, saved: dict) -> None:
         """Restore the optimizer and the scaler from a checkpoint. Raises UserError if it does not fit."""
         with files.refuse_damaged(self.path):
-            state, receive = saved["optimizer"], self.process.receive
+            state, receive = saved["optimizer"], self.ranks.receive
             if state or self.progress.iter:
                 restore_state(self.optimizer, self.model, state, receive)
             if saved.get("scaler"):  # only with float16
@@ -233,26 +285,18 @@ class Run:
 
 
 class Meter:
-    """Measures losses, gradient norms and time. Numbers stay on the device until read() is called."""
+    """Measures losses, gradient norms and speed. Numbers stay on the device until read() is called."""
 
     def __init__(self, run: Run):
         self.run = run
         self.progress = run.progress
         self.peak_flops = peak_flops(run.device)
-        self.flops_per_token = flops_per_token(run.model) / run.process.size
+        self.flops_per_token = flops_per_token(run.model) / run.ranks.size
         self.unread = []  # (number of the step, losses, gradient norm) since read()
         self.grad_norm = 0.0
         self.own = {}  # the model's own terms of the loss, and METRICS, in the latest step
         self.logged_seconds = self.progress.seconds
         self.logged_tokens = self.progress.tokens
-        self.started = time.perf_counter() - self.progress.seconds
-        self.lines = []  # seconds that it took the model to write each line
-
-    def leave_out(self) -> float:
-        """Exclude the time since read(), which was not spent on training. Returns that time in seconds."""
-        seconds = time.perf_counter() - self.started - self.progress.seconds
-        self.started += seconds
-        return seconds
 
     def add(self, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
         self.unread.append((self.progress.iter, losses, grad_norm))
@@ -273,7 +317,7 @@ class Meter:
                 raise Diverged(f"gradient is not finite {at}")
             self.progress.losses.append(loss)
         self.unread = []
-        self.progress.seconds = time.perf_counter() - self.started
+        self.run.clock.read()
 
     def row(self, lr: float) -> dict:
         """Make a row of metrics for the steps since the last row."""
@@ -304,8 +348,14 @@ class Meter:
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Yield a list that collects signals. A second signal ends the program at once, without saving."""
+    """Yield a list that collects signals. A second signal ends the program at once, without saving.
+
+    Only the main thread can catch them.
+    """
     caught = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
     first_at = 0.0
 
     def catch(number: int, frame) -> None:
@@ -323,7 +373,7 @@ def catch_signals() -> Iterator[list[int]]:
 
     handlers = {
         number: signal.signal(number, catch)
-        for number in STOPPING
+        for number in machine.STOPPING
         # A signal that is ignored stays ignored, such as SIGHUP under nohup. SIGINT is the exception, because shells
         # let background jobs ignore it.
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN
@@ -398,7 +448,7 @@ class RunFolder:
         """settings: the contents of config.json. Raises UserError if a file cannot be written."""
         self.path = path = Path(run.config.out_dir)
         resumed_at = run.progress.iter
-        self.writes = run.process.first
+        self.writes = run.ranks.first
         self.rows = []
         self.loggers = []
         if not self.writes:
@@ -471,7 +521,7 @@ def take_snapshot(run: Run) -> None:
     Equal weights give identical files. Raises UserError if the file cannot be written.
     """
     step = run.progress.iter
-    if step not in SNAPSHOTS or not run.process.first or not keeps_snapshots(run):
+    if step not in SNAPSHOTS or not run.ranks.first or not keeps_snapshots(run):
         return
     prefix = "members.0." if run.model.config.n_members > 1 else ""
     rows = to_8_bits({k: v for k, v in run.weights().items() if k.startswith(prefix)})
@@ -485,7 +535,7 @@ def keeps_snapshots(run: Run) -> bool:
         return run.config.snapshots
     steps = sum(step < run.config.max_iters for step in SNAPSHOTS)
     size = count_parameters(run.model) / run.model.config.n_members
-    return steps * size < SMALL and not run.process.sharded
+    return steps * size < SMALL and not run.ranks.sharded
 
 
 def to_8_bits(state: dict[str, Tensor]) -> Tensor:

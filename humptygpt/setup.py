@@ -26,8 +26,9 @@ from humptygpt.cli import (
     refuse_vain,
 )
 from humptygpt.data import COMMAND, DATASETS, Dataset, read_meta
-from humptygpt.device import autocast, pick_device, to_device
+from humptygpt.device import DTYPES, pick_device
 from humptygpt.files import refuse_damaged
+from humptygpt.forked import ForkedRanks
 from humptygpt.loading import (
     Loaded,
     code_checksum,
@@ -37,10 +38,10 @@ from humptygpt.loading import (
 )
 from humptygpt.loggers import chosen_loggers
 from humptygpt.machine import GIVEN
-from humptygpt.optimizers import freeze
-from humptygpt.process import choose_dtypes, launched, read_once
+from humptygpt.optimizers import freeze, make_optimizer
+from humptygpt.ranks import Ranks, choose_dtypes, launched, read_once
 from humptygpt.report import memory_report
-from humptygpt.run import Progress, Run, lock_out_dir, refuse_earlier_run
+from humptygpt.run import Clock, Progress, Run, lock_out_dir, refuse_earlier_run
 from humptygpt.settings import (
     IN_VAIN,
     MAY_CHANGE,
@@ -49,24 +50,22 @@ from humptygpt.settings import (
     UNPLANNED,
     TrainConfig,
 )
+from humptygpt.step import weighted_losses
 from humptygpt.tasks import (
     MODELS,
     build,
     build_on_meta,
     find_task,
-    losses_of,
     make_model_config,
     model_class,
-    with_progress,
 )
 from humptygpt.tokenizers import Tokenizer, from_state
-from humptygpt.workers import Workers
 from model import ModelConfig, Stack, count_parameters
 
 # on a GPU, a run of at least this many micro-batches is compiled, which takes a minute
 LONG = 20_000
-# Workers share a batch if the model has at most this many parameters for each token of a worker: above that, the sum of
-# their gradients and the conversion of weights to bfloat16 take longer than the waits of threads that share operators
+# Ranks are forked if the model has at most this many parameters for each token of a rank: above that, the sum of their
+# gradients and the conversion of weights to bfloat16 take longer than the waits of threads that share operators
 PARAMETERS_PER_TOKEN = 50_000
 
 # --------------------------------------------------------------------------------------
@@ -412,7 +411,44 @@ def make_model(
     return model
 
 
-def make_net(run: Run) -> nn.Module:
+def assemble(
+    config: TrainConfig,
+    dataset: Dataset,
+    model: nn.Module,
+    ranks: Ranks,
+    clock: Clock,
+    metrics: dict[str, Callable] | None = None,
+    saved: dict | None = None,
+) -> Run:
+    """Put a run together. saved: the checkpoint that it resumes."""
+    dtype = DTYPES[config.dtype]
+    run = Run(
+        config=config,
+        ranks=ranks,
+        device=ranks.device,
+        dtype=dtype,
+        dataset=dataset,
+        model=model,
+        net=model,
+        progress=clock.progress,
+        clock=clock,
+        metrics=metrics or {},
+        scaler=torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16),
+    )
+    ranks.place(model, run)
+    run.optimizer = make_optimizer(config, model, ranks.spread)
+    if (
+        config.eval_only
+    ):  # to save memory, with the plain model and no state of the optimizer
+        return run
+    if saved:
+        run.restore(saved)
+    wrap_model(run)
+    run.ranks = fork_ranks(run)
+    return run
+
+
+def wrap_model(run: Run) -> None:
     """Wrap the model of a run for training, compiled if the settings and the machine allow it."""
     config = run.config
     dynamic = run.task.batches_vary
@@ -423,37 +459,33 @@ def make_net(run: Run) -> nn.Module:
     if compiles:
         print("compiling: this takes about a minute", flush=True)
         try:
-            net = run.process.wrap(run.model, compiled=True, dynamic=dynamic)
-            compile_now(run, net)
-            return net
+            run.net = run.ranks.wrap(run.model, compiled=True, dynamic=dynamic)
+            compile_now(run)
+            return
         except Exception as error:  # a compiler can raise almost anything
             if machine.is_out_of_memory(error):
                 raise
             note(f"torch.compile failed ({first_line(error)}); training without it")
         for module in run.model.modules():
             vars(module).pop("forward", None)  # remove the compiled forward
-    return run.process.wrap(run.model, compiled=False, dynamic=dynamic)
+    run.net = run.ranks.wrap(run.model, compiled=False, dynamic=dynamic)
 
 
-def start_workers(run: Run, compute_gradients: Callable) -> None:
-    """Let workers share each batch, if that is faster and computes the same gradients."""
-    count = count_workers(run)
+def fork_ranks(run: Run) -> Ranks:
+    """Let ranks that are forked share each batch, if that is faster and computes the same gradients."""
+    count = count_ranks(run)
     if count > 1 and (problem := sharing_problem(run.model)):
         note(f"threads share each operator, not the batch, which is slower: {problem}")
         count = 1
     if run.config.threads:
         torch.set_num_threads(run.config.threads // count)
-    tasks = {
-        "gradients": compute_gradients,
-        "losses": evaluation.batch_losses,
-    }
-    Workers(run, tasks, count)
+    return ForkedRanks(count) if count > 1 else run.ranks
 
 
-def count_workers(run: Run) -> int:
-    """Return how many workers share a batch: as many as can take equally many rows; 1: threads share operators."""
+def count_ranks(run: Run) -> int:
+    """Return how many ranks share a batch: as many as can take equally many rows; 1: threads share operators."""
     config = run.config
-    compiled_or_shared = run.net is not run.model or run.process.size > 1
+    compiled_or_shared = run.net is not run.model or run.ranks.size > 1
     if compiled_or_shared or run.device.type != "cpu" or sys.platform != "linux":
         return 1
     sizes = range(1, config.threads + 1)
@@ -464,20 +496,15 @@ def count_workers(run: Run) -> int:
     return sizes[-1] if fits else 1
 
 
-def compile_now(run: Run, net: nn.Module) -> None:
-    """Trigger compilation for the shapes of training, a process's share of a batch, and evaluation, a whole batch."""
-    for step in range(2):
-        shares, _ = run.process.shares(run, step)
-        with (
-            run.process.syncing(net, last=True),
-            autocast(run.device, run.dtype),
-        ):
-            batch = with_progress(run.model, shares[0].batch, 0.0)
-            outputs = net(**to_device(batch, run.device))
-            sum(losses_of(outputs).values()).backward()
+def compile_now(run: Run) -> None:
+    """Trigger compilation for the shapes of training, a rank's share of a batch, and evaluation, a whole batch."""
+    for _ in range(2):
+        shares, _ = run.ranks.shares(run)
+        with run.ranks.syncing(run.net, last=True):
+            sum(weighted_losses(run, shares[0]).values()).backward()
         # evaluation temporarily puts whole weights in place of shards, whose gradients would not fit them
         run.model.zero_grad()
-        evaluation.evaluate(run, net, 1)
+        evaluation.evaluate(run, run.net, 1)
 
 
 def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import prepare_data
 import train
-from humptygpt import device, evaluation, machine, process
+from humptygpt import device, evaluation, machine, ranks
 from humptygpt import run as runs
 from humptygpt.fast import generation
 from humptygpt.optimizers import make_optimizer
@@ -73,8 +73,8 @@ def folder(tmp_path, monkeypatch):
 def first_choices(monkeypatch):
     """Take float32, one thread and the CPU, so that runs that are compared do not depend on the machine."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the processes that a test starts
-    monkeypatch.setattr(process, "training_dtype", lambda device: "float32")
-    monkeypatch.setattr(process, "THREADS", 1)
+    monkeypatch.setattr(ranks, "training_dtype", lambda device: "float32")
+    monkeypatch.setattr(ranks, "THREADS", 1)
     monkeypatch.setattr(generation, "fastest", lambda choices, run: choices[0])
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 

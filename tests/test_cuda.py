@@ -118,9 +118,9 @@ def waits_are_errors():
 def test_a_training_step_does_not_wait_for_the_card(tiny, monkeypatch):
     step = train.train_step
 
-    def checked(run, it):
+    def checked(run):
         with waits_are_errors():
-            return step(run, it)
+            return step(run)
 
     argv = ["--compile=False", "--grad_clip=1.0", "--dropout=0.1"]
     if ON_GPU and torch.float16 == LOW:

@@ -198,7 +198,7 @@ def resume() -> list:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "setup", setup)
         # damages may ask for more steps, larger batches, compiling, other data and Weights & Biases
-        patch.setattr(train, "train_step", lambda run, it: (losses, one, 1))
+        patch.setattr(train, "train_step", lambda run: (losses, one, 1))
         patch.setattr(evaluation, "evaluate", lambda *args: (1.0, 0.1))
         patch.setattr(torch, "compile", lambda *args, **settings: 1 / 0)
         patch.setattr(dataset, "prepare", refuse)

@@ -28,6 +28,7 @@ from humptygpt.parallel import fsdp
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import DataParallel
 from humptygpt.prepare import dataset
+from humptygpt.run import Progress
 from humptygpt.settings import TrainConfig
 
 # loaded once here, and not in each process; DDP needs torch._dynamo
@@ -161,11 +162,13 @@ def test_each_row_of_a_step_counts_in_one_process_once(monkeypatch, size, micro_
         return {"targets": torch.tensor([[index, row] for row in range(index % 6 + 1)])}
 
     config = TrainConfig(batch_size=6, gradient_accumulation_steps=micro_batches)
-    run = SimpleNamespace(config=config, dataset=SimpleNamespace(batch=batch))
+    run = SimpleNamespace(
+        config=config, dataset=SimpleNamespace(batch=batch), progress=Progress(iter=1)
+    )
     monkeypatch.setattr(DataParallel, "sum", lambda self, x: x)
     found = []
     for rank in range(size):
-        for share in DataParallel(rank, size, CPU).shares(run, step=1)[0]:
+        for share in DataParallel(rank, size, CPU).shares(run)[0]:
             assert len(share.batch["targets"])  # also if nothing counts
             found += share.batch["targets"].tolist() if share.tokens else []
     step = range(micro_batches, 2 * micro_batches)
@@ -245,10 +248,10 @@ def signalled(argv: list[str], number: int) -> int:
     """Train, and send this signal to process 1 in its fourth step."""
     step = train.train_step
 
-    def step_and_signal(run, it):
-        if it == 3 and run.process.rank == 1:
+    def step_and_signal(run):
+        if run.progress.iter == 3 and run.ranks.rank == 1:
             os.kill(os.getpid(), number)
-        return step(run, it)
+        return step(run)
 
     train.train_step = step_and_signal
     return train.main(argv)
@@ -286,7 +289,7 @@ def scaled_with_one_overflow(argv: list[str]) -> int:
 
     class Scaler(torch.amp.GradScaler):
         def scale(self, loss):
-            if runs[0].process.rank == 1 and runs[0].progress.iter == 2:
+            if runs[0].ranks.rank == 1 and runs[0].progress.iter == 2:
                 loss.register_hook(lambda gradient: gradient * math.inf)
             return super().scale(loss)
 

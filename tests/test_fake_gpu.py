@@ -30,13 +30,13 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 import model as models
 import sample
 import train
-from humptygpt import evaluation, loading, setup
+from humptygpt import evaluation, loading
 from humptygpt.fast import attention
 from humptygpt.fast import generation as decoding
 from humptygpt.finetune import lora
 from humptygpt.loading import Loaded
 from humptygpt.optimizers import OPTIMIZERS, make_optimizer
-from humptygpt.process import Process
+from humptygpt.ranks import Ranks
 from humptygpt.run import Progress
 from humptygpt.sampling import Context, continue_texts
 from humptygpt.settings import TrainConfig
@@ -309,14 +309,15 @@ def train_and_evaluate(
         device=gpu.device,
         dtype=dtype,
         optimizer=make_optimizer(config, model),
-        process=Process(gpu.device),
+        ranks=Ranks(gpu.device),
         progress=Progress(),
     )
-    setup.start_workers(run, train.compute_gradients)
-    for it in range(2):
+    for _ in range(2):
         # the scaler waits once, to know whether the gradients are finite
         with gpu.waiting(int(dtype == torch.float16), "a training step"):
-            losses, grad_norm, _ = train.train_step(run, it)
+            losses, grad_norm, _ = train.train_step(run)
+            model.zero_grad()
+            run.progress.iter += 1
     assert losses["train_loss"].device == grad_norm.device == gpu.device
     with gpu.waiting(1, "an evaluation"):
         evaluation.evaluate(run, model, None)

@@ -26,7 +26,7 @@ FROM_CORE = {
     ("loading", "convert"): "a source may be a model of another project",
     ("loading", "fast"): "a model is made ready to generate",
     ("loading", "finetune"): "a checkpoint may have LoRA",
-    ("process", "parallel"): "a run may have several processes",
+    ("ranks", "parallel"): "a run may have several processes",
     ("run", "finetune"): "best.pt has LoRA merged",
     ("setup", "finetune"): "a run may start from a model",
     ("setup", "prepare"): "a run prepares its data if they are missing",

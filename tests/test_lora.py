@@ -133,8 +133,9 @@ def peak():  # MB; the resource module would include the process that started th
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 imported = peak()
 run = train.setup(train.read_settings(sys.argv[1:]))
-for it in range(2):
-    train.train_step(run, it)
+for _ in range(2):
+    train.train_step(run)
+    run.model.zero_grad()
 print("peak", peak() - imported)
 """
 

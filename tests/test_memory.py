@@ -284,7 +284,7 @@ def test_weights_that_will_not_fit_are_refused_with_their_size(run_train, monkey
 def test_a_step_for_which_memory_does_not_suffice_all_the_same_is_one_line_with_the_way_out(
     tiny, fails, monkeypatch
 ):
-    monkeypatch.setattr(train, "train_step", lambda run, it: torch.empty(2**50))
+    monkeypatch.setattr(train, "train_step", lambda run: torch.empty(2**50))
     assert fails(train.main, *TINY_RUN) == f"out of memory; {report.ADVICE}\n"
 
 

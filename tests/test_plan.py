@@ -80,12 +80,12 @@ class Machine:
         out_dirs = [key for key in argv if key.startswith("--out_dir=")]
         return read_rows(Path(out_dirs[-1].removeprefix("--out_dir=")) if out_dirs else OUT)
 
-    def train_step(self, train_step, run, it: int):
+    def train_step(self, train_step, run):
         self.now += self.step()
         self.steps += 1
         if self.steps == self.stop_at:
             self.signals.append(signal.SIGTERM)
-        self.first_step = self.first_step or train_step(run, it)
+        self.first_step = self.first_step or train_step(run)
         return self.first_step
 
     def evaluate(self, evaluate, run, net, eval_iters):

@@ -279,5 +279,5 @@ def test_a_sharded_run_shows_no_examples_because_no_process_has_the_whole_model(
     monkeypatch.setattr(evaluation, "TEXT", replace(evaluation.TEXT, final_examples=str))
     run = train.setup(train.read_settings(TINY_RUN))
     assert run.task.final_examples
-    run.process = sharding.FullySharded(0, 1, CPU)
+    run.ranks = sharding.FullySharded(0, 1, CPU)
     assert not run.task.evaluation_examples and not run.task.final_examples

@@ -15,7 +15,7 @@ from humptygpt import run as runs
 from humptygpt.cli import UserError
 from humptygpt.loading import load
 from humptygpt.page import page_data
-from humptygpt.process import Process
+from humptygpt.ranks import Ranks
 from humptygpt.run import Progress
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build
@@ -70,7 +70,7 @@ def test_without_being_asked_a_run_keeps_less_than_10_megabytes():
         run = SimpleNamespace(
             model=model,
             config=TrainConfig(out_dir="kept", **settings),
-            process=Process(None),
+            ranks=Ranks(None),
             progress=Progress(iter=10),
             weights=weights,
         )

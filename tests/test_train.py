@@ -32,11 +32,11 @@ import model as models
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint, evaluation, settings, setup
+from humptygpt import checkpoint, evaluation, machine, settings, setup
 from humptygpt import run as runs
 from humptygpt.data import DATASETS
 from humptygpt.optimizers import OPTIMIZERS, AdamW
-from humptygpt.process import Process
+from humptygpt.ranks import Ranks
 from humptygpt.report import ADVICE
 from humptygpt.settings import TrainConfig
 from humptygpt.setup import read_settings
@@ -77,10 +77,10 @@ def signal_in_step(monkeypatch):
     def arrange(at: int, number: int = signal.SIGTERM) -> None:
         step = train.train_step
 
-        def step_and_signal(run, it):
-            if it + 1 == at:
+        def step_and_signal(run):
+            if run.progress.iter + 1 == at:
                 signal.raise_signal(number)
-            return step(run, it)
+            return step(run)
 
         monkeypatch.setattr(train, "train_step", step_and_signal)
 
@@ -204,7 +204,7 @@ class Given(torch.nn.Module):
         return None, loss
 
 
-class OneOfTwo(Process):
+class OneOfTwo(Ranks):
     """One of two processes, whose partner's sum is known."""
 
     size = 2
@@ -219,7 +219,7 @@ class OneOfTwo(Process):
         return x if self.other is None else x.add_(self.other)
 
 
-def evaluated(losses: torch.Tensor, sizes: list[int], process: Process) -> tuple:
+def evaluated(losses: torch.Tensor, sizes: list[int], ranks: Ranks) -> tuple:
     """Evaluate batches with these losses and these numbers of targets."""
     batches = [
         {"targets": torch.tensor([1] * size + [-1]), "loss": loss}
@@ -227,12 +227,13 @@ def evaluated(losses: torch.Tensor, sizes: list[int], process: Process) -> tuple
     ]
     run = SimpleNamespace(
         config=TrainConfig(),
+        net=Given(),
         dataset=SimpleNamespace(val_batches=lambda *args: batches),
-        process=process,
+        ranks=ranks,
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
-    return evaluation.evaluate(run, Given(), None)
+    return evaluation.evaluate(run, run.net, None)
 
 
 def test_the_standard_error_holds_for_a_text_whose_neighbouring_batches_are_alike():
@@ -242,7 +243,7 @@ def test_the_standard_error_holds_for_a_text_whose_neighbouring_batches_are_alik
         losses = torch.randn(100)
         for i in range(1, 100):  # neighbours correlate by 0.6, as scenes do
             losses[i] = 0.6 * losses[i - 1] + 0.8 * losses[i]
-        found.append(evaluated(losses, [4] * 99 + [2], Process(torch.device("cpu"))))
+        found.append(evaluated(losses, [4] * 99 + [2], Ranks(torch.device("cpu"))))
     means, errors = torch.tensor(found, dtype=torch.float64).T
     assert errors.square().mean().sqrt() == pytest.approx(means.std().item(), rel=0.2)
 
@@ -250,7 +251,7 @@ def test_the_standard_error_holds_for_a_text_whose_neighbouring_batches_are_alik
 def test_two_processes_have_the_mean_and_the_standard_error_of_one():
     losses, sizes = torch.rand(101), [*range(1, 101), 0]
     losses[-1] = math.nan  # a batch without targets
-    one = evaluated(losses, sizes, Process(torch.device("cpu")))
+    one = evaluated(losses, sizes, Ranks(torch.device("cpu")))
     second = OneOfTwo(1)
     evaluated(losses, sizes, second)
     assert evaluated(losses, sizes, OneOfTwo(0, second.own)) == one
@@ -259,7 +260,7 @@ def test_two_processes_have_the_mean_and_the_standard_error_of_one():
 
 
 def test_only_an_evaluation_of_many_batches_has_a_standard_error(run_train, capsys):
-    _, error = evaluated(torch.rand(95), [4] * 95, Process(torch.device("cpu")))
+    _, error = evaluated(torch.rand(95), [4] * 95, Ranks(torch.device("cpu")))
     assert error is None
     for batch_size, has_one in (4, False), (1, True):  # 400 tokens of validation text
         options = ["--eval_iters=99", f"--batch_size={batch_size}", "--block_size=4"]
@@ -303,7 +304,7 @@ def test_at_its_end_a_run_evaluates_the_whole_split_if_that_takes_little(
     assert found in capsys.readouterr().out
     run = train.setup(read_settings(RESUME))
     assert evaluation.cost_of_whole_split(run)
-    run.process.size = 2  # the other process has ended by then
+    run.ranks.by_torchrun = True
     assert not evaluation.cost_of_whole_split(run)
 
 
@@ -416,8 +417,8 @@ def test_on_a_gpu_a_run_is_compiled_if_it_is_long(tiny, monkeypatch, argv, compi
     run.device = torch.device("cuda")
     if "compile" not in argv[-1]:
         run.config = replace(run.config, compile=None)
-    run.process.wrap = lambda model, compiled, dynamic: found.append(compiled)
-    setup.make_net(run)
+    run.ranks.wrap = lambda model, compiled, dynamic: found.append(compiled)
+    setup.wrap_model(run)
     assert found == [compiled]
 
 
@@ -677,6 +678,7 @@ def test_the_model_writes_a_line_at_ever_longer_intervals_in_a_hundredth_of_the_
     monkeypatch.setattr(train, "train_step", step)
     clock = SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: now)
     monkeypatch.setattr(runs, "time", clock)
+    monkeypatch.setattr(machine, "STARTED", 0.0)
     monkeypatch.setattr(
         evaluation, "TEXT", replace(WITHOUT_SAMPLE, evaluation_examples=write)
     )
@@ -701,9 +703,9 @@ def test_weights_that_are_not_finite_end_a_run_and_start_none(
 ):
     step = train.train_step
 
-    def ruin(run: runs.Run, number: int):
-        found = step(run, number)
-        run.model.wte.weight.data += math.nan if number == 24 else 0
+    def ruin(run: runs.Run):
+        found = step(run)
+        run.model.wte.weight.data += math.nan if run.progress.iter == 24 else 0
         return found
 
     monkeypatch.setattr(train, "train_step", ruin)
@@ -824,7 +826,7 @@ def test_evaluating_only_neither_compiles_nor_loads_the_optimizer_state(
     run_train, monkeypatch
 ):
     run_train()
-    monkeypatch.setattr(train, "make_net", lambda run: 1 / 0)
+    monkeypatch.setattr(setup, "wrap_model", lambda run: 1 / 0)
     resumed = [*RESUME, "--eval_only=True", "--compile=True"]
     assert train.main(resumed) == 0
     assert not train.setup(read_settings(resumed)).optimizer.state

@@ -12,9 +12,9 @@ from conftest import ROOT, TINY_RUN
 
 import sample
 import train
-from humptygpt import machine, process
+from humptygpt import machine, ranks
 from humptygpt.fast import generation as decoding
-from humptygpt.process import Process
+from humptygpt.ranks import Ranks
 from humptygpt.settings import TrainConfig
 
 CPU = torch.device("cpu")
@@ -31,9 +31,9 @@ def fast_choices(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", numbers.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: numbers[-1])
     monkeypatch.setattr(decoding, "THREADS", 2)
-    monkeypatch.setattr(process, "THREADS", 2)
-    monkeypatch.setattr(process, "training_dtype", lambda device: "bfloat16")
-    monkeypatch.setattr(process, "usable_cores", lambda: 2)
+    monkeypatch.setattr(ranks, "THREADS", 2)
+    monkeypatch.setattr(ranks, "training_dtype", lambda device: "bfloat16")
+    monkeypatch.setattr(ranks, "usable_cores", lambda: 2)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_what_was_chosen_is_in_all_files_of_the_run_and_a_resumed_run_keeps_it(
     tiny, fast_choices, monkeypatch, capsys
 ):
     train.main(AUTO)
-    assert "device: cpu, bfloat16, 2 workers\n" in capsys.readouterr().out
+    assert "device: cpu, bfloat16, 2 processes\n" in capsys.readouterr().out
     chosen = {"dtype": "bfloat16", "muon_dtype": "bfloat16", "threads": 2}
     settings = json.loads(Path("out/run/config.json").read_text())
     saved = torch.load("out/run/ckpt.pt", weights_only=True)["train_config"]
@@ -68,11 +68,11 @@ def test_what_was_chosen_is_in_all_files_of_the_run_and_a_resumed_run_keeps_it(
     losses = [row for row in rows if "train_loss" in row]
     assert {(row["dtype"], row["threads"]) for row in losses} == {("bfloat16", 2)}
 
-    monkeypatch.setattr(process, "THREADS", 1)
-    monkeypatch.setattr(process, "training_dtype", lambda device: "float32")
+    monkeypatch.setattr(ranks, "THREADS", 1)
+    monkeypatch.setattr(ranks, "training_dtype", lambda device: "float32")
     resume = ["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]
     train.main(resume)
-    assert "device: cpu, bfloat16, 2 workers\n" in capsys.readouterr().out
+    assert "device: cpu, bfloat16, 2 processes\n" in capsys.readouterr().out
     train.main([*resume, "--max_iters=9", "--dtype=float32", "--threads=1"])
     printed = capsys.readouterr()
     assert "device: cpu, float32, 1 thread\n" in printed.out
@@ -83,21 +83,21 @@ def test_what_was_chosen_is_in_all_files_of_the_run_and_a_resumed_run_keeps_it(
 
 def test_what_the_user_sets_stays(fast_choices):
     config = TrainConfig(dtype="float32", muon_dtype="float32", threads=1)
-    assert process.tune(config, Process(CPU)) == config
+    assert ranks.tune(config, Ranks(CPU)) == config
     assert torch.get_num_threads() == 1
 
 
 def test_more_threads_than_cores_are_not_used(fast_choices):
-    assert process.tune(TrainConfig(threads=64), Process(CPU)).threads == 2
+    assert ranks.tune(TrainConfig(threads=64), Ranks(CPU)).threads == 2
 
 
 def test_a_run_of_several_processes_records_no_threads(fast_choices):
     """Resumed, it may have fewer processes, with more threads each."""
 
-    class Second(Process):
-        rank, size, first = 1, 2, False
+    class Second(Ranks):
+        rank, size = 1, 2
 
-    assert process.tune(TrainConfig(), Second(CPU)).threads is None
+    assert ranks.tune(TrainConfig(), Second(CPU)).threads is None
 
 
 @pytest.mark.parametrize(("limit", "threads"), [(1e4, 2), (1e5, 1)])

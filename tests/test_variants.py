@@ -191,7 +191,7 @@ def terms(rows: list[dict]) -> list[float]:
 
 
 @pytest.mark.parametrize("keys", [["--threads=2"], ["--n_members=2"]])
-def test_a_term_reaches_workers_and_members_and_stays_out_of_the_losses(
+def test_a_term_reaches_ranks_and_members_and_stays_out_of_the_losses(
     run_train, monkeypatch, keys
 ):
     plain = run_train()

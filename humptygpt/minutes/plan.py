@@ -19,19 +19,17 @@ import torch
 from torch import nn
 
 import model as models
-from humptygpt import machine
 from humptygpt.cli import UserError, in_vain, note
 from humptygpt.convert.huggingface import find_family
 from humptygpt.data import TokenDataset
-from humptygpt.device import DTYPES, free_memory
-from humptygpt.evaluation import LINE_TOKENS, SAMPLE_TOKENS, cost_of_whole_split
+from humptygpt.device import free_memory
 from humptygpt.files import write_text
-from humptygpt.optimizers import make_optimizer
-from humptygpt.process import Process
+from humptygpt.ranks import Ranks
 from humptygpt.report import Memory, check_training_fits, model_on_meta, training_memory
-from humptygpt.run import Progress, Run, StepClock
+from humptygpt.run import Clock, Progress, Run
 from humptygpt.settings import IN_VAIN, TrainConfig
-from humptygpt.setup import make_model, start_workers
+from humptygpt.setup import assemble, make_model
+from humptygpt.step import train_step
 from model import ModelConfig
 
 # The sizes to try, (n_layer, n_embd): each is about twice as expensive as the one before.
@@ -56,79 +54,6 @@ PROBE_STEPS = 5  # steps run to measure the time per step
 EPOCHS = 10  # epochs for each member of a small ensemble; a large one has twice as many
 SMALL_ENSEMBLE = 6  # members
 MOST_MEMBERS = 32
-# seconds reserved at the end of a run to load the best model, sample from it, draw the plot and exit
-ENDING = 1.5
-
-
-class Clock:
-    """Measures progress by wall-clock time, so that a run ends on time even if other programs slow it down."""
-
-    def __init__(self, minutes: float, earlier: float):
-        """earlier: seconds of the run before it was resumed."""
-        self.started = machine.STARTED - earlier
-        self.end = self.started + 60 * minutes - ENDING  # when training ends
-        self.step = 0.0  # seconds per step, measured before training
-        # seconds that the last evaluation took; before the first one, an estimate
-        self.evaluation = 0.0
-        # seconds for the sample at the end, estimated from the last line that the model wrote
-        self.sample = 0.0
-        # time that the end of a run takes, as a multiple of an evaluation: for the last evaluation and, in a long run,
-        # an evaluation on the whole validation split
-        self.at_the_end = 1.0
-
-    def start(self, run: Run) -> None:
-        """Start timing the training steps.
-
-        Until the first evaluation has been timed, an evaluation batch is assumed to take a third as long as a training
-        batch.
-        """
-        config = run.config
-        step = self.step or run.progress.seconds / run.progress.iter
-        rows = len(run.dataset.val_starts(config.batch_size, config.evaluated_batches()))
-        batches = rows / config.batch_size
-        self.at_the_end += cost_of_whole_split(run)
-        self.leave_out(step * batches / config.gradient_accumulation_steps / 3)
-
-    def time_left(self, run: Run) -> float:
-        """Seconds until training ends."""
-        return self.end - time.perf_counter()
-
-    def leave_out_line(self, line: float) -> None:
-        """Exclude the time since the last advance() from the next step. line: seconds that a written line took."""
-        self.sample = line * SAMPLE_TOKENS / LINE_TOKENS
-        self.leave_out(self.evaluation)
-
-    def leave_out(self, evaluation: float) -> None:
-        """Exclude the time since the last advance() from the next step. evaluation: seconds that an evaluation took."""
-        self.evaluation = evaluation
-        self.last_step = time.perf_counter()
-
-    def seconds(self) -> float:
-        """Seconds that the run has taken so far, including the time before it was resumed."""
-        return time.perf_counter() - self.started
-
-    def seconds_left(self, position: float, config: TrainConfig) -> float:
-        """Seconds left for training steps, excluding the remaining evaluations and the end of the run."""
-        last = max(self.evaluation, self.sample)
-        closing = self.at_the_end * self.evaluation + last
-        left = self.end - time.perf_counter() - closing
-        before = math.ceil((config.max_iters - position) / config.eval_interval) - 1
-        # at least half of the time is kept for steps; evaluations that no longer fit are skipped
-        return max(left - before * self.evaluation, left / 2)
-
-    def planned(self) -> float:
-        """Seconds available for training steps, if the run is planned now."""
-        return TIME_TO_TRAIN * (self.end - time.perf_counter())
-
-    def advance(self, position: float, config: TrainConfig) -> float:
-        """Return the position in the schedule after a step, from 0 to config.max_iters. position: the one before it."""
-        now = time.perf_counter()
-        step = now - self.last_step
-        self.last_step = now
-        left = self.seconds_left(position, config)
-        if left < step / 2:
-            return config.max_iters
-        return position + (config.max_iters - position) * step / (left + step)
 
 
 # --------------------------------------------------------------------------------------
@@ -230,32 +155,37 @@ def begin(
     config: TrainConfig,
     model_config: ModelConfig,
     given: Collection[str],
-    saved: dict | None,
     dataset: TokenDataset,
+    clock: Clock,
     device: torch.device,
-    step: tuple[Callable, Callable],
-) -> tuple[TrainConfig, ModelConfig, Clock]:
-    """Create the clock, and choose the settings for which the scaling law predicts the lowest loss in the time left.
+) -> tuple[TrainConfig, ModelConfig]:
+    """Choose the settings for which the scaling law predicts the lowest loss in the time left.
 
     A model loaded with init_from keeps its size, and a resumed run keeps all of its settings. Also sets the dataset's
-    block_size. Raises UserError if there is not enough time or memory for even one step.
+    block_size, and the clock's estimate of an evaluation. Raises UserError if there is not enough time or memory for
+    even one step.
 
-    given: keys set by the user, which keep their values. saved: the checkpoint of a resumed run; None for a new run.
-    step: train_step() and compute_gradients() of train.py.
+    given: keys set by the user, which keep their values.
     """
     if dataset.task not in ("language modelling", "chat") or not dataset.splits:
         raise UserError(
             f"minutes={config.minutes:g} works only for prepared text and conversations, not for {config.dataset};"
             " use max_iters instead"
         )
-    clock = Clock(config.minutes, saved["progress"].run_seconds if saved else 0.0)
     # compiling takes about a minute, so a timed run compiles only if the user asks for it
     config = replace(config, compile=bool(config.compile))
-    if not saved:
-        config, model_config = choose(
-            config, model_config, given, dataset, clock, device, step
+    progress = clock.progress
+    if progress.iter:
+        step = progress.seconds / progress.iter
+    else:
+        config, model_config, step = choose(
+            config, model_config, given, dataset, clock, device
         )
-    return config, model_config, clock
+    # an evaluation batch is assumed to take a third as long as a training batch
+    rows = len(dataset.val_starts(config.batch_size, config.evaluated_batches()))
+    batches = rows / config.batch_size
+    clock.evaluation = step * batches / config.gradient_accumulation_steps / 3
+    return config, model_config
 
 
 def choose(
@@ -265,13 +195,12 @@ def choose(
     dataset: TokenDataset,
     clock: Clock,
     device: torch.device,
-    step: tuple[Callable, Callable],
-) -> tuple[TrainConfig, ModelConfig]:
+) -> tuple[TrainConfig, ModelConfig, float]:
     """Choose the settings that are not given: size, members, dropout, steps and weight decay."""
 
     @cache
     def time_step(candidate: Candidate) -> float:
-        return seconds_per_step(*candidate[:2], dataset, device, *step)
+        return seconds_per_step(*candidate[:2], dataset, device)
 
     def find(config: TrainConfig) -> Candidate:
         tried = candidates(config, model_config, given, dataset)
@@ -293,7 +222,7 @@ def choose(
     config, model_config, parameters, tokens, *_ = best
     dataset.resize(model_config.block_size)
     text, targets = dataset.train.targets, tokens * dataset.target_share
-    epochs = clock.planned() / time_step(best) * targets / text
+    epochs = planned(clock) / time_step(best) * targets / text
     # a model that can be exported stays one that can
     may_have_members = from_scratch and model_config.model == "gpt"
     if may_have_members and not can_be_exported(model_config) and "n_members" not in given:
@@ -304,8 +233,8 @@ def choose(
     if "dropout" not in given:
         model_config = replace(model_config, dropout=dropout(epochs, parameters))
     # members and dropout make steps slower, so they are timed again
-    clock.step = time_step(best._replace(model_config=model_config))
-    steps = max(1, int(clock.planned() / clock.step))
+    step = time_step(best._replace(model_config=model_config))
+    steps = max(1, int(planned(clock) / step))
     chosen = {
         "max_iters": steps,
         "lr_decay_iters": None,
@@ -315,7 +244,7 @@ def choose(
     if from_scratch:  # more weight decay would make a trained model forget
         chosen["weight_decay"] = decay(config.weight_decay, targets, text)
     chosen = {key: value for key, value in chosen.items() if key not in given}
-    return replace(config, **chosen), model_config
+    return replace(config, **chosen), model_config, step
 
 
 def find_best(
@@ -341,7 +270,7 @@ def find_best(
 
     small, middle = tried[0], tried[len(tried) // 2]
     shortest = time_step(small)
-    available = clock.planned()
+    available = planned(clock)
     if available < shortest:
         raise UserError(
             f"minutes={small.config.minutes:g} is too short for a single step, which takes {shortest:.2g} s;"
@@ -413,42 +342,36 @@ def count_inner(model: nn.Module) -> int:
     return sum(inner) // model.config.n_members
 
 
+def planned(clock: Clock) -> float:
+    """Seconds available for training steps, if the run is planned now."""
+    return TIME_TO_TRAIN * (clock.end - time.perf_counter())
+
+
 def seconds_per_step(
     config: TrainConfig,
     model_config: ModelConfig,
     dataset: TokenDataset,
     device: torch.device,
-    train_step: Callable,
-    compute_gradients: Callable,
 ) -> float:
     """Train a model of this size for a few steps. Returns the median time per step, in seconds."""
     dataset.resize(model_config.block_size)
-    micro_batches = config.gradient_accumulation_steps
-    config = replace(config, gradient_accumulation_steps=1)  # more would take as long each
-    model = make_model(config, model_config)
-    run = Run(
-        config=config,
-        process=Process(device),
-        device=device,
-        dtype=DTYPES[config.dtype],
-        dataset=dataset,
-        model=model,
-        net=model,
-        progress=Progress(),
-        scaler=torch.amp.GradScaler(device.type, enabled=False),
-        clock=StepClock(),
-    )
-    run.process.place(model, run)
-    run.optimizer = make_optimizer(config, model)
-    start_workers(run, compute_gradients)
+    # more micro-batches would take as long each
+    trial = replace(config, gradient_accumulation_steps=1)
+    model = make_model(trial, model_config)
+    run = assemble(trial, dataset, model, Ranks(device), Clock(Progress()))
+    return run.ranks.each(time_steps, run) * config.gradient_accumulation_steps
+
+
+def time_steps(run: Run) -> float:
     times = []
-    with run.process:
-        for index in range(PROBE_STEPS):
-            started = time.perf_counter()
-            losses, _, _ = train_step(run, index)
-            losses["train_loss"].item()  # waits for the GPU
-            times.append(time.perf_counter() - started)
-    return statistics.median(times[1:]) * micro_batches
+    for _ in range(PROBE_STEPS):
+        started = time.perf_counter()
+        losses, _, _ = train_step(run)
+        losses["train_loss"].item()  # waits for the GPU
+        run.model.zero_grad()
+        run.progress.iter += 1
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
 
 
 # --------------------------------------------------------------------------------------

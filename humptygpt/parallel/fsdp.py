@@ -27,9 +27,9 @@ from model import Block
 
 
 class FullySharded(DataParallel):
-    """One of several processes that each hold a part of the model (FSDP).
+    """One of several ranks that torchrun has started, and that each hold a part of the model (FSDP).
 
-    Forward passes and saving are collective: every process must take part.
+    Forward passes and saving are collective: every rank must take part.
     """
 
     sharded = True
@@ -79,9 +79,8 @@ class FullySharded(DataParallel):
             whole.copy_(value)
         return distribute_tensor(whole, like.device_mesh, like.placements)
 
-    @raise_if_rank_died()
-    def gather(self, x: DTensor) -> Tensor:
-        return x.full_tensor()
+    def total_norm(self, norm: DTensor) -> Tensor:
+        return gather(norm)
 
     def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
         """Return the model itself. If `compiled`, compile each block, but not the code that gathers its weights."""
@@ -99,15 +98,20 @@ class FullySharded(DataParallel):
         """Gather the tensors one by one in rank 0, which writes the checkpoint."""
         gathered = {}
 
-        def gather(x: DTensor) -> Tensor | None:
-            whole = self.gather(x)
+        def keep(x: DTensor) -> Tensor | None:
+            whole = gather(x)
             if not self.first:
                 return None
             # tied weights are gathered twice, and kept once
             return gathered.setdefault(x.to_local().data_ptr(), whole.cpu())
 
-        super().save(path, tree_map_only(DTensor, gather, entries))
+        super().save(path, tree_map_only(DTensor, keep, entries))
         self.wait_for_all()  # writing may take longer than TIMEOUT
+
+
+@raise_if_rank_died()
+def gather(x: DTensor) -> Tensor:
+    return x.full_tensor()
 
 
 def precision(device: torch.device, dtype: torch.dtype) -> MixedPrecisionPolicy:

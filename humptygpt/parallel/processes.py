@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -29,10 +28,10 @@ from torch.utils._pytree import tree_map_only
 
 from humptygpt import checkpoint
 from humptygpt.cli import UserError, first_line
-from humptygpt.process import Process, Share, launched, part_of
+from humptygpt.dropout import add_seeds
+from humptygpt.ranks import Ranks, Share, launched
 from humptygpt.run import Run
 from humptygpt.settings import TrainConfig
-from humptygpt.workers import add_seeds
 
 TIMEOUT = datetime.timedelta(minutes=10)  # for a collective during training
 LONG = datetime.timedelta(days=7)  # while one rank prepares data or scores translations
@@ -57,9 +56,10 @@ def raise_if_rank_died() -> Iterator[None]:
         ) from error
 
 
-class DataParallel(Process):
-    """One of several processes that each hold the whole model (DDP)."""
+class DataParallel(Ranks):
+    """One of several ranks that torchrun has started, and that each hold the whole model (DDP)."""
 
+    by_torchrun = True
     # the default group, kept until Python ends: if DDP were the last to hold it, freeing it could wait forever for a
     # thread that waits for Python's lock (PyTorch issue 56297)
     world = None
@@ -74,26 +74,25 @@ class DataParallel(Process):
         """patient: a process group whose collectives have the timeout LONG."""
         super().__init__(device)
         self.rank = rank
-        self.size = size
-        self.first = rank == 0
+        self.size = self.averaged = size
         self.patient = patient
 
     @classmethod
     def start(
         cls, config: TrainConfig, device: torch.device, prepare: Callable[[], None]
     ) -> "DataParallel":
-        """Connect to the other ranks, and prepare the data. Parameters: as for process.start_process()."""
+        """Connect to the other ranks, and prepare the data. Parameters: as for start_ranks()."""
         rank, size = launched()
         if device.type == "cuda":
             device = pick_gpu()
-        process = cls(rank, size, device, connect(config.backend))
+        ranks = cls(rank, size, device, connect(config.backend))
         DataParallel.world = dist.group.WORLD
         # ranks take turns, so that data is prepared only once on each disk, even if several machines share a disk
         for turn in range(size):
             if turn == rank:
                 prepare()
-            process.wait_for_all()
-        return process
+            ranks.wait_for_all()
+        return ranks
 
     def __exit__(self, error: type | None, *_: object) -> None:
         if not error:
@@ -106,7 +105,7 @@ class DataParallel(Process):
         dist.barrier(group=self.patient)
 
     # ----------------------------------------------------------------------------------
-    # Methods that a single process also has
+    # Methods that a single rank also has
 
     def place(self, model: nn.Module, run: Run) -> None:
         """Move a model of the run to the device, with the state of rank 0. Other ranks may have it on meta.
@@ -166,19 +165,16 @@ class DataParallel(Process):
         net.broadcast_buffers = False
         return net
 
-    def shares(self, run: Run, step: int) -> tuple[list[Share], int]:
-        """Return this rank's shares of a step, and the number of tokens in the whole step.
+    def turns(self, count: int) -> int:
+        return min(self.size, count)
 
-        Shares are whole micro-batches or, if there are fewer of them than ranks, consecutive rows of one micro-batch.
+    def count_tokens(self, micro_batches: list[Share], shares: list[Share]) -> int:
+        """Count the tokens of a step. Ranks with equally many rows may have different numbers of targets.
+
+        The sum also shows in one line that a rank has died, before the forward pass of a sharded model fails for that.
         """
-        shares, _ = super().shares(run, step)
-        parts = max(1, self.size // run.config.gradient_accumulation_steps)
-        number = self.rank * parts // self.size
-        shares = [part_of(share, number, parts) for share in shares]
-        # Ranks with equally many rows may have different numbers of targets. The sum also shows in one line that a rank
-        # has died, before the forward pass of a sharded model fails because of that.
         tokens = sum(share.tokens for share in shares)
-        return shares, int(self.sum(torch.tensor(tokens)))
+        return int(self.sum(torch.tensor(tokens)))
 
     @contextmanager
     def syncing(self, net: nn.Module, last: bool) -> Iterator[None]:
@@ -188,9 +184,12 @@ class DataParallel(Process):
 
     @raise_if_rank_died()
     def sum(self, x: Tensor) -> Tensor:
-        """Sum x over ranks, in place."""
         dist.all_reduce(x)
         return x
+
+    def sum_with_gradients(self, losses: Tensor) -> Tensor:
+        """Sum losses over ranks. The last backward pass has averaged the gradients."""
+        return self.sum(losses) / self.averaged
 
     @raise_if_rank_died()
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -204,11 +203,6 @@ class DataParallel(Process):
         every = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(every, own)
         return torch.stack(every, dim=1).flatten(0, 1)[: len(x)]
-
-    def save(self, path: Path, entries: dict) -> None:
-        """Write a checkpoint, from rank 0 only."""
-        if self.first:
-            super().save(path, entries)
 
 
 # --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Workers that share a batch compute what one process computes, and end with it."""
+"""Forked ranks compute what one process computes, and end with it."""
 
 import os
 import select
@@ -18,25 +18,27 @@ from conftest import train_losses as losses
 
 import model as models
 import train
-from humptygpt import evaluation, machine, process, setup
+from humptygpt import evaluation, machine, ranks, setup, step
 from humptygpt.checks import sharing_problem
 from humptygpt.cli import UserError
 from humptygpt.data import DATASETS, GeneratedDataset, TokenDataset, next_tokens
-from humptygpt.process import part_of
+from humptygpt.minutes import plan
+from humptygpt.ranks import Ranks, part_of
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build
 from humptygpt.tokenizers import CharTokenizer
 from model import ModelConfig
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked")
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=11)
 OWN = "in training, model.py changes a buffer or draws random numbers of its own"
+ERROR = ArithmeticError("of a user")
 LONGER = ["--max_iters=20", "--dropout=0.2", "--eval_interval=20"]
 
 
 @pytest.fixture(autouse=True)
 def cores(monkeypatch):
-    monkeypatch.setattr(process, "usable_cores", lambda: 8)
+    monkeypatch.setattr(ranks, "usable_cores", lambda: 8)
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -54,7 +56,7 @@ def weights() -> dict[str, torch.Tensor]:
         (["--gradient_accumulation_steps=2", "--threads=4"], 1e-5),
     ],
 )
-def test_any_number_of_workers_has_the_losses_of_one_dropout_included(
+def test_any_number_of_ranks_has_the_losses_of_one_dropout_included(
     run_train, argv, tolerance
 ):
     expected = run_train(*LONGER, *argv, "--threads=1")
@@ -63,14 +65,14 @@ def test_any_number_of_workers_has_the_losses_of_one_dropout_included(
     assert rows[-1]["val_loss"] == pytest.approx(expected[-1]["val_loss"], abs=tolerance)
 
 
-def test_the_same_seed_and_number_of_workers_gives_the_same_bits(run_train):
+def test_the_same_seed_and_number_of_ranks_gives_the_same_bits(run_train):
     argv = [*LONGER, "--optimizer=normuon", "--threads=4"]
     rows, first = run_train(*argv), weights()
     assert run_train(*argv) == rows
     assert_same_weights(weights(), first)
 
 
-def test_workers_share_batches_of_sentence_pairs_whose_numbers_of_rows_differ(
+def test_ranks_share_batches_of_sentence_pairs_whose_numbers_of_rows_differ(
     pairs, run_train
 ):
     argv = ["--dataset=pairs", "--model=transformer", "--block_size=40", "--dropout=0.2"]
@@ -79,7 +81,7 @@ def test_workers_share_batches_of_sentence_pairs_whose_numbers_of_rows_differ(
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_workers_train_the_small_matrices_of_lora(run_train):
+def test_ranks_train_the_small_matrices_of_lora(run_train):
     assert train.main([*TINY_RUN, "--out_dir=out/base"]) == 0
     argv = ["--init_from=out/base", "--lora_rank=2", "--dropout=0.1"]
     expected = losses(run_train(*argv))
@@ -123,7 +125,7 @@ def test_rows_without_targets_do_not_count_however_a_batch_is_divided(
     assert found[1] == pytest.approx(found[0], abs=2e-6)
 
 
-def test_a_run_may_go_on_with_another_number_of_workers_and_says_so(run_train, capsys):
+def test_a_run_may_go_on_with_another_number_of_ranks_and_says_so(run_train, capsys):
     expected = losses(run_train(*LONGER))
     first = losses(
         run_train(*LONGER, "--max_iters=8", "--lr_decay_iters=20", "--threads=2")
@@ -147,7 +149,7 @@ def run_of(config: TrainConfig, device: str = "cpu") -> SimpleNamespace:
         model=model,
         net=model,
         device=torch.device(device),
-        process=process.Process(torch.device(device)),
+        ranks=Ranks(torch.device(device)),
         task=evaluation.TEXT,
     )
 
@@ -165,21 +167,21 @@ def run_of(config: TrainConfig, device: str = "cpu") -> SimpleNamespace:
 )
 def test_as_many_share_as_can_take_equally_many_rows(keys, expected, monkeypatch):
     run = run_of(TrainConfig(**keys))
-    assert setup.count_workers(run) == expected
+    assert setup.count_ranks(run) == expected
     run.net = None  # compiled
-    assert setup.count_workers(run) == 1
-    assert setup.count_workers(run_of(TrainConfig(**keys), "mps")) == 1
+    assert setup.count_ranks(run) == 1
+    assert setup.count_ranks(run_of(TrainConfig(**keys), "mps")) == 1
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert setup.count_workers(run_of(TrainConfig(**keys))) == 1
+    assert setup.count_ranks(run_of(TrainConfig(**keys))) == 1
 
 
-def test_threads_share_operators_if_a_model_is_large_for_a_workers_tokens():
+def test_threads_share_operators_if_a_model_is_large_for_a_ranks_tokens():
     run = run_of(TrainConfig(batch_size=4, threads=2))
     most = setup.PARAMETERS_PER_TOKEN * 2 * 16
     missing = most - models.count_parameters(run.model)
     for extra, expected in ((0, 2), (1, 1)):
         run.model.more = torch.nn.Parameter(torch.zeros(missing + extra, device="meta"))
-        assert setup.count_workers(run) == expected
+        assert setup.count_ranks(run) == expected
 
 
 class Noisy(models.MLP):
@@ -197,6 +199,30 @@ class Counting(models.MLP):
         return super().forward(x)
 
 
+class Remembering(models.MLP):
+    def __init__(self, config):
+        super().__init__(config)
+        self.mean = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.detach().mean(), 0.1)
+        return super().forward(x - self.mean)
+
+
+class Clamped(models.MLP):
+    def __init__(self, config):
+        super().__init__(config)
+        self.up_proj.weight.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+
+
+class Bounded(models.GPT):
+    """Adds a term over all positions, also those without a target."""
+
+    def loss(self, logits, targets):
+        return super().loss(logits, targets) + 0.1 * logits.logsumexp(-1).square().mean()
+
+
 class Balanced(models.MLP):
     def forward(self, x):
         return super().forward(x - x.mean(dim=(0, 1)))
@@ -207,7 +233,9 @@ class Balanced(models.MLP):
     [
         (Noisy, OWN),
         (Counting, OWN),
-        (Balanced, "the loss of a batch is not the mean of its rows' losses"),
+        (Remembering, OWN),
+        (Clamped, "the gradient of a batch is not the sum of its rows' gradients"),
+        (Balanced, "the loss of a batch is not the mean of its targets' losses"),
     ],
 )
 def test_a_model_whose_rows_cannot_be_divided_is_trained_as_a_whole_and_train_py_says_why(
@@ -223,6 +251,28 @@ def test_a_model_whose_rows_cannot_be_divided_is_trained_as_a_whole_and_train_py
     assert losses(rows) == pytest.approx(losses(expected), abs=1e-5)
 
 
+def test_a_term_over_all_positions_is_no_mean_of_rows_that_have_other_numbers_of_targets(
+    monkeypatch,
+):
+    monkeypatch.setattr(models, "GPT", Bounded)
+    assert sharing_problem(build(SMALL)).startswith("the loss of a batch is not the mean")
+
+
+class WithUnused(models.MLP):
+    def __init__(self, config):
+        super().__init__(config)
+        self.unused = torch.nn.Linear(4, 4)
+
+
+def test_a_weight_that_no_rank_has_used_stays_as_it_is(run_train, monkeypatch):
+    monkeypatch.setitem(models.MLPS, "plain", WithUnused)
+    found = []
+    for argv in (["--threads=1"], ["--threads=2"]):
+        run_train("--weight_decay=0.5", *argv)
+        found.append({name: x for name, x in weights().items() if "unused" in name})
+    assert_same_weights(*found)
+
+
 def test_dropout_and_smoothed_labels_are_no_problem():
     for keys in ({"dropout": 0.3}, {"label_smoothing": 0.1}, {"n_members": 2}):
         assert sharing_problem(build(replace(SMALL, **keys))) is None
@@ -230,7 +280,7 @@ def test_dropout_and_smoothed_labels_are_no_problem():
 
 def test_the_parts_of_a_share_are_its_rows():
     batch = {"idx": torch.arange(10).view(5, 2), "targets": torch.arange(10).view(5, 2)}
-    share = process.Share(batch, 10, [*range(5)])
+    share = ranks.Share(batch, 10, [*range(5)])
     for count in (1, 2, 3, 5):
         parts = [part_of(share, number, count) for number in range(count)]
         assert torch.cat([part.batch["idx"] for part in parts]).equal(batch["idx"])
@@ -241,15 +291,14 @@ def test_the_parts_of_a_share_are_its_rows():
     assert min(len(part.batch["idx"]) for part in parts) == 1
 
 
-def test_minutes_times_steps_of_workers(tiny, monkeypatch):
+def test_minutes_times_steps_of_the_ranks_that_train(tiny, monkeypatch):
     counts = []
-    step = train.train_step
 
-    def counted(run, index):
-        counts.append(run.process.workers.count)
-        return step(run, index)
+    def counted(run):
+        counts.append(run.ranks.size)
+        return step.train_step(run)
 
-    monkeypatch.setattr(train, "train_step", counted)
+    monkeypatch.setattr(plan, "train_step", counted)
     argv = ["--dataset=tiny", "--dtype=float32", "--muon_dtype=float32", "--threads=2"]
     monkeypatch.setattr(machine, "STARTED", time.perf_counter())
     assert train.main([*argv, "--minutes=0.1", "--n_layer=1", "--n_embd=32"]) == 0
@@ -268,7 +317,7 @@ def fail_for(monkeypatch):
     def replace_loss(chosen) -> None:
         def failing(self, logits, targets):
             if self.training and len(targets) < 4 and chosen(targets):
-                raise ArithmeticError("of a user")
+                raise type(ERROR)(*ERROR.args)
             return loss(self, logits, targets)
 
         monkeypatch.setattr(models.GPT, "loss", failing)
@@ -279,39 +328,68 @@ def fail_for(monkeypatch):
     return replace_loss
 
 
-@pytest.mark.parametrize("row", [0, 2])
-def test_an_exception_of_any_worker_is_shown_as_python_shows_ours(
-    run_train, fail_for, monkeypatch, row
-):
+@pytest.fixture
+def second_step(monkeypatch) -> list[dict]:
+    """Receives the batch of a step."""
     seen = []
-    fail_for(lambda targets: seen and targets[0].equal(seen[0]["targets"][row]))
     batch = TokenDataset.batch
 
     def recorded(self, index, batch_size):
-        seen.append(batch(self, index, batch_size))
-        return seen[-1]
+        seen[:] = [batch(self, index, batch_size)] if index else []
+        return batch(self, index, batch_size)
 
     monkeypatch.setattr(TokenDataset, "batch", recorded)
+    return seen
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 2]])
+def test_an_exception_of_the_first_rank_is_shown_as_python_shows_it(
+    run_train, fail_for, second_step, rows
+):
+    fail_for(
+        lambda targets: any(
+            targets[0].equal(batch["targets"][row]) for batch in second_step for row in rows
+        )
+    )
     with pytest.raises(ArithmeticError) as caught:
         run_train("--threads=2")
     assert caught.traceback[-1].name == "failing"
 
 
-@pytest.mark.filterwarnings("ignore:Anomaly Detection")
-def test_an_exception_that_only_a_worker_meets_is_shown_with_its_line(run_train, fail_for):
+def test_an_exception_that_only_another_rank_meets_is_shown_with_its_line(
+    run_train, fail_for, capsys
+):
     ours = os.getpid()
     fail_for(lambda targets: os.getpid() != ours)
-    with pytest.raises(
-        RuntimeError, match=r"line [0-9]+, in failing\n.*\nArithmeticError: of a"
-    ):
+    with pytest.raises(SystemExit) as caught:
         run_train("--threads=2")
+    assert caught.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "ArithmeticError: of a user"
+    assert sum("in failing" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory; use"),
+        (UserError("a mistake"), "a mistake"),
+    ],
+)
+def test_what_only_another_rank_lacks_is_one_line(
+    tiny, fails, fail_for, monkeypatch, error, line
+):
+    ours = os.getpid()
+    monkeypatch.setattr(sys.modules[__name__], "ERROR", error)
+    fail_for(lambda targets: os.getpid() != ours)
+    assert fails(train.main, *TINY_RUN, "--threads=2").startswith(line)
 
 
 TALKING = f"""
 import logging, sys
 sys.path[:0] = [{str(ROOT)!r}]
 import model, train
-from humptygpt import machine, process
+from humptygpt import machine, ranks
 
 loss = model.GPT.loss
 
@@ -326,14 +404,14 @@ def talking(self, logits, targets):
 
 
 model.GPT.loss = talking
-process.usable_cores = lambda: 2
+ranks.usable_cores = lambda: 2
 sys.breakpointhook = lambda: print("stopped")
 logging.basicConfig()
 machine.run(train.main)
 """
 
 
-def test_only_the_process_that_trains_prints_logs_and_stops_at_a_breakpoint(tiny):
+def test_only_the_first_rank_prints_logs_and_stops_at_a_breakpoint(tiny):
     command = [sys.executable, "-c", TALKING, *TINY_RUN, "--threads=2", "--max_iters=3"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     said = done.stdout + done.stderr
@@ -341,24 +419,22 @@ def test_only_the_process_that_trains_prints_logs_and_stops_at_a_breakpoint(tiny
         assert said.count(words) == 3
 
 
-def test_a_worker_that_is_killed_ends_the_run_in_one_line(tiny, monkeypatch):
-    step = train.train_step
-
-    def killing(run, index):
-        if index == 4:
-            os.kill(run.process.workers.others[0][0], signal.SIGKILL)
-        return step(run, index)
+def test_a_rank_that_is_killed_ends_the_run_in_one_line(tiny, monkeypatch):
+    def killing(run):
+        if run.progress.iter == 4 and not run.ranks.first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step.train_step(run)
 
     monkeypatch.setattr(train, "train_step", killing)
     with pytest.raises(UserError, match="was ended from outside; the last checkpoint"):
         train.main([*TINY_RUN, "--threads=2"])
-    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train, "train_step", step.train_step)
     assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
 
 
 @pytest.fixture
 def command(tiny):
-    """train.py, started by a command with two workers, after its first step."""
+    """train.py, started by a command with two ranks, after its first step."""
     argv = [sys.executable, "-u", ROOT / "train.py", *TINY_RUN, "--max_iters=100000"]
     env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     with subprocess.Popen(
@@ -375,24 +451,24 @@ def command(tiny):
         started.kill()
 
 
-def worker_of(started: subprocess.Popen) -> int:
+def other_rank_of(started: subprocess.Popen) -> int:
     children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text()
-    (worker,) = map(int, children.split())
-    return os.pidfd_open(worker)
+    (rank,) = map(int, children.split())
+    return os.pidfd_open(rank)
 
 
-@pytest.mark.skipif(process.usable_cores() < 2, reason="needs two cores")
+@pytest.mark.skipif(ranks.usable_cores() < 2, reason="needs two cores")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_workers_end_with_the_process_that_trains(command, number):
-    worker = worker_of(command)
+def test_other_ranks_end_with_the_first(command, number):
+    rank = other_rank_of(command)
     command.send_signal(number)
     poll = select.poll()
-    poll.register(worker, select.POLLIN)
+    poll.register(rank, select.POLLIN)
     assert poll.poll(30_000)
 
 
-@pytest.mark.skipif(process.usable_cores() < 2, reason="needs two cores")
-def test_ctrl_c_which_workers_also_receive_saves_and_stops(command):
+@pytest.mark.skipif(ranks.usable_cores() < 2, reason="needs two cores")
+def test_ctrl_c_which_all_ranks_receive_saves_and_stops(command):
     os.killpg(command.pid, signal.SIGINT)
     rest = command.stdout.read()
     assert "SIGINT: saved out/run/ckpt.pt at iter" in rest and "Traceback" not in rest

@@ -1,0 +1,59 @@
+"""A step of training."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from humptygpt.device import autocast, to_device
+from humptygpt.dropout import set_seeds
+from humptygpt.ranks import Share
+from humptygpt.run import Run
+from humptygpt.tasks import losses_of, with_progress
+
+
+def train_step(run: Run) -> tuple[dict[str, Tensor], Tensor, int]:
+    """Compute the gradients of the next step, and update the weights. Every rank computes its shares of the batch.
+
+    Returns the mean losses before the step, the gradient norm before clipping and the number of tokens. Tensors stay on
+    the device, because reading them would make the CPU wait for the GPU. The gradients stay, too.
+    """
+    ranks, scaler, optimizer = run.ranks, run.scaler, run.optimizer
+    losses = defaultdict(float)
+    shares, tokens = ranks.shares(run)
+    for share in shares:
+        with ranks.syncing(run.net, last=share is shares[-1]):
+            terms = weighted_losses(run, share)
+            scaler.scale(sum(terms.values())).backward()
+        for key, term in terms.items():
+            losses[key] += term.detach().float()
+    sums = ranks.sum_with_gradients(torch.stack([*losses.values()]))
+    scaler.unscale_(optimizer)
+    grad_norm = clip(run)
+    scaler.step(optimizer)
+    scaler.update()
+    return dict(zip(losses, sums, strict=True)), grad_norm, tokens
+
+
+def weighted_losses(run: Run, share: Share) -> dict[str, Tensor]:
+    """Compute the loss of a share and the terms that the model adds to it, each times the share's weight."""
+    set_seeds(run.model, share.seeds)
+    progress = run.progress.position / run.config.max_iters
+    with autocast(run.device, run.dtype):
+        batch = with_progress(run.model, share.batch, progress)
+        losses = losses_of(run.net(**to_device(batch, run.device)))
+        # without targets, the mean is nan
+        return {
+            key: x * share.weight if share.weight else x.nan_to_num() * 0
+            for key, x in losses.items()
+        }
+
+
+def clip(run: Run) -> Tensor:
+    """Scale the gradients down so that their norm is at most grad_clip, unless that is 0. Returns the norm before."""
+    groups = run.optimizer.param_groups
+    params = [p for group in groups for p in group["params"] if p.grad is not None]
+    norm = run.ranks.total_norm(nn.utils.get_total_norm([p.grad for p in params]))
+    if run.config.grad_clip:
+        nn.utils.clip_grads_with_norm_(params, run.config.grad_clip, norm)
+    return norm
