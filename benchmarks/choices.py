@@ -30,7 +30,7 @@ SECONDS = 0.6  # for each measurement
 TOKENS = 32
 DTYPES = ("float32", "bfloat16")
 HEADER = """
-tokens/s                           training, threads share      training, workers share
+tokens/s                           training, threads share    training, processes share
                                     operators  each of two       a batch  each of two      one text  each of two
 """
 BUSY = "while True: pass"
@@ -52,7 +52,7 @@ class Contender:
     def __init__(
         self, config: TrainConfig, model_config: ModelConfig, bench_config: BenchConfig
     ):
-        # with a single thread there are no workers, so operators take as many threads as they are given
+        # with a single thread there is one process, so operators take as many threads as they are given
         self.trainers = {
             (dtype, threads): OurTrainer(
                 replace(config, dtype=dtype, threads=threads), model_config
@@ -66,8 +66,8 @@ class Contender:
         """Return the tokens per second of training if threads share each operator."""
         return self.train(self.trainers[choice.dtype, 1], choice.threads)
 
-    def workers(self, choice: Choice) -> float:
-        """Return the tokens per second of training if workers share a batch."""
+    def processes(self, choice: Choice) -> float:
+        """Return the tokens per second of training if forked processes share a batch."""
         return self.train(self.trainers[choice.dtype, choice.threads], 1)
 
     def train(self, trainer: OurTrainer, threads: int) -> float:
@@ -103,7 +103,7 @@ def bench(config: BenchConfig) -> dict:
         os.environ["GOMP_SPINCOUNT"] = str(spins)  # read by the processes that start now
         pairs[spins] = [Isolated(Contender, ours, model_config, config) for _ in range(2)]
     choices = [Choice(*each) for each in product(DTYPES, sorted({1, THREADS}), pairs)]
-    kinds = ("operators", "workers", "generate")
+    kinds = ("operators", "processes", "generate")
     measured = {(kind, choice): [] for kind in kinds for choice in choices}
     for kind, choice in tqdm(ROUNDS * [*measured], disable=None):
         measured[kind, choice].append(pairs[choice.spins][0].call(kind, choice))
@@ -125,18 +125,18 @@ def bench(config: BenchConfig) -> dict:
     try:
         single = auto._replace(threads=1)
         busy = [
-            [pairs[own][0].call("workers", choice) for choice in (auto, single)]
+            [pairs[own][0].call("processes", choice) for choice in (auto, single)]
             for _ in range(ROUNDS)
         ]
     finally:
         for program in programs:
             program.kill()
     operators = max(alone["operators", choice] for choice in choices)
-    shared = alone["workers", auto]
+    shared = alone["processes", auto]
     return {
         "operators": round(operators),
         "shared": round(shared),
         "ratio": round(shared / operators, 3),
-        "beside_another": [round(speed / shared, 3) for speed in both["workers", auto]],
+        "beside_another": [round(speed / shared, 3) for speed in both["processes", auto]],
         "beside_busy_cores": round(statistics.median(x / y for x, y in busy), 3),
     }

@@ -235,7 +235,7 @@ class Balanced(models.MLP):
         (Counting, OWN),
         (Remembering, OWN),
         (Clamped, "the gradient of a batch is not the sum of its rows' gradients"),
-        (Balanced, "the loss of a batch is not the mean of its targets' losses"),
+        (Balanced, "the gradient of a batch is not the sum of its rows' gradients"),
     ],
 )
 def test_a_model_whose_rows_cannot_be_divided_is_trained_as_a_whole_and_train_py_says_why(
