@@ -30,7 +30,7 @@ from humptygpt.optimizers import trained_parameters
 from humptygpt.settings import RECIPE, TrainConfig
 from humptygpt.setup import read_settings
 from humptygpt.tasks import MODELS, build_on_meta, make_model_config
-from model import ModelConfig, Stack, flops_per_token
+from model import ModelConfig, Stack, count_parameters, flops_per_token
 
 CPU = torch.device("cpu")
 OUT = Path("out/run")
@@ -331,23 +331,6 @@ def test_a_small_text_gets_dropout_and_more_weight_decay_unless_a_model_is_fine_
     assert choose(300, 3, init_from="out/other")[0].weight_decay == 0.1
 
 
-def test_minutes_for_which_a_new_model_would_be_larger_are_noted_if_a_model_is_fine_tuned(
-    choose, capsys
-):
-    for minutes, notes in ((0.1, 0), (300, 1)):
-        choose(10**8, minutes, init_from="out/other")
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == notes
-        for line in lines:
-            assert re.fullmatch(
-                r"note: a new model would have [\d,]+ parameters outside its embedding, and this one has [\d,]+; in"
-                r" 300 minutes, training without --init_from may become better",
-                line,
-            )
-    choose(10**8, 300)
-    assert not capsys.readouterr().err
-
-
 def test_more_time_than_one_model_needs_for_a_text_goes_to_more_members(choose):
     found = [choose(100_000, minutes)[1].n_members for minutes in MINUTES]
     assert found == sorted(found) and found[:2] == [1, 1] and found[4] > found[3] > 1
@@ -400,13 +383,52 @@ def test_a_given_key_is_obeyed_and_the_rest_is_chosen(choose, key):
         assert settings[other] < getattr(larger, other), other
 
 
-def test_a_context_and_a_batch_are_chosen_too(choose):
-    found = [choose(100_000_000, minutes) for minutes in MINUTES]
-    contexts = [model_config.block_size for _, model_config in found]
-    assert contexts == sorted(contexts) and len(set(contexts)) > 1
-    tokens = {config.batch_size * model.block_size for config, model in found}
-    assert tokens <= set(plan.STEPS) and len(tokens) > 1
-    assert choose(300, 3)[1].block_size < 300
+@pytest.fixture
+def timed(choose, monkeypatch) -> list[tuple[int, int]]:
+    """(n_layer, n_embd) of each trial."""
+    trials = []
+
+    def time_step(config: TrainConfig, size: ModelConfig, *args) -> float:
+        trials.append((size.n_layer, size.n_embd))
+        return seconds_per_step(config, size)
+
+    monkeypatch.setattr(plan, "seconds_per_step", time_step)
+    return trials
+
+
+def test_sizes_are_timed_in_ascending_order_until_one_promises_more_loss(choose, timed):
+    found = []
+    for minutes in MINUTES[:-1]:
+        timed.clear()
+        chosen = size(choose(100_000_000, minutes)[1])
+        assert timed[: chosen + 2] == [*plan.SIZES[: chosen + 2]]
+        assert {*timed[chosen + 2 :]} <= {plan.SIZES[chosen]}  # with dropout
+        found.append(chosen)
+    assert found[0] == 0 and 2 < found[-1] < len(plan.SIZES) - 1
+
+
+def test_a_size_that_is_given_or_loaded_is_the_only_one_timed(choose, timed):
+    keys = {"init_from": "out/other"}, {"n_layer": 4, "n_embd": 128}
+    for given in keys:
+        timed.clear()
+        _, model_config = choose(100_000_000, 300, **given)
+        assert {*timed} == {(4, 128)} == {(model_config.n_layer, model_config.n_embd)}
+    assert choose(100_000_000, 300, **keys[0])[1].block_size == 256  # as loaded
+
+
+def test_the_context_is_the_longest_that_the_text_allows(choose):
+    contexts = [choose(text, 3)[1].block_size for text in (100, 200, 300, 1000, 10**8)]
+    assert contexts == [256, 128, 256, 512, 512]  # the first text is shorter than any
+
+
+def test_a_step_has_more_tokens_if_the_text_has_more_bytes_for_each_parameter(choose):
+    steps = [plan.tokens_per_step(1000, text) for text in (10, 999, 1000, 2000, 10**9)]
+    assert steps == [1024, 1024, 2048, 4096, 4096]
+    for text, accumulated in ((10_000, 1), (100_000_000, 1), (100_000_000, 4)):
+        config, chosen = choose(text, 3, gradient_accumulation_steps=accumulated)
+        tokens = config.batch_size * accumulated * chosen.block_size
+        assert tokens == plan.tokens_per_step(plan.count_inner(built(chosen)), text)
+    assert choose(100_000_000, 3, gradient_accumulation_steps=100)[0].batch_size == 1
 
 
 def test_a_plan_takes_the_time_that_is_left_also_with_dropout(choose):
@@ -421,22 +443,16 @@ def test_a_plan_takes_the_time_that_is_left_also_with_dropout(choose):
 
 def test_every_size_keeps_the_architecture_and_can_be_built():
     config = ModelConfig(vocab_size=65, n_layer=4, n_head=2, n_kv_head=2, n_embd=128)
-    training = TrainConfig(
-        optimizer="normuon", gradient_accumulation_steps=4, dtype="float32"
-    )
-    dataset = SimpleNamespace(contexts=lambda sizes: sizes)
-    given = {"n_kv_head", "block_size"}
-    tried = plan.candidates(training, config, given, dataset)
-    assert {candidate.tokens for candidate in tried} == set(plan.STEPS)
-    shapes = {candidate.model_config for candidate in tried}
-    sizes = {(shape.n_layer, shape.n_embd) for shape in shapes}
-    assert sizes == {*plan.SIZES} and len(shapes) == len(sizes)
-    for candidate in tried:
-        shape = candidate.model_config
+    shapes = plan.sizes(config, {"n_kv_head"})
+    assert [(shape.n_layer, shape.n_embd) for shape in shapes] == [*plan.SIZES]
+    for shape in shapes:
         assert shape.n_kv_head == 2 and shape.block_size == config.block_size
-        per_token = flops_per_token(built(shape))
-        assert per_token > 2 * candidate.parameters > 0
-        assert candidate.operations > candidate.tokens * per_token
+        assert flops_per_token(built(shape)) > 2 * plan.count_inner(built(shape)) > 0
+
+
+def test_a_number_of_heads_that_fits_no_size_leaves_the_model_as_configured():
+    config = ModelConfig(n_head=11, n_embd=704)
+    assert plan.sizes(config, {"n_head"}) == [config]
 
 
 def test_a_trial_trains_as_the_run_will(tiny, monkeypatch):
@@ -480,13 +496,16 @@ def test_what_does_not_fit_into_memory_is_not_tried(tiny, machine, fails):
 
     def seconds_per_step(config, size, *args) -> float:
         nonlocal free
-        tried.append(plan.models.count_parameters(built(size)))
+        tried.append(count_parameters(built(size)))
         free = 0  # a trial keeps what it has allocated
         return 0.01
 
     machine.patch.setattr(plan, "seconds_per_step", seconds_per_step)
     for module in (plan, report):
         machine.patch.setattr(module, "free_memory", lambda device: free)
+    # only memory ends the search
+    machine.patch.setattr(plan, "most_parameters", lambda text: math.inf)
+    machine.patch.setattr(plan, "loss", lambda parameters, *args: -parameters)
     argv = [*SHOWN, "--optimizer=adamw", "--overwrite=True", "--minutes=0.06"]
     machine.run(*argv)
     assert len(tried) > 1 and 16 * max(tried) < 20_000_000

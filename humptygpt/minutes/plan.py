@@ -7,19 +7,16 @@ config/shakespeare_char.py, so for longer runs and other settings its prediction
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-import model as models
-from humptygpt.cli import UserError, in_vain, note
+from humptygpt.cli import UserError, in_vain
 from humptygpt.convert.huggingface import find_family
 from humptygpt.data import TokenDataset
 from humptygpt.device import free_memory
@@ -32,7 +29,7 @@ from humptygpt.setup import assemble, make_model
 from humptygpt.step import train_step
 from model import ModelConfig
 
-# The sizes to try, (n_layer, n_embd): each is about twice as expensive as the one before.
+# (n_layer, n_embd) of the sizes to try: each is about twice as expensive as the one before
 SIZES = (
     (2, 64),
     (2, 128),
@@ -45,9 +42,11 @@ SIZES = (
     (10, 576),
     (12, 768),
 )
-CONTEXTS = (128, 256, 512)  # context lengths to try, in tokens
-STEPS = (1024, 2048, 4096)  # batch sizes to try, in tokens per step
 HEAD_SIZE = 64
+CONTEXTS = (128, 256, 512)  # in tokens; the longest that the text allows is chosen
+# tokens per step for a text of less than one byte per parameter, of one to two, and of more. If there is more text than
+# a model can learn, reading more of it in large steps teaches more than many small steps do.
+STEPS = (1024, 2048, 4096)
 EVALUATIONS = 4  # number of evaluations in a run
 TIME_TO_TRAIN = 0.85  # fraction of the remaining time to plan for training steps; the rest is for evaluations
 PROBE_STEPS = 5  # steps run to measure the time per step
@@ -108,6 +107,11 @@ def most_parameters(text: float) -> float:
     return 140 * text**0.75
 
 
+def tokens_per_step(parameters: float, text: float) -> int:
+    """Choose the size of a step. parameters: excluding embeddings. text: its bytes."""
+    return STEPS[min(int(text / parameters), len(STEPS) - 1)]
+
+
 def count_members(epochs: float) -> int:
     """Choose the number of members. epochs: how often one model could read the text in the time that there is.
 
@@ -138,17 +142,6 @@ def decay(weight_decay: float, tokens: float, text: int) -> float:
 
 # --------------------------------------------------------------------------------------
 # The choice
-
-
-class Candidate(NamedTuple):
-    """A possible choice of settings, and what a step costs with it."""
-
-    config: TrainConfig
-    model_config: ModelConfig
-    parameters: int  # excluding embeddings
-    tokens: int  # tokens per step
-    operations: int  # operations per step, including Muon's
-    memory: Memory
 
 
 def begin(
@@ -196,45 +189,32 @@ def choose(
     clock: Clock,
     device: torch.device,
 ) -> tuple[TrainConfig, ModelConfig, float]:
-    """Choose the settings that are not given: size, members, dropout, steps and weight decay."""
+    """Choose the settings that are not given: the size, members, dropout, steps and weight decay.
 
-    @cache
-    def time_step(candidate: Candidate) -> float:
-        return seconds_per_step(*candidate[:2], dataset, device)
-
-    def find(config: TrainConfig) -> Candidate:
-        tried = candidates(config, model_config, given, dataset)
-        tried.sort(key=lambda candidate: candidate.operations)
-        check_training_fits(*tried[0][:2], device)
-        fitting = [candidate for candidate in tried if candidate.memory.least <= free]
-        return find_best(fitting, dataset, clock, time_step)
-
-    free = free_memory(device)
+    Returns the settings, and the seconds that a step takes with them.
+    """
     from_scratch = config.init_from == "scratch"
-    best = find(config)
-    if not from_scratch:
-        new = find(replace(config, init_from="scratch"))
-        if new.parameters > best.parameters:
-            note(
-                f"a new model would have {new.parameters:,} parameters outside its embedding, and this one has"
-                f" {best.parameters:,}; in {config.minutes:g} minutes, training without --init_from may become better"
-            )
-    config, model_config, parameters, tokens, *_ = best
-    dataset.resize(model_config.block_size)
-    text, targets = dataset.train.targets, tokens * dataset.target_share
-    epochs = planned(clock) / time_step(best) * targets / text
+    size = choose_size(config, model_config, given, dataset, clock, device)
+    config, model_config = size.config, size.model_config
+    tokens = (
+        config.batch_size * config.gradient_accumulation_steps * model_config.block_size
+    )
+    targets, text = tokens * dataset.target_share, dataset.train.targets
+    epochs = planned(clock) / size.seconds * targets / text
     # a model that can be exported stays one that can
     may_have_members = from_scratch and model_config.model == "gpt"
     if may_have_members and not can_be_exported(model_config) and "n_members" not in given:
-        fit = max(1, int(free / best.memory.total))
+        fit = max(1, int(free_memory(device) / size.memory.total))
         members = min(MOST_MEMBERS, fit, count_members(epochs))
         model_config = replace(model_config, n_members=members)
         epochs /= members
     if "dropout" not in given:
-        model_config = replace(model_config, dropout=dropout(epochs, parameters))
-    # members and dropout make steps slower, so they are timed again
-    step = time_step(best._replace(model_config=model_config))
-    steps = max(1, int(planned(clock) / step))
+        rate = dropout(epochs, size.parameters)
+        model_config = replace(model_config, dropout=rate)
+    seconds = size.seconds
+    if model_config != size.model_config:  # members and dropout make steps slower
+        seconds = seconds_per_step(config, model_config, dataset, device)
+    steps = max(1, int(planned(clock) / seconds))
     chosen = {
         "max_iters": steps,
         "lr_decay_iters": None,
@@ -244,67 +224,81 @@ def choose(
     if from_scratch:  # more weight decay would make a trained model forget
         chosen["weight_decay"] = decay(config.weight_decay, targets, text)
     chosen = {key: value for key, value in chosen.items() if key not in given}
-    return replace(config, **chosen), model_config, step
+    return replace(config, **chosen), model_config, seconds
 
 
-def find_best(
-    tried: list[Candidate],
-    dataset: TokenDataset,
-    clock: Clock,
-    time_step: Callable[[Candidate], float],
-) -> Candidate:
-    """Find the candidate with the lowest predicted loss. Only the smallest, a middle one and the best are timed.
+class Size(NamedTuple):
+    """A size that was tried, with the context and the batch that go with it."""
 
-    tried: candidates, sorted by operations. time_step: measures the seconds per step of a candidate.
-    """
-    dataset.resize(tried[0].model_config.block_size)
-    bytes_per_token, share = dataset.val_bytes_per_token(), dataset.target_share
-    text = dataset.train.targets * bytes_per_token
-    most = max(most_parameters(text), tried[0].parameters)
-    tried = [candidate for candidate in tried if candidate.parameters <= most]
-
-    def promise(candidate: Candidate) -> float:
-        context, tokens = candidate.model_config.block_size, candidate.tokens
-        read = available / seconds[candidate] * tokens * share * bytes_per_token
-        return loss(candidate.parameters, read, text, context * bytes_per_token, tokens)
-
-    small, middle = tried[0], tried[len(tried) // 2]
-    shortest = time_step(small)
-    available = planned(clock)
-    if available < shortest:
-        raise UserError(
-            f"minutes={small.config.minutes:g} is too short for a single step, which takes {shortest:.2g} s;"
-            " use more, or try again now that the data is prepared"
-        )
-    # seconds per step: those that are not timed are estimated from the numbers of operations
-    more = max(1, middle.operations - small.operations)
-    slope = max(0.0, time_step(middle) - shortest) / more
-    seconds = {x: shortest + slope * (x.operations - small.operations) for x in tried}
-    # once the best candidate has been timed, a different one may turn out to be better
-    timed = set()
-    while (best := min(tried, key=promise)) not in timed:
-        seconds[best] = time_step(best)
-        timed.add(best)
-    return best
+    config: TrainConfig
+    model_config: ModelConfig
+    parameters: int  # excluding embeddings
+    memory: Memory
+    seconds: float  # per step
 
 
-def candidates(
+def choose_size(
     config: TrainConfig,
     model_config: ModelConfig,
     given: Collection[str],
     dataset: TokenDataset,
-) -> list[Candidate]:
-    """List the model as configured, and every other size, context and batch size that the given keys allow.
+    clock: Clock,
+    device: torch.device,
+) -> Size:
+    """Time sizes in ascending order until the scaling law predicts a higher loss.
+
+    The context follows from the text, and the batch from the text and the size.
+    """
+    shapes = [model_config]
+    if config.init_from == "scratch":
+        context = max(dataset.contexts(CONTEXTS), default=model_config.block_size)
+        if "block_size" not in given:
+            model_config = replace(model_config, block_size=context)
+        shapes = sizes(model_config, given)
+    context = model_config.block_size
+    dataset.resize(context)
+    bytes_per_token, share = dataset.val_bytes_per_token(), dataset.target_share
+    text = dataset.train.targets * bytes_per_token
+    row = context * config.gradient_accumulation_steps  # tokens per step with batch_size=1
+    available, free = planned(clock), free_memory(device)
+    best, lowest = None, math.inf
+    for shape in shapes:
+        model = model_on_meta(config, shape)
+        parameters = count_inner(model)
+        if "batch_size" not in given:
+            batch_size = max(1, tokens_per_step(parameters, text) // row)
+            config = replace(config, batch_size=batch_size)
+        memory = training_memory(config, model)
+        if not best:
+            check_training_fits(config, shape, device)
+        elif memory.least > free or parameters > most_parameters(text):
+            break
+        seconds = seconds_per_step(config, shape, dataset, device)
+        if seconds > available:
+            break
+        tokens = config.batch_size * row
+        read = available / seconds * tokens * share * bytes_per_token
+        predicted = loss(parameters, read, text, context * bytes_per_token, tokens)
+        if predicted > lowest:
+            break
+        best, lowest = Size(config, shape, parameters, memory, seconds), predicted
+    if not best:
+        raise UserError(
+            f"minutes={config.minutes:g} is too short for a single step, which takes {seconds:.2g} s;"
+            " use more, or try again now that the data is prepared"
+        )
+    return best
+
+
+def sizes(model_config: ModelConfig, given: Collection[str]) -> list[ModelConfig]:
+    """List the sizes that the given keys allow, from the smallest up. If they allow none, list the model as configured.
 
     Each size has as many heads of HEAD_SIZE as fit, or fewer and larger heads if the given keys require it.
     """
-    fixed = vars(model_config)  # a model loaded with init_from keeps all of its settings
-    if config.init_from == "scratch":
-        fixed = {key: value for key, value in fixed.items() if key in given}
-    contexts = dataset.contexts(CONTEXTS)
-    shapes = {model_config: None}  # a dict, used as an ordered set
-    for (n_layer, n_embd), context in product(SIZES, contexts):
-        size = {"n_layer": n_layer, "n_embd": n_embd, "block_size": context} | fixed
+    fixed = {key: value for key, value in vars(model_config).items() if key in given}
+    shapes = {}  # a dict, used as an ordered set
+    for n_layer, n_embd in SIZES:
+        size = {"n_layer": n_layer, "n_embd": n_embd} | fixed
         most = size["n_embd"] // (model_config.head_size or HEAD_SIZE)
         for n_head in range(max(model_config.n_kv_head or 1, most), 0, -1):
             shape = replace(model_config, **{"n_head": n_head} | size)
@@ -312,24 +306,7 @@ def candidates(
                 shape.validate()
                 shapes[shape] = None
                 break
-    found = []
-    for shape in shapes:
-        model = model_on_meta(config, shape)
-        parameters = count_inner(model)
-        # Muon computes three matrix products in each of five iterations; n_embd is the smaller side of most matrices
-        muon = 0 if config.optimizer == "adamw" else 5 * 6 * parameters * shape.n_embd
-        # tokens per step with batch_size=1
-        of_each = shape.block_size * config.gradient_accumulation_steps
-        batches = {max(1, tokens // of_each) for tokens in STEPS}
-        if "batch_size" in given:
-            batches = {config.batch_size}
-        for batch_size in batches:
-            batch = replace(config, batch_size=batch_size)
-            tokens = batch_size * of_each
-            operations = tokens * models.flops_per_token(model) + muon
-            memory = training_memory(batch, model)
-            found.append(Candidate(batch, shape, parameters, tokens, operations, memory))
-    return found
+    return [*shapes] or [model_config]
 
 
 def count_inner(model: nn.Module) -> int:
