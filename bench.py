@@ -32,8 +32,8 @@ with NorMuon, and the demo, compiled and uncompiled; nanoGPT's speed if a checko
 next to the limit set by the memory bandwidth. The device, dtype, compile and evaluation settings of a config are
 ignored.
 machine: the demo's tokens/s on a CPU, in training and of one text, alone and while a second process does the same.
-Threads share each operator, or processes share a batch. The threads spin for different times before they sleep. The line
-of what train.py does is marked. `operators` is the fastest of all ways in which threads share operators, `shared` what
+Threads share each operator, or processes share a batch. Threads spin for different times before they sleep. The line of
+what train.py does is marked. `operators` is the fastest of all ways in which threads share operators, `shared` what
 train.py does, `ratio` is `shared` divided by `operators`, `beside_another` has the speeds of two trainings at once, as
 parts of one alone, and `beside_busy_cores` is what train.py does divided by one thread, while each core is busy.
 """

@@ -135,7 +135,7 @@ def test_training_ends_within_a_step_of_its_minutes_with_the_last_learning_rate(
     Path("config.py").write_text("max_iters = 5\nlr_decay_iters = 600000\nmin_lr = 0.0\n")
     rows = machine.run("config.py", *TIMED, "--minutes=0.2")
     step = machine.step()
-    assert machine.now == pytest.approx(12 - plan.ENDING - evaluation, abs=step)
+    assert machine.now == pytest.approx(12 - runs.ENDING - evaluation, abs=step)
     whole = "the whole validation split: " in capsys.readouterr().out
     assert whole == (evaluated == 1)
     assert last_lr(rows) < 0.1 * read_config()["learning_rate"]
@@ -178,7 +178,7 @@ def test_a_stopped_run_resumes_with_the_minutes_that_are_left(tiny, machine, key
     lr = last_lr(read_rows(OUT))
     machine.now += 1000  # the run is resumed later
     rows = machine.run(*RESUME)
-    assert machine.now - 1000 == pytest.approx(12 - plan.ENDING - 0.2, abs=0.1)
+    assert machine.now - 1000 == pytest.approx(12 - runs.ENDING - 0.2, abs=0.1)
     resumed = [row["lr"] for row in rows if "lr" in row and row["iter"] > 40]
     assert (
         lr > resumed[0] > 0.9 * lr and last_lr(rows) < 0.1 * read_config()["learning_rate"]
@@ -204,7 +204,7 @@ def test_a_finished_run_goes_on_by_more_minutes_or_by_its_steps(
         assert "--out_dir=out/run --minutes=0.2\n" in out
     machine.now = 1000.0
     machine.run(*RESUME, "--minutes=0.2")
-    assert progress()["run_seconds"] == pytest.approx(12 - plan.ENDING, abs=0.1)
+    assert progress()["run_seconds"] == pytest.approx(12 - runs.ENDING, abs=0.1)
     line = rf"steps: about {2 * steps} of .*; {steps} are done\n"
     assert re.search(line, capsys.readouterr().out)
     steps = progress()["iter"]
@@ -219,7 +219,7 @@ def test_a_run_whose_only_evaluation_is_its_last_ends_on_time_also_resumed(tiny,
     # all 25 blocks of the validation split
     once = ["--batch_size=1", "--eval_iters=1000", "--eval_interval=100000"]
     machine.evaluation = 25 / 3 * 0.1
-    ended = pytest.approx(12 - plan.ENDING - machine.evaluation, abs=0.1)
+    ended = pytest.approx(12 - runs.ENDING - machine.evaluation, abs=0.1)
     machine.run(*TIMED, *once, "--minutes=0.2")
     assert machine.now == ended
     machine.now = 0.0
@@ -243,13 +243,13 @@ def test_a_run_reserves_the_time_that_its_model_takes_for_the_text_at_the_end(
     )
     machine.patch.setattr(evaluation, "TEXT", task)
     machine.run(*TIMED, "--minutes=0.2")
-    assert machine.now == pytest.approx(12 - plan.ENDING, abs=0.11)
+    assert machine.now == pytest.approx(12 - runs.ENDING, abs=0.11)
 
 
 def test_more_evaluations_than_fit_neither_end_a_run_early_nor_late(tiny, machine):
     machine.evaluation = 1.0
     rows = machine.run(*TIMED, "--minutes=0.2", "--eval_interval=1")
-    assert machine.now == pytest.approx(12 - plan.ENDING - 1, abs=1.1)
+    assert machine.now == pytest.approx(12 - runs.ENDING - 1, abs=1.1)
     assert sum("val_loss" in row for row in rows) > 3
 
 
@@ -290,10 +290,12 @@ def choose(monkeypatch):
             target_share=1.0,
             contexts=lambda sizes: [size for size in sizes if size < text],
             resize=lambda size: None,
+            val_starts=lambda size, batches: range(size),
         )
         config = cli.make(TrainConfig, settings)
         model_config = make_model_config(settings)
-        return plan.begin(config, model_config, given, None, dataset, CPU, step=())[:2]
+        clock = runs.Clock(runs.Progress(), minutes)
+        return plan.begin(config, model_config, given, dataset, clock, CPU)
 
     return chosen
 
@@ -436,7 +438,7 @@ def test_a_plan_takes_the_time_that_is_left_also_with_dropout(choose):
         config, model_config = choose(text, 3)
         assert bool(model_config.dropout) == dropped
         step = plan.seconds_per_step(config, replace(model_config, dropout=0.0))
-        seconds = plan.TIME_TO_TRAIN * (178 - plan.ENDING)
+        seconds = plan.TIME_TO_TRAIN * (178 - runs.ENDING)
         assert config.max_iters == int(seconds / (slower * step))
         assert config.eval_interval == math.ceil(config.max_iters / plan.EVALUATIONS)
 
@@ -457,11 +459,9 @@ def test_a_number_of_heads_that_fits_no_size_leaves_the_model_as_configured():
 
 def test_a_trial_trains_as_the_run_will(tiny, monkeypatch):
     models = []
-    make_optimizer = plan.make_optimizer
+    assemble = plan.assemble
     monkeypatch.setattr(
-        plan,
-        "make_optimizer",
-        lambda *args: models.append(args[1]) or make_optimizer(*args),
+        plan, "assemble", lambda *args: models.append(args[2]) or assemble(*args)
     )
     argv = ["--minutes=100000", "--n_members=1", "--position=learned", "--freeze=wpe"]
     run = train.setup(read_settings([*TIMED, *argv, "--checkpoint_activations=True"]))
@@ -476,18 +476,15 @@ def test_a_trial_trains_as_the_run_will(tiny, monkeypatch):
 def test_a_trial_of_lora_trains_the_added_matrices_only(tiny, small_sizes, monkeypatch):
     assert train.main([*TINY_RUN, "--out_dir=out/base"]) == 0
     trained = []
-    make_optimizer = plan.make_optimizer
+    assemble = plan.assemble
     monkeypatch.setattr(
         plan,
-        "make_optimizer",
-        lambda config, model: (
-            trained.append(trained_parameters(model).keys())
-            or make_optimizer(config, model)
-        ),
+        "assemble",
+        lambda *args: trained.append(trained_parameters(args[2])) or assemble(*args),
     )
     argv = ["--init_from=out/base", "--lora_rank=2", "--minutes=100000"]
     run = train.setup(read_settings([*TIMED, *argv]))
-    assert trained[0] == trained_parameters(run.model).keys()
+    assert trained[0].keys() == trained_parameters(run.model).keys()
 
 
 def test_what_does_not_fit_into_memory_is_not_tried(tiny, machine, fails):
