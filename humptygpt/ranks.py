@@ -169,6 +169,16 @@ def read_once(read: Callable[[], dict | None], backend: str) -> dict | None:
     return read_and_describe(read, backend)
 
 
+def read_each(read: Callable[[], object], backend: str) -> object:
+    """Read a model in each process. If one of them cannot, all raise its UserError."""
+    if launched()[1] == 1:
+        return read()
+    from humptygpt.parallel.processes import connect, together
+
+    with together("the other processes, which read the model", connect(backend)):
+        return read()
+
+
 def start_ranks(config: TrainConfig, prepare: Callable[[], None]) -> Ranks:
     """Return this rank, connected to the others that torchrun has started, if there are any.
 

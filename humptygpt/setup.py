@@ -39,7 +39,7 @@ from humptygpt.loading import (
 from humptygpt.loggers import chosen_loggers
 from humptygpt.machine import GIVEN
 from humptygpt.optimizers import freeze, make_optimizer
-from humptygpt.ranks import Ranks, choose_dtypes, launched, read_once
+from humptygpt.ranks import Ranks, choose_dtypes, launched, read_each, read_once
 from humptygpt.report import memory_report
 from humptygpt.run import Clock, Progress, Run, lock_out_dir, refuse_earlier_run
 from humptygpt.settings import (
@@ -99,8 +99,8 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     init_from = given.get("init_from", "scratch")
     auto = init_from == "auto"
     saved, base, settings, defaults = None, None, given, {}
+    backend = given.get("backend", TrainConfig.backend)
     if auto or init_from == "resume":
-        backend = given.get("backend", TrainConfig.backend)
         saved = read_once(
             lambda: read_run(path) if path.exists() or not auto else None, backend
         )
@@ -109,7 +109,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     if init_from not in ("scratch", "resume"):
         from humptygpt.finetune.base import base_defaults, base_settings
 
-        base = load(init_from)
+        base = read_each(lambda: load(init_from), backend)
         settings = given | base_settings(base, given)
         defaults = base_defaults(base, given)
     elif given.get("minutes") and given.get("model", ModelConfig.model) == "gpt":

@@ -320,6 +320,19 @@ def with_other_data(argv: list[str]) -> int:
     return train.main(argv)
 
 
+def with_other(argv: list[str], what: object, name: str, value: object) -> int:
+    """Train, with another value of a module's attribute in process 1."""
+    if os.environ["RANK"] == "1":
+        setattr(what, name, value)
+    return train.main(argv)
+
+
+other_code = partial(
+    with_other, what=distributed, name="code_checksum", value=lambda: "other"
+)
+other_torch = partial(with_other, what=torch, name="__version__", value="2.99.0")
+
+
 @pytest.mark.parametrize(
     "argv, settings, complaint",
     [
@@ -331,6 +344,8 @@ def with_other_data(argv: list[str]) -> int:
             "process 1 differs from process 0 in {'seed': 5}",
         ),
         ([], {"main": with_other_data}, "in {'files_sha256': 'other'}; start all with the"),
+        ([], {"main": other_code}, "in {'model.py': 'other'}; start all with the same"),
+        ([], {"main": other_torch}, "in {'torch': '2.99.0'}; start all with the same"),
     ],
 )
 def test_a_mistake_is_one_line(tiny, monkeypatch, argv, settings, complaint):
@@ -338,6 +353,33 @@ def test_a_mistake_is_one_line(tiny, monkeypatch, argv, settings, complaint):
     line = complaints(*argv, **settings)[0]
     assert complaint in line and line.count("\n") == 1
     assert not Path("out").exists()
+
+
+def with_own_disk(argv: list[str]) -> int:
+    """Train, with nothing on the disk of process 1."""
+    if os.environ["RANK"] == "1":
+        Path("second").mkdir()
+        os.chdir("second")
+    return train.main(argv)
+
+
+@pytest.mark.parametrize(
+    "source, complaint",
+    [
+        ("resume", "train.py: no checkpoint out/next/ckpt.pt; train first"),
+        ("out/run", f"train.py: process 1 on {socket.gethostname()}: init_from=out/run: "),
+        ("scratch", f"train.py: process 1 on {socket.gethostname()}: no data set tiny: "),
+    ],
+)
+def test_what_one_process_cannot_read_ends_all_with_the_same_line(
+    tiny, monkeypatch, source, complaint
+):
+    monkeypatch.setattr(machine, "PATIENCE", 0)
+    assert train.main(TINY_RUN) == 0
+    argv = [f"--init_from={source}", "--out_dir=out/next"]
+    lines = complaints(*argv, main=with_own_disk, seconds=60)
+    assert lines[0].startswith(complaint) and lines[0].count("\n") == 1
+    assert lines[0] == lines[1]
 
 
 def on_two_machines(argv: list[str], disks: int) -> int:
@@ -362,6 +404,33 @@ def test_one_process_prepares_missing_data_on_each_disk(tiny, disks):
     shutil.move(tiny, "tiny")
     Path("second").mkdir()
     assert launch(4, *TINY_RUN, main=partial(on_two_machines, disks=disks)) == [0] * 4
+
+
+def until_said(who: str) -> None:
+    """Wait until process 0 has said for whom it waits."""
+    while f"note: waiting for {who}\n" not in Path("stderr0").read_text():
+        time.sleep(0.01)
+
+
+def waited_for(argv: list[str]) -> int:
+    """Train. Process 1 does not go on before process 0 has said that it waits."""
+    if os.environ["RANK"] == "1":
+        until_said("the other processes to connect")
+        train.prepare_missing = lambda config: until_said(
+            "process 1, which prepares the data"
+        )
+    return train.main(argv)
+
+
+def test_a_process_that_waits_says_for_whom(tiny, monkeypatch):
+    monkeypatch.setattr(distributed, "QUIET", 0)
+    assert launch(2, *TINY_RUN, main=waited_for, seconds=20) == [0, 0]
+
+
+def test_torchrun_must_not_restart_a_run_on_several_machines(tiny, fails, monkeypatch):
+    for name in ("WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"):
+        monkeypatch.setenv(name, "2")
+    assert "--max_restarts works on one machine only" in fails(train.main, *TINY_RUN)
 
 
 def test_without_torchrun_several_processes_are_refused(tiny, fails, monkeypatch):

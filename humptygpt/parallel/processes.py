@@ -15,10 +15,13 @@ covered by its watchdog, a thread that ends the process if one of them fails or 
 import datetime
 import math
 import os
+import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cache
+from threading import Timer
 
 import torch
 import torch.distributed as dist
@@ -29,12 +32,14 @@ from torch.utils._pytree import tree_map_only
 from humptygpt import checkpoint
 from humptygpt.cli import UserError, first_line
 from humptygpt.dropout import add_seeds
+from humptygpt.loading import code_checksum
 from humptygpt.ranks import Ranks, Share, launched
 from humptygpt.run import Run
 from humptygpt.settings import TrainConfig
 
 TIMEOUT = datetime.timedelta(minutes=10)  # for a collective during training
 LONG = datetime.timedelta(days=7)  # while one rank prepares data or scores translations
+QUIET = 20  # seconds of waiting after which a machine says for whom it waits
 
 
 @contextmanager
@@ -89,9 +94,9 @@ class DataParallel(Ranks):
         DataParallel.world = dist.group.WORLD
         # ranks take turns, so that data is prepared only once on each disk, even if several machines share a disk
         for turn in range(size):
-            if turn == rank:
-                prepare()
-            ranks.wait_for_all()
+            with together(f"process {turn}, which prepares the data", ranks.patient):
+                if turn == rank:
+                    prepare()
         return ranks
 
     def __exit__(self, error: type | None, *_: object) -> None:
@@ -139,7 +144,7 @@ class DataParallel(Ranks):
 
     @raise_if_rank_died()
     def check(self, run: Run) -> None:
-        """Raise UserError if a step cannot be split evenly over ranks, or if ranks differ in settings or data."""
+        """Raise UserError if a step cannot be split evenly over ranks, or if ranks differ in settings, data or code."""
         count = run.config.gradient_accumulation_steps
         if count % self.size and self.size % count:
             raise UserError(
@@ -148,13 +153,14 @@ class DataParallel(Ranks):
             )
         settings = asdict(run.config) | asdict(run.model.config)
         own = settings | run.dataset.identity | {"iter": run.progress.iter}
+        own |= {"model.py": code_checksum(), "torch": torch.__version__}
         ranks = [None] * self.size
         dist.all_gather_object(ranks, own)
         for rank, settings in enumerate(ranks):
             if differ := dict(settings.items() - ranks[0].items()):
                 raise UserError(
-                    f"process {rank} differs from process 0 in {differ}; start all with the same command, on the"
-                    " same data"
+                    f"process {rank} differs from process 0 in {differ}; start all with the same command, data,"
+                    " model.py and torch"
                 )
 
     def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
@@ -221,7 +227,47 @@ def pick_gpu() -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def say(text: str) -> None:
+    """Print a note to stderr, from one process of each machine."""
+    if os.environ.get("LOCAL_RANK") == "0":
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def say_if_slow(whom: str) -> Iterator[None]:
+    """Say for whom the block waits if it takes longer than QUIET."""
+    timer = Timer(QUIET, say, [f"waiting for {whom}"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def together(whom: str, group: dist.ProcessGroup) -> Iterator[None]:
+    """Run a block in every rank and wait for all. If it raises UserError in one rank, it does so in all.
+
+    whom: for whom a rank waits that has come to the end of the block.
+    """
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        rank = dist.get_rank()
+        problem = (
+            f"process {rank} on {socket.gethostname()}: {error}" if rank else str(error)
+        )
+    problems = [None] * dist.get_world_size()
+    with raise_if_rank_died(), say_if_slow(whom):
+        dist.all_gather_object(problems, problem, group=group)
+    for problem in filter(None, problems):
+        raise UserError(problem)
+
+
 @cache
+@say_if_slow("the other processes to connect")
 def connect(backend: str) -> dist.ProcessGroup:
     """Connect all ranks to the default process group. Returns a second group of them, whose timeout is LONG.
 
@@ -230,8 +276,18 @@ def connect(backend: str) -> dist.ProcessGroup:
     """
     if backend == "auto" and not torch.cuda.is_available():
         backend = "gloo"
+    # each machine's torchrun counts its own restarts, so restarted processes would not find each other
+    several = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+    if several and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        raise UserError(
+            "torchrun's --max_restarts works on one machine only; leave it out, and continue with --init_from=auto"
+        )
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        if rank == 0:
+            store.set("host", socket.gethostname())
+        else:
+            say(f"process 0 on {store.get('host').decode()} prints and writes files")
         # when torchrun restarts ranks, it keeps the store, which still has the addresses of the ranks that ended
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
@@ -245,6 +301,7 @@ def connect(backend: str) -> dist.ProcessGroup:
     except (RuntimeError, ValueError) as error:  # e.g. a port in use, an unreachable host
         raise UserError(
             f"the processes cannot connect ({first_line(error)}); start them with torchrun or use another --master_port"
+            "; on several machines, set GLOO_SOCKET_IFNAME as docs/processes.md says"
         ) from error
 
 
@@ -252,7 +309,8 @@ def connect(backend: str) -> dist.ProcessGroup:
 def read_and_describe(read: Callable[[], dict | None], backend: str) -> dict | None:
     """Read a checkpoint in rank 0, and send the other ranks all of it except for the values of its tensors."""
     group = connect(backend)
-    saved = read() if dist.get_rank() == 0 else None
+    with together("process 0, which reads the checkpoint", group):
+        saved = read() if dist.get_rank() == 0 else None
     described = [tree_map_only(Tensor, lambda x: torch.empty_like(x, device="meta"), saved)]
     dist.broadcast_object_list(described, group=group)
     return saved or described[0]
