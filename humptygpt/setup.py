@@ -122,7 +122,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     else:
         settings = defaults | settings
         # a run that was killed before its first ckpt.pt may have left a best.pt
-        if writes and not overwrite and not auto:
+        if writes and not rank and not overwrite and not auto:
             refuse_earlier_run(out_dir)
     config = cli.make(TrainConfig, settings)
     model_config = make_model_config(settings)

@@ -23,6 +23,7 @@ from test_chat import prepare_chats
 
 import train
 from humptygpt import checkpoint, machine, optimizers
+from humptygpt.cli import UserError
 from humptygpt.data import TokenDataset
 from humptygpt.parallel import fsdp
 from humptygpt.parallel import processes as distributed
@@ -30,6 +31,7 @@ from humptygpt.parallel.processes import DataParallel
 from humptygpt.prepare import dataset
 from humptygpt.run import Progress
 from humptygpt.settings import TrainConfig
+from humptygpt.setup import read_settings
 
 # loaded once here, and not in each process; DDP needs torch._dynamo
 assert torch._dynamo and fsdp
@@ -380,6 +382,16 @@ def test_what_one_process_cannot_read_ends_all_with_the_same_line(
     lines = complaints(*argv, main=with_own_disk, seconds=60)
     assert lines[0].startswith(complaint) and lines[0].count("\n") == 1
     assert lines[0] == lines[1]
+
+
+def test_only_the_first_process_minds_an_earlier_run_in_out_dir(tiny, monkeypatch):
+    """Only its machine's disk gets the new run."""
+    assert train.main(TINY_RUN) == 0
+    argv = [*TINY_RUN, "--overwrite=False"]
+    with pytest.raises(UserError, match="already holds a run"):
+        read_settings(argv)
+    monkeypatch.setenv("RANK", "1")
+    read_settings(argv)
 
 
 def on_two_machines(argv: list[str], disks: int) -> int:
