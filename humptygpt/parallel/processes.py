@@ -61,6 +61,24 @@ def raise_if_rank_died() -> Iterator[None]:
         ) from error
 
 
+def say(text: str) -> None:
+    """Print a note to stderr, from one process of each machine."""
+    if os.environ.get("LOCAL_RANK") == "0":
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def say_if_slow(whom: str) -> Iterator[None]:
+    """Say for whom the block waits if it takes longer than QUIET."""
+    timer = Timer(QUIET, say, [f"waiting for {whom}"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class DataParallel(Ranks):
     """One of several ranks that torchrun has started, and that each hold the whole model (DDP)."""
 
@@ -106,6 +124,7 @@ class DataParallel(Ranks):
             dist.destroy_process_group()
 
     @raise_if_rank_died()
+    @say_if_slow("the other processes")
     def wait_for_all(self) -> None:
         dist.barrier(group=self.patient)
 
@@ -225,24 +244,6 @@ def pick_gpu() -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def say(text: str) -> None:
-    """Print a note to stderr, from one process of each machine."""
-    if os.environ.get("LOCAL_RANK") == "0":
-        print(f"note: {text}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def say_if_slow(whom: str) -> Iterator[None]:
-    """Say for whom the block waits if it takes longer than QUIET."""
-    timer = Timer(QUIET, say, [f"waiting for {whom}"])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 @contextmanager
