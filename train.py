@@ -162,9 +162,8 @@ def train(run: Run, folder: RunFolder) -> int | None:
             set_lr(run.optimizer, lr / config.learning_rate)
             before = weights_for_metrics(run)
             losses, grad_norm, tokens = train_step(run)
-            due, stop = run.advance(
-                tokens, signals
-            )  # a later signal is handled in the next step
+            # a signal that arrives after this line is handled in the next step
+            due, stop = run.advance(tokens, signals)
             losses |= compute_metrics(run, before)
             run.model.zero_grad()
             meter.add(losses, grad_norm)

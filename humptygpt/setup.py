@@ -501,7 +501,7 @@ def compile_now(run: Run) -> None:
     for _ in range(2):
         shares, _ = run.ranks.shares(run)
         with run.ranks.syncing(run.net, last=True):
-            sum(weighted_losses(run, shares[0]).values()).backward()
+            weighted_losses(run, shares[0])[1].sum().backward()
         # evaluation temporarily puts whole weights in place of shards, whose gradients would not fit them
         run.model.zero_grad()
         evaluation.evaluate(run, run.net, 1)

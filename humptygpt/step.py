@@ -1,7 +1,5 @@
 """A step of training."""
 
-from collections import defaultdict
-
 import torch
 from torch import Tensor, nn
 
@@ -13,40 +11,41 @@ from humptygpt.tasks import losses_of, with_progress
 
 
 def train_step(run: Run) -> tuple[dict[str, Tensor], Tensor, int]:
-    """Compute the gradients of the next step, and update the weights. Every rank computes its shares of the batch.
+    """Take the next step: every rank computes its shares of the batch, and updates weights.
 
     Returns the mean losses before the step, the gradient norm before clipping and the number of tokens. Tensors stay on
     the device, because reading them would make the CPU wait for the GPU. The gradients stay, too.
     """
     ranks, scaler, optimizer = run.ranks, run.scaler, run.optimizer
-    losses = defaultdict(float)
     shares, tokens = ranks.shares(run)
+    losses = 0
     for share in shares:
         with ranks.syncing(run.net, last=share is shares[-1]):
-            terms = weighted_losses(run, share)
-            scaler.scale(sum(terms.values())).backward()
-        for key, term in terms.items():
-            losses[key] += term.detach().float()
-    sums = ranks.sum_with_gradients(torch.stack([*losses.values()]))
+            names, terms = weighted_losses(run, share)
+            scaler.scale(terms.sum()).backward()
+        losses = losses + terms.detach()
+    losses = ranks.sum_with_gradients(losses)
     scaler.unscale_(optimizer)
     grad_norm = clip(run)
     scaler.step(optimizer)
     scaler.update()
-    return dict(zip(losses, sums, strict=True)), grad_norm, tokens
+    return dict(zip(names, losses, strict=True)), grad_norm, tokens
 
 
-def weighted_losses(run: Run, share: Share) -> dict[str, Tensor]:
-    """Compute the loss of a share and the terms that the model adds to it, each times the share's weight."""
+def weighted_losses(run: Run, share: Share) -> tuple[list[str], Tensor]:
+    """Compute the loss of a share and the terms that the model adds to it, each times the share's weight.
+
+    Returns their names and values, (terms,).
+    """
     set_seeds(run.model, share.seeds)
     progress = run.progress.position / run.config.max_iters
     with autocast(run.device, run.dtype):
         batch = with_progress(run.model, share.batch, progress)
         losses = losses_of(run.net(**to_device(batch, run.device)))
+        terms = torch.stack([x.float() for x in losses.values()])
         # without targets, the mean is nan
-        return {
-            key: x * share.weight if share.weight else x.nan_to_num() * 0
-            for key, x in losses.items()
-        }
+        terms = terms * share.weight if share.weight else terms.nan_to_num() * 0
+    return [*losses], terms
 
 
 def clip(run: Run) -> Tensor:

@@ -247,7 +247,7 @@ def test_what_train_py_does_is_marked_among_all_and_compared_with_the_best(
         "operators",
         lambda self, choice: choice.threads * speeds[choice.dtype],
     )
-    monkeypatch.setattr(choices.Contender, "workers", lambda self, choice: 600)
+    monkeypatch.setattr(choices.Contender, "processes", lambda self, choice: 600)
     monkeypatch.setattr(choices.Contender, "generate", lambda self, choice: 7)
     monkeypatch.setattr(
         choices, "DEMO", Path("tiny.py")

@@ -717,7 +717,8 @@ def train_both(node, model: nn.Module, batches: list[dict], settings: dict):
     for it, batch in enumerate(batches):
         loss = loss_of(model, batch)
         loss.backward()
-        norms.append(train.clip(model, config.grad_clip).item())
+        clip = nn.utils.clip_grad_norm_
+        norms.append(clip(model.parameters(), config.grad_clip).item())
         losses.append(loss.item())
         set_lr(optimizer, config.lr(it) / config.learning_rate)
         optimizer.step()
