@@ -913,7 +913,7 @@ def test_steps_of_the_page_are_pytorchs_and_a_step_can_be_gone_back_to(opened, r
         losses.append(loss.item())
         model.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
     view = opened()
     view.page.click("summary")
