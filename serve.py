@@ -16,11 +16,10 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from queue import SimpleQueue
-from threading import Event, Thread
 from urllib.parse import quote, unquote, urlsplit
 
 from humptygpt import machine
@@ -88,9 +87,10 @@ def main(argv: list[str]) -> None:
 
 
 class Server(ThreadingHTTPServer):
-    """Waits for clients. Each has a thread that sends its answer. One more thread generates all answers in turn.
+    """Waits for clients. Each has a thread that sends its answer. One more thread computes the parts of all answers.
 
-    It never waits for a client, but queues the parts of an answer, which are a few thousand at most.
+    A client asks for the next part when it has got the one before, so answers take turns, and a slow client delays
+    only its own.
     """
 
     allow_reuse_address = not machine.WINDOWS  # there, two servers could share a port
@@ -101,11 +101,8 @@ class Server(ThreadingHTTPServer):
         self.hosts = lower(config.host, *config.allowed_hosts)
         self.origins = lower(*config.allowed_origins)
         self.key = None if config.api_key == "none" else config.api_key
-        # answers: (generator, queue of its parts, Event that is set when the client has left)
-        self.unfinished = SimpleQueue()
-        self.closing = False
-        self.generator = Thread(target=self.generate, daemon=True)
-        self.generator.start()
+        # Python waits for this thread before it ends; it would abort if the thread were still inside torch
+        self.computing = ThreadPoolExecutor(max_workers=1)
         self.connections = {}  # {open connection: time by which its request must have arrived}
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         super().__init__((config.host, config.port), Handler)
@@ -131,25 +128,13 @@ class Server(ThreadingHTTPServer):
         super().shutdown_request(request)
         self.connections.pop(request, None)  # Ctrl-C may end it a second time
 
-    def server_close(self) -> None:
-        """Close the server. Python aborts if it ends while a thread is inside torch, so wait for that thread."""
-        super().server_close()
-        self.closing = True
-        self.unfinished.put(None)
-        self.generator.join()
-
-    def generate(self) -> None:
-        """Compute the next part of each answer in turn. Its last part is None, or the exception that ended it."""
-        for answer, parts, left in iter(self.unfinished.get, None):
-            if left.is_set() or self.closing:
-                continue
-            try:
-                part = next(answer, None)
-            except Exception as error:
-                part = error
-            parts.put(part)
-            if isinstance(part, str):
-                self.unfinished.put((answer, parts, left))
+    def next_part(self, answer: Iterator[str]) -> str | None:
+        """Compute the next part of an answer in its turn. None: the answer is complete."""
+        try:
+            part = self.computing.submit(next, answer, None)
+        except RuntimeError as error:
+            raise ConnectionError("the server ends") from error
+        return part.result()
 
 
 def lower(*names: str) -> set[str]:
@@ -171,6 +156,7 @@ class Handler(BaseHTTPRequestHandler):
 
     timeout = PATIENCE
     disable_nagle_algorithm = True  # send each token at once
+    kind: str | None = None  # Content-Type of the answer, once it has begun
     origin: str | None = None  # that of another server's page, if it may read our answers
     server: Server
 
@@ -243,33 +229,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, method: Callable[[bytes], Iterator[str]]) -> None:
         """Send the answer of one of the API's methods, part by part."""
-        kind = None
-        parts, left = SimpleQueue(), Event()
         try:
             answer = method(self.read_body())
-            self.server.unfinished.put((answer, parts, left))
-            for part in iter(parts.get, None):
-                if isinstance(part, Exception):
-                    raise part
-                if kind is None:
-                    kind = "text/event-stream" if part.startswith("data:") else JSON
-                    self.send(200, kind)
+            while part := self.server.next_part(answer):
+                if self.kind is None:
+                    self.kind = "text/event-stream" if part.startswith("data:") else JSON
+                    self.send(200, self.kind)
                 self.wfile.write(part.encode())
-        except OSError:  # the client has left, or reads nothing
+        except OSError:  # the client has left or reads nothing, or the server ends
             raise
         except Exception as error:
             status, message = 400, str(error)
             if not isinstance(error, UserError | ValueError):
                 traceback.print_exc()
                 status, message = 500, f"{type(error).__name__}: {first_line(error)}"
-            code = getattr(error, "code", None)
-            if kind is None:
-                self.send_error(status, message, code=code)
-            else:
-                content = error_of(status, message, code)
-                self.wfile.write(content if kind == JSON else b"data: %s\n\n" % content)
-        finally:
-            left.set()
+            self.send_error(status, message, code=getattr(error, "code", None))
 
     def read_body(self) -> bytes:
         size = int(self.headers.get("Content-Length", 0))
@@ -294,21 +268,18 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(
         self, status: int, message: str = "", _: str = "", code: str | None = None
     ) -> None:
-        """Send an error in OpenAI's form. The base class calls this, too."""
-        self.send(
-            status, JSON, error_of(status, message or self.responses[status][0], code)
-        )
-
-
-def error_of(status: int, message: str, code: str | None) -> bytes:
-    """Describe an error as OpenAI's API does. code: a word for programs."""
-    error = {
-        "message": message,
-        "type": "server_error" if status == 500 else "invalid_request_error",
-        "param": None,
-        "code": code,
-    }
-    return json.dumps({"error": error}).encode()
+        """Send an error in OpenAI's form. The base class calls this, too. code: a word for programs."""
+        error = {
+            "message": message or self.responses[status][0],
+            "type": "server_error" if status == 500 else "invalid_request_error",
+            "param": None,
+            "code": code,
+        }
+        content = json.dumps({"error": error}).encode()
+        if self.kind is None:
+            self.send(status, JSON, content)
+        else:  # the answer has begun
+            self.wfile.write(content if self.kind == JSON else b"data: %s\n\n" % content)
 
 
 if __name__ == "__main__":

@@ -645,7 +645,7 @@ def test_a_short_answer_does_not_wait_for_the_end_of_a_long_one(reciter):
     first.recv(100)
     second = connect(reciter, {"max_tokens": 3})
     handler = [handlers.get(timeout=20) for _ in range(2)][1]
-    while reciter.unfinished.empty():  # until the second one has asked
+    while reciter.computing._work_queue.empty():  # until the second one has asked
         handler.join(0.01)
     gate.release(10)  # tokens, of which the first one would need forty
     assert b"200 OK" in second.recv(100)
