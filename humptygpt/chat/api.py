@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from humptygpt.chat.talk import keep_newest
-from humptygpt.chat.tokens import CONTENT, ROLES, Turn, join_parts, make_turn
+from humptygpt.chat.tokens import CONTENT, ROLES, make_turn
 from humptygpt.cli import UserError
 from humptygpt.files import check_schema, parse_json
 from humptygpt.loading import Pipeline
@@ -44,10 +44,9 @@ COMMON = {
     "seed?": int,
     "n?": range(1, 17),
 }
-# other names of roles; a tool's result is read as if the user had said it
-ALIASES = {"developer": "system", "tool": "user", "function": "user"}
+ROLE = {*ROLES, "developer", "tool", "function"}
 CHAT_SCHEMA = COMMON | {
-    "messages": [{"role": {*ROLES, *ALIASES}, "content?": CONTENT}],
+    "messages": [{"role": ROLE, "content?": CONTENT}],  # a call of a tool has no content
     "logprobs?": bool,
     "top_logprobs?": range(21),
     "max_completion_tokens?": range(2**53),  # the new name of max_tokens
@@ -121,7 +120,7 @@ class Api:
         request = read(body, CHAT_SCHEMA)
         if not self.is_chat:
             raise UserError(f"{self.name} is not a chat model; use /v1/completions")
-        turns = list(map(read_turn, request["messages"]))
+        turns = [make_turn(x["role"], x.get("content")) for x in request["messages"]]
         if not turns:
             raise UserError("messages is empty, so there is nothing to answer")
         begun = request.get("reply_tokens", [])
@@ -163,11 +162,10 @@ class Api:
         streams, likeliest = request["stream"], request["logprobs"]
         if streams and kind == CHAT:
             kind = CHUNK
-        now = time.time_ns()
         frame = {
-            "id": str(now),
+            "id": str(time.time_ns()),
             "object": kind,
-            "created": now // 10**9,
+            "created": int(time.time()),
             "model": self.name,
         }
         choices, written = [], 0
@@ -175,18 +173,16 @@ class Api:
             text, tokens = "", []  # not sent yet
             for number, piece in enumerate(self.write(prompt, request, index)):
                 text += piece.text
-                if piece.end:
-                    written += number - len(prompt) * request["echo"]
-                elif likeliest is not None:
+                if likeliest is not None and not piece.end:
                     tokens.append(self.describe(piece, likeliest))
-                if not piece.end and not streams:
-                    yield " "
-                    continue
-                is_first = not streams or number == 0
-                choices.append(choice(kind, index, text, tokens, piece.end, is_first))
                 if streams:
-                    yield event(frame | {"choices": choices})
-                    text, tokens, choices = "", [], []
+                    part = choice(kind, index, text, tokens, piece.end, number == 0)
+                    yield event(frame | {"choices": [part]})
+                    text, tokens = "", []
+                else:
+                    yield " "
+            choices.append(choice(kind, index, text, tokens, piece.end, True))
+            written += number - len(prompt) * request["echo"]
         usage = {
             "prompt_tokens": len(prompt),
             "completion_tokens": written,
@@ -262,12 +258,6 @@ def read(body: bytes, schema: dict) -> dict:
     if "" in request["stop"]:  # every text begins with it
         raise UserError("stop must not be empty")
     return request
-
-
-def read_turn(message: dict) -> Turn:
-    """Read a message of a request. A call of a tool has no content."""
-    content = join_parts(message.get("content"))
-    return make_turn(ALIASES.get(message["role"], message["role"]), content)
 
 
 def event(content: dict) -> str:

@@ -20,7 +20,6 @@ from humptygpt.chat.tokens import (
     ROLES,
     ChatTokenizer,
     Turn,
-    join_parts,
     make_turn,
 )
 from humptygpt.cli import UserError
@@ -36,8 +35,7 @@ from humptygpt.prepare.documents import (
 )
 from humptygpt.tokenizers import Tokenizer
 
-# other names of the roles
-ALIASES = {"human": "user", "gpt": "assistant", "developer": "system"}
+ROLE = {*ROLES, "human", "gpt", "developer"}
 # keys of two replies to compare, which are recognised to be refused
 PREFERENCES = ("chosen", "rejected")
 # keys by which a record is a conversation: that of its turns, or those of a question,
@@ -51,9 +49,10 @@ FORMS = (
     PREFERENCES,
 )
 TURNS = {
-    "messages": [{"role": {*ROLES, *ALIASES}, "content?": CONTENT}],
-    "conversations": [{"from": {*ROLES, *ALIASES}, "value": str}],
+    "messages": [{"role": ROLE, "content?": CONTENT}],
+    "conversations": [{"from": ROLE, "value": str}],
 }
+TOOLS = ("tools", "functions", "tool_calls", "function_call")
 OFTEN = 3  # a reply of a training split that occurs so many times is one token
 LONG = 20  # if it has at least so many characters
 SMALL = 2_000_000  # bytes of conversations; larger ones teach a model to spell
@@ -185,8 +184,7 @@ def parse(record: Record, columns: list[str]) -> Conversation:
     if not form:
         names = " or ".join(" and ".join(form[:2]) for form in forms if form != PREFERENCES)
         raise ValueError(f"it is no object with {names}")
-    if record.get("tools") or record.get("functions"):
-        raise ValueError("it has tools, which a model cannot learn to call here")
+    refuse_tools(record)
     if form == PREFERENCES:
         raise ValueError(
             "it compares two replies; training on preferences is not supported"
@@ -216,17 +214,21 @@ def read_before(record: dict) -> list[Turn]:
     return list(map(make_turn, roles, texts))
 
 
-def read_turn(message: dict) -> Turn:
-    role = message.get("role") or message["from"]
-    content = message.get("content", message.get("value"))
-    for key in ("tool_calls", "function_call"):
-        if message.get(key):
+def refuse_tools(entry: dict) -> None:
+    """Raise ValueError if a record or a message has tools or a call of one."""
+    for key in TOOLS:
+        if entry.get(key):
             raise ValueError(f"it has {key}, but a model cannot learn to call tools here")
+
+
+def read_turn(message: dict) -> Turn:
+    refuse_tools(message)
+    content = message.get("content", message.get("value"))
     if content is None:
         raise ValueError("it has a turn without content")
     if message.get("weight") == 0:
         raise ValueError("it has a reply of weight 0, but all replies are learned")
-    return make_turn(ALIASES.get(role, role), join_parts(content))
+    return make_turn(message.get("role") or message["from"], content)
 
 
 def read_exchange(record: dict, question: str, answer: str, *more: str) -> list[Turn]:

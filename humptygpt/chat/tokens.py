@@ -17,6 +17,14 @@ from humptygpt.tokenizers import Tokenizer
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
+# other names of the roles in files and requests; a tool's result is read as if the user had said it
+ALIASES = {
+    "developer": "system",
+    "human": "user",
+    "tool": "user",
+    "function": "user",
+    "gpt": "assistant",
+}
 # blank lines before a text, and a single space as in OpenAI's older files; more are the indentation of code
 BEFORE = re.compile(r"\A(?:\s*\n)?(?: (?=\S))?")
 CONTENT = (str, [{"type": {"text"}, "text": str}], None)  # schema of a message's content
@@ -37,17 +45,16 @@ class Turn(NamedTuple):
         return f"{self.role}\n{self.content}"
 
 
-def make_turn(role: str, text: str) -> Turn:
-    """Make a turn of a text without the white space around it. A reply may be code, so it keeps its indentation."""
-    text = re.sub("\r\n?", "\n", text).rstrip()
-    return Turn(role, BEFORE.sub("", text) if role == "assistant" else text.lstrip())
+def make_turn(role: str, content: str | list[dict] | None) -> Turn:
+    """Make a turn of a message without the white space around it. A reply may be code, so it keeps its indentation.
 
-
-def join_parts(content: str | list[dict] | None) -> str:
-    """Return the text of a message. content: as in the schema CONTENT."""
+    role: one of ROLES, or a key of ALIASES. content: as in the schema CONTENT.
+    """
+    role = ALIASES.get(role, role)
     if isinstance(content, list):
-        return "\n".join(part["text"] for part in content)
-    return content or ""
+        content = "\n".join(part["text"] for part in content)
+    text = re.sub("\r\n?", "\n", content or "").rstrip()
+    return Turn(role, BEFORE.sub("", text) if role == "assistant" else text.lstrip())
 
 
 class ChatTokenizer(Tokenizer):
