@@ -37,8 +37,15 @@ COMMON = {
 }
 # settings that are not exported: biases that a model lacks are 0, only rotary positions have a base, and the others are
 # for training
-NOT_EXPORTED = {"bias", "attn_bias", "mlp_bias", "rope_base", "init", "dropout"}
-NOT_EXPORTED |= {"label_smoothing"}
+NOT_EXPORTED = {
+    "bias",
+    "attn_bias",
+    "mlp_bias",
+    "rope_base",
+    "init",
+    "dropout",
+    "label_smoothing",
+}
 
 
 @dataclass(frozen=True)

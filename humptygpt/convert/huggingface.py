@@ -27,7 +27,7 @@ from humptygpt.convert.families import (
     Family,
     find_family,
 )
-from humptygpt.files import refuse_damaged, write_bytes
+from humptygpt.files import refuse_damaged, write_bytes, write_text
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 
@@ -47,24 +47,19 @@ ROPE_TYPES = ("default", "llama3")
 # Names
 
 
-def layer_names(family: Family, n_layer: int) -> list[tuple[str, list[str]]]:
-    """List the layers of a model: transformers' name for each, and the names of our layers that it combines."""
-    return [
-        (theirs.replace("#", str(i)), ours.replace("#", str(i)).split())
-        for theirs, ours in family.weights.items()
-        for i in range(n_layer if "#" in theirs else 1)
-    ]
-
-
 def weight_names(
     family: Family, config: ModelConfig, ours: Weights
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield the name of each weight in transformers, with our names for its parts. ours: our state dict."""
-    for theirs, names in layer_names(family, config.n_layer):
-        for kind in ("weight", "bias"):
-            parts = [f"{name}.{kind}" for name in names]
-            if parts[0] in ours and not (theirs == "lm_head" and config.tie_weights):
-                yield f"{theirs}.{kind}", parts
+    for layer, names in family.weights.items():
+        for i in range(config.n_layer if "#" in layer else 1):
+            for kind in ("weight", "bias"):
+                theirs, *parts = [
+                    f"{name}.{kind}".replace("#", str(i))
+                    for name in (layer, *names.split())
+                ]
+                if parts[0] in ours and not (layer == "lm_head" and config.tie_weights):
+                    yield theirs, parts
 
 
 def transposed(family: Family, name: str, tensor: Tensor) -> Tensor:
@@ -172,9 +167,7 @@ def to_ours(
         pieces = tensor.split([len(like[part]) for part in parts])
         for part, piece in zip(parts, pieces, strict=True):
             # copied, because the file may be memory-mapped
-            ours[part] = piece.to(
-                torch.float32, copy=True, memory_format=torch.contiguous_format
-            )
+            ours[part] = piece.to(torch.float32, copy=True).contiguous()
     if config.tie_weights:
         ours["lm_head.weight"] = ours["wte.weight"]
     return ours
@@ -267,22 +260,19 @@ def exported_weights(family: Family, model: nn.Module) -> Weights:
 
 def write_pretrained(model: nn.Module, folder: Path, dtype: str = "float32") -> None:
     """Export a model to config.json and model.safetensors. Raises UserError if a setting or the disk prevents it."""
+    from safetensors.torch import save
+
     content, weights = to_pretrained(model, dtype)
-    write_files(folder, {"model.safetensors": weights, "config.json": content})
+    write_bytes(folder / "model.safetensors", save(weights, {"format": "pt"}))
+    write_files(folder, {"config.json": content})
 
 
 def write_files(folder: Path, contents: Mapping[str, str | dict[str, object]]) -> None:
     """Write several files to a folder in this order, each atomically.
 
-    contents: {file name: a text, named tensors, or the content of a JSON file}. Raises UserError if writing fails.
+    contents: {file name: a text, or the content of a JSON file}. Raises UserError if writing fails.
     """
     for name, content in contents.items():
-        if name.endswith(".safetensors"):
-            from safetensors.torch import save
-
-            data = save(content, {"format": "pt"})
-        elif isinstance(content, str):
-            data = content.encode()
-        else:
-            data = f"{json.dumps(content, indent=2)}\n".encode()
-        write_bytes(folder / name, data)
+        if not isinstance(content, str):
+            content = f"{json.dumps(content, indent=2)}\n"
+        write_text(folder / name, content)
