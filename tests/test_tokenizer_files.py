@@ -293,7 +293,9 @@ def test_a_sentencepiece_model_that_changes_the_text_is_refused_with_the_fix(tmp
 
 def test_a_unigram_model_of_sentencepiece_is_refused_in_one_line(tmp_path):
     folder = sentencepiece_folder(tmp_path, model_type="unigram")
-    with pytest.raises(UserError, match="unigram models cannot be converted, only its BPE"):
+    with pytest.raises(
+        UserError, match="only sentencepiece models like Llama's are supported: BPE"
+    ):
         read_tokenizer(folder)
 
 

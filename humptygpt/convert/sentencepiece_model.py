@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from humptygpt.cli import UserError
-
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer
@@ -28,9 +26,11 @@ def convert_sentencepiece(
     ids = range(model.vocab_size())
     plain = model.normalize(" a  ﬁ ") == "▁▁a▁▁ﬁ▁"
     scores = [*merge_scores(model).values()]
-    if not plain or not any(map(model.is_byte, ids)) or scores.count(0) > 1:
+    # a user-defined symbol has the score 0, and the scores of a unigram model are log-probabilities
+    merges = all(map(float.is_integer, scores)) and scores.count(0) < 2
+    if not (plain and merges and any(map(model.is_byte, ids))):
         raise ValueError(
-            "only sentencepiece models like Llama's are supported: with byte_fallback and a space before the text,"
+            "only sentencepiece models like Llama's are supported: BPE with byte_fallback and a space before the text,"
             " and without normalisation or user-defined symbols; use transformers to convert this to tokenizer.json"
         )
     engine = Tokenizer(subword_model(model, "▁"))
@@ -56,18 +56,10 @@ def convert_sentencepiece(
 
 
 def merge_scores(model: "SentencePieceProcessor") -> dict[int, float]:
-    """Return the score of each piece that sentencepiece learned, by id. The pair with the highest is merged first.
-
-    Raises UserError unless the scores are 0, -1, -2 and so on. Those of a unigram model are log-probabilities.
-    """
+    """Return the score of each piece that sentencepiece learned, by id. The pair with the highest is merged first."""
     others = (model.is_byte, model.is_control, model.is_unknown)
     ids = [i for i in range(model.vocab_size()) if not any(kind(i) for kind in others)]
-    scores = {i: model.get_score(i) for i in ids}
-    if not all(score.is_integer() for score in scores.values()):
-        raise UserError(
-            "sentencepiece's unigram models cannot be converted, only its BPE models"
-        )
-    return scores
+    return {i: model.get_score(i) for i in ids}
 
 
 def subword_model(model: "SentencePieceProcessor", space: str, first: int = 0) -> "Model":
