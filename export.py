@@ -86,9 +86,8 @@ def write_gguf_file(loaded: "Loaded", to: Path, dtype: str) -> str:
     """Write a file for llama.cpp and return a line to print."""
     from humptygpt.convert.gguf import vocabulary, write_gguf
 
-    tokens = vocabulary(loaded.tokenizer)
     with whole(to) as file:
-        write_gguf(file, to.stem, loaded.model, tokens, dtype)
+        write_gguf(file, to.stem, loaded.model, vocabulary(loaded.tokenizer), dtype)
     return f"{to}: with llama.cpp, run: llama-completion -m {shlex.quote(str(to))} -n 200"
 
 

@@ -122,8 +122,7 @@ def with_merges(tokenizer: Tokenizer) -> Vocabulary:
         is_byte = merges_characters and BYTE_TOKEN.fullmatch(token)
         found[i] = token, TokenType.BYTE if is_byte else TokenType.NORMAL
     for entry in content["added_tokens"]:
-        kind = TokenType.CONTROL if entry["special"] else TokenType.USER_DEFINED
-        found[entry["id"]] = entry["content"], kind
+        found[entry["id"]] = entry["content"], TokenType.CONTROL
     for reply, i in getattr(tokenizer, "replies", {}).items():
         # llama.cpp also finds tokens of this type inside other texts; it would never find any other type
         found[i] = reply, TokenType.USER_DEFINED

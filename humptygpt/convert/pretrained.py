@@ -40,12 +40,11 @@ class PretrainedTokenizer(Tokenizer):
 
     def __init__(self, content: str, eot: int | None, bos: int | None):
         self.content = content
-        self.eot = None if eot is None else int(eot)
-        self.bos = None if bos is None else int(bos)
+        self.eot, self.bos = eot, bos
         self._engine = load_engine(content)
         ids = self._engine.get_vocab(with_added_tokens=True)
-        size = 1 + max(ids.values(), default=-1)
-        if not ids or size > 2 * len(ids) + 1000 or not {eot, bos} <= {None, *ids.values()}:
+        size = 1 + max(ids.values())
+        if size > 2 * len(ids) + 1000 or not {eot, bos} <= {None, *ids.values()}:
             raise ValueError(
                 "its ids have too many gaps, or its start-of-text or end-of-text token has no id"
             )
@@ -71,8 +70,8 @@ class PretrainedTokenizer(Tokenizer):
         marks = {i for i, x in added if x.special or x.content in (BEGIN, END)}
         return {self.eot, self.bos, *marks}
 
-    def without_special(self, text: str) -> list[str]:
-        """Split a text so that no part has a special token: each that is recognised is split into its characters."""
+    def encode_plain(self, text: str) -> np.ndarray:
+        """As in the base class: each special token that is recognised is split into its characters."""
         with refuse_text():
             encoding = self._rest.encode(check_text(text), add_special_tokens=False)
         parts, end = [], 0
@@ -80,10 +79,7 @@ class PretrainedTokenizer(Tokenizer):
             if token in self.special:
                 parts += [text[end:start], *text[start:stop]]
                 end = stop
-        return [*parts, text[end:]]
-
-    def encode_plain(self, text: str) -> np.ndarray:
-        return encode_with(self._rest, self.without_special(text))
+        return encode_with(self._rest, [*parts, text[end:]])
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._engine.decode([int(i) for i in ids], skip_special_tokens=False)

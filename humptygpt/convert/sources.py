@@ -18,12 +18,12 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
     The weights of a model in Hugging Face's format are not needed.
     """
-    if tokenizer_file(Path(source)):
-        return read_tokenizer(Path(source))
-    path = find_source(source, key="tokenizer")
-    if path.is_dir():
-        return read_tokenizer(path)
-    return load(path).tokenizer
+    path = Path(source)
+    if not tokenizer_file(path):
+        path = find_source(source, key="tokenizer")
+        if not path.is_dir():
+            return load(path).tokenizer
+    return read_tokenizer(path)
 
 
 def from_folder(path: Path, source: str | Path) -> Loaded:
