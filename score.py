@@ -152,13 +152,12 @@ def make_table(tests: list[Test], passed: dict[str, np.ndarray]) -> list[dict[st
     first, *_ = passed
     table = []
     for model, values in passed.items():
-        differences = by_group(tests, values - passed[first])
-        for group, (count, mean, error) in by_group(tests, values).items():
-            row = {"model": model, "group": group, "tests": count}
-            row |= {"sum": mean, "sum_error": error}
-            if model != first and group in differences:
-                _, mean, error = differences[group]
-                row |= {"difference": mean, "difference_error": error}
+        differences = by_group(tests, values - passed[first]) if model != first else {}
+        for group, results in by_group(tests, values).items():
+            row = {"model": model, "group": group}
+            row["tests"], row["sum"], row["sum_error"] = results
+            if group in differences:
+                _, row["difference"], row["difference_error"] = differences[group]
             table.append(row)
     return table
 

@@ -57,7 +57,7 @@ def read_tests(source: str) -> list[Test]:
 
 def read_blimp() -> list[Test]:
     """Read BLiMP, which is downloaded on first use. Raises UserError if that fails. Seven of its pairs are equal."""
-    try:
+    with refuse_damaged(BLIMP, advice=f"; put a copy of {BLIMP_URL} at {BLIMP}"):
         if not BLIMP.exists():
             download(BLIMP_URL, BLIMP, BLIMP_SHA256)
         with zipfile.ZipFile(BLIMP) as file:
@@ -67,8 +67,6 @@ def read_blimp() -> list[Test]:
             Test([row["sentence_good"], row["sentence_bad"]], 0, group=row["UID"])
             for row in map(json.loads, lines)
         ]
-    except Exception as error:  # the file may be anything
-        raise UserError(f"{error}; put a copy of {BLIMP_URL} at {BLIMP}") from error
 
 
 def parse(line: str) -> Test:
