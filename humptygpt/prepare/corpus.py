@@ -21,7 +21,6 @@ from tqdm import tqdm
 from humptygpt.cli import UserError, note
 from humptygpt.prepare.documents import (
     NAMED,
-    BadFile,
     Flaws,
     Piece,
     file_format,
@@ -58,7 +57,6 @@ class Corpus:
         "val_fraction": 0.1,
         "text_key": "text",
         "vocab_size": 4096,
-        "split_digits": False,
     }
 
     def __init__(self, config: PrepareConfig, files: list, source: str, skipped: list[str]):
@@ -149,7 +147,7 @@ class Documents(Corpus):
             for number, file in enumerate(self.files):
                 try:
                     sizes[file] = self.measure(number, bar)
-                except BadFile as error:
+                except UserError as error:
                     self.skipped.append(str(error))
         if not sizes:
             raise UserError("; ".join(self.skipped[:NAMED]))
@@ -166,7 +164,7 @@ class Documents(Corpus):
             self.cuts = [int(length * (1 - fraction)) for length in lengths]
 
     def measure(self, number: int, bar: tqdm) -> Counter:
-        """Count a file's characters in each split, and its bytes of UTF-8. Raises BadFile if there are none."""
+        """Count a file's characters in each split, and its bytes of UTF-8. Raises UserError if there are none."""
         self.flaws = Flaws()
         size = Counter()
         for split, piece in self.read(number):
@@ -174,15 +172,16 @@ class Documents(Corpus):
             size.update({split: len(piece.text), "bytes": read})
             bar.update(read)
         if not size["bytes"]:
-            raise BadFile(self.nothing_in(self.files[number]))
+            raise UserError(self.nothing_in(self.files[number]))
         return size
 
     def read(self, number: int) -> Iterator[tuple[str, Piece]]:
         """Read the documents of a file in pieces."""
         config = self.config
         before = 0  # characters of the file before this piece
-        file = self.files[number]
-        for piece in read_documents(file, config.text_key, self.flaws, config.lines):
+        for piece in read_documents(
+            self.files[number], config.text_key, self.flaws, config.lines
+        ):
             if piece.first:
                 split = "val" if draw(piece.text) <= config.val_fraction else "train"
             if self.cuts is None:
@@ -207,9 +206,10 @@ class Documents(Corpus):
             ids.append(encode(piece.text))
             if piece.last and tokenizer.eot is not None:
                 ids.append([tokenizer.eot])
-            size = len(piece.text.encode())
             counted.update(
-                documents=int(piece.first), characters=len(piece.text), bytes=size
+                documents=int(piece.first),
+                characters=len(piece.text),
+                bytes=len(piece.text.encode()),
             )
         return ids, counted
 

@@ -11,9 +11,7 @@ import json
 import os
 import re
 import shutil
-import tarfile
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,7 +27,7 @@ try:
 except ImportError:  # before Python 3.14
     from backports import zstd
 
-Record = object  # a dict, unless the line or row is not valid; None: a blank line
+Record = dict | None  # {}: the line or row is no valid record; None: it is blank
 PIECE = 1 << 18  # maximum number of characters in a piece of a document
 LEFT_OUT = "records left out"  # what the note counts
 NAMED = 5  # of the files that are skipped, the first that are named
@@ -44,9 +42,6 @@ BYTE_ORDER_MARKS = {  # UTF-32 comes first, because its mark may begin with that
 MARKS = ("command.txt", "metrics.jsonl")
 UNPACK = {".gz": gzip.open, ".zst": zstd.open}
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
-# what raises them: files, compressed files, Parquet (ValueError), archives (RuntimeError if they are encrypted)
-DAMAGE = (OSError, EOFError, zlib.error, zstd.ZstdError, ValueError, RuntimeError)
-DAMAGE += (tarfile.TarError, zipfile.BadZipFile)
 BETWEEN = re.compile(r"[\s,]*")  # what separates the entries of a JSON array
 # position before a single space and a word, where cutting a text does not change its tokens
 BEFORE_WORD = re.compile(r"(?<=\S) (?=[^\W_])")
@@ -68,10 +63,6 @@ class Piece(NamedTuple):
         begun = self._replace(text=self.text[:at], last=self.last or at <= len(self.text))
         rest = self._replace(text=self.text[at:], first=self.first and at == 0)
         return begun, rest
-
-
-class BadFile(UserError):
-    """A file that cannot be read as text. If there are other files, it is skipped with a note of the reason."""
 
 
 class Flaws(Counter):
@@ -161,12 +152,14 @@ def file_format(path: Path) -> str:
 
 @contextmanager
 def read_errors(path: Path) -> Iterator[None]:
-    """Turn errors in reading a file into a BadFile. path: the file, for the message."""
+    """Turn any error in reading a file into a UserError. path: the file, for the message."""
     try:
         yield
-    except DAMAGE as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # damage raises many kinds, in each format other ones
         reason = getattr(error, "strerror", None) or one_line(error)
-        raise BadFile(f"cannot read {path}: {reason}") from error
+        raise UserError(f"cannot read {path}: {reason}") from error
 
 
 # --------------------------------------------------------------------------------------
@@ -190,12 +183,12 @@ def read_documents(
             yield from pieces(read_text(path, flaws, size=PIECE))
         return
     for where, record in read_records(path, [text_key], flaws):
-        text = record.get(text_key) if isinstance(record, dict) else None
+        text = record.get(text_key)
         if text and isinstance(text, str):
-            yield from pieces([text.replace("\r\n", "\n").replace("\r", "\n")])
+            yield from pieces([re.sub("\r\n?", "\n", text)])
         else:
             why = f"no text under text_key={text_key}"
-            if isinstance(record, dict) and text_key not in record:
+            if record and text_key not in record:
                 why += f"; its keys: {', '.join(record)}"
             flaws.add(LEFT_OUT, f"{where}: {why}")
 
@@ -205,7 +198,7 @@ def read_text(
 ) -> Iterator[str]:
     """Read a text file in parts of `size` characters; None: in lines. Bad bytes become U+FFFD, which flaws counts.
 
-    newline: as in open(). Raises BadFile if the file is binary.
+    newline: as in open(). Raises UserError if the file is binary.
     """
     unpack = UNPACK.get(path.suffix.lower(), open)
     line = 1
@@ -216,7 +209,7 @@ def read_text(
         encoding = next(found, "utf-8-sig")
         # as in git, a file with null bytes is binary; a PDF may have none at its start, so it is recognised by its mark
         if start.startswith(b"%PDF-") or (encoding == "utf-8-sig" and b"\0" in start):
-            raise BadFile(f"{path} is not a text file")
+            raise UserError(f"{path} is not a text file")
         with unpack(
             path, "rt", encoding=encoding, errors="replace", newline=newline
         ) as text:
@@ -246,7 +239,7 @@ def read_records(
                 if record is not None:
                     yield f"{path}, {unit} {number:,}", record
         except csv.Error as error:
-            raise BadFile(
+            raise UserError(
                 f"cannot read {path}, row {number + 1:,}: {error}; a quote in a quoted cell is written twice"
             ) from error
 
@@ -274,13 +267,14 @@ def entries(text: str) -> Iterator[str]:
 
 
 def parse_record(line: str) -> Record:
-    """Parse JSON, or return the line if that is not valid."""
+    """Parse the JSON of a record. Returns {} if it is not valid."""
     with suppress(ValueError, RecursionError):
         record = json.loads(line)
         # this fails if an escape stands for half a character
         json.dumps(record, ensure_ascii=False).encode()
-        return record
-    return line
+        if isinstance(record, dict):
+            return record
+    return {}
 
 
 def read_parquet(path: Path, columns: list[str], flaws: Flaws) -> Iterator[Record]:
@@ -317,7 +311,7 @@ def read_table(path: Path, columns: list[str], flaws: Flaws) -> Iterator[Record]
     check_columns(path, columns, table.fieldnames)
     for row in table:
         # the csv module stores surplus cells under None; in such a row, the text probably contains the separator
-        yield str(row) if None in row else row
+        yield {} if None in row else row
 
 
 READERS = {  # {extension: reads the records}
@@ -332,7 +326,7 @@ READERS = {  # {extension: reads the records}
 def check_columns(path: Path, columns: list[str], found: list[str]) -> None:
     for column in columns:
         if column not in found:
-            raise BadFile(
+            raise UserError(
                 f"{path} has no column {column!r}; set --text_key to one of: {', '.join(found)}"
             )
 
