@@ -37,11 +37,9 @@ WEIGHTS = (".pt", ".safetensors", ".bin")
 
 
 def main(argv: list[str]) -> None:
-    keys = cli.read(argv, PrepareConfig, positional="name")
-    config = cli.make(PrepareConfig, keys)
-    meta = prepare(config)
-    command = f"python train.py {shlex.join(training_arguments(config, meta))}"
-    print(f"\ntrain on it: {command}")
+    config = cli.make(PrepareConfig, cli.read(argv, PrepareConfig, positional="name"))
+    arguments = training_arguments(config, prepare(config))
+    print(f"\ntrain on it: python train.py {shlex.join(arguments)}")
 
 
 def training_arguments(config: PrepareConfig, meta: dict) -> list[str]:

@@ -25,7 +25,7 @@ def made(name: str, separated: bool) -> tokenizer.Tokenizer:
     """A tokenizer as prepare_data.py makes one, with the options that it takes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vocabulary, "gpt2_pieces", lambda: GPT2)
-        keys = {key: OPTIONS[key] for key in USED.get(name, ())}
+        keys = {key: OPTIONS[key] for key, users in USED.items() if name in users}
         return vocabulary.TRAINERS[name](iter([TEXT]), separated, **keys)
 
 

@@ -17,7 +17,14 @@ from typing import BinaryIO
 from humptygpt.chat.conversations import Conversations, is_conversations
 from humptygpt.cli import UserError, note
 from humptygpt.data import COMMAND, TokenFiles, is_nanogpts
-from humptygpt.files import locked, move, refuse_unwritable, remove, write_text
+from humptygpt.files import (
+    locked,
+    move,
+    refuse_unwritable,
+    remove,
+    write_text,
+    write_whole,
+)
 from humptygpt.prepare.corpus import Corpus, Documents
 from humptygpt.prepare.documents import (
     ARCHIVES,
@@ -29,10 +36,10 @@ from humptygpt.prepare.documents import (
 )
 from humptygpt.prepare.encoding import encode
 from humptygpt.prepare.settings import CHOICES, OPTIONS, PrepareConfig
-from humptygpt.prepare.sources import SOURCES, Source
+from humptygpt.prepare.sources import SOURCES, Input, Source
 from humptygpt.prepare.vocabulary import make_tokenizer
 from humptygpt.tokenizers import Tokenizer, from_state
-from humptygpt.translation.pairs import PairFiles, Pairs
+from humptygpt.translation.pairs import Pairs
 
 OURS = re.compile(r"meta\.pkl|(train|val|test)(_\d+)?\.bin")
 PREPARING = "preparing"  # subfolder for data that is not complete
@@ -50,9 +57,7 @@ def prepare(config: PrepareConfig) -> dict:
         filled = bool(meta) or is_nanogpts(folder)
         with empty_folder(folder / PREPARING) as preparing:
             corpus = find_corpus(config, folder)
-            loaded = None
-            if corpus.config.tokenizer not in CHOICES:
-                loaded = load_tokenizer(corpus)
+            loaded = load_tokenizer(corpus)
             command = command_text(config)
             made_from = data_id(corpus, command, loaded)
             same = meta.get("made_from") == made_from
@@ -159,7 +164,7 @@ def built_in(config: PrepareConfig) -> Source | None:
     return None if own_files else SOURCES.get(config.name)
 
 
-def find_input(config: PrepareConfig, folder: Path) -> tuple[str | Path | PairFiles, str]:
+def find_input(config: PrepareConfig, folder: Path) -> Input:
     """Find the input: a path, or files of pairs. Returns the input and its name in meta.json."""
     if config.source is not None:
         paths = (Path(config.source), Path(config.target))
@@ -172,7 +177,7 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | Path | PairFi
                 with path.open("rb") as pipe:
                     return copied(pipe, folder), config.input
         if config.input.lower().endswith(ARCHIVES):
-            return unpack(Path(config.input), folder / PREPARING / "unpacked"), config.input
+            return unpack(path, folder / PREPARING / "unpacked"), config.input
         return config.input, config.input
     for path in (folder / "input.txt", folder / "input.tsv"):
         if os.path.exists(path):
@@ -188,9 +193,7 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | Path | PairFi
 def copied(stream: BinaryIO, folder: Path) -> Path:
     """Copy a stream to a file, because the text is read several times. Returns its path."""
     path = folder / PREPARING / "standard_input.txt"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("wb") as file:
-        shutil.copyfileobj(stream, file)
+    write_whole(path, lambda file: shutil.copyfileobj(stream, file))
     return path
 
 
@@ -210,8 +213,7 @@ def resolve(
     tokenizer = "bpe" if preset.vocab_size else "auto"
     resolved = with_defaults(preset, {"tokenizer": tokenizer} | kind.defaults)
     resolved = with_defaults(resolved, {"test_fraction": resolved.val_fraction})
-    used = OPTIONS.get(resolved.tokenizer, ())
-    others = [key for key in chain(*OPTIONS.values()) if key not in used]
+    others = [key for key, users in OPTIONS.items() if resolved.tokenizer not in users]
     vain = dict.fromkeys(others, f"tokenizer={resolved.tokenizer}")
     if kind is not Pairs:
         vain |= dict.fromkeys(ONLY_FOR_PAIRS, f"task={kind.task}")
@@ -225,8 +227,13 @@ def resolve(
     return resolved
 
 
-def load_tokenizer(corpus: Corpus) -> Tokenizer:
-    """Load the tokenizer of a run, a folder or a model on the Hub. Raises UserError if it is missing or unsuitable."""
+def load_tokenizer(corpus: Corpus) -> Tokenizer | None:
+    """Load the tokenizer of a run, a folder or a model on the Hub. Returns None if one is to be made.
+
+    Raises UserError if it is missing or unsuitable.
+    """
+    if corpus.config.tokenizer in CHOICES:
+        return None
     from humptygpt.convert import sources  # imported here, since it loads torch
 
     tokenizer = sources.load_tokenizer(corpus.config.tokenizer)

@@ -19,11 +19,8 @@ UNITS_AT_ONCE = 32  # units that are encoded before their tokens are written
 
 
 def encode(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict:
-    """Write the token files of a corpus to an empty folder. Returns the content of meta.json.
-
-    Raises UserError if a split has too few tokens.
-    """
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    """Write the token files of a corpus to an empty folder. Returns the content of meta.json."""
+    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     splits = {split: Counter() for split in corpus.splits}
     todo = units(corpus)
     # threads use all cores, because the tokenizer libraries release Python's global lock while they encode
@@ -38,12 +35,6 @@ def encode(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict:
                 total["tokens"] += len(ids)
                 # of the sides of pairs or the pieces of documents, in tokens
                 total["longest"] = max([total["longest"], *map(len, parts)])
-    for split, total in splits.items():
-        if total["tokens"] < 2:
-            raise UserError(
-                f"{split}.bin would have {total['tokens']} tokens, but needs at least 2; add text, or change the"
-                " --val_fraction of prepare_data.py"
-            )
     return describe(corpus, tokenizer, folder, dtype, splits)
 
 
@@ -59,16 +50,21 @@ def describe(
     corpus: Corpus,
     tokenizer: Tokenizer,
     folder: Path,
-    dtype: np.dtype,
+    dtype: str,
     counted: dict[str, Counter],
 ) -> dict:
     """Build the content of meta.json, which describes the token files in a folder. Long entries come last.
 
-    counted: the counts of each split.
+    counted: the counts of each split. Raises UserError if one has too few tokens.
     """
     splits = {}
     for split, total in counted.items():
         name = f"{split}.bin"
+        if total["tokens"] < 2:
+            raise UserError(
+                f"{name} would have {total['tokens']} tokens, but needs at least 2; add text, or change the"
+                " --val_fraction of prepare_data.py"
+            )
         splits[split] = {key: total[key] for key in corpus.counts} | {
             "files": [{"name": name, "tokens": total["tokens"]}],
             "sha256": {name: sha256(folder / name)},
@@ -79,7 +75,7 @@ def describe(
         "format": META_FORMAT,
         "task": corpus.task,
         "source": corpus.source,
-        "dtype": dtype.name,
+        "dtype": dtype,
         **total,
         "vocab_size": tokenizer.vocab_size,
         **corpus.extra_meta(counted, first_text),

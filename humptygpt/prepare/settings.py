@@ -2,20 +2,17 @@
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from humptygpt.cli import check_above_0, check_choices, check_least
+from humptygpt.cli import check_above_0, check_least
 from humptygpt.convert.hub import repository
 from humptygpt.data import DATASETS
 from humptygpt.tokenizers import TOKENIZERS
 
 CHOICES = ("auto", *TOKENIZERS)  # values of --tokenizer besides paths and names of models
-# {tokenizer: keys that only some tokenizers use}
-OPTIONS = {
-    "sentencepiece": ("vocab_size",),
-    "bpe": ("vocab_size", "split_digits"),
-}
+# {key: the tokenizers that use it}
+OPTIONS = {"vocab_size": ("sentencepiece", "bpe"), "split_digits": ("bpe",)}
 
 
 @dataclass(frozen=True)
@@ -46,20 +43,16 @@ class PrepareConfig:
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
-        return {
-            "tokenizer": CHOICES,
-        }
+        return {"tokenizer": CHOICES}
 
     def validate(self) -> None:
-        check_choices(replace(self, tokenizer="auto"))  # tokenizer is checked below
         check_least(self, 1, "files", "max_pair_ratio", "workers")
         check_least(self, 2, "max_pair_tokens")
         check_least(self, 257, "vocab_size")  # 256 bytes and end-of-text
         check_least(self, 0, "val_fraction", "test_fraction", below=1)
         check_above_0(self, "val_fraction")
         name, tokenizer = self.name, self.tokenizer
-        elsewhere = os.path.exists(tokenizer) or repository(tokenizer)
-        if tokenizer not in CHOICES and not elsewhere:
+        if not (tokenizer in CHOICES or os.path.exists(tokenizer) or repository(tokenizer)):
             raise ValueError(
                 f"tokenizer={tokenizer} is not one of: {', '.join(CHOICES)}, a folder or file with a tokenizer,"
                 " or owner/model on the Hugging Face Hub"

