@@ -24,6 +24,7 @@ MAX_UNPACKED_BYTES = 1 << 26
 # How GPT-2 splits text before byte pairs are merged: contractions, words and numbers with the space before them,
 # punctuation, spaces. Source: Radford et al. 2019.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SINGLE_BYTES = [bytes([byte]) for byte in range(256)]
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how sentencepiece writes a byte
 
 
@@ -127,8 +128,7 @@ class ByteTokenizer(Tokenizer):
     name = "byte"
 
     def __init__(self, separated: bool = False):
-        self.pieces = [bytes([i]) for i in range(256)]
-        self.pieces += [END_OF_TEXT.encode()] * bool(separated)
+        self.pieces = SINGLE_BYTES + [END_OF_TEXT.encode()] * bool(separated)
         self.eot = 256 if separated else None
 
     def encode(self, text: str) -> np.ndarray:
@@ -186,8 +186,7 @@ class BytePairTokenizer(Tokenizer):
     name = "bpe"
 
     def __init__(self, pieces: list[bytes], separated: bool = False):
-        single = {bytes([byte]) for byte in range(256)}
-        if len(set(pieces)) < len(pieces) or not single <= set(pieces):
+        if len(set(pieces)) < len(pieces) or not set(SINGLE_BYTES) <= set(pieces):
             raise ValueError("a piece occurs twice, or one of the 256 bytes is missing")
         self.pieces = [*pieces, END_OF_TEXT.encode()]
         self.eot = len(pieces) if separated else None
@@ -230,27 +229,20 @@ TOKENIZERS = {
 }
 
 
-def tokenizer_class(name: str) -> type[Tokenizer]:
-    """Return the class of a tokenizer. Raises UserError if there is none of this name."""
-    if name == "tokenizer.json":
-        from humptygpt.convert.pretrained import PretrainedTokenizer
-
-        return PretrainedTokenizer
-    if name == "chat":
-        from humptygpt.chat.tokens import ChatTokenizer
-
-        return ChatTokenizer
-    if name not in TOKENIZERS:
-        known = ", ".join((*TOKENIZERS, "tokenizer.json", "chat"))
-        raise UserError(f"tokenizer {name!r} is not one of: {known}")
-    return TOKENIZERS[name]
-
-
 def from_state(state: dict) -> Tokenizer:
     """Make the tokenizer that a meta.json or a checkpoint describes. Raises UserError if it is damaged or unknown."""
+    # late imports: these modules import this one
+    from humptygpt.chat.tokens import ChatTokenizer
+    from humptygpt.convert.pretrained import PretrainedTokenizer
+
+    others = {cls.name: cls for cls in (PretrainedTokenizer, ChatTokenizer)}
+    classes = TOKENIZERS | others
     with refuse_damaged("the description of the tokenizer"):
         entries = dict(state)
-        return tokenizer_class(entries.pop("tokenizer")).from_state(**entries)
+        name = entries.pop("tokenizer")
+        if name not in classes:
+            raise UserError(f"tokenizer {name!r} is not one of: {', '.join(classes)}")
+        return classes[name].from_state(**entries)
 
 
 # --------------------------------------------------------------------------------------
