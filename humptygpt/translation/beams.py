@@ -65,7 +65,7 @@ def beam_search(
     """
     eot = tokenizer.eot
     if hasattr(model, "encode"):
-        cache, idx = model.make_cache(source), torch.full_like(source[:, :1], eot)
+        cache, idx = model.make_cache(source), source[:, -1:]  # its eot
     else:
         cache, idx = model.make_cache(), source
     room = model.config.block_size + 1 - idx.shape[1]
@@ -82,12 +82,12 @@ def beam_search(
         )
         going = []
         # tolist() makes the CPU wait for the GPU
-        for row, found in enumerate(zip(ids.tolist(), scores.tolist(), strict=True)):
+        found = zip(open_sentences, ids.tolist(), scores.tolist(), strict=True)
+        for row, (number, *extended) in enumerate(found):
             hypotheses = [
                 Translation([i for i in tokens if i != eot], score, eot in tokens)
-                for tokens, score in zip(*found, strict=True)
+                for tokens, score in zip(*extended, strict=True)
             ]
-            number = open_sentences[row]
             ended = [x for x in (best[number], *hypotheses) if x.ended]
             best[number] = max(ended, key=lambda x: x.score, default=hypotheses[0])
             if not all(x.ended for x in hypotheses):
@@ -95,9 +95,8 @@ def beam_search(
         if not going:
             break
         open_sentences = [open_sentences[row] for row in going]
-        kept = torch.tensor(going, device=ids.device)
-        ids, log_prob = ids[kept], log_prob[kept]
-        select(cache, rows[kept].flatten())
+        ids, log_prob = ids[going], log_prob[going]
+        select(cache, rows[going].flatten())
         idx = ids[..., -1].view(-1, 1)
     return best
 

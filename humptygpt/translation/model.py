@@ -35,18 +35,17 @@ class CrossAttention(SelfAttention):
         q = self.heads(self.q_proj(x))
         if self.qk_norm:
             q = self.qk_norm(q)
-        if cache:
-            k, v = cache.state["source_k"], cache.state["source_v"]
-        else:
-            k, v = self.keys_and_values(shared.kept["source"])
-        return self.output(self.kernel(q, k, v, shared.kept["source_mask"]), x)
+        source = cache.state if cache else self.read(shared.kept)
+        y = self.kernel(q, source["source_k"], source["source_v"], source["source_mask"])
+        return self.output(y, x)
 
-    def keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """source: (B, S, C), the encoder's output. Returns keys and values, each (B, H, S, D) with n_kv_head heads."""
-        k = self.heads(self.k_proj(source))
+    def read(self, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Compute keys and values of the source, each (B, H, S, D) with n_kv_head heads. encoded: see encode()."""
+        k = self.heads(self.k_proj(encoded["source"]))
         if self.qk_norm:
             k = self.qk_norm(k)
-        return k, self.heads(self.v_proj(source))
+        v = self.heads(self.v_proj(encoded["source"]))
+        return {"source_k": k, "source_v": v, "source_mask": encoded["source_mask"]}
 
 
 class DecoderBlock(Block):
@@ -139,9 +138,7 @@ class Transformer(nn.Module):
         tokens. targets: (B, T); targets of -1 are ignored. source: (B, S) token ids; shorter sources are padded with
         -1. With a cache, omit the source, because the cache already holds it.
         """
-        # a cache holds the keys and values of its sources, which are not padded
-        no_mask = {"source_mask": torch.zeros(1, 1, 1, 1, device=idx.device)}
-        encoded = no_mask if cache else self.encode(source)
+        encoded = {} if cache else self.encode(source)
         logits = self.head(self.decoder(self.wte(idx), idx, cache, **encoded))
         return logits, None if targets is None else self.loss(logits, targets)
 
@@ -158,13 +155,12 @@ class Transformer(nn.Module):
         return {"source": x, "source_mask": mask}
 
     def make_cache(self, source: Tensor) -> Cache:
-        """Make a cache for up to block_size target tokens. source: (B, S) token ids, without padding.
+        """Make a cache for up to block_size target tokens. source: (B, S) token ids, as in forward().
 
-        The cache of each block also holds the keys and values of the source, each (B, H, S, D).
+        The cache of each block also holds the keys and values of the source.
         """
-        encoded = self.encode(source)["source"]
+        encoded = self.encode(source)
         cache = Cache(self.config.n_layer, self.config.block_size)
         for block, layer in zip(self.decoder.blocks, cache.layers, strict=True):
-            k, v = block.cross_attn.keys_and_values(encoded)
-            layer.update(source_k=k, source_v=v)
+            layer.update(**block.cross_attn.read(encoded))
         return cache

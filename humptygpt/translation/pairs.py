@@ -119,8 +119,9 @@ class Pairs(Corpus):
         counted = Counter()
         cleans = split == "train" or not (self.given or self.validation)
         for pair in pairs:
-            sides = map(tokenizer.encode, pair.texts)
-            source, target = (np.append(side, tokenizer.eot) for side in sides)
+            source, target = (
+                np.append(tokenizer.encode(text), tokenizer.eot) for text in pair.texts
+            )
             shorter, longer = sorted((len(source), len(target)))
             if pair.dropped:
                 counted[pair.dropped] += 1
