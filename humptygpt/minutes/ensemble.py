@@ -57,7 +57,10 @@ class Ensemble(nn.Module):
         return Cache(len(self.members) * n_layer, min(size or block_size, block_size))
 
     def average(self, call: Callable[..., Tensor], cache: Cache | None) -> Tensor:
-        """Average the probabilities whose logits are call(member, its part of the cache)."""
+        """Average the probabilities whose logits are call(member, its part of the cache). Returns logits.
+
+        They are as large as the members' logits, because a penalty for repetition depends on their size.
+        """
         logits = []
         for i, member in enumerate(self.members):
             part = copy.copy(cache)
@@ -66,14 +69,6 @@ class Ensemble(nn.Module):
             logits.append(call(member, part))
         if cache:
             cache.length = part.length
-        return average(logits)
-
-
-def average(logits: list[Tensor]) -> Tensor:
-    """Return logits for the mean of the probabilities that these logits stand for.
-
-    They are as large as the members' logits, because a penalty for repetition depends on their size.
-    """
-    each = torch.stack(logits).float()
-    sums = each.logsumexp(dim=-1, keepdim=True)
-    return (each - sums).logsumexp(dim=0) - math.log(len(logits)) + sums.mean(dim=0)
+        each = torch.stack(logits).float()
+        sums = each.logsumexp(dim=-1, keepdim=True)
+        return (each - sums).logsumexp(dim=0) - math.log(len(logits)) + sums.mean(dim=0)
