@@ -69,12 +69,16 @@ def linear(x: Vector, weights: list[Vector]) -> Vector:
     return y
 
 
+def multiply(x: Vector, factors: list[float]) -> Vector:
+    """Multiply each number in x by a factor that is not trained."""
+    y = Vector(list(map(mul, x.numbers, factors)))
+    tape.append(lambda: pass_on(x, 1, list(map(mul, y.gradient, factors))))
+    return y
+
+
 def relu(x: Vector) -> Vector:
     """Negative numbers become 0; without this, many layers could do no more than one layer."""
-    y = Vector([max(0.0, number) for number in x.numbers])
-    slopes = [1.0 if number > 0 else 0.0 for number in x.numbers]
-    tape.append(lambda: pass_on(x, 1, list(map(mul, y.gradient, slopes))))
-    return y
+    return multiply(x, [1.0 if number > 0 else 0.0 for number in x.numbers])
 
 
 def cross_entropy(scores: Vector, target: int) -> Vector:
@@ -211,10 +215,7 @@ def layer_norm(x: Vector, scale: Vector) -> Vector:
 # Dropout: in training, numbers chosen at random become 0, so that no neuron can rely on any single input. The others
 # are scaled up to make up for it. main() does not use dropout, because the GPT should learn its text by heart.
 def dropout(x: Vector, p: float) -> Vector:
-    kept = [0.0 if random.random() < p else 1 / (1 - p) for _ in x.numbers]
-    y = Vector(list(map(mul, x.numbers, kept)))
-    tape.append(lambda: pass_on(x, 1, list(map(mul, y.gradient, kept))))
-    return y
+    return multiply(x, [0.0 if random.random() < p else 1 / (1 - p) for _ in x.numbers])
 
 
 # Multi-head Attention: heads work side by side, each with its own rows of the matrices. o_proj mixes their outputs.
