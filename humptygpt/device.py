@@ -4,7 +4,6 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -68,23 +67,19 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def training_dtype(device: torch.device) -> str:
-    """The dtype of matrix products in which a device trains fastest."""
+    """The dtype of matrix products in which a device trains fastest.
+
+    On a CPU, it is bfloat16 with AMX, or with AVX-512 BF16 unless it is an Intel, which without AMX trains in bfloat16
+    at 0.7 of float32's speed. RECORDS.md, "Speed of a training step", has the machines on which this was measured.
+    """
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
         return "bfloat16" if major >= 8 else "float16"
-    if device.type == "cpu":
-        return processor_dtype(torch.cpu.get_capabilities())
-    return "float32"
-
-
-def processor_dtype(capabilities: Mapping[str, object]) -> str:
-    """The dtype in which a processor trains fastest: bfloat16 with AMX, or with AVX-512 BF16 unless it is an Intel.
-
-    Without AMX, an Intel trains in bfloat16 at 0.7 of float32's speed. RECORDS.md, "Speed of a training step", has the
-    machines on which this was measured. capabilities: from torch.cpu.get_capabilities().
-    """
-    intel = "Intel" in capabilities.get("cpu_name", "")
-    fast = capabilities.get("amx_bf16") or (capabilities.get("avx512_bf16") and not intel)
+    if device.type != "cpu":
+        return "float32"
+    has = torch.cpu.get_capabilities()
+    intel = "Intel" in has.get("cpu_name", "")
+    fast = has.get("amx_bf16") or (has.get("avx512_bf16") and not intel)
     return "bfloat16" if fast else "float32"
 
 
