@@ -127,15 +127,14 @@ class JoinedAttention(SelfAttention):
         """Take over the layers of `attention`, which can no longer be used."""
         vars(self).update(vars(attention))
         layers = [self._modules.pop(name) for name in QKV]
-        q, k, v = (layer.out_features for layer in layers)
-        self.sizes = q + k, v
+        self.n_kv_head = layers[2].out_features // self.head_size
         self.qkv_proj = layers[0]
         for name, p in layers[0].named_parameters():  # weight and, if there is one, bias
             p.data = torch.cat([layer.get_parameter(name) for layer in layers])
 
     def forward(self, x, shared, cache=None):  # (B, T, C) -> (B, T, C)
-        qk, v = self.qkv_proj(x).split_with_sizes(self.sizes, -1)
-        qk, v = self.heads(qk), self.heads(v)  # q's heads, then k's
+        heads = self.heads(self.qkv_proj(x))  # q's, then k's, then v's
+        qk, v = heads.tensor_split([-self.n_kv_head], dim=1)
         if self.qk_norm:
             qk = self.qk_norm(qk)
         if shared.rotary:
@@ -177,7 +176,7 @@ def low_bit_linear(linear: nn.Linear, dtype: torch.dtype, result: torch.dtype) -
         return ProductLinear(int8_product(linear), torch.float32, result)
     weight = linear.weight.to(dtype)
     bias = None if linear.bias is None else linear.bias.to(dtype)
-    if packs(weight) and packing_pays(dtype):
+    if weight.is_cpu and weight.numel() >= PACKED_FROM and packing_pays(dtype):
         product = packed_product(weight, bias)
     elif dtype == torch.float32:
         return linear
@@ -200,20 +199,14 @@ class ProductLinear(nn.Module):
         return self.product(x.to(self.dtype)).to(self.result)
 
 
-def packs(weight: Tensor) -> bool:
-    """True if oneDNN can pack this matrix and it is large enough to benefit."""
-    return (
-        weight.is_cpu
-        and weight.numel() >= PACKED_FROM
-        and torch.backends.mkldnn.is_available()
-        and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
-
-
 @cache
 @torch.inference_mode()
 def packing_pays(dtype: torch.dtype) -> bool:
-    """Measure whether a packed matrix is faster than a plain one for a single token."""
+    """Measure whether a matrix packed by oneDNN is faster than a plain one for a single token."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype != torch.float32 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
     # so large that it is read from memory, as the layers of a model are
     weight = torch.ones(4096, 4096, dtype=dtype)
     packed, plain = packed_product(weight, None), partial(F.linear, weight=weight)
