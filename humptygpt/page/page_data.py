@@ -43,7 +43,7 @@ def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> d
         training = training_data(run)
     saved = run.saved["progress"]
     # of several members, the page shows the first
-    shown = run.model if run.model.config.n_members == 1 else run.model.members[0]
+    shown = getattr(run.model, "members", [run.model])[0]
     return {
         "name": path.parent.resolve().name,
         "task": run.task,
@@ -173,16 +173,9 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict:
         },
     }
     if isinstance(base, SentencePieceTokenizer):
-        data |= sentencepiece_data(base)
-    return data
-
-
-def sentencepiece_data(tokenizer: SentencePieceTokenizer) -> dict:
-    """Return the score of each token (None if no text encodes to it), and the ids of bytes 0 to 255."""
-    model = tokenizer.model
-    scores = merge_scores(model)
-    return {
+        model = base.model
+        scores = merge_scores(model)  # without the tokens to which no text encodes
         # our ids start at sentencepiece's token 1
-        "scores": [scores.get(i) for i in range(1, model.vocab_size())],
-        "byte_ids": [model.piece_to_id(f"<0x{byte:02X}>") - 1 for byte in range(256)],
-    }
+        data["scores"] = [scores.get(i) for i in range(1, model.vocab_size())]
+        data["byte_ids"] = [model.piece_to_id(f"<0x{x:02X}>") - 1 for x in range(256)]
+    return data
