@@ -131,11 +131,10 @@ def check(path: Path, saved: object) -> tuple[nn.Module, tokenizers.Tokenizer]:
         if saved["task"] not in learns:
             raise ValueError(f"model={config.model} does not support task={saved['task']}")
         check_sizes(config, saved["model"])
-        has_lora = training.get("lora_rank")
     saved["model_config"] = asdict(config)  # with defaults for keys that it predates
     model = build_on_meta(config)
     with refuse_damaged(path):
-        if has_lora:
+        if training.get("lora_rank"):
             model = build_on_meta(config, training)
         check_tensors("the parameter ", saved["model"], model.state_dict())
     return model, tokenizer

@@ -78,7 +78,7 @@ def load(source: str | Path, which: str = "best") -> Loaded:
 
 def is_finite(model: nn.Module) -> bool:
     """True unless a weight is nan or infinite."""
-    return all(bool(p.isfinite().all()) for p in model.parameters())
+    return all(p.isfinite().all() for p in model.parameters())
 
 
 def from_run(path: Path, saved: object) -> Loaded:
@@ -93,15 +93,9 @@ def from_run(path: Path, saved: object) -> Loaded:
     with refuse_damaged(path):
         steps, loss = saved["progress"]["iter"], saved["progress"]["best_val_loss"]
         best = f"best val loss {loss:.4f}" if loss < math.inf else "not evaluated yet"
-        return Loaded(
-            model=model,
-            tokenizer=tokenizer,
-            task=saved["task"],
-            path=path,
-            description=f"{path}: iter {steps:d}, {best}",
-            saved=saved,
-            questions=[*map(str, saved["data"].get("questions", ()))],
-        )
+        description = f"{path}: iter {steps:d}, {best}"
+        questions = [*map(str, saved["data"].get("questions", ()))]
+        return Loaded(model, tokenizer, path, description, saved["task"], saved, questions)
 
 
 def code_checksum() -> str:
