@@ -211,7 +211,7 @@ def check_schema(value: object, schema: object, name: str = "") -> None:
 def is_kind(value: object, schema: object) -> bool:
     """True if value fits the schema at its outermost level; the items of lists and dictionaries are not checked."""
     if isinstance(schema, set | range):
-        return type(value) is (str if isinstance(schema, set) else int) and value in schema
+        return type(value) in (int, str) and value in schema
     if schema is float and type(value) is int:
         return abs(value) < 2**63
     return type(value) is kind_of(schema)

@@ -45,8 +45,9 @@ def read_metrics(path: Path) -> list[dict]:
 
 def own_values(row: dict) -> dict[str, float]:
     """Return the terms and METRICS in a row of training, without those that are not finite."""
-    own = {key: x for key, x in row.items() if "train_loss" in row and key not in LOGGED}
-    return {key: x for key, x in own.items() if x is not None}
+    if "train_loss" not in row:
+        return {}
+    return {key: x for key, x in row.items() if key not in LOGGED and x is not None}
 
 
 def draw_losses(rows: list[dict], path: Path, best: int) -> None:
