@@ -155,7 +155,7 @@ def read_errors(path: Path) -> Iterator[None]:
     """Turn any error in reading a file into a UserError. path: the file, for the message."""
     try:
         yield
-    except (UserError, MemoryError):
+    except (UserError, MemoryError, ImportError):  # a missing package is no damage
         raise
     except Exception as error:  # damage raises many kinds, in each format other ones
         reason = getattr(error, "strerror", None) or one_line(error)
