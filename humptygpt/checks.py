@@ -191,8 +191,8 @@ def copied(state: dict[str, Tensor]) -> list[Tensor]:
 
 def gradient_of(small: nn.Module) -> Tensor:
     params = list(small.parameters())
-    zeros = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    return torch.cat([x.flatten() for x in zeros])
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    return torch.cat([x.flatten() for x in gradients])
 
 
 # --------------------------------------------------------------------------------------

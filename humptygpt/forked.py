@@ -35,7 +35,7 @@ PR_SET_PDEATHSIG = 1  # in sys/prctl.h
 
 
 class ForkedRanks(Ranks):
-    """Some ranks of this machine. Until each() forks them, this process is the only one."""
+    """Ranks that share the memory of this machine. Until each() forks them, this process is the only one."""
 
     def __init__(self, size: int):
         super().__init__(torch.device("cpu"))

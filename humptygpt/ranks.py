@@ -93,10 +93,10 @@ class Ranks(AbstractContextManager):
     # ----------------------------------------------------------------------------------
     # A step
 
-    def shares(self, run: "Run") -> tuple[list[Share], int]:
-        """Return this rank's shares of the next step, and the number of tokens in the whole step."""
+    def shares(self, run: "Run", step: int) -> tuple[list[Share], int]:
+        """Return this rank's shares of a step, counted from 0, and the number of tokens in the whole step."""
         count = run.config.gradient_accumulation_steps
-        end = (run.progress.iter + 1) * count
+        end = (step + 1) * count
         turns = self.turns(count)
         own = range(end - count + self.rank % turns, end, turns)
         micro_batches = [read_micro_batch(run, number) for number in own]

@@ -498,8 +498,8 @@ def count_ranks(run: Run) -> int:
 
 def compile_now(run: Run) -> None:
     """Trigger compilation for the shapes of training, a rank's share of a batch, and evaluation, a whole batch."""
-    for _ in range(2):
-        shares, _ = run.ranks.shares(run)
+    for step in range(2):
+        shares, _ = run.ranks.shares(run, step)
         with run.ranks.syncing(run.net, last=True):
             weighted_losses(run, shares[0])[1].sum().backward()
         # evaluation temporarily puts whole weights in place of shards, whose gradients would not fit them

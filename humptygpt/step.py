@@ -17,7 +17,7 @@ def train_step(run: Run) -> tuple[dict[str, Tensor], Tensor, int]:
     the device, because reading them would make the CPU wait for the GPU. The gradients stay, too.
     """
     ranks, scaler, optimizer = run.ranks, run.scaler, run.optimizer
-    shares, tokens = ranks.shares(run)
+    shares, tokens = ranks.shares(run, run.progress.iter)
     losses = 0
     for share in shares:
         with ranks.syncing(run.net, last=share is shares[-1]):

@@ -29,7 +29,6 @@ from humptygpt.parallel import fsdp
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import DataParallel
 from humptygpt.prepare import dataset
-from humptygpt.run import Progress
 from humptygpt.settings import TrainConfig
 from humptygpt.setup import read_settings
 
@@ -164,13 +163,11 @@ def test_each_row_of_a_step_counts_in_one_process_once(monkeypatch, size, micro_
         return {"targets": torch.tensor([[index, row] for row in range(index % 6 + 1)])}
 
     config = TrainConfig(batch_size=6, gradient_accumulation_steps=micro_batches)
-    run = SimpleNamespace(
-        config=config, dataset=SimpleNamespace(batch=batch), progress=Progress(iter=1)
-    )
+    run = SimpleNamespace(config=config, dataset=SimpleNamespace(batch=batch))
     monkeypatch.setattr(DataParallel, "sum", lambda self, x: x)
     found = []
     for rank in range(size):
-        for share in DataParallel(rank, size, CPU).shares(run)[0]:
+        for share in DataParallel(rank, size, CPU).shares(run, step=1)[0]:
             assert len(share.batch["targets"])  # also if nothing counts
             found += share.batch["targets"].tolist() if share.tokens else []
     step = range(micro_batches, 2 * micro_batches)
