@@ -46,7 +46,7 @@ import numpy as np
 from humptygpt import cli, machine
 from humptygpt.cli import TEXTS, UserError, note, one_line
 from humptygpt.files import parse_json, write_whole
-from humptygpt.loggers import read_metrics
+from humptygpt.training.loggers import read_metrics
 
 # Settings to ignore, because they do not affect the trained model; _parameters already has its own column.
 IGNORED = {

@@ -16,7 +16,7 @@ from pathlib import Path
 from humptygpt import cli, machine
 from humptygpt.files import write_whole
 from humptygpt.page.html import fill, to_text
-from humptygpt.source import RunSource
+from humptygpt.sources import RunSource
 
 # torch takes seconds to import. main() imports it last, so that a misspelt key is reported at once.
 
@@ -35,8 +35,10 @@ def main(argv: list[str]) -> None:
     config = cli.make(ExplainConfig, given)
     if config.playground:
         others = " ".join(given.keys() - {"playground"})
-        cli.refuse_vain(given, vars(config), [(others, "playground", (config.playground,))])
-    from humptygpt.checkpoint import find_checkpoint
+        cli.check_effects(
+            given, vars(config), [(others, "playground", (config.playground,))]
+        )
+    from humptygpt.formats.checkpoint import find_checkpoint
     from humptygpt.page.page_data import page_data, playground_data
 
     if config.playground:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 from humptygpt import cli, machine
 from humptygpt.files import whole
-from humptygpt.source import ModelSource
+from humptygpt.sources import ModelSource
 
 if TYPE_CHECKING:
-    from humptygpt.loading import Loaded
+    from humptygpt.formats.load import Loaded
 
 # torch takes seconds to import. Only the functions that need it import it, so a misspelt key is reported at once.
 
@@ -53,8 +53,9 @@ class ExportConfig(ModelSource):
 def main(argv: list[str]) -> None:
     given = cli.read(argv, ExportConfig)
     config = cli.make(ExportConfig, given)
-    from humptygpt.convert.families import find_family
-    from humptygpt.loading import chosen_source, load
+    from humptygpt.formats.families import find_family
+    from humptygpt.formats.load import load
+    from humptygpt.generation.generator import chosen_source
     from humptygpt.page.known_settings import check_formulas
 
     loaded = load(chosen_source(config, given), config.checkpoint)
@@ -67,9 +68,9 @@ def main(argv: list[str]) -> None:
 
 def write_folder(loaded: "Loaded", to: Path, dtype: str) -> str:
     """Write a folder for transformers and return a line to print."""
-    from humptygpt.convert.huggingface import write_files, write_pretrained
-    from humptygpt.convert.model_card import model_card
-    from humptygpt.convert.write_huggingface import tokenizer_files
+    from humptygpt.formats.huggingface import write_files, write_pretrained
+    from humptygpt.formats.model_card import model_card
+    from humptygpt.formats.tokenizer_json import tokenizer_files
 
     files = tokenizer_files(loaded.tokenizer, loaded.model.config.block_size) | {
         "README.md": model_card(loaded, to.name),
@@ -84,7 +85,7 @@ def write_folder(loaded: "Loaded", to: Path, dtype: str) -> str:
 
 def write_gguf_file(loaded: "Loaded", to: Path, dtype: str) -> str:
     """Write a file for llama.cpp and return a line to print."""
-    from humptygpt.convert.gguf import vocabulary, write_gguf
+    from humptygpt.formats.gguf import vocabulary, write_gguf
 
     with whole(to) as file:
         write_gguf(file, to.stem, loaded.model, vocabulary(loaded.tokenizer), dtype)

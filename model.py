@@ -351,7 +351,7 @@ class SelfAttention(nn.Module):
         C, D = config.n_embd, config.features
         bias = config.bias if config.attn_bias is None else config.attn_bias
         self.window = config.window  # a pattern of windows would depend on layer
-        self.kernel = attend  # humptygpt/fast/attention.py may put a faster function here
+        self.kernel = attend  # humptygpt/models/attention.py may put a faster function here
         self.n_head = config.n_head
         self.head_size = D
         self.qk_norm = nn.RMSNorm(D, elementwise_affine=False) if config.qk_norm else None
@@ -566,7 +566,7 @@ class CausalConv(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network. Each kind of block combines them in its forward().
 
-    With model=transformer, the decoder has kinds of its own: humptygpt/translation/model.py.
+    With model=transformer, the decoder has kinds of its own: humptygpt/models/transformer.py.
     x: (B, T, C). cache: a LayerCache. layer: index of the block in its stack, from 0.
     """
 
@@ -767,7 +767,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Append sampled tokens to idx, (B, T) with T >= 1. Returns (B, T + max_new_tokens). Call eval() before.
 
-        sample.py and serve.py use humptygpt/sampling.py instead, which has more filters.
+        sample.py and serve.py use humptygpt/generation/sampling.py instead, which has more filters.
         temperature: above 0. top_k: sample from the k most probable tokens only; 0: from all.
         """
         block_size = self.config.block_size

@@ -30,16 +30,23 @@ if __name__ == "__main__":
 
 from humptygpt import cli
 from humptygpt.cli import CONFIGS
-from humptygpt.prepare.dataset import PrepareConfig, built_in, prepare
-from humptygpt.prepare.settings import CHOICES
+from humptygpt.data.prepare import PrepareConfig, built_in, prepare
+from humptygpt.data.settings import CHOICES
+from humptygpt.tokenizers.basic import Tokenizer
 
 WEIGHTS = (".pt", ".safetensors", ".bin")
 
 
 def main(argv: list[str]) -> None:
     config = cli.make(PrepareConfig, cli.read(argv, PrepareConfig, positional="name"))
-    arguments = training_arguments(config, prepare(config))
+    arguments = training_arguments(config, prepare(config, open_tokenizer))
     print(f"\ntrain on it: python train.py {shlex.join(arguments)}")
+
+
+def open_tokenizer(source: str) -> Tokenizer:
+    from humptygpt.formats.load import load_tokenizer  # late import, because it loads torch
+
+    return load_tokenizer(source)
 
 
 def training_arguments(config: PrepareConfig, meta: dict) -> list[str]:

@@ -25,11 +25,16 @@ from humptygpt import machine
 if __name__ == "__main__":
     machine.start()  # before numpy and torch are loaded
 
-from humptygpt import cli, loading
-from humptygpt.cli import TEXTS, UserError, check_least, note, refuse_vain
-from humptygpt.fast.generation import choose_threads
-from humptygpt.loading import Pipeline, PipelineConfig, chosen_source
-from humptygpt.sampling import (
+from humptygpt import cli
+from humptygpt.cli import TEXTS, UserError, check_effects, check_least, note
+from humptygpt.generation.generator import IN_VAIN as PIPELINE_VAIN
+from humptygpt.generation.generator import (
+    Pipeline,
+    PipelineConfig,
+    choose_threads,
+    chosen_source,
+)
+from humptygpt.generation.sampling import (
     Context,
     Piece,
     Prompt,
@@ -52,7 +57,7 @@ NOT_FOR = {
     " repetition_penalty",
 }
 # [(keys, another setting, the values of that setting for which the keys have no effect)]
-IN_VAIN = [*loading.IN_VAIN, ("num_samples logprobs", "interactive", (True,))]
+IN_VAIN = [*PIPELINE_VAIN, ("num_samples logprobs", "interactive", (True,))]
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class SampleConfig(PipelineConfig):
 def main(argv: list[str]) -> None:
     given = cli.read(argv, SampleConfig)
     config = cli.make(SampleConfig, given)
-    refuse_vain(given, vars(config), IN_VAIN)
+    check_effects(given, vars(config), IN_VAIN)
     loaded = config.pipeline(chosen_source(config, given))
     for key in NOT_FOR[loaded.task].split():
         if key in given:
@@ -151,7 +156,7 @@ def write(
 
 
 def translate(lines: list[str], config: SampleConfig, loaded: Pipeline) -> Iterator[str]:
-    from humptygpt.translation.lines import translate_lines
+    from humptygpt.generation.translation import translate_lines
 
     how = config.select("num_beams length_penalty max_new_tokens")
     return translate_lines(loaded.model, loaded.tokenizer, lines, **how)
@@ -220,7 +225,7 @@ def converse(config: SampleConfig, loaded: Pipeline) -> None:
     """Read a line, print what the model writes after it, and repeat. Without --interactive, answer only --start."""
     partner = Text(loaded)
     if loaded.task == "chat":
-        from humptygpt.chat.talk import Talk
+        from humptygpt.generation.chat import Talk
 
         partner = Talk(loaded, config.system)
     first = [] if config.start is None else [read_start(config.start)]
@@ -267,7 +272,7 @@ class Text:
 
 def typed_lines(advice: str = "") -> Iterator[str]:
     """Print advice, and yield lines from standard input, with "> " as the prompt if it is a terminal."""
-    print(f"Ctrl-{'Z' if machine.WINDOWS else 'D'} quits{advice}", file=sys.stderr)
+    print(f"Ctrl-{'Z' if machine.ON_WINDOWS else 'D'} quits{advice}", file=sys.stderr)
     while True:
         try:
             yield input("> " if sys.stdin.isatty() else "")

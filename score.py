@@ -27,16 +27,17 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from humptygpt import cli, loading
-from humptygpt.checkpoint import find_checkpoint
-from humptygpt.cli import TEXTS, UserError, check_least, note, refuse_vain
-from humptygpt.loading import Pipeline, PipelineConfig
-from humptygpt.sampling import read_text
+from humptygpt import cli
+from humptygpt.cli import TEXTS, UserError, check_effects, check_least, note
+from humptygpt.formats.checkpoint import find_checkpoint
+from humptygpt.generation.generator import IN_VAIN as PIPELINE_VAIN
+from humptygpt.generation.generator import Pipeline, PipelineConfig
+from humptygpt.generation.sampling import read_text
 from humptygpt.scoring.pairs import SUITES, Test, by_group, read_tests, run_tests
 from humptygpt.scoring.text import score_text
 
 # [(key, another setting, the values of that setting for which the key has no effect)]
-IN_VAIN = [*loading.IN_VAIN, ("stride", "text", (None,))]
+IN_VAIN = [*PIPELINE_VAIN, ("stride", "text", (None,))]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class ScoreConfig(PipelineConfig):
 def main(argv: list[str]) -> None:
     given = cli.read(argv, ScoreConfig)
     config = cli.make(ScoreConfig, given)
-    refuse_vain(given, vars(config), IN_VAIN)
+    check_effects(given, vars(config), IN_VAIN)
     sources = {source: source for source in config.init_from}
     if not sources:
         folder = config.out_dir
@@ -109,8 +110,7 @@ def print_texts(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
 
 
 def print_recited(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
-    from humptygpt.scoring.recites import describe
-    from humptygpt.setup import training_data
+    from humptygpt.scoring.recites import describe, training_data
 
     for name, source in sources.items():
         dataset = training_data(source)

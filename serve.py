@@ -28,11 +28,15 @@ if __name__ == "__main__":
     machine.start()  # before numpy and torch are loaded
 
 from humptygpt import cli
-from humptygpt.chat.api import Api
-from humptygpt.cli import TEXTS, UserError, first_line, refuse_vain
-from humptygpt.fast.generation import choose_threads
-from humptygpt.loading import IN_VAIN, PipelineConfig, chosen_source
+from humptygpt.cli import TEXTS, UserError, check_effects, first_line
+from humptygpt.generation.generator import (
+    IN_VAIN,
+    PipelineConfig,
+    choose_threads,
+    chosen_source,
+)
 from humptygpt.page.html import fill
+from humptygpt.server.api import Api
 
 JSON = "application/json"
 LARGEST = 1_000_000  # bytes of a request
@@ -71,7 +75,7 @@ class ServeConfig(PipelineConfig):
 def main(argv: list[str]) -> None:
     given = cli.read(argv, ServeConfig)
     config = cli.make(ServeConfig, given)
-    refuse_vain(given, vars(config), IN_VAIN)
+    check_effects(given, vars(config), IN_VAIN)
     source = chosen_source(config, given)
     loaded = config.pipeline(source)
     if loaded.task == "translation":
@@ -93,7 +97,7 @@ class Server(ThreadingHTTPServer):
     only its own.
     """
 
-    allow_reuse_address = not machine.WINDOWS  # there, two servers could share a port
+    allow_reuse_address = not machine.ON_WINDOWS  # there, two servers could share a port
     request_queue_size = 128  # clients that may wait until they are accepted
 
     def __init__(self, config: ServeConfig, api: Api):

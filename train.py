@@ -29,14 +29,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from humptygpt import evaluation, report
-from humptygpt.checks import check_model
+from humptygpt.data.open import open_data, prepare_missing
 from humptygpt.device import autocast
-from humptygpt.loading import is_finite, load
-from humptygpt.optimizers import set_lr
-from humptygpt.ranks import launched, start_ranks, tune
-from humptygpt.report import ADVICE, check_training_fits
-from humptygpt.run import (
+from humptygpt.machine import launched
+from humptygpt.models.build import is_finite
+from humptygpt.models.checks import check_model
+from humptygpt.page.snapshots import take_snapshot
+from humptygpt.training import evaluation, report
+from humptygpt.training.memory import ADVICE, check_training_fits, dry_run
+from humptygpt.training.optimizers import set_lr
+from humptygpt.training.run import (
     Clock,
     Diverged,
     Meter,
@@ -44,21 +46,17 @@ from humptygpt.run import (
     Run,
     RunFolder,
     catch_signals,
-    take_snapshot,
 )
-from humptygpt.setup import (
-    Start,
+from humptygpt.training.setup import (
     assemble,
-    dry_run,
     fit_to_data,
     make_model,
-    open_prepared,
-    prepare_missing,
-    read_settings,
-    recorded_settings,
-    resumed_progress,
+    open_tokenizer,
+    start_ranks,
+    tune,
 )
-from humptygpt.step import train_step
+from humptygpt.training.start import Start, read_settings
+from humptygpt.training.step import train_step
 
 # {name: function}: your own metrics, for metrics.jsonl and loss.png. Every log_interval steps, each is called after the
 # update as function(run, before), while the gradients are there. before: {name: weight before the update}
@@ -80,7 +78,7 @@ def main(argv: list[str]) -> int:
         with run.ranks:
             print(report.summary(run), flush=True)
             if run.config.minutes:
-                from humptygpt.minutes import plan
+                from humptygpt.training import minutes as plan
 
                 print(plan.choice(run), flush=True)
             if run.config.eval_only:
@@ -96,16 +94,20 @@ def main(argv: list[str]) -> int:
 def setup(start: Start) -> Run:
     """Put the run together that a command has asked for."""
     config, model_config, saved, base, given = start
-    ranks = start_ranks(config, lambda: prepare_missing(config))
+    ranks = start_ranks(config, lambda: prepare_missing(config, open_tokenizer))
     config = tune(config, ranks)
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-    dataset = open_prepared(config, model_config)
+    dataset = open_data(config.dataset, model_config, config.seed)
     model_config = fit_to_data(start, dataset)
-    progress = resumed_progress(config, saved, dataset) if saved else Progress()
+    progress = Progress()
+    if saved:
+        from humptygpt.training.resume import resumed_progress
+
+        progress = resumed_progress(config, saved, dataset)
     clock = Clock(progress, config.minutes)
     if config.minutes:
-        from humptygpt.minutes import plan
+        from humptygpt.training import minutes as plan
 
         config, model_config = plan.begin(
             config, model_config, given, dataset, clock, ranks.device
@@ -124,7 +126,7 @@ def setup(start: Start) -> Run:
 def fit(run: Run) -> int:
     """Train, then show what the best model can do. Returns the exit code."""
     config = run.config
-    folder = RunFolder(run, recorded_settings(run))
+    folder = RunFolder(run)
     with closing(folder):
         if config.init_from != "scratch" and not run.progress.iter:
             print(report.trained_part(run), flush=True)
@@ -175,7 +177,7 @@ def train(run: Run, folder: RunFolder) -> int | None:
             if log:
                 row = meter.row(lr)
                 folder.record(row)
-                report.step(bar, run, row)
+                report.show_step(bar, run, row)
             improved = due and evaluate(run, folder, bar)
             if stop or (due and (run.is_over or improved or config.always_save_checkpoint)):
                 progress.run_seconds = clock.total()
@@ -203,12 +205,12 @@ def write_line(run: Run, meter: Meter, bar: tqdm) -> None:
         raise Diverged(f"model has weights that are not finite at iter {progress.iter}")
     if not write or not run.ranks.first:
         return
-    taken = clock.lines
+    taken = clock.line_seconds
     if taken:
         whole = progress.seconds + clock.left(run.config)
         if sum(taken) + taken[-1] > whole / 100:
             return
-    report.line(bar, f"iter {progress.iter}:{show(run, write, run.model, 1)}")
+    report.show_line(bar, f"iter {progress.iter}:{show(run, write, run.model, 1)}")
     taken.append(clock.leave_out())
 
 
@@ -233,9 +235,11 @@ def evaluate(run: Run, folder: RunFolder, bar: tqdm) -> bool:
     improved = run.progress.record(row["val_loss"])
     folder.record(run.progress.stamp() | row)
     best = ", the best so far" if improved else ""
-    report.line(bar, f"iter {run.progress.iter}: {evaluation.evaluation_line(row)}{best}")
+    report.show_line(
+        bar, f"iter {run.progress.iter}: {evaluation.evaluation_line(row)}{best}"
+    )
     if run.task.evaluation_examples and run.ranks.first:
-        report.line(bar, show(run, run.task.evaluation_examples, run.model))
+        report.show_line(bar, show(run, run.task.evaluation_examples, run.model))
     if improved:
         run.ranks.save(folder.path / "best.pt", run.best_state())
     return improved
@@ -250,7 +254,7 @@ def finish(run: Run, folder: RunFolder) -> str:
     progress = run.progress
     early = progress.position < run.config.max_iters
     if run.config.minutes and run.ranks.first:
-        from humptygpt.minutes import plan
+        from humptygpt.training import minutes as plan
 
         print(plan.closing(run, folder.path))
     if early:
@@ -267,6 +271,8 @@ def show_best(run: Run, folder: RunFolder) -> None:
     if run.ranks.sharded or run.progress.best_iter < run.progress.iter:
         if not run.ranks.first or not (task.final_examples or task.score or whole):
             return
+        from humptygpt.formats.load import load
+
         model = net = load(folder.path).model
         model.has_cache = run.model.has_cache
         model.to(run.ranks.sampling_device)
@@ -281,16 +287,16 @@ def show_best(run: Run, folder: RunFolder) -> None:
     if task.final_examples:
         print(show(run, task.final_examples, model))
     if task.score:
-        score = show(run, task.score, model)
-        folder.record(stamp | score.metrics)
-        print(score.text)
+        text, metrics = show(run, task.score, model)
+        folder.record(stamp | metrics)
+        print(text)
 
 
 def evaluate_only(run: Run) -> str:
     row = evaluation.measures(run, run.net, run.config.eval_iters)
     text = f"{evaluation.evaluation_line(row)} at iter {run.progress.iter}"
     if run.task.score and run.ranks.size == 1:
-        text += "\n" + show(run, run.task.score, run.model).text
+        text += "\n" + show(run, run.task.score, run.model)[0]
     return text
 
 

@@ -1,4 +1,4 @@
-"""bench.py --what=machine: the demo's speed for each dtype, way of sharing a step and way of waiting."""
+"""python -m benchmarks --what=machine: the demo's speed for each dtype, way of sharing a step and way of waiting."""
 
 import math
 import os
@@ -13,16 +13,16 @@ from itertools import count, product
 from typing import NamedTuple
 
 import torch
+from humptygpt.model import ModelConfig
 from tqdm import tqdm
 
-from bench import BenchConfig
 from benchmarks.contenders import Isolated
 from benchmarks.ours import OurGenerator, OurTrainer
+from benchmarks.settings import BenchConfig
 from benchmarks.training import DEMO, read_configs
 from humptygpt.device import THREADS, training_dtype
 from humptygpt.machine import usable_cores
-from humptygpt.settings import TrainConfig
-from model import ModelConfig
+from humptygpt.training.settings import TrainConfig
 
 SPINS = (1_300, 5_000, 20_000, 300_000)  # libgomp's default is 300,000
 ROUNDS = 3

@@ -9,12 +9,12 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import torch
+from humptygpt.model import ModelConfig
 
-from bench import BenchConfig
-from humptygpt.evaluation import evaluate
+from benchmarks.settings import BenchConfig
 from humptygpt.machine import GIVEN
-from humptygpt.ranks import Ranks
-from model import ModelConfig
+from humptygpt.training.evaluation import validation_loss
+from humptygpt.training.ranks import Ranks
 
 WARMUP = 20  # steps before the counted ones
 CHOSEN = {"GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS"}  # what machine.start() sets
@@ -49,7 +49,7 @@ class Trainer:
             device=self.device,
             dtype=torch.float32,
         )
-        loss, _ = evaluate(run, self.model, None)
+        loss, _ = validation_loss(run, self.model, None)
         return loss
 
 

@@ -5,11 +5,11 @@ from itertools import pairwise
 from tempfile import TemporaryDirectory
 
 import torch
+from humptygpt.model import ModelConfig
 
-from bench import BenchConfig
 from benchmarks.contenders import Generator
 from benchmarks.huggingface import random_gpt2
-from model import ModelConfig
+from benchmarks.settings import BenchConfig
 
 
 def write_gpt2(config: ModelConfig, folder: str) -> None:

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import sample
 from benchmarks.humpty import answer
-from humptygpt.chat.compose import Exchange, messages
+from humptygpt.data.builtin import data_set
+
+HUMPTY = data_set("humpty_chat")
 
 PLACES = [
     *(
@@ -96,7 +98,7 @@ WAYS = {  # {the fact: ways to ask for it}
 }
 
 
-def facts() -> tuple[list[Exchange], list[Exchange]]:
+def facts() -> tuple[list["HUMPTY.Exchange"], list["HUMPTY.Exchange"]]:
     """Compose the exchanges to train on, and those that are left out."""
     draw = random.Random(1)
     train, left_out = [], []
@@ -105,7 +107,7 @@ def facts() -> tuple[list[Exchange], list[Exchange]]:
         values = {"place": place, "hour": hour, "street": street, "person": f"Mrs {person}"}
         for fact, ways in WAYS.items():
             asked = [
-                Exchange(way.format(**values), [fact.format(**values)], place)
+                HUMPTY.Exchange(way.format(**values), [fact.format(**values)], place)
                 for way in draw.sample(ways, len(ways))
             ]
             train += asked[2:]
@@ -116,7 +118,7 @@ def facts() -> tuple[list[Exchange], list[Exchange]]:
 def main(where: str) -> None:
     train, left_out = facts()
     if where.endswith(".jsonl"):
-        lines = [json.dumps({"messages": messages([each])}) + "\n" for each in train]
+        lines = [json.dumps({"messages": HUMPTY.messages([each])}) + "\n" for each in train]
         Path(where).write_text("".join(lines))
         return
     replies = answer(sample.load(where), [[each] for each in left_out])

@@ -1,24 +1,24 @@
-"""bench.py --what=sample: generation, compared with every other program that is installed."""
+"""python -m benchmarks --what=sample: generation, compared with every other program that is installed."""
 
 import importlib.util
 import statistics
 from dataclasses import replace
 
 import torch
+from humptygpt.model import ModelConfig
 from tqdm import trange
 
-from bench import BenchConfig
 from benchmarks.contenders import Generator, Isolated
 from benchmarks.ctranslate2 import CTranslate2Generator
 from benchmarks.huggingface import HuggingFaceGenerator
 from benchmarks.llamacpp import LlamaCppGenerator
 from benchmarks.nanogpt import NanoGPTGenerator
 from benchmarks.ours import OurGenerator
+from benchmarks.settings import BenchConfig
 from benchmarks.training import DEMO, SHAPE
 from humptygpt import cli
 from humptygpt.cli import UserError
-from humptygpt.settings import TrainConfig
-from model import ModelConfig
+from humptygpt.training.settings import TrainConfig
 
 RIVALS = {
     "nanogpt": NanoGPTGenerator,

@@ -1,4 +1,4 @@
-"""bench.py --what=gpu: the demo, training and generation on a card, as one table.
+"""python -m benchmarks --what=gpu: the demo, training and generation on a card, as one table.
 
 --short=True does the same with small models and few steps, to show that all of it runs.
 """
@@ -13,21 +13,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from humptygpt.model import ModelConfig, flops_per_token
 
 import train
-from bench import BenchConfig
 from benchmarks.contenders import Isolated
 from benchmarks.nanogpt import KEYS, NanoGPTTrainer
 from benchmarks.ours import OurGenerator, OurTrainer
+from benchmarks.settings import BenchConfig
 from benchmarks.training import DEMO
 from humptygpt import cli
 from humptygpt.cli import UserError
 from humptygpt.device import peak_flops, pick_device, pick_dtype
-from humptygpt.loggers import read_metrics
-from humptygpt.report import training_memory
-from humptygpt.settings import TrainConfig
-from humptygpt.tasks import build_on_meta
-from model import ModelConfig, flops_per_token
+from humptygpt.models.build import build_on_meta
+from humptygpt.training.loggers import read_metrics
+from humptygpt.training.memory import training_memory
+from humptygpt.training.settings import TrainConfig
 
 TRAININGS = {  # {name: (config, settings)}; all others have one micro-batch a step, compiled
     "gpt2_124m": ("gpt2_124m", {}),

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 import torch
+from humptygpt.model import ModelConfig
 from torch import Tensor, nn
 
-from bench import BenchConfig
 from benchmarks.contenders import Generator
-from model import ModelConfig
+from benchmarks.settings import BenchConfig
 
 
 def random_gpt2(config: ModelConfig) -> nn.Module:

@@ -11,9 +11,11 @@ import sys
 from collections import Counter
 
 import sample
-from humptygpt.chat.compose import Composer, Exchange
-from humptygpt.chat.tokens import Turn
-from humptygpt.sampling import Context, stream_texts
+from humptygpt.data.builtin import data_set
+from humptygpt.generation.sampling import Context, stream_texts
+from humptygpt.tokenizers.chat import Turn
+
+HUMPTY = data_set("humpty_chat")
 
 AT_ONCE = 50  # conversations
 TOLD = ("name", "colour", "animal", "food", "town", "age")
@@ -21,7 +23,7 @@ TOLD = ("name", "colour", "animal", "food", "town", "age")
 
 def main(source: str, shown: str = "3") -> None:
     loaded = sample.load(source)
-    composer = Composer(seed=2, held_out=True)
+    composer = HUMPTY.Composer(seed=2, held_out=True)
     tests = {
         "first turns": [composer.conversation(1) for _ in range(500)],
         "later turns that need an earlier one": [later(composer) for _ in range(300)],
@@ -46,7 +48,7 @@ def main(source: str, shown: str = "3") -> None:
             print(f"    {asked[-1].said}\n    > {reply}\n")
 
 
-def later(composer: Composer) -> list[Exchange]:
+def later(composer: "HUMPTY.Composer") -> list["HUMPTY.Exchange"]:
     """Compose a conversation whose last turn needs an earlier one: "why?", or something that he was told."""
     told = {}
     if composer.random.random() < 0.4:
@@ -58,7 +60,7 @@ def later(composer: Composer) -> list[Exchange]:
     return [first, *between, composer.exchange(f"ask {kind}", told)]
 
 
-def name_recalled(composer: Composer) -> list[Exchange]:
+def name_recalled(composer: "HUMPTY.Composer") -> list["HUMPTY.Exchange"]:
     """Compose a conversation in which a made-up name is told, and asked two turns later."""
     told = {"name": composer.values["name"][0]}
     while told["name"] in composer.values["name"]:
@@ -66,7 +68,7 @@ def name_recalled(composer: Composer) -> list[Exchange]:
     return [first, any_exchange(composer), composer.exchange("ask name", told)]
 
 
-def any_exchange(composer: Composer, start: str = "") -> Exchange:
+def any_exchange(composer: "HUMPTY.Composer", start: str = "") -> "HUMPTY.Exchange":
     """Compose an exchange that neither tells nor asks a value. start: beginning of the topic's name."""
     names = [name for name, topic in composer.topics.items() if topic.weight]
     names = [name for name in names if name.startswith(start)]
@@ -74,7 +76,9 @@ def any_exchange(composer: Composer, start: str = "") -> Exchange:
     return composer.exchange(composer.random.choice(names), {})
 
 
-def answer(loaded: sample.Pipeline, conversations: list[list[Exchange]]) -> list[str]:
+def answer(
+    loaded: sample.Pipeline, conversations: list[list["HUMPTY.Exchange"]]
+) -> list[str]:
     prompts = []
     for exchanges in conversations:
         turns = []

@@ -1,4 +1,4 @@
-"""bench.py --what=page: how long a page of explain.py takes to answer a keystroke in a browser.
+"""python -m benchmarks --what=page: how long a page of explain.py takes to answer a keystroke in a browser.
 
 For a playground, it measures the time from opening it until its GPT recites the rhyme.
 """
@@ -9,9 +9,11 @@ import shutil
 import statistics
 from pathlib import Path
 
-from bench import BenchConfig
+from benchmarks.settings import BenchConfig
 from humptygpt.cli import UserError
-from humptygpt.prepare.sources import RHYME
+from humptygpt.data.builtin import data_set
+
+RHYME = data_set("humpty_dumpty").RHYME
 
 FIRST_KEYS = 10  # uncounted keystrokes, during which the browser compiles
 REST_MS = 200  # pause after a new text, while its sections are drawn

@@ -6,7 +6,7 @@
     python -m benchmarks.law minutes 3     train each text with --minutes=3
     python compare.py out/law/*/*          show the results
     python -m benchmarks.law gather        write the results to benchmarks/law.jsonl
-    python -m benchmarks.law fit           fit the constants of humptygpt/minutes/plan.py to law.jsonl
+    python -m benchmarks.law fit           fit the constants of humptygpt/training/minutes.py to law.jsonl
     python -m benchmarks.law plot          draw assets/law.png
 
 measure and minutes need a machine without other programs. The ranges and the seeds below were chosen before any of the
@@ -34,19 +34,21 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from humptygpt.model import ModelConfig
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from humptygpt import cli
-from humptygpt.data import read_meta
+from humptygpt.data.dataset import read_meta
+from humptygpt.data.open import open_data
 from humptygpt.device import pick_device, training_dtype, tune_malloc
 from humptygpt.files import write_whole
-from humptygpt.loggers import read_metrics
-from humptygpt.minutes import plan
-from humptygpt.setup import fit_to_data, open_prepared, read_settings
-from humptygpt.tasks import build_on_meta
-from model import ModelConfig
+from humptygpt.models.build import build_on_meta
+from humptygpt.training import minutes as plan
+from humptygpt.training.loggers import read_metrics
+from humptygpt.training.setup import fit_to_data
+from humptygpt.training.start import read_settings
 
 ROOT = Path(__file__).parent.parent
 OUT = Path("out/law")
@@ -106,7 +108,7 @@ def measure() -> None:
     for text, minutes in CELLS:
         for number in range(RUNS):
             start = read_settings([*command(text, minutes, number), "--dry_run=True"])
-            dataset = open_prepared(start.config, start.model_config)
+            dataset = open_data(start.config.dataset, start.model_config, start.config.seed)
             model_config = fit_to_data(start, dataset)
             device = pick_device("cpu")
             config = replace(start.config, dtype=training_dtype(device))

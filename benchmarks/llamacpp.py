@@ -6,11 +6,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 from gguf import TokenType
+from humptygpt.model import GPT, ModelConfig
 
-from bench import BenchConfig
 from benchmarks.contenders import Generator
-from humptygpt.convert.gguf import write_gguf
-from model import GPT, ModelConfig
+from benchmarks.settings import BenchConfig
+from humptygpt.formats.gguf import write_gguf
 
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "q8_0"}  # GGUF's names
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from humptygpt.checkpoint import read_plain
-from humptygpt.loading import from_run
-from humptygpt.optimizers import orthogonalize
+from humptygpt.formats.checkpoint import read_plain
+from humptygpt.formats.load import from_run
+from humptygpt.training.optimizers import orthogonalize
 
 BATCH = 4  # pieces of text that the gradient is the mean of, as in a step of the demo
 

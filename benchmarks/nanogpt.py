@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from humptygpt.model import ModelConfig
 from torch import Tensor, nn
 
-from bench import BenchConfig
 from benchmarks.contenders import Generator, Trainer
+from benchmarks.settings import BenchConfig
+from humptygpt.data.open import open_data
 from humptygpt.device import autocast, pick_device, pick_dtype, to_device
-from humptygpt.settings import TrainConfig
-from humptygpt.setup import open_prepared
-from model import ModelConfig
+from humptygpt.training.settings import TrainConfig
 
 KEYS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "vocab_size")
 
@@ -40,7 +40,7 @@ class NanoGPTTrainer(Trainer):
         on_gpu = self.device.type == "cuda"
         # nanoGPT has only float32 on a CPU
         self.dtype = pick_dtype("auto" if on_gpu else "float32", self.device)
-        self.dataset = open_prepared(config, model_config)
+        self.dataset = open_data(config.dataset, model_config, config.seed)
         self.tokens = self.dataset.folder / "train.bin"
         torch.manual_seed(config.seed)
         self.model = build_gpt(checkout, model_config).to(self.device)

@@ -3,21 +3,21 @@
 from collections.abc import Iterator
 
 import torch
+from humptygpt.model import ModelConfig
 from torch import Tensor
 
 import train
-from bench import BenchConfig
 from benchmarks.contenders import Generator, Trainer
+from benchmarks.settings import BenchConfig
 from humptygpt.device import pick_device
-from humptygpt.fast.generation import make_generator
-from humptygpt.optimizers import set_lr
-from humptygpt.run import Run
-from humptygpt.sampling import Context, continue_texts
-from humptygpt.settings import TrainConfig
-from humptygpt.setup import Start
-from humptygpt.step import train_step
-from humptygpt.tasks import build
-from model import ModelConfig
+from humptygpt.generation.generator import make_generator
+from humptygpt.generation.sampling import Context, continue_texts
+from humptygpt.models.build import build
+from humptygpt.training.optimizers import set_lr
+from humptygpt.training.run import Run
+from humptygpt.training.settings import TrainConfig
+from humptygpt.training.start import Start
+from humptygpt.training.step import train_step
 
 
 class OurTrainer(Trainer):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from humptygpt.loading import load
+from humptygpt.formats.load import load
 
 BATCHES = 200
 

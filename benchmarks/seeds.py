@@ -20,14 +20,16 @@ from humptygpt import machine
 if __name__ == "__main__":
     machine.start()  # before numpy and torch are loaded
 
+from humptygpt.model import ModelConfig
+
 import train
 from benchmarks.training import DEMO
 from compare import t_test
-from humptygpt import cli, evaluation
-from humptygpt.optimizers import set_lr
-from humptygpt.settings import TrainConfig
-from humptygpt.setup import Start
-from model import ModelConfig
+from humptygpt import cli
+from humptygpt.training import evaluation
+from humptygpt.training.optimizers import set_lr
+from humptygpt.training.settings import TrainConfig
+from humptygpt.training.start import Start
 
 SEEDS = 480
 STEPS = 150

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from humptygpt.data import TokenDataset
-from humptygpt.evaluation import standard_error
-from humptygpt.loading import load
-from humptygpt.loggers import read_metrics
+from humptygpt.data.dataset import TokenDataset
+from humptygpt.formats.load import load
+from humptygpt.training.evaluation import standard_error
+from humptygpt.training.loggers import read_metrics
 
 TEXTS = 5  # of each half
 BATCH = 4  # blocks of 256 characters, as in the demo

@@ -1,4 +1,4 @@
-"""bench.py --what=profile: the phases of a training step, and the operators that take longest."""
+"""python -m benchmarks --what=profile: the phases of a training step, and the operators that take longest."""
 
 import statistics
 import time
@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 
 import train
-from bench import BenchConfig
 from benchmarks.contenders import WARMUP
 from benchmarks.ours import OurTrainer
+from benchmarks.settings import BenchConfig
 from benchmarks.training import DEMO, read_configs
 from humptygpt.device import autocast, to_device
-from humptygpt.step import clip
+from humptygpt.training.step import clip
 
 
 def bench(config: BenchConfig) -> dict:

@@ -1,15 +1,15 @@
-"""bench.py --what=train: training steps of this program and of nanoGPT, in turn."""
+"""python -m benchmarks --what=train: training steps of this program and of nanoGPT, in turn."""
 
 import statistics
 from dataclasses import replace
 
 from tqdm import trange
 
-from bench import BenchConfig
 from benchmarks import nanogpt
 from benchmarks.contenders import WARMUP, Isolated
 from benchmarks.nanogpt import NanoGPTTrainer
 from benchmarks.ours import OurTrainer
+from benchmarks.settings import BenchConfig
 from benchmarks.training import SHAPE, read_configs
 from humptygpt.cli import UserError
 

@@ -1,4 +1,4 @@
-"""bench.py --what=loss: time to a validation loss, for nanoGPT's CPU preset and for one of our configs."""
+"""python -m benchmarks --what=loss: time to a validation loss, for nanoGPT's CPU preset and for one of our configs."""
 
 import json
 import math
@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from tqdm import trange
 
-from bench import BenchConfig
 from benchmarks.contenders import WARMUP, Isolated
 from benchmarks.nanogpt import NanoGPTTrainer
 from benchmarks.ours import OurTrainer
+from benchmarks.settings import BenchConfig
 from benchmarks.training import DEMO, PRESET, SHAPE, read_configs
 
 

@@ -4,14 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from humptygpt.model import ModelConfig
 
-from bench import BenchConfig
+from benchmarks.settings import BenchConfig
 from humptygpt import cli
 from humptygpt.cli import UserError
+from humptygpt.data.open import open_data, prepare_missing
 from humptygpt.device import pick_device
-from humptygpt.settings import TrainConfig
-from humptygpt.setup import open_prepared, prepare_missing
-from model import ModelConfig
+from humptygpt.formats.load import load_tokenizer
+from humptygpt.training.settings import TrainConfig
 
 CPU = torch.device("cpu")
 DEMO = Path(__file__).parent.parent / "config" / "shakespeare_char.py"
@@ -63,8 +64,8 @@ def read_configs(
         dtype = "float32"  # nanoGPT has no other dtype on a CPU
     on_gpu = pick_device(config.device).type == "cuda"  # where nanoGPT compiles
     train_config = replace(train_config, device=config.device, dtype=dtype, compile=on_gpu)
-    prepare_missing(train_config)
-    dataset = open_prepared(train_config, model_config)
+    prepare_missing(train_config, load_tokenizer)
+    dataset = open_data(train_config.dataset, model_config, train_config.seed)
     if dataset.task != "language modelling":
         raise UserError(
             f"dataset={train_config.dataset} has sentence pairs, but what={config.what} is for text"

@@ -1,6 +1,6 @@
 /* The files in which a trained model leaves the page for Python. data.js and tokenizer.js are needed. */
 
-/** The entries of best.pt, for torchSave(): SCHEMA in humptygpt/checkpoint.py describes them.
+/** The entries of best.pt, for torchSave(): SCHEMA in humptygpt/formats/checkpoint.py describes them.
 
 config: keys of ModelConfig. settings: keys of TrainConfig, at least those of TRAINING in humptygpt/page/page_data.py.
 weights: a tree of {data: Float32Array, shape} under the names of a state dict; tied tensors have the same data.

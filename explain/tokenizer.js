@@ -1,4 +1,4 @@
-/* Text -> token ids -> text, as humptygpt/tokenizers.py and the libraries that it uses do it, step by step.
+/* Text -> token ids -> text, as humptygpt/tokenizers/basic.py and the libraries that it uses do it, step by step.
 
 makeTokenizer(data) returns
   encode(text)    token ids; a character that has none is left out
@@ -11,7 +11,7 @@ makeTokenizer(data) returns
                                is spelled in bytes
   decode(ids)     text; bytes that are not UTF-8 become U+FFFD
   pieces, vocab_size, eot, start    as in tokenizer.py
-  encodeTurns(turns)    of a chat model, as in chat/tokens.py, with the beginning of a reply
+  encodeTurns(turns)    of a chat model, as in tokenizers/chat.py, with the beginning of a reply
 Bytes are written as strings of characters up to U+00FF. Text is taken by code points: for..of and [...text]. */
 
 const SPACE = "▁"; // sentencepiece's sign for a space

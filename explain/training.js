@@ -1,4 +1,4 @@
-/* Training: the loss of a batch, its gradients by the tape of engine.js, and the rules of humptygpt/optimizers.py. */
+/* Training: the loss of a batch, its gradients by the tape of engine.js, and the rules of humptygpt/training/optimizers.py. */
 
 /** The trace of a text, {idx, targets: as in crossEntropy()}, up to its losses, each divided by count. */
 function lossTrace(model, { idx, targets }, count) {
@@ -131,7 +131,7 @@ const SCHEDULES = {
   wsd: (progress) => Math.min(1, (1 - progress) / 0.2),
 };
 
-/** The learning rate of a step, counted from 0, as a fraction of the peak: see lr() in humptygpt/settings.py. */
+/** The learning rate of a step, counted from 0, as a fraction of the peak: see lr() in humptygpt/training/settings.py. */
 function rateAt(step, { decay_lr, warmup_iters, schedule, min_lr, learning_rate, lr_decay_iters, max_iters }) {
   if (!decay_lr) return 1;
   if (step < warmup_iters) return (step + 1) / (warmup_iters + 1);

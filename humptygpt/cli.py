@@ -53,7 +53,7 @@ class UserError(Exception):
 
 
 @contextmanager
-def refuse(start: str = "") -> Iterator[None]:
+def as_user_error(start: str = "") -> Iterator[None]:
     """Turn a ValueError, OSError or UserError raised in the block into a UserError whose message begins with `start`.
 
     The block must not call user-written code, except to validate settings: a bug in that code would lose its traceback.
@@ -87,7 +87,7 @@ def note(text: str) -> None:
 def make(cls: type, values: dict[str, object]):
     """Make a config from {key: value}, ignoring keys that cls does not have. Raises UserError if a value is invalid."""
     config = cls(**{name: values[name] for name in fields_of(cls) if name in values})
-    with refuse():
+    with as_user_error():
         config.validate()
     return config
 
@@ -155,7 +155,7 @@ def in_vain(given: Collection[str], settings: dict, table: Vain) -> dict[str, st
     }
 
 
-def refuse_vain(
+def check_effects(
     given: Collection[str], settings: dict, table: Vain, noted: Collection[str] = ()
 ) -> None:
     """Raise UserError for a given key that has no effect with these settings. noted: keys that only get a note."""
@@ -273,7 +273,7 @@ def read_config(path: str, fields: Fields) -> dict[str, object]:
     if not is_json:
         names = run_config(path)
     found = {}
-    with refuse(f"{path}: "):
+    with as_user_error(f"{path}: "):
         if is_json:
             names = dict(json.loads(Path(path).read_bytes()))
         for name, value in names.items():

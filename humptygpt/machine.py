@@ -6,6 +6,7 @@ because these read their thread count and wait policy only once, on import.
 """
 
 import glob
+import hashlib
 import math
 import os
 import re
@@ -22,7 +23,7 @@ from humptygpt.cli import UserError, one_line
 # packages that training and sampling a GPT do not need, but that some other features do
 OPTIONAL = {"gguf", "huggingface_hub", "matplotlib", "pyarrow", "sacrebleu", "safetensors"}
 OPTIONAL |= {"sentencepiece", "tensorboard", "tiktoken", "tokenizers", "wandb"}
-WINDOWS = sys.platform == "win32"
+ON_WINDOWS = sys.platform == "win32"
 GIVEN = {*os.environ}  # names of the variables that the user has set
 STARTED = time.perf_counter()  # when the command started, not counting Python's own startup
 # Linux's control groups (cgroups), version 1 or 2, which containers use
@@ -223,6 +224,21 @@ def use_utf8() -> None:
 
 def discard_output() -> None:
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115, stays open
+
+
+# --------------------------------------------------------------------------------------
+# Processes
+
+
+def launched() -> tuple[int, int]:
+    """Return this process's rank and the number of processes that torchrun has started."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def random_key(*numbers: int) -> int:
+    """Hash the numbers to 63 pseudorandom bits, the same on every machine."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 # --------------------------------------------------------------------------------------

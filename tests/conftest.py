@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 import prepare_data
 import train
-from humptygpt import device, evaluation, machine, ranks
-from humptygpt import run as runs
-from humptygpt.fast import generation
-from humptygpt.optimizers import make_optimizer
-from humptygpt.settings import TrainConfig
+from humptygpt import device, machine
+from humptygpt.data import builtin
+from humptygpt.generation import generator as generation
+from humptygpt.training import evaluation, settings, setup
+from humptygpt.training import run as runs
+from humptygpt.training.optimizers import make_optimizer
+from humptygpt.training.settings import TrainConfig
 
 WITHOUT_SAMPLE = replace(evaluation.TEXT, evaluation_examples=None, final_examples=None)
 ROOT = Path(__file__).parent.parent
@@ -73,8 +75,8 @@ def folder(tmp_path, monkeypatch):
 def first_choices(monkeypatch):
     """Take float32, one thread and the CPU, so that runs that are compared do not depend on the machine."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the processes that a test starts
-    monkeypatch.setattr(ranks, "training_dtype", lambda device: "float32")
-    monkeypatch.setattr(ranks, "THREADS", 1)
+    monkeypatch.setattr(settings, "training_dtype", lambda device: "float32")
+    monkeypatch.setattr(setup, "THREADS", 1)
     monkeypatch.setattr(generation, "fastest", lambda choices, run: choices[0])
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
@@ -100,6 +102,13 @@ def made_once(folder, tmp_path_factory):
             shutil.copytree(folder, kept)
 
     return made
+
+
+def with_constants(monkeypatch, name: str, **constants: object) -> None:
+    """Give a built-in data set other constants."""
+    read, module = builtin.data_set, builtin.data_set(name)
+    vars(module).update(constants)
+    monkeypatch.setattr(builtin, "data_set", lambda x: module if x == name else read(x))
 
 
 def prepare_tiny() -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import prepare_data
-from humptygpt.data import TokenDataset
-from humptygpt.prepare import corpus, documents, encoding
+from humptygpt.data import corpus, documents, encoding
+from humptygpt.data.dataset import TokenDataset
 
 
 def prepare(command: str) -> None:

@@ -1,5 +1,6 @@
 """model.py by itself, as somebody copies it into an empty folder; scripts without the optional packages."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def test_training_by_the_clock_too_sampling_and_the_page_need_no_optional_packag
         f"train.py --input=own.txt {shape}",
         "sample.py --out_dir=out/own --num_samples=1 --max_new_tokens=5",
         "explain.py --out_dir=out/own",
-        "humptygpt/minutes/plan.py",
+        "humptygpt/training/minutes.py",
     ]
     done = run_without(machine.OPTIONAL, *commands)
     assert done.returncode == 0, done.stderr
@@ -102,3 +103,20 @@ def test_a_missing_package_is_named_in_one_line(folder, package, argv):
     package = package.split(",")[0]
     line = f"{argv.split()[0]}: this needs the package {package}: pip install {package}\n"
     assert (done.returncode, done.stderr.endswith(line)) == (2, True), done.stderr
+
+
+ELSEWHERE = """
+import humptygpt
+import model
+loaded = humptygpt.load("out/run")
+print(model.GPT, humptygpt.complete(loaded, "Ak", max_new_tokens=5))
+"""
+
+
+def test_a_program_with_a_model_py_of_its_own_loads_a_run_in_a_line(run_train, folder):
+    run_train()
+    Path("model.py").write_text("GPT = 'mine'\n")
+    command = [sys.executable, "-c", ELSEWHERE]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith("mine Ak"), done.stderr

@@ -6,13 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import overfit
-from uncached import generate
-
-import model as models
-from humptygpt.tasks import build
-from humptygpt.tokenizers import CharTokenizer
-from humptygpt.window_mlp.model import NumberEmbedding
-from model import (
+from humptygpt.model import (
     ACTIVATIONS,
     BLOCKS,
     POSITIONS,
@@ -24,6 +18,12 @@ from model import (
     attend,
     attention_mask,
 )
+from uncached import generate
+
+from humptygpt import model as models
+from humptygpt.models.build import build
+from humptygpt.models.window_mlp import NumberEmbedding
+from humptygpt.tokenizers.basic import CharTokenizer
 
 LETTERS = CharTokenizer("abcdefghijklmnopqrstuvwxyz ")
 LEAF = torch.tensor([32.0, 107.0, 56.0, 11.2])  # red, green, blue, volume in ml

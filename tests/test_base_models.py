@@ -18,22 +18,20 @@ from conftest import (
     prepare_tiny,
     read_rows,
 )
+from humptygpt.model import ModelConfig
 from torch import nn
 
 import prepare_data
 import sample
 import score
 import train
-from humptygpt import checkpoint, setup
 from humptygpt.cli import UserError
-from humptygpt.convert import sources
-from humptygpt.finetune.base import FRACTION, LORA_FRACTION
-from humptygpt.loading import Loaded, load
-from humptygpt.prepare import vocabulary
+from humptygpt.formats import checkpoint
+from humptygpt.formats.load import Loaded, load, nanogpt_tokenizer
+from humptygpt.models.build import build_on_meta
 from humptygpt.scoring import pairs
-from humptygpt.setup import read_settings
-from humptygpt.tasks import build_on_meta
-from model import ModelConfig
+from humptygpt.training.finetune import FRACTION, LORA_FRACTION
+from humptygpt.training.start import read_settings
 
 OTHER = make_text(4000, seed=1)  # different words, the same characters
 FROM_RUN = [*TINY_RUN, "--dataset=other", "--out_dir=out/other", "--init_from=out/run"]
@@ -237,8 +235,10 @@ def test_without_its_meta_pkl_a_large_vocabulary_is_gpt2s(folder, monkeypatch):
     complaint = "needs the alphabet of its dataset, but there is no data/letters/meta.pkl"
     with pytest.raises(UserError, match=complaint):
         load("nano/out")
-    monkeypatch.setattr(vocabulary, "gpt2_pieces", lambda: [bytes([i]) for i in range(256)])
-    found = sources.nanogpt_tokenizer(Path("nano/out/ckpt.pt"), "", 50304)
+    monkeypatch.setattr(
+        "humptygpt.formats.load.gpt2_pieces", lambda: [bytes([i]) for i in range(256)]
+    )
+    found = nanogpt_tokenizer(Path("nano/out/ckpt.pt"), "", 50304)
     assert (found.name, found.eot) == ("gpt2", 256)
 
 
@@ -302,7 +302,9 @@ def test_nanogpts_config_to_fine_tune_means_what_it_means_there(
     shape |= {"vocab_size": 50257, "bias": True}
     model = build_on_meta(ModelConfig(**shape))
     base = Loaded(model, None, Path("gpt2"), "")
-    monkeypatch.setattr(setup, "load", lambda source: {"gpt2-xl": base}[source])
+    monkeypatch.setattr(
+        "humptygpt.formats.load.load", lambda source: {"gpt2-xl": base}[source]
+    )
     keys = {"dataset": "shakespeare", "init_from": "gpt2-xl", "batch_size": 1}
     keys |= {"gradient_accumulation_steps": 32, "max_iters": 20, "learning_rate": 3e-5}
     keys |= {"decay_lr": False, "always_save_checkpoint": False}

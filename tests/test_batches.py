@@ -13,18 +13,18 @@ from conftest import TINY_RUN, make_text
 
 import prepare_data
 import train
-from humptygpt import checkpoint, evaluation
-from humptygpt import data as datasets
-from humptygpt.data import (
+from humptygpt.data import dataset as datasets
+from humptygpt.data.dataset import (
     META_FORMAT,
     TokenDataset,
     TokenFiles,
     permute,
-    random_key,
     read_meta,
     sha256,
 )
-from humptygpt.prepare import vocabulary
+from humptygpt.formats import checkpoint
+from humptygpt.machine import random_key
+from humptygpt.training import evaluation
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000])
@@ -268,7 +268,9 @@ def test_nanogpts_folder_without_a_meta_is_gpt2s_tokens(
     """nanoGPT ends documents in end-of-text, but its prepare.py for a single text writes none."""
     data = folder / "data" / "openwebtext"
     data.mkdir(parents=True)
-    monkeypatch.setattr(vocabulary, "gpt2_pieces", lambda: [bytes([i]) for i in range(256)])
+    monkeypatch.setattr(
+        "humptygpt.data.nanogpt.gpt2_pieces", lambda: [bytes([i]) for i in range(256)]
+    )
     text = make_text(900)
     ids = [*text.encode(), *[256] * separated]
     for split in ("train", "val"):

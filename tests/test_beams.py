@@ -8,10 +8,10 @@ import test_model
 import torch
 from test_transformer import EOT, random_model, tokens
 
-import model as models
-from humptygpt.translation import beams
-from humptygpt.translation.beams import Translation
-from humptygpt.translation.task import score
+from humptygpt import model as models
+from humptygpt.generation import translation as beams
+from humptygpt.generation.translation import Translation
+from humptygpt.training.translation import score
 
 
 def decoder_only(**keys) -> models.GPT:
@@ -131,4 +131,4 @@ def test_a_perfect_translation_scores_100_and_the_signature_names_the_settings()
     text, metrics = score(lines, lines)
     assert metrics == pytest.approx({"test_bleu": 100, "test_chrf": 100})
     assert "BLEU 100.00   nrefs:1|case:mixed|eff:no|tok:13a|" in text
-    assert score(["A dog runs."], lines[:1]).metrics["test_bleu"] < 10
+    assert score(["A dog runs."], lines[:1])[1]["test_bleu"] < 10

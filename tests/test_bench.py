@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_text
+from humptygpt.model import ModelConfig
 
-import bench
 import prepare_data
 import train
+from benchmarks import __main__ as bench
 from benchmarks import (
     choices,
     contenders,
@@ -24,7 +25,6 @@ from benchmarks import (
 from benchmarks.huggingface import HuggingFaceGenerator
 from benchmarks.nanogpt import NanoGPTTrainer
 from benchmarks.ours import OurTrainer
-from model import ModelConfig
 
 NANOGPT = """
 from dataclasses import dataclass

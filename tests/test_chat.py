@@ -19,18 +19,20 @@ from conftest import TINY_RUN, read_rows
 import prepare_data
 import sample
 import train
-from humptygpt import loading
-from humptygpt.chat.api import Api
-from humptygpt.chat.compose import Composer, Values
-from humptygpt.chat.conversations import is_conversations, parse
-from humptygpt.chat.data import ChatDataset, best_fit
-from humptygpt.chat.talk import Talk
-from humptygpt.chat.tokens import BEGIN, END, ChatTokenizer, Turn
-from humptygpt.data import read_meta
-from humptygpt.prepare.documents import Flaws, read_records
-from humptygpt.sampling import Context, stream_texts
-from humptygpt.tokenizers import ByteTokenizer, from_state
+from humptygpt.data.builtin import data_set
+from humptygpt.data.chat_dataset import ChatDataset, best_fit
+from humptygpt.data.conversations import is_conversations, parse
+from humptygpt.data.dataset import read_meta
+from humptygpt.data.documents import Flaws, read_records
+from humptygpt.formats import load as loading
+from humptygpt.generation.chat import Talk
+from humptygpt.generation.sampling import Context, stream_texts
+from humptygpt.server.api import Api
+from humptygpt.tokenizers.basic import ByteTokenizer
+from humptygpt.tokenizers.chat import BEGIN, END, ChatTokenizer, Turn
+from humptygpt.tokenizers.saved import from_state
 
+HUMPTY = data_set("humpty_chat")
 TURNS = [Turn("user", "Who?"), Turn("assistant", "An egg."), Turn("user", "Why?")]
 
 
@@ -533,8 +535,8 @@ def test_keys_without_effect_on_what_is_interactive_are_refused(fails, key):
 def test_no_training_conversation_has_a_composition_a_sum_or_a_made_up_name_that_is_held_out():
     drawn = {}
     for held_out in (False, True):
-        composer = Composer(1, held_out)
-        values = [Values(composer) for _ in range(3000)]
+        composer = HUMPTY.Composer(1, held_out)
+        values = [HUMPTY.Values(composer) for _ in range(3000)]
         said = [each.said for _ in range(2000) for each in composer.conversation()]
         drawn[held_out] = (
             {
@@ -550,7 +552,7 @@ def test_no_training_conversation_has_a_composition_a_sum_or_a_made_up_name_that
 
 
 def test_what_was_told_is_recalled_and_what_was_not_told_is_not_known():
-    composer = Composer(5)
+    composer = HUMPTY.Composer(5)
     for kind in ("name", "colour", "animal", "food", "town", "age"):
         told = {}
         for reply in composer.exchange(f"ask {kind}", told).replies:
@@ -561,7 +563,7 @@ def test_what_was_told_is_recalled_and_what_was_not_told_is_not_known():
 
 
 def test_composed_texts_have_no_slot_left_and_a_seed_composes_the_same_ones():
-    composer, again = Composer(3), Composer(3)
+    composer, again = HUMPTY.Composer(3), HUMPTY.Composer(3)
     for _ in range(1000):
         exchanges = composer.conversation()
         assert exchanges == again.conversation()

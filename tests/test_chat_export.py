@@ -29,18 +29,19 @@ import prepare_data
 import sample
 import score
 import train
-from humptygpt import checkpoint
-from humptygpt.chat.api import Api
-from humptygpt.chat.data import ChatDataset
-from humptygpt.chat.talk import Talk
-from humptygpt.chat.tokens import BEGIN, END, TEMPLATE, ChatTokenizer, Turn
-from humptygpt.convert.huggingface import write_files
-from humptygpt.convert.read_huggingface import read_tokenizer
-from humptygpt.convert.write_huggingface import tokenizer_files
-from humptygpt.data import read_meta
-from humptygpt.loading import load
-from humptygpt.setup import read_settings
-from humptygpt.tokenizers import END_OF_TEXT, CharTokenizer, Tokenizer, from_state
+from humptygpt.data.chat_dataset import ChatDataset
+from humptygpt.data.dataset import read_meta
+from humptygpt.formats import checkpoint
+from humptygpt.formats.huggingface import write_files
+from humptygpt.formats.load import load
+from humptygpt.formats.tokenizer_json import tokenizer_files
+from humptygpt.generation.chat import Talk
+from humptygpt.server.api import Api
+from humptygpt.tokenizers.basic import END_OF_TEXT, CharTokenizer, Tokenizer
+from humptygpt.tokenizers.chat import BEGIN, END, TEMPLATE, ChatTokenizer, Turn
+from humptygpt.tokenizers.huggingface import read_tokenizer
+from humptygpt.tokenizers.saved import from_state
+from humptygpt.training.start import read_settings
 
 SHAPE = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=96 --norm=rmsnorm --mlp_conv=0 --qk_norm=False --init=gpt2"
 BRIEFLY = "--batch_size=8 --warmup_iters=2 --eval_iters=1 --eval_interval=1000 --device=cpu --dtype=float32"
@@ -80,7 +81,7 @@ def talkers(tmp_path_factory) -> Callable[[str], Path]:
             done[name] = tmp_path_factory.mktemp("talker")
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(done[name])
-                patch.setattr("humptygpt.run.draw_losses", lambda *args: None)
+                patch.setattr("humptygpt.training.run.draw_losses", lambda *args: None)
                 write_own_chats()
                 prepare_data.main(["mine", "--input=chats.jsonl", *BASES[name].split()])
                 run_train("--dataset=mine --max_iters=40 --out_dir=out/run")

@@ -9,17 +9,17 @@ import pytest
 import torch
 from conftest import TINY_RUN
 
-import model as models
 import sample
 import train
-from humptygpt import checkpoint
+from humptygpt import model as models
 from humptygpt.cli import UserError
-from humptygpt.convert.huggingface import write_pretrained
-from humptygpt.loading import load as load_source
-from humptygpt.optimizers import make_optimizer, named_state
-from humptygpt.settings import TrainConfig
-from humptygpt.tasks import build, build_on_meta
-from humptygpt.tokenizers import CharTokenizer
+from humptygpt.formats import checkpoint
+from humptygpt.formats.huggingface import write_pretrained
+from humptygpt.formats.load import load as load_source
+from humptygpt.models.build import build, build_on_meta, restore_model
+from humptygpt.tokenizers.basic import CharTokenizer
+from humptygpt.training.optimizers import make_optimizer, named_state
+from humptygpt.training.settings import TrainConfig
 
 OUT = Path("out/run")
 
@@ -182,7 +182,7 @@ def test_a_restored_model_is_whole_and_shares_the_tensors_of_the_file(position, 
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 11}
     model = build(models.ModelConfig(**sizes, position=position, **keys))
     saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    restored = checkpoint.restore_model(build_on_meta(model.config), saved)
+    restored = restore_model(build_on_meta(model.config), saved)
     assert restored.wte.weight.data_ptr() == saved["wte.weight"].data_ptr()
     assert list(dict(restored.named_parameters())) == list(dict(model.named_parameters()))
     batch = {"idx": torch.ones(1, 8, dtype=torch.long)}
@@ -201,7 +201,7 @@ def test_a_buffer_of_the_users_own_is_restored_with_the_weights(monkeypatch):
     model = build(models.ModelConfig(vocab_size=11, n_layer=1, mlp="counting"))
     model.stack.blocks[0].mlp.steps += 5
     weights = dict(model.state_dict())
-    restored = checkpoint.restore_model(build_on_meta(model.config), weights)
+    restored = restore_model(build_on_meta(model.config), weights)
     assert restored.stack.blocks[0].mlp.steps.tolist() == [5, 5, 5]
 
 

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_RUN
+from humptygpt.model import BLOCKS, POSITIONS, SelfAttention, rotate
 from test_model import random_model
 
-import model as models
 import sample
 import train
-from humptygpt import checks, loading
-from humptygpt.checks import check_model
-from humptygpt.fast.generation import agrees
-from humptygpt.tasks import MODELS
-from model import BLOCKS, POSITIONS, SelfAttention, rotate
+from humptygpt import model as models
+from humptygpt.formats import load as loading
+from humptygpt.generation.generator import agrees
+from humptygpt.models import checks
+from humptygpt.models.build import MODELS
+from humptygpt.models.checks import check_model
 
 ORIGINAL = {
     "attend": models.attend,
@@ -294,7 +295,7 @@ def test_sampling_and_resuming_say_that_model_py_has_changed_since(
     run_train()
     sample.load("out/run", device="cpu")
     assert "has changed" not in capsys.readouterr().err
-    monkeypatch.setattr(loading, "code_checksum", lambda: "another")
+    monkeypatch.setattr("humptygpt.formats.checkpoint.code_checksum", lambda: "another")
     changed = (
         "note: model.py has changed since the run in out/run, whose losses may not hold"
     )

@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from humptygpt.model import ModelConfig
 
-import bench
 import compare
 import explain
 import export
-import model
 import prepare_data
 import sample
 import train
-from humptygpt import cli, settings
+from benchmarks import __main__ as bench
+from humptygpt import cli, model
 from humptygpt.cli import UserError, check_choices, check_least
-from humptygpt.prepare.dataset import PrepareConfig
-from humptygpt.settings import TrainConfig
-from humptygpt.tasks import TASKS
-from model import ModelConfig
+from humptygpt.data.dataset import TASKS
+from humptygpt.data.prepare import PrepareConfig
+from humptygpt.training import settings
+from humptygpt.training.settings import TrainConfig
 from sample import SampleConfig
 
 CONFIGS = [
@@ -232,7 +232,7 @@ def test_the_tables_of_keys_set_in_vain_name_keys_that_exist():
         for keys, other, values in table:
             # no data is generated until somebody adds some
             assert {*keys.split(), other} <= known and (values or other == "dataset")
-    assert sample.NOT_FOR.keys() == TASKS.keys()
+    assert sample.NOT_FOR.keys() == {*TASKS}
     for keys in sample.NOT_FOR.values():
         assert set(keys.split()) <= cli.fields_of(SampleConfig).keys()
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from humptygpt.model import ModelConfig
 
 import compare
-from humptygpt import checkpoint
 from humptygpt.cli import UserError
-from humptygpt.settings import TrainConfig
-from model import ModelConfig
+from humptygpt.formats import checkpoint
+from humptygpt.training.settings import TrainConfig
 
 SHAPE = ModelConfig(n_head=4, block_size=64, vocab_size=65)
 DEFAULTS = asdict(TrainConfig(max_iters=200)) | asdict(SHAPE)

@@ -14,19 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY_RUN, read_rows
+from humptygpt.model import POSITIONS
 from test_bench import NANOGPT
 from test_distributed import losses
 from test_inference import logits_in_pieces
 from test_model import VARIANTS, random_model, tokens
 from uncached import generate
 
-import bench
 import prepare_data
 import train
+from benchmarks import __main__ as bench
 from humptygpt.device import autocast, pick_dtype
-from humptygpt.fast.generation import make_generator
-from humptygpt.report import ADVICE
-from model import POSITIONS
+from humptygpt.generation.generator import make_generator
+from humptygpt.training.memory import ADVICE
 
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"

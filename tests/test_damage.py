@@ -18,8 +18,8 @@ from texts import make_pairs, make_text
 
 import prepare_data
 from humptygpt.cli import UserError
-from humptygpt.data import Dataset, TokenDataset, read_meta
-from humptygpt.translation.data import PairDataset
+from humptygpt.data.dataset import Dataset, TokenDataset, read_meta
+from humptygpt.data.pair_dataset import PairDataset
 
 Damage = Callable[[bytes, random.Random], bytes]
 

@@ -25,14 +25,16 @@ from test_damage import (
     flip_bytes,
     replace_json,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint, evaluation
 from humptygpt.cli import UserError
-from humptygpt.prepare import dataset
+from humptygpt.data import prepare as dataset
+from humptygpt.formats import checkpoint
+from humptygpt.models.build import restore_model
+from humptygpt.training import evaluation
 
 OUT = Path("out/run")
 RUN = ["--n_layer=1", "--n_embd=16", "--max_iters=3", "--optimizer=muon"]
@@ -199,7 +201,7 @@ def resume() -> list:
         patch.setattr(train, "setup", setup)
         # damages may ask for more steps, larger batches, compiling, other data and Weights & Biases
         patch.setattr(train, "train_step", lambda run: (losses, one, 1))
-        patch.setattr(evaluation, "evaluate", lambda *args: (1.0, 0.1))
+        patch.setattr(evaluation, "validation_loss", lambda *args: (1.0, 0.1))
         patch.setattr(torch, "compile", lambda *args, **settings: 1 / 0)
         patch.setattr(dataset, "prepare", refuse)
         patch.setitem(sys.modules, "wandb", None)
@@ -216,13 +218,13 @@ def write() -> dict:
     """Sample from the run. Returns the tensors of the model."""
     found = {}
 
-    def restore_model(model, weights: dict, restore=checkpoint.restore_model):
-        model = restore(model, weights)
+    def spy(model, weights: dict) -> nn.Module:
+        model = restore_model(model, weights)
         found.update(contents(model.state_dict()))
         return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "restore_model", restore_model)
+        patch.setattr("humptygpt.formats.load.restore_model", spy)
         sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=2"])
     return found
 

@@ -15,8 +15,9 @@ from prepared import contents
 
 import prepare_data
 import train
-from humptygpt import checkpoint, files, machine
+from humptygpt import files, machine
 from humptygpt.cli import UserError
+from humptygpt.formats import checkpoint
 
 RUN = [*TINY_RUN, "--out_dir=disk/run", "--max_iters=8", "--eval_interval=2"]
 PREPARE = ["--input=tiny.txt", "--name=mine"]

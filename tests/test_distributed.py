@@ -22,15 +22,16 @@ from conftest import TINY_RUN, assert_same_weights, read_rows
 from test_chat import prepare_chats
 
 import train
-from humptygpt import checkpoint, machine, optimizers
+from humptygpt import machine
 from humptygpt.cli import UserError
-from humptygpt.data import TokenDataset
-from humptygpt.parallel import fsdp
-from humptygpt.parallel import processes as distributed
-from humptygpt.parallel.processes import DataParallel
-from humptygpt.prepare import dataset
-from humptygpt.settings import TrainConfig
-from humptygpt.setup import read_settings
+from humptygpt.data import prepare as dataset
+from humptygpt.data.dataset import TokenDataset
+from humptygpt.formats import checkpoint
+from humptygpt.training import fsdp, optimizers
+from humptygpt.training import torchrun as distributed
+from humptygpt.training.settings import TrainConfig
+from humptygpt.training.start import read_settings
+from humptygpt.training.torchrun import DataParallel
 
 # loaded once here, and not in each process; DDP needs torch._dynamo
 assert torch._dynamo and fsdp
@@ -399,7 +400,7 @@ def on_two_machines(argv: list[str], disks: int) -> int:
     if rank >= 2 and disks == 2:
         os.chdir("second")
 
-    def prepare(config: object) -> None:
+    def prepare(*config: object) -> None:
         Path("preparing").mkdir()  # fails if another process does the same
         time.sleep(0.2)
         shutil.copytree(elsewhere, "data/tiny")
@@ -425,7 +426,7 @@ def waited_for(argv: list[str]) -> int:
     """Train. Process 1 does not go on before process 0 has said that it waits."""
     if os.environ["RANK"] == "1":
         until_said("the other processes to connect")
-        train.prepare_missing = lambda config: until_said(
+        train.prepare_missing = lambda *config: until_said(
             "process 1, which prepares the data"
         )
     return train.main(argv)

@@ -14,8 +14,9 @@ from test_tokenizer import EVERY
 from texts import make_text
 
 import prepare_data
-from humptygpt.prepare import dataset, documents
-from humptygpt.prepare.documents import Flaws, read_documents, zstd
+from humptygpt.data import documents
+from humptygpt.data import prepare as dataset
+from humptygpt.data.documents import Flaws, read_documents, zstd
 
 TEXTS = ["first\n\ndocument", "Zweites, mit Ü", "third"]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from servers import serving
 
+from humptygpt import download as downloads
 from humptygpt.cli import UserError
-from humptygpt.prepare import download as downloads
-from humptygpt.prepare.download import download
+from humptygpt.download import download
 
 CONTENT = bytes(range(256)) * 3000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -5,18 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_RUN
+from humptygpt.model import ModelConfig
 from test_model import tiny as tiny_gpt
 from uncached import generate, uncached
 
 import train
-from humptygpt import sampling
 from humptygpt.cli import UserError
-from humptygpt.convert.families import FAMILIES, find_family
-from humptygpt.finetune import lora
-from humptygpt.loading import load
+from humptygpt.formats.families import FAMILIES, find_family
+from humptygpt.formats.load import load
+from humptygpt.generation import sampling
+from humptygpt.models import lora
+from humptygpt.models.build import build, make_model_config
 from humptygpt.page.page_data import pack_weights, page_data
-from humptygpt.tasks import build, make_model_config
-from model import ModelConfig
 
 IDX = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
 TARGETS = torch.tensor([[2, 3, 4, 5], [6, 7, 8, -1]])

@@ -22,22 +22,25 @@ import pytest
 import test_model
 import torch
 from conftest import TINY_MODEL, TINY_RUN, prepare_tiny
+from humptygpt.model import ACTIVATIONS, GPT, ModelConfig, SelfAttention, count_parameters
 from test_snapshots import restored
 from test_tokenizer import ALPHABET, EVERY, SEPARATED, TEXT, anything
 from torch import Tensor, nn
 
 import explain
-import model as models
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint, cli
-from humptygpt import tokenizers as tokenizer
-from humptygpt.chat.tokens import BEGIN, END, ChatTokenizer, Turn
+from humptygpt import cli
+from humptygpt import model as models
 from humptygpt.cli import UserError
-from humptygpt.data import TokenDataset
-from humptygpt.loading import code_checksum, load
-from humptygpt.optimizers import make_optimizer, set_lr
+from humptygpt.data.builtin import data_set
+from humptygpt.data.dataset import TokenDataset
+from humptygpt.data.vocabulary import train_byte_pairs, train_sentencepiece
+from humptygpt.formats import checkpoint
+from humptygpt.formats.checkpoint import code_checksum
+from humptygpt.formats.load import load
+from humptygpt.models.build import build, make_model_config
 from humptygpt.page import known_settings, page_data
 from humptygpt.page.html import to_text
 from humptygpt.page.known_settings import (
@@ -48,12 +51,11 @@ from humptygpt.page.known_settings import (
     known_logits,
     name_of,
 )
-from humptygpt.prepare.sources import write_wills
-from humptygpt.prepare.vocabulary import train_byte_pairs, train_sentencepiece
-from humptygpt.settings import TrainConfig
-from humptygpt.tasks import build, make_model_config
-from humptygpt.tokenizers import BytePairTokenizer, CharTokenizer
-from model import ACTIVATIONS, GPT, ModelConfig, SelfAttention, count_parameters
+from humptygpt.tokenizers import basic as tokenizer
+from humptygpt.tokenizers.basic import BytePairTokenizer, CharTokenizer
+from humptygpt.tokenizers.chat import BEGIN, END, ChatTokenizer, Turn
+from humptygpt.training.optimizers import make_optimizer, set_lr
+from humptygpt.training.settings import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "config").rglob("*.py"))
@@ -1532,4 +1534,4 @@ def test_the_texts_of_the_playground_are_short_and_python_reads_them_by_characte
     assert rhyme == Path("data/downloads/humpty_dumpty.txt").read_text()
     lines = [poem.splitlines() for poem in sonnets.split("\n\n")]
     assert len(lines) == 26 and all(len(poem) == 14 for poem in lines)
-    assert write_wills(200).startswith(sentences)
+    assert data_set("wills").write_wills(200).startswith(sentences)

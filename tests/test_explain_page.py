@@ -20,14 +20,14 @@ import explain
 import prepare_data
 import train
 from benchmarks import keystrokes
-from humptygpt import evaluation
-from humptygpt import loading as interchange
-from humptygpt import run as run_module
-from humptygpt.checkpoint import load_plain
-from humptygpt.optimizers import make_optimizer, set_lr
+from humptygpt.formats import load as interchange
+from humptygpt.formats.checkpoint import load_plain
 from humptygpt.page.html import fill, to_text
 from humptygpt.page.page_data import page_data
-from humptygpt.settings import TrainConfig
+from humptygpt.training import evaluation
+from humptygpt.training import run as run_module
+from humptygpt.training.optimizers import make_optimizer, set_lr
+from humptygpt.training.settings import TrainConfig
 
 START = "Ak"
 SMALL = "--block_size=40 --position=sinusoidal --norm=rmsnorm --mlp=gated"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import TINY_RUN, make_text
 from gguf import GGUFReader, GGUFWriter
+from humptygpt.model import ModelConfig
 from properties import given, settings
 from test_model import random_model
 from test_tokenizer import EVERY, GPT2, SEPARATED, TEXT, anything
@@ -18,32 +19,28 @@ from torch import nn
 from uncached import generate
 
 import export
-import model as models
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint, cli
+from humptygpt import cli
+from humptygpt import model as models
 from humptygpt.cli import UserError
-from humptygpt.convert.families import FAMILIES, find_family
-from humptygpt.convert.gguf import ACTIVATIONS
-from humptygpt.convert.huggingface import to_pretrained, write_files
-from humptygpt.convert.model_card import model_card
-from humptygpt.convert.pretrained import PretrainedTokenizer
-from humptygpt.convert.read_huggingface import read_tokenizer
-from humptygpt.convert.write_huggingface import (
+from humptygpt.formats import checkpoint
+from humptygpt.formats.families import FAMILIES, find_family
+from humptygpt.formats.gguf import ACTIVATIONS
+from humptygpt.formats.huggingface import to_pretrained, write_files
+from humptygpt.formats.load import Loaded, load
+from humptygpt.formats.model_card import model_card
+from humptygpt.formats.tokenizer_json import (
     build_tokenizer,
     tokenizer_files,
     tokenizer_json,
 )
-from humptygpt.loading import Loaded, load
-from humptygpt.settings import TrainConfig
-from humptygpt.tasks import build_on_meta
-from humptygpt.tokenizers import (
-    END_OF_TEXT,
-    CharTokenizer,
-    Tokenizer,
-)
-from model import ModelConfig
+from humptygpt.models.build import build_on_meta, restore_model
+from humptygpt.tokenizers.basic import END_OF_TEXT, CharTokenizer, Tokenizer
+from humptygpt.tokenizers.huggingface import read_tokenizer
+from humptygpt.tokenizers.pretrained import PretrainedTokenizer
+from humptygpt.training.settings import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 ROTARY = {
@@ -97,8 +94,8 @@ def runs(tmp_path_factory) -> Callable[[str], Path]:
             done[case] = tmp_path_factory.mktemp("run")
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(done[case])
-                patch.setattr("humptygpt.prepare.vocabulary.gpt2_pieces", lambda: GPT2)
-                patch.setattr("humptygpt.run.draw_losses", lambda *args: None)
+                patch.setattr("humptygpt.data.vocabulary.gpt2_pieces", lambda: GPT2)
+                patch.setattr("humptygpt.training.run.draw_losses", lambda *args: None)
                 make_run(*CASES[case])
         return done[case]
 
@@ -211,7 +208,7 @@ def test_a_run_with_lora_is_exported_merged(runs, monkeypatch, tmp_path):
     with torch.no_grad():
         config = ModelConfig(**saved["model_config"])
         model = build_on_meta(config, saved["train_config"])
-        checkpoint.restore_model(model, saved["model"])
+        restore_model(model, saved["model"])
         unmerged = model.eval()(idx)[0]
         before = load("out/run").model(idx)[0]
     assert (unmerged - before).abs().max() > 0.1
@@ -498,7 +495,7 @@ def test_a_full_disk_leaves_nothing_half_written(write, folder, monkeypatch):
         raise OSError(errno.EFBIG, "File too large")
 
     # the folder and the head of the file are there by then
-    monkeypatch.setattr("humptygpt.convert.huggingface.write_files", fail)
+    monkeypatch.setattr("humptygpt.formats.huggingface.write_files", fail)
     monkeypatch.setattr(GGUFWriter, "write_tensors_to_file", fail)
     with pytest.raises(UserError, match=r"^cannot write new/exported: File"):
         write(loaded(), Path("new/exported"), "float32")

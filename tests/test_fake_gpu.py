@@ -22,28 +22,28 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from humptygpt.model import ACTIVATIONS, BLOCKS, MLPS, NORMS, POSITIONS, Block
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-import model as models
 import sample
 import train
-from humptygpt import evaluation, loading
-from humptygpt.fast import attention
-from humptygpt.fast import generation as decoding
-from humptygpt.finetune import lora
-from humptygpt.loading import Loaded
-from humptygpt.optimizers import OPTIMIZERS, make_optimizer
-from humptygpt.ranks import Ranks
-from humptygpt.run import Progress
-from humptygpt.sampling import Context, continue_texts
-from humptygpt.settings import TrainConfig
-from humptygpt.tasks import MODELS, build, find_task, make_model_config
-from humptygpt.tokenizers import ByteTokenizer
-from humptygpt.translation.beams import beam_search
-from model import ACTIVATIONS, BLOCKS, MLPS, NORMS, POSITIONS, Block
+from humptygpt import model as models
+from humptygpt.formats.load import Loaded
+from humptygpt.generation import generator as decoding
+from humptygpt.generation.sampling import Context, continue_texts
+from humptygpt.generation.translation import beam_search
+from humptygpt.models import attention, lora
+from humptygpt.models.build import MODELS, build, make_model_config
+from humptygpt.tokenizers.basic import ByteTokenizer
+from humptygpt.training import evaluation
+from humptygpt.training.evaluation import find_task
+from humptygpt.training.optimizers import OPTIMIZERS, make_optimizer
+from humptygpt.training.ranks import Ranks
+from humptygpt.training.run import Progress
+from humptygpt.training.settings import TrainConfig
 
 # --------------------------------------------------------------------------------------
 # The device
@@ -320,7 +320,7 @@ def train_and_evaluate(
             run.progress.iter += 1
     assert losses["train_loss"].device == grad_norm.device == gpu.device
     with gpu.waiting(1, "an evaluation"):
-        evaluation.evaluate(run, model, None)
+        evaluation.validation_loss(run, model, None)
 
 
 def check_weights(ready: nn.Module, dtype: torch.dtype) -> None:
@@ -400,9 +400,11 @@ def load_to_sample(dtype: torch.dtype) -> None:
     with FakeGPU() as gpu, watched_residual_stream(), pytest.MonkeyPatch.context() as patch:
         model = gpu.build({"position": "rotary"})
         loaded = Loaded(model, ByteTokenizer(), Path(), "a model")
-        patch.setattr(loading, "pick_device", lambda name: gpu.device)
-        patch.setattr(loading, "pick_dtype", lambda name, device: dtype)
-        patch.setattr(loading, "load", lambda *args, **keys: loaded)
+        patch.setattr("humptygpt.generation.generator.pick_device", lambda name: gpu.device)
+        patch.setattr(
+            "humptygpt.generation.generator.pick_dtype", lambda name, device: dtype
+        )
+        patch.setattr("humptygpt.generation.generator.load", lambda *args, **keys: loaded)
         ready = sample.load("a model").model
         cache = ready.make_cache()
         idx = torch.zeros(1, 3, dtype=torch.int64, device=gpu.device)

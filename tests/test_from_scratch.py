@@ -10,10 +10,10 @@ import torch
 from conftest import ROOT
 
 import from_scratch
-import model as models
-from humptygpt.optimizers import make_optimizer
-from humptygpt.settings import TrainConfig
-from humptygpt.tasks import build
+from humptygpt import model as models
+from humptygpt.models.build import build
+from humptygpt.training.optimizers import make_optimizer
+from humptygpt.training.settings import TrainConfig
 
 SIZES = {"n_embd": 8, "n_layer": 2, "block_size": 6}
 TOKENS = [3, 1, 4, 1, 5, 9, 2]

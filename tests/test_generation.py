@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from humptygpt.model import POSITIONS
 from test_model import every_variant, tiny
 from uncached import generate, uncached
 
-import model as models
+from humptygpt import model as models
 from humptygpt.cli import UserError
-from humptygpt.fast.generation import make_generator
-from humptygpt.sampling import (
+from humptygpt.generation.generator import make_generator
+from humptygpt.generation.sampling import (
     Context,
     draw,
     next_tokens,
@@ -20,7 +21,6 @@ from humptygpt.sampling import (
     stream_texts,
     uniform_numbers,
 )
-from model import POSITIONS
 
 
 def tiny_model(**keys) -> models.GPT:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, make_text
 from huggingface_hub import constants, save_torch_state_dict
+from humptygpt.model import GPT, ModelConfig
 from safetensors.torch import load as load_bytes
 from servers import serving
 from test_tokenizer_files import merges_folder
@@ -18,11 +19,10 @@ import export
 import prepare_data
 import sample
 from humptygpt.cli import UserError
-from humptygpt.convert.huggingface import write_pretrained
-from humptygpt.convert.read_huggingface import read_tokenizer
-from humptygpt.data import read_meta
-from humptygpt.loading import load
-from model import GPT, ModelConfig
+from humptygpt.data.dataset import read_meta
+from humptygpt.formats.huggingface import write_pretrained
+from humptygpt.formats.load import load
+from humptygpt.tokenizers.huggingface import read_tokenizer
 
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 400}
 SMALL |= {"bias": True, "activation": "gelu_tanh"}

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from test_model import random_model, tokens
 
-import model as models
+from humptygpt import model as models
 from humptygpt.cli import UserError
-from humptygpt.fast import generation as decoding
-from humptygpt.fast.generation import ProductLinear, make_generator
-from humptygpt.sampling import Context
-from humptygpt.translation.beams import translate
+from humptygpt.generation import generator as decoding
+from humptygpt.generation.generator import ProductLinear, make_generator
+from humptygpt.generation.sampling import Context
+from humptygpt.generation.translation import translate
 
 
 def logits_in_pieces(model, idx, padding=None) -> torch.Tensor:

@@ -1,148 +1,150 @@
-"""The layout of the code: allowed imports, and the files that run without torch.
+"""The floors of the house, and what runs without torch.
 
-The core is model.py and the files of humptygpt/ itself; a slice is a folder in humptygpt/; the other files in the root
-are scripts. Imports inside functions count as well, but those for annotations only (TYPE_CHECKING) do not.
+A file imports from its own folder or from a lower floor only. Imports inside functions and names of modules that are
+written as text count as well; those for annotations only (TYPE_CHECKING) do not.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PATHS = [*ROOT.glob("*.py"), *ROOT.glob("humptygpt/**/*.py")]
-FILES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in PATHS
-}
-# Slices that a file of the core imports, always inside a function, with the reasons. tasks.py also names objects of
-# slices in its tables MODELS and TASKS.
-FROM_CORE = {
-    ("data", "prepare"): "a folder that nanoGPT prepared has no meta.json",
-    ("loading", "convert"): "a source may be a model of another project",
-    ("loading", "fast"): "a model is made ready to generate",
-    ("loading", "finetune"): "a checkpoint may have LoRA",
-    ("ranks", "parallel"): "a run may have several processes",
-    ("run", "finetune"): "best.pt has LoRA merged",
-    ("setup", "finetune"): "a run may start from a model",
-    ("setup", "prepare"): "a run prepares its data if they are missing",
-    ("tasks", "fast"): "attention has a faster kernel",
-    ("tasks", "finetune"): "a model may have LoRA",
-    ("tasks", "minutes"): "a model may be an ensemble",
-    ("tokenizers", "chat"): "a tokenizer may have marks of turns",
-    ("tokenizers", "convert"): "a tokenizer may come from another project",
-}
-# Imports of one slice by another, with their reasons.
-BETWEEN_SLICES = {
-    ("chat", "prepare"): "conversations are read and split like other documents",
-    ("convert", "chat"): "an exported model carries how conversations are written",
-    ("convert", "prepare"): "nanoGPT's checkpoints name its data folders",
-    ("minutes", "convert"): "a plan says if its model can be exported",
-    ("page", "convert"): "the page tokenizes as SentencePiece does",
-    ("page", "prepare"): "the page trains models on texts of built-in data sets",
-    ("prepare", "chat"): "conversations are one kind of data",
-    ("prepare", "convert"): "a tokenizer may come from a model of any format",
-    ("prepare", "translation"): "sentence pairs are one kind of data",
-    ("scoring", "prepare"): "BLiMP is downloaded like a data set",
-    ("translation", "prepare"): "files of pairs are read like other documents",
-}
-# prepare_data.py imports the tokenizers, the token files, and most of humptygpt/prepare.
-TORCHLESS = [
-    "explain",
-    "export",
-    "prepare_data",
-    "humptygpt.convert.pretrained",
-    "humptygpt.convert.read_huggingface",
-    "humptygpt.convert.write_huggingface",
+# from the bottom; folders of one floor do not import each other. "" stands for the files of humptygpt/ itself.
+FLOORS = [
+    ["model"],
+    [""],
+    ["tokenizers", "models"],
+    ["data"],
+    ["formats"],
+    ["generation"],
+    ["training"],
+    ["scoring", "page", "server"],
+    ["scripts"],  # what one runs: the root's other files, and the built-in data sets
 ]
+PLACES = {place: floor for floor, places in enumerate(FLOORS) for place in places}
+TEXT = re.compile(r"humptygpt(\.\w+)+(?=:\w+$|$)")  # a module's name in a string
 
 
-def nodes(tree: ast.AST, functions: bool) -> Iterator[ast.AST]:
-    """The statements that are run, with or without those in functions."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
-        if functions or not isinstance(node, ast.FunctionDef):
-            yield node
-            yield from nodes(node, functions)
+def module_name(path: Path) -> str:
+    """humptygpt.model for model.py, humptygpt.train for train.py, data.wills for data/wills.py"""
+    *folders, name = path.with_suffix("").parts
+    return ".".join([*(folders or ["humptygpt"]), name]).removesuffix(".__init__")
 
 
-def imported(module: str, functions: bool = True) -> set[str]:
-    """The modules that a file imports. functions=False: without imports inside functions."""
-    names = set()
-    for node in nodes(ast.parse(FILES[module].read_text(encoding="utf-8")), functions):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{module} has a relative import"
-            full = {f"{node.module}.{alias.name}" for alias in node.names}
-            names |= full & FILES.keys() or {node.module}
-    return names
-
-
-@pytest.fixture(scope="module")
-def imports() -> set[tuple[str, str]]:
-    """(file, file that it imports)"""
-    return {(name, other) for name in FILES for other in imported(name) & FILES.keys()}
+def read_files(root: Path) -> dict[str, ast.Module]:
+    """Parse model.py, the scripts, the library and the built-in data sets, {module: its tree}."""
+    paths = [*root.glob("*.py"), *root.glob("data/*.py"), *root.glob("humptygpt/**/*.py")]
+    return {
+        module_name(path.relative_to(root)): ast.parse(path.read_text(encoding="utf-8"))
+        for path in paths
+    }
 
 
 def place(module: str) -> str:
-    """The slice of a file, "core" or "script"."""
-    *folders, _ = FILES[module].relative_to(ROOT).parts
-    if module == "model" or folders == ["humptygpt"]:
-        return "core"
-    return folders[1] if folders else "script"
+    """The folder in humptygpt/ that a file is in, "", "model" or "scripts"."""
+    top, *names = module.split(".")
+    if module == "humptygpt.model":
+        return "model"
+    # humptygpt/__init__.py imports sample.py when it is asked to
+    if top != "humptygpt" or not names or (ROOT / f"{names[0]}.py").exists():
+        return "scripts"
+    return names[0] if len(names) > 1 or (ROOT / top / names[0]).is_dir() else ""
 
 
-def leaves_core(module: str, other: str) -> bool:
-    return place(module) == "core" and place(other) != "core"
+def nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+            yield from nodes(node)
 
 
-def test_the_core_imports_only_the_slices_of_the_table(imports):
-    from_core = {(a.rpartition(".")[2], place(b)) for a, b in imports if leaves_core(a, b)}
-    assert from_core == FROM_CORE.keys()
+def imported(tree: ast.Module, modules: set[str]) -> set[str]:
+    """Those of the modules that a file imports or names."""
+    names = set()
+    for node in nodes(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"from {'.' * node.level}{node.module} is relative"
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= full & modules or {node.module}
+        elif match := TEXT.match(str(getattr(node, "value", ""))):
+            names.add(match[0])
+    return names & modules
 
 
-def test_the_core_imports_slices_inside_functions_only():
-    at_once = {
-        (name, other)
-        for name in FILES
-        for other in imported(name, functions=False) & FILES.keys()
-        if leaves_core(name, other)
+def find_problems(files: dict[str, ast.Module]) -> list[str]:
+    """Imports of higher floors and of another folder of the same floor, and circles."""
+    imports = {name: imported(tree, {*files}) - {name} for name, tree in files.items()}
+    problems = []
+    for name, others in imports.items():
+        here = place(name)
+        for other in others:
+            there = place(other)
+            lower = PLACES[there] < PLACES[here]
+            if not lower and (there != here or here == "scripts") and name != "humptygpt":
+                problems.append(f"{name} imports {other}")
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        problems.append(f"circle: {' -> '.join(error.args[1])}")
+    return problems
+
+
+def test_a_file_imports_only_from_its_own_folder_or_a_lower_floor_and_none_in_a_circle():
+    assert not find_problems(read_files(ROOT))
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "problem"),
+    [
+        ("formats/load.py", "from humptygpt.training import run", "imports humptygpt.training.run"),
+        ("data/open.py", "def f(): import humptygpt.formats.load", "imports humptygpt.formats.load"),
+        ("models/build.py", 'X = "humptygpt.training.step:train_step"', "imports humptygpt.training.step"),
+        ("files.py", "from humptygpt.sources import fetch\nimport humptygpt.download", "circle"),
+        ("page/html.py", "from humptygpt.server.api import Api", "imports humptygpt.server.api"),
+    ],
+)  # fmt: skip
+def test_the_rule_notices_an_import(file, line, problem):
+    files = read_files(ROOT)
+    name = module_name(Path("humptygpt", file))
+    files[name].body += ast.parse(line).body
+    assert any(problem in found for found in find_problems(files))
+
+
+def test_our_files_import_model_py_as_humptygpt_model():
+    """A mixture with `import model` would have two classes of each name."""
+    files = read_files(ROOT) | {
+        str(path): ast.parse(path.read_text(encoding="utf-8"))
+        for folder in ("tests", "benchmarks")
+        for path in (ROOT / folder).glob("*.py")
     }
-    assert not at_once
-
-
-def test_a_slice_imports_no_script_and_only_the_slices_of_the_table(imports):
-    pairs = {(place(a), place(b)) for a, b in imports}
-    between = {
-        (a, b) for a, b in pairs if a not in ("core", "script") and b not in (a, "core")
-    }
-    assert between == BETWEEN_SLICES.keys()
-
-
-def test_no_script_imports_another(imports):
-    assert not {(a, b) for a, b in imports if place(a) == place(b) == "script"}
+    assert not [name for name, tree in files.items() if imported(tree, {"model"})]
 
 
 def test_model_py_imports_torch_and_the_standard_library_only():
-    packages = {name.partition(".")[0] for name in imported("model")}
-    assert packages <= {"torch", *sys.stdlib_module_names}
+    tree = read_files(ROOT)["humptygpt.model"]
+    names = {
+        alias.name
+        for node in nodes(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    names |= {node.module for node in nodes(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}
 
 
-def test_no_files_import_each_other_in_a_circle(imports):
-    graph = TopologicalSorter()
-    for module, other in imports:
-        if not leaves_core(module, other):
-            graph.add(module, other)
-    graph.prepare()  # raises a CycleError that names the circle
-
-
-@pytest.mark.parametrize("module", TORCHLESS)
+# prepare_data.py imports the tokenizers and most of humptygpt/data.
+@pytest.mark.parametrize(
+    "module",
+    ["explain", "export", "prepare_data", "humptygpt.formats.tokenizer_json", "humptygpt.tokenizers.huggingface"],
+)  # fmt: skip
 def test_what_runs_before_torch_is_needed_does_not_import_it(module):
     code = f"import sys, {module}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

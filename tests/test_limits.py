@@ -103,7 +103,7 @@ def test_a_script_has_threads_that_give_way_and_what_the_user_chose_stays(
     assert os.environ == {"OMP_NUM_THREADS": "6", "GOMP_SPINCOUNT": "5"}
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "bench", "prepare_data"])
+@pytest.mark.parametrize("name", ["train", "sample", "score", "prepare_data"])
 def test_a_script_that_loads_torch_has_its_wait_policy_before_and_an_import_of_it_has_none(
     name, environment
 ):

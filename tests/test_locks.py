@@ -24,9 +24,11 @@ import compare
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint, evaluation, files, machine
-from humptygpt import run as runs
+from humptygpt import files, machine
 from humptygpt.cli import UserError
+from humptygpt.formats import checkpoint
+from humptygpt.training import evaluation
+from humptygpt.training import run as runs
 
 OUT = Path("out/run")
 LONGER = ["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]

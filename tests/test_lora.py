@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY_RUN, assert_same_weights, prepare_tiny
+from humptygpt.model import GPT, ModelConfig
 
 import train
-from humptygpt import checkpoint
-from humptygpt import run as runs
-from humptygpt.finetune.lora import LoRALinear
-from humptygpt.loading import load
-from humptygpt.optimizers import trained_parameters
-from humptygpt.setup import read_settings
-from humptygpt.tasks import build_on_meta
-from model import GPT, ModelConfig
+from humptygpt.formats import checkpoint
+from humptygpt.formats.load import load
+from humptygpt.models.build import build_on_meta, restore_model
+from humptygpt.models.lora import LoRALinear
+from humptygpt.page.snapshots import to_8_bits
+from humptygpt.training.optimizers import trained_parameters
+from humptygpt.training.start import read_settings
 
 ALL = "q_proj,k_proj,v_proj,o_proj,up_proj,down_proj"
 FROM_RUN = [*TINY_RUN, "--init_from=out/run", "--out_dir=out/lora", "--learning_rate=0.01"]
@@ -74,10 +74,10 @@ def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base):
     assert best["model_config"] == saved["model_config"]
     assert best["train_config"] == saved["train_config"] | {"lora_rank": 0}
     rows = torch.load(OUT / "snapshots/0.pt")["rows"]
-    assert len(runs.to_8_bits(best["model"])) == len(rows)
+    assert len(to_8_bits(best["model"])) == len(rows)
     config = checkpoint.cli.make(ModelConfig, saved["model_config"])
     unmerged = build_on_meta(config, saved["train_config"])
-    checkpoint.restore_model(unmerged, saved["model"])
+    restore_model(unmerged, saved["model"])
     idx = torch.arange(16)[None]
     for path in (OUT / "ckpt.pt", OUT / "best.pt"):
         found = load(path).model

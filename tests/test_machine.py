@@ -15,11 +15,11 @@ import torch
 from conftest import ROOT
 
 import compare
-import model
 import sample
-from humptygpt import files, machine
-from humptygpt.fast import attention, generation
-from humptygpt.prepare import documents
+from humptygpt import files, machine, model
+from humptygpt.data import documents
+from humptygpt.generation import generator as generation
+from humptygpt.models import attention
 
 # a locale in which Python, like on Windows, writes few characters to a pipe
 ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
@@ -71,8 +71,8 @@ def test_ctrl_break_stops_a_run_and_a_second_server_gets_no_port_of_another_on_w
 import os, signal
 signal.SIGBREAK = signal.SIGUSR1
 from humptygpt import machine
-machine.WINDOWS = True
-from humptygpt.run import catch_signals
+machine.ON_WINDOWS = True
+from humptygpt.training.run import catch_signals
 import serve
 with catch_signals() as caught:
     os.kill(os.getpid(), signal.SIGBREAK)
@@ -83,7 +83,7 @@ print(len(caught), serve.Server.allow_reuse_address)
 
 @pytest.mark.parametrize("windows", [True, False])
 def test_the_key_that_ends_the_input_is_the_one_of_the_system(monkeypatch, capsys, windows):
-    monkeypatch.setattr(machine, "WINDOWS", windows)
+    monkeypatch.setattr(machine, "ON_WINDOWS", windows)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     assert [*sample.typed_lines()] == []
     assert capsys.readouterr().err == f"Ctrl-{'Z' if windows else 'D'} quits\n"

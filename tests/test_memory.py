@@ -16,20 +16,29 @@ from conftest import (
     read_rows,
     started_processes,
 )
+from humptygpt.model import ACTIVATIONS, BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig
 
-import model as models
 import prepare_data
 import sample
 import train
-from humptygpt import cli, device, evaluation, machine, report, tasks
-from humptygpt import run as runs
+from humptygpt import cli, device, machine
+from humptygpt import model as models
 from humptygpt.cli import UserError
 from humptygpt.device import DTYPES, autocast
-from humptygpt.optimizers import OPTIMIZERS, freeze, make_optimizer
-from humptygpt.settings import TrainConfig
-from humptygpt.setup import read_settings
-from humptygpt.tasks import MODELS, build, build_on_meta
-from model import ACTIVATIONS, BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig
+from humptygpt.models import build as tasks
+from humptygpt.models.build import MODELS, build, build_on_meta
+from humptygpt.training import evaluation
+from humptygpt.training import run as runs
+from humptygpt.training.memory import (
+    ADVICE,
+    Memory,
+    check_training_fits,
+    model_on_meta,
+    training_memory,
+)
+from humptygpt.training.optimizers import OPTIMIZERS, freeze, make_optimizer
+from humptygpt.training.settings import TrainConfig
+from humptygpt.training.start import read_settings
 
 ROOT = Path(__file__).parent.parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -49,7 +58,7 @@ def test_memory_of_weights_gradients_and_optimizer_is_what_a_step_holds(optimize
     idx = torch.zeros(2, 16, dtype=torch.int64)
     model(idx, idx)[1].backward()
     trained.step()
-    needed = report.training_memory(config, build_on_meta(TINY))
+    needed = training_memory(config, build_on_meta(TINY))
     held = [tensor for state in trained.state.values() for tensor in state.values()]
     assert needed.optimizer == sum(tensor.nbytes for tensor in held)
     assert needed.weights == sum(p.nbytes for p in model.parameters())
@@ -96,8 +105,8 @@ def test_the_lower_bound_is_below_what_a_step_holds_and_counts_what_trains(
     config = cli.make(TrainConfig, settings | {"init_from": "out/base"})
     model_config = tasks.make_model_config(settings)
     measured = kept_by_autograd(config, model_config, rows=6)
-    on_meta = report.model_on_meta(config, model_config)
-    needed = report.training_memory(config, on_meta)
+    on_meta = model_on_meta(config, model_config)
+    needed = training_memory(config, on_meta)
     sizes = [p.nbytes for p in on_meta.parameters() if p.requires_grad]
     trained, steps = sum(sizes), 4 * len(sizes)  # AdamW counts the steps of each parameter
     assert (needed.gradients, needed.optimizer) == (trained, 2 * trained + steps)
@@ -114,9 +123,9 @@ def test_the_estimate_is_near_what_autograd_keeps(name, dtype):
     keys = cli.read([str(ROOT / f"config/{name}.py")], ModelConfig, TrainConfig)
     settings = keys | {"vocab_size": 1000, "dtype": dtype, "batch_size": 4, "n_layer": 3}
     config, shape = cli.make(TrainConfig, settings), tasks.make_model_config(settings)
-    on_meta = report.model_on_meta(config, shape)
+    on_meta = model_on_meta(config, shape)
     measured = 4 / 32 * kept_by_autograd(config, shape, rows=32)
-    found = report.training_memory(config, on_meta).activations / measured
+    found = training_memory(config, on_meta).activations / measured
     assert 1 / 1.5 < found < 1.5
 
 
@@ -125,8 +134,8 @@ def test_frozen_and_checkpointed_layers_keep_less():
 
     def needed(**settings) -> float:
         config = TrainConfig(batch_size=2, dtype="bfloat16", init_from="x", **settings)
-        model = report.model_on_meta(config, shape)
-        return report.training_memory(config, model).activations
+        model = model_on_meta(config, shape)
+        return training_memory(config, model).activations
 
     whole = needed()
     assert needed(checkpoint_activations=True) < whole / 2
@@ -157,9 +166,9 @@ def test_with_checkpointed_activations_blocks_are_computed_again_with_the_same_l
 def test_with_fsdp_each_process_has_a_part_of_all_and_what_is_gathered():
     model = build_on_meta(TINY)
 
-    def needed(processes: int = 8, **settings) -> report.Memory:
+    def needed(processes: int = 8, **settings) -> Memory:
         config = TrainConfig(batch_size=2, dtype="float32", **settings)
-        return report.training_memory(config, model, processes)
+        return training_memory(config, model, processes)
 
     alone = needed(1, parallel="fsdp")
     assert alone.buffers == 0 and alone == needed(1)
@@ -222,7 +231,7 @@ def test_a_training_that_will_not_fit_is_refused_with_its_size_and_what_takes_le
     tiny, gigabyte, fails, settings
 ):
     line = fails(train.main, *TINY_RUN, *settings.split())
-    end = f"of memory, but only 1.00 GB is free; {report.ADVICE}\n"
+    end = f"of memory, but only 1.00 GB is free; {ADVICE}\n"
     assert re.search(r" takes at least [\d,.]+ GB ", line) and line.endswith(end)
     assert not Path("out/run/config.json").exists()
 
@@ -230,7 +239,7 @@ def test_a_training_that_will_not_fit_is_refused_with_its_size_and_what_takes_le
 def test_a_model_of_very_many_layers_is_refused_before_it_is_built(
     tiny, monkeypatch, fails
 ):
-    monkeypatch.setattr(report, "build_on_meta", None)
+    monkeypatch.setattr("humptygpt.training.memory.build_on_meta", None)
     line = "n_layer=100000 must be from 1 to 4096\n"
     assert fails(train.main, *TINY_RUN, "--n_layer=100000") == line
 
@@ -240,7 +249,7 @@ def test_the_memory_of_a_gpu_counts_or_that_of_a_machine_which_processes_share(
 ):
     argv = [*TINY_RUN, "--n_embd=1024", "--vocab_size=50", "--n_layer=4"]
     config, model_config, *_ = read_settings([*argv, "--dtype=float32"])
-    check = partial(report.check_training_fits, config, model_config)
+    check = partial(check_training_fits, config, model_config)
     check(CPU)  # 0.8 GB
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**8, 10**11))
     with pytest.raises(UserError, match=r" but only 100\.0 MB is free"):
@@ -249,12 +258,13 @@ def test_the_memory_of_a_gpu_counts_or_that_of_a_machine_which_processes_share(
     with pytest.raises(UserError, match=r" but only 250\.0 MB is free"):
         check(CPU, processes=4)
     sharded = replace(config, parallel="fsdp")
-    report.check_training_fits(sharded, model_config, CPU, processes=4)
+    check_training_fits(sharded, model_config, CPU, processes=4)
 
 
 def test_the_estimate_loads_no_compiler():
     code = """if True:
-        import model, sys, train
+        import sys, train
+        from humptygpt import model
         for position in model.POSITIONS:
             train.main(["--vocab_size=9", f"--position={position}", "--dry_run=True"])
         print("torch._dynamo" in sys.modules, "sympy" in sys.modules)
@@ -285,7 +295,7 @@ def test_a_step_for_which_memory_does_not_suffice_all_the_same_is_one_line_with_
     tiny, fails, monkeypatch
 ):
     monkeypatch.setattr(train, "train_step", lambda run: torch.empty(2**50))
-    assert fails(train.main, *TINY_RUN) == f"out of memory; {report.ADVICE}\n"
+    assert fails(train.main, *TINY_RUN) == f"out of memory; {ADVICE}\n"
 
 
 # --------------------------------------------------------------------------------------

@@ -5,16 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import overfit
-from uncached import generate, uncached
-
-import model as models
-from humptygpt.cli import UserError
-from humptygpt.device import autocast
-from humptygpt.fast import attention
-from humptygpt.fast.attention import fused_attend
-from humptygpt.tasks import build, config_class, make_model_config, model_class
-from humptygpt.translation.beams import select
-from model import (
+from humptygpt.model import (
     ACTIVATIONS,
     ATTENTIONS,
     BLOCKS,
@@ -27,6 +18,15 @@ from model import (
     relu_squared,
     rotate,
 )
+from uncached import generate, uncached
+
+from humptygpt import model as models
+from humptygpt.cli import UserError
+from humptygpt.device import autocast
+from humptygpt.generation.translation import select
+from humptygpt.models import attention
+from humptygpt.models.attention import fused_attend
+from humptygpt.models.build import build, config_class, make_model_config, model_class
 
 # An encoder-decoder has these variants as well
 COMMON_VARIANTS = [

@@ -9,8 +9,8 @@ import torch
 from conftest import ROOT
 from test_model import every_variant, tiny
 
-from humptygpt import optimizers as optim
-from humptygpt.optimizers import (
+from humptygpt.training import optimizers as optim
+from humptygpt.training.optimizers import (
     OPTIMIZERS,
     SCHEDULES,
     Optimizer,
@@ -20,7 +20,7 @@ from humptygpt.optimizers import (
     restore_state,
     set_lr,
 )
-from humptygpt.settings import TrainConfig
+from humptygpt.training.settings import TrainConfig
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -226,9 +226,9 @@ def test_the_state_of_a_parameter_follows_its_name(name):
 def test_a_step_and_a_checkpoint_load_no_compiler():
     code = """if True:
         import sys, torch
-        from humptygpt import optimizers
-        from humptygpt.settings import TrainConfig
-        from humptygpt.tasks import build
+        from humptygpt.training import optimizers
+        from humptygpt.training.settings import TrainConfig
+        from humptygpt.models.build import build
         from model import ModelConfig
         for name in optimizers.OPTIMIZERS:
             model = build(ModelConfig(n_layer=1, n_embd=16, vocab_size=9))

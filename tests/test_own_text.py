@@ -2,11 +2,10 @@
 
 import json
 import shlex
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import TINY_RUN
+from conftest import TINY_RUN, with_constants
 from prepared import meta, prepare, texts_of, tokenizer_of, write_own
 from test_documents import write
 from test_pairs import ROWS, write_multi30k, write_tsv
@@ -14,12 +13,14 @@ from texts import make_text
 
 import prepare_data
 import train
-from humptygpt.convert.write_huggingface import tokenizer_files
-from humptygpt.prepare import dataset, sources, vocabulary
-from humptygpt.settings import TrainConfig
-from humptygpt.setup import data_name, prepare_missing
-from humptygpt.tokenizers import from_state
-from humptygpt.translation import task
+from humptygpt.data import prepare as dataset
+from humptygpt.data import vocabulary
+from humptygpt.data.open import prepare_missing
+from humptygpt.formats.tokenizer_json import tokenizer_files
+from humptygpt.tokenizers.saved import from_state
+from humptygpt.training import translation as task
+from humptygpt.training.settings import TrainConfig
+from humptygpt.training.start import data_name
 
 SMALL = [
     *("--n_layer=2", "--n_head=2", "--n_embd=32", "--device=cpu", "--dtype=float32"),
@@ -41,8 +42,8 @@ ADVISED = {
 def test_the_command_that_is_printed_after_preparing_trains(
     folder, capsys, monkeypatch, case
 ):
-    without_examples = replace(task.TRANSLATION, evaluation_examples=None, score=None)
-    monkeypatch.setattr(task, "TRANSLATION", without_examples)
+    monkeypatch.setattr(task, "translate_examples", lambda *args: "")
+    monkeypatch.setattr(task, "score_translations", lambda *args: ("", {}))
     write_own(make_text())
     rows = [(4 * f"{source} ", 4 * f"{target} ") for source, target in ROWS]
     write_tsv("pairs.tsv", rows)
@@ -130,7 +131,7 @@ def test_a_vocab_size_without_a_tokenizer_is_for_byte_pair_encoding(folder, caps
 def test_pairs_and_data_sets_with_a_tokenizer_of_their_own_keep_it(
     folder, name, monkeypatch
 ):
-    monkeypatch.setattr(sources, "WILLS", 1000)
+    with_constants(monkeypatch, "wills", WILLS=1000)
     write_tsv("pairs.tsv", ROWS)
     prepare(f"{name} --tokenizer=auto")
     assert tokenizer_of(name.split()[0]) == "sentencepiece"
@@ -293,9 +294,9 @@ def test_only_the_first_of_several_processes_prepares_the_input(folder, monkeypa
     write_own(make_text())
     config = TrainConfig(dataset="own", input="own.txt")
     monkeypatch.setenv("RANK", "1")
-    prepare_missing(config)  # the only process with this disk
+    prepare_missing(config, None)  # the only process with this disk
     monkeypatch.setattr(dataset, "prepare", None)
-    prepare_missing(config)
+    prepare_missing(config, None)
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(TypeError):
-        prepare_missing(config)
+        prepare_missing(config, None)

@@ -4,16 +4,15 @@ from pathlib import Path
 
 import pytest
 from backports import zstd
+from conftest import with_constants
 from prepared import contents, meta, prepare, tokenizer_of
 from texts import make_pairs, make_text
 
 import prepare_data
-from humptygpt.prepare import sources as known_texts
-from humptygpt.prepare import vocabulary
-from humptygpt.prepare.download import download
-from humptygpt.tokenizers import END_OF_TEXT
-from humptygpt.translation import pairs
-from humptygpt.translation.data import PairDataset
+from humptygpt.data import builtin, pairs, vocabulary
+from humptygpt.data.pair_dataset import PairDataset
+from humptygpt.download import download
+from humptygpt.tokenizers.basic import END_OF_TEXT
 
 BYTES = "mine --tokenizer=byte --val_fraction=0.2 --overwrite=True"
 NONE_DROPPED = {"too_long": 0, "empty": 0, "lopsided": 0, "held_out": 0}
@@ -307,12 +306,12 @@ def test_the_public_files_are_downloaded_once_and_verified(folder, monkeypatch):
         write(str(path), "".join(row[language == "en"] + "\n" for row in rows))
         return path
 
-    monkeypatch.setattr(known_texts, "download", fake)
+    monkeypatch.setattr("humptygpt.download.download", fake)
     prepare("translate_de_en --vocab_size=330")
-    assert fetched == known_texts.MULTI30K_SHA256
+    assert fetched == builtin.data_set("translate_de_en").MULTI30K_SHA256
     assert meta("translate_de_en")["source"] == "Multi30k"
     assert tokenizer_of("translate_de_en") == "sentencepiece"
-    monkeypatch.setattr(known_texts, "download", download)
+    monkeypatch.setattr("humptygpt.download.download", download)
     prepare("translate_de_en --tokenizer=char --overwrite=True")
     assert pairs_of("translate_de_en") == GIVEN
 
@@ -341,8 +340,7 @@ def write_tatoeba(path: str) -> None:
 @pytest.fixture
 def everyday(folder, monkeypatch):
     """The downloaded files, of which 6 pairs go to test and 4 to validation."""
-    monkeypatch.setattr(known_texts, "TATOEBA_TEST", 6)
-    monkeypatch.setattr(known_texts, "TATOEBA_VAL", 4)
+    with_constants(monkeypatch, "everyday_de_en", TATOEBA_TEST=6, TATOEBA_VAL=4)
     write_multi30k(GIVEN)
     write_tatoeba("data/downloads/tatoeba/deu-eng.zip")
 

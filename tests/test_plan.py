@@ -14,23 +14,26 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY_RUN, read_rows
+from humptygpt.model import ModelConfig, Stack, count_parameters, flops_per_token
 from test_chat import chat, write_chats
 from texts import make_text
 
 import compare
 import prepare_data
 import train
-from humptygpt import checkpoint, cli, evaluation, report
+from humptygpt import cli
 from humptygpt import machine as cores
-from humptygpt import run as runs
-from humptygpt.chat.data import ChatDataset
 from humptygpt.cli import UserError
-from humptygpt.minutes import plan
-from humptygpt.optimizers import trained_parameters
-from humptygpt.settings import RECIPE, TrainConfig
-from humptygpt.setup import read_settings
-from humptygpt.tasks import MODELS, build_on_meta, make_model_config
-from model import ModelConfig, Stack, count_parameters, flops_per_token
+from humptygpt.data.chat_dataset import ChatDataset
+from humptygpt.formats import checkpoint
+from humptygpt.models.build import MODELS, build_on_meta, make_model_config
+from humptygpt.training import evaluation, memory
+from humptygpt.training import minutes as plan
+from humptygpt.training import run as runs
+from humptygpt.training.memory import Memory
+from humptygpt.training.optimizers import trained_parameters
+from humptygpt.training.settings import RECIPE, TrainConfig
+from humptygpt.training.start import read_settings
 
 CPU = torch.device("cpu")
 OUT = Path("out/run")
@@ -67,7 +70,9 @@ class Machine:
         monkeypatch.setattr(plan, "seconds_per_step", lambda *args: self.step())
         monkeypatch.setattr(train, "train_step", partial(self.train_step, train.train_step))
         monkeypatch.setattr(
-            evaluation, "evaluate", partial(self.evaluate, evaluation.evaluate)
+            evaluation,
+            "validation_loss",
+            partial(self.evaluate, evaluation.validation_loss),
         )
         monkeypatch.setattr(train, "catch_signals", self.catch_signals)
 
@@ -191,7 +196,7 @@ def test_a_finished_run_goes_on_by_more_minutes_or_by_its_steps(
     tiny, machine, fails, capsys
 ):
     losses = itertools.count(3.0, -0.01)
-    machine.patch.setattr(evaluation, "evaluate", lambda *args: (next(losses), 0.0))
+    machine.patch.setattr(evaluation, "validation_loss", lambda *args: (next(losses), 0.0))
     machine.run(*TIMED, "--minutes=0.1")
     steps = progress()["iter"]
     for less in ([], ["--minutes=0.02"]):
@@ -271,8 +276,10 @@ def seconds_per_step(config: TrainConfig, size: ModelConfig, *args) -> float:
 @pytest.fixture
 def choose(monkeypatch):
     """Choose a plan for a text of this many bytes, with the recipe and these keys."""
-    monkeypatch.setattr(report, "build_on_meta", lambda config, training: built(config))
-    of_each = report.Memory(weights=1, gradients=0, optimizer=0, activations=2)
+    monkeypatch.setattr(
+        "humptygpt.training.memory.build_on_meta", lambda config, training: built(config)
+    )
+    of_each = Memory(weights=1, gradients=0, optimizer=0, activations=2)
     monkeypatch.setattr(plan, "training_memory", lambda *args: of_each)
     monkeypatch.setattr(plan, "seconds_per_step", seconds_per_step)
     monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: 2.0))
@@ -287,7 +294,7 @@ def choose(monkeypatch):
             train=SimpleNamespace(targets=text),
             splits=("train", "val"),
             val_bytes_per_token=lambda: 1.0,
-            target_share=1.0,
+            target_fraction=1.0,
             contexts=lambda sizes: [size for size in sizes if size < text],
             resize=lambda size: None,
             val_starts=lambda size, batches: range(size),
@@ -498,7 +505,7 @@ def test_what_does_not_fit_into_memory_is_not_tried(tiny, machine, fails):
         return 0.01
 
     machine.patch.setattr(plan, "seconds_per_step", seconds_per_step)
-    for module in (plan, report):
+    for module in (plan, memory):
         machine.patch.setattr(module, "free_memory", lambda device: free)
     # only memory ends the search
     machine.patch.setattr(plan, "most_parameters", lambda text: math.inf)
@@ -593,7 +600,7 @@ def test_plan_py_has_the_settings_and_learning_rates_of_a_run_that_stopped_early
     tiny, machine, capsys, start
 ):
     machine.run(*TINY_RUN, "--out_dir=out/base")
-    machine.patch.setattr(evaluation, "evaluate", lambda *args: (3.0, 0.0))
+    machine.patch.setattr(evaluation, "validation_loss", lambda *args: (3.0, 0.0))
     machine.now = 0.0
     machine.step = lambda: 0.2
     machine.patch.setattr(plan, "seconds_per_step", lambda *args: 0.1)

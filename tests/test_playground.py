@@ -7,19 +7,22 @@ import re
 from pathlib import Path
 
 import pytest
+from humptygpt.model import ModelConfig
 from test_explain_page import Opened, assert_shows, trained_loss
 
 import explain
 import sample
-from humptygpt import cli, loading
+from humptygpt import cli
+from humptygpt.data.builtin import data_set
+from humptygpt.formats import load as loading
 from humptygpt.page import page_data
-from humptygpt.prepare.sources import RHYME
-from humptygpt.settings import TrainConfig
-from model import ModelConfig
+from humptygpt.training.settings import TrainConfig
 
 TEXT = "The text that it learns"
 START = "Humpty Dumpty sat"
 SMALL = {"n_layer": 1, "n_embd": 16, "block_size": 16, "max_iters": 100}
+
+RHYME = data_set("humpty_dumpty").RHYME
 
 
 @pytest.fixture(scope="module")

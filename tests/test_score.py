@@ -17,11 +17,11 @@ import export
 import score
 import train
 from humptygpt.cli import UserError
-from humptygpt.data import TokenDataset
+from humptygpt.data.dataset import TokenDataset
 from humptygpt.scoring import pairs
 from humptygpt.scoring import text as texts
 from humptygpt.scoring.pairs import by_group, read_tests, run_tests
-from humptygpt.tokenizers import BytePairTokenizer, CharTokenizer
+from humptygpt.tokenizers.basic import BytePairTokenizer, CharTokenizer
 
 
 def scored(capsys, *argv: str) -> str:

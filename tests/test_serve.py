@@ -34,14 +34,14 @@ import prepare_data
 import sample
 import serve
 import train
-from humptygpt import evaluation, loading
-from humptygpt import run as run_module
-from humptygpt.chat import api
-from humptygpt.chat.api import Api
-from humptygpt.chat.tokens import ChatTokenizer, Turn
 from humptygpt.scoring import pairs
 from humptygpt.scoring import text as texts
-from humptygpt.tokenizers import ByteTokenizer
+from humptygpt.server import api
+from humptygpt.server.api import Api
+from humptygpt.tokenizers.basic import ByteTokenizer
+from humptygpt.tokenizers.chat import ChatTokenizer, Turn
+from humptygpt.training import evaluation
+from humptygpt.training import run as run_module
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
@@ -890,14 +890,20 @@ def test_a_dtype_without_effect_is_refused(fails):
 
 def last_line(fails, *argv: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "print", lambda *args, **keys: None, raising=False)
+        patch.setattr(
+            "humptygpt.generation.generator.print",
+            lambda *args, **keys: None,
+            raising=False,
+        )
         return fails(serve.main, "--out_dir=out/text", *argv)
 
 
 @pytest.mark.usefixtures("pairs")
 def test_a_model_that_translates_is_refused(fails, monkeypatch):
     train.main([*TINY_RUN, "--model=transformer", "--dataset=pairs", "--block_size=64"])
-    monkeypatch.setattr(loading, "print", lambda *args, **keys: None, raising=False)
+    monkeypatch.setattr(
+        "humptygpt.generation.generator.print", lambda *args, **keys: None, raising=False
+    )
     assert "translates; use sample.py" in fails(serve.main, "--out_dir=out/run")
 
 

@@ -17,8 +17,8 @@ from test_serve import (
 )
 
 import sample
-from humptygpt.chat.tokens import ChatTokenizer, Turn
-from humptygpt.tokenizers import ByteTokenizer, CharTokenizer
+from humptygpt.tokenizers.basic import ByteTokenizer, CharTokenizer
+from humptygpt.tokenizers.chat import ChatTokenizer, Turn
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY_RUN, assert_same_weights, read_rows, train_losses
+from humptygpt.model import PreNormBlock
 from test_distributed import (
     CPU,
     RESUME,
@@ -24,14 +25,15 @@ from test_distributed import (
 from test_snapshots import kept
 from torch.distributed.fsdp import FSDPModule
 
-import model as models
 import sample
 import train
-from humptygpt import checkpoint, evaluation, machine
+from humptygpt import machine
+from humptygpt import model as models
 from humptygpt.cli import UserError
-from humptygpt.parallel import fsdp as sharding
-from humptygpt.settings import TrainConfig
-from model import PreNormBlock
+from humptygpt.formats import checkpoint
+from humptygpt.training import evaluation
+from humptygpt.training import fsdp as sharding
+from humptygpt.training.settings import TrainConfig
 
 OUT = Path("out/run")
 FSDP = [*UNEVEN, "--parallel=fsdp"]

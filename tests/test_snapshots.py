@@ -8,18 +8,18 @@ import pytest
 import test_model
 import torch
 from conftest import assert_same_weights
+from humptygpt.model import ModelConfig, count_parameters
 
 import train
-from humptygpt import checkpoint
-from humptygpt import run as runs
 from humptygpt.cli import UserError
-from humptygpt.loading import load
+from humptygpt.formats import checkpoint
+from humptygpt.formats.load import load
+from humptygpt.models.build import build
 from humptygpt.page import page_data
-from humptygpt.ranks import Ranks
-from humptygpt.run import Progress
-from humptygpt.settings import TrainConfig
-from humptygpt.tasks import build
-from model import ModelConfig, count_parameters
+from humptygpt.page.snapshots import take_snapshot, to_8_bits
+from humptygpt.training.ranks import Ranks
+from humptygpt.training.run import Progress
+from humptygpt.training.settings import TrainConfig
 
 OUT = Path("out/run")
 
@@ -74,7 +74,7 @@ def test_without_being_asked_a_run_keeps_less_than_10_megabytes():
             progress=Progress(iter=10),
             weights=weights,
         )
-        runs.take_snapshot(run)
+        take_snapshot(run)
         kept = Path("kept/snapshots/10.pt").exists()
         shutil.rmtree("kept", ignore_errors=True)
         return kept
@@ -108,9 +108,9 @@ def test_a_resumed_run_has_the_same_snapshots_byte_for_byte(run_train):
 
 @pytest.mark.parametrize("keys", [{}, {"tie_weights": False, "bias": True}], ids=str)
 def test_a_snapshot_has_each_matrix_once_in_the_order_of_the_state_dict(keys):
-    packed = runs.to_8_bits(test_model.tiny(**keys).state_dict())
+    packed = to_8_bits(test_model.tiny(**keys).state_dict())
     again = restored(packed, test_model.tiny(**keys)).state_dict()
-    assert torch.equal(packed, runs.to_8_bits(again))
+    assert torch.equal(packed, to_8_bits(again))
 
 
 def test_a_damaged_snapshot_or_one_of_another_model_is_refused(run_train):

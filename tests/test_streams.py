@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from humptygpt.sampling import TextStream
-from humptygpt.tokenizers import ByteTokenizer, CharTokenizer
+from humptygpt.generation.sampling import TextStream
+from humptygpt.tokenizers.basic import ByteTokenizer, CharTokenizer
 
 TEXTS = st.text(st.sampled_from("abü🙂\n"), max_size=30)
 

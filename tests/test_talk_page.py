@@ -19,9 +19,9 @@ from uncached import generate
 import explain
 import prepare_data
 import train
-from humptygpt import loading
-from humptygpt import run as run_module
-from humptygpt.chat.tokens import BEGIN, END, ChatTokenizer, Turn
+from humptygpt.formats import load as loading
+from humptygpt.tokenizers.chat import BEGIN, END, ChatTokenizer, Turn
+from humptygpt.training import run as run_module
 
 WHOLE = "The wall is high, and I am well."  # so long and frequent that it becomes one token
 WORDS = ["wall", "king", "egg", "horse", "men", "sat", "fall"]

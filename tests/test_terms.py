@@ -4,15 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional as F
-
-from humptygpt import cli
-from humptygpt.cli import make
-from humptygpt.optimizers import orthogonalize
-from humptygpt.sampling import probabilities
-from humptygpt.settings import TrainConfig
-from humptygpt.tasks import make_model_config
-from model import (
+from humptygpt.model import (
     GPT,
     NORMS,
     ModelConfig,
@@ -21,6 +13,14 @@ from model import (
     attend,
     count_parameters,
 )
+from torch.nn import functional as F
+
+from humptygpt import cli
+from humptygpt.cli import make
+from humptygpt.generation.sampling import probabilities
+from humptygpt.models.build import make_model_config
+from humptygpt.training.optimizers import orthogonalize
+from humptygpt.training.settings import TrainConfig
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0]])
 DEMO_FILE = str(cli.CONFIGS / "shakespeare_char.py")

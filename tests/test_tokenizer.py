@@ -6,14 +6,12 @@ import pytest
 from properties import given, settings, st
 from texts import make_text
 
-from humptygpt import tokenizers as tokenizer
 from humptygpt.cli import UserError
-from humptygpt.prepare import vocabulary
-from humptygpt.prepare.settings import OPTIONS as USED
-from humptygpt.tokenizers import (
-    END_OF_TEXT,
-    CharTokenizer,
-)
+from humptygpt.data import vocabulary
+from humptygpt.data.settings import OPTIONS as USED
+from humptygpt.tokenizers import basic as tokenizer
+from humptygpt.tokenizers.basic import END_OF_TEXT, CharTokenizer
+from humptygpt.tokenizers.saved import from_state
 
 TEXT = "Füße, 東京!\n🙂 and plain words\n" + make_text(3000)
 ALPHABET = "".join(sorted(set(TEXT)))
@@ -81,7 +79,7 @@ def test_half_a_character_and_a_byte_that_is_not_utf_8_are_refused(tok):
 def test_a_tokenizer_comes_back_from_its_state_of_plain_data(tok):
     state = tok.state()
     assert all(type(value) in (str, bool) for value in state.values())
-    again = tokenizer.from_state(state)
+    again = from_state(state)
     assert type(again) is type(tok) and again.state() == state and again.eot == tok.eot
     assert again.encode(TEXT).tolist() == tok.encode(TEXT).tolist()
 
@@ -175,7 +173,7 @@ def packed(pieces: list[bytes]) -> str:
 def test_a_damaged_description_is_refused(state):
     damaged = "cannot read the description of the tokenizer: "
     with pytest.raises(UserError, match=damaged) as error:
-        tokenizer.from_state(state)
+        from_state(state)
     assert "\n" not in str(error.value)
 
 
@@ -185,7 +183,7 @@ def test_a_small_description_of_a_huge_vocabulary_takes_little_memory(monkeypatc
     state = {"tokenizer": "bpe", "separated": True, "pieces": content}
     tracemalloc.start()
     with pytest.raises(UserError, match="unpacks to more than 1,048,576 bytes"):
-        tokenizer.from_state(state)
+        from_state(state)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(content) < 1 << 16 and most < 1 << 22
@@ -194,4 +192,4 @@ def test_a_small_description_of_a_huge_vocabulary_takes_little_memory(monkeypatc
 def test_an_unknown_tokenizer_is_refused():
     kinds = ", ".join(tokenizer.TOKENIZERS)
     with pytest.raises(UserError, match=rf"tokenizer .* is not one of: {kinds}"):
-        tokenizer.from_state({"tokenizer": "morse"})
+        from_state({"tokenizer": "morse"})

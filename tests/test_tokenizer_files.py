@@ -13,15 +13,16 @@ from properties import given, settings, st
 from texts import make_text
 
 import prepare_data
-from humptygpt import tokenizers as tokenizer
 from humptygpt.cli import UserError
-from humptygpt.convert.huggingface import write_files
-from humptygpt.convert.read_huggingface import read_tokenizer
-from humptygpt.convert.write_huggingface import build_tokenizer, tokenizer_files
-from humptygpt.data import read_meta
-from humptygpt.prepare.corpus import Documents
-from humptygpt.prepare.documents import Piece
-from humptygpt.prepare.settings import PrepareConfig
+from humptygpt.data.corpus import Documents
+from humptygpt.data.dataset import read_meta
+from humptygpt.data.documents import Piece
+from humptygpt.data.settings import PrepareConfig
+from humptygpt.formats.huggingface import write_files
+from humptygpt.formats.tokenizer_json import build_tokenizer, tokenizer_files
+from humptygpt.tokenizers import basic as tokenizer
+from humptygpt.tokenizers.huggingface import read_tokenizer
+from humptygpt.tokenizers.saved import from_state
 
 transformers = pytest.importorskip(
     "transformers", reason="needs transformers: pip install -r requirements-dev.txt"
@@ -155,7 +156,7 @@ def made(tmp_path_factory):
         folder = KINDS[kind](tmp_path_factory.mktemp("tokenizer"))
         theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         state = json.loads(json.dumps(read_tokenizer(folder).state()))
-        return folder, theirs, tokenizer.from_state(state)
+        return folder, theirs, from_state(state)
 
     return make
 
@@ -237,7 +238,7 @@ def test_data_is_prepared_with_the_tokenizer_of_a_folder_and_keeps_it(kind, made
     prepare("mine --input=texts --tokenizer=theirs")
     shutil.rmtree("theirs")
     meta = read_meta(Path("data/mine"))
-    assert tokenizer.from_state(meta["tokenizer"]).vocab_size == len(theirs)
+    assert from_state(meta["tokenizer"]).vocab_size == len(theirs)
     ids = np.fromfile("data/mine/train.bin", meta["dtype"]).tolist()
     starts = [theirs(text).input_ids[:20] for text in documents]
     assert ids[:20] == starts[0]
@@ -306,7 +307,7 @@ def test_a_damaged_state_is_refused(made):
             with pytest.raises(
                 UserError, match="cannot read the description of the tokenizer: "
             ):
-                tokenizer.from_state(state | {key: wrong})
+                from_state(state | {key: wrong})
 
 
 def test_a_tokenizer_that_is_neither_a_kind_nor_a_path_is_refused(fails, folder):

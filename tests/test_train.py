@@ -28,18 +28,20 @@ from conftest import (
 from test_snapshots import kept
 from test_variants import Ones
 
-import model as models
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint, evaluation, machine, settings, setup
-from humptygpt import run as runs
-from humptygpt.data import DATASETS
-from humptygpt.optimizers import OPTIMIZERS, AdamW
-from humptygpt.ranks import Ranks
-from humptygpt.report import ADVICE
-from humptygpt.settings import TrainConfig
-from humptygpt.setup import read_settings
+from humptygpt import machine
+from humptygpt import model as models
+from humptygpt.data.dataset import DATASETS
+from humptygpt.formats import checkpoint
+from humptygpt.training import evaluation, settings, setup
+from humptygpt.training import run as runs
+from humptygpt.training.memory import ADVICE
+from humptygpt.training.optimizers import OPTIMIZERS, AdamW
+from humptygpt.training.ranks import Ranks
+from humptygpt.training.settings import TrainConfig
+from humptygpt.training.start import read_settings
 
 ROOT = Path(__file__).parent.parent
 OUT = Path("out/run")
@@ -67,7 +69,7 @@ def values(key: str, rows: list[dict]) -> list[float]:
 def evaluations(monkeypatch, *losses: float) -> None:
     """Let the evaluations of a run find these losses."""
     found = iter(losses)
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args: (next(found), 0.1))
+    monkeypatch.setattr(evaluation, "validation_loss", lambda *args: (next(found), 0.1))
 
 
 @pytest.fixture
@@ -233,7 +235,7 @@ def evaluated(losses: torch.Tensor, sizes: list[int], ranks: Ranks) -> tuple:
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
-    return evaluation.evaluate(run, run.net, None)
+    return evaluation.validation_loss(run, run.net, None)
 
 
 def test_the_standard_error_holds_for_a_text_whose_neighbouring_batches_are_alike():
@@ -577,7 +579,8 @@ def test_a_key_that_nobody_has_thought_about_may_not_change_on_resume(
         order: str = "random"
 
     run_train("--max_iters=1")
-    monkeypatch.setattr(setup, "TrainConfig", Newer)
+    for name in ("start", "resume"):
+        monkeypatch.setattr(f"humptygpt.training.{name}.TrainConfig", Newer)
     complaint = "order=sorted cannot change on resume: the checkpoint has order=random;"
     assert fails(train.main, *RESUME, "--order=sorted").startswith(complaint)
 
@@ -1030,7 +1033,7 @@ def test_an_optimizer_of_torch_trains_and_is_resumed(run_train, monkeypatch, mak
 
 
 LONG_STEP = """
-from humptygpt import run as runs
+from humptygpt.training import run as runs
 runs.SAME_REQUEST = 0
 with runs.catch_signals():
     print("started", flush=True)

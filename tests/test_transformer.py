@@ -8,9 +8,9 @@ import torch
 from conftest import overfit
 from torch import Tensor, nn
 
-import model as models
-from humptygpt.translation.beams import select
-from humptygpt.translation.model import Transformer
+from humptygpt import model as models
+from humptygpt.generation.translation import select
+from humptygpt.models.transformer import Transformer
 
 VARIANTS = [
     *test_model.COMMON_VARIANTS,

@@ -1,6 +1,5 @@
 """Translation from sentence pairs: batches, training, scores and sample.py."""
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,14 +11,15 @@ from conftest import TINY_RUN, make_pairs, read_rows
 import prepare_data
 import sample
 import train
-from humptygpt import evaluation
 from humptygpt.cli import UserError
-from humptygpt.setup import read_settings
-from humptygpt.tokenizers import ByteTokenizer
-from humptygpt.translation import beams as beam_search
-from humptygpt.translation import lines, task
-from humptygpt.translation.beams import Translation
-from humptygpt.translation.data import PairDataset, batches
+from humptygpt.data.dataset import BLOCKS
+from humptygpt.data.pair_dataset import PairDataset, batches
+from humptygpt.generation import translation as beam_search
+from humptygpt.generation.translation import Translation, translate_lines
+from humptygpt.tokenizers.basic import ByteTokenizer
+from humptygpt.training import evaluation
+from humptygpt.training import translation as task
+from humptygpt.training.start import read_settings
 
 TINY = "--dataset=pairs --device=cpu --model=transformer --n_layer=1 --n_head=2 --n_embd=32 --block_size=40"
 TINY += " --batch_size=4 --log_interval=1 --eval_interval=3 --max_iters=6 --warmup_iters=2 --out_dir=out/run"
@@ -194,7 +194,7 @@ def test_each_block_of_an_evaluation_s_batches_has_pairs_of_all_lengths(
     prepare_bytes(rows, "--val_fraction=0.4")
     data = PairDataset(Path("data/pairs"), 130, 1, with_encoder)
     lengths = np.array([batch["idx"].shape[1] for batch in data.val_batches(2, 99)])
-    blocks = np.array_split(lengths, evaluation.BLOCKS)
+    blocks = np.array_split(lengths, BLOCKS)
     assert len(lengths) == 99 and lengths.std() > 10
     assert np.ptp([block.mean() for block in blocks]) < 5
 
@@ -297,11 +297,11 @@ def test_evaluations_show_translations_and_the_end_has_the_bleu_of_the_best_chec
 
 
 def test_the_weights_that_are_scored_are_those_of_the_best_checkpoint(pairs, monkeypatch):
-    losses, scored, translation = iter([1.0, 2.0]), [], task.TRANSLATION
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args: (next(losses), 0.1))
+    losses, scored, score = iter([1.0, 2.0]), [], task.score_translations
+    monkeypatch.setattr(evaluation, "validation_loss", lambda *args: (next(losses), 0.1))
     weights = lambda model: model.state_dict()["lm_head.weight"].clone()  # noqa: E731
-    keep = lambda *args: (scored.append(weights(args[0])), translation.score(*args))[1]  # noqa: E731
-    monkeypatch.setattr(task, "TRANSLATION", replace(translation, score=keep))
+    keep = lambda *args: (scored.append(weights(args[0])), score(*args))[1]  # noqa: E731
+    monkeypatch.setattr(task, "score_translations", keep)
     assert train.main(TINY) == 0
     best, latest = (
         torch.load(f"out/run/{name}.pt")["model"]["lm_head.weight"]
@@ -344,7 +344,7 @@ def test_lines_keep_their_order_and_numbers_and_long_ones_are_cut_and_reported(
         return [Translation(ids[:-1].tolist(), -1.0, ended=ids[0] < 53) for ids in sources]
 
     monkeypatch.setattr(beam_search, "translate", echo)
-    monkeypatch.setattr(lines, "AT_ONCE", 2)
+    monkeypatch.setattr("humptygpt.generation.translation.AT_ONCE", 2)
     text = "\ufeff1\u2028 is\n2\n\n  \n5\n" + 50 * "6"
     Path("german.txt").write_text(text, encoding="utf-8")
     capsys.readouterr()
@@ -423,5 +423,5 @@ def test_without_an_encoder_half_of_the_context_is_left_for_the_translation(monk
     monkeypatch.setattr(beam_search, "translate", note_lengths)
     for parts in ({"encode": None}, {}):
         model = SimpleNamespace(config=SimpleNamespace(block_size=16), **parts)
-        list(lines.translate_lines(model, ByteTokenizer(separated=True), ["x" * 20]))
+        list(translate_lines(model, ByteTokenizer(separated=True), ["x" * 20]))
     assert read == [16, 8]

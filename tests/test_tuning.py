@@ -12,10 +12,11 @@ from conftest import ROOT, TINY_RUN
 
 import sample
 import train
-from humptygpt import machine, ranks
-from humptygpt.fast import generation as decoding
-from humptygpt.ranks import Ranks
-from humptygpt.settings import TrainConfig
+from humptygpt import machine
+from humptygpt.generation import generator as decoding
+from humptygpt.training.ranks import Ranks
+from humptygpt.training.settings import TrainConfig
+from humptygpt.training.setup import tune
 
 CPU = torch.device("cpu")
 AUTO = [arg for arg in TINY_RUN if "dtype" not in arg]
@@ -31,9 +32,11 @@ def fast_choices(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", numbers.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: numbers[-1])
     monkeypatch.setattr(decoding, "THREADS", 2)
-    monkeypatch.setattr(ranks, "THREADS", 2)
-    monkeypatch.setattr(ranks, "training_dtype", lambda device: "bfloat16")
-    monkeypatch.setattr(ranks, "usable_cores", lambda: 2)
+    monkeypatch.setattr("humptygpt.training.setup.THREADS", 2)
+    monkeypatch.setattr(
+        "humptygpt.training.settings.training_dtype", lambda device: "bfloat16"
+    )
+    monkeypatch.setattr("humptygpt.training.setup.usable_cores", lambda: 2)
 
 
 @pytest.mark.parametrize(
@@ -68,8 +71,10 @@ def test_what_was_chosen_is_in_all_files_of_the_run_and_a_resumed_run_keeps_it(
     losses = [row for row in rows if "train_loss" in row]
     assert {(row["dtype"], row["threads"]) for row in losses} == {("bfloat16", 2)}
 
-    monkeypatch.setattr(ranks, "THREADS", 1)
-    monkeypatch.setattr(ranks, "training_dtype", lambda device: "float32")
+    monkeypatch.setattr("humptygpt.training.setup.THREADS", 1)
+    monkeypatch.setattr(
+        "humptygpt.training.settings.training_dtype", lambda device: "float32"
+    )
     resume = ["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]
     train.main(resume)
     assert "device: cpu, bfloat16, 2 processes\n" in capsys.readouterr().out
@@ -83,12 +88,12 @@ def test_what_was_chosen_is_in_all_files_of_the_run_and_a_resumed_run_keeps_it(
 
 def test_what_the_user_sets_stays(fast_choices):
     config = TrainConfig(dtype="float32", muon_dtype="float32", threads=1)
-    assert ranks.tune(config, Ranks(CPU)) == config
+    assert tune(config, Ranks(CPU)) == config
     assert torch.get_num_threads() == 1
 
 
 def test_more_threads_than_cores_are_not_used(fast_choices):
-    assert ranks.tune(TrainConfig(threads=64), Ranks(CPU)).threads == 2
+    assert tune(TrainConfig(threads=64), Ranks(CPU)).threads == 2
 
 
 def test_a_run_of_several_processes_records_no_threads(fast_choices):
@@ -97,7 +102,7 @@ def test_a_run_of_several_processes_records_no_threads(fast_choices):
     class Second(Ranks):
         rank, size = 1, 2
 
-    assert ranks.tune(TrainConfig(), Second(CPU)).threads is None
+    assert tune(TrainConfig(), Second(CPU)).threads is None
 
 
 @pytest.mark.parametrize(("limit", "threads"), [(1e4, 2), (1e5, 1)])

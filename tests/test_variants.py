@@ -12,20 +12,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_RUN, train_losses
+from humptygpt.model import GPT, ModelConfig
 from test_model import random_model
 from texts import make_text
 from torch import nn
 
-import model as models
 import prepare_data
 import train
-from humptygpt import cli, data, optimizers, tokenizers
+from humptygpt import cli
+from humptygpt import model as models
 from humptygpt.cli import UserError
-from humptygpt.minutes import ensemble
+from humptygpt.data import dataset as data
+from humptygpt.models import ensemble
 from humptygpt.page.page_data import page_data
-from humptygpt.parallel.processes import raise_if_rank_died
-from humptygpt.settings import TrainConfig
-from model import GPT, ModelConfig
+from humptygpt.tokenizers import basic as tokenizers
+from humptygpt.training import optimizers
+from humptygpt.training.settings import TrainConfig
+from humptygpt.training.torchrun import raise_if_rank_died
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = (ROOT / "docs/variants.md").read_text(encoding="utf-8")
@@ -51,8 +54,8 @@ STEPS = ["--max_iters=10", "--eval_interval=5", "--eval_iters=2", "--log_interva
 ALL = """
 import dataclasses, json, signal, sys
 import sample, train
-from humptygpt import evaluation
-from humptygpt import run as runs
+from humptygpt.training import evaluation
+from humptygpt.training import run as runs
 
 no_samples = {"evaluation_examples": None, "final_examples": None}
 evaluation.TEXT = dataclasses.replace(evaluation.TEXT, **no_samples)

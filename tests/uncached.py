@@ -1,9 +1,14 @@
-"""Generation in two ways: by humptygpt.sampling, and without a cache, one text at a time, to compare it with."""
+"""Generation in two ways: by generation/sampling.py, and without a cache, one text at a time, to compare it with."""
 
 import torch
 from torch import nn
 
-from humptygpt.sampling import Context, continue_texts, next_tokens, uniform_numbers
+from humptygpt.generation.sampling import (
+    Context,
+    continue_texts,
+    next_tokens,
+    uniform_numbers,
+)
 
 
 def generate(

@@ -1,1 +1,1 @@
-"""Collect the data of a run for explain.py's page: settings, weights, tokenizer and metrics."""
+"""The pages that show a model in a browser."""

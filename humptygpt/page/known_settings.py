@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt.cli import UserError, note
-from humptygpt.loading import code_checksum
-from humptygpt.tasks import build
-from model import ModelConfig
+from humptygpt.formats.checkpoint import code_checksum
+from humptygpt.model import ModelConfig
+from humptygpt.models.build import build
 
 REFERENCE = Path(__file__).with_name("reference.json")
 KNOWN = json.loads(REFERENCE.read_bytes())

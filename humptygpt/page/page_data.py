@@ -7,19 +7,19 @@ from pathlib import Path
 
 from torch import nn
 
-from humptygpt import checkpoint
 from humptygpt.cli import UserError, convert, fields_of
-from humptygpt.convert.sentencepiece_model import merge_scores
-from humptygpt.data import TokenFiles, read_meta
+from humptygpt.data.builtin import data_set
+from humptygpt.data.dataset import TokenFiles, read_meta
 from humptygpt.files import refuse_damaged
-from humptygpt.loading import Loaded, from_run
-from humptygpt.loggers import read_metrics
+from humptygpt.formats import checkpoint
+from humptygpt.formats.load import Loaded, from_run
+from humptygpt.model import ModelConfig
 from humptygpt.page.known_settings import check_formulas, check_settings
-from humptygpt.prepare.sources import RHYMES, write_wills
-from humptygpt.run import SNAPSHOTS, to_8_bits
-from humptygpt.settings import TrainConfig
-from humptygpt.tokenizers import END_OF_TEXT, SentencePieceTokenizer, Tokenizer
-from model import ModelConfig
+from humptygpt.page.snapshots import SNAPSHOTS, to_8_bits
+from humptygpt.tokenizers.basic import END_OF_TEXT, SentencePieceTokenizer, Tokenizer
+from humptygpt.tokenizers.sentencepiece_model import merge_scores
+from humptygpt.training.loggers import read_metrics
+from humptygpt.training.settings import TrainConfig
 
 # keys of TrainConfig that training.js in explain/ obeys
 TRAINING = (
@@ -77,9 +77,9 @@ def playground_data() -> dict:
     sonnets = Path(__file__).with_name("sonnets.txt")
     return {
         "texts": {
-            "The rhyme": RHYMES,
+            "The rhyme": data_set("humpty_dumpty").RHYMES,
             "Sonnets by Shakespeare": sonnets.read_text(encoding="utf-8"),
-            "Damian's sentences": write_wills(150),
+            "Damian's sentences": data_set("wills").write_wills(150),
         },
         "config": vars(ModelConfig()),
         "training": {key: getattr(TrainConfig, key) for key in TRAINING.split()},

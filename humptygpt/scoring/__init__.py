@@ -1,1 +1,1 @@
-"""How likely a model finds a given text, and which of two texts it finds likelier."""
+"""How well a trained model predicts texts, and what it recites."""

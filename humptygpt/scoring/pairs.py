@@ -19,11 +19,11 @@ import numpy as np
 from torch import nn
 
 from humptygpt.cli import UserError
+from humptygpt.download import download
 from humptygpt.files import refuse_damaged
-from humptygpt.prepare.download import download
-from humptygpt.sampling import read_text
+from humptygpt.generation.sampling import read_text
 from humptygpt.scoring.text import log_probabilities, standard_error
-from humptygpt.tokenizers import Tokenizer
+from humptygpt.tokenizers.basic import Tokenizer
 
 SUITES = ("english", "python", "blimp")
 BLIMP = Path("data/downloads/BLiMP.zip")

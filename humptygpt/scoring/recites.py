@@ -1,11 +1,16 @@
 """Find out how much of what a model writes stands word for word in its training text."""
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from torch import nn
 
-from humptygpt.data import TokenDataset
-from humptygpt.tasks import find_task
+from humptygpt.data.dataset import Dataset, TokenDataset
+from humptygpt.data.open import open_data
+from humptygpt.formats.load import find_source
+from humptygpt.models.build import make_model_config
+from humptygpt.training.evaluation import find_task
+from humptygpt.training.resume import check_same_data, read_run
 
 PIECE = 50  # characters
 
@@ -50,3 +55,14 @@ def recited(texts: list[str], chunks: Iterable[str]) -> tuple[float, int]:
 def pieces(text: str) -> Iterator[str]:
     """Yield all pieces of a text, one for each position at which it fits."""
     return (text[i : i + PIECE] for i in range(len(text) - PIECE + 1))
+
+
+def training_data(path: str | Path) -> Dataset:
+    """Open the data that the run of a checkpoint was trained on. Raises UserError if it is not there any more."""
+    saved = read_run(find_source(path))
+    config = saved["train_config"]
+    dataset = open_data(
+        config.dataset, make_model_config(saved["model_config"]), config.seed
+    )
+    check_same_data(saved, dataset, config.out_dir)
+    return dataset

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from humptygpt.cli import UserError
-from humptygpt.evaluation import BLOCKS
-from humptygpt.tokenizers import Tokenizer
+from humptygpt.data.dataset import BLOCKS
+from humptygpt.tokenizers.basic import Tokenizer
 
 LOGITS = 2**26  # compute at most this many logits at once: 256 MB
 TOKENS = 2**13  # and at most this many tokens, since activations take memory as well

@@ -1,1 +1,0 @@
-"""Conversations: a model that answers, and an API that programs know."""

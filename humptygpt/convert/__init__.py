@@ -1,1 +1,0 @@
-"""Import and export models: Hugging Face folders and downloads, nanoGPT checkpoints, GGUF files."""

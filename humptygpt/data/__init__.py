@@ -1,0 +1,1 @@
+"""Documents, pairs and conversations -> tokens -> data/<name> -> batches."""

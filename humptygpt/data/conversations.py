@@ -1,0 +1,243 @@
+"""Read conversations from JSON or tables, assign each to a split, and encode them.
+
+A record has "messages" (OpenAI, Hugging Face), "conversations" (ShareGPT), or a question and its answer (Alpaca, Dolly,
+columns of a table).
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import chain, cycle
+from pathlib import Path
+
+import numpy as np
+
+from humptygpt.cli import UserError
+from humptygpt.data.corpus import Corpus, draw, read_all
+from humptygpt.data.documents import (
+    LEFT_OUT,
+    READERS,
+    Flaws,
+    Record,
+    file_suffix,
+    read_records,
+)
+from humptygpt.files import check_schema
+from humptygpt.tokenizers.basic import Tokenizer
+from humptygpt.tokenizers.chat import (
+    BEGIN,
+    CONTENT,
+    END,
+    ROLES,
+    ChatTokenizer,
+    Turn,
+    make_turn,
+)
+
+ROLE = {*ROLES, "human", "gpt", "developer"}
+# keys of two replies to compare, which are recognised to be refused
+PREFERENCES = ("chosen", "rejected")
+# keys by which a record is a conversation: that of its turns, or those of a question,
+# its answer and what may follow the question
+FORMS = (
+    ("messages",),
+    ("conversations",),  # ShareGPT
+    ("instruction", "output", "input"),  # Alpaca
+    ("instruction", "response", "context"),  # Dolly
+    ("prompt", "completion"),  # OpenAI's older files
+    PREFERENCES,
+)
+TURNS = {
+    "messages": [{"role": ROLE, "content?": CONTENT}],
+    "conversations": [{"from": ROLE, "value": str}],
+}
+TOOLS = ("tools", "functions", "tool_calls", "function_call")
+OFTEN = 3  # a reply of a training split that occurs so many times is one token
+FEWEST_CHARACTERS = 20  # if it has at least so many characters
+MOST_BYTES = 2_000_000  # bytes of conversations; larger ones teach a model to spell
+EXAMPLE_CHARACTERS = (
+    1500  # maximum length of the conversation in the summary, in characters
+)
+# a short question with which a conversation begins: what precedes it is no turn
+QUESTION = re.compile(
+    rf"(?<!{re.escape(END)}\n){re.escape(BEGIN)}user\n(.{{1,80}}){re.escape(END)}"
+)
+REPLY = re.compile(rf"({re.escape(BEGIN)}assistant\n)(.*?({re.escape(END)}|$))", re.DOTALL)
+
+
+class Conversation(tuple[Turn, ...]):
+    """Turns up to the last reply."""
+
+    @property
+    def texts(self) -> list[str]:
+        return [turn.text for turn in self]
+
+
+class Conversations(Corpus):
+    """A corpus of conversations, which are read from files."""
+
+    task = "chat"
+    counts = (
+        "conversations",
+        "turns",
+        "characters",
+        "bytes",
+        "tokens",
+        "target_bytes",
+        "target_tokens",
+    )
+    missing = "conversation with a reply of the assistant"
+
+    def wrap(self, tokenizer: Tokenizer) -> Tokenizer:
+        """Add the tokens of conversations, unless the tokenizer is one of a chat model, which has them."""
+        if tokenizer.name == "chat":
+            return tokenizer
+        # only a small model, whose own tokenizer is chosen here, needs help
+        small = self.config.tokenizer == "auto" and self.text_size <= MOST_BYTES
+        return ChatTokenizer(tokenizer, self.frequent_replies() if small else ())
+
+    def frequent_replies(self) -> list[str]:
+        """Find the FEWEST_CHARACTERS replies that occur OFTEN, such as the answers of a FAQ, most frequent first."""
+        counted = Counter(
+            turn.content
+            for split, conversation in read_all(self, "counting replies")
+            for turn in conversation
+            if split == "train"
+            and turn.role == "assistant"
+            and len(turn.content) >= FEWEST_CHARACTERS
+        )
+        return [text for text, count in counted.most_common() if count >= OFTEN]
+
+    def read(self, number: int) -> Iterator[tuple[str, Conversation]]:
+        """Read the conversations of a file."""
+        path, config = self.files[number], self.config
+        columns = asked_columns(config.text_key)
+        for where, record in read_records(path, columns, self.flaws):
+            try:
+                conversation = parse(record, columns)
+            except ValueError as error:
+                self.flaws.add(LEFT_OUT, f"{where}: {error}")
+                continue
+            yield self.split_of(conversation), conversation
+
+    def draw(self, conversation: Conversation) -> float:
+        """Draw by the whole text, so that equal conversations are in the same split."""
+        return draw("\n".join(conversation.texts), hashed=None)
+
+    def encode(
+        self, tokenizer: ChatTokenizer, split: str, conversations: list[Conversation]
+    ) -> tuple[list[np.ndarray], Counter]:
+        ids = []
+        counted = Counter()
+        header = len(tokenizer.encode("assistant\n"))
+        for conversation in conversations:
+            ids.append(np.append(tokenizer.encode_turns(conversation), tokenizer.base.eot))
+            replies = [turn for turn in conversation if turn.role == "assistant"]
+            text = "".join(conversation.texts)
+            counted.update(
+                conversations=1,
+                turns=len(conversation),
+                characters=len(text),
+                bytes=len(text.encode()),
+                target_bytes=len("".join(turn.content for turn in replies).encode()),
+                # each with its end
+                target_tokens=sum(
+                    len(tokenizer.encode_turn(turn)) - header + 1 for turn in replies
+                ),
+            )
+        return ids, counted
+
+    def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
+        # after a conversation's last turn comes the token that separates conversations, whatever its text is
+        first = re.split(rf"(?<={re.escape(END)}\n)(?!{re.escape(BEGIN)})", first_text)[0]
+        return {
+            "questions": QUESTION.findall(first_text)[:8],
+            "example": REPLY.sub(r"\1[\2]", first[:EXAMPLE_CHARACTERS].strip()),
+        }
+
+
+def asked_columns(text_key: str) -> list[str]:
+    """Return the keys of a question and its answer, if text_key is keys separated by a comma, otherwise []."""
+    return [key.strip() for key in text_key.split(",")] if "," in text_key else []
+
+
+def is_conversations(path: Path, text_key: str | None) -> bool:
+    """True if text_key names a question and its answer, or the first record of a file is a conversation."""
+    suffix = file_suffix(path)
+    if asked_columns(text_key or ""):
+        return suffix in READERS
+    if text_key or suffix not in (".jsonl", ".json", ".parquet"):
+        return False
+    with suppress(UserError, StopIteration):
+        _, first = next(read_records(path, [], Flaws()))
+        return bool(find_form(first, FORMS))
+    return False
+
+
+def find_form(record: Record, forms: Iterable[tuple]) -> tuple:
+    """Return the first form of which a record has the first two keys, or (). forms: as FORMS."""
+    keys = record.keys() if isinstance(record, dict) else set()
+    return next((form for form in forms if keys >= {*form[:2]}), ())
+
+
+def parse(record: Record, columns: list[str]) -> Conversation:
+    """Read a record. columns: keys of a question and its answer, or []. Raises ValueError if it is not valid."""
+    forms = [columns] if columns else FORMS
+    form = find_form(record, forms)
+    if not form:
+        names = " or ".join(" and ".join(form[:2]) for form in forms if form != PREFERENCES)
+        raise ValueError(f"it is no object with {names}")
+    refuse_tools(record)
+    if form == PREFERENCES:
+        raise ValueError(
+            "it compares two replies; training on preferences is not supported"
+        )
+    first = form[0]
+    turns = [] if columns else read_before(record)
+    if first in TURNS:
+        check_schema(record, {first: TURNS[first]})
+        turns += map(read_turn, record[first])
+    else:
+        turns += read_exchange(record, *form)
+    turns = [turn for turn in turns if turn.content or turn.role != "system"]
+    while turns and turns[-1].role != "assistant":
+        turns.pop()
+    if not turns:
+        raise ValueError("it has no reply of the assistant")
+    if not all(turn.content for turn in turns if turn.role == "assistant"):
+        raise ValueError("it has an empty reply")
+    return Conversation(turns)
+
+
+def read_before(record: dict) -> list[Turn]:
+    """Read what ShareGPT and Alpaca have beside the turns: the system's turn, and Alpaca's earlier exchanges."""
+    check_schema(record, {"system?": (str, None), "history?": ([[str]], None)})
+    roles = chain(["system"], cycle(["user", "assistant"]))
+    texts = [record.get("system") or "", *chain(*record.get("history") or ())]
+    return list(map(make_turn, roles, texts))
+
+
+def refuse_tools(entry: dict) -> None:
+    """Raise ValueError if a record or a message has tools or a call of one."""
+    for key in TOOLS:
+        if entry.get(key):
+            raise ValueError(f"it has {key}, but a model cannot learn to call tools here")
+
+
+def read_turn(message: dict) -> Turn:
+    refuse_tools(message)
+    content = message.get("content", message.get("value"))
+    if content is None:
+        raise ValueError("it has a turn without content")
+    if message.get("weight") == 0:
+        raise ValueError("it has a reply of weight 0, but all replies are learned")
+    return make_turn(message.get("role") or message["from"], content)
+
+
+def read_exchange(record: dict, question: str, answer: str, *more: str) -> list[Turn]:
+    """Read a question and its answer. more: keys of what follows the question, which may be missing or empty."""
+    optional = {f"{key}?": (str, None) for key in more}
+    check_schema(record, {question: str, answer: str} | optional)
+    asked = "\n\n".join(filter(None, map(record.get, [question, *more])))
+    return [make_turn("user", asked), make_turn("assistant", record[answer])]

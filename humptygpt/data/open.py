@@ -1,0 +1,107 @@
+"""Open data/<name> for a model, and prepare it first if it is missing."""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from humptygpt import cli
+from humptygpt.cli import UserError, as_user_error, is_removed, note
+from humptygpt.data.dataset import COMMAND, DATASETS, Dataset, TokenDataset, read_meta
+from humptygpt.machine import launched
+from humptygpt.model import ModelConfig
+from humptygpt.models.build import MODELS, model_class
+from humptygpt.tokenizers.basic import Tokenizer
+
+if TYPE_CHECKING:  # a run's settings, of which some are for data
+    from humptygpt.training.settings import TrainConfig
+
+
+def prepare_missing(
+    config: "TrainConfig", open_tokenizer: Callable[[str], Tokenizer]
+) -> None:
+    """Prepare data/<dataset> if it is missing or incomplete. With --input, check that the input has not changed.
+
+    open_tokenizer: as for prepare().
+    """
+    if config.dataset in DATASETS:
+        return
+    folder = Path("data") / config.dataset
+    with as_user_error():
+        names = {path.name for path in folder.glob("*")}
+    prepared = names & {"meta.json", "meta.pkl"}
+    if prepared and (config.input is None or launched()[0]):
+        return
+    # late import: it is rarely needed
+    from humptygpt.data.prepare import PrepareConfig, prepare
+
+    keys = {}
+    if config.input:
+        keys = input_keys(config, folder)
+    # Do not overwrite existing data: a train.bin without a meta.json is probably nanoGPT's, and a command.txt
+    # means that this folder was prepared here before.
+    elif names & {"train.bin", COMMAND}:
+        return
+    keys["name"] = config.dataset
+    prepare(cli.make(PrepareConfig, keys), open_tokenizer)
+
+
+def input_keys(config: "TrainConfig", folder: Path) -> dict[str, object]:
+    """Return the settings for preparing config.input: those that the folder was made with, updated by config.
+
+    For a new folder, fine-tuning uses the base model's tokenizer by default.
+    Raises UserError if the folder was made from a different input.
+    """
+    from humptygpt.data.prepare import PrepareConfig
+
+    keys = {"input": config.input}
+    if config.init_from != "scratch":
+        keys["tokenizer"] = config.init_from
+    command = folder / COMMAND
+    if command.exists():
+        with as_user_error(f"{command}: "):
+            words = shlex.split(command.read_text(encoding="utf-8"))[2:]
+            for word in words:
+                is_removed(*word.removeprefix("--").partition("=")[::2])
+            keys = cli.read(words, PrepareConfig, positional="name")
+        if Path(keys.get("input", "")).resolve() != Path(config.input).resolve():
+            raise UserError(
+                f"{folder} was not made from input={config.input}; choose another name: --dataset=ANOTHER_NAME"
+            )
+    for key in ("text_key", "val_input"):
+        if value := getattr(config, key):
+            keys[key] = value
+    return keys
+
+
+def open_data(name: str, model_config: ModelConfig, seed: int) -> Dataset:
+    """Open data/<name> for a model. seed: for the order of the data. Raises UserError if the model cannot learn it."""
+    folder = Path("data") / name
+    meta = read_meta(folder)
+    own = folder / "input.txt"
+    if own.exists() and "made_from" in meta and meta["source"] != str(own):
+        note(
+            f"{folder} was prepared from {meta['source']}, not from {own}; to prepare that:"
+            f" python prepare_data.py {name} --overwrite=True"
+        )
+    with_encoder = hasattr(model_class(model_config.model), "encode")
+    _, learns = MODELS[model_config.model]
+    if meta["task"] not in learns:
+        raise UserError(
+            f"dataset={name} is for {meta['task']}, but model={model_config.model} is for {' and '.join(learns)}"
+        )
+    dataset = DATASETS.get(name) or dataset_class(meta["task"])
+    return dataset(folder, model_config.block_size, seed, with_encoder, meta)
+
+
+def dataset_class(task: str) -> type[Dataset]:
+    """Return the class that reads the data of a task and makes its batches."""
+    if task == "translation":
+        from humptygpt.data.pair_dataset import PairDataset
+
+        return PairDataset
+    if task == "chat":
+        from humptygpt.data.chat_dataset import ChatDataset
+
+        return ChatDataset
+    return TokenDataset

@@ -1,0 +1,70 @@
+"""The settings of prepare_data.py."""
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from humptygpt.cli import check_above_0, check_least
+from humptygpt.data.dataset import DATASETS
+from humptygpt.sources import repository
+from humptygpt.tokenizers.basic import TOKENIZERS
+
+CHOICES = ("auto", *TOKENIZERS)  # values of --tokenizer besides paths and names of models
+# {key: the tokenizers that use it}
+OPTIONS = {"vocab_size": ("sentencepiece", "bpe"), "split_digits": ("bpe",)}
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    # data
+    name: str | None = None  # name of the folder in data/; the --name= prefix is optional
+    input: str | None = None  # file, folder, pattern, or - for stdin
+    text_key: str | None = None  # key of the text, or of a question and its answer: q,a
+    lines: bool | None = None  # each line of a text file is a document; None: off
+    val_fraction: float | None = None  # validation fraction; None: 0.1, or 0.02 for pairs
+    val_input: str | None = None  # validation text of its own; None: a part of input
+    files: int | None = None  # maximum number of files
+    # sentence pairs; all but source and target also apply to a .tsv input
+    source: str | None = None  # file with one sentence per line
+    target: str | None = None  # file with their translations, aligned line by line
+    test_fraction: float | None = None  # test fraction; None: same as val_fraction
+    max_pair_tokens: int | None = None  # drop pairs with a side longer than this; None: 128
+    max_pair_ratio: float | None = None  # drop pairs with a higher length ratio; None: 3
+    held_out: str | None = None  # file of pairs or source lines to exclude from training
+    # tokens
+    tokenizer: str = "auto"  # auto: chosen to fit the text; or the tokenizer of a run, a model folder or owner/model
+    vocab_size: int | None = None  # at most this many tokens; None: fits the text, or 4096
+    split_digits: bool | None = None  # bpe: each digit is a token, to learn sums; None: off
+    # existing data
+    overwrite: bool = False  # replace a different dataset of the same name
+    # system
+    workers: int | None = None  # encoding threads; None: one per usable core
+
+    @classmethod
+    def choices(cls) -> dict[str, Collection[str]]:
+        return {"tokenizer": CHOICES}
+
+    def validate(self) -> None:
+        check_least(self, 1, "files", "max_pair_ratio", "workers")
+        check_least(self, 2, "max_pair_tokens")
+        check_least(self, 257, "vocab_size")  # 256 bytes and end-of-text
+        check_least(self, 0, "val_fraction", "test_fraction", below=1)
+        check_above_0(self, "val_fraction")
+        name, tokenizer = self.name, self.tokenizer
+        if not (tokenizer in CHOICES or os.path.exists(tokenizer) or repository(tokenizer)):
+            raise ValueError(
+                f"tokenizer={tokenizer} is not one of: {', '.join(CHOICES)}, a folder or file with a tokenizer,"
+                " or owner/model on the Hugging Face Hub"
+            )
+        if name is None:
+            raise ValueError("the data set has no name; add one, such as --name=mine")
+        if name in DATASETS:
+            raise ValueError(f"name={name} is generated data, which needs no preparing")
+        if name == ".." or Path(name).name != name:
+            raise ValueError(f"name={name!r} must be the name of a folder in data/")
+        if (self.source is None) != (self.target is None) or (self.source and self.input):
+            raise ValueError(
+                "source and target must be given together, without input: two line-aligned files, as in"
+                " --source=a.de --target=a.en"
+            )

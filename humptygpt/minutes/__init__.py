@@ -1,1 +1,0 @@
-"""--minutes: a model and a schedule for a text and a time limit. Also ensembles."""

@@ -1,1 +1,0 @@
-"""Convert documents to token files, and fetch the built-in data sets."""

@@ -1,0 +1,287 @@
+"""OpenAI's API for one model: what a request may say, and the objects that answer it.
+
+Source: OpenAI's API reference for /v1/models, /v1/chat/completions and /v1/completions.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from humptygpt.cli import UserError
+from humptygpt.files import check_schema, parse_json
+from humptygpt.generation.chat import keep_newest
+from humptygpt.generation.generator import Pipeline
+from humptygpt.generation.sampling import (
+    Context,
+    Piece,
+    TextStream,
+    check_sampling,
+    encode_prompt,
+    stream_texts,
+    with_likeliest,
+)
+from humptygpt.tokenizers.chat import CONTENT, ROLES, make_turn
+
+CHAT, CHUNK = "chat.completion", "chat.completion.chunk"
+TEXT = "text_completion"
+ECHOED = 128  # tokens of a prompt whose logits are computed at once
+MOST_TOKENS = 4096  # tokens of an answer; a request for more gets this many
+COMMON = {
+    "stream?": bool,
+    "stream_options?": {"include_usage?": bool},
+    "max_tokens?": range(2**53),
+    "stop?": (str, [str]),
+    "temperature?": float,
+    "top_p?": float,
+    "top_k?": int,
+    "min_p?": float,
+    "repetition_penalty?": float,
+    "seed?": int,
+    "n?": range(1, 17),
+}
+ROLE = {*ROLES, "developer", "tool", "function"}
+CHAT_SCHEMA = COMMON | {
+    "messages": [{"role": ROLE, "content?": CONTENT}],  # a call of a tool has no content
+    "logprobs?": bool,
+    "top_logprobs?": range(21),
+    "max_completion_tokens?": range(2**53),  # the new name of max_tokens
+    "reply_tokens?": list,  # our own: ids of the tokens with which the reply begins
+}
+# keys that would change the answer and are not supported, and their values that ask for nothing, besides 0 and what is
+# empty. All other unknown keys are ignored, as most servers do.
+UNSUPPORTED = "response_format tool_choice function_call modalities logit_bias suffix"
+UNSUPPORTED += " frequency_penalty presence_penalty"
+NEUTRAL = ("auto", "none", ["text"], {"type": "text"})
+TEXT_SCHEMA = COMMON | {
+    "prompt": (str, list),
+    "echo?": bool,
+    "logprobs?": range(21),
+    "best_of?": range(1, 2),
+}
+SAMPLING = "temperature top_p top_k min_p repetition_penalty"
+DEFAULTS = dict.fromkeys(SAMPLING.split()) | {
+    "stream": False,
+    "stop": (),
+    "temperature": 1,
+    "repetition_penalty": 1.0,
+    "echo": False,
+    "logprobs": None,
+    "n": 1,
+}
+
+
+class TooLong(UserError):
+    """A prompt that leaves no room for an answer."""
+
+    code = "context_length_exceeded"  # from this, clients know what happened
+
+
+class Api:
+    """Answers requests with one model. name: the model's id in answers.
+
+    forgets: leave out the oldest turns of a conversation that is too long, instead of raising TooLong.
+
+    chat() and complete() take a request as JSON and yield the answer in parts: events if the request says "stream";
+    otherwise a space for each token, which JSON ignores, and then the whole answer. So the server notices a client that
+    has left. If the request is not valid, the call or the first step raises UserError or ValueError.
+    """
+
+    def __init__(self, loaded: Pipeline, name: str, forgets: bool = False):
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.device = loaded.device
+        self.questions = loaded.questions
+        self.block_size = loaded.model.config.block_size
+        self.is_chat = loaded.task == "chat"
+        self.name = name
+        self.forgets = forgets
+        self.started = int(time.time())
+
+    def model_entry(self) -> dict:
+        """Describe the model, as in a list of models."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "humptygpt",
+            # the rest is for our page
+            "is_chat": self.is_chat,
+            "context": self.block_size,
+            "alphabet": self.tokenizer.alphabet,
+            "questions": self.questions,
+            "eot": self.tokenizer.eot,
+        }
+
+    def chat(self, body: bytes) -> Iterator[str]:
+        request = read(body, CHAT_SCHEMA)
+        if not self.is_chat:
+            raise UserError(f"{self.name} is not a chat model; use /v1/completions")
+        turns = [make_turn(x["role"], x.get("content")) for x in request["messages"]]
+        if not turns:
+            raise UserError("messages is empty, so there is nothing to answer")
+        begun = request.get("reply_tokens", [])
+        limit = request.get("max_completion_tokens", request.get("max_tokens", MOST_TOKENS))
+        # up to half of the context is for the reply
+        most = self.block_size - len(begun) - min(limit, self.block_size // 2)
+        most = most if self.forgets else math.inf
+        prompt = keep_newest(turns, self.tokenizer, most)[1] + begun
+        # a longer reply would no longer see what it answers
+        limit = min(limit, self.block_size - len(prompt))
+        request |= {
+            "max_tokens": limit,
+            # as in a request for a text: how many of the likeliest tokens to list
+            "logprobs": request.get("top_logprobs", 0) if request["logprobs"] else None,
+            "echo": False,
+        }
+        return self.answer(request, prompt, CHAT)
+
+    def complete(self, body: bytes) -> Iterator[str]:
+        request = {"max_tokens": 16} | read(body, TEXT_SCHEMA)
+        prompt = request["prompt"]
+        if isinstance(prompt, list) and isinstance(next(iter(prompt), 0), str | list):
+            prompt, *more = prompt
+            if more:
+                raise UserError("there are several prompts; send a request for each")
+        prompt = prompt or "\n"  # an empty one is continued like a line break
+        if isinstance(prompt, str):
+            prompt = encode_prompt(prompt, self.tokenizer)
+        return self.answer(request, prompt, TEXT)
+
+    def answer(self, request: dict, prompt: list[int], kind: str) -> Iterator[str]:
+        """Yield the answer in parts. prompt: token ids, which are checked here. kind: CHAT or TEXT."""
+        check_schema(prompt, [range(self.tokenizer.vocab_size)], "prompt")
+        if len(prompt) >= self.block_size:
+            raise TooLong(
+                f"the prompt takes {len(prompt):,} tokens, and the model's context has {self.block_size:,}, of which"
+                " the answer needs at least one; shorten it"
+            )
+        streams, likeliest = request["stream"], request["logprobs"]
+        if streams and kind == CHAT:
+            kind = CHUNK
+        frame = {
+            "id": str(time.time_ns()),
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.name,
+        }
+        choices, written = [], 0
+        for index in range(request["n"]):
+            text, tokens = "", []  # not sent yet
+            for number, piece in enumerate(self.write(prompt, request, index)):
+                text += piece.text
+                if likeliest is not None and not piece.end:
+                    tokens.append(self.describe(piece, likeliest))
+                if streams:
+                    part = choice(kind, index, text, tokens, piece.end, number == 0)
+                    yield event(frame | {"choices": [part]})
+                    text, tokens = "", []
+                else:
+                    yield " "
+            choices.append(choice(kind, index, text, tokens, piece.end, True))
+            written += number - len(prompt) * request["echo"]
+        usage = {
+            "prompt_tokens": len(prompt),
+            "completion_tokens": written,
+            "total_tokens": len(prompt) + written,
+        }
+        if not streams:
+            yield json.dumps(frame | {"choices": choices, "usage": usage})
+            return
+        if request.get("stream_options", {}).get("include_usage"):
+            yield event(frame | {"choices": [], "usage": usage})
+        yield "data: [DONE]\n\n"
+
+    @torch.inference_mode()
+    def write(self, prompt: list[int], request: dict, index: int) -> Iterator[Piece]:
+        """Continue a prompt. With "echo", the pieces begin with the prompt's own tokens. index: seeds the sample."""
+        tokenizer = self.tokenizer
+        if request["echo"]:
+            decode = TextStream(tokenizer).decoder.decode
+            for token, row in zip(prompt, self.logits(prompt), strict=False):
+                yield Piece(0, decode(tokenizer.pieces[token]), token, row)
+        yield from stream_texts(
+            Context(self.model, [prompt], device=self.device),
+            tokenizer,
+            [index],
+            request["stop"],
+            max_new_tokens=min(request["max_tokens"], MOST_TOKENS),
+            seed=request["seed"] % 2**63,
+            **{key: request[key] for key in SAMPLING.split()},
+        )
+
+    def logits(self, prompt: list[int]) -> Iterator[Tensor | None]:
+        """Yield the logits, (V,), that predict each token of a prompt; None for the first, which follows nothing."""
+        yield None
+        cache = {"cache": self.model.make_cache()} if self.model.has_cache else {}
+        at_once = ECHOED if cache else len(prompt)
+        for idx in torch.tensor([prompt], device=self.device).split(at_once, dim=1):
+            logits, *_ = self.model(idx, **cache)
+            yield from logits[0, :, : self.tokenizer.vocab_size].float()
+
+    def describe(self, piece: Piece, likeliest: int) -> dict:
+        """Return a token's entry in a chat's logprobs. likeliest: how many others to list."""
+        found = [(piece.token, None)]
+        if piece.logits is not None:
+            found = with_likeliest(piece, likeliest)
+        pieces = self.tokenizer.pieces
+        entry, *others = [
+            {
+                # OpenAI, too, writes \xe2\x80 for the bytes of an incomplete character
+                "token": pieces[i].decode("utf-8", "backslashreplace"),
+                "logprob": logprob,
+                "bytes": list(pieces[i]),
+                "id": i,  # our own
+            }
+            for i, logprob in found
+        ]
+        return entry | {"top_logprobs": others}
+
+
+def read(body: bytes, schema: dict) -> dict:
+    """Parse and check a request, and add the defaults. A null is the same as no entry."""
+    request = {
+        key: value for key, value in parse_json(body, {}).items() if value is not None
+    }
+    check_schema(request, schema)
+    for key in UNSUPPORTED.split():
+        value = request.get(key)
+        if value and value not in NEUTRAL:
+            raise UserError(f"{key} is not supported")
+    request = DEFAULTS | {"seed": time.time_ns()} | request
+    check_sampling(SimpleNamespace(**request))
+    if isinstance(request["stop"], str):
+        request["stop"] = [request["stop"]]
+    if "" in request["stop"]:  # every text begins with it
+        raise UserError("stop must not be empty")
+    return request
+
+
+def event(content: dict) -> str:
+    """Format a part of a streamed answer."""
+    return f"data: {json.dumps(content)}\n\n"
+
+
+def choice(
+    kind: str, index: int, text: str, tokens: list[dict], end: str | None, is_first: bool
+) -> dict:
+    """Return an entry of "choices". tokens: entries of a chat's logprobs. end: why the text ends: stop or length."""
+    logprobs = {"content": tokens} if tokens else None
+    found = {"index": index, "finish_reason": end, "logprobs": logprobs}
+    if kind != TEXT:
+        message = {"role": "assistant"} if is_first else {}
+        message["content"] = text
+        return found | {"message" if kind == CHAT else "delta": message}
+    if tokens:
+        logprobs |= {
+            "tokens": [token["token"] for token in tokens],
+            "token_logprobs": [token["logprob"] for token in tokens],
+            "top_logprobs": [
+                {each["token"]: each["logprob"] for each in token["top_logprobs"]}
+                for token in tokens
+            ],
+        }
+    return found | {"text": text}

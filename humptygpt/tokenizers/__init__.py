@@ -1,0 +1,1 @@
+"""Text <-> tokens: every tokenizer, and the turns of conversations."""

@@ -1,0 +1,1 @@
+"""A run: its settings, its processes, its steps, its evaluations and its folder."""

@@ -1,1 +1,0 @@
-"""Translation: sentence pairs, the encoder-decoder model, beam search and scores."""

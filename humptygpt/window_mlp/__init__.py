@@ -1,1 +1,0 @@
-"""The first networks of the article linked in README.md: feed-forward, without attention."""
