@@ -1,8 +1,14 @@
 """Tokenizers as meta.json and checkpoints describe them."""
 
-from humptygpt.cli import UserError
+import pkgutil
+
 from humptygpt.files import refuse_damaged
 from humptygpt.tokenizers.basic import TOKENIZERS, Tokenizer
+
+OTHERS = {  # {name: "module:class"}; a module is imported when a description names its class
+    "chat": "humptygpt.tokenizers.chat:ChatTokenizer",
+    "tokenizer.json": "humptygpt.tokenizers.pretrained:PretrainedTokenizer",
+}
 
 
 def from_state(state: dict) -> Tokenizer:
@@ -10,15 +16,7 @@ def from_state(state: dict) -> Tokenizer:
     with refuse_damaged("the description of the tokenizer"):
         entries = dict(state)
         name = entries.pop("tokenizer")
-        if name in TOKENIZERS:
-            return TOKENIZERS[name].from_state(**entries)
-        if name == "chat":
-            from humptygpt.tokenizers.chat import ChatTokenizer
-
-            base = from_state(entries.pop("base"))
-            return ChatTokenizer(base, **entries)
-        if name == "tokenizer.json":
-            from humptygpt.tokenizers.pretrained import PretrainedTokenizer
-
-            return PretrainedTokenizer.from_state(**entries)
-        raise UserError(f"tokenizer {name!r} is not one of: {', '.join(TOKENIZERS)}")
+        if "base" in entries:  # the tokenizer of the text in conversations
+            entries["base"] = from_state(entries["base"])
+        cls = TOKENIZERS.get(name) or pkgutil.resolve_name(OTHERS[name])
+        return cls.from_state(**entries)
