@@ -1,5 +1,6 @@
 """Open data/<name> for a model, and prepare it first if it is missing."""
 
+import pkgutil
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from humptygpt import cli
 from humptygpt.cli import UserError, as_user_error, is_removed, note
-from humptygpt.data.dataset import COMMAND, DATASETS, Dataset, TokenDataset, read_meta
+from humptygpt.data.dataset import COMMAND, DATASETS, Dataset, read_meta
 from humptygpt.machine import launched
 from humptygpt.model import ModelConfig
 from humptygpt.models.build import MODELS, model_class
@@ -15,6 +16,12 @@ from humptygpt.tokenizers.basic import Tokenizer
 
 if TYPE_CHECKING:  # a run's settings, of which some are for data
     from humptygpt.training.settings import TrainConfig
+
+CLASSES = {  # {task: the class that reads its data and makes batches}
+    "language modelling": "humptygpt.data.dataset:TokenDataset",
+    "translation": "humptygpt.data.pair_dataset:PairDataset",
+    "chat": "humptygpt.data.chat_dataset:ChatDataset",
+}
 
 
 def prepare_missing(
@@ -52,7 +59,7 @@ def input_keys(config: "TrainConfig", folder: Path) -> dict[str, object]:
     For a new folder, fine-tuning uses the base model's tokenizer by default.
     Raises UserError if the folder was made from a different input.
     """
-    from humptygpt.data.prepare import PrepareConfig
+    from humptygpt.data.settings import PrepareConfig
 
     keys = {"input": config.input}
     if config.init_from != "scratch":
@@ -90,18 +97,5 @@ def open_data(name: str, model_config: ModelConfig, seed: int) -> Dataset:
         raise UserError(
             f"dataset={name} is for {meta['task']}, but model={model_config.model} is for {' and '.join(learns)}"
         )
-    dataset = DATASETS.get(name) or dataset_class(meta["task"])
+    dataset = DATASETS.get(name) or pkgutil.resolve_name(CLASSES[meta["task"]])
     return dataset(folder, model_config.block_size, seed, with_encoder, meta)
-
-
-def dataset_class(task: str) -> type[Dataset]:
-    """Return the class that reads the data of a task and makes its batches."""
-    if task == "translation":
-        from humptygpt.data.pair_dataset import PairDataset
-
-        return PairDataset
-    if task == "chat":
-        from humptygpt.data.chat_dataset import ChatDataset
-
-        return ChatDataset
-    return TokenDataset
