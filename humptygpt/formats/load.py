@@ -14,7 +14,6 @@ from humptygpt import sources
 from humptygpt.cli import UserError, restore
 from humptygpt.files import refuse_damaged
 from humptygpt.formats import checkpoint
-from humptygpt.formats.checkpoint import note_edits
 from humptygpt.model import ModelConfig
 from humptygpt.models.build import build_on_meta, is_finite, restore_model
 from humptygpt.tokenizers.basic import GPT2Tokenizer, Tokenizer, gpt2_pieces
@@ -66,7 +65,7 @@ def from_run(path: Path, saved: object) -> Loaded:
         from humptygpt.models.lora import merged_state
 
         model = restore_model(build_on_meta(model.config), merged_state(model))
-    note_edits(path.parent)
+    checkpoint.note_edits(path.parent)
     with refuse_damaged(path):
         steps, loss = saved["progress"]["iter"], saved["progress"]["best_val_loss"]
         best = f"best val loss {loss:.4f}" if loss < math.inf else "not evaluated yet"
