@@ -9,7 +9,6 @@ pairs, [(split, paths)]. description: of the input, for meta.json.
 """
 
 import importlib.util
-from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
@@ -36,16 +35,6 @@ def data_set(name: str) -> ModuleType | None:
 def names() -> list[str]:
     """Return the names of all built-in data sets."""
     return sorted({path.stem for folder in FOLDERS for path in folder.glob("*.py")})
-
-
-def settings(module: ModuleType) -> dict[str, object]:
-    """Return the keys of PrepareConfig that a data set sets."""
-    keys = {field.name for field in fields(PrepareConfig)}
-    return {
-        key: value
-        for key, value in vars(module).items()
-        if key in keys and isinstance(value, str | float | int)
-    }
 
 
 def keep(name: str, text: str) -> Path:

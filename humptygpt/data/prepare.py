@@ -119,7 +119,7 @@ def command_text(config: PrepareConfig) -> str:
 def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
     """Find the documents, pairs or conversations that the config names. folder: the data set's, in data/."""
     source = built_in(config)
-    preset = with_defaults(config, builtin.settings(source)) if source else config
+    preset = with_defaults(config, vars(source)) if source else config
     if config.val_input is not None:
         preset = replace(preset, val_fraction=0.0)
     files, name = find_input(preset, folder)
@@ -204,9 +204,9 @@ def copied(stream: BinaryIO, folder: Path) -> Path:
 
 
 def with_defaults(config: PrepareConfig, defaults: dict) -> PrepareConfig:
-    """Fill in the keys that the config leaves unset."""
-    unset = [key for key in defaults if getattr(config, key) in (None, "auto")]
-    return replace(config, **{key: defaults[key] for key in unset})
+    """Fill in the keys that the config leaves unset. Other names among the defaults are ignored."""
+    unset = [key for key, value in vars(config).items() if value in (None, "auto")]
+    return replace(config, **{key: defaults[key] for key in unset if key in defaults})
 
 
 def resolve(
