@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from humptygpt.cli import UserError
-from humptygpt.data.corpus import Corpus, draw, read_all
+from humptygpt.data.corpus import Corpus, Encoded, draw, read_all
 from humptygpt.data.documents import (
     LEFT_OUT,
     READERS,
     Flaws,
-    Record,
     file_suffix,
     read_records,
 )
@@ -127,7 +126,7 @@ class Conversations(Corpus):
 
     def encode(
         self, tokenizer: ChatTokenizer, split: str, conversations: list[Conversation]
-    ) -> tuple[list[np.ndarray], Counter]:
+    ) -> Encoded:
         ids = []
         counted = Counter()
         header = len(tokenizer.encode("assistant\n"))
@@ -175,13 +174,12 @@ def is_conversations(path: Path, text_key: str | None) -> bool:
     return False
 
 
-def find_form(record: Record, forms: Iterable[tuple]) -> tuple:
+def find_form(record: dict, forms: Iterable[tuple]) -> tuple:
     """Return the first form of which a record has the first two keys, or (). forms: as FORMS."""
-    keys = record.keys() if isinstance(record, dict) else set()
-    return next((form for form in forms if keys >= {*form[:2]}), ())
+    return next((form for form in forms if record.keys() >= {*form[:2]}), ())
 
 
-def parse(record: Record, columns: list[str]) -> Conversation:
+def parse(record: dict, columns: list[str]) -> Conversation:
     """Read a record. columns: keys of a question and its answer, or []. Raises ValueError if it is not valid."""
     forms = [columns] if columns else FORMS
     form = find_form(record, forms)

@@ -26,6 +26,7 @@ from humptygpt.tokenizers.basic import Tokenizer
 UNIT = 1 << 19  # characters that a thread encodes at once
 # the first HASHED characters of a document determine its split; must be less than PIECE
 HASHED = 4096
+Encoded = tuple[list[np.ndarray], Counter]  # arrays of token ids, and what meta.json counts
 # Do not start tqdm's monitor thread: if memory is too short to start it, tqdm waits for it forever.
 tqdm.monitor_interval = 0
 
@@ -35,9 +36,9 @@ class Corpus:
 
     Each also has these methods:
         read(number)                        read the items of self.files[number]; yields (split, item)
-        draw(item)                          draw a number in [0, 1) that decides its split, for split_of()
         encode(tokenizer, split, items)     encode items of one split; returns arrays of token ids, and their counts
     An item is a tuple that has `texts`.
+    parts: the corpus itself, and that of val_input, if it is given.
     """
 
     task: str
@@ -46,7 +47,6 @@ class Corpus:
     separated = True  # each item ends with the end-of-text token
     missing: str  # what an input without items lacks
     text_size: int | None = None  # bytes of UTF-8; set by survey()
-    validation: "tuple[Corpus, ...]" = ()  # the corpus of val_input, if that is given
     defaults: ClassVar = {  # of keys that the user leaves unset
         "val_fraction": 0.1,
         "text_key": "text",
@@ -59,9 +59,14 @@ class Corpus:
         self.files = self.paths = files
         self.source = source
         self.skipped = skipped
+        self.parts = (self,)
         self.flaws = Flaws()  # of what was read last
         # {split: the largest draw of its items}; train has the rest
         self.limits = {"val": config.val_fraction}
+
+    def draw(self, item: NamedTuple) -> float:
+        """Draw a number in [0, 1) that decides the split, by the first text: equal ones are in the same split."""
+        return draw(item.texts[0])
 
     def split_of(self, item: NamedTuple) -> str:
         drawn = self.draw(item)
@@ -177,7 +182,7 @@ class Documents(Corpus):
             self.files[number], config.text_key, self.flaws, config.lines
         ):
             if piece.first:
-                split = "val" if draw(piece.text) <= config.val_fraction else "train"
+                split = self.split_of(piece)
             if self.cuts is None:
                 yield split, piece
                 continue
@@ -188,9 +193,7 @@ class Documents(Corpus):
             if rest.text:
                 yield "val", rest
 
-    def encode(
-        self, tokenizer: Tokenizer, split: str, pieces: list[Piece]
-    ) -> tuple[list[np.ndarray], Counter]:
+    def encode(self, tokenizer: Tokenizer, split: str, pieces: list[Piece]) -> Encoded:
         ids = []
         counted = Counter()
         for piece in pieces:
@@ -231,8 +234,9 @@ def units(corpus: Corpus) -> Iterator[tuple[str, list[NamedTuple]]]:
     """Group the items of each split into units of about UNIT characters. Yields (split, items)."""
     items = defaultdict(list)
     lengths = Counter()
-    corpora = (corpus, *corpus.validation)
-    for split, item in chain.from_iterable(read_all(each, "encoding") for each in corpora):
+    for split, item in chain.from_iterable(
+        read_all(each, "encoding") for each in corpus.parts
+    ):
         items[split].append(item)
         lengths[split] += sum(map(len, item.texts))
         if lengths[split] >= UNIT:

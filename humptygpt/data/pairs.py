@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from humptygpt.cli import UserError
-from humptygpt.data.corpus import Corpus, draw, normalised
+from humptygpt.data.corpus import Corpus, Encoded, normalised
 from humptygpt.data.documents import LEFT_OUT, Flaws, read_text
 from humptygpt.data.settings import PrepareConfig
 from humptygpt.tokenizers.basic import Tokenizer
@@ -103,13 +103,7 @@ class Pairs(Corpus):
                 pair = Pair("", "", "held_out")
             yield given or self.split_of(pair), pair
 
-    def draw(self, pair: Pair) -> float:
-        """Draw by the source, so that the same source is never in two splits."""
-        return draw(pair.source)
-
-    def encode(
-        self, tokenizer: Tokenizer, split: str, pairs: list[Pair]
-    ) -> tuple[list[np.ndarray], Counter]:
+    def encode(self, tokenizer: Tokenizer, split: str, pairs: list[Pair]) -> Encoded:
         """Encode pairs of one split. Returns arrays of token ids, and the counts for meta.json.
 
         Unless its split is given, a pair is dropped if one side, including end-of-text, is longer than
@@ -117,7 +111,7 @@ class Pairs(Corpus):
         """
         ids = []
         counted = Counter()
-        cleans = split == "train" or not (self.given or self.validation)
+        cleans = split == "train" or not (self.given or self.config.val_input)
         for pair in pairs:
             source, target = (
                 np.append(tokenizer.encode(text), tokenizer.eot) for text in pair.texts

@@ -76,7 +76,7 @@ def prepare(config: PrepareConfig, open_tokenizer: Callable[[str], Tokenizer]) -
                     f"{folder} already has this text with these settings; it is left unchanged"
                 )
             else:
-                for each in (corpus, *corpus.validation):
+                for each in corpus.parts:
                     each.survey()
                 tokenizer = corpus.wrap(loaded or make_tokenizer(corpus))
                 meta = encode(corpus, tokenizer, preparing)
@@ -84,7 +84,7 @@ def prepare(config: PrepareConfig, open_tokenizer: Callable[[str], Tokenizer]) -
                 write_text(preparing / COMMAND, f"{command}\n")
                 write_text(preparing / "meta.json", json.dumps(meta, indent=1))
                 install(preparing, folder)
-                for each in (corpus, *corpus.validation):
+                for each in corpus.parts:
                     if each.flaws:
                         note(str(each.flaws))
     print(summary(folder, corpus, meta))
@@ -159,7 +159,7 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
             raise UserError(
                 f"val_input={config.val_input} must be for {corpus.task}, as the input is, and no part of it"
             )
-        corpus.validation = (val,)
+        corpus.parts = (corpus, val)
     return corpus
 
 
@@ -280,7 +280,7 @@ def is_whole(folder: Path, splits: Iterable[str], meta: dict) -> bool:
 def data_id(corpus: Corpus, command: str, loaded: Tokenizer | None) -> str:
     """Hash what determines the data: the command, the files (path, size and modification time), a loaded tokenizer."""
     made_from = [command]
-    for path in chain(corpus.paths, *(each.paths for each in corpus.validation)):
+    for path in chain.from_iterable(each.paths for each in corpus.parts):
         with read_errors(path):
             status = path.stat()
         made_from.append([path.as_posix(), status.st_mtime_ns, status.st_size])
