@@ -10,14 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    TINY_RUN,
-    assert_same_weights,
-    make_text,
-    prepare_tiny,
-    read_rows,
-)
+from conftest import ROOT, TINY_RUN, assert_same_weights, make_text, prepare_tiny, read_rows
 from humptygpt.model import ModelConfig
 from torch import nn
 

@@ -14,14 +14,7 @@ import torch
 from conftest import assert_same_weights
 from gguf import GGUFReader, TokenType
 from test_chat import TURNS, chat, write_chats
-from test_export import (
-    LLAMA,
-    ROTARY,
-    llama_cpp_server,
-    loaded,
-    open_folder,
-    transformers,
-)
+from test_export import LLAMA, ROTARY, llama_cpp_server, loaded, open_folder, transformers
 from test_tokenizer import SEPARATED
 
 import export

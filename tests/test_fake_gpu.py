@@ -132,9 +132,7 @@ class FakeGPU:
 
     def __init__(self):
         from torch._subclasses.fake_tensor import FakeTensorMode
-        from torch.utils.backend_registration import (
-            _setup_privateuseone_for_python_backend,
-        )
+        from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
         if not hasattr(torch, "fgpu"):
             _setup_privateuseone_for_python_backend("fgpu")

@@ -10,12 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    TINY_RUN,
-    WITHOUT_SAMPLE,
-    read_rows,
-    started_processes,
-)
+from conftest import TINY_RUN, WITHOUT_SAMPLE, read_rows, started_processes
 from humptygpt.model import ACTIVATIONS, BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig
 
 import prepare_data

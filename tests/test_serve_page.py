@@ -7,14 +7,7 @@ import re
 
 import pytest
 import torch
-from test_serve import (
-    REPLY,
-    Reciter,
-    close_gate,
-    open_gate,
-    recite,
-    serving,
-)
+from test_serve import REPLY, Reciter, close_gate, open_gate, recite, serving
 
 import sample
 from humptygpt.tokenizers.basic import ByteTokenizer, CharTokenizer

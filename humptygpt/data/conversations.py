@@ -15,13 +15,7 @@ import numpy as np
 
 from humptygpt.cli import UserError
 from humptygpt.data.corpus import Corpus, Encoded, draw, read_all
-from humptygpt.data.documents import (
-    LEFT_OUT,
-    READERS,
-    Flaws,
-    file_suffix,
-    read_records,
-)
+from humptygpt.data.documents import LEFT_OUT, READERS, Flaws, file_suffix, read_records
 from humptygpt.files import check_schema
 from humptygpt.tokenizers.basic import Tokenizer
 from humptygpt.tokenizers.chat import (

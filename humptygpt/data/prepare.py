@@ -32,14 +32,7 @@ from humptygpt.data.encoding import encode
 from humptygpt.data.pairs import PairFiles, Pairs
 from humptygpt.data.settings import CHOICES, OPTIONS, PrepareConfig
 from humptygpt.data.vocabulary import make_tokenizer
-from humptygpt.files import (
-    locked,
-    move,
-    refuse_unwritable,
-    remove,
-    write_text,
-    write_whole,
-)
+from humptygpt.files import locked, move, refuse_unwritable, remove, write_text, write_whole
 from humptygpt.tokenizers.basic import Tokenizer
 from humptygpt.tokenizers.saved import from_state
 

@@ -10,25 +10,12 @@ import torch
 from torch import nn
 
 from humptygpt import machine
-from humptygpt.cli import (
-    UserError,
-    first_line,
-    note,
-)
+from humptygpt.cli import UserError, first_line, note
 from humptygpt.data.dataset import Dataset
-from humptygpt.device import (
-    DTYPES,
-    THREADS,
-    pick_device,
-    tune_malloc,
-)
+from humptygpt.device import DTYPES, THREADS, pick_device, tune_malloc
 from humptygpt.machine import launched, usable_cores
 from humptygpt.model import ModelConfig, Stack, count_parameters
-from humptygpt.models.build import (
-    build,
-    build_on_meta,
-    restore_model,
-)
+from humptygpt.models.build import build, build_on_meta, restore_model
 from humptygpt.models.checks import forking_problem
 from humptygpt.tokenizers.basic import Tokenizer
 from humptygpt.training import evaluation
@@ -37,10 +24,7 @@ from humptygpt.training.forked import ForkedRanks
 from humptygpt.training.optimizers import freeze, make_optimizer
 from humptygpt.training.ranks import Ranks
 from humptygpt.training.run import Clock, Run
-from humptygpt.training.settings import (
-    TrainConfig,
-    choose_dtypes,
-)
+from humptygpt.training.settings import TrainConfig, choose_dtypes
 from humptygpt.training.start import Start
 from humptygpt.training.step import weighted_losses
 
