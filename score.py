@@ -113,8 +113,10 @@ def print_recited(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
     from humptygpt.scoring.recites import describe, training_data
 
     for name, source in sources.items():
-        dataset = training_data(source)
-        print(f"{name}: {describe(load(config, source).model, dataset)}")
+        loaded = load(config, source)
+        if not loaded.saved:
+            raise UserError(f"{source} is no run, so its training text is unknown")
+        print(f"{name}: {describe(loaded.model, training_data(loaded.saved))}")
 
 
 def print_tests(config: ScoreConfig, sources: dict[str, str | Path]) -> None:

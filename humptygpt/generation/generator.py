@@ -49,6 +49,7 @@ class Pipeline(NamedTuple):
     task: str
     device: torch.device
     questions: tuple | list = ()  # as in Loaded
+    saved: dict | None = None  # as in Loaded
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class PipelineConfig(ModelSource):
         loaded = load(source, self.checkpoint)
         print(loaded.description, file=sys.stderr)
         model = make_generator(loaded.model, dtype, device)
-        return Pipeline(model, loaded.tokenizer, loaded.task, device, loaded.questions)
+        tokenizer, task, questions = loaded.tokenizer, loaded.task, loaded.questions
+        return Pipeline(model, tokenizer, task, device, questions, loaded.saved)
 
 
 def chosen_source(config: ModelSource, given: dict) -> str | Path:

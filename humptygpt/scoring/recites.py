@@ -1,16 +1,16 @@
 """Find out how much of what a model writes stands word for word in its training text."""
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from torch import nn
 
+from humptygpt import cli
 from humptygpt.data.dataset import Dataset, TokenDataset
 from humptygpt.data.open import open_data
-from humptygpt.formats.load import find_source
 from humptygpt.models.build import make_model_config
 from humptygpt.training.evaluation import find_task
-from humptygpt.training.resume import check_same_data, read_run
+from humptygpt.training.resume import check_same_data
+from humptygpt.training.settings import TrainConfig
 
 PIECE = 50  # characters
 
@@ -57,12 +57,10 @@ def pieces(text: str) -> Iterator[str]:
     return (text[i : i + PIECE] for i in range(len(text) - PIECE + 1))
 
 
-def training_data(path: str | Path) -> Dataset:
-    """Open the data that the run of a checkpoint was trained on. Raises UserError if it is not there any more."""
-    saved = read_run(find_source(path))
-    config = saved["train_config"]
-    dataset = open_data(
-        config.dataset, make_model_config(saved["model_config"]), config.seed
-    )
+def training_data(saved: dict) -> Dataset:
+    """Open the data that a checkpoint was trained on. Raises UserError if it is not there any more."""
+    config = cli.restore(TrainConfig, saved["train_config"])
+    model_config = make_model_config(saved["model_config"])
+    dataset = open_data(config.dataset, model_config, config.seed)
     check_same_data(saved, dataset, config.out_dir)
     return dataset
