@@ -174,12 +174,10 @@ def replace_layers(
             elif type(child).forward is nn.RMSNorm.forward and device.type == "cpu":
                 # a GPU computes a norm in one kernel
                 layer = FastRMSNorm(layer)
-            # an nn.ModuleList can only hold modules
-            if isinstance(module, nn.ModuleList):
-                setattr(module, name, layer)
-            else:
+            if not isinstance(module, nn.ModuleList):  # which can only hold modules
                 delattr(module, name)
-                setattr(module, name, layer.forward)
+                layer = layer.forward
+            setattr(module, name, layer)
 
 
 class JoinedAttention(SelfAttention):
