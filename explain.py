@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from humptygpt import cli, machine
-from humptygpt.files import write_whole
+from humptygpt.files import write_bytes
 from humptygpt.page.html import fill, to_text
 from humptygpt.sources import RunSource
 
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         path = Path(config.to or checkpoint.with_name("explain.html"))
         data = page_data(checkpoint, config.start, config.snapshots)
     page = fill("page.html", to_text(data))
-    write_whole(path, lambda file: file.write(page))
+    write_bytes(path, page)
     print(f"{path}: {len(page) / 1e6:.1f} MB; open it in a browser")
 
 

@@ -280,7 +280,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 def complain(message: str) -> typing.NoReturn:
     """Print one line and exit with code 2. Rank 0 does so first, and torchrun then stops the other ranks."""
-    if int(os.environ.get("RANK", 0)):
+    if launched()[0]:
         time.sleep(PATIENCE)
     script = os.path.basename(sys.argv[0])  # noqa: PTH119, since a Path takes memory, of which there may be none
     print(f"{script}: {one_line(message)}", file=sys.stderr)

@@ -92,9 +92,8 @@ class Api:
     """
 
     def __init__(self, loaded: Pipeline, name: str, forgets: bool = False):
+        self.loaded = loaded
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
-        self.device = loaded.device
-        self.questions = loaded.questions
         self.block_size = loaded.model.config.block_size
         self.is_chat = loaded.task == "chat"
         self.name = name
@@ -112,7 +111,7 @@ class Api:
             "is_chat": self.is_chat,
             "context": self.block_size,
             "alphabet": self.tokenizer.alphabet,
-            "questions": self.questions,
+            "questions": self.loaded.questions,
             "eot": self.tokenizer.eot,
         }
 
@@ -204,7 +203,7 @@ class Api:
             for token, row in zip(prompt, self.logits(prompt), strict=False):
                 yield Piece(0, decode(tokenizer.pieces[token]), token, row)
         yield from stream_texts(
-            Context(self.model, [prompt], device=self.device),
+            Context(self.model, [prompt], device=self.loaded.device),
             tokenizer,
             [index],
             request["stop"],
@@ -218,7 +217,7 @@ class Api:
         yield None
         cache = {"cache": self.model.make_cache()} if self.model.has_cache else {}
         at_once = ECHOED if cache else len(prompt)
-        for idx in torch.tensor([prompt], device=self.device).split(at_once, dim=1):
+        for idx in torch.tensor([prompt], device=self.loaded.device).split(at_once, dim=1):
             logits, *_ = self.model(idx, **cache)
             yield from logits[0, :, : self.tokenizer.vocab_size].float()
 
