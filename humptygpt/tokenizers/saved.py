@@ -2,6 +2,7 @@
 
 import pkgutil
 
+from humptygpt.cli import UserError
 from humptygpt.files import refuse_damaged
 from humptygpt.tokenizers.basic import TOKENIZERS, Tokenizer
 
@@ -18,5 +19,8 @@ def from_state(state: dict) -> Tokenizer:
         name = entries.pop("tokenizer")
         if "base" in entries:  # the tokenizer of the text in conversations
             entries["base"] = from_state(entries["base"])
+        if name not in TOKENIZERS | OTHERS:
+            known = ", ".join(TOKENIZERS | OTHERS)
+            raise UserError(f"tokenizer {name!r} is not one of: {known}")
         cls = TOKENIZERS.get(name) or pkgutil.resolve_name(OTHERS[name])
         return cls.from_state(**entries)
