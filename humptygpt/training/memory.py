@@ -12,19 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from humptygpt import model as models
 from humptygpt.data.dataset import read_meta
 from humptygpt.device import DTYPES, free_memory, pick_device
 from humptygpt.machine import check_fits, launched
-from humptygpt.model import ModelConfig, count_parameters
+from humptygpt.model import Block, ModelConfig, count_parameters, flops_per_token
 from humptygpt.models.build import WithoutValues, build_on_meta
 from humptygpt.tokenizers.saved import from_state
-from humptygpt.training.optimizers import (
-    Optimizer,
-    freeze,
-    make_optimizer,
-    trained_parameters,
-)
+from humptygpt.training import optimizers
+from humptygpt.training.optimizers import trained_parameters
 from humptygpt.training.settings import TrainConfig, choose_dtypes
 
 FLOAT = 4  # bytes in a float32, the dtype of weights, gradients and optimizer state for any --dtype
@@ -59,7 +54,7 @@ class Memory(NamedTuple):
 def model_on_meta(config: TrainConfig, model_config: ModelConfig) -> nn.Module:
     """Build a run's model on the meta device, and freeze the parameters that config freezes."""
     model = build_on_meta(model_config, vars(config))
-    freeze(model, config.freeze)
+    optimizers.freeze(model, config.freeze)
     return model
 
 
@@ -67,10 +62,10 @@ def training_memory(config: TrainConfig, model: nn.Module, processes: int = 1) -
     """Estimate the memory that each process needs. model: from model_on_meta()."""
     weights = FLOAT * count_parameters(model)
     gradients = FLOAT * sum(p.numel() for p in trained_parameters(model).values())
-    trained = make_optimizer(config, model)
+    trained = optimizers.make_optimizer(config, model)
     # a guess: a class from elsewhere makes its state in the first step
     optimizer = 2 * gradients
-    if isinstance(trained, Optimizer):
+    if isinstance(trained, optimizers.Optimizer):
         with WithoutValues():
             trained.make_state()
         optimizer = sum(
@@ -86,7 +81,7 @@ def training_memory(config: TrainConfig, model: nn.Module, processes: int = 1) -
     blocks = [
         FLOAT * count_parameters(module)
         for module in model.modules()
-        if isinstance(module, models.Block)
+        if isinstance(module, Block)
     ]
     buffers = weights - sum(blocks) + 4 * max(blocks, default=0)
     return Memory(
@@ -111,40 +106,14 @@ def activation_bytes(config: TrainConfig, model: nn.Module, processes: int) -> f
     if config.lora_rank:
         block *= 0.7
     # frozen layers before the first trained one keep nothing
-    parts = (x for x in model.modules() if isinstance(x, nn.Embedding | models.Block))
+    parts = (x for x in model.modules() if isinstance(x, nn.Embedding | Block))
     kept = dropwhile(lambda part: not trained_parameters(part), parts)
-    blocks = sum(isinstance(part, models.Block) for part in kept)
+    blocks = sum(isinstance(part, Block) for part in kept)
     layers = blocks * block
     if config.checkpoint_activations and blocks:  # one block at a time is recomputed
         layers = block + blocks * FLOAT * C
     head = shape.n_members * 3 * FLOAT * shape.vocab_size
     return config.rows(processes) * shape.block_size * (layers + head)
-
-
-def memory_report(
-    config: TrainConfig, model_config: ModelConfig, device: torch.device, processes: int
-) -> str:
-    """Describe the parameters, FLOPs and memory of a run."""
-    model = model_on_meta(config, model_config)
-    memory = training_memory(config, model, processes)
-    micro_batches = config.gradient_accumulation_steps
-    tokens = micro_batches * config.batch_size * model_config.block_size
-    flops = models.flops_per_token(model)
-    free = free_memory(device)
-    fits = "it fits" if memory.total <= free else f"it does not fit; {ADVICE}"
-    entries = ", ".join(
-        f"{name} {size / 1e9:.3g}" for name, size in memory._asdict().items() if size
-    )
-    each = ""
-    if processes > 1:
-        each = f" per process ({processes} processes, {config.parallel.upper()})"
-    return (
-        f"model: {model_config.model}, {count_parameters(model):,} parameters, {flops:,} FLOPs per token\n"
-        f"step: {tokens:,} tokens, {micro_batches} x {config.batch_size} x {model_config.block_size},"
-        f" {flops * tokens:.3g} FLOPs\n"
-        f"memory{each}, in GB: {entries}; {memory.total / 1e9:.3g} in all,"
-        f" {free / 1e9:.3g} free on {device}: {fits}"
-    )
 
 
 def check_training_fits(
@@ -164,7 +133,7 @@ def check_training_fits(
 
 
 def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:
-    """Report the size of a run and the memory it needs, without reading the data or allocating a model."""
+    """Describe the parameters, FLOPs and memory of a run, without reading the data or allocating a model."""
     if model_config.vocab_size is None:
         meta = read_meta(Path("data") / config.dataset)
         vocab_size = from_state(meta["tokenizer"]).vocab_size
@@ -172,4 +141,23 @@ def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:
     device = pick_device(config.device)
     config = choose_dtypes(config, device)
     _, processes = launched()
-    return memory_report(config, model_config, device, processes)
+    model = model_on_meta(config, model_config)
+    memory = training_memory(config, model, processes)
+    micro_batches = config.gradient_accumulation_steps
+    tokens = micro_batches * config.batch_size * model_config.block_size
+    flops = flops_per_token(model)
+    free = free_memory(device)
+    fits = "it fits" if memory.total <= free else f"it does not fit; {ADVICE}"
+    entries = ", ".join(
+        f"{name} {size / 1e9:.3g}" for name, size in memory._asdict().items() if size
+    )
+    each = ""
+    if processes > 1:
+        each = f" per process ({processes} processes, {config.parallel.upper()})"
+    return (
+        f"model: {model_config.model}, {count_parameters(model):,} parameters, {flops:,} FLOPs per token\n"
+        f"step: {tokens:,} tokens, {micro_batches} x {config.batch_size} x {model_config.block_size},"
+        f" {flops * tokens:.3g} FLOPs\n"
+        f"memory{each}, in GB: {entries}; {memory.total / 1e9:.3g} in all,"
+        f" {free / 1e9:.3g} free on {device}: {fits}"
+    )
