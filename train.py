@@ -256,7 +256,9 @@ def finish(run: Run, folder: RunFolder) -> str:
     if run.config.minutes and run.ranks.first:
         from humptygpt.training import minutes as plan
 
-        print(plan.closing(run, folder.path))
+        path = folder.path / "plan.py"
+        plan.write_plan(path, run)
+        print(f"{path} is a config file that repeats this run step by step")
     if early:
         print(f"stopped early: the validation loss was lowest at iter {progress.best_iter}")
     show_best(run, folder)

@@ -382,13 +382,6 @@ def choice(run: Run) -> str:
     )
 
 
-def closing(run: Run, out_dir: Path) -> str:
-    """Write plan.py, and return a line that says what it is."""
-    path = out_dir / "plan.py"
-    write_plan(path, run)
-    return f"{path} is a config file that repeats this run step by step"
-
-
 def write_plan(path: Path, run: Run) -> None:
     """Write a config file that repeats a run step by step, as a basis for further experiments."""
     settings = asdict(run.config) | asdict(run.model.config)
