@@ -13,11 +13,9 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
 from threading import Thread
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,9 +25,7 @@ from humptygpt.cli import UserError
 from humptygpt.machine import STOPPING, is_out_of_memory
 from humptygpt.training.optimizers import Optimizer, trained_parameters
 from humptygpt.training.ranks import Ranks
-
-if TYPE_CHECKING:  # run.py imports ranks.py
-    from humptygpt.training.run import Run
+from humptygpt.training.run import Run
 
 PR_SET_PDEATHSIG = 1  # in sys/prctl.h
 
@@ -42,7 +38,7 @@ class ForkedRanks(Ranks):
         self.size = size
         self.pipes = []  # of rank 0: one to each other rank; of another rank: one to rank 0
 
-    def each(self, function: Callable[["Run"], object], run: "Run") -> object:
+    def each(self, function: Callable[[Run], object], run: Run) -> object:
         """Fork the other ranks, which end when function(run) has returned in rank 0."""
         self.share_memory(run)
         groups = run.optimizer.param_groups
@@ -67,7 +63,7 @@ class ForkedRanks(Ranks):
                 group["params"] = all_params
             gc.unfreeze()
 
-    def share_memory(self, run: "Run") -> None:
+    def share_memory(self, run: Run) -> None:
         """Move what ranks have in common to memory that they share."""
         self.parameters = list(trained_parameters(run.model).values())
         for p in self.parameters:
@@ -82,7 +78,7 @@ class ForkedRanks(Ranks):
         ]
         self.used = shared(torch.zeros(self.size, len(self.parameters), dtype=torch.bool))
 
-    def fork(self, rank: int, function: Callable, run: "Run") -> int:
+    def fork(self, rank: int, function: Callable, run: Run) -> int:
         """Start a rank, which ends when rank 0 ends. Returns its process id."""
         ours, theirs = Pipe()
         process = os.fork()
@@ -108,7 +104,7 @@ class ForkedRanks(Ranks):
         finally:
             os._exit(1)
 
-    def follow(self, function: Callable, run: "Run") -> None:
+    def follow(self, function: Callable, run: Run) -> None:
         """Call the function. If it fails, send rank 0 what to raise or, if that is not ours to say, to print."""
         (pipe,) = self.pipes
         try:
@@ -125,9 +121,11 @@ class ForkedRanks(Ranks):
 
         An update by a class from elsewhere may depend on all parameters, so rank 0 makes it alone.
         """
-        step = self.size if isinstance(optimizer, Optimizer) else 1
-        own = slice(self.rank, None, step) if self.rank < step else slice(0)
-        self.own = range(len(self.parameters))[own]
+        count = len(self.parameters)
+        if isinstance(optimizer, Optimizer):
+            self.own = range(self.rank, count, self.size)
+        else:
+            self.own = range(count if self.rank == 0 else 0)
         mine = {self.parameters[i] for i in self.own}
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if p in mine]
@@ -137,7 +135,7 @@ class ForkedRanks(Ranks):
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum x over ranks. Each waits until all have come."""
-        with raise_if_rank_died():
+        try:
             if self.rank:
                 (pipe,) = self.pipes
                 pipe.send(x.numpy())
@@ -148,6 +146,11 @@ class ForkedRanks(Ranks):
             for pipe in self.pipes:
                 pipe.send(total)
             return torch.from_numpy(total)
+        except (EOFError, ConnectionError) as error:
+            raise UserError(
+                "a process that trains on some rows of each batch was ended from outside; the last checkpoint is"
+                " intact: continue from it with --init_from=resume"
+            ) from error
 
     def sum_with_gradients(self, losses: Tensor) -> Tensor:
         """Sum losses over ranks, and those gradients whose parameters this rank updates."""
@@ -179,17 +182,6 @@ def received(pipe: Connection) -> np.ndarray:
         sys.stderr.write(sent)
         sys.exit(1)
     return sent
-
-
-@contextmanager
-def raise_if_rank_died() -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, ConnectionError) as error:
-        raise UserError(
-            "a process that trains on some rows of each batch was ended from outside; the last checkpoint is intact:"
-            " continue from it with --init_from=resume"
-        ) from error
 
 
 def shared(x: Tensor) -> Tensor:
