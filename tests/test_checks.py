@@ -245,7 +245,7 @@ def test_an_edit_that_fails_in_a_tiny_model_is_sampled_from_without_faster_layer
         return ORIGINAL["forward"](self, x, shared, cache) * torch.ones(16)
 
     run_train("--n_embd=16", "--n_head=2")
-    monkeypatch.setattr(checks, "SMALL", 0)
+    monkeypatch.setattr(checks, "TRIED_IN_FULL", 0)
     monkeypatch.setattr(SelfAttention, "forward", only_16_features)
     sample.main(["--out_dir=out/run", "--max_new_tokens=3", "--device=cpu"])
     notes = capsys.readouterr().err

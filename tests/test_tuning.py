@@ -110,7 +110,7 @@ def test_sample_py_generates_on_all_cores_with_a_large_model_and_load_keeps_the_
     limit, threads, run_train, fast_choices, monkeypatch
 ):
     run_train("--threads=1")
-    monkeypatch.setattr(decoding, "LARGE", limit)
+    monkeypatch.setattr(decoding, "THREADED_FROM", limit)
     torch.set_num_threads(3)
     sample.load("out/run", device="cpu")
     assert torch.get_num_threads() == 3
