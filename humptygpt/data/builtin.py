@@ -1,6 +1,6 @@
 """Built-in data sets: data/NAME.py says where NAME comes from, and how it is prepared by default.
 
-Such a file sets keys of prepare_data.py, as a config file sets keys of train.py, and has a function
+Such a file sets keys of prepare_data.py, as a config file sets keys of train.py, and defines a function
 
     fetch(config) -> input, description
 
@@ -12,7 +12,7 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
-from humptygpt.cli import CONFIGS, UserError, one_line
+from humptygpt.cli import CONFIGS, UserError, check_key, convert, fields_of, one_line
 from humptygpt.data.settings import PrepareConfig
 from humptygpt.files import write_text
 
@@ -35,6 +35,18 @@ def data_set(name: str) -> ModuleType | None:
 def names() -> list[str]:
     """Return the names of all built-in data sets."""
     return sorted({path.stem for folder in FOLDERS for path in folder.glob("*.py")})
+
+
+def settings(module: ModuleType) -> dict[str, object]:
+    """Return the keys of prepare_data.py that a data set sets. Raises UserError for a name that is not a key."""
+    fields = fields_of(PrepareConfig)
+    found = {}
+    for key, value in vars(module).items():
+        helper = isinstance(value, ModuleType) or callable(value)
+        if key.islower() and not key.startswith("_") and not helper:
+            check_key(key, fields, " (constants of your own are in capitals)")
+            found[key] = convert(key, value, fields[key].type)
+    return found
 
 
 def keep(name: str, text: str) -> Path:

@@ -121,7 +121,7 @@ class TokenDataset(Dataset):
     """Text as one stream of tokens, cut into blocks of block_size. Raises UserError if a split is too short."""
 
     task = "language modelling"
-    target_fraction = 1.0  # share of the tokens of a training batch that are targets
+    target_fraction = 1.0  # fraction of the tokens of a training batch that are targets
 
     def resize(self, block_size: int) -> None:
         """Cut the text into blocks of another size."""

@@ -112,10 +112,10 @@ def command_text(config: PrepareConfig) -> str:
 def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
     """Find the documents, pairs or conversations that the config names. folder: the data set's, in data/."""
     source = built_in(config)
-    preset = with_defaults(config, vars(source)) if source else config
+    preset = with_defaults(config, builtin.settings(source)) if source else config
     if config.val_input is not None:
         preset = replace(preset, val_fraction=0.0)
-    files, name = find_input(preset, folder)
+    files, name = find_input(preset, folder, source)
     skipped = []
     kind = Pairs
     if not isinstance(files, list):
@@ -162,8 +162,13 @@ def built_in(config: PrepareConfig) -> ModuleType | None:
     return None if own_files else builtin.data_set(config.name)
 
 
-def find_input(config: PrepareConfig, folder: Path) -> tuple[str | Path | PairFiles, str]:
-    """Find the input: a path, or files of pairs. Returns the input and its name in meta.json."""
+def find_input(
+    config: PrepareConfig, folder: Path, source: ModuleType | None
+) -> tuple[str | Path | PairFiles, str]:
+    """Find the input: a path, or files of pairs. Returns the input and its name in meta.json.
+
+    source: the built-in data set that the config names, if there is one.
+    """
     if config.source is not None:
         paths = (Path(config.source), Path(config.target))
         return [(None, paths)], f"{config.source} and {config.target}"
@@ -180,12 +185,11 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | Path | PairFi
     for path in (folder / "input.txt", folder / "input.tsv"):
         if os.path.exists(path):
             return path, str(path)
-    if source := built_in(config):
+    if source:
         return source.fetch(config)
     raise UserError(
         f"no data set {config.name}: it is not one of {', '.join(builtin.names())}, and {folder.absolute()} has no"
-        " input.txt;"
-        " prepare your own text with --input=FILE_OR_FOLDER"
+        " input.txt; prepare your own text with --input=FILE_OR_FOLDER"
     )
 
 
@@ -197,7 +201,7 @@ def copied(stream: BinaryIO, folder: Path) -> Path:
 
 
 def with_defaults(config: PrepareConfig, defaults: dict) -> PrepareConfig:
-    """Fill in the keys that the config leaves unset. Other names among the defaults are ignored."""
+    """Fill in the keys that the config leaves unset."""
     unset = [key for key, value in vars(config).items() if value in (None, "auto")]
     return replace(config, **{key: defaults[key] for key in unset if key in defaults})
 

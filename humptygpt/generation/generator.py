@@ -33,6 +33,8 @@ from humptygpt.tokenizers.basic import Tokenizer
 
 # [(key, another setting, the values of that setting for which the key has no effect)]
 IN_VAIN = [("dtype", "quantize", ("int8",))]
+# entries of a checkpoint that say which data a run was trained on
+RUN = ("train_config", "model_config", "tokenizer", "data")
 
 Product = Callable[[Tensor], Tensor]  # (..., inputs) -> (..., outputs)
 CPU = torch.device("cpu")
@@ -49,7 +51,7 @@ class Pipeline(NamedTuple):
     task: str
     device: torch.device
     questions: tuple | list = ()  # as in Loaded
-    saved: dict | None = None  # as in Loaded
+    run: dict | None = None  # what the checkpoint of a run says about its settings and data
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,10 @@ class PipelineConfig(ModelSource):
         loaded = load(source, self.checkpoint)
         print(loaded.description, file=sys.stderr)
         model = make_generator(loaded.model, dtype, device)
-        tokenizer, task, questions = loaded.tokenizer, loaded.task, loaded.questions
-        return Pipeline(model, tokenizer, task, device, questions, loaded.saved)
+        run = None
+        if loaded.saved:  # without its tensors, which would stay in memory
+            run = {key: loaded.saved[key] for key in RUN}
+        return Pipeline(model, loaded.tokenizer, loaded.task, device, loaded.questions, run)
 
 
 def chosen_source(config: ModelSource, given: dict) -> str | Path:

@@ -57,10 +57,10 @@ def pieces(text: str) -> Iterator[str]:
     return (text[i : i + PIECE] for i in range(len(text) - PIECE + 1))
 
 
-def training_data(saved: dict) -> Dataset:
-    """Open the data that a checkpoint was trained on. Raises UserError if it is not there any more."""
-    config = cli.restore(TrainConfig, saved["train_config"])
-    model_config = make_model_config(saved["model_config"])
+def training_data(run: dict) -> Dataset:
+    """Open the data that a run was trained on. run: as in Pipeline. Raises UserError if it is not there any more."""
+    config = cli.restore(TrainConfig, run["train_config"])
+    model_config = make_model_config(run["model_config"])
     dataset = open_data(config.dataset, model_config, config.seed)
-    check_same_data(saved, dataset, config.out_dir)
+    check_same_data(run, dataset, config.out_dir)
     return dataset

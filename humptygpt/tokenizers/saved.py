@@ -19,8 +19,8 @@ def from_state(state: dict) -> Tokenizer:
         name = entries.pop("tokenizer")
         if "base" in entries:  # the tokenizer of the text in conversations
             entries["base"] = from_state(entries["base"])
-        if name not in TOKENIZERS | OTHERS:
-            known = ", ".join(TOKENIZERS | OTHERS)
-            raise UserError(f"tokenizer {name!r} is not one of: {known}")
+        known = TOKENIZERS | OTHERS
+        if name not in known:
+            raise UserError(f"tokenizer {name!r} is not one of: {', '.join(known)}")
         cls = TOKENIZERS.get(name) or pkgutil.resolve_name(OTHERS[name])
         return cls.from_state(**entries)

@@ -159,11 +159,8 @@ class Clock:
 
     def steps_left(self, config: TrainConfig) -> float:
         """Seconds left for training steps, without the evaluations and the sample at the end."""
-        sample = (
-            self.line_seconds[-1] * SAMPLE_TOKENS / LINE_TOKENS
-            if self.line_seconds
-            else 0.0
-        )
+        line = self.line_seconds[-1] if self.line_seconds else 0.0
+        sample = line * SAMPLE_TOKENS / LINE_TOKENS
         at_end = self.evaluations_at_end * self.evaluation + max(self.evaluation, sample)
         left = self.end - time.perf_counter() - at_end
         before = math.ceil(
@@ -239,15 +236,13 @@ class Run:
 
     def settings(self) -> dict[str, object]:
         """Return the content of config.json. Keys that start with _ are ignored if it is used as a config file."""
-        return (
-            asdict(self.config)
-            | asdict(self.model.config)
-            | {
-                "_parameters": count_parameters(self.model),
-                "_train_tokens": self.dataset.identity.get("train_tokens"),
-                "_model.py": code_checksum(),
-            }
-        )
+        return {
+            **asdict(self.config),
+            **asdict(self.model.config),
+            "_parameters": count_parameters(self.model),
+            "_train_tokens": self.dataset.identity.get("train_tokens"),
+            "_model.py": code_checksum(),
+        }
 
     def state(self) -> dict:
         """Return the entries that ckpt.pt and best.pt have in common."""

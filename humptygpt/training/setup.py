@@ -4,7 +4,6 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from humptygpt import machine
 from humptygpt.cli import UserError, first_line, note
 from humptygpt.data.dataset import Dataset
 from humptygpt.device import DTYPES, THREADS, pick_device, tune_malloc
+from humptygpt.formats.load import Loaded
 from humptygpt.machine import launched, usable_cores
 from humptygpt.model import ModelConfig, Stack, count_parameters
 from humptygpt.models.build import build, build_on_meta, restore_model
@@ -23,13 +23,11 @@ from humptygpt.training.evaluation import find_task
 from humptygpt.training.forked import ForkedRanks
 from humptygpt.training.optimizers import freeze, make_optimizer
 from humptygpt.training.ranks import Ranks
+from humptygpt.training.resume import check_same_data
 from humptygpt.training.run import Clock, Run
 from humptygpt.training.settings import TrainConfig, choose_dtypes
 from humptygpt.training.start import Start
 from humptygpt.training.step import weighted_losses
-
-if TYPE_CHECKING:
-    from humptygpt.formats.load import Loaded
 
 # on a GPU, a run of at least this many micro-batches is compiled, which takes a minute
 WORTH_COMPILING = 20_000
@@ -70,13 +68,6 @@ def tune(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     return replace(choose_dtypes(config, ranks.device), threads=threads)
 
 
-def open_tokenizer(source: str) -> Tokenizer:
-    """Load the tokenizer of a run or any other model."""
-    from humptygpt.formats.load import load_tokenizer
-
-    return load_tokenizer(source)
-
-
 def fit_to_data(start: Start, dataset: Dataset) -> ModelConfig:
     """Return the model's config for this data. A model gets at least the data's vocabulary; vocab_size may be larger.
 
@@ -84,8 +75,6 @@ def fit_to_data(start: Start, dataset: Dataset) -> ModelConfig:
     """
     config, model_config, saved, base, _ = start
     if saved:
-        from humptygpt.training.resume import check_same_data
-
         check_same_data(saved, dataset, config.out_dir)
     elif base:
         from humptygpt.training.finetune import check_same_tokens
@@ -104,7 +93,7 @@ def make_model(
     config: TrainConfig,
     model_config: ModelConfig,
     saved: dict | None = None,
-    base: "Loaded | None" = None,
+    base: Loaded | None = None,
     first: bool = True,
     tokenizer: Tokenizer | None = None,
 ) -> nn.Module:

@@ -6,19 +6,18 @@ from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from humptygpt import cli
 from humptygpt.cli import UserError, check_effects, fields_of, note
+from humptygpt.formats.load import Loaded, load
 from humptygpt.machine import launched
 from humptygpt.model import ModelConfig
 from humptygpt.models.build import make_model_config
 from humptygpt.training.loggers import chosen_loggers
+from humptygpt.training.resume import read_run, resumed_settings
 from humptygpt.training.run import lock_out_dir, refuse_earlier_run
 from humptygpt.training.settings import IN_VAIN, RECIPE, UNPLANNED, TrainConfig
-
-if TYPE_CHECKING:
-    from humptygpt.formats.load import Loaded
 
 
 class Start(NamedTuple):
@@ -27,7 +26,7 @@ class Start(NamedTuple):
     config: TrainConfig
     model_config: ModelConfig
     saved: dict | None = None  # the checkpoint to resume
-    base: "Loaded | None" = None  # the model that the run starts from
+    base: Loaded | None = None  # the model that the run starts from
     given: Collection[str] = ()  # keys that the command line and its config files set
 
 
@@ -46,8 +45,6 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     replaces = overwrite or given.get("init_from") == "auto"
     saved, base = read_start(given, path)
     if saved:
-        from humptygpt.training.resume import resumed_settings
-
         settings = resumed_settings(saved, given, path)
     else:
         settings = new_settings(given, base)
@@ -64,7 +61,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     return Start(config, model_config, saved, base, given)
 
 
-def read_start(given: dict, path: Path) -> "tuple[dict | None, Loaded | None]":
+def read_start(given: dict, path: Path) -> tuple[dict | None, Loaded | None]:
     """Read the checkpoint to resume, at path, or the model to start from.
 
     init_from=auto in `given` is replaced by what it stands for.
@@ -72,8 +69,6 @@ def read_start(given: dict, path: Path) -> "tuple[dict | None, Loaded | None]":
     init_from = given.get("init_from", "scratch")
     backend = given.get("backend", TrainConfig.backend)
     if init_from in ("auto", "resume"):
-        from humptygpt.training.resume import read_run
-
         needed = init_from == "resume"
         saved = read_once(
             lambda: read_run(path) if needed or path.exists() else None, backend
@@ -82,12 +77,10 @@ def read_start(given: dict, path: Path) -> "tuple[dict | None, Loaded | None]":
         return saved, None
     if init_from == "scratch":
         return None, None
-    from humptygpt.formats.load import load
-
     return None, read_each(lambda: load(init_from), backend)
 
 
-def new_settings(given: dict, base: "Loaded | None") -> dict[str, object]:
+def new_settings(given: dict, base: Loaded | None) -> dict[str, object]:
     """Return the settings of a new run: those given, and defaults that suit the model it starts from, or minutes."""
     if base:
         from humptygpt.training.finetune import base_defaults, base_settings

@@ -38,9 +38,8 @@ from humptygpt.training.run import Run
 from humptygpt.training.settings import TrainConfig
 
 TIMEOUT = datetime.timedelta(minutes=10)  # for a collective during training
-PATIENT_TIMEOUT = datetime.timedelta(
-    days=7
-)  # while one rank prepares data or scores translations
+# while one rank prepares data or scores translations
+PATIENT_TIMEOUT = datetime.timedelta(days=7)
 QUIET = 20  # seconds of waiting after which a machine says for whom it waits
 
 
