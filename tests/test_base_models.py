@@ -296,7 +296,7 @@ def test_nanogpts_config_to_fine_tune_means_what_it_means_there(
     model = build_on_meta(ModelConfig(**shape))
     base = Loaded(model, None, Path("gpt2"), "")
     monkeypatch.setattr(
-        "humptygpt.formats.load.load", lambda source: {"gpt2-xl": base}[source]
+        "humptygpt.training.start.load", lambda source: {"gpt2-xl": base}[source]
     )
     keys = {"dataset": "shakespeare", "init_from": "gpt2-xl", "batch_size": 1}
     keys |= {"gradient_accumulation_steps": 32, "max_iters": 20, "learning_rate": 3e-5}
