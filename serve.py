@@ -98,6 +98,7 @@ class Server(ThreadingHTTPServer):
     """
 
     allow_reuse_address = not machine.ON_WINDOWS  # there, two servers could share a port
+    daemon_threads = False  # server_close() waits for them
     request_queue_size = 128  # clients that may wait until they are accepted
 
     def __init__(self, config: ServeConfig, api: Api):
@@ -105,7 +106,7 @@ class Server(ThreadingHTTPServer):
         self.hosts = lower(config.host, *config.allowed_hosts)
         self.origins = lower(*config.allowed_origins)
         self.key = None if config.api_key == "none" else config.api_key
-        # Python waits for this thread before it ends; it would abort if the thread were still inside torch
+        # Python waits for this thread, too, before it ends; it would abort if a thread were still inside torch
         self.computing = ThreadPoolExecutor(max_workers=1)
         self.connections = {}  # {open connection: time by which its request must have arrived}
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
@@ -127,6 +128,13 @@ class Server(ThreadingHTTPServer):
             if end < time.monotonic():
                 with suppress(OSError):
                     connection.shutdown(socket.SHUT_RD)
+
+    def server_close(self) -> None:
+        """End all answers, and wait for the threads that send them, because these may free tensors."""
+        for connection in [*self.connections]:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        super().server_close()
 
     def shutdown_request(self, request: socket.socket) -> None:
         super().shutdown_request(request)
