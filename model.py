@@ -1,25 +1,29 @@
-"""A GPT: its config, its parts, the model itself, and how it generates text. Requires only PyTorch.
+"""A GPT, and below it its variants. Requires only PyTorch.
 
-    idx (B, T)
+    idx (B, T)                               the ids of T tokens, in each of B texts
      |
-     embedding + positional encoding -- dropout
+     embedding + position -- dropout         a vector of C features for each token
      |
-     |--- norm -- attention -- dropout --+      each token attends to itself and the tokens before it
-     +<----------------------------------|
-     |--- norm -- feed-forward -- dropout --+   each token separately
-     +<-------------------------------------|   ... this pair n_layer times
+     |--- norm -- attention -- dropout --+   a branch: each token looks at itself and the tokens before it. What it
+     +<----------------------------------|   finds is added to the residual stream, the line on the left
+     |--- norm -- MLP -- dropout --------+   another branch: each token by itself
+     +<----------------------------------|   ... n_layer such blocks of two branches
      |
      norm -- head
      |
-    logits (B, T, V)                            softmax turns them into probabilities of the next token
+    logits (B, T, V)                         softmax turns them into probabilities of the next token
 
 Shapes: B batch, T new tokens, S all tokens (those in the cache, then the new ones), C n_embd, H heads (of keys and
-values, n_kv_head), D head size, V vocabulary.
+values, n_kv_head), D features of a head, V vocabulary.
 
-A variant is one class or function plus one line in a dictionary (NORMS, POSITIONS, BLOCKS, ...). The config selects it.
+The first half is the whole GPT, in reading order: ModelConfig, LayerNorm, LearnedPosition, SelfAttention, attend, MLP,
+Block, Stack, Cache, GPT, init_weights. You may stop there. The second half has what a config can select instead, each a
+class or function and a line in a dictionary (NORMS, POSITIONS, ...), then what a config may not be, and counts. If you
+come from the article: from_scratch.py computes a small GPT number by number.
 """
 
 import math
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
@@ -29,19 +33,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-# --------------------------------------------------------------------------------------
-# The config
-
-# {names of settings: (smallest, largest value)}
-LIMITS = {
-    "n_members n_layer": (1, 2**12),
-    "n_head n_kv_head n_embd head_size n_hidden block_size vocab_size": (1, 2**20),
-    "dropout label_smoothing": (0, 0.99),
-    "mlp_conv logit_soft_cap norm_eps": (0, 10**9),
-    "rope_low_freq_factor rope_high_freq_factor": (0, 10**9),
-    "rope_base rope_factor rope_original_context": (1, 10**9),
-}
 
 
 @dataclass(frozen=True)
@@ -87,60 +78,12 @@ class ModelConfig:
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
         """Map each setting that names a variant to the available variants."""
-        return {
-            "position": POSITIONS,
-            "norm": NORMS,
-            "block": BLOCKS,
-            "attention": ATTENTIONS,
-            "mlp": MLPS,
-            "activation": ACTIVATIONS,
-            "init": ("gpt2", "zero"),
-        }
+        return CHOICES
 
     def validate(self) -> None:
         """Raise ValueError for the first invalid value or combination of values."""
-        self.check_values()
-        if self.head_size is None and self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head} unless head_size is set"
-            )
-        if self.n_head % self.kv_heads:
-            raise ValueError(
-                f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}"
-            )
-        if self.position == "rotary" and self.features % 2:
-            raise ValueError(
-                f"position=rotary rotates feature pairs, so head_size={self.features} must be even"
-            )
-        if self.rope_low_freq_factor >= self.rope_high_freq_factor:
-            raise ValueError(
-                f"rope_low_freq_factor={self.rope_low_freq_factor:g} must be below"
-                f" rope_high_freq_factor={self.rope_high_freq_factor:g}"
-            )
-        if self.init == "zero" and not BLOCKS[self.block].residual:
-            raise ValueError(
-                f"block={self.block} has no residual connections, so with init=zero it would output 0; use init=gpt2"
-            )
-
-    def check_values(self) -> None:
-        """Raise ValueError for the first value that is invalid on its own."""
-        for name, choices in self.choices().items():
-            if (value := getattr(self, name)) not in choices:
-                table = [
-                    f" ({k} in model.py)" for k, x in globals().items() if x is choices
-                ]
-                raise ValueError(
-                    f"{name}={value} is not one of: {', '.join(choices)}{''.join(table)}"
-                )
-        for names, (least, most) in LIMITS.items():
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not least <= value <= most:
-                    raise ValueError(f"{name}={value} must be from {least} to {most}")
-        if not 0 <= self.window <= self.block_size:
-            raise ValueError(
-                f"window={self.window} must be from 0 to block_size={self.block_size}"
-            )
+        check_values(self)
+        check_combinations(self)
 
     @property
     def kv_heads(self) -> int:
@@ -153,18 +96,417 @@ class ModelConfig:
         return self.head_size or self.n_embd // self.n_head
 
 
-# --------------------------------------------------------------------------------------
-# Norms keep activations at a scale at which a deep network trains well.
-
-
 class LayerNorm(nn.LayerNorm):
     """(x - mean) / standard deviation over the last dimension, times a trained scale, plus a trained bias if bias=True.
 
-    Source: Ba et al. 2016, arXiv:1607.06450.
+    It keeps activations at a scale at which a deep network trains well. Source: Ba et al. 2016, arXiv:1607.06450.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__(config.n_embd, eps=config.norm_eps, bias=config.bias)
+
+
+class LearnedPosition(nn.Module):
+    """One trained vector per position of the context, added to the token's embedding, as in GPT-2."""
+
+    rotation = score_bias = None  # what other encodings do in attention: see Position
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+
+    def embed(
+        self, x, at
+    ):  # (B, T, C) -> (B, T, C); at: where the T tokens are, see Shared
+        return x + self.wpe.weight[at]
+
+
+class SelfAttention(nn.Module):
+    """H parallel heads, each computing softmax(q k^T / sqrt(D) + mask) v. Their outputs are concatenated and projected.
+
+    With n_kv_head below n_head, each group of query heads shares one key and value head, which makes the cache smaller.
+    Sources: Vaswani et al. 2017, arXiv:1706.03762, section 3.2; Ainslie et al. 2023, arXiv:2305.13245 (grouped-query
+    attention); Henry et al. 2020, arXiv:2010.04245 (norm of queries and keys, here an RMS norm).
+    layer: index of the block in its stack, from 0. shared: see Shared. cache: a LayerCache.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int = 0):
+        super().__init__()
+        C, D = config.n_embd, config.features
+        bias = config.bias if config.attn_bias is None else config.attn_bias
+        self.window = config.window  # a pattern of windows would depend on layer
+        self.kernel = attend  # models/attention.py replaces it with a fused kernel
+        self.n_head = config.n_head
+        self.head_size = D
+        self.qk_norm = nn.RMSNorm(D, elementwise_affine=False) if config.qk_norm else None
+        self.q_proj = nn.Linear(C, config.n_head * D, bias)
+        self.k_proj = nn.Linear(C, config.kv_heads * D, bias)
+        self.v_proj = nn.Linear(C, config.kv_heads * D, bias)
+        self.o_proj = nn.Linear(config.n_head * D, C, bias)
+
+    def forward(self, x, shared, cache=None):  # (B, T, C) -> (B, T, C)
+        q, k, v = self.qkv(x, shared)
+        if cache:  # it knows the keys and values of earlier tokens
+            k, v = cache.append(shared.end, k=k, v=v)  # (B, n_kv_head, S, D)
+        y = self.kernel(q, k, v, shared.masks[self.window])  # (B, H, T, D)
+        return self.output(y, x)
+
+    def qkv(self, x, shared):  # (B, H, T, D) and twice (B, n_kv_head, T, D)
+        q, k = self.heads(self.q_proj(x)), self.heads(self.k_proj(x))
+        if self.qk_norm:
+            q, k = self.qk_norm(q), self.qk_norm(k)
+        if shared.rotation:
+            q, k = rotate(q, shared.rotation), rotate(k, shared.rotation)
+        return q, k, self.values(x, shared)
+
+    def values(self, x, shared):
+        return self.heads(self.v_proj(x))
+
+    def heads(self, x):
+        """Split the features into heads: (B, T, H D) -> (B, H, T, D), such as (2, 8, 128) -> (2, 2, 8, 64)."""
+        return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
+
+    def output(self, y, x):
+        """Concatenate and project the heads' outputs, y: (B, H, T, D) -> (B, T, C). x: as in forward(), for a gate."""
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+def attend(q, k, v, mask):
+    """softmax(q k^T / sqrt(D) + mask) v: the mean of the values, weighted by how well each key matches the query.
+
+    q: (B, H, T, D). k, v: (B, H, S, D), or fewer heads. Returns (B, H, T, D). A score, a sum of D products, would grow
+    with D, and softmax of large scores leaves nearly all weight to one key and hardly a gradient to the others.
+    Unlike in GPT-2, the weights get no dropout: it made training slower and the model no better.
+    """
+    T = q.shape[2]
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, qk_norm returns float32
+    if q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, S)
+    if mask is not None:
+        scores += mask
+    elif T > 1:  # a single token is the last one, and sees every key
+        scores += scores.new_full((T, T), -torch.inf).triu(1)
+    return scores.softmax(dim=-1) @ v
+
+
+class MLP(nn.Module):
+    """The feed-forward network, applied to each token by itself: n_hidden neurons (default: 4 C) between two layers.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.3.
+    """
+
+    gated = False  # True: there is a third layer, gate_proj
+
+    def __init__(self, config: ModelConfig, layer: int = 0):
+        super().__init__()
+        C = config.n_embd
+        n_hidden = config.n_hidden or (8 * math.ceil(C / 3) if self.gated else 4 * C)
+        bias = config.bias if config.mlp_bias is None else config.mlp_bias
+        self.activation = ACTIVATIONS[config.activation]
+        if self.gated:
+            self.gate_proj = nn.Linear(C, n_hidden, bias)
+        self.up_proj = nn.Linear(C, n_hidden, bias)
+        self.down_proj = nn.Linear(n_hidden, C, bias)
+
+    def forward(self, x, shared=None):  # (B, T, C) -> (B, T, C)
+        return self.down_proj(self.activation(self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """Two branches, attention and MLP. Each reads a norm of the residual stream x and adds to x (pre-norm).
+
+    A stack needs of a block forward(), attn.window and the two facts below. mlp is None with mlp=none, conv without
+    mlp_conv. Sources: Radford et al. 2019 (GPT-2); Xiong et al. 2020, arXiv:2002.04745.
+    """
+
+    residual = True  # outputs are added to inputs
+    ends_with_norm = False  # True: the stack needs no norm at its end
+
+    def __init__(self, config: ModelConfig, layer: int = 0):
+        super().__init__()
+        mlp = MLPS[config.mlp]
+        self.attn_norm = NORMS[config.norm](config)
+        self.attn = ATTENTIONS[config.attention](config, layer)
+        if mlp:
+            self.mlp_norm = NORMS[config.norm](config)
+        self.conv = CausalConv(config) if mlp and config.mlp_conv else None
+        self.mlp = mlp(config, layer) if mlp else None
+        self.attn_dropout = nn.Dropout(config.dropout)  # of what attention returns
+        self.mlp_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, shared, cache=None):  # (B, T, C) -> (B, T, C)
+        x = x + self.attn_dropout(self.attn(self.attn_norm(x), shared, cache))
+        if self.mlp:
+            x = x + self.mlp_dropout(self.feed_forward(self.mlp_norm(x), shared, cache))
+        return x
+
+    def feed_forward(self, x, shared, cache):
+        if self.conv:
+            x = self.conv(x, shared, cache)
+        return self.mlp(x, shared)
+
+
+class Stack(nn.Module):
+    """Everything between embedding and head: positions, n_layer blocks and a norm, unless the blocks end with one.
+
+    block: kind of block, by default the config's. causal: False in an encoder, whose tokens also see later ones.
+    """
+
+    def __init__(self, config: ModelConfig, block: type[Block] | None = None, causal=True):
+        super().__init__()
+        block = block or BLOCKS[config.block]
+        self.causal = causal
+        # True: keep only the input of each block, and recompute the rest in the backward pass: arXiv:1604.06174
+        self.checkpoint_activations = False
+        self.block_size = config.block_size
+        self.position = POSITIONS[config.position](config)
+        self.embed_norm = NORMS[config.norm if config.embed_norm else "none"](config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(block(config, i) for i in range(config.n_layer))
+        self.norm = NORMS["none" if block.ends_with_norm else config.norm](config)
+
+    def forward(self, x, idx, cache=None, **kept):
+        """Read tokens that follow those in the cache. Returns (B, T, C), and terms of the loss: {name: term}.
+
+        x: (B, T, C), their embeddings. idx: (B, T), their ids. kept: see share().
+        """
+        shared = share(self, idx, cache, **kept)
+        x = self.dropout(self.embed_norm(self.position.embed(x, shared.at)))
+        layers = cache.layers if cache else [None] * len(self.blocks)
+        for block, layer in zip(self.blocks, layers, strict=True):
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, shared, layer, use_reentrant=False)
+            else:
+                x = block(x, shared, layer)
+        if cache:
+            cache.length = shared.end
+        return self.norm(x), shared.losses
+
+
+class LayerCache:
+    """What one block remembers of the tokens that it has read."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.buffers: dict[str, Tensor] = {}  # one row per token, (..., size, features)
+        self.state: dict[str, Tensor] = {}  # what a layer replaces in each forward pass
+
+    def append(self, end: int, **new: Tensor) -> list[Tensor]:
+        """Write each tensor, (..., T, features), into the T rows before `end` of the buffer of its name.
+
+        Returns for each name all rows before `end`, (..., end, features).
+        """
+        for name, x in new.items():
+            if name not in self.buffers:
+                self.buffers[name] = x.new_zeros(*x.shape[:-2], self.size, x.shape[-1])
+            T = x.shape[-2]
+            self.buffers[name].narrow(-2, end - T, T).copy_(x)
+        return [self.buffers[name].narrow(-2, 0, end) for name in new]
+
+
+class Cache:
+    """Keys, values and other tensors of the tokens read, which the blocks keep so that no later pass computes them."""
+
+    def __init__(self, n_layer: int, size: int):
+        self.length = 0  # tokens read
+        # (B,) int64, padding before each text, if a batch of prompts has different lengths
+        self.n_padding: Tensor | None = None
+        self.layers = [LayerCache(size) for _ in range(n_layer)]
+
+    def clear(self) -> None:
+        """Forget the tokens but keep the buffers."""
+        self.length = 0
+        self.n_padding = None
+        for layer in self.layers:
+            layer.state = {}
+
+
+class GPT(nn.Module):
+    """A stack of causal blocks that reads tokens and predicts the next one at each position.
+
+    Source: Radford et al. 2018 (GPT), "Improving language understanding by generative pre-training".
+    """
+
+    has_cache = True  # False: generation reads the whole text for each new token
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.stack = Stack(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:  # Source: Press and Wolf 2016, arXiv:1608.05859
+            self.lm_head.weight = self.wte.weight
+        init_weights(self)
+
+    def forward(self, idx, targets=None, cache=None):
+        """Compute the logits (B, T, V) of the token after each token and, with targets, the mean cross-entropy in nats.
+
+        idx: (B, T), ids of the tokens that follow those in the cache. targets: (B, T), the id after each of them; -1 is
+        ignored. Without targets, the loss is None. With them, gradients flow through the loss only; a third value, if
+        there is one, has terms that training adds to the loss: {name: term}.
+        """
+        x, terms = self.stack(self.wte(idx), idx, cache)
+        logits = self.head(x)
+        if targets is None:
+            return logits, None
+        loss = self.loss(logits, targets)
+        # a compiled backward pass would allocate zeros as the gradient of logits that are not detached
+        return (logits.detach(), loss, terms) if terms else (logits.detach(), loss)
+
+    def next_logits(self, idx, cache=None):
+        """Compute the logits (B, V) of the token that follows idx."""
+        x, _ = self.stack(self.wte(idx), idx, cache)
+        return self.head(x[:, -1])
+
+    def head(self, x):
+        """x: (..., C). Returns logits (..., V). Source of the soft cap: Gemma 2, arXiv:2408.00118, section 2."""
+        logits = self.lm_head(x)
+        if cap := self.config.logit_soft_cap:
+            logits = cap * torch.tanh(logits.float() / cap)
+        return logits
+
+    def loss(self, logits, targets):
+        """Mean of -ln(probability of the target) over all targets except -1.
+
+        In training, a fraction label_smoothing of each target is spread over the vocabulary, so that the model does not
+        become overconfident. Source: Szegedy et al. 2015, arXiv:1512.00567, section 7.
+        """
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        # a sum over the vocabulary in 16 bits would be too coarse; float64 stays
+        logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(
+            logits, targets.flatten(), ignore_index=-1, label_smoothing=smoothing
+        )
+
+    def make_cache(self, size: int | None = None) -> Cache:
+        """Make an empty cache for up to `size` tokens, by default block_size."""
+        block_size = self.config.block_size
+        return Cache(self.config.n_layer, min(size or block_size, block_size))
+
+    @torch.inference_mode()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0):
+        """Append sampled tokens to idx, (B, T) with T >= 1. Returns (B, T + max_new_tokens). Call eval() before.
+
+        sample.py and serve.py use humptygpt/generation/sampling.py instead, which has more filters.
+        temperature: above 0. top_k: sample from the k most probable tokens only; 0: from all.
+        """
+        block_size = self.config.block_size
+        cache = self.make_cache() if self.has_cache else None
+        new = idx[:, -block_size:]
+        for _ in range(max_new_tokens):
+            if cache and cache.length + new.shape[1] > block_size:
+                cache.clear()  # it is full: read the newest half again, from position 0
+                new = idx[:, -(block_size // 2 + 1) :]
+            logits = self.next_logits(new, cache).float() / temperature
+            if top_k:
+                smallest = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+                logits[logits < smallest] = -torch.inf
+            idx = torch.cat([idx, torch.multinomial(logits.softmax(dim=-1), 1)], dim=1)
+            new = idx[:, -1:] if cache else idx[:, -block_size:]
+        return idx
+
+
+def init_weights(model: nn.Module) -> None:
+    """Draw the weights of embeddings and linear layers from normal distributions with mean 0. Biases are 0.
+
+    As in GPT-2, the standard deviation is 0.02, but 0.02 / sqrt(branches) in the last layer of each branch, so that
+    what all 2 n_layer of them add to the residual stream does not grow with their number. INITS has other rules.
+    """
+    modules = dict(model.named_modules())
+    # stack.blocks.0.mlp.down_proj is the last layer of the branch stack.blocks.0.mlp, which may have several
+    last = {name: tuple(name.split(".")[:4]) for name in modules if name.endswith(LAST)}
+    branches = Counter(stack for stack, *_ in set(last.values()))  # {stack: number}
+    for name, module in modules.items():
+        if isinstance(module, nn.Embedding | nn.Linear):
+            std = 0.02 / math.sqrt(branches[name.split(".")[0]] if name in last else 1)
+            std = INITS[model.config.init](std, name, module, model.config)
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+
+# ======================================================================================
+# The second half: what a config can select instead
+
+
+# --------------------------------------------------------------------------------------
+# What the blocks share
+
+# Added to the scores, broadcastable to (B, H, T, S); -inf hides a key. None: hide only later tokens (T = 1 or T = S)
+Mask = Tensor | None
+
+
+class Shared(NamedTuple):
+    """What all blocks share in one forward pass."""
+
+    idx: Tensor  # (B, T), ids of the new tokens; nothing here needs them, but variants may
+    # positions of the T new tokens; (B, T) int64 if the texts of a batch start at different positions
+    at: slice | Tensor
+    end: int  # number of tokens read, including the new ones
+    # cos and sin for rotate(), each (1, T, D) or (B, 1, T, D)
+    rotation: tuple[Tensor, Tensor] | None
+    masks: dict[int, Mask]  # {window: mask}
+    padding: Tensor | None  # (B, S) bool, True if a token is padding; None: no padding
+    # what a layer keeps for later layers, or the stack's caller gives to all. A layer may add a name, but not change a
+    # value: where activations are recomputed, it runs again and finds what it kept
+    kept: dict[str, Tensor]
+    losses: dict[str, Tensor]  # {name: term}
+
+    def add_loss(self, name: str, term: Tensor) -> None:
+        """Add a term, a scalar, to the loss that training minimises. Terms of one name are summed."""
+        self.losses[name] = self.losses.get(name, 0) + term
+
+
+def share(stack, idx, cache=None, padding=None, losses=None, **kept) -> Shared:
+    """Compute what the blocks of a stack share while they read T new tokens, idx (B, T).
+
+    padding: (B, T) bool, only without a cache, which knows its own. losses, kept: what is in Shared at first.
+    """
+    T = idx.shape[1]
+    start = cache.length if cache else 0
+    S = start + T
+    assert stack.block_size >= S, f"{S} tokens, but block_size is {stack.block_size}"
+    at = slice(start, S)
+    key_at = torch.arange(S, device=idx.device)
+    query_at = start + key_at[:T]
+    if cache and cache.n_padding is not None:
+        padding = key_at < cache.n_padding[:, None]
+        at = (query_at - cache.n_padding[:, None]).clamp(min=0)
+    distance = query_at[:, None] - key_at
+    position = stack.position
+    bias = position.score_bias(distance) if position.score_bias else None
+    masks = {
+        window: attention_mask(distance, stack.causal, window, bias, padding)
+        for window in {block.attn.window for block in stack.blocks}
+    }
+    rotation = position.rotation(at) if position.rotation else None
+    return Shared(idx, at, S, rotation, masks, padding, kept, losses or {})
+
+
+def attention_mask(distance, causal=True, window=0, bias=None, padding=None) -> Mask:
+    """Make a mask that hides later keys if causal, keys `window` or more tokens away unless it is 0, and padding.
+
+    distance: (T, S) int64, query position minus key position. bias: (1, H, T, S), from Position.score_bias.
+    padding: (B, S) bool, True if a key is padding.
+    """
+    T, S = distance.shape
+    windowed = 0 < window < S
+    if causal and not windowed and bias is None and padding is None and T in (1, S):
+        return None  # attend() hides later tokens itself
+    hidden = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
+    if window:
+        hidden = hidden | (distance.abs() >= window)
+    if padding is not None:
+        # softmax over no keys at all is nan, so every token can at least attend to itself
+        hidden = hidden | (padding[:, None, None, :] & (distance != 0))
+    return torch.where(hidden, -torch.inf, 0.0 if bias is None else bias)
+
+
+# --------------------------------------------------------------------------------------
+# Norms and positions
 
 
 class RMSNorm(nn.RMSNorm):
@@ -177,41 +519,20 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(config.n_embd, eps=config.norm_eps)
 
 
-NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm, "none": nn.Identity}
-
-
-# --------------------------------------------------------------------------------------
-# Positions: without a mask, attention ignores the order of tokens. A positional encoding can act in three places.
-
-
 class Position(nn.Module):
-    """No positional encoding: its three hooks do nothing. Each encoding overrides one of them."""
+    """No positional encoding. One acts on embeddings, on queries and keys, or on scores, and overrides what it needs:
+
+    rotation(at): cos and sin for rotate(). score_bias(distance): a term to add to the scores, (1, H, T, S), from query
+    position minus key position, (T, S).
+    """
+
+    rotation = score_bias = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
 
-    def embed(self, x, at):
-        """Encode positions in the token embeddings x, (B, T, C). Returns the same shape."""
+    def embed(self, x, at):  # token embeddings (B, T, C) -> (B, T, C)
         return x
-
-    def rotary(self, at):
-        """Look up the cos and sin of the angles by which queries and keys are rotated; None: no rotation."""
-        return None
-
-    def score_bias(self, distance):
-        """Compute a term to add to the scores, (1, H, T, S). distance: (T, S), query position minus key position."""
-        return None
-
-
-class LearnedPosition(Position):
-    """One trained vector per position of the context, added to the token's embedding, as in GPT-2."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__(config)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
-
-    def embed(self, x, at):
-        return x + self.wpe.weight[at]
 
 
 class SinusoidalPosition(Position):
@@ -248,11 +569,11 @@ class RotaryPosition(Position):
         frequency = frequency * llama_scale(frequency, config)
         angle = torch.arange(config.block_size)[:, None] * frequency  # (block_size, D / 2)
         cos = angle.cos().repeat(1, 2)  # (block_size, D)
-        sin = torch.cat([-angle.sin(), angle.sin()], dim=1)  # negated as rotate() needs it
+        sin = torch.cat([-angle.sin(), angle.sin()], dim=1)  # signs are those of rotate()
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def rotary(self, at):
+    def rotation(self, at):
         return self.cos[at].unsqueeze(-3), self.sin[at].unsqueeze(-3)
 
 
@@ -266,16 +587,16 @@ def llama_scale(frequency: Tensor, config: ModelConfig) -> Tensor:
     """
     turns = config.rope_original_context * frequency / (2 * math.pi)
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)  # weight of the unscaled frequency
-    return kept + (1 - kept) / config.rope_factor
+    unscaled = ((turns - low) / (high - low)).clamp(0, 1)  # weight of the frequency itself
+    return unscaled + (1 - unscaled) / config.rope_factor
 
 
-def rotate(x, rotary):
+def rotate(x, rotation):
     """Rotate all pairs at once: each (a, b) becomes (a cos - b sin, b cos + a sin).
 
     x: (B, H, T, D). Returns the same shape and dtype.
     """
-    cos, sin = rotary  # sin is negated in its first half
+    cos, sin = rotation  # sin is negated in its first half, because a gets - b sin
     swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (b, a)
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
@@ -306,174 +627,8 @@ def alibi_slopes(n_head: int) -> list[float]:
     return [2 ** (-4 * i / n) for i in order[:n_head]]
 
 
-POSITIONS = {
-    "none": Position,
-    "learned": LearnedPosition,
-    "sinusoidal": SinusoidalPosition,
-    "rotary": RotaryPosition,
-    "alibi": AlibiPosition,
-}
-
-
 # --------------------------------------------------------------------------------------
-# Attention: each token looks at itself and the tokens before it.
-
-# Added to the scores, broadcastable to (B, H, T, S); -inf hides a key. None: hide only later tokens (T = 1 or T = S)
-Mask = Tensor | None
-
-
-class Shared(NamedTuple):
-    """What all blocks share in one forward pass."""
-
-    idx: Tensor  # (B, T), ids of the new tokens
-    # positions of the T new tokens; (B, T) int64 if the texts of a batch start at different positions
-    at: slice | Tensor
-    end: int  # number of tokens read, including the new ones
-    # cos and sin for rotate(), each (1, T, D) or (B, 1, T, D)
-    rotary: tuple[Tensor, Tensor] | None
-    masks: dict[int, Mask]  # {window: mask}
-    padding: Tensor | None  # (B, S) bool, True if a token is padding; None: no padding
-    # named values that a layer leaves for later ones, or that Stack.forward() was given for all
-    kept: dict[str, Tensor]
-
-
-class SelfAttention(nn.Module):
-    """H parallel heads, each computing softmax(q k^T / sqrt(D) + mask) v. Their outputs are concatenated and projected.
-
-    With n_kv_head below n_head, each group of query heads shares one key and value head, which makes the cache smaller.
-    Sources: Vaswani et al. 2017, arXiv:1706.03762, section 3.2; Ainslie et al. 2023, arXiv:2305.13245 (grouped-query
-    attention); Henry et al. 2020, arXiv:2010.04245 (norm of queries and keys, here an RMS norm).
-    """
-
-    def __init__(self, config: ModelConfig, layer: int = 0):
-        """layer: index of the block in its stack, from 0."""
-        super().__init__()
-        C, D = config.n_embd, config.features
-        bias = config.bias if config.attn_bias is None else config.attn_bias
-        self.window = config.window  # a pattern of windows would depend on layer
-        self.kernel = attend  # humptygpt/models/attention.py may put a faster function here
-        self.n_head = config.n_head
-        self.head_size = D
-        self.qk_norm = nn.RMSNorm(D, elementwise_affine=False) if config.qk_norm else None
-        self.q_proj = nn.Linear(C, config.n_head * D, bias)
-        self.k_proj = nn.Linear(C, config.kv_heads * D, bias)
-        self.v_proj = nn.Linear(C, config.kv_heads * D, bias)
-        self.o_proj = nn.Linear(config.n_head * D, C, bias)
-
-    def forward(self, x, shared, cache=None):  # (B, T, C) -> (B, T, C)
-        q = self.heads(self.q_proj(x))  # (B, H, T, D)
-        k = self.heads(self.k_proj(x))
-        v = self.heads(self.v_proj(x))
-        if self.qk_norm:
-            q, k = self.qk_norm(q), self.qk_norm(k)
-        if shared.rotary:
-            q, k = rotate(q, shared.rotary), rotate(k, shared.rotary)
-        if cache:
-            k, v = cache.append(shared.end, k=k, v=v)  # (B, n_kv_head, S, D)
-        y = self.kernel(q, k, v, shared.masks[self.window])  # (B, H, T, D)
-        return self.output(y, x)
-
-    def heads(self, x):
-        """Split the features into heads: (B, T, H D) -> (B, H, T, D)."""
-        return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
-
-    def output(self, y, x):
-        """Concatenate the heads' outputs y, (B, H, T, D), and project them. A gate would go here.
-
-        x: (B, T, C), the input of forward(). Returns (B, T, C).
-        """
-        return self.o_proj(y.transpose(1, 2).flatten(2))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """softmax(q k^T / sqrt(D) + mask) v: the mean of the values, weighted by how well each key matches the query.
-
-    q: (B, H, T, D). k, v: (B, H, S, D), or fewer heads. Returns (B, H, T, D).
-    Unlike in GPT-2, the weights get no dropout: it made training slower and the model no better.
-    """
-    T = q.shape[2]
-    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, qk_norm returns float32
-    if q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, S)
-    if mask is not None:
-        scores += mask
-    elif T > 1:  # a single token is the last one, and sees every key
-        scores += scores.new_full((T, T), -torch.inf).triu(1)
-    return scores.softmax(dim=-1) @ v
-
-
-def attention_mask(distance, causal=True, window=0, bias=None, padding=None) -> Mask:
-    """Make a mask that hides later keys if causal, keys `window` or more tokens away unless it is 0, and padding.
-
-    distance: (T, S) int64, query position minus key position. bias: (1, H, T, S), from Position.score_bias.
-    padding: (B, S) bool, True if a key is padding.
-    """
-    T, S = distance.shape
-    windowed = 0 < window < S
-    if causal and not windowed and bias is None and padding is None and T in (1, S):
-        return None  # attend() hides later tokens itself
-    hidden = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
-    if window:
-        hidden = hidden | (distance.abs() >= window)
-    if padding is not None:
-        # softmax over no keys at all is nan, so every token can at least attend to itself
-        hidden = hidden | (padding[:, None, None, :] & (distance != 0))
-    return torch.where(hidden, -torch.inf, 0.0 if bias is None else bias)
-
-
-ATTENTIONS = {"softmax": SelfAttention}
-
-
-class LayerCache:
-    """What one block remembers of the tokens that it has read: named tensors.
-
-    buffers: one row per token, (..., size, features). state: tensors that are replaced in each forward pass.
-    """
-
-    def __init__(self, size: int):
-        self.size = size
-        self.buffers: dict[str, Tensor] = {}
-        self.state: dict[str, Tensor] = {}
-
-    def append(self, end: int, **new: Tensor) -> list[Tensor]:
-        """Write each tensor, (..., T, features), into the T positions before `end` of the buffer of its name.
-
-        The first call allocates the buffers. Returns for each name all rows before `end`, (..., end, features).
-        """
-        for name, x in new.items():
-            if name not in self.buffers:
-                self.buffers[name] = x.new_zeros(*x.shape[:-2], self.size, x.shape[-1])
-            T = x.shape[-2]
-            self.buffers[name].narrow(-2, end - T, T).copy_(x)
-        return [self.buffers[name].narrow(-2, 0, end) for name in new]
-
-    def update(self, **state: Tensor) -> None:
-        """Replace tensors of the state."""
-        self.state |= state
-
-
-class Cache:
-    """Keys, values and other tensors of the tokens read, which the blocks keep so that no later pass computes them.
-
-    length: number of tokens read. n_padding: (B,) int64, number of padding tokens before each text; None: no padding.
-    """
-
-    def __init__(self, n_layer: int, size: int):
-        self.length = 0
-        self.n_padding: Tensor | None = None
-        self.layers = [LayerCache(size) for _ in range(n_layer)]
-
-    def clear(self) -> None:
-        """Forget the tokens but keep the buffers."""
-        self.length = 0
-        self.n_padding = None
-        for layer in self.layers:
-            layer.state = {}
-
-
-# --------------------------------------------------------------------------------------
-# Feed-forward networks: two layers of neurons, applied to each token separately. A convolution may come before them.
+# Feed-forward networks, and a convolution before them
 
 
 def relu_squared(x):
@@ -491,29 +646,6 @@ ACTIVATIONS = {
 }
 
 
-class MLP(nn.Module):
-    """Two linear layers with an activation between them, and n_hidden neurons (default: 4 C).
-
-    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.3.
-    """
-
-    gated = False
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        C = config.n_embd
-        n_hidden = config.n_hidden or (8 * math.ceil(C / 3) if self.gated else 4 * C)
-        bias = config.bias if config.mlp_bias is None else config.mlp_bias
-        self.activation = ACTIVATIONS[config.activation]
-        if self.gated:
-            self.gate_proj = nn.Linear(C, n_hidden, bias)
-        self.up_proj = nn.Linear(C, n_hidden, bias)
-        self.down_proj = nn.Linear(n_hidden, C, bias)
-
-    def forward(self, x):  # (B, T, C) -> (B, T, C)
-        return self.down_proj(self.activation(self.up_proj(x)))
-
-
 class GatedMLP(MLP):
     """Multiply each hidden neuron by a gate; the activation is applied to the gate. With silu, this is SwiGLU.
 
@@ -523,11 +655,8 @@ class GatedMLP(MLP):
 
     gated = True
 
-    def forward(self, x):  # (B, T, C) -> (B, T, C)
+    def forward(self, x, shared=None):  # (B, T, C) -> (B, T, C)
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
-
-
-MLPS = {"plain": MLP, "gated": GatedMLP, "none": None}
 
 
 class CausalConv(nn.Module):
@@ -537,7 +666,8 @@ class CausalConv(nn.Module):
     (Canon layers, of which this is the one before the MLP).
     """
 
-    GAIN = 4.0  # w is GAIN times its parameter, so that it moves GAIN times as far in a step of AdamW
+    # AdamW moves every parameter about as far in a step; w, GAIN times its parameter, moves GAIN times as far
+    GAIN = 4.0
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -552,7 +682,7 @@ class CausalConv(nn.Module):
             before = x.new_zeros(len(x), n, x.shape[2])  # zeros come before the first token
         inputs = torch.cat([before, x], dim=1)  # (B, n + T, C)
         if cache:
-            cache.update(inputs=inputs[:, T:])
+            cache.state["inputs"] = inputs[:, T:]
         weight = self.GAIN * self.weight.to(x.dtype)
         for back in range(1, n + 1):
             x = torch.addcmul(x, inputs[:, n - back : n - back + T], weight[back - 1])
@@ -560,48 +690,7 @@ class CausalConv(nn.Module):
 
 
 # --------------------------------------------------------------------------------------
-# Blocks combine attention, a feed-forward network, norms and residual connections.
-
-
-class Block(nn.Module):
-    """Attention, then a feed-forward network. Each kind of block combines them in its forward().
-
-    With model=transformer, the decoder has kinds of its own: humptygpt/models/transformer.py.
-    x: (B, T, C). cache: a LayerCache. layer: index of the block in its stack, from 0.
-    """
-
-    residual = True  # outputs are added to inputs
-    ends_with_norm = False  # True: the stack needs no norm at its end
-
-    def __init__(self, config: ModelConfig, layer: int = 0):
-        super().__init__()
-        mlp = MLPS[config.mlp]
-        self.attn_norm = NORMS[config.norm](config)
-        self.attn = ATTENTIONS[config.attention](config, layer)
-        if mlp:
-            self.mlp_norm = NORMS[config.norm](config)
-        self.conv = CausalConv(config) if mlp and config.mlp_conv else None
-        self.mlp = mlp(config) if mlp else None
-        self.attn_dropout = nn.Dropout(config.dropout)
-        self.mlp_dropout = nn.Dropout(config.dropout)
-
-    def feed_forward(self, x, shared, cache):
-        if self.conv:
-            x = self.conv(x, shared, cache)
-        return self.mlp(x)
-
-
-class PreNormBlock(Block):
-    """Only the branches are normalised; their outputs are added to the residual stream.
-
-    Source: Radford et al. 2019 (GPT-2); Xiong et al. 2020, arXiv:2002.04745.
-    """
-
-    def forward(self, x, shared, cache=None):
-        x = x + self.attn_dropout(self.attn(self.attn_norm(x), shared, cache))
-        if self.mlp:
-            x = x + self.mlp_dropout(self.feed_forward(self.mlp_norm(x), shared, cache))
-        return x
+# Blocks, and initial weights
 
 
 class PostNormBlock(Block):
@@ -634,197 +723,117 @@ class PlainBlock(Block):
         return x
 
 
-BLOCKS = {"pre_norm": PreNormBlock, "post_norm": PostNormBlock, "plain": PlainBlock}
+# names of the layers at the end of a branch
+LAST = ("o_proj", "down_proj")
 
 
-class Stack(nn.Module):
-    """Everything between embedding and head: positions, n_layer blocks and a norm, unless the blocks end with one.
+def gpt2_std(std, name, module, config) -> float:
+    """std, as init_weights() chose it; in blocks without residual connections 1 / sqrt(inputs), to keep the scale."""
+    alone = ".blocks." in name and not BLOCKS[config.block].residual
+    return module.weight.shape[1] ** -0.5 if alone else std
 
-    blocks: {name: block class}. checkpoint_activations: in training, keep only the input of each block, and recompute
-    the rest in the backward pass. Source: Chen et al. 2016, arXiv:1604.06174.
+
+def zero_std(std, name, module, config) -> float:
+    """1 / sqrt(inputs), to keep the scale, but 0 in the last layer of each branch, so that a new branch adds nothing.
+
+    Without tied weights, the embedding gets 1, and the head 0, so that all tokens are equally likely.
     """
-
-    def __init__(self, config: ModelConfig, blocks: dict = BLOCKS, causal: bool = True):
-        super().__init__()
-        self.causal = causal
-        self.checkpoint_activations = False
-        self.block_size = config.block_size
-        self.position = POSITIONS[config.position](config)
-        self.embed_norm = NORMS[config.norm if config.embed_norm else "none"](config)
-        self.dropout = nn.Dropout(config.dropout)
-        block = blocks[config.block]
-        self.blocks = nn.ModuleList(block(config, i) for i in range(config.n_layer))
-        self.norm = NORMS["none" if block.ends_with_norm else config.norm](config)
-
-    def forward(self, x, idx, cache=None, **more):
-        """Read tokens that follow those in the cache. Returns (B, T, C).
-
-        x: (B, T, C), their embeddings. idx: (B, T), their ids. more: padding, (B, T) bool, True if a token is padding
-        (only without a cache); other values are for the layers, in Shared.kept.
-        """
-        shared = self.share(idx, cache, **more)
-        x = self.dropout(self.embed_norm(self.position.embed(x, shared.at)))
-        layers = cache.layers if cache else [None] * len(self.blocks)
-        for block, layer in zip(self.blocks, layers, strict=True):
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, shared, layer, use_reentrant=False)
-            else:
-                x = block(x, shared, layer)
-        if cache:
-            cache.length = shared.end
-        return self.norm(x)
-
-    def share(self, idx, cache=None, padding=None, **kept) -> Shared:
-        """Compute positions and masks for T new tokens. The arguments are those of forward()."""
-        T = idx.shape[1]
-        start = cache.length if cache else 0
-        S = start + T
-        assert self.block_size >= S, f"{S} tokens, but block_size is {self.block_size}"
-        at = slice(start, S)
-        key_at = torch.arange(S, device=idx.device)
-        query_at = start + key_at[:T]
-        if cache and cache.n_padding is not None:
-            padding = key_at < cache.n_padding[:, None]
-            at = (query_at - cache.n_padding[:, None]).clamp(min=0)
-        distance = query_at[:, None] - key_at
-        bias = self.position.score_bias(distance)
-        masks = {
-            window: attention_mask(distance, self.causal, window, bias, padding)
-            for window in {block.attn.window for block in self.blocks}
-        }
-        rotary = self.position.rotary(at)
-        return Shared(idx, at, S, rotary, masks, padding, kept)
+    untied = not config.tie_weights
+    if name.endswith(LAST) or (untied and name == "lm_head"):
+        return 0.0
+    if untied and isinstance(module, nn.Embedding):
+        return 1.0
+    return module.weight.shape[1] ** -0.5
 
 
 # --------------------------------------------------------------------------------------
-# The model
+# The choices. A variant is a class or function, and a line here
+
+NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm, "none": nn.Identity}
+POSITIONS = {
+    "none": Position,
+    "learned": LearnedPosition,
+    "sinusoidal": SinusoidalPosition,
+    "rotary": RotaryPosition,
+    "alibi": AlibiPosition,
+}
+ATTENTIONS = {"softmax": SelfAttention}
+MLPS = {"plain": MLP, "gated": GatedMLP, "none": None}
+BLOCKS = {"pre_norm": Block, "post_norm": PostNormBlock, "plain": PlainBlock}
+INITS = {"gpt2": gpt2_std, "zero": zero_std}
+
+# {setting: the variants that it can name}
+CHOICES = {
+    "position": POSITIONS,
+    "norm": NORMS,
+    "block": BLOCKS,
+    "attention": ATTENTIONS,
+    "mlp": MLPS,
+    "activation": ACTIVATIONS,
+    "init": INITS,
+}
 
 
-class GPT(nn.Module):
-    """A stack of causal blocks that reads tokens and predicts the next one at each position.
+# --------------------------------------------------------------------------------------
+# What a config may be
 
-    Source: Radford et al. 2018 (GPT), "Improving language understanding by generative pre-training".
-    """
+# {names of settings: (smallest, largest value)}
+LIMITS = {
+    "n_members n_layer": (1, 2**12),
+    "n_head n_kv_head n_embd head_size n_hidden block_size vocab_size": (1, 2**20),
+    "dropout label_smoothing": (0, 0.99),
+    "mlp_conv logit_soft_cap norm_eps": (0, 10**9),
+    "rope_low_freq_factor rope_high_freq_factor": (0, 10**9),
+    "rope_base rope_factor rope_original_context": (1, 10**9),
+}
 
-    has_cache = True
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        config.validate()
-        self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.stack = Stack(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_weights:  # Source: Press and Wolf 2016, arXiv:1608.05859
-            self.lm_head.weight = self.wte.weight
-        init_weights(self)
-
-    def forward(
-        self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute the logits (B, T, V) of the token after each token and, with targets, the mean cross-entropy in nats.
-
-        idx: (B, T), ids of the tokens that follow those in the cache. targets: (B, T), the id after each of them; -1 is
-        ignored. Without targets, the loss is None. With them, gradients flow through the loss only.
-        """
-        logits = self.head(self.stack(self.wte(idx), idx, cache))
-        if targets is None:
-            return logits, None
-        # otherwise a compiled backward pass would allocate zeros as the logits' gradient
-        return logits.detach(), self.loss(logits, targets)
-
-    def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        """Compute the logits (B, V) of the token that follows idx."""
-        return self.head(self.stack(self.wte(idx), idx, cache)[:, -1])
-
-    def head(self, x: Tensor) -> Tensor:
-        """x: (..., C). Returns logits (..., V). Source of the soft cap: Gemma 2, arXiv:2408.00118, section 2."""
-        logits = self.lm_head(x)
-        if cap := self.config.logit_soft_cap:
-            logits = cap * torch.tanh(logits.float() / cap)
-        return logits
-
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean of -ln(probability of the target) over all targets except -1.
-
-        In training, a fraction label_smoothing of each target is spread over the vocabulary, so that the model does not
-        become overconfident. Source: Szegedy et al. 2015, arXiv:1512.00567, section 7.
-        """
-        smoothing = self.config.label_smoothing if self.training else 0.0
-        logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(
-            logits, targets.flatten(), ignore_index=-1, label_smoothing=smoothing
+def check_values(config: ModelConfig) -> None:
+    """Raise ValueError for the first value that is invalid on its own."""
+    for name, choices in config.choices().items():
+        if (value := getattr(config, name)) not in choices:
+            table = [f" ({k} in model.py)" for k, x in globals().items() if x is choices]
+            raise ValueError(
+                f"{name}={value} is not one of: {', '.join(choices)}{''.join(table)}"
+            )
+    for names, (least, most) in LIMITS.items():
+        for name in names.split():
+            value = getattr(config, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name}={value} must be from {least} to {most}")
+    if not 0 <= config.window <= config.block_size:
+        raise ValueError(
+            f"window={config.window} must be from 0 to block_size={config.block_size}"
         )
 
-    def make_cache(self, size: int | None = None) -> Cache:
-        """Make an empty cache for up to `size` tokens, by default block_size."""
-        block_size = self.config.block_size
-        return Cache(self.config.n_layer, min(size or block_size, block_size))
 
-    @torch.inference_mode()
-    def generate(
-        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0
-    ) -> Tensor:
-        """Append sampled tokens to idx, (B, T) with T >= 1. Returns (B, T + max_new_tokens). Call eval() before.
-
-        sample.py and serve.py use humptygpt/generation/sampling.py instead, which has more filters.
-        temperature: above 0. top_k: sample from the k most probable tokens only; 0: from all.
-        """
-        block_size = self.config.block_size
-        half = block_size // 2 + 1  # half of the context, and the new token
-        cache = self.make_cache() if self.has_cache else None
-        new = idx[:, -block_size:]
-        for _ in range(max_new_tokens):
-            if cache and cache.length + new.shape[1] > block_size:
-                cache.clear()  # it is full: read the newest half again, from position 0
-                new = idx[:, -half:]
-            logits = self.next_logits(new, cache).float() / temperature
-            if top_k:
-                smallest = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
-                logits[logits < smallest] = -torch.inf
-            idx = torch.cat([idx, torch.multinomial(logits.softmax(dim=-1), 1)], dim=1)
-            new = idx[:, -1:] if cache else idx[:, -block_size:]
-        return idx
+def check_combinations(config: ModelConfig) -> None:
+    """Raise ValueError for the first invalid combination of values."""
+    if config.head_size is None and config.n_embd % config.n_head:
+        raise ValueError(
+            f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head} unless head_size is set"
+        )
+    if config.n_head % config.kv_heads:
+        raise ValueError(
+            f"n_head={config.n_head} must be a multiple of n_kv_head={config.n_kv_head}"
+        )
+    if config.position == "rotary" and config.features % 2:
+        raise ValueError(
+            f"position=rotary rotates feature pairs, so head_size={config.features} must be even"
+        )
+    if config.rope_low_freq_factor >= config.rope_high_freq_factor:
+        raise ValueError(
+            f"rope_low_freq_factor={config.rope_low_freq_factor:g} must be below"
+            f" rope_high_freq_factor={config.rope_high_freq_factor:g}"
+        )
+    if config.init == "zero" and not BLOCKS[config.block].residual:
+        raise ValueError(
+            f"block={config.block} has no residual connections, so with init=zero it would output 0; use init=gpt2"
+        )
 
 
-def init_weights(model: nn.Module) -> None:
-    """Draw the weights of embeddings and linear layers from normal distributions, with these standard deviations:
-
-                                   gpt2                      zero
-    embeddings                     0.02                      1, or 1 / sqrt(n_embd) if tied
-    linear layers                  0.02                      1 / sqrt(inputs)
-    last layer of each branch      0.02 / sqrt(branches)     0, so that a new branch adds nothing
-    an untied head                 0.02                      0, so that all tokens are equally likely
-    biases                         0                         0
-
-    Norms and convolutions keep the values with which they were made.
-
-    GPT-2 divides by the square root of the number of residual branches in a stack (2 n_layer with attention and
-    feed-forward), so that what the branches add to the residual stream does not grow with their number. Without
-    residual connections (block=plain), each linear layer of the blocks gets 1 / sqrt(inputs), which keeps the scale.
-    """
-    config = model.config
-    untied = not config.tie_weights
-    modules = dict(model.named_modules())
-    last = [name for name in modules if name.endswith(("o_proj", "down_proj"))]
-    # such as (stack, blocks, 0, mlp), which may have several last layers
-    branches = {tuple(name.split(".")[:4]) for name in last}
-    for name, module in modules.items():
-        if not isinstance(module, nn.Embedding | nn.Linear):
-            continue
-        keeps_scale = module.weight.shape[1] ** -0.5
-        if config.init == "zero":
-            std = 1.0 if untied and isinstance(module, nn.Embedding) else keeps_scale
-            if name in last or (untied and name == "lm_head"):
-                std = 0.0
-        elif ".blocks." in name and not BLOCKS[config.block].residual:
-            std = keeps_scale
-        else:
-            count = sum(name.split(".")[0] in branch for branch in branches)
-            std = 0.02 / math.sqrt(count) if name in last else 0.02
-        nn.init.normal_(module.weight, std=std)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
+# --------------------------------------------------------------------------------------
+# Counts
 
 
 def count_parameters(model: nn.Module) -> int:

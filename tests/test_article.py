@@ -45,10 +45,12 @@ def inputs(T: int, position: Position | None = None) -> Shared:
     """The inputs that a stack computes for its blocks, for a text of T tokens."""
     position = position or Position(config())
     distance = torch.arange(T)[:, None] - torch.arange(T)
-    mask = attention_mask(distance, bias=position.score_bias(distance))
+    bias = position.score_bias(distance) if position.score_bias else None
+    mask = attention_mask(distance, bias=bias)
     at = slice(0, T)
     idx = torch.zeros(1, T, dtype=torch.int64)
-    return Shared(idx, at, T, position.rotary(at), {0: mask}, None, {})
+    rotation = position.rotation(at) if position.rotation else None
+    return Shared(idx, at, T, rotation, {0: mask}, None, {}, {})
 
 
 # --------------------------------------------------------------------------------------

@@ -383,13 +383,13 @@ FAULTS = {
 
 def run_planted(report: str) -> str | None:
     """Run a case with the fault that leads to this report in its blocks."""
-    forward = models.PreNormBlock.forward
+    forward = models.Block.forward
 
     def planted(self, *args):
         return FAULTS[report](forward(self, *args))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models.PreNormBlock, "forward", planted)
+        patch.setattr(models.Block, "forward", planted)
         return run_cases([PLAIN])
 
 

@@ -544,7 +544,7 @@ def test_each_branch_has_its_norm_and_the_stack_ends_with_exactly_one(keys, norm
     assert (
         sum(isinstance(module, torch.nn.LayerNorm) for module in model.modules()) == norms
     )
-    x = model.stack(torch.randn(2, 5, 32), tokens(2, 5))
+    x, _ = model.stack(torch.randn(2, 5, 32), tokens(2, 5))
     torch.testing.assert_close(
         x.std(dim=-1, correction=0), torch.ones(2, 5), atol=1e-3, rtol=0
     )
@@ -564,7 +564,7 @@ def test_rotation_makes_scores_depend_on_distance_only():
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
     def rotated(x: torch.Tensor, at: int) -> torch.Tensor:
-        return rotate(x, position.rotary(slice(at, at + 1)))
+        return rotate(x, position.rotation(slice(at, at + 1)))
 
     def score(q_at: int, k_at: int) -> torch.Tensor:
         return (rotated(q, q_at) * rotated(k, k_at)).sum()
@@ -609,14 +609,16 @@ def test_initial_weights_are_gpt2s():
 def test_without_residual_connections_initialization_keeps_the_scale_of_activations():
     model = tiny(n_embd=128, n_layer=8, block="plain", norm="none", position="none")
     x = torch.randn(1, 1, 128)
-    assert model.stack(x, tokens(1, 1)).std() > 1e-2  # with GPT-2's initial weights: 1e-12
+    assert (
+        model.stack(x, tokens(1, 1))[0].std() > 1e-2
+    )  # with GPT-2's initial weights: 1e-12
 
 
 @pytest.mark.parametrize("block", [name for name in BLOCKS if name != "plain"])
 def test_with_init_zero_a_new_block_is_the_identity(block):
     model = tiny(init="zero", block=block, norm="none", position="none")
     x = torch.randn(2, 5, 32)
-    assert torch.equal(model.stack(x, tokens(2, 5)), x)
+    assert torch.equal(model.stack(x, tokens(2, 5))[0], x)
 
 
 @pytest.mark.parametrize("tied", [True, False])

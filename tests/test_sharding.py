@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY_RUN, assert_same_weights, read_rows, train_losses
-from humptygpt.model import PreNormBlock
+from humptygpt.model import Block
 from test_distributed import (
     CPU,
     RESUME,
@@ -56,7 +56,7 @@ def test_a_sharded_run_starts_from_a_model_and_is_evaluated_as_one_of_one_proces
 
 def gathering_as_on_cuda(argv: list[str]) -> int:
     """Train as on a GPU, and write the dtypes of the weights that products read, and of the residual stream."""
-    precision, forward = sharding.precision, PreNormBlock.forward
+    precision, forward = sharding.precision, Block.forward
     found = set()
 
     def watched(self, x, *inputs):
@@ -65,7 +65,7 @@ def gathering_as_on_cuda(argv: list[str]) -> int:
         return forward(self, x, *inputs)
 
     sharding.precision = lambda device, dtype: precision(torch.device("cuda"), dtype)
-    PreNormBlock.forward = watched
+    Block.forward = watched
     train.check_model = lambda model: None  # a small model is not sharded
     code = train.main(argv)
     Path(f"dtypes{os.environ['RANK']}").write_text(str(sorted(found)))

@@ -107,7 +107,7 @@ def test_with_equal_weights_the_outputs_are_those_of_torchs_transformer(block, l
         src_key_padding_mask=source < 0,
         memory_key_padding_mask=source < 0,
     )
-    found = ours.decoder(ours.wte(idx), idx, **ours.encode(source))
+    found, _ = ours.decoder(ours.wte(idx), idx, **ours.encode(source))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 

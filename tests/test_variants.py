@@ -39,6 +39,9 @@ CASES = {
     "latent": ["--attention=latent"],
     "gated": ["--attention=gated"],
     "exclusive": ["--attention=exclusive"],
+    "value_residual": ["--attention=value_residual"],
+    "value_embedding": ["--attention=value_embedding"],
+    "differential": ["--attention=differential"],
     "window": ["--window=4"],
     "moe": ["--mlp=moe"],
     "lion": ["--optimizer=lion", "--learning_rate=1e-4"],
@@ -48,12 +51,15 @@ CASES = {
 }
 # those with a state or a schedule of their own are also stopped and resumed
 RESUMED = ["lion", "averaged", "copy"]
+# those with weights, values or losses of their own: also by two ranks that recompute activations, and resumed by one
+WHOLE = ["value_residual", "value_embedding", "differential", "moe", "window"]
 SIZES = ["--n_layer=2", "--n_embd=32", "--block_size=16", "--device=cpu", "--dtype=float32"]
 STEPS = ["--max_iters=10", "--eval_interval=5", "--eval_iters=2", "--log_interval=1"]
 # in one process, because each start takes seconds
 ALL = """
 import dataclasses, json, signal, sys
-import sample, train
+import explain, export, sample, train
+from humptygpt.cli import UserError
 from humptygpt.training import evaluation
 from humptygpt.training import run as runs
 
@@ -74,7 +80,7 @@ train.METRICS["stop"] = stop
 for name, keys in json.loads(sys.argv[1]).items():
     runs.draw_losses = draw if name == "norm" else lambda *args: None
     assert train.main([*keys, f"--out_dir=out/{name}"]) == 0
-    if name in sys.argv[2:]:
+    if name in sys.argv[3:]:
         stops, out = True, f"--out_dir=out/{name}_stopped"
         assert train.main([*keys, out]) == 128 + signal.SIGINT
         stops = False
@@ -85,6 +91,18 @@ for name, keys in json.loads(sys.argv[1]).items():
 
         source = ["--init_from=out/averaged/average.pt"]
     sample.main([*source, "--max_new_tokens=9", "--device=cpu"])
+    if name in json.loads(sys.argv[2]):
+        stops, out = True, f"--out_dir=out/{name}_ranks"
+        ranks = ["--threads=2", "--checkpoint_activations=True"]
+        assert train.main([*keys, out, *ranks]) == 128 + signal.SIGINT
+        stops = False
+        assert train.main(["--init_from=resume", "--threads=1", out]) == 0
+        for script, keys in (export, ["--to=out/exported"]), (explain, []):
+            try:
+                script.main([out, *keys])
+            except UserError:
+                continue
+            raise AssertionError(f"{name} was not refused")
 """
 
 
@@ -106,7 +124,7 @@ def edited(folder) -> Path:
     for name in keys.keys() - {"copy"}:
         keys[name] += ["--input=text.txt", "--dataset=text"]
     done = subprocess.run(
-        [sys.executable, "-c", ALL, json.dumps(keys), *RESUMED],
+        [sys.executable, "-c", ALL, json.dumps(keys), json.dumps(WHOLE), *RESUMED],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -153,6 +171,8 @@ def test_every_example_learns_in_its_own_way_logs_its_numbers_and_resumes_exactl
     assert len({found[-1] for found in losses.values()}) == len(CASES)
     for name in RESUMED:
         assert losses_of(edited, f"{name}_stopped") == losses[name]
+    for name in WHOLE:
+        assert losses_of(edited, f"{name}_ranks") == pytest.approx(losses[name], abs=1e-5)
     first, *_, last = [row for row in rows_of(edited, "norm") if "train_loss" in row]
     assert 0 < first["update_ratio"] < 1
     assert last["second"] == pytest.approx(first["second"] / 10, rel=0.3)
@@ -337,7 +357,7 @@ def test_an_optimizer_checks_its_own_settings(tiny, fails, monkeypatch):
 
 def test_several_last_layers_of_a_branch_count_as_one_when_weights_are_drawn(monkeypatch):
     class Experts(nn.Module):
-        def __init__(self, config):
+        def __init__(self, config, layer):
             super().__init__()
             self.experts = nn.ModuleList(models.MLP(config) for _ in range(4))
 

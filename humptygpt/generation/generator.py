@@ -116,13 +116,12 @@ def make_generator(
     check_fits("the weights take", weights * dtype.itemsize, free_memory(device), advice)
     model.eval().requires_grad_(False)
     check_model(model)
-    joins = agrees(model, joins=True)
-    if not joins and not agrees(model):
+    if not agrees(model):
         note(
             "not using faster layers, because this model.py's logits would change; generation is slower, in float32"
         )
         return model.to(device)
-    replace_layers(model, dtype, device, joins)
+    replace_layers(model, dtype, device)
     model.to(device)
     # as plain attributes they are found without nn.Module.__getattr__, which is slow
     for module in model.modules():
@@ -138,12 +137,12 @@ def choose_threads(loaded) -> None:
 
 
 @torch.inference_mode()
-def agrees(model: nn.Module, joins: bool = False) -> bool:
+def agrees(model: nn.Module) -> bool:
     """True if replace_layers() does not change the logits of this model.py, which the user may have edited."""
     try:
         small, text = smaller(model)
         expected = small.eval()(**text)[0]
-        replace_layers(small, torch.float32, CPU, joins)
+        replace_layers(small, torch.float32, CPU)
         return is_close(small(**text)[0], expected)
     except Exception:
         return False
@@ -153,16 +152,14 @@ def agrees(model: nn.Module, joins: bool = False) -> bool:
 # Fewer operators
 
 
-def replace_layers(
-    model: nn.Module, dtype: torch.dtype, device: torch.device, joins: bool
-) -> None:
+def replace_layers(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Replace linear layers and RMS norms with faster equivalents, called as plain functions rather than as modules.
 
-    A module call costs as much as a small matrix product. joins: also use JoinedAttention.
+    A module call costs as much as a small matrix product.
     """
     for name, module in list(model.named_modules()):
         # other kinds of attention may compute queries, keys and values from different inputs
-        if joins and type(module) is SelfAttention:
+        if type(module) is SelfAttention:
             model.set_submodule(name, JoinedAttention(module))
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -196,18 +193,14 @@ class JoinedAttention(SelfAttention):
         for name, p in layers[0].named_parameters():  # weight and, if there is one, bias
             p.data = torch.cat([layer.get_parameter(name) for layer in layers])
 
-    def forward(self, x, shared, cache=None):  # (B, T, C) -> (B, T, C)
+    def qkv(self, x, shared):
         heads = self.heads(self.qkv_proj(x))  # q's, then k's, then v's
         qk, v = heads.tensor_split([-self.n_kv_head], dim=1)
         if self.qk_norm:
             qk = self.qk_norm(qk)
-        if shared.rotary:
-            qk = rotate(qk, shared.rotary)
-        q, k = qk.tensor_split([self.n_head], dim=1)
-        if cache:
-            k, v = cache.append(shared.end, k=k, v=v)
-        y = self.kernel(q, k, v, shared.masks[self.window])
-        return self.output(y, x)
+        if shared.rotation:
+            qk = rotate(qk, shared.rotation)
+        return *qk.tensor_split([self.n_head], dim=1), v
 
 
 class FastRMSNorm(nn.Module):

@@ -61,7 +61,7 @@ class DecoderBlock(Block):
         if mlp:
             self.mlp_norm = NORMS[config.norm](config)
         self.conv = CausalConv(config) if mlp and config.mlp_conv else None
-        self.mlp = mlp(config) if mlp else None
+        self.mlp = mlp(config, layer) if mlp else None
         self.attn_dropout = nn.Dropout(config.dropout)
         self.cross_dropout = nn.Dropout(config.dropout)
         self.mlp_dropout = nn.Dropout(config.dropout)
@@ -116,7 +116,7 @@ class Transformer(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.encoder = Stack(config, causal=False)
-        self.decoder = Stack(config, DECODER_BLOCKS)
+        self.decoder = Stack(config, DECODER_BLOCKS[config.block])
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
@@ -131,7 +131,7 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         cache: Cache | None = None,
         source: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple:
         """Compute logits and loss. They are returned in the same form as by GPT.
 
         idx: (B, T) token ids of the target, which starts with end-of-text. With a cache, only the ids after the cached
@@ -139,8 +139,12 @@ class Transformer(nn.Module):
         -1. With a cache, omit the source, because the cache already holds it.
         """
         encoded = {} if cache else self.encode(source)
-        logits = self.head(self.decoder(self.wte(idx), idx, cache, **encoded))
-        return logits, None if targets is None else self.loss(logits, targets)
+        x, terms = self.decoder(self.wte(idx), idx, cache, **encoded)
+        logits = self.head(x)
+        if targets is None:
+            return logits, None
+        loss = self.loss(logits, targets)
+        return (logits, loss, terms) if terms else (logits, loss)
 
     def next_logits(self, idx: Tensor, cache: Cache) -> Tensor:
         """Compute the logits (B, V) of the token that follows idx."""
@@ -148,11 +152,14 @@ class Transformer(nn.Module):
         return logits[:, -1]
 
     def encode(self, source: Tensor) -> dict[str, Tensor]:
-        """Run the encoder. source: as in forward(). Returns its output, (B, S, C), and the mask for attention to it."""
+        """Run the encoder. source: as in forward().
+
+        Returns its output, (B, S, C), the mask for attention to it, and its terms of the loss.
+        """
         padding = source < 0
         mask = torch.where(padding[:, None, None, :], -torch.inf, 0.0)  # (B, 1, 1, S)
-        x = self.encoder(self.wte(source.clamp(min=0)), source, padding=padding)
-        return {"source": x, "source_mask": mask}
+        x, terms = self.encoder(self.wte(source.clamp(min=0)), source, padding=padding)
+        return {"source": x, "source_mask": mask, "losses": terms}
 
     def make_cache(self, source: Tensor) -> Cache:
         """Make a cache for up to block_size target tokens. source: (B, S) token ids, as in forward().
@@ -162,5 +169,5 @@ class Transformer(nn.Module):
         encoded = self.encode(source)
         cache = Cache(self.config.n_layer, self.config.block_size)
         for block, layer in zip(self.decoder.blocks, cache.layers, strict=True):
-            layer.update(**block.cross_attn.read(encoded))
+            layer.state.update(block.cross_attn.read(encoded))
         return cache

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from humptygpt.model import ACTIVATIONS, GPT, ModelConfig
+from humptygpt.model import ACTIVATIONS, GPT, ModelConfig, check_values
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class WindowConfig(ModelConfig):
 
     def validate(self) -> None:
         """Raise ValueError for the first invalid value or combination."""
-        self.check_values()
+        check_values(self)
         if self.window < 1:
             raise ValueError(
                 f"window={self.window} must be at least 1: model={self.model} reads that many tokens"
