@@ -127,7 +127,7 @@ class SelfAttention(nn.Module):
     With n_kv_head below n_head, each group of query heads shares one key and value head, which makes the cache smaller.
     Sources: Vaswani et al. 2017, arXiv:1706.03762, section 3.2; Ainslie et al. 2023, arXiv:2305.13245 (grouped-query
     attention); Henry et al. 2020, arXiv:2010.04245 (norm of queries and keys, here an RMS norm).
-    layer: index of the block in its stack, from 0. shared: see Shared. cache: a LayerCache.
+    layer: index of the block in its stack, from 0. shared: a Shared, whose mask is None by default. cache: a LayerCache.
     """
 
     def __init__(self, config: ModelConfig, layer: int = 0):
@@ -174,8 +174,8 @@ class SelfAttention(nn.Module):
 def attend(q, k, v, mask):
     """softmax(q k^T / sqrt(D) + mask) v: the mean of the values, weighted by how well each key matches the query.
 
-    q: (B, H, T, D). k, v: (B, H, S, D), or fewer heads. Returns (B, H, T, D). A score, a sum of D products, would grow
-    with D, and softmax of large scores leaves nearly all weight to one key and hardly a gradient to the others.
+    q: (B, H, T, D). k, v: (B, H, S, D), or fewer heads. Returns (B, H, T, D). The scores q k^T, sums of D
+    products, grow with D; softmax of large ones would leave nearly all weight to one key, hardly a gradient to others.
     Unlike in GPT-2, the weights get no dropout: it made training slower and the model no better.
     """
     T = q.shape[2]
