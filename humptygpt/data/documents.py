@@ -8,7 +8,6 @@ import csv
 import glob
 import gzip
 import json
-import os
 import re
 import shutil
 import zipfile
@@ -94,7 +93,7 @@ def find_files(where: str) -> tuple[list[Path], list[str]]:
     skipped = []
     with read_errors(path):
         if path.is_dir():
-            found = files_below(path, skipped)
+            found = path.rglob("*")  # which follows no link to a folder, and so ends
         elif path.exists():
             return [path], []
         else:
@@ -110,21 +109,6 @@ def find_files(where: str) -> tuple[list[Path], list[str]]:
     if not files:
         raise UserError("; ".join([f"no text files found at {where}", *skipped[:NAMED]]))
     return files, skipped
-
-
-def files_below(folder: Path, skipped: list[str]) -> Iterator[Path]:
-    """Yield the files in a folder and its subfolders. skipped: receives the folders that are not read, and why."""
-
-    def skip(error: OSError) -> None:
-        skipped.append(f"cannot read {error.filename}: {error.strerror}")
-
-    for at, folders, names in os.walk(folder, onerror=skip):
-        for name in folders:
-            if (link := Path(at, name)).is_symlink():
-                skipped.append(
-                    f"{link} is a link to a folder, which --input='{folder}/**' follows"
-                )
-        yield from (Path(at, name) for name in names)
 
 
 def unpack(archive: Path, folder: Path) -> Path:
