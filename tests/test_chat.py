@@ -224,7 +224,7 @@ BAD = {
     "line 2: it has a turn without content": json.dumps(
         {"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}
     ),
-    "line 2: it has an empty reply": json.dumps(
+    "chats.jsonl, line 2: it has an empty": json.dumps(
         {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}
     ),
     "line 2: it has an empty reply": json.dumps(chat("a", " \n", "c", "d")),
