@@ -37,7 +37,7 @@ from humptygpt.tokenizers.saved import from_state
 OURS = re.compile(r"meta\.pkl|(train|val|test)(_\d+)?\.bin")
 PREPARING = "preparing"  # subfolder for data that is not complete
 # keys that do not affect the output, and name, which is positional
-NOT_IN_COMMAND = ("name", "workers", "overwrite")
+NOT_IN_COMMAND = ("name", "overwrite")
 ONLY_FOR_PAIRS = ("test_fraction", "max_pair_tokens", "max_pair_ratio", "held_out")
 
 

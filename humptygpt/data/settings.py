@@ -38,15 +38,13 @@ class PrepareConfig:
     split_digits: bool | None = None  # bpe: each digit is a token, to learn sums; None: off
     # existing data
     overwrite: bool = False  # replace a different dataset of the same name
-    # system
-    workers: int | None = None  # encoding threads; None: one per usable core
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
         return {"tokenizer": CHOICES}
 
     def validate(self) -> None:
-        check_least(self, 1, "files", "max_pair_ratio", "workers")
+        check_least(self, 1, "files", "max_pair_ratio")
         check_least(self, 2, "max_pair_tokens")
         check_least(self, 257, "vocab_size")  # 256 bytes and end-of-text
         check_least(self, 0, "val_fraction", "test_fraction", below=1)
