@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from humptygpt.cli import check_above_0, check_least
-from humptygpt.data.dataset import DATASETS
 from humptygpt.sources import repository
 from humptygpt.tokenizers.basic import TOKENIZERS
 
@@ -57,8 +56,6 @@ class PrepareConfig:
             )
         if name is None:
             raise ValueError("the data set has no name; add one, such as --name=mine")
-        if name in DATASETS:
-            raise ValueError(f"name={name} is generated data, which needs no preparing")
         if name == ".." or Path(name).name != name:
             raise ValueError(f"name={name!r} must be the name of a folder in data/")
         if (self.source is None) != (self.target is None) or (self.source and self.input):
