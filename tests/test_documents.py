@@ -1,8 +1,5 @@
-import errno
 import gzip
 import json
-import os
-import shutil
 import zipfile
 from pathlib import Path
 
@@ -107,7 +104,7 @@ def test_empty_files_and_lines_give_no_document():
 
 
 @pytest.mark.parametrize("piece", [2, 1000])
-def test_bytes_that_are_not_utf8_are_replaced_and_counted_and_the_line_is_named(
+def test_bytes_that_are_not_utf8_are_replaced_and_counted_and_the_file_is_named(
     piece, monkeypatch
 ):
     monkeypatch.setattr(documents, "PIECE", piece)
@@ -118,8 +115,7 @@ def test_bytes_that_are_not_utf8_are_replaced_and_counted_and_the_line_is_named(
         flaws = Flaws()
         *_, text = read(path, flaws=flaws)
         assert text.endswith("ab\ufffdc\ufffd")
-        first = f"the first: {path}, line 3: it is not UTF-8"
-        assert str(flaws) == f"bad bytes replaced: 2; {first}"
+        assert str(flaws) == f"bad bytes replaced: 2; the first: {path} is not UTF-8"
 
 
 def found(where: str) -> list[str]:
@@ -162,23 +158,14 @@ def test_binary_and_hidden_files_are_skipped_and_counted_and_the_first_are_named
     assert capsys.readouterr().err == f"note: skipped files: 8; {named}\n"
 
 
-def test_folders_that_are_links_or_cannot_be_read_are_named(capsys, monkeypatch):
-    for name in ("t/a", "t/locked", "elsewhere"):
+def test_a_link_to_a_folder_is_followed_only_if_a_pattern_says_so():
+    for name in ("t/a", "elsewhere"):
         Path(name).mkdir(parents=True)
         Path(name, "a.txt").write_text("some text")
     Path("t/link").symlink_to("../elsewhere")
-    scandir = os.scandir
-
-    def refusing(path):
-        if "locked" in str(path):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refusing)  # root may read all
+    Path("t/loop").symlink_to(".")
     assert found("t") == ["t/a/a.txt"]
-    link = "t/link is a link to a folder, which --input='t/**' follows"
-    locked = "cannot read t/locked: Permission denied"
-    assert capsys.readouterr().err == f"note: skipped files: 2; {link}; {locked}\n"
+    Path("t/loop").unlink()
     assert found("t/**") == ["t/a/a.txt", "t/link/a.txt"]
 
 
@@ -197,24 +184,6 @@ def test_exports_in_json_that_are_learned_as_they_are_written_are_noted(capsys):
     )
 
 
-@pytest.mark.parametrize("ending", ["zip", "tar.gz"])
-def test_the_texts_in_an_archive_are_prepared(ending, capsys):
-    Path("all/sub").mkdir(parents=True)
-    for number in range(3):
-        Path(f"all/sub/{number}.txt").write_text(make_text(3000, seed=number))
-    form = {"zip": "zip", "tar.gz": "gztar"}[ending]
-    archive = shutil.make_archive("texts", form, "all")
-    assert archive.endswith(f"texts.{ending}")
-    command = [f"--input=texts.{ending}", "--name=mine", "--tokenizer=char"]
-    prepare_data.main(command)
-    assert json.loads(Path("data/mine/meta.json").read_text())["documents"] == 3
-    assert sorted(path.name for path in Path("data/mine").iterdir()) == sorted(
-        ["command.txt", "meta.json", "train.bin", "val.bin"]
-    )
-    prepare_data.main(command)  # the same archive
-    assert "is left unchanged" in capsys.readouterr().err
-
-
 def test_what_our_scripts_have_written_is_no_text_of_a_folder_around_it(run_train, capsys):
     run_train()
     Path("out/run/tensorboard").mkdir()
@@ -228,11 +197,9 @@ def test_what_our_scripts_have_written_is_no_text_of_a_folder_around_it(run_trai
     )
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
 @pytest.mark.parametrize("piece", [1, 1000])
-def test_utf_16_and_utf_32_are_read_if_a_byte_order_mark_says_so(
-    encoding, piece, monkeypatch
-):
+def test_utf_16_is_read_if_a_byte_order_mark_says_so(encoding, piece, monkeypatch):
     monkeypatch.setattr(documents, "PIECE", piece)
     mark = "\ufeff" if encoding.endswith("be") else ""
     Path("a.txt").write_bytes((mark + "Grüße 🙂\n").encode(encoding))
@@ -270,7 +237,6 @@ TABLES = {
     "a.CSV.gz": ('text\n"one, ""two""\nthree"\nvier\n', "utf-8-sig"),
     "b.csv": ('id;text\n1;"one, ""two""\nthree"\n2;vier', "utf-8"),
     "spaces.csv": ('id, text\n1, "one, ""two""\nthree"\n2, vier', "utf-8"),
-    "sep.csv": ('sep=;\nid; text \n1;"one, ""two""\nthree"\n2;vier', "utf-8"),
 }
 
 
@@ -314,9 +280,7 @@ def test_tables_without_the_column_are_skipped_in_a_folder_and_named(folder, cap
 
 BAD = {
     "a.pdf is not a text file": "a.pdf",
-    "cannot read a.zip: File is not a zip file": "a.zip",
-    "is encrypted, password required": "locked.zip",
-    "cannot read deflate64.zip: That compression method is not supported": "deflate64.zip",
+    "a.zip is not a text file": "a.zip",
     "text_key=body has no effect, since latin1.txt has no records with keys or columns": (
         "latin1.txt --text_key=body"
     ),
@@ -348,12 +312,6 @@ def test_bad_files_are_one_line_that_names_the_place(fails, complaint):
         Path(name).write_bytes(data)
     with zipfile.ZipFile("a.zip", "w") as file:
         file.writestr("a.txt", "some text")
-    # flags and method of a file, in its own header and in the directory at the end
-    for name, offset, value in (("locked.zip", 6, 1), ("deflate64.zip", 8, 9)):
-        data = bytearray(Path("a.zip").read_bytes())
-        data[offset] = data[data.index(b"PK\1\2") + offset + 2] = value
-        Path(name).write_bytes(data)
-    Path("a.zip").write_bytes(b"PK\3\4\x14\0")
     write("null.parquet", ["a", None])
     Path("damaged.parquet").write_bytes(Path("null.parquet").read_bytes()[:-20])
     short = write("short.txt.gz", [make_text(9000)])

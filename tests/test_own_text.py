@@ -11,7 +11,6 @@ from test_documents import write
 from test_pairs import ROWS, write_multi30k, write_tsv
 from texts import make_text
 
-import prepare_data
 import train
 from humptygpt.data import prepare as dataset
 from humptygpt.data import vocabulary
@@ -62,18 +61,6 @@ def test_the_command_that_is_printed_after_preparing_trains(
     assert (python, script) == ("python", "train.py")
     assert train.main([*arguments, *SMALL]) == 0
     assert ("--init_from=out/run" in advice) == ("tokens of" in case)
-
-
-def test_a_text_put_into_a_data_folder_that_has_other_data_is_announced(tiny, capsys):
-    Path("data/tiny/input.txt").write_text(make_text(seed=5))
-    assert train.main(TINY_RUN) == 0
-    said = capsys.readouterr().err
-    command = "python prepare_data.py tiny --overwrite=True"
-    note = "data/tiny was prepared from tiny.txt, not from data/tiny/input.txt; to prepare that"
-    assert f"note: {note}: {command}\n" in said
-    prepare_data.main(shlex.split(command)[2:])
-    assert train.main(TINY_RUN) == 0
-    assert "input.txt" not in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------
@@ -267,7 +254,7 @@ def test_data_that_was_prepared_with_a_setting_that_is_gone_is_refused_by_its_na
     command = Path("data/own/command.txt")
     command.write_text(f"{command.read_text().strip()} --encoding_errors=replace\n")
     assert fails(train.main, "--input=own.txt", *TRAIN) == (
-        "data/own/command.txt: encoding_errors=replace is gone; commit 57d295e is the last that knows it\n"
+        "data/own/command.txt: unknown key encoding_errors; --help lists all keys\n"
     )
     assert train.main(["--dataset=own", *TRAIN]) == 0
 

@@ -201,7 +201,7 @@ def test_given_validation_and_test_splits_keep_every_pair_that_has_both_sides(fo
 @pytest.mark.parametrize("name", ["held.tsv", "held.tsv.gz", "held.txt"])
 def test_held_out_sentences_are_in_no_split_that_is_drawn(folder, name):
     held_out = ["wo  WOHNST du", "Grüß dich!", "„Der Hund: schläft“…"]
-    target = "\tof a TSV file" if ".tsv" in name else ""
+    target = "\tWhere!" if ".tsv" in name else ""
     write(name, "".join(f"{source}{target}\n" for source in held_out))
     near = ("Wo wohnst du nun?", "Where now?")
     write_tsv("own.tsv", [*ROWS, ("WO WOHNST DU", "Where"), near])
@@ -209,16 +209,6 @@ def test_held_out_sentences_are_in_no_split_that_is_drawn(folder, name):
     left = [row for row in ROWS if row[0] not in ("Wo wohnst du?", "Der Hund schläft.")]
     assert all_pairs() == sorted([*left, near])
     assert meta("mine")["dropped"] == NONE_DROPPED | {"held_out": 3}
-
-
-def test_what_translations_connect_with_a_held_out_sentence_is_held_out_as_well(folder):
-    connected = [("Ja.", "Yes."), ("Gewiss.", "Sure."), ("Ja, gern!", "Yes!")]
-    connected.append(("Ja, gern!", "Sure!"))
-    write_tsv("own.tsv", [*ROWS, *connected])
-    write("held.txt", "gewiss\n")
-    prepare(f"--input=own.tsv --held_out=held.txt {BYTES}")
-    assert all_pairs() == sorted(ROWS)
-    assert meta("mine")["dropped"]["held_out"] == len(connected)
 
 
 def test_with_held_out_sentences_no_source_of_a_given_validation_or_test_split_is_trained_on(

@@ -20,6 +20,7 @@ from texts import make_text
 import prepare_data
 import sample
 import train
+from humptygpt import machine
 from humptygpt.cli import UserError
 from humptygpt.data import corpus as corpus_module
 from humptygpt.data import encoding, vocabulary
@@ -283,10 +284,12 @@ def test_killed_at_any_moment_and_run_again_it_writes_the_same_bytes(
 
 def test_several_threads_write_the_same_bytes_as_one(corpus, monkeypatch):
     monkeypatch.setattr(corpus_module, "UNIT", 500)
-    prepare(f"{PREPARE} --workers=1")
+    monkeypatch.setattr(machine, "usable_cores", lambda: 1)
+    prepare(PREPARE)
     whole = contents("mine")
     shutil.rmtree("data/mine")
-    prepare(f"{PREPARE} --workers=3")
+    monkeypatch.setattr(machine, "usable_cores", lambda: 3)
+    prepare(PREPARE)
     assert contents("mine") == whole
 
 

@@ -334,8 +334,7 @@ def test_generated_data_is_not_prepared_and_no_page_trains_on_it(
     folder, fails, monkeypatch
 ):
     monkeypatch.setitem(data.DATASETS, "ones", Ones)
-    complaint = "name=ones is generated data, which needs no preparing"
-    assert complaint in fails(prepare_data.main, "--input=x.txt", "--name=ones")
+    assert "no data set ones: it is not" in fails(prepare_data.main, "ones")
     assert train.main([*TINY_RUN, "--dataset=ones"]) == 0
     assert page_data(Path("out/run/best.pt"))["training"] is None
 

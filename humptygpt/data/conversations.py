@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import chain, cycle
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +28,6 @@ from humptygpt.tokenizers.chat import (
 )
 
 ROLE = {*ROLES, "human", "gpt", "developer"}
-# keys of two replies to compare, which are recognised to be refused
-PREFERENCES = ("chosen", "rejected")
 # keys by which a record is a conversation: that of its turns, or those of a question,
 # its answer and what may follow the question
 FORMS = (
@@ -39,13 +36,11 @@ FORMS = (
     ("instruction", "output", "input"),  # Alpaca
     ("instruction", "response", "context"),  # Dolly
     ("prompt", "completion"),  # OpenAI's older files
-    PREFERENCES,
 )
 TURNS = {
     "messages": [{"role": ROLE, "content?": CONTENT}],
     "conversations": [{"from": ROLE, "value": str}],
 }
-TOOLS = ("tools", "functions", "tool_calls", "function_call")
 OFTEN = 3  # a reply of a training split that occurs so many times is one token
 FEWEST_CHARACTERS = 20  # if it has at least so many characters
 MOST_BYTES = 2_000_000  # bytes of conversations; larger ones teach a model to spell
@@ -178,15 +173,13 @@ def parse(record: dict, columns: list[str]) -> Conversation:
     forms = [columns] if columns else FORMS
     form = find_form(record, forms)
     if not form:
-        names = " or ".join(" and ".join(form[:2]) for form in forms if form != PREFERENCES)
+        names = " or ".join(" and ".join(form[:2]) for form in forms)
         raise ValueError(f"it is no object with {names}")
-    refuse_tools(record)
-    if form == PREFERENCES:
-        raise ValueError(
-            "it compares two replies; training on preferences is not supported"
-        )
     first = form[0]
-    turns = [] if columns else read_before(record)
+    turns = []
+    if not columns:  # in all forms, the system's turn may stand beside the others
+        check_schema(record, {"system?": (str, None)})
+        turns.append(make_turn("system", record.get("system")))
     if first in TURNS:
         check_schema(record, {first: TURNS[first]})
         turns += map(read_turn, record[first])
@@ -202,23 +195,7 @@ def parse(record: dict, columns: list[str]) -> Conversation:
     return Conversation(turns)
 
 
-def read_before(record: dict) -> list[Turn]:
-    """Read what ShareGPT and Alpaca have beside the turns: the system's turn, and Alpaca's earlier exchanges."""
-    check_schema(record, {"system?": (str, None), "history?": ([[str]], None)})
-    roles = chain(["system"], cycle(["user", "assistant"]))
-    texts = [record.get("system") or "", *chain(*record.get("history") or ())]
-    return list(map(make_turn, roles, texts))
-
-
-def refuse_tools(entry: dict) -> None:
-    """Raise ValueError if a record or a message has tools or a call of one."""
-    for key in TOOLS:
-        if entry.get(key):
-            raise ValueError(f"it has {key}, but a model cannot learn to call tools here")
-
-
 def read_turn(message: dict) -> Turn:
-    refuse_tools(message)
     content = message.get("content", message.get("value"))
     if content is None:
         raise ValueError("it has a turn without content")

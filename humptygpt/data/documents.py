@@ -8,10 +8,7 @@ import csv
 import glob
 import gzip
 import json
-import os
 import re
-import shutil
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -32,16 +29,10 @@ PIECE = 1 << 18  # maximum number of characters in a piece of a document
 LEFT_OUT = "records left out"  # what the note counts
 NAMED = 5  # of the files that are skipped, the first that are named
 HEAD = 8000  # bytes read from the start of a file to determine whether it is text
-BYTE_ORDER_MARKS = {  # UTF-32 comes first, because its mark may begin with that of UTF-16
-    b"\xff\xfe\0\0": "utf-32",
-    b"\0\0\xfe\xff": "utf-32",
-    b"\xff\xfe": "utf-16",
-    b"\xfe\xff": "utf-16",
-}
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
 # files that mark a folder as ours: the first is in every data folder, the second in every run's folder
 MARKS = ("command.txt", "metrics.jsonl")
 UNPACK = {".gz": gzip.open, ".zst": zstd.open}
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 BETWEEN = re.compile(r"[\s,]*")  # what separates the entries of a JSON array
 # position before a single space and a word, where cutting a text does not change its tokens
 BEFORE_WORD = re.compile(r"(?<=\S) (?=[^\W_])")
@@ -94,7 +85,7 @@ def find_files(where: str) -> tuple[list[Path], list[str]]:
     skipped = []
     with read_errors(path):
         if path.is_dir():
-            found = files_below(path, skipped)
+            found = path.rglob("*")  # which follows no link to a folder, and so ends
         elif path.exists():
             return [path], []
         else:
@@ -110,32 +101,6 @@ def find_files(where: str) -> tuple[list[Path], list[str]]:
     if not files:
         raise UserError("; ".join([f"no text files found at {where}", *skipped[:NAMED]]))
     return files, skipped
-
-
-def files_below(folder: Path, skipped: list[str]) -> Iterator[Path]:
-    """Yield the files in a folder and its subfolders. skipped: receives the folders that are not read, and why."""
-
-    def skip(error: OSError) -> None:
-        skipped.append(f"cannot read {error.filename}: {error.strerror}")
-
-    for at, folders, names in os.walk(folder, onerror=skip):
-        for name in folders:
-            if (link := Path(at, name)).is_symlink():
-                skipped.append(
-                    f"{link} is a link to a folder, which --input='{folder}/**' follows"
-                )
-        yield from (Path(at, name) for name in names)
-
-
-def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack an archive into a folder, and return that. Names that lead out of the folder are refused or changed."""
-    with read_errors(archive):
-        if archive.suffix.lower() == ".zip":
-            # shutil.unpack_archive() would obey a drive in a name, on Windows before 2026
-            zipfile.ZipFile(archive).extractall(folder)
-        else:
-            shutil.unpack_archive(archive, folder, filter="data")
-    return folder
 
 
 def file_suffix(path: Path) -> str:
@@ -201,12 +166,10 @@ def read_text(
     newline: as in open(). Raises UserError if the file is binary.
     """
     unpack = UNPACK.get(path.suffix.lower(), open)
-    line = 1
     with read_errors(path):
         with unpack(path, "rb") as file:
             start = file.read(HEAD)
-        found = (name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark))
-        encoding = next(found, "utf-8-sig")
+        encoding = "utf-16" if start.startswith(UTF_16) else "utf-8-sig"
         # as in git, a file with null bytes is binary; a PDF may have none at its start, so it is recognised by its mark
         if start.startswith(b"%PDF-") or (encoding == "utf-8-sig" and b"\0" in start):
             raise UserError(f"{path} is not a text file")
@@ -215,11 +178,7 @@ def read_text(
         ) as text:
             for part in iter(partial(text.read, size) if size else text.readline, ""):
                 if bad := part.count("\ufffd"):
-                    at = line + part.count("\n", 0, part.index("\ufffd"))
-                    flaws.add(
-                        "bad bytes replaced", f"{path}, line {at:,}: it is not UTF-8", bad
-                    )
-                line += part.count("\n")
+                    flaws.add("bad bytes replaced", f"{path} is not UTF-8", bad)
                 yield part
 
 
@@ -295,8 +254,6 @@ def read_table(path: Path, columns: list[str], flaws: Flaws) -> Iterator[Record]
     csv.field_size_limit(2**31 - 1)
     lines = read_text(path, flaws, newline="")
     header = next(lines, "")
-    if header.startswith("sep="):  # a line that only Excel reads
-        header = next(lines, "")
     separator = max(",;\t", key=header.count)
     quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
     # strict: without it, a cell with a stray quote would contain all that follows

@@ -24,7 +24,7 @@ def encode(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict:
     splits = {split: Counter() for split in corpus.splits}
     todo = units(corpus)
     # threads use all cores, because the tokenizer libraries release Python's global lock while they encode
-    with ThreadPoolExecutor(corpus.config.workers or machine.usable_cores()) as pool:
+    with ThreadPoolExecutor(machine.usable_cores()) as pool:
         while batch := list(islice(todo, UNITS_AT_ONCE)):
             encoded = pool.map(partial(corpus.encode, tokenizer), *zip(*batch, strict=True))
             for (split, _), (parts, counted) in zip(batch, encoded, strict=True):

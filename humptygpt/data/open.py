@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from humptygpt import cli
-from humptygpt.cli import UserError, as_user_error, is_removed, note
+from humptygpt.cli import UserError, as_user_error
 from humptygpt.data.dataset import COMMAND, DATASETS, Dataset, read_meta
 from humptygpt.machine import launched
 from humptygpt.model import ModelConfig
@@ -68,8 +68,6 @@ def input_keys(config: "TrainConfig", folder: Path) -> dict[str, object]:
     if command.exists():
         with as_user_error(f"{command}: "):
             words = shlex.split(command.read_text(encoding="utf-8"))[2:]
-            for word in words:
-                is_removed(*word.removeprefix("--").partition("=")[::2])
             keys = cli.read(words, PrepareConfig, positional="name")
         if Path(keys.get("input", "")).resolve() != Path(config.input).resolve():
             raise UserError(
@@ -85,12 +83,6 @@ def open_data(name: str, model_config: ModelConfig, seed: int) -> Dataset:
     """Open data/<name> for a model. seed: for the order of the data. Raises UserError if the model cannot learn it."""
     folder = Path("data") / name
     meta = read_meta(folder)
-    own = folder / "input.txt"
-    if own.exists() and "made_from" in meta and meta["source"] != str(own):
-        note(
-            f"{folder} was prepared from {meta['source']}, not from {own}; to prepare that:"
-            f" python prepare_data.py {name} --overwrite=True"
-        )
     with_encoder = hasattr(model_class(model_config.model), "encode")
     _, learns = MODELS[model_config.model]
     if meta["task"] not in learns:

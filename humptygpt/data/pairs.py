@@ -7,6 +7,7 @@ validation or test split is given, it keeps every pair that has both sides, so t
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -63,34 +64,18 @@ class Pairs(Corpus):
         if config.test_fraction or self.given:
             self.splits = ("train", "val", "test")
             self.limits["test"] = config.val_fraction + config.test_fraction
-        self.held_out = set()
 
-    def survey(self) -> None:
-        """Find the sentences that are held out, and do what all corpora do."""
-        if self.config.held_out is not None:
-            self.held_out = self.read_held_out()
-        super().survey()
-
-    def read_held_out(self) -> set[str]:
-        """Collect the normalised sentences to exclude from training.
-
-        They are the sentences in the file held_out, the sources in a given validation or test split, and every sentence
-        connected to one of them by pairs: its translations, their other translations, and so on.
-        """
+    @cached_property
+    def held_out(self) -> set[str]:
+        """The normalised sentences to exclude from training: those in the file held_out and in given splits."""
+        if self.config.held_out is None:
+            return set()
         lines = read_text(Path(self.config.held_out), self.flaws, newline="\n")
-        held_out = {normalised(line.partition("\t")[0]) for line in lines}
         given = chain.from_iterable(map(self.read, self.given))
-        held_out.update(normalised(pair.source) for _, pair in given)
-        held_out.discard("")
-        others = [number for number in range(len(self.files)) if number not in self.given]
-        before = 0
-        while len(held_out) > before:
-            before = len(held_out)
-            for _, pair in chain.from_iterable(map(self.read, others)):
-                texts = set(map(normalised, pair.texts)) - {""}
-                if texts & held_out:
-                    held_out |= texts
-        return held_out
+        sides = chain(
+            (line.split("\t") for line in lines), (pair.texts for _, pair in given)
+        )
+        return set(map(normalised, chain.from_iterable(sides))) - {""}
 
     def read(self, number: int) -> Iterator[tuple[str, Pair]]:
         """Read one pair per line from self.files[number]. A dropped pair is yielded empty, with a reason."""

@@ -21,12 +21,10 @@ from humptygpt.data.conversations import Conversations, is_conversations
 from humptygpt.data.corpus import Corpus, Documents
 from humptygpt.data.dataset import COMMAND, TokenFiles, is_nanogpts
 from humptygpt.data.documents import (
-    ARCHIVES,
     file_format,
     file_suffix,
     find_files,
     read_errors,
-    unpack,
 )
 from humptygpt.data.encoding import encode
 from humptygpt.data.pairs import PairFiles, Pairs
@@ -39,7 +37,7 @@ from humptygpt.tokenizers.saved import from_state
 OURS = re.compile(r"meta\.pkl|(train|val|test)(_\d+)?\.bin")
 PREPARING = "preparing"  # subfolder for data that is not complete
 # keys that do not affect the output, and name, which is positional
-NOT_IN_COMMAND = ("name", "workers", "overwrite")
+NOT_IN_COMMAND = ("name", "overwrite")
 ONLY_FOR_PAIRS = ("test_fraction", "max_pair_tokens", "max_pair_ratio", "held_out")
 
 
@@ -142,8 +140,6 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
                     f" the first: {exports[0]}"
                 )
     corpus = kind(resolve(config, preset, kind), files, name, skipped)
-    if name.lower().endswith(ARCHIVES):  # its files are unpacked anew each time
-        corpus.paths = [Path(name)]
     if config.val_input is not None:
         unused = dict.fromkeys(("val_input", "source", "target", "files", "held_out"))
         own = replace(preset, **unused | {"input": config.val_input, "val_fraction": 1.0})
@@ -175,12 +171,11 @@ def find_input(
     if config.input == "-":
         return copied(sys.stdin.buffer, folder), "standard input"
     if config.input is not None:
-        with read_errors(path := Path(config.input)):
+        path = Path(config.input)
+        with read_errors(path):
             if path.is_fifo():  # as in --input=<(zcat dump.gz)
                 with path.open("rb") as pipe:
                     return copied(pipe, folder), config.input
-        if config.input.lower().endswith(ARCHIVES):
-            return unpack(path, folder / PREPARING / "unpacked"), config.input
         return config.input, config.input
     for path in (folder / "input.txt", folder / "input.tsv"):
         if os.path.exists(path):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from humptygpt.cli import check_above_0, check_least
-from humptygpt.data.dataset import DATASETS
 from humptygpt.sources import repository
 from humptygpt.tokenizers.basic import TOKENIZERS
 
@@ -38,15 +37,13 @@ class PrepareConfig:
     split_digits: bool | None = None  # bpe: each digit is a token, to learn sums; None: off
     # existing data
     overwrite: bool = False  # replace a different dataset of the same name
-    # system
-    workers: int | None = None  # encoding threads; None: one per usable core
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
         return {"tokenizer": CHOICES}
 
     def validate(self) -> None:
-        check_least(self, 1, "files", "max_pair_ratio", "workers")
+        check_least(self, 1, "files", "max_pair_ratio")
         check_least(self, 2, "max_pair_tokens")
         check_least(self, 257, "vocab_size")  # 256 bytes and end-of-text
         check_least(self, 0, "val_fraction", "test_fraction", below=1)
@@ -59,8 +56,6 @@ class PrepareConfig:
             )
         if name is None:
             raise ValueError("the data set has no name; add one, such as --name=mine")
-        if name in DATASETS:
-            raise ValueError(f"name={name} is generated data, which needs no preparing")
         if name == ".." or Path(name).name != name:
             raise ValueError(f"name={name!r} must be the name of a folder in data/")
         if (self.source is None) != (self.target is None) or (self.source and self.input):
