@@ -13,18 +13,16 @@
      |
     logits (B, T, V)                         softmax turns them into probabilities of the next token
 
-Shapes: B batch, T new tokens, S all tokens (those in the cache, then the new ones), C n_embd, H heads (of keys and
-values, n_kv_head), D features of a head, V vocabulary.
+Shapes: B batch, T new tokens, S all tokens (those in the cache, then the new ones), C n_embd, H n_head (keys and values
+may have fewer heads, n_kv_head), D features of a head, V vocabulary.
 
 The first half is the whole GPT, in reading order: ModelConfig, LayerNorm, LearnedPosition, SelfAttention, attend, MLP,
-Block, Stack, Cache, GPT, init_weights. You may stop there. The second half has what a config can select instead, each a
-class or function and a line in a dictionary (NORMS, POSITIONS, ...), then what a config may not be, and counts. If you
-come from the article: from_scratch.py computes a small GPT number by number.
+Block, Stack, Cache, GPT, init_weights. You may stop there. The second half has what a config can select instead, by a
+line in a dictionary (NORMS, BLOCKS, ...). The article's way to a GPT, number by number, is from_scratch.py.
 """
 
 import math
 from collections import Counter
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -76,7 +74,7 @@ class ModelConfig:
     init: str = "gpt2"  # initial weights; zero: each branch of a block starts at 0
 
     @classmethod
-    def choices(cls) -> dict[str, Collection[str]]:
+    def choices(cls) -> dict:
         """Map each setting that names a variant to the available variants."""
         return CHOICES
 
@@ -115,19 +113,37 @@ class LearnedPosition(nn.Module):
         super().__init__()
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
 
-    def embed(
-        self, x, at
-    ):  # (B, T, C) -> (B, T, C); at: where the T tokens are, see Shared
+    def embed(self, x, at):  # (B, T, C) -> (B, T, C); at: positions of the T tokens
         return x + self.wpe.weight[at]
+
+
+# Added to the scores, broadcastable to (B, H, T, S); -inf hides a key. None: hide only later tokens (T = 1 or T = S)
+Mask = Tensor | None
+
+
+class Shared(NamedTuple):
+    """What all blocks share in one forward pass. share(), in the second half, computes it."""
+
+    idx: Tensor  # (B, T), ids of the new tokens, for variants
+    # their positions; (B, T) int64 if the texts of a batch start at different ones
+    at: slice | Tensor
+    end: int  # number of tokens read, including the new ones
+    rotation: tuple[Tensor, Tensor] | None  # of position=rotary: see rotate()
+    masks: dict[int, Mask]  # {window: mask}, by default {0: None}
+    padding: Tensor | None  # (B, S) bool, True if a token is padding; None: no padding
+    kept: dict[
+        str, Tensor
+    ]  # what a layer leaves for later ones, or the caller gives to all
+    losses: dict[str, Tensor]  # terms that layers add to the loss: see add_loss()
 
 
 class SelfAttention(nn.Module):
     """H parallel heads, each computing softmax(q k^T / sqrt(D) + mask) v. Their outputs are concatenated and projected.
 
-    With n_kv_head below n_head, each group of query heads shares one key and value head, which makes the cache smaller.
-    Sources: Vaswani et al. 2017, arXiv:1706.03762, section 3.2; Ainslie et al. 2023, arXiv:2305.13245 (grouped-query
-    attention); Henry et al. 2020, arXiv:2010.04245 (norm of queries and keys, here an RMS norm).
-    layer: index of the block in its stack, from 0. shared: a Shared, whose mask is None by default. cache: a LayerCache.
+    Of each token, a query q says what it looks for, a key k what it has, and a value v what those get that find it.
+    With n_kv_head below n_head, groups of query heads share key and value heads, so that the cache is smaller.
+    Sources: Vaswani et al. 2017, arXiv:1706.03762; n_kv_head arXiv:2305.13245; qk_norm arXiv:2010.04245.
+    layer: index of the block in its stack, from 0. cache: a LayerCache.
     """
 
     def __init__(self, config: ModelConfig, layer: int = 0):
@@ -185,16 +201,13 @@ def attend(q, k, v, mask):
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, S)
     if mask is not None:
         scores += mask
-    elif T > 1:  # a single token is the last one, and sees every key
+    elif T > 1:  # here S = T. A single token is the last one, and sees every key
         scores += scores.new_full((T, T), -torch.inf).triu(1)
     return scores.softmax(dim=-1) @ v
 
 
 class MLP(nn.Module):
-    """The feed-forward network, applied to each token by itself: n_hidden neurons (default: 4 C) between two layers.
-
-    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.3.
-    """
+    """The feed-forward network, for each token by itself. Source: Vaswani et al. 2017, arXiv:1706.03762."""
 
     gated = False  # True: there is a third layer, gate_proj
 
@@ -216,8 +229,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Two branches, attention and MLP. Each reads a norm of the residual stream x and adds to x (pre-norm).
 
-    A stack needs of a block forward(), attn.window and the two facts below. mlp is None with mlp=none, conv without
-    mlp_conv. Sources: Radford et al. 2019 (GPT-2); Xiong et al. 2020, arXiv:2002.04745.
+    With mlp=none, there is no second branch, and self.mlp is None. Another kind of block has forward(), attn.window and
+    these two facts. Sources: Radford et al. 2019 (GPT-2); Xiong et al. 2020, arXiv:2002.04745.
     """
 
     residual = True  # outputs are added to inputs
@@ -293,10 +306,7 @@ class LayerCache:
         self.state: dict[str, Tensor] = {}  # what a layer replaces in each forward pass
 
     def append(self, end: int, **new: Tensor) -> list[Tensor]:
-        """Write each tensor, (..., T, features), into the T rows before `end` of the buffer of its name.
-
-        Returns for each name all rows before `end`, (..., end, features).
-        """
+        """Write each (..., T, features) up to row `end` of its buffer. Returns all rows, (..., end, features)."""
         for name, x in new.items():
             if name not in self.buffers:
                 self.buffers[name] = x.new_zeros(*x.shape[:-2], self.size, x.shape[-1])
@@ -314,19 +324,9 @@ class Cache:
         self.n_padding: Tensor | None = None
         self.layers = [LayerCache(size) for _ in range(n_layer)]
 
-    def clear(self) -> None:
-        """Forget the tokens but keep the buffers."""
-        self.length = 0
-        self.n_padding = None
-        for layer in self.layers:
-            layer.state = {}
-
 
 class GPT(nn.Module):
-    """A stack of causal blocks that reads tokens and predicts the next one at each position.
-
-    Source: Radford et al. 2018 (GPT), "Improving language understanding by generative pre-training".
-    """
+    """A stack of causal blocks that predicts the next token at each position. Source: Radford et al. 2018 (GPT)."""
 
     has_cache = True  # False: generation reads the whole text for each new token
 
@@ -345,15 +345,15 @@ class GPT(nn.Module):
         """Compute the logits (B, T, V) of the token after each token and, with targets, the mean cross-entropy in nats.
 
         idx: (B, T), ids of the tokens that follow those in the cache. targets: (B, T), the id after each of them; -1 is
-        ignored. Without targets, the loss is None. With them, gradients flow through the loss only; a third value, if
-        there is one, has terms that training adds to the loss: {name: term}.
+        ignored. Without targets, the loss is None. With them, the logits have no gradient, and a third value, if there
+        is one, has terms that training adds to the loss: {name: term}.
         """
         x, terms = self.stack(self.wte(idx), idx, cache)
         logits = self.head(x)
         if targets is None:
             return logits, None
         loss = self.loss(logits, targets)
-        # a compiled backward pass would allocate zeros as the gradient of logits that are not detached
+        # detached, because a compiled backward pass would allocate zeros as the gradient of the logits
         return (logits.detach(), loss, terms) if terms else (logits.detach(), loss)
 
     def next_logits(self, idx, cache=None):
@@ -371,8 +371,7 @@ class GPT(nn.Module):
     def loss(self, logits, targets):
         """Mean of -ln(probability of the target) over all targets except -1.
 
-        In training, a fraction label_smoothing of each target is spread over the vocabulary, so that the model does not
-        become overconfident. Source: Szegedy et al. 2015, arXiv:1512.00567, section 7.
+        In training, part of each target is spread over all tokens, against overconfidence: arXiv:1512.00567, section 7.
         """
         smoothing = self.config.label_smoothing if self.training else 0.0
         # a sum over the vocabulary in 16 bits would be too coarse; float64 stays
@@ -390,16 +389,15 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0):
         """Append sampled tokens to idx, (B, T) with T >= 1. Returns (B, T + max_new_tokens). Call eval() before.
 
-        sample.py and serve.py use humptygpt/generation/sampling.py instead, which has more filters.
-        temperature: above 0. top_k: sample from the k most probable tokens only; 0: from all.
+        temperature: above 0. top_k: sample from the k most probable tokens only; 0: from all. sample.py can do more.
         """
         block_size = self.config.block_size
         cache = self.make_cache() if self.has_cache else None
         new = idx[:, -block_size:]
         for _ in range(max_new_tokens):
             if cache and cache.length + new.shape[1] > block_size:
-                cache.clear()  # it is full: read the newest half again, from position 0
-                new = idx[:, -(block_size // 2 + 1) :]
+                # it is full: read the newest half of the context again, and the new token, from position 0
+                cache, new = self.make_cache(), idx[:, -(block_size // 2 + 1) :]
             logits = self.next_logits(new, cache).float() / temperature
             if top_k:
                 smallest = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
@@ -416,12 +414,12 @@ def init_weights(model: nn.Module) -> None:
     what all 2 n_layer of them add to the residual stream does not grow with their number. INITS has other rules.
     """
     modules = dict(model.named_modules())
-    # stack.blocks.0.mlp.down_proj is the last layer of the branch stack.blocks.0.mlp, which may have several
-    last = {name: tuple(name.split(".")[:4]) for name in modules if name.endswith(LAST)}
-    branches = Counter(stack for stack, *_ in set(last.values()))  # {stack: number}
+    # {last layer: its branch}, such as stack.blocks.0.mlp.down_proj: stack.blocks.0.mlp, which may have several
+    branches = {x: ".".join(x.split(".")[:4]) for x in modules if x.endswith(LAST)}
+    count = Counter(name.split(".")[0] for name in {*branches.values()})  # of each stack
     for name, module in modules.items():
         if isinstance(module, nn.Embedding | nn.Linear):
-            std = 0.02 / math.sqrt(branches[name.split(".")[0]] if name in last else 1)
+            std = 0.02 / math.sqrt(count[name.split(".")[0]] if name in branches else 1)
             std = INITS[model.config.init](std, name, module, model.config)
             nn.init.normal_(module.weight, std=std)
             if getattr(module, "bias", None) is not None:
@@ -435,35 +433,12 @@ def init_weights(model: nn.Module) -> None:
 # --------------------------------------------------------------------------------------
 # What the blocks share
 
-# Added to the scores, broadcastable to (B, H, T, S); -inf hides a key. None: hide only later tokens (T = 1 or T = S)
-Mask = Tensor | None
-
-
-class Shared(NamedTuple):
-    """What all blocks share in one forward pass."""
-
-    idx: Tensor  # (B, T), ids of the new tokens; nothing here needs them, but variants may
-    # positions of the T new tokens; (B, T) int64 if the texts of a batch start at different positions
-    at: slice | Tensor
-    end: int  # number of tokens read, including the new ones
-    # cos and sin for rotate(), each (1, T, D) or (B, 1, T, D)
-    rotation: tuple[Tensor, Tensor] | None
-    masks: dict[int, Mask]  # {window: mask}
-    padding: Tensor | None  # (B, S) bool, True if a token is padding; None: no padding
-    # what a layer keeps for later layers, or the stack's caller gives to all. A layer may add a name, but not change a
-    # value: where activations are recomputed, it runs again and finds what it kept
-    kept: dict[str, Tensor]
-    losses: dict[str, Tensor]  # {name: term}
-
-    def add_loss(self, name: str, term: Tensor) -> None:
-        """Add a term, a scalar, to the loss that training minimises. Terms of one name are summed."""
-        self.losses[name] = self.losses.get(name, 0) + term
-
 
 def share(stack, idx, cache=None, padding=None, losses=None, **kept) -> Shared:
     """Compute what the blocks of a stack share while they read T new tokens, idx (B, T).
 
-    padding: (B, T) bool, only without a cache, which knows its own. losses, kept: what is in Shared at first.
+    padding: (B, T) bool, only without a cache, which knows its own. losses, kept: as in Shared. A layer may add to kept
+    but not change a value, because where activations are recomputed, it runs again and finds what it left.
     """
     T = idx.shape[1]
     start = cache.length if cache else 0
@@ -484,6 +459,11 @@ def share(stack, idx, cache=None, padding=None, losses=None, **kept) -> Shared:
     }
     rotation = position.rotation(at) if position.rotation else None
     return Shared(idx, at, S, rotation, masks, padding, kept, losses or {})
+
+
+def add_loss(shared: Shared, name: str, term: Tensor) -> None:
+    """Add a scalar to the loss that training minimises. Terms of one name are summed."""
+    shared.losses[name] = shared.losses.get(name, 0) + term
 
 
 def attention_mask(distance, causal=True, window=0, bias=None, padding=None) -> Mask:

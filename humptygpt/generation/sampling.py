@@ -232,8 +232,8 @@ class Context:
         self.device = device
         self.block_size = model.config.block_size
         self.texts = [list(ids) for ids in texts]
-        self.cache = model.make_cache(size=size) if model.has_cache else None
-        self.kept = max(1, self.block_size // 2) if self.cache else self.block_size
+        self.size = size
+        self.kept = max(1, self.block_size // 2) if model.has_cache else self.block_size
         self.restart(self.block_size)
 
     def append(self, new: list[list[int]]) -> None:
@@ -255,15 +255,15 @@ class Context:
         return torch.cat([self.model.next_logits(idx) for idx in texts])
 
     def restart(self, kept: int) -> None:
-        """Cut each text of more than block_size tokens down to the `kept` newest ones, and empty the cache.
+        """Cut each text of more than block_size tokens down to the `kept` newest ones, and begin a new cache.
 
         In the cache, all texts end in the same column, and padding precedes the shorter ones.
         """
         full = self.block_size
         self.texts = [text[-kept:] if len(text) > full else text for text in self.texts]
         self.width = max(map(len, self.texts))  # columns in use
+        self.cache = self.model.make_cache(size=self.size) if self.model.has_cache else None
         if self.cache:
-            self.cache.clear()
             padding = [self.width - len(text) for text in self.texts]
             if any(padding):
                 self.cache.n_padding = torch.tensor(padding, device=self.device)
