@@ -55,7 +55,6 @@ class ServeConfig(PipelineConfig):
     port: int = 8000  # 0: any free port
     api_key: str | None = None  # the key that clients must send; none: they need none
     allowed_hosts: TEXTS = ()  # other names of this machine, as behind a proxy: box.local
-    allowed_origins: TEXTS = ()  # other servers whose pages may ask: http://localhost:3000
     # chat
     forget: bool = False  # leave out the oldest turns of a conversation that is too long
 
@@ -103,8 +102,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, config: ServeConfig, api: Api):
         self.api = api
-        self.hosts = lower(config.host, *config.allowed_hosts)
-        self.origins = lower(*config.allowed_origins)
+        self.hosts = {name.lower() for name in (config.host, *config.allowed_hosts)}
         self.key = None if config.api_key == "none" else config.api_key
         # Python waits for this thread, too, before it ends; it would abort if a thread were still inside torch
         self.computing = ThreadPoolExecutor(max_workers=1)
@@ -149,11 +147,6 @@ class Server(ThreadingHTTPServer):
         return part.result()
 
 
-def lower(*names: str) -> set[str]:
-    """Return names of hosts or origins as browsers send them."""
-    return {name.lower().removesuffix("/") for name in names}
-
-
 def listen(config: ServeConfig, api: Api) -> Server:
     try:
         return Server(config, api)
@@ -169,7 +162,6 @@ class Handler(BaseHTTPRequestHandler):
     timeout = PATIENCE
     disable_nagle_algorithm = True  # send each token at once
     kind: str | None = None  # Content-Type of the answer, once it has begun
-    origin: str | None = None  # that of another server's page, if it may read our answers
     server: Server
 
     def handle(self) -> None:
@@ -194,13 +186,9 @@ class Handler(BaseHTTPRequestHandler):
             )
             return False
         if origin and urlsplit(origin).netloc != host:
-            if origin not in self.server.origins:
-                self.send_error(
-                    403, f"pages of {origin} may not ask: --allowed_origins={origin}"
-                )
-                return False
-            self.origin = origin
-        is_open = self.command == "OPTIONS" or urlsplit(self.path).path in ("/", "/health")
+            self.send_error(403, f"pages of {origin} may not ask")
+            return False
+        is_open = urlsplit(self.path).path in ("/", "/health")
         sent = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
         key = self.server.key or sent
         if not is_open and not hmac.compare_digest(sent.encode(), key.encode()):
@@ -227,17 +215,6 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_error(404, f"there is no {path}")
 
     do_POST = do_HEAD = do_GET
-
-    def do_OPTIONS(self) -> None:
-        """Tell a browser what a page of another server may send."""
-        self.send(204, JSON)
-
-    def end_headers(self) -> None:
-        if self.origin:
-            self.send_header("Access-Control-Allow-Origin", self.origin)
-            asked = self.headers.get("Access-Control-Request-Headers", "")
-            self.send_header("Access-Control-Allow-Headers", asked)
-        super().end_headers()
 
     def answer(self, method: Callable[[bytes], Iterator[str]]) -> None:
         """Send the answer of one of the API's methods, part by part."""
