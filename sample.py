@@ -65,7 +65,7 @@ class SampleConfig(PipelineConfig):
     # input and output
     start: str | None = None  # prompt, FILE:path to read it from a file, or - for stdin
     prompts: str | None = None  # file with one prompt per line, or - for stdin
-    interactive: bool = False  # read prompts from the terminal, one after another
+    interactive: bool = False  # read lines from the terminal; an empty one goes on
     system: str | None = None  # for a chat model: a message that comes before all others
     num_samples: int = 3  # texts for each prompt, generated together in one batch
     max_new_tokens: int = 500  # tokens to generate after each prompt
@@ -229,9 +229,8 @@ def converse(config: SampleConfig, loaded: Pipeline) -> None:
 
         partner = Talk(loaded, config.system)
     first = [] if config.start is None else [read_start(config.start)]
-    lines = typed_lines(partner.advice) if config.interactive or not first else []
+    lines = typed_lines() if config.interactive or not first else []
     for turn, line in enumerate(chain(first, lines)):
-        line = skip_unknown(line, loaded.tokenizer.alphabet)
         try:
             for text in partner.reply(line, turn, **config.select(SAMPLING)):
                 print(text, end="", flush=True)
@@ -240,19 +239,8 @@ def converse(config: SampleConfig, loaded: Pipeline) -> None:
             note(str(error))
 
 
-def skip_unknown(line: str, alphabet: str | None) -> str:
-    """Remove the characters that are not in the alphabet, if there is one, and show them struck through."""
-    unknown = set(line) - set(alphabet or line)
-    if unknown:
-        marked = (f"\033[9m{char}\033[m" if char in unknown else char for char in line)
-        note(f"the model does not know all of these characters: {''.join(marked)}")
-    return "".join(char for char in line if char not in unknown)
-
-
 class Text:
     """A text that is continued by turns. Everything that was read and written stays in the context."""
-
-    advice = "; an empty line continues the text"  # printed after how to quit
 
     def __init__(self, loaded: Pipeline):
         self.loaded = loaded
@@ -270,9 +258,9 @@ class Text:
             yield piece.text
 
 
-def typed_lines(advice: str = "") -> Iterator[str]:
-    """Print advice, and yield lines from standard input, with "> " as the prompt if it is a terminal."""
-    print(f"Ctrl-{'Z' if machine.ON_WINDOWS else 'D'} quits{advice}", file=sys.stderr)
+def typed_lines() -> Iterator[str]:
+    """Say how to quit, and yield lines from standard input, with "> " as the prompt if it is a terminal."""
+    print(f"Ctrl-{'Z' if machine.ON_WINDOWS else 'D'} quits", file=sys.stderr)
     while True:
         try:
             yield input("> " if sys.stdin.isatty() else "")

@@ -33,8 +33,6 @@ class Talk:
     context already stay there, with their cache.
     """
 
-    advice = ""  # see Text in sample.py
-
     def __init__(self, loaded: Pipeline, system: str | None = None):
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
