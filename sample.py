@@ -87,9 +87,6 @@ class SampleConfig(PipelineConfig):
         check_sampling(self)
         check_least(self, 1, "num_samples", "max_new_tokens", "num_beams")
         check_least(self, 0, "logprobs", "seed")
-        check_least(self, -10, "length_penalty")
-        if "" in self.stop:
-            raise ValueError("stop must not be empty")
         if self.prompts and (self.start or self.interactive):
             raise ValueError("prompts cannot be combined with start or interactive")
 

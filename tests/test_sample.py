@@ -40,18 +40,14 @@ def test_the_same_seed_gives_the_same_text(run_dir, capsys):
     assert first == text_of(capsys, "--seed=1") != text_of(capsys, "--seed=2")
 
 
-def test_texts_may_come_from_a_file_in_the_home_folder_or_standard_input(
-    run_dir, capsys, folder, monkeypatch
-):
+def test_texts_may_come_from_a_file_or_standard_input(run_dir, capsys, monkeypatch):
     def text_from(key: str, source: str) -> str:
         monkeypatch.setattr("sys.stdin", io.StringIO("Ak Ak"))
         return text_of(capsys, f"--{key}={source}")
 
     Path("text.txt").write_text("Ak Ak")
-    monkeypatch.setenv("HOME", str(folder))
     expected = text_of(capsys, "--start=Ak Ak")
-    assert text_from("start", "FILE:text.txt") == expected
-    assert text_from("start", "FILE:~/text.txt") == text_from("start", "-") == expected
+    assert text_from("start", "FILE:text.txt") == text_from("start", "-") == expected
     assert text_from("prompts", "text.txt") == text_from("prompts", "-") == expected
 
 
@@ -250,7 +246,6 @@ def test_from_a_notebook_three_lines_are_enough(run_dir, capsys):
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"temperature": -1}, "temperature=-1.0 must be at least 0"),
         ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be int"),
-        ({"stop": ("x", "")}, "stop must not be empty"),
         ({"seed": 2**63}, r"seed=9223372036854775808 must be at least 0 and below 9.2"),
     ):
         with pytest.raises(UserError, match=re.escape(complaint)):
