@@ -157,14 +157,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def parse_request(self) -> bool:
         """Read the headers. Refuse a request that a page of another site may have made, and one without the key."""
-        try:
-            return super().parse_request() and self.may_ask()
-        except ValueError as error:
-            self.send_error(400, f"the address or the Origin is not valid: {error}")
-            return False
+        return super().parse_request() and self.may_ask()
 
     def may_ask(self) -> bool:
-        """Send an error and return False if the request is refused. Raises ValueError if it has an invalid URL."""
+        """Send an error and return False if the request is refused."""
         host, origin = (self.headers.get(name, "").lower() for name in ("Host", "Origin"))
         name = re.sub(r":\d+$", "", host)
         if not HOST.fullmatch(name) and name not in self.server.hosts:
