@@ -65,9 +65,7 @@ class SampleConfig(PipelineConfig):
     # input and output
     start: str | None = None  # prompt, FILE:path to read it from a file, or - for stdin
     prompts: str | None = None  # file with one prompt per line, or - for stdin
-    interactive: bool = (
-        False  # read lines from the terminal; an empty one continues the text
-    )
+    interactive: bool = False  # read lines from the terminal; an empty one goes on
     system: str | None = None  # for a chat model: a message that comes before all others
     num_samples: int = 3  # texts for each prompt, generated together in one batch
     max_new_tokens: int = 500  # tokens to generate after each prompt
@@ -89,9 +87,6 @@ class SampleConfig(PipelineConfig):
         check_sampling(self)
         check_least(self, 1, "num_samples", "max_new_tokens", "num_beams")
         check_least(self, 0, "logprobs", "seed")
-        check_least(self, -10, "length_penalty")
-        if "" in self.stop:
-            raise ValueError("stop must not be empty")
         if self.prompts and (self.start or self.interactive):
             raise ValueError("prompts cannot be combined with start or interactive")
 

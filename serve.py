@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, urlsplit
 
 from humptygpt import machine
 
@@ -40,8 +40,7 @@ from humptygpt.server.api import Api
 
 JSON = "application/json"
 LARGEST = 1_000_000  # bytes of a request
-# seconds in which a request must arrive, and for which a client may leave its answer unread
-PATIENCE = 20
+PATIENCE = 20  # seconds for which a client may pause, while it sends its request or reads its answer
 CONNECTIONS = 200  # open at once; the system lets further clients wait
 # A website can point its own name at this machine, and a browser then lets its page read our answers. So requests must
 # name the server by an IP address, as localhost, or by a name that the user gave. A browser always sends a name.
@@ -55,7 +54,6 @@ class ServeConfig(PipelineConfig):
     port: int = 8000  # 0: any free port
     api_key: str | None = None  # the key that clients must send; none: they need none
     allowed_hosts: TEXTS = ()  # other names of this machine, as behind a proxy: box.local
-    allowed_origins: TEXTS = ()  # other servers whose pages may ask: http://localhost:3000
     # chat
     forget: bool = False  # leave out the oldest turns of a conversation that is too long
 
@@ -65,10 +63,6 @@ class ServeConfig(PipelineConfig):
         if self.api_key is None and self.host not in ("127.0.0.1", "::1", "localhost"):
             raise ValueError(
                 f"host={self.host} lets other machines in; set --api_key=KEY, or --api_key=none to let anybody ask"
-            )
-        if self.api_key and not re.fullmatch("[!-~]+", self.api_key):
-            raise ValueError(
-                "api_key must be ASCII without spaces, or no client can send it"
             )
 
 
@@ -103,31 +97,22 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, config: ServeConfig, api: Api):
         self.api = api
-        self.hosts = lower(config.host, *config.allowed_hosts)
-        self.origins = lower(*config.allowed_origins)
+        self.hosts = {name.lower() for name in (config.host, *config.allowed_hosts)}
         self.key = None if config.api_key == "none" else config.api_key
         # Python waits for this thread, too, before it ends; it would abort if a thread were still inside torch
         self.computing = ThreadPoolExecutor(max_workers=1)
-        self.connections = {}  # {open connection: time by which its request must have arrived}
+        self.connections = set()  # those that are open
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         super().__init__((config.host, config.port), Handler)
 
     def get_request(self) -> tuple[socket.socket, tuple]:
-        """Accept a connection. If there are too many, or no descriptors are left, wait a moment and raise OSError."""
-        if len(self.connections) < CONNECTIONS:
-            with suppress(OSError):
-                connection, address = super().get_request()
-                self.connections[connection] = time.monotonic() + PATIENCE
-                return connection, address
-        time.sleep(0.1)
-        raise OSError
-
-    def service_actions(self) -> None:
-        """End the request of each client that has taken too long to send it."""
-        for connection, end in [*self.connections.items()]:
-            if end < time.monotonic():
-                with suppress(OSError):
-                    connection.shutdown(socket.SHUT_RD)
+        """Accept a connection. If there are too many, wait a moment and raise OSError; the caller tries again."""
+        if len(self.connections) >= CONNECTIONS:
+            time.sleep(0.1)
+            raise OSError
+        connection, address = super().get_request()
+        self.connections.add(connection)
+        return connection, address
 
     def server_close(self) -> None:
         """End all answers, and wait for the threads that send them, because these may free tensors."""
@@ -138,7 +123,7 @@ class Server(ThreadingHTTPServer):
 
     def shutdown_request(self, request: socket.socket) -> None:
         super().shutdown_request(request)
-        self.connections.pop(request, None)  # Ctrl-C may end it a second time
+        self.connections.discard(request)  # Ctrl-C may end it a second time
 
     def next_part(self, answer: Iterator[str]) -> str | None:
         """Compute the next part of an answer in its turn. None: the answer is complete."""
@@ -147,11 +132,6 @@ class Server(ThreadingHTTPServer):
         except RuntimeError as error:
             raise ConnectionError("the server ends") from error
         return part.result()
-
-
-def lower(*names: str) -> set[str]:
-    """Return names of hosts or origins as browsers send them."""
-    return {name.lower().removesuffix("/") for name in names}
 
 
 def listen(config: ServeConfig, api: Api) -> Server:
@@ -169,7 +149,6 @@ class Handler(BaseHTTPRequestHandler):
     timeout = PATIENCE
     disable_nagle_algorithm = True  # send each token at once
     kind: str | None = None  # Content-Type of the answer, once it has begun
-    origin: str | None = None  # that of another server's page, if it may read our answers
     server: Server
 
     def handle(self) -> None:
@@ -178,14 +157,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def parse_request(self) -> bool:
         """Read the headers. Refuse a request that a page of another site may have made, and one without the key."""
-        try:
-            return super().parse_request() and self.may_ask()
-        except ValueError as error:
-            self.send_error(400, f"the address or the Origin is not valid: {error}")
-            return False
+        return super().parse_request() and self.may_ask()
 
     def may_ask(self) -> bool:
-        """Send an error and return False if the request is refused. Raises ValueError if it has an invalid URL."""
+        """Send an error and return False if the request is refused."""
         host, origin = (self.headers.get(name, "").lower() for name in ("Host", "Origin"))
         name = re.sub(r":\d+$", "", host)
         if not HOST.fullmatch(name) and name not in self.server.hosts:
@@ -194,13 +169,9 @@ class Handler(BaseHTTPRequestHandler):
             )
             return False
         if origin and urlsplit(origin).netloc != host:
-            if origin not in self.server.origins:
-                self.send_error(
-                    403, f"pages of {origin} may not ask: --allowed_origins={origin}"
-                )
-                return False
-            self.origin = origin
-        is_open = self.command == "OPTIONS" or urlsplit(self.path).path in ("/", "/health")
+            self.send_error(403, f"pages of {origin} may not ask")
+            return False
+        is_open = urlsplit(self.path).path in ("/", "/health")
         sent = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
         key = self.server.key or sent
         if not is_open and not hmac.compare_digest(sent.encode(), key.encode()):
@@ -217,8 +188,6 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_json({"status": "ok"})
             case "/v1/models":
                 self.send_json({"object": "list", "data": [api.model_entry()]})
-            case path if unquote(path) == f"/v1/models/{api.name}":
-                self.send_json(api.model_entry())
             case "/v1/chat/completions":
                 self.answer(api.chat)
             case "/v1/completions":
@@ -226,18 +195,7 @@ class Handler(BaseHTTPRequestHandler):
             case path:
                 self.send_error(404, f"there is no {path}")
 
-    do_POST = do_HEAD = do_GET
-
-    def do_OPTIONS(self) -> None:
-        """Tell a browser what a page of another server may send."""
-        self.send(204, JSON)
-
-    def end_headers(self) -> None:
-        if self.origin:
-            self.send_header("Access-Control-Allow-Origin", self.origin)
-            asked = self.headers.get("Access-Control-Request-Headers", "")
-            self.send_header("Access-Control-Allow-Headers", asked)
-        super().end_headers()
+    do_POST = do_GET
 
     def answer(self, method: Callable[[bytes], Iterator[str]]) -> None:
         """Send the answer of one of the API's methods, part by part."""
@@ -261,8 +219,6 @@ class Handler(BaseHTTPRequestHandler):
         size = int(self.headers.get("Content-Length", 0))
         if 0 < size <= LARGEST:
             return self.rfile.read(size)
-        while size > 0 and self.rfile.read(min(size, LARGEST)):
-            size -= LARGEST  # a client reads the error once it has sent everything
         raise UserError(
             f"Content-Length must be from 1 to {LARGEST:,}; chunked bodies are not supported"
         )
@@ -271,8 +227,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
+        self.wfile.write(content)
 
     def send_json(self, content: dict) -> None:
         self.send(200, JSON, json.dumps(content).encode())

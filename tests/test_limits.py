@@ -1,7 +1,6 @@
 """Cores and memory that a process may use, threads that give way, and allocations that fail."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN
 
 from humptygpt import device, machine
 
@@ -191,40 +189,3 @@ def test_other_errors_pass():
             machine.memory_advice("take less"),
         ):
             raise error
-
-
-@pytest.mark.parametrize("script", ["prepare_data.py", "sample.py"])
-def test_ctrl_c_while_imports_run_shows_nothing(folder, script):
-    interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
-    (folder / "numpy.py").write_text(interrupt)
-    done = subprocess.run(
-        [sys.executable, ROOT / script],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(folder)},
-        # a shell lets what runs in the background ignore it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs streams that are closed")
-@pytest.mark.parametrize(
-    ("closed", "keys", "code", "told"),
-    [
-        ((0, 1, 2), [], 0, ""),
-        ((0, 1), ["--seeds=1"], 2, "train.py: unknown key seeds; did you mean seed?\n"),
-        ((2,), ["--seeds=1"], 2, ""),
-    ],
-)
-def test_a_run_whose_streams_are_closed_trains_and_what_is_refused_has_its_exit_code(
-    tiny, closed, keys, code, told
-):
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py", *TINY_RUN, *keys],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: [*map(os.close, closed)],
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (code, "", told)
-    assert Path("out/run/ckpt.pt").exists() == (code == 0)

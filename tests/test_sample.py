@@ -40,18 +40,14 @@ def test_the_same_seed_gives_the_same_text(run_dir, capsys):
     assert first == text_of(capsys, "--seed=1") != text_of(capsys, "--seed=2")
 
 
-def test_texts_may_come_from_a_file_in_the_home_folder_or_standard_input(
-    run_dir, capsys, folder, monkeypatch
-):
+def test_texts_may_come_from_a_file_or_standard_input(run_dir, capsys, monkeypatch):
     def text_from(key: str, source: str) -> str:
         monkeypatch.setattr("sys.stdin", io.StringIO("Ak Ak"))
         return text_of(capsys, f"--{key}={source}")
 
     Path("text.txt").write_text("Ak Ak")
-    monkeypatch.setenv("HOME", str(folder))
     expected = text_of(capsys, "--start=Ak Ak")
-    assert text_from("start", "FILE:text.txt") == expected
-    assert text_from("start", "FILE:~/text.txt") == text_from("start", "-") == expected
+    assert text_from("start", "FILE:text.txt") == text_from("start", "-") == expected
     assert text_from("prompts", "text.txt") == text_from("prompts", "-") == expected
 
 
@@ -175,11 +171,11 @@ def test_log_probabilities_add_up_to_the_score_of_the_text(run_dir, capsys):
 
 
 def test_each_line_typed_continues_the_text_so_far(run_dir, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("A\n\nékü\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("A\n\né\nk\n"))
     greedy = ["--temperature=0", "--max_new_tokens=5"]
     out, err = printed(capsys, "--interactive=True", *greedy)
     first, second, third = out.splitlines()
-    assert "characters: \033[9mé\033[mk\033[9mü\033[m\n" in err
+    assert "note: character 'é' " in err
     alone = text_of(capsys, "--start=A", *greedy, "--max_new_tokens=10")[:-1]
     assert alone == "A" + first + second
     assert f"{alone}k{third}\n" == text_of(capsys, f"--start={alone}k", *greedy)
@@ -250,7 +246,6 @@ def test_from_a_notebook_three_lines_are_enough(run_dir, capsys):
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"temperature": -1}, "temperature=-1.0 must be at least 0"),
         ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be int"),
-        ({"stop": ("x", "")}, "stop must not be empty"),
         ({"seed": 2**63}, r"seed=9223372036854775808 must be at least 0 and below 9.2"),
     ):
         with pytest.raises(UserError, match=re.escape(complaint)):

@@ -1,6 +1,5 @@
 """serve.py: OpenAI's API over one model, whoever asks, and however."""
 
-import errno
 import http.client
 import json
 import os
@@ -312,13 +311,7 @@ def test_a_long_conversation_is_an_error_unless_the_server_forgets():
 def test_the_model_and_the_servers_health_have_addresses(reciter):
     (entry,) = ask(reciter, "/v1/models?limit=1", method="GET")[1]["data"]
     assert type(entry["created"]) is int
-    assert ask(reciter, "/v1/models/tiny", method="GET") == (200, entry)
-    assert ask(reciter, "/v1/models/big", method="GET")[0] == 404
     assert ask(reciter, "/health", method="GET") == (200, {"status": "ok"})
-    head, _, body = raw(reciter, b"HEAD /health HTTP/1.1\r\n" + HOST + b"\r\n").partition(
-        b"\r\n\r\n"
-    )
-    assert b" 200 " in head and not body
     assert b" 200 " in raw(reciter, b"GET /health HTTP/1.0\r\n\r\n")  # as probes ask
 
 
@@ -513,8 +506,6 @@ RAW = {
     ),
     "path": (404, b"POST /v1/nothing HTTP/1.1\r\n" + HOST + b"\r\n"),
     "page": (404, b"GET /etc/passwd HTTP/1.1\r\n" + HOST + b"\r\n"),
-    "bad address": (400, b"GET http://[bad/v1 HTTP/1.1\r\n" + HOST + b"\r\n"),
-    "bad origin": (400, b"GET / HTTP/1.1\r\nOrigin: http://[bad\r\n" + HOST + b"\r\n"),
     "method": (501, b"PUT / HTTP/1.1\r\n" + HOST + b"\r\n"),
     "line": (414, b"GET /" + b"a" * 70_000),
     "headers": (431, b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n"),
@@ -529,9 +520,10 @@ def test_what_is_no_valid_http_request_is_an_error_in_openais_form(reciter, kind
     assert json.loads(body)["error"]["message"]
 
 
-def test_a_body_of_many_megabytes_is_answered_with_an_error(reciter):
-    status, answer = ask(reciter, CHAT, b" " * 20_000_000)
-    assert status == 400 and "1,000,000" in answer["error"]["message"]
+def test_a_body_of_more_than_a_megabyte_is_refused_unread(reciter):
+    head = b"POST /v1/completions HTTP/1.1\r\n" + HOST + b"Content-Length: 1000001\r\n\r\n"
+    body = raw(reciter, head).partition(b"\r\n\r\n")[2]
+    assert "1,000,000" in json.loads(body)["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -553,23 +545,11 @@ def test_a_page_of_another_site_is_refused(reciter, status, headers):
     assert ask(reciter, "/", None, "GET", **headers)[0] == status
 
 
-def test_names_and_pages_that_the_user_allows_may_ask():
-    keys = {
-        "allowed_hosts": ("Box.local", "other"),
-        "allowed_origins": ("http://App.example/",),
-    }
-    page = {"Origin": "http://app.example", "Access-Control-Request-Headers": "x-a"}
-    with recite(**keys) as server:
+def test_names_that_the_user_allows_may_be_asked():
+    with recite(allowed_hosts=("Box.local", "other")) as server:
         for host in ("box.local:80", "BOX.local", "other:1"):
             assert ask(server, "/health", method="GET", Host=host)[0] == 200
         assert ask(server, "/health", method="GET", Host="third:1")[0] == 403
-        assert ask(server, CHAT, HELLO, **page)[0] == 200
-        asked = "".join(f"{name}: {value}\r\n" for name, value in page.items()).encode()
-        answer = raw(
-            server, f"OPTIONS {CHAT} HTTP/1.1\r\n".encode() + HOST + asked + b"\r\n"
-        )
-    assert b" 204 " in answer and b"Allow-Origin: http://app.example" in answer
-    assert b"Allow-Headers: x-a" in answer
 
 
 def test_a_server_may_listen_on_an_ipv6_address():
@@ -593,7 +573,6 @@ def test_a_server_with_a_key_answers_only_those_who_send_it():
 def test_a_server_for_other_machines_needs_a_key_or_the_word_none(fails):
     assert "set --api_key=KEY" in fails(serve.main, "--host=0.0.0.0")
     assert serve.ServeConfig(host="0.0.0.0", api_key="none").validate() is None
-    assert "api_key must be ASCII" in fails(serve.main, "--api_key=schlüssel")
 
 
 # --------------------------------------------------------------------------------------
@@ -713,30 +692,27 @@ def test_an_error_of_the_model_is_500_or_within_a_stream_an_event_that_openais_c
     assert content(ask_well(reciter, CHAT, HELLO)) == REPLY
 
 
-@pytest.mark.parametrize("patience", [20, 0])
+@pytest.mark.parametrize("patience", [20, 0.1])
 def test_a_client_that_sends_half_a_request_holds_up_nobody_and_is_dropped_in_the_end(
     reciter, monkeypatch, patience
 ):
-    monkeypatch.setattr(serve, "PATIENCE", patience)
+    monkeypatch.setattr(serve.Handler, "timeout", patience)
     with socket.create_connection(("127.0.0.1", reciter.server_port), timeout=30) as slow:
         slow.sendall(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 90\r\n\r\n{"
         )
-        if patience:
+        if patience > 1:
             assert content(ask_well(reciter, CHAT, HELLO)) == REPLY
         else:
             slow.recv(10**6)  # whatever the server says before it leaves
 
 
-def test_at_the_limit_of_connections_or_descriptors_others_wait(reciter, monkeypatch):
+def test_at_the_limit_of_connections_others_wait(reciter, monkeypatch):
     waits, counts = [], []
-    errors = [OSError(errno.EMFILE, "Too many open files")] * 3
     accept = socketserver.TCPServer.get_request
 
     def get_request(server):
         counts.append(len(server.connections))
-        if errors:
-            raise errors.pop()
         return accept(server)
 
     monkeypatch.setattr(socketserver.TCPServer, "get_request", get_request)
@@ -746,7 +722,7 @@ def test_at_the_limit_of_connections_or_descriptors_others_wait(reciter, monkeyp
     for connection in asked:
         with connection:
             assert b"200 OK" in connection.recv(100)
-    assert len(waits) >= 3 and max(counts) < 2
+    assert waits and max(counts) < 2
 
 
 # --------------------------------------------------------------------------------------

@@ -81,12 +81,12 @@ def refuse_sharded(out_dir: Path) -> None:
 # Reading a torch.save file: checksums are verified, and code in it is never run
 
 
-def load_plain(path: Path, legacy: bool = False) -> object:
+def load_plain(path: Path) -> object:
     """Load a torch.save file onto the CPU. Raises an exception of any type if it is corrupt or would run code.
 
-    legacy: also read files written by PyTorch before version 1.6, which are not zip files and have no checksums.
+    Files written by PyTorch before version 1.6 are not zip files and have no checksums.
     """
-    if not legacy or zipfile.is_zipfile(path):
+    if zipfile.is_zipfile(path):
         check_records(path)
     # torch warns at length about a pickle that it did not write
     with warnings.catch_warnings(action="ignore"):
@@ -168,7 +168,7 @@ def check_tensors(
     like: dict[str, Tensor],
     any_float: bool = False,
 ) -> None:
-    """Raise ValueError unless tensors match `like` and are dense. entry: prefix of their names.
+    """Raise an exception of any type unless tensors match `like` and are dense. entry: prefix of their names.
 
     any_float: a tensor may have any floating-point dtype.
     """
@@ -177,12 +177,11 @@ def check_tensors(
     if missing := like.keys() - tensors.keys():
         raise ValueError(f"it lacks {entry}{min(missing)}, which this code needs")
     for name, tensor in tensors.items():
-        strided = tensor.layout == torch.strided and not tensor.is_nested
-        dense = strided and tensor.is_contiguous()
         dtype, shape = like[name].dtype, like[name].shape
         if any_float and tensor.is_floating_point():
             dtype = tensor.dtype
-        if not dense or (tensor.dtype, tensor.shape) != (dtype, shape):
+        # for a tensor that is not dense, is_contiguous() is False or one of these raises an error
+        if not tensor.is_contiguous() or (tensor.dtype, tensor.shape) != (dtype, shape):
             raise ValueError(
                 f"{entry}{name} must be a dense, contiguous tensor of {dtype} and shape {tuple(shape)}"
             )

@@ -197,7 +197,7 @@ def open_file(path: Path) -> Weights:
         if path.suffix == ".safetensors":
             # load_file also checks that the file has the size that its header declares
             return load_file(path)
-        return dict(load_plain(path, legacy=True))
+        return dict(load_plain(path))
 
 
 # --------------------------------------------------------------------------------------

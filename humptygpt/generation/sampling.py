@@ -5,7 +5,6 @@ Shapes: B texts, T tokens, V vocabulary.
 
 import codecs
 import json
-import os
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -76,7 +75,7 @@ def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
 def read_start(start: str) -> str:
     """Return the text of --start, or the content of the file that it names."""
     if start.startswith("FILE:"):
-        return read_text(os.path.expanduser(start[5:]))  # noqa: PTH111
+        return read_text(start.removeprefix("FILE:"))
     return read_text(start) if start == "-" else start
 
 
@@ -138,9 +137,8 @@ def probabilities(
     min_p: float | None = None,
 ) -> Tensor:
     """Return the probabilities of the next token, (B, V), after temperature and filters. logits: (B, V)."""
-    probs = (logits / max(temperature, 1e-30)).softmax(
-        dim=-1
-    )  # a division by 0 would overflow
+    # a division by 0 would overflow
+    probs = (logits / max(temperature, 1e-30)).softmax(dim=-1)
     if top_p and top_p < 1:
         probs = keep_top_p(probs, top_p)
     if min_p is not None:  # Nguyen et al. 2024, arXiv:2407.01082

@@ -19,37 +19,23 @@ def describe(model: nn.Module, dataset: TokenDataset) -> str:
     """Let a model write texts or answer held-out questions, and say how much of that is its training text."""
     texts = find_task(dataset.task).write(model, dataset)
     chunks = (dataset.tokenizer.decode(ids) for _, ids in dataset.chunks("train"))
-    share, longest = recited(texts, chunks)
     what = "replies" if dataset.task == "chat" else "texts"
     return (
-        f"of its {what}, {share:.1%} of all pieces of {PIECE} characters stand word for word in the training text,"
-        f" and no run of more than {longest:,} characters does"
+        f"of its {what}, {recited(texts, chunks):.1%} of all pieces of {PIECE} characters"
+        " stand word for word in the training text"
     )
 
 
-def recited(texts: list[str], chunks: Iterable[str]) -> tuple[float, int]:
-    """Compare texts with the chunks of a training text.
-
-    Returns the share of the texts' pieces that stand in the training text, and the characters of the longest run in
-    which every piece does.
-    """
-    wanted = {piece for text in texts for piece in pieces(text)}
-    found = set()
+def recited(texts: list[str], chunks: Iterable[str]) -> float:
+    """Compute the share of the texts' pieces that stand in a training text, which comes in chunks."""
+    written = [piece for text in texts for piece in pieces(text)]
+    wanted, found = set(written), set()
     before = ""
     for chunk in chunks:
         training = before + chunk
         found |= wanted.intersection(pieces(training))
         before = training[1 - PIECE :]
-    count = known = 0
-    longest = PIECE - 1
-    for text in texts:
-        run = 0
-        for piece in pieces(text):
-            run = run + 1 if piece in found else 0
-            known += piece in found
-            count += 1
-            longest = max(longest, run + PIECE - 1)
-    return known / max(1, count), longest
+    return sum(piece in found for piece in written) / max(1, len(written))
 
 
 def pieces(text: str) -> Iterator[str]:

@@ -61,7 +61,6 @@ TEXT_SCHEMA = COMMON | {
     "prompt": (str, list),
     "echo?": bool,
     "logprobs?": range(21),
-    "best_of?": range(1, 2),
 }
 SAMPLING = "temperature top_p top_k min_p repetition_penalty"
 DEFAULTS = dict.fromkeys(SAMPLING.split()) | {
