@@ -57,7 +57,6 @@ IGNORED = {
     "parallel",
     "threads",
     "backend",
-    "log",
     "wandb_log",
     "wandb_project",
     "wandb_run_name",

@@ -20,6 +20,7 @@ def read_run(path: Path) -> dict:
     """Read a checkpoint. Of its entries, train_config is made a TrainConfig and progress a Progress."""
     saved = checkpoint.read(path)
     with refuse_damaged(path):
+        saved["train_config"].pop("log", None)  # names of loggers, in runs of 57d295e
         saved["train_config"] = cli.restore(TrainConfig, saved["train_config"])
         saved["progress"] = cli.restore(Progress, saved["progress"])
     return saved
