@@ -49,10 +49,6 @@ def raise_if_rank_died() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "finished reduction" in str(error):
-            raise UserError(
-                "a weight got no gradient, which several processes cannot train; use it in every step, or --freeze it"
-            ) from error
         # gloo's errors have no class of their own, but their messages contain the names of its source files
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
@@ -278,18 +274,8 @@ def connect(backend: str) -> dist.ProcessGroup:
     """
     if backend == "auto" and not torch.cuda.is_available():
         backend = "gloo"
-    # each machine's torchrun counts its own restarts, so restarted processes would not find each other
-    several = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
-    if several and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
-        raise UserError(
-            "torchrun's --max_restarts works on one machine only; leave it out, and continue with --init_from=auto"
-        )
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        if rank == 0:
-            store.set("host", socket.gethostname())
-        else:
-            say(f"process 0 on {store.get('host').decode()} prints and writes files")
         # when torchrun restarts ranks, it keeps the store, which still has the addresses of the ranks that ended
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
