@@ -18,10 +18,10 @@ note says so, and no run is marked as the best.
 With --group=True, runs in the same folder that differ only in the seed, such as idea/with-1 and idea/with-2, share one
 row with the mean of their lowest losses. The same goes for idea/with/1 and idea/with/2. They may also differ in what
 the machine chose, such as the dtype, which a note reports. Each row is compared in bits per byte with the first row of
-its group, or with --baseline=NAME. The difference and its standard error, after ±, are over pairs of runs with the same
-seed, which begin with the same weights and read the same text. p is the probability of a difference at least as large,
-up or down, if only chance made it (Student's t for this number of pairs). Rows keep the order given. The shell sorts by
-name, so 1-without comes before 2-with and is the baseline.
+its group. The difference and its standard error, after ±, are over pairs of runs with the same seed, which begin with
+the same weights and read the same text. p is the probability of a difference at least as large, up or down, if only
+chance made it (Student's t for this number of pairs). Rows keep the order given. The shell sorts by name, so 1-without
+comes before 2-with and is the baseline.
 
 With --x=KEY, the picture is a sweep: the lowest bits per byte, or the last value of --plot, against a number. This is a
 setting, such as learning_rate, or parameters, seconds, tokens (trained on) or train_tokens (in the training text, known
@@ -94,7 +94,6 @@ class CompareConfig:
     # compare
     runs: TEXTS = ()  # run folders; the --runs= prefix is optional
     group: bool = False  # compare the runs in each folder, averaging over seeds
-    baseline: str | None = None  # row that each group is compared with; None: the first
     plot: str | None = None  # plot this number of metrics.jsonl; None: bits per byte
     x: str | None = None  # plot a sweep of this number: learning_rate, parameters, ...
     lines: str | None = None  # with x: a line for each value of this setting
@@ -209,8 +208,8 @@ def group_runs(runs: list[Run], config: CompareConfig) -> dict[str, Rows]:
     """Return {title of a table: its rows}.
 
     With config.group, there is a table for each folder, and runs in the same folder share a row if the user chose the
-    same but for the seed. The baseline, if there is one, becomes the first row of each table. With config.x, there is
-    a table for each value of config.lines, and runs in any folder may share a row. Otherwise each run has a row.
+    same but for the seed. With config.x, there is a table for each value of config.lines, and runs in any folder may
+    share a row. Otherwise each run has a row.
     """
     common = os.path.commonpath([run.folder.parent for run in runs])
     variants = {}
@@ -219,7 +218,7 @@ def group_runs(runs: list[Run], config: CompareConfig) -> dict[str, Rows]:
         if config.x or config.lines:
             line = f"{config.lines}={run.values.get(config.lines)}"
             place = (line if config.lines else "all runs", common, "")
-        elif config.group or config.baseline:
+        elif config.group:
             place = (os.path.relpath(path.parent), path.parent, path)
         else:
             place = ("", common, run.folder)
@@ -230,12 +229,6 @@ def group_runs(runs: list[Run], config: CompareConfig) -> dict[str, Rows]:
     for (title, parent, path, _), seeds in variants.items():
         name = path if path and seeds[1:] else seeds[0].folder
         groups.setdefault(title, []).append((os.path.relpath(name, parent), seeds))
-    for title, rows in groups.items():
-        rows.sort(key=lambda row: row[0] != config.baseline)
-        if config.baseline and rows[0][0] != config.baseline:
-            raise UserError(
-                f"baseline={config.baseline} is not a row of {title}; its rows: {', '.join(dict(rows))}"
-            )
     return groups
 
 
