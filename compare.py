@@ -16,18 +16,17 @@ training and on all of it at the end, the evaluation at the end counts. If the r
 note says so, and no run is marked as the best.
 
 With --group=True, runs in the same folder that differ only in the seed, such as idea/with-1 and idea/with-2, share one
-row with the mean of their lowest losses. The same goes for idea/with/1 and idea/with/2. They may also differ in what
-the machine chose, such as the dtype, which a note reports. Each row is compared in bits per byte with the first row of
-its group. The difference and its standard error, after ±, are over pairs of runs with the same seed, which begin with
-the same weights and read the same text. p is the probability of a difference at least as large, up or down, if only
-chance made it (Student's t for this number of pairs). Rows keep the order given. The shell sorts by name, so 1-without
-comes before 2-with and is the baseline.
+row with the mean of their lowest losses. The same goes for idea/with/1 and idea/with/2. Each row is compared in
+bits per byte with the first row of its group. The difference and its standard error, after ±, are over pairs of runs
+with the same seed, which begin with the same weights and read the same text. p is the probability of a difference at
+least as large, up or down, if only chance made it (Student's t for this number of pairs). Rows keep the order given.
+The shell sorts by name, so 1-without comes before 2-with and is the baseline.
 
 With --x=KEY, the picture is a sweep: the lowest bits per byte, or the last value of --plot, against a number. This is a
 setting, such as learning_rate, or parameters, seconds, tokens (trained on) or train_tokens (in the training text, known
 once a run has ended). --lines=KEY draws a line, and prints a table, for each value of a second setting. Runs that
-differ only in the seed, in whatever folders, are one row and one point: their mean, with its standard error as a bar. A
-note names other settings that differ.
+differ only in the seed, in whatever folders, are one row and one point: their mean, with its standard error as a bar.
+The table names all settings that differ.
 """
 
 import json
@@ -115,9 +114,6 @@ def main(argv: list[str]) -> None:
     known = set().union(*(run.values for run in runs))
     for key in {config.plot, config.x, config.lines} - {None}:
         cli.check_key(key, known, " (a key of config.json or metrics.jsonl)")
-    others = differing(runs) - {config.x, config.lines, "seed"}
-    if config.x and others:
-        note(f"the runs also differ in {', '.join(sorted(others))}")
     groups = group_runs(runs, config)
     tables = {title: make_table(title, rows) for title, rows in groups.items()}
     if config.json:

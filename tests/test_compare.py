@@ -579,15 +579,6 @@ def test_a_sweep_can_show_the_last_value_of_another_number(draw):
     assert points[1] == pytest.approx([7 * math.log(2), 5 * math.log(2)])
 
 
-def test_a_note_says_in_what_the_runs_of_a_sweep_differ_besides(run):
-    runs = make_sweep()
-    assert run(*runs, "--x=learning_rate", "--lines=n_embd")[1] == ""
-    assert run(*runs, "--x=learning_rate")[1] == "note: the runs also differ in n_embd\n"
-    runs += make_sweep("out/other", n_head=1, position="none")
-    _, errors = run(*runs, "--x=n_embd", "--lines=learning_rate")
-    assert errors == "note: the runs also differ in n_head, position\n"
-
-
 def test_the_size_of_the_training_text_can_be_the_x_of_a_sweep(draw):
     runs = [
         make_run(f"out/{n}", math.log(2) * bits, _train_tokens=10_000_000 * n, n_layer=n)
