@@ -279,7 +279,6 @@ class Run:
             if state or self.progress.iter:
                 restore_state(self.optimizer, self.model, state, receive)
             if saved.get("scaler"):  # only with float16
-                math.fsum(saved["scaler"].values())  # all are numbers
                 self.scaler.load_state_dict(saved["scaler"])
 
 
@@ -469,7 +468,6 @@ class RunFolder:
                 # to be taken again
                 if snapshot.stem.isdecimal() and int(snapshot.stem) >= resumed_at:
                     files.remove(snapshot)
-            files.remove(path / "result.json")  # 57d295e wrote one at the end
             files.remove_unfinished(path, [*FILES, "snapshots/*"])
         settings = run.settings()
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
