@@ -16,18 +16,17 @@ training and on all of it at the end, the evaluation at the end counts. If the r
 note says so, and no run is marked as the best.
 
 With --group=True, runs in the same folder that differ only in the seed, such as idea/with-1 and idea/with-2, share one
-row with the mean of their lowest losses. The same goes for idea/with/1 and idea/with/2. They may also differ in what
-the machine chose, such as the dtype, which a note reports. Each row is compared in bits per byte with the first row of
-its group, or with --baseline=NAME. The difference and its standard error, after ±, are over pairs of runs with the same
-seed, which begin with the same weights and read the same text. p is the probability of a difference at least as large,
-up or down, if only chance made it (Student's t for this number of pairs). Rows keep the order given. The shell sorts by
-name, so 1-without comes before 2-with and is the baseline.
+row with the mean of their lowest losses. The same goes for idea/with/1 and idea/with/2. Each row is compared in
+bits per byte with the first row of its group. The difference and its standard error, after ±, are over pairs of runs
+with the same seed, which begin with the same weights and read the same text. p is the probability of a difference at
+least as large, up or down, if only chance made it (Student's t for this number of pairs). Rows keep the order given.
+The shell sorts by name, so 1-without comes before 2-with and is the baseline.
 
 With --x=KEY, the picture is a sweep: the lowest bits per byte, or the last value of --plot, against a number. This is a
 setting, such as learning_rate, or parameters, seconds, tokens (trained on) or train_tokens (in the training text, known
 once a run has ended). --lines=KEY draws a line, and prints a table, for each value of a second setting. Runs that
-differ only in the seed, in whatever folders, are one row and one point: their mean, with its standard error as a bar. A
-note names other settings that differ.
+differ only in the seed, in whatever folders, are one row and one point: their mean, with its standard error as a bar.
+The table names all settings that differ.
 """
 
 import json
@@ -57,7 +56,6 @@ IGNORED = {
     "parallel",
     "threads",
     "backend",
-    "log",
     "wandb_log",
     "wandb_project",
     "wandb_run_name",
@@ -95,7 +93,6 @@ class CompareConfig:
     # compare
     runs: TEXTS = ()  # run folders; the --runs= prefix is optional
     group: bool = False  # compare the runs in each folder, averaging over seeds
-    baseline: str | None = None  # row that each group is compared with; None: the first
     plot: str | None = None  # plot this number of metrics.jsonl; None: bits per byte
     x: str | None = None  # plot a sweep of this number: learning_rate, parameters, ...
     lines: str | None = None  # with x: a line for each value of this setting
@@ -117,9 +114,6 @@ def main(argv: list[str]) -> None:
     known = set().union(*(run.values for run in runs))
     for key in {config.plot, config.x, config.lines} - {None}:
         cli.check_key(key, known, " (a key of config.json or metrics.jsonl)")
-    others = differing(runs) - {config.x, config.lines, "seed"}
-    if config.x and others:
-        note(f"the runs also differ in {', '.join(sorted(others))}")
     groups = group_runs(runs, config)
     tables = {title: make_table(title, rows) for title, rows in groups.items()}
     if config.json:
@@ -210,8 +204,8 @@ def group_runs(runs: list[Run], config: CompareConfig) -> dict[str, Rows]:
     """Return {title of a table: its rows}.
 
     With config.group, there is a table for each folder, and runs in the same folder share a row if the user chose the
-    same but for the seed. The baseline, if there is one, becomes the first row of each table. With config.x, there is
-    a table for each value of config.lines, and runs in any folder may share a row. Otherwise each run has a row.
+    same but for the seed. With config.x, there is a table for each value of config.lines, and runs in any folder may
+    share a row. Otherwise each run has a row.
     """
     common = os.path.commonpath([run.folder.parent for run in runs])
     variants = {}
@@ -220,7 +214,7 @@ def group_runs(runs: list[Run], config: CompareConfig) -> dict[str, Rows]:
         if config.x or config.lines:
             line = f"{config.lines}={run.values.get(config.lines)}"
             place = (line if config.lines else "all runs", common, "")
-        elif config.group or config.baseline:
+        elif config.group:
             place = (os.path.relpath(path.parent), path.parent, path)
         else:
             place = ("", common, run.folder)
@@ -231,12 +225,6 @@ def group_runs(runs: list[Run], config: CompareConfig) -> dict[str, Rows]:
     for (title, parent, path, _), seeds in variants.items():
         name = path if path and seeds[1:] else seeds[0].folder
         groups.setdefault(title, []).append((os.path.relpath(name, parent), seeds))
-    for title, rows in groups.items():
-        rows.sort(key=lambda row: row[0] != config.baseline)
-        if config.baseline and rows[0][0] != config.baseline:
-            raise UserError(
-                f"baseline={config.baseline} is not a row of {title}; its rows: {', '.join(dict(rows))}"
-            )
     return groups
 
 

@@ -108,7 +108,7 @@ def is_better(change: str, best: Path, new: Path) -> bool:
         print(f"| {change} | {', '.join(map(str, ends))} | | | no |", flush=True)
         return False
     folders = [str(folder / str(seed)) for folder in (best, new) for seed in SEEDS]
-    command = ["compare.py", *folders, f"--baseline={best.name}", "--json=True"]
+    command = ["compare.py", *folders, "--group=True", "--json=True"]
     command += ["--picture=None"]
     table = subprocess.check_output([sys.executable, *command], text=True)
     rows = json.loads(table)

@@ -39,6 +39,7 @@ LAST = "57d295e"  # the last commit that knows the keys in REMOVED
 REMOVED: dict[str, object] = {
     "encoding_errors": "strict",
     "eval_pairs": None,
+    "log": "",
     "model_type": "bpe",
     "ngram_targets": 0.0,
     "skip_bad_lines": False,

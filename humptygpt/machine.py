@@ -22,7 +22,7 @@ from humptygpt.cli import UserError, one_line
 
 # packages that training and sampling a GPT do not need, but that some other features do
 OPTIONAL = {"gguf", "huggingface_hub", "matplotlib", "pyarrow", "sacrebleu", "safetensors"}
-OPTIONAL |= {"sentencepiece", "tensorboard", "tiktoken", "tokenizers", "wandb"}
+OPTIONAL |= {"sentencepiece", "tiktoken", "tokenizers", "wandb"}
 ON_WINDOWS = sys.platform == "win32"
 GIVEN = {*os.environ}  # names of the variables that the user has set
 STARTED = time.perf_counter()  # when the command started, not counting Python's own startup

@@ -1,5 +1,6 @@
 """Translation from sentence pairs: batches, training, scores and sample.py."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,6 +59,17 @@ def prepare_bytes(rows: list[tuple[str, str]], *argv: str) -> None:
     Path("pairs.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in rows))
     keys = ["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte", "--overwrite=True"]
     prepare_data.main([*keys, *argv])
+
+
+def test_sacrebleu_that_is_not_installed_is_named_before_the_first_step(
+    pairs, fails, monkeypatch
+):
+    monkeypatch.delattr("humptygpt.training.translation")
+    monkeypatch.delitem(sys.modules, "humptygpt.training.translation")
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    complaint = "this needs the package sacrebleu: pip install sacrebleu\n"
+    assert fails(train.main, *TINY) == complaint
+    assert not Path("out/run").exists()
 
 
 both_ways = pytest.mark.parametrize("with_encoder", [True, False])

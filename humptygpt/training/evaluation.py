@@ -149,7 +149,6 @@ def evaluation_line(row: dict[str, float]) -> str:
 class Task:
     """What a run shows and scores. The functions get the model on its device, in evaluation mode, under autocast."""
 
-    package: str | None = None  # the package that computes the score
     batches_vary: bool = False  # batches differ in shape
     # shown after each evaluation; its third argument is the number of examples
     evaluation_examples: Show | None = None
@@ -177,7 +176,6 @@ def find_task(name: str) -> Task:
         from humptygpt.training import translation
 
         return Task(
-            package="sacrebleu",
             batches_vary=True,
             evaluation_examples=translation.translate_examples,
             score=translation.score_translations,

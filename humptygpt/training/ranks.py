@@ -1,7 +1,7 @@
 """The processes that train one model together, called ranks. This file is about a single one.
 
 Every rank runs the same loop, and calls these methods at the same points of it. forked.py has ranks that are forked on
-a CPU and share its memory; humptygpt/parallel has ranks that torchrun has started, with DDP or FSDP.
+a CPU and share its memory; torchrun.py and fsdp.py have ranks that torchrun has started, with DDP or FSDP.
 """
 
 from collections.abc import Callable
@@ -148,11 +148,3 @@ def read_micro_batch(run: "Run", number: int) -> Share:
     rows = range(len(batch["targets"]))
     seeds = [random_key(config.seed, number, row) for row in rows]
     return Share(batch, count_targets(batch), seeds)
-
-
-# --------------------------------------------------------------------------------------
-# What depends on the machine
-
-
-# --------------------------------------------------------------------------------------
-# Environment variables that torchrun sets

@@ -26,13 +26,7 @@ from humptygpt.formats import checkpoint
 from humptygpt.formats.checkpoint import code_checksum
 from humptygpt.model import count_parameters, flops_per_token
 from humptygpt.training.evaluation import LINE_TOKENS, SAMPLE_TOKENS, Task, find_task
-from humptygpt.training.loggers import (
-    LOGGED,
-    LOGGERS,
-    chosen_loggers,
-    draw_losses,
-    read_metrics,
-)
+from humptygpt.training.loggers import LOGGED, draw_losses, read_metrics, start_wandb
 from humptygpt.training.optimizers import named_state, restore_state
 from humptygpt.training.ranks import Ranks
 from humptygpt.training.settings import TrainConfig
@@ -47,7 +41,6 @@ FILES = [
     "config.json",
     "command.txt",
     "wandb_id",
-    "tensorboard",
     "snapshots",
     "best.pt",
     "ckpt.pt",
@@ -286,7 +279,6 @@ class Run:
             if state or self.progress.iter:
                 restore_state(self.optimizer, self.model, state, receive)
             if saved.get("scaler"):  # only with float16
-                math.fsum(saved["scaler"].values())  # all are numbers
                 self.scaler.load_state_dict(saved["scaler"])
 
 
@@ -435,8 +427,7 @@ def move_aside(out_dir: Path) -> None:
             previous.replace(moving / PREVIOUS)
         for name in FILES:
             path = out_dir / name
-            # a folder with the name of one of our files may be a run of its own
-            if path.exists() and not (path / "metrics.jsonl").exists():
+            if path.exists():
                 path.replace(moving / name)
         if plan.exists():
             shutil.copy(plan, moving)
@@ -444,7 +435,7 @@ def move_aside(out_dir: Path) -> None:
 
 
 class RunFolder:
-    """Writes metrics.jsonl, loss.png, config.json and command.txt of a run, and logs to TensorBoard or wandb.
+    """Writes metrics.jsonl, loss.png, config.json and command.txt of a run, and logs to wandb if chosen.
 
     A new run first moves an earlier one aside. A resumed run drops metrics and snapshots that are newer than its
     checkpoint. In both cases the run holds the lock from lock_out_dir().
@@ -456,7 +447,7 @@ class RunFolder:
         resumed_at = run.progress.iter
         self.writes = run.ranks.first
         self.rows = []
-        self.loggers = []
+        self.wandb = None
         if not self.writes:
             return
         if not importlib.util.find_spec("matplotlib"):
@@ -477,26 +468,23 @@ class RunFolder:
                 # to be taken again
                 if snapshot.stem.isdecimal() and int(snapshot.stem) >= resumed_at:
                     files.remove(snapshot)
-            files.remove(path / "result.json")  # 57d295e wrote one at the end
             files.remove_unfinished(path, [*FILES, "snapshots/*"])
         settings = run.settings()
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         files.write_text(path / "metrics.jsonl", lines)
         files.write_text(path / "config.json", json.dumps(settings, indent=1))
         files.append(path / "command.txt", shlex.join(["python", *sys.argv]))
-        for name in chosen_loggers(settings):
-            self.loggers.append(LOGGERS[name](path, settings, resumed_at))
+        if settings["wandb_log"]:
+            self.wandb = start_wandb(path, settings, resumed_at)
 
     def record(self, row: dict) -> None:
-        """Add a row of metrics, and send it to the chosen loggers."""
+        """Add a row of metrics, and send it to wandb if chosen."""
         if not self.writes:
             return
         self.rows.append(row)
         files.append(self.path / "metrics.jsonl", json.dumps(row))
-        for logger in self.loggers:
-            # skip the row written at the end of a run, because a resumed run drops it
-            if "end" not in row:
-                logger.log(row, step=row["iter"])
+        if self.wandb:
+            self.wandb.log(row, step=row["iter"])
 
     def draw(self, run: Run) -> None:
         """Draw loss.png, if matplotlib is installed."""
@@ -515,5 +503,5 @@ class RunFolder:
         self.record(run.progress.stamp() | {"end": how} | best)
 
     def close(self) -> None:
-        for logger in self.loggers:
-            logger.finish()
+        if self.wandb:
+            self.wandb.finish()

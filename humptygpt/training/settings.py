@@ -11,7 +11,6 @@ from humptygpt.data.dataset import DATASETS
 from humptygpt.device import DTYPES, pick_dtype, training_dtype
 from humptygpt.model import POSITIONS
 from humptygpt.models.build import MODELS
-from humptygpt.training.loggers import chosen_loggers
 from humptygpt.training.optimizers import MUONS, OPTIMIZERS, SCHEDULES, OptimizerConfig
 
 # ModelConfig keys that affect only training, not the architecture
@@ -91,8 +90,7 @@ class Adjustable:
     checkpoint_activations: bool = False  # save memory by recomputing; a third more compute
     dry_run: bool = False  # report sizes and memory, then exit without writing anything
     # logging
-    log: str = ""  # also log to tensorboard, wandb or both: tensorboard,wandb
-    wandb_log: bool = False  # the same as log=wandb; WANDB_MODE=offline logs locally
+    wandb_log: bool = False  # also log to Weights & Biases; WANDB_MODE=offline: locally
     wandb_project: str = "humptygpt"  # project on Weights & Biases
     wandb_run_name: str | None = None  # run name on Weights & Biases; None: name of out_dir
     # system
@@ -146,7 +144,6 @@ class TrainConfig(OptimizerConfig, Adjustable):
         )
         check_above_0(self, "minutes", "learning_rate", "muon_learning_rate", "lora_alpha")
         check_least(self, 0, "beta1", "beta2", "muon_momentum", below=1)
-        chosen_loggers(vars(self))
         if self.lora_rank and self.init_from == "scratch":
             raise ValueError(
                 f"lora_rank={self.lora_rank} needs an existing model; name it with --init_from"

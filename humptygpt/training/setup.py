@@ -1,6 +1,5 @@
 """Put a run together: its processes, its model, its optimizer."""
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +18,6 @@ from humptygpt.models.build import build, build_on_meta, restore_model
 from humptygpt.models.checks import forking_problem
 from humptygpt.tokenizers.basic import Tokenizer
 from humptygpt.training import evaluation
-from humptygpt.training.evaluation import find_task
 from humptygpt.training.forked import ForkedRanks
 from humptygpt.training.optimizers import freeze, make_optimizer
 from humptygpt.training.ranks import Ranks
@@ -133,11 +131,6 @@ def assemble(
     saved: dict | None = None,
 ) -> Run:
     """Put a run together. saved: the checkpoint that it resumes."""
-    package = find_task(dataset.task).package
-    if package and not importlib.util.find_spec(package):  # fail now, not at the end
-        raise UserError(
-            f"{dataset.task} is scored with a package that is not installed: pip install {package}"
-        )
     dtype = DTYPES[config.dtype]
     run = Run(
         config=config,

@@ -1,6 +1,6 @@
 """What a command asks for: the settings of a run, and the checkpoint or model that it starts from."""
 
-import importlib.util
+import importlib
 import re
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
@@ -14,7 +14,6 @@ from humptygpt.formats.load import Loaded, load
 from humptygpt.machine import launched
 from humptygpt.model import ModelConfig
 from humptygpt.models.build import make_model_config
-from humptygpt.training.loggers import chosen_loggers
 from humptygpt.training.resume import read_run, resumed_settings
 from humptygpt.training.run import lock_out_dir, refuse_earlier_run
 from humptygpt.training.settings import IN_VAIN, RECIPE, UNPLANNED, TrainConfig
@@ -89,13 +88,8 @@ def new_settings(given: dict, base: Loaded | None) -> dict[str, object]:
     if not given.get("minutes") or given.get("model", ModelConfig.model) != "gpt":
         return given
     print(f"minutes: settings that are not given are those of {RECIPE}", flush=True)
-    recipe = cli.read_config(
-        str(cli.CONFIGS.parent / RECIPE), fields_of(TrainConfig, ModelConfig)
-    )
-    # the recipe's width would have to be a multiple of n_head: keep the size of its heads instead
-    heads = given.get("n_head", recipe["n_head"])
-    recipe["n_embd"] = recipe["n_embd"] // recipe["n_head"] * heads
-    return recipe | given
+    path = str(cli.CONFIGS.parent / RECIPE)
+    return cli.read_config(path, fields_of(TrainConfig, ModelConfig)) | given
 
 
 def check_command(
@@ -107,8 +101,8 @@ def check_command(
         raise UserError("minutes has no effect with dry_run or eval_only; leave it out")
     if config.minutes and processes > 1:
         raise UserError("minutes works with one process only; with several, use max_iters")
-    for name in chosen_loggers(asdict(config)):
-        importlib.import_module(name)
+    if config.wandb_log:  # fail now if it is not installed
+        importlib.import_module("wandb")
     values = asdict(config) | asdict(model_config) | {"processes": processes}
     values["input"] = given.get("input")  # a resumed run forgets it
     fields = fields_of(TrainConfig, ModelConfig)
@@ -194,5 +188,5 @@ def read_each(read: Callable[[], object], backend: str) -> object:
         return read()
     from humptygpt.training.torchrun import connect, together
 
-    with together("the other processes, which read the model", connect(backend)):
+    with together(connect(backend)):
         return read()

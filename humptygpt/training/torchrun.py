@@ -16,12 +16,10 @@ import datetime
 import math
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cache
-from threading import Timer
 
 import torch
 import torch.distributed as dist
@@ -40,7 +38,6 @@ from humptygpt.training.settings import TrainConfig
 TIMEOUT = datetime.timedelta(minutes=10)  # for a collective during training
 # while one rank prepares data or scores translations
 PATIENT_TIMEOUT = datetime.timedelta(days=7)
-QUIET = 20  # seconds of waiting after which a machine says for whom it waits
 
 
 @contextmanager
@@ -49,10 +46,6 @@ def raise_if_rank_died() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "finished reduction" in str(error):
-            raise UserError(
-                "a weight got no gradient, which several processes cannot train; use it in every step, or --freeze it"
-            ) from error
         # gloo's errors have no class of their own, but their messages contain the names of its source files
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
@@ -60,24 +53,6 @@ def raise_if_rank_died() -> Iterator[None]:
             f"another process has ended or does not respond ({first_line(error)}), so the run ends;"
             " the last checkpoint is intact: continue from it with --init_from=resume"
         ) from error
-
-
-def say(text: str) -> None:
-    """Print a note to stderr, from one process of each machine."""
-    if os.environ.get("LOCAL_RANK") == "0":
-        print(f"note: {text}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def say_if_slow(whom: str) -> Iterator[None]:
-    """Say for whom the block waits if it takes longer than QUIET."""
-    timer = Timer(QUIET, say, [f"waiting for {whom}"])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 class DataParallel(Ranks):
@@ -113,7 +88,7 @@ class DataParallel(Ranks):
         DataParallel.world = dist.group.WORLD
         # ranks take turns, so that data is prepared only once on each disk, even if several machines share a disk
         for turn in range(size):
-            with together(f"process {turn}, which prepares the data", ranks.patient):
+            with together(ranks.patient):
                 if turn == rank:
                     prepare()
         return ranks
@@ -125,7 +100,6 @@ class DataParallel(Ranks):
             dist.destroy_process_group()
 
     @raise_if_rank_died()
-    @say_if_slow("the other processes")
     def wait_for_all(self) -> None:
         dist.barrier(group=self.patient)
 
@@ -248,11 +222,8 @@ def pick_gpu() -> torch.device:
 
 
 @contextmanager
-def together(whom: str, group: dist.ProcessGroup) -> Iterator[None]:
-    """Run a block in every rank and wait for all. If it raises UserError in one rank, it does so in all.
-
-    whom: for whom a rank waits that has come to the end of the block.
-    """
+def together(group: dist.ProcessGroup) -> Iterator[None]:
+    """Run a block in every rank and wait for all. If it raises UserError in one rank, it does so in all."""
     problem = None
     try:
         yield
@@ -262,14 +233,13 @@ def together(whom: str, group: dist.ProcessGroup) -> Iterator[None]:
             f"process {rank} on {socket.gethostname()}: {error}" if rank else str(error)
         )
     problems = [None] * dist.get_world_size()
-    with raise_if_rank_died(), say_if_slow(whom):
+    with raise_if_rank_died():
         dist.all_gather_object(problems, problem, group=group)
     for problem in filter(None, problems):
         raise UserError(problem)
 
 
 @cache
-@say_if_slow("the other processes to connect")
 def connect(backend: str) -> dist.ProcessGroup:
     """Connect all ranks to the default process group. Returns a second group of them, whose timeout is PATIENT_TIMEOUT.
 
@@ -278,18 +248,8 @@ def connect(backend: str) -> dist.ProcessGroup:
     """
     if backend == "auto" and not torch.cuda.is_available():
         backend = "gloo"
-    # each machine's torchrun counts its own restarts, so restarted processes would not find each other
-    several = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
-    if several and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
-        raise UserError(
-            "torchrun's --max_restarts works on one machine only; leave it out, and continue with --init_from=auto"
-        )
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        if rank == 0:
-            store.set("host", socket.gethostname())
-        else:
-            say(f"process 0 on {store.get('host').decode()} prints and writes files")
         # when torchrun restarts ranks, it keeps the store, which still has the addresses of the ranks that ended
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
@@ -311,7 +271,7 @@ def connect(backend: str) -> dist.ProcessGroup:
 def read_and_describe(read: Callable[[], dict | None], backend: str) -> dict | None:
     """Read a checkpoint in rank 0, and send the other ranks all of it except for the values of its tensors."""
     group = connect(backend)
-    with together("process 0, which reads the checkpoint", group):
+    with together(group):
         saved = read() if dist.get_rank() == 0 else None
     described = [tree_map_only(Tensor, lambda x: torch.empty_like(x, device="meta"), saved)]
     dist.broadcast_object_list(described, group=group)

@@ -1,5 +1,6 @@
 """The translation task: the examples that a run prints, and how translations are scored."""
 
+from sacrebleu.metrics import BLEU, CHRF
 from torch import nn
 
 from humptygpt.data.pair_dataset import PairDataset
@@ -41,8 +42,6 @@ def score(translations: list[str], references: list[str]) -> tuple[str, dict[str
     Source: Papineni et al. 2002, "BLEU: a method for automatic evaluation of machine translation"; Popovic 2015, "chrF:
     character n-gram F-score for automatic MT evaluation"; Post 2018, arXiv:1804.08771.
     """
-    from sacrebleu.metrics import BLEU, CHRF
-
     text = ""
     metrics = {}
     for name, metric in (("BLEU", BLEU()), ("chrF", CHRF())):
