@@ -48,6 +48,9 @@ def start() -> None:
     use: with spinning threads, two training runs on two cores were ten times slower. A thread that sleeps has to be
     woken, which a virtual machine makes slow. Settings in the user's environment take precedence.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Ctrl-C during the imports ends the script without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
         # the first is for GCC's OpenMP, which torch uses on Linux, the second, in milliseconds, for LLVM's and Intel's
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
@@ -246,6 +249,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     if main.__module__ == "__main__":  # main() is in the script that was started
         start()
         use_utf8()
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:

@@ -1,6 +1,7 @@
 """Cores and memory that a process may use, threads that give way, and allocations that fail."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -189,3 +190,18 @@ def test_other_errors_pass():
             machine.memory_advice("take less"),
         ):
             raise error
+
+
+@pytest.mark.parametrize("script", ["prepare_data.py", "sample.py"])
+def test_ctrl_c_while_imports_run_shows_nothing(folder, script):
+    interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    (folder / "numpy.py").write_text(interrupt)
+    done = subprocess.run(
+        [sys.executable, ROOT / script],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        # a shell lets what runs in the background ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
