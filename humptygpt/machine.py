@@ -42,12 +42,16 @@ WORTH = 1.1  # a choice replaces the default only if it is at least this many ti
 
 
 def start() -> None:
-    """Prepare for a script's imports: limit the threads to the usable cores, and how long they spin.
+    """Prepare for a script's imports: open closed streams, limit the threads to the usable cores, and their spinning.
 
     A thread that spins while it waits for another thread of its process blocks a core that a different process could
     use: with spinning threads, two training runs on two cores were ten times slower. A thread that sleeps has to be
     woken, which a virtual machine makes slow. Settings in the user's environment take precedence.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        # a closed stream is opened anew, or another file would get its number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115, stays open
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Ctrl-C during the imports ends the script without a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_RUN
 
 from humptygpt import device, machine
 
@@ -205,3 +206,25 @@ def test_ctrl_c_while_imports_run_shows_nothing(folder, script):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs streams that are closed")
+@pytest.mark.parametrize(
+    ("closed", "keys", "code", "told"),
+    [
+        ((0, 1, 2), [], 0, ""),
+        ((0, 1), ["--seeds=1"], 2, "train.py: unknown key seeds; did you mean seed?\n"),
+        ((2,), ["--seeds=1"], 2, ""),
+    ],
+)
+def test_a_run_whose_streams_are_closed_trains_and_what_is_refused_has_its_exit_code(
+    tiny, closed, keys, code, told
+):
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *TINY_RUN, *keys],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: [*map(os.close, closed)],
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", told)
+    assert Path("out/run/ckpt.pt").exists() == (code == 0)
