@@ -416,6 +416,27 @@ def test_one_process_prepares_missing_data_on_each_disk(tiny, disks):
     assert launch(4, *TINY_RUN, main=partial(on_two_machines, disks=disks)) == [0] * 4
 
 
+def until_said(who: str) -> None:
+    """Wait until process 0 has said for whom it waits."""
+    while f"note: waiting for {who}\n" not in Path("stderr0").read_text():
+        time.sleep(0.01)
+
+
+def waited_for(argv: list[str]) -> int:
+    """Train. Process 1 does not go on before process 0 has said that it waits."""
+    if os.environ["RANK"] == "1":
+        until_said("the other processes to connect")
+        train.prepare_missing = lambda *config: until_said(
+            "process 1, which prepares the data"
+        )
+    return train.main(argv)
+
+
+def test_a_process_that_waits_says_for_whom(tiny, monkeypatch):
+    monkeypatch.setattr(distributed, "QUIET", 0)
+    assert launch(2, *TINY_RUN, main=waited_for, seconds=20) == [0, 0]
+
+
 def test_without_torchrun_several_processes_are_refused(tiny, fails, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     complaint = fails(train.main, *TINY_RUN)

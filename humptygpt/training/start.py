@@ -188,5 +188,5 @@ def read_each(read: Callable[[], object], backend: str) -> object:
         return read()
     from humptygpt.training.torchrun import connect, together
 
-    with together(connect(backend)):
+    with together("the other processes, which read the model", connect(backend)):
         return read()

@@ -16,10 +16,12 @@ import datetime
 import math
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cache
+from threading import Timer
 
 import torch
 import torch.distributed as dist
@@ -38,6 +40,7 @@ from humptygpt.training.settings import TrainConfig
 TIMEOUT = datetime.timedelta(minutes=10)  # for a collective during training
 # while one rank prepares data or scores translations
 PATIENT_TIMEOUT = datetime.timedelta(days=7)
+QUIET = 20  # seconds of waiting after which a machine says for whom it waits
 
 
 @contextmanager
@@ -53,6 +56,24 @@ def raise_if_rank_died() -> Iterator[None]:
             f"another process has ended or does not respond ({first_line(error)}), so the run ends;"
             " the last checkpoint is intact: continue from it with --init_from=resume"
         ) from error
+
+
+def say(text: str) -> None:
+    """Print a note to stderr, from one process of each machine."""
+    if os.environ.get("LOCAL_RANK") == "0":
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def say_if_slow(whom: str) -> Iterator[None]:
+    """Say for whom the block waits if it takes longer than QUIET."""
+    timer = Timer(QUIET, say, [f"waiting for {whom}"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class DataParallel(Ranks):
@@ -88,7 +109,7 @@ class DataParallel(Ranks):
         DataParallel.world = dist.group.WORLD
         # ranks take turns, so that data is prepared only once on each disk, even if several machines share a disk
         for turn in range(size):
-            with together(ranks.patient):
+            with together(f"process {turn}, which prepares the data", ranks.patient):
                 if turn == rank:
                     prepare()
         return ranks
@@ -100,6 +121,7 @@ class DataParallel(Ranks):
             dist.destroy_process_group()
 
     @raise_if_rank_died()
+    @say_if_slow("the other processes")
     def wait_for_all(self) -> None:
         dist.barrier(group=self.patient)
 
@@ -222,8 +244,11 @@ def pick_gpu() -> torch.device:
 
 
 @contextmanager
-def together(group: dist.ProcessGroup) -> Iterator[None]:
-    """Run a block in every rank and wait for all. If it raises UserError in one rank, it does so in all."""
+def together(whom: str, group: dist.ProcessGroup) -> Iterator[None]:
+    """Run a block in every rank and wait for all. If it raises UserError in one rank, it does so in all.
+
+    whom: for whom a rank waits that has come to the end of the block.
+    """
     problem = None
     try:
         yield
@@ -233,13 +258,14 @@ def together(group: dist.ProcessGroup) -> Iterator[None]:
             f"process {rank} on {socket.gethostname()}: {error}" if rank else str(error)
         )
     problems = [None] * dist.get_world_size()
-    with raise_if_rank_died():
+    with raise_if_rank_died(), say_if_slow(whom):
         dist.all_gather_object(problems, problem, group=group)
     for problem in filter(None, problems):
         raise UserError(problem)
 
 
 @cache
+@say_if_slow("the other processes to connect")
 def connect(backend: str) -> dist.ProcessGroup:
     """Connect all ranks to the default process group. Returns a second group of them, whose timeout is PATIENT_TIMEOUT.
 
@@ -271,7 +297,7 @@ def connect(backend: str) -> dist.ProcessGroup:
 def read_and_describe(read: Callable[[], dict | None], backend: str) -> dict | None:
     """Read a checkpoint in rank 0, and send the other ranks all of it except for the values of its tensors."""
     group = connect(backend)
-    with together(group):
+    with together("process 0, which reads the checkpoint", group):
         saved = read() if dist.get_rank() == 0 else None
     described = [tree_map_only(Tensor, lambda x: torch.empty_like(x, device="meta"), saved)]
     dist.broadcast_object_list(described, group=group)
