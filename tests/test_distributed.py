@@ -437,6 +437,12 @@ def test_a_process_that_waits_says_for_whom(tiny, monkeypatch):
     assert launch(2, *TINY_RUN, main=waited_for, seconds=20) == [0, 0]
 
 
+def test_torchrun_must_not_restart_a_run_on_several_machines(tiny, fails, monkeypatch):
+    for name in ("WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"):
+        monkeypatch.setenv(name, "2")
+    assert "--max_restarts works on one machine only" in fails(train.main, *TINY_RUN)
+
+
 def test_without_torchrun_several_processes_are_refused(tiny, fails, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     complaint = fails(train.main, *TINY_RUN)

@@ -756,7 +756,7 @@ def test_the_rhymes_120_steps_are_pytorchs(node):
     torch.manual_seed(1)
     sizes = {"vocab_size": dataset.meta["vocab_size"]}
     model = build(make_model_config(model_settings(path) | sizes))
-    ids = dataset.train.arrays[0][:1101].tolist()
+    ids = dataset.train.ids[:1101].tolist()
     batches = [[{"idx": ids[:-1], "targets": ids[1:]}]] * settings["max_iters"]
     found, losses, _ = train_both(node, rounded(model, std=None), batches, settings)
     assert found["losses"] == pytest.approx(losses, abs=1e-3)

@@ -67,7 +67,7 @@ class Dataset:
         self.meta = meta or read_meta(folder)
         self.tokenizer = from_state(self.meta["tokenizer"])
         self.splits = {
-            split: TokenFiles(folder, split, self.meta) for split in self.meta["splits"]
+            split: TokenFile(folder, split, self.meta) for split in self.meta["splits"]
         }
         self.train = self.splits.get("train", ())
         self.val = self.splits.get("val", ())
@@ -296,24 +296,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class TokenFiles:
-    """The token files of one split, memory-mapped and read as one sequence.
+class TokenFile:
+    """The token file of one split, memory-mapped.
 
-    meta: from read_meta. Raises UserError if a file is missing or does not match meta.
+    meta: from read_meta. Raises UserError if the file is missing or does not match meta.
     targets, bytes: the tokens on which the loss is measured, and the size of their text; None: unknown.
     """
 
     def __init__(self, folder: Path, split: str, meta: dict):
         with refuse_damaged(folder, advice=f"; {how_to(folder)}"):
             entry = meta["splits"][split]
-            names = [Path(file["name"]).name for file in entry["files"]]
-            if not all(name.startswith(split) for name in names):
-                raise ValueError(f"meta.json lists {names} as files of {split}")
-            self.paths = [folder / name for name in names]
+            [file] = entry["files"]
+            self.path = folder / Path(file["name"]).name
+            if not self.path.name.startswith(split):
+                raise ValueError(f"meta.json lists {self.path.name} as the file of {split}")
             self.sums = dict(entry.get("sha256", {}))
-            self.arrays = [
-                np.asarray(np.memmap(path, meta["dtype"], mode="r")) for path in self.paths
-            ]
+            self.ids = np.asarray(np.memmap(self.path, meta["dtype"], mode="r"))
             tokens = entry.get("tokens", len(self))  # nanoGPT's folders do not record it
             if len(self) != tokens:
                 raise ValueError(
@@ -324,28 +322,25 @@ class TokenFiles:
             self.bytes = entry.get("target_bytes", entry.get("bytes"))
             if self.bytes is not None and not 0 < self.bytes / self.targets < math.inf:
                 raise ValueError(f"meta.json has {self.bytes} bytes for {split}")
-            if sum(ids.nbytes for ids in self.arrays) <= CHECKED:
+            if self.ids.nbytes <= CHECKED:
                 self.verify()
 
     def __len__(self) -> int:
-        return sum(map(len, self.arrays))
+        return len(self.ids)
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Return `length` tokens from each start, int64 (len(starts), length), with zeros after the last token."""
         rows = np.zeros((len(starts), length), dtype=np.int64)
         for row, start in zip(rows, starts.tolist(), strict=True):
-            for array in self.arrays:  # a row may continue in the next file
-                ids = array[start : start + len(row)]
-                row[: len(ids)] = ids
-                row = row[len(ids) :]
-                start = max(0, start - len(array))  # in the next file
+            ids = self.ids[start : start + length]
+            row[: len(ids)] = ids
         return rows
 
     def verify(self) -> None:
-        """Compare the files with their checksums, where there are any. Raises ValueError if one differs."""
-        for path in self.paths:
-            if path.name in self.sums and sha256(path) != self.sums[path.name]:
-                raise ValueError(f"the checksum of {path.name} does not match meta.json")
+        """Compare the file with its checksum, if there is one. Raises ValueError if it differs."""
+        name = self.path.name
+        if name in self.sums and sha256(self.path) != self.sums[name]:
+            raise ValueError(f"the checksum of {name} does not match meta.json")
 
 
 # --------------------------------------------------------------------------------------

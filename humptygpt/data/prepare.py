@@ -19,7 +19,7 @@ from humptygpt.cli import UserError, note
 from humptygpt.data import builtin
 from humptygpt.data.conversations import Conversations, is_conversations
 from humptygpt.data.corpus import Corpus, Documents
-from humptygpt.data.dataset import COMMAND, TokenFiles, is_nanogpts
+from humptygpt.data.dataset import COMMAND, TokenFile, is_nanogpts
 from humptygpt.data.documents import (
     file_format,
     file_suffix,
@@ -264,7 +264,7 @@ def is_whole(folder: Path, splits: Iterable[str], meta: dict) -> bool:
     """Return True if the token files in a folder are complete and match their checksums."""
     with suppress(UserError, ValueError):
         for split in splits:
-            TokenFiles(folder, split, meta).verify()
+            TokenFile(folder, split, meta).verify()
         return True
     return False
 

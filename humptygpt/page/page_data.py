@@ -9,7 +9,7 @@ from torch import nn
 
 from humptygpt.cli import UserError, convert, fields_of
 from humptygpt.data.builtin import data_set
-from humptygpt.data.dataset import TokenFiles, read_meta
+from humptygpt.data.dataset import TokenFile, read_meta
 from humptygpt.files import refuse_damaged
 from humptygpt.formats import checkpoint
 from humptygpt.formats.load import Loaded, from_run
@@ -118,7 +118,7 @@ def read_split(run: Loaded, split: str, count: int) -> str:
         folder = Path("data", run.saved["train_config"]["dataset"])
         meta = read_meta(folder)
         if meta["tokenizer"] == run.saved["tokenizer"]:
-            ids = TokenFiles(folder, split, meta).arrays[0][:count]
+            ids = TokenFile(folder, split, meta).ids[:count]
             return run.tokenizer.decode(ids).rstrip(
                 "\ufffd"
             )  # the last character may be cut off

@@ -274,6 +274,12 @@ def connect(backend: str) -> dist.ProcessGroup:
     """
     if backend == "auto" and not torch.cuda.is_available():
         backend = "gloo"
+    # each machine's torchrun counts its own restarts, so restarted processes would not find each other
+    several = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+    if several and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        raise UserError(
+            "torchrun's --max_restarts works on one machine only; leave it out, and continue with --init_from=auto"
+        )
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         # when torchrun restarts ranks, it keeps the store, which still has the addresses of the ranks that ended
