@@ -282,7 +282,7 @@ class Stack(nn.Module):
     def forward(self, x, idx, cache=None, **kept):
         """Read tokens that follow those in the cache. Returns (B, T, C), and terms of the loss: {name: term}.
 
-        x: (B, T, C), their embeddings. idx: (B, T), their ids. kept: see share().
+        x: (B, T, C), their embeddings. idx: (B, T), their ids. kept: padding and others, for share().
         """
         shared = share(self, idx, cache, **kept)
         x = self.dropout(self.embed_norm(self.position.embed(x, shared.at)))
@@ -414,7 +414,7 @@ def init_weights(model: nn.Module) -> None:
     what all 2 n_layer of them add to the residual stream does not grow with their number. INITS has other rules.
     """
     modules = dict(model.named_modules())
-    # {last layer: its branch}, such as stack.blocks.0.mlp.down_proj: stack.blocks.0.mlp, which may have several
+    # {last layer: its branch}, as in stack.blocks.0.mlp.down_proj: stack.blocks.0.mlp. Some branches have several
     branches = {x: ".".join(x.split(".")[:4]) for x in modules if x.endswith(LAST)}
     count = Counter(name.split(".")[0] for name in {*branches.values()})  # of each stack
     for name, module in modules.items():
@@ -462,7 +462,10 @@ def share(stack, idx, cache=None, padding=None, losses=None, **kept) -> Shared:
 
 
 def add_loss(shared: Shared, name: str, term: Tensor) -> None:
-    """Add a scalar to the loss that training minimises. Terms of one name are summed."""
+    """Add a scalar to the loss that training minimises. Terms of one name are summed.
+
+    Where activations are recomputed, a layer adds its term again, but too late for the sum that is trained on.
+    """
     shared.losses[name] = shared.losses.get(name, 0) + term
 
 
@@ -703,7 +706,7 @@ class PlainBlock(Block):
         return x
 
 
-# names of the layers at the end of a branch
+# names of the layers at the end of a branch: attention's, and an MLP's
 LAST = ("o_proj", "down_proj")
 
 

@@ -217,7 +217,7 @@ DAMAGE = {
     "holds token 20, but its tokenizer has only 3": lambda data: edit_meta(
         data, tokenizer={"tokenizer": "char", "alphabet": "abc"}
     ),
-    "cannot read data/tiny: meta.json lists ['train.bin'] as files of val": lambda data: (
+    "cannot read data/tiny: meta.json lists train.bin as the file of val": lambda data: (
         edit_meta(
             data, splits=(splits := read_meta(data)["splits"]) | {"val": splits["train"]}
         )

@@ -120,7 +120,7 @@ def test_the_search_finds_what_a_plain_one_without_a_cache_finds(
 
 def test_a_batch_has_sentences_of_one_length_and_a_limit_and_is_encoded_once(monkeypatch):
     model, read = random_model(), []
-    model.encoder.register_forward_hook(lambda module, args, x: read.append(x.shape[:2]))
+    model.encoder.register_forward_hook(lambda module, args, x: read.append(x[0].shape[:2]))
     monkeypatch.setattr(beams, "BATCH", 2)
     translated(model, some_sources(4, 6, 4, 4, 6, 4, 4))
     assert read == [(2, 4), (2, 4), (1, 4), (2, 6)]

@@ -193,7 +193,7 @@ def test_a_restored_model_is_whole_and_shares_the_tensors_of_the_file(position, 
 
 def test_a_buffer_of_the_users_own_is_restored_with_the_weights(monkeypatch):
     class Counting(models.MLP):
-        def __init__(self, config):
+        def __init__(self, config, layer):
             super().__init__(config)
             self.register_buffer("steps", torch.zeros(3))
 

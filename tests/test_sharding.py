@@ -161,11 +161,11 @@ def with_a_buffer(argv: list[str]) -> int:
     """Train a model that counts its steps, in a buffer that is saved with the weights."""
 
     class Counting(models.MLP):
-        def __init__(self, config):
+        def __init__(self, config, layer):
             super().__init__(config)
             self.register_buffer("steps", torch.zeros(3))
 
-        def forward(self, x):
+        def forward(self, x, shared):
             if self.training:
                 self.steps += 1
                 Path("steps").write_text(str(self.steps.tolist()))
