@@ -99,7 +99,7 @@ def test_norms_are_replaced_on_a_cpu_only_because_a_gpu_has_a_kernel_for_them(
 ):
     model = random_model(norm="rmsnorm", qk_norm=True)
     device = torch.device(device)
-    decoding.replace_layers(model, torch.float32, device)
+    decoding.replace_layers(model, torch.float32, device, joins=False)
     functions = [f for module in model.modules() for f in vars(module).values()]
     fast = [isinstance(getattr(f, "__self__", f), decoding.FastRMSNorm) for f in functions]
     assert any(fast) == replaced

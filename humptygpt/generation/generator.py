@@ -116,12 +116,13 @@ def make_generator(
     check_fits("the weights take", weights * dtype.itemsize, free_memory(device), advice)
     model.eval().requires_grad_(False)
     check_model(model)
-    if not agrees(model):
+    joins = agrees(model, joins=True)
+    if not joins and not agrees(model):
         note(
             "not using faster layers, because this model.py's logits would change; generation is slower, in float32"
         )
         return model.to(device)
-    replace_layers(model, dtype, device)
+    replace_layers(model, dtype, device, joins)
     model.to(device)
     # as plain attributes they are found without nn.Module.__getattr__, which is slow
     for module in model.modules():
@@ -137,12 +138,12 @@ def choose_threads(loaded) -> None:
 
 
 @torch.inference_mode()
-def agrees(model: nn.Module) -> bool:
+def agrees(model: nn.Module, joins: bool = False) -> bool:
     """True if replace_layers() does not change the logits of this model.py, which the user may have edited."""
     try:
         small, text = smaller(model)
         expected = small.eval()(**text)[0]
-        replace_layers(small, torch.float32, CPU)
+        replace_layers(small, torch.float32, CPU, joins)
         return is_close(small(**text)[0], expected)
     except Exception:
         return False
@@ -152,14 +153,16 @@ def agrees(model: nn.Module) -> bool:
 # Fewer operators
 
 
-def replace_layers(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def replace_layers(
+    model: nn.Module, dtype: torch.dtype, device: torch.device, joins: bool
+) -> None:
     """Replace linear layers and RMS norms with faster equivalents, called as plain functions rather than as modules.
 
-    A module call costs as much as a small matrix product.
+    A module call costs as much as a small matrix product. joins: also use JoinedAttention.
     """
     for name, module in list(model.named_modules()):
         # other kinds of attention may compute queries, keys and values from different inputs
-        if type(module) is SelfAttention:
+        if joins and type(module) is SelfAttention:
             model.set_submodule(name, JoinedAttention(module))
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
