@@ -157,10 +157,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def parse_request(self) -> bool:
         """Read the headers. Refuse a request that a page of another site may have made, and one without the key."""
-        return super().parse_request() and self.may_ask()
+        try:
+            return super().parse_request() and self.may_ask()
+        except ValueError as error:
+            self.send_error(400, f"the address or the Origin is not valid: {error}")
+            return False
 
     def may_ask(self) -> bool:
-        """Send an error and return False if the request is refused."""
+        """Send an error and return False if the request is refused. Raises ValueError if it has an invalid URL."""
         host, origin = (self.headers.get(name, "").lower() for name in ("Host", "Origin"))
         name = re.sub(r":\d+$", "", host)
         if not HOST.fullmatch(name) and name not in self.server.hosts:

@@ -506,6 +506,8 @@ RAW = {
     ),
     "path": (404, b"POST /v1/nothing HTTP/1.1\r\n" + HOST + b"\r\n"),
     "page": (404, b"GET /etc/passwd HTTP/1.1\r\n" + HOST + b"\r\n"),
+    "bad address": (400, b"GET http://[bad/v1 HTTP/1.1\r\n" + HOST + b"\r\n"),
+    "bad origin": (400, b"GET / HTTP/1.1\r\nOrigin: http://[bad\r\n" + HOST + b"\r\n"),
     "method": (501, b"PUT / HTTP/1.1\r\n" + HOST + b"\r\n"),
     "line": (414, b"GET /" + b"a" * 70_000),
     "headers": (431, b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n"),
