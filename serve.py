@@ -40,7 +40,8 @@ from humptygpt.server.api import Api
 
 JSON = "application/json"
 LARGEST = 1_000_000  # bytes of a request
-PATIENCE = 20  # seconds for which a client may pause, while it sends its request or reads its answer
+# seconds in which a request must arrive, and for which a client may leave its answer unread
+PATIENCE = 20
 CONNECTIONS = 200  # open at once; the system lets further clients wait
 # A website can point its own name at this machine, and a browser then lets its page read our answers. So requests must
 # name the server by an IP address, as localhost, or by a name that the user gave. A browser always sends a name.
@@ -101,7 +102,7 @@ class Server(ThreadingHTTPServer):
         self.key = None if config.api_key == "none" else config.api_key
         # Python waits for this thread, too, before it ends; it would abort if a thread were still inside torch
         self.computing = ThreadPoolExecutor(max_workers=1)
-        self.connections = set()  # those that are open
+        self.connections = {}  # {open connection: time by which its request must have arrived}
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         super().__init__((config.host, config.port), Handler)
 
@@ -111,8 +112,15 @@ class Server(ThreadingHTTPServer):
             time.sleep(0.1)
             raise OSError
         connection, address = super().get_request()
-        self.connections.add(connection)
+        self.connections[connection] = time.monotonic() + PATIENCE
         return connection, address
+
+    def service_actions(self) -> None:
+        """End the request of each client that has taken too long to send it."""
+        for connection, end in [*self.connections.items()]:
+            if end < time.monotonic():
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RD)
 
     def server_close(self) -> None:
         """End all answers, and wait for the threads that send them, because these may free tensors."""
@@ -123,7 +131,7 @@ class Server(ThreadingHTTPServer):
 
     def shutdown_request(self, request: socket.socket) -> None:
         super().shutdown_request(request)
-        self.connections.discard(request)  # Ctrl-C may end it a second time
+        self.connections.pop(request, None)  # Ctrl-C may end it a second time
 
     def next_part(self, answer: Iterator[str]) -> str | None:
         """Compute the next part of an answer in its turn. None: the answer is complete."""
@@ -199,7 +207,7 @@ class Handler(BaseHTTPRequestHandler):
             case path:
                 self.send_error(404, f"there is no {path}")
 
-    do_POST = do_GET
+    do_POST = do_HEAD = do_GET
 
     def answer(self, method: Callable[[bytes], Iterator[str]]) -> None:
         """Send the answer of one of the API's methods, part by part."""
@@ -231,7 +239,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def send_json(self, content: dict) -> None:
         self.send(200, JSON, json.dumps(content).encode())
