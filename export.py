@@ -39,7 +39,12 @@ class ExportConfig(ModelSource):
 
     def validate(self) -> None:
         super().validate()
-        if self.dtype == "q8_0" and not self.to.endswith(".gguf"):
+        extension = Path(self.to).suffix
+        if extension in (".bin", ".onnx", ".pt", ".safetensors"):
+            raise ValueError(
+                f"to={self.to} must be a folder or end in .gguf; a run's own best.pt can be copied as it is"
+            )
+        if self.dtype == "q8_0" and extension != ".gguf":
             raise ValueError(
                 "dtype=q8_0 needs a file that ends in .gguf; otherwise use float32 or bfloat16"
             )

@@ -479,6 +479,8 @@ def test_mistakes_are_one_line(fails):
     Path("full/file").write_text("")
     for argv, complaint in {
         "--to=x --dtype=q8_0": "dtype=q8_0 needs a file that ends in .gguf; otherwise use float32",
+        "--to=x.pt": "to=x.pt must be a folder or end in .gguf; a run's own best.pt can be",
+        "--to=x.onnx": "to=x.onnx must be a folder or end in .gguf",
     }.items():
         assert complaint in fails(export.main, *argv.split())
     for path in ("full", "full/file", "/dev/null"):
