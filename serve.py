@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from humptygpt import machine
 
@@ -65,6 +65,10 @@ class ServeConfig(PipelineConfig):
             raise ValueError(
                 f"host={self.host} lets other machines in; set --api_key=KEY, or --api_key=none to let anybody ask"
             )
+        if self.api_key and not re.fullmatch("[!-~]+", self.api_key):
+            raise ValueError(
+                "api_key must be ASCII without spaces, or no client can send it"
+            )
 
 
 def main(argv: list[str]) -> None:
@@ -107,13 +111,14 @@ class Server(ThreadingHTTPServer):
         super().__init__((config.host, config.port), Handler)
 
     def get_request(self) -> tuple[socket.socket, tuple]:
-        """Accept a connection. If there are too many, wait a moment and raise OSError; the caller tries again."""
-        if len(self.connections) >= CONNECTIONS:
-            time.sleep(0.1)
-            raise OSError
-        connection, address = super().get_request()
-        self.connections[connection] = time.monotonic() + PATIENCE
-        return connection, address
+        """Accept a connection. If there are too many, or no descriptors are left, wait a moment and raise OSError."""
+        if len(self.connections) < CONNECTIONS:
+            with suppress(OSError):
+                connection, address = super().get_request()
+                self.connections[connection] = time.monotonic() + PATIENCE
+                return connection, address
+        time.sleep(0.1)
+        raise OSError
 
     def service_actions(self) -> None:
         """End the request of each client that has taken too long to send it."""
@@ -200,6 +205,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_json({"status": "ok"})
             case "/v1/models":
                 self.send_json({"object": "list", "data": [api.model_entry()]})
+            case path if unquote(path) == f"/v1/models/{api.name}":
+                self.send_json(api.model_entry())
             case "/v1/chat/completions":
                 self.answer(api.chat)
             case "/v1/completions":
@@ -231,6 +238,8 @@ class Handler(BaseHTTPRequestHandler):
         size = int(self.headers.get("Content-Length", 0))
         if 0 < size <= LARGEST:
             return self.rfile.read(size)
+        while size > 0 and self.rfile.read(min(size, LARGEST)):
+            size -= LARGEST  # a client reads the error once it has sent everything
         raise UserError(
             f"Content-Length must be from 1 to {LARGEST:,}; chunked bodies are not supported"
         )
