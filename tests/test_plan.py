@@ -723,6 +723,14 @@ def test_a_new_gpt_has_the_defaults_and_with_minutes_the_recipe(folder, capsys):
     assert own.given == changed | {"mlp_conv": 1}
 
 
+def test_with_minutes_a_number_of_heads_that_does_not_divide_the_default_width_is_obeyed(
+    tiny, machine
+):
+    machine.run(*SHOWN, "--n_head=3", "--minutes=0.1")
+    config = read_config()
+    assert config["n_head"] == 3 and config["n_embd"] in (192, 576, 768)
+
+
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt"])
 def test_the_recipe_is_for_gpts_only(folder, capsys, name):
     Path("small.py").write_text("n_embd = n_head = 1\nwindow = 8\n")

@@ -176,13 +176,60 @@ def begin(
     if progress.iter:
         step = progress.seconds / progress.iter
     else:
-        size = choose_size(config, model_config, given, dataset, clock, device)
-        config, model_config, step = choose_rest(size, given, dataset, clock, device)
+        config, model_config, step = choose(
+            config, model_config, given, dataset, clock, device
+        )
     # an evaluation batch is assumed to take a third as long as a training batch
     rows = len(dataset.val_starts(config.batch_size, config.evaluated_batches()))
     batches = rows / config.batch_size
     clock.evaluation = step * batches / config.gradient_accumulation_steps / 3
     return config, model_config
+
+
+def choose(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    given: Collection[str],
+    dataset: TokenDataset,
+    clock: Clock,
+    device: torch.device,
+) -> tuple[TrainConfig, ModelConfig, float]:
+    """Choose the settings that are not given: the size, members, dropout, steps and weight decay.
+
+    Returns the settings, and the seconds that a step takes with them.
+    """
+    from_scratch = config.init_from == "scratch"
+    size = choose_size(config, model_config, given, dataset, clock, device)
+    config, model_config = size.config, size.model_config
+    tokens = (
+        config.batch_size * config.gradient_accumulation_steps * model_config.block_size
+    )
+    targets, text = tokens * dataset.target_fraction, dataset.train.targets
+    epochs = planned(clock) / size.seconds * targets / text
+    # a model that can be exported stays one that can
+    may_have_members = from_scratch and model_config.model == "gpt"
+    if may_have_members and not can_be_exported(model_config) and "n_members" not in given:
+        fit = max(1, int(free_memory(device) / size.memory.total))
+        members = min(MOST_MEMBERS, fit, count_members(epochs))
+        model_config = replace(model_config, n_members=members)
+        epochs /= members
+    if "dropout" not in given:
+        rate = dropout(epochs, size.parameters)
+        model_config = replace(model_config, dropout=rate)
+    seconds = size.seconds
+    if model_config != size.model_config:  # members and dropout make steps slower
+        seconds = seconds_per_step(config, model_config, dataset, device)
+    steps = max(1, int(planned(clock) / seconds))
+    chosen = {
+        "max_iters": steps,
+        "lr_decay_iters": None,
+        "eval_interval": max(1, math.ceil(steps / EVALUATIONS)),
+        "warmup_iters": min(config.warmup_iters, steps // 10),
+    }
+    if from_scratch:  # more weight decay would make a trained model forget
+        chosen["weight_decay"] = decay(config.weight_decay, targets, text)
+    chosen = {key: value for key, value in chosen.items() if key not in given}
+    return replace(config, **chosen), model_config, seconds
 
 
 class Size(NamedTuple):
@@ -246,50 +293,6 @@ def choose_size(
             " use more, or try again now that the data is prepared"
         )
     return best
-
-
-def choose_rest(
-    size: Size,
-    given: Collection[str],
-    dataset: TokenDataset,
-    clock: Clock,
-    device: torch.device,
-) -> tuple[TrainConfig, ModelConfig, float]:
-    """Choose what goes with a size, unless it is given: members, dropout, steps and weight decay.
-
-    Returns the settings, and the seconds that a step takes with them.
-    """
-    config, model_config = size.config, size.model_config
-    from_scratch = config.init_from == "scratch"
-    tokens = (
-        config.batch_size * config.gradient_accumulation_steps * model_config.block_size
-    )
-    targets, text = tokens * dataset.target_fraction, dataset.train.targets
-    epochs = planned(clock) / size.seconds * targets / text
-    # a model that can be exported stays one that can
-    may_have_members = from_scratch and model_config.model == "gpt"
-    if may_have_members and not can_be_exported(model_config) and "n_members" not in given:
-        fit = max(1, int(free_memory(device) / size.memory.total))
-        members = min(MOST_MEMBERS, fit, count_members(epochs))
-        model_config = replace(model_config, n_members=members)
-        epochs /= members
-    if "dropout" not in given:
-        rate = dropout(epochs, size.parameters)
-        model_config = replace(model_config, dropout=rate)
-    seconds = size.seconds
-    if model_config != size.model_config:  # members and dropout make steps slower
-        seconds = seconds_per_step(config, model_config, dataset, device)
-    steps = max(1, int(planned(clock) / seconds))
-    chosen = {
-        "max_iters": steps,
-        "lr_decay_iters": None,
-        "eval_interval": max(1, math.ceil(steps / EVALUATIONS)),
-        "warmup_iters": min(config.warmup_iters, steps // 10),
-    }
-    if from_scratch:  # more weight decay would make a trained model forget
-        chosen["weight_decay"] = decay(config.weight_decay, targets, text)
-    chosen = {key: value for key, value in chosen.items() if key not in given}
-    return replace(config, **chosen), model_config, seconds
 
 
 def sizes(model_config: ModelConfig, given: Collection[str]) -> list[ModelConfig]:

@@ -88,8 +88,13 @@ def new_settings(given: dict, base: Loaded | None) -> dict[str, object]:
     if not given.get("minutes") or given.get("model", ModelConfig.model) != "gpt":
         return given
     print(f"minutes: settings that are not given are those of {RECIPE}", flush=True)
-    path = str(cli.CONFIGS.parent / RECIPE)
-    return cli.read_config(path, fields_of(TrainConfig, ModelConfig)) | given
+    recipe = cli.read_config(
+        str(cli.CONFIGS.parent / RECIPE), fields_of(TrainConfig, ModelConfig)
+    )
+    # the recipe's width would have to be a multiple of n_head: keep the size of its heads instead
+    heads = given.get("n_head", recipe["n_head"])
+    recipe["n_embd"] = recipe["n_embd"] // recipe["n_head"] * heads
+    return recipe | given
 
 
 def check_command(
