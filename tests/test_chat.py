@@ -145,10 +145,13 @@ def test_a_large_json_file_is_read_one_entry_at_a_time(folder, cut):
     assert peak < 5 * len(text)
 
 
-def test_a_system_message_beside_the_turns_is_learned():
-    for form in ("ShareGPT", "Alpaca"):
-        texts = [turn.text for turn in parse(FORMS[form] | {"system": "Be brief."}, [])]
-        assert texts == ["system\nBe brief.", "user\nHi\n\nyou", "assistant\nHo"]
+def test_a_system_message_and_a_history_beside_the_turns_are_learned():
+    beside = {"system": "Be brief.", "history": [["a", "b"]]}
+    first, *_ = parse(FORMS["ShareGPT"] | beside | {"history": []}, [])
+    assert first == Turn("system", "Be brief.")
+    texts = [turn.text for turn in parse(FORMS["Alpaca"] | beside, [])]
+    earlier = ["system\nBe brief.", "user\na", "assistant\nb"]
+    assert texts == [*earlier, "user\nHi\n\nyou", "assistant\nHo"]
     # an empty one is none, because nobody sends it to the model
     assert len(parse(chat("Hi", "Ho", system=""), [])) == 2
 

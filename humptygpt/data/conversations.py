@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import chain, cycle
 from pathlib import Path
 
 import numpy as np
@@ -176,10 +177,7 @@ def parse(record: dict, columns: list[str]) -> Conversation:
         names = " or ".join(" and ".join(form[:2]) for form in forms)
         raise ValueError(f"it is no object with {names}")
     first = form[0]
-    turns = []
-    if not columns:  # in all forms, the system's turn may stand beside the others
-        check_schema(record, {"system?": (str, None)})
-        turns.append(make_turn("system", record.get("system")))
+    turns = [] if columns else read_before(record)
     if first in TURNS:
         check_schema(record, {first: TURNS[first]})
         turns += map(read_turn, record[first])
@@ -193,6 +191,14 @@ def parse(record: dict, columns: list[str]) -> Conversation:
     if not all(turn.content for turn in turns if turn.role == "assistant"):
         raise ValueError("it has an empty reply")
     return Conversation(turns)
+
+
+def read_before(record: dict) -> list[Turn]:
+    """Read what ShareGPT and Alpaca have beside the turns: the system's turn, and Alpaca's earlier exchanges."""
+    check_schema(record, {"system?": (str, None), "history?": ([[str]], None)})
+    roles = chain(["system"], cycle(["user", "assistant"]))
+    texts = [record.get("system") or "", *chain(*record.get("history") or ())]
+    return list(map(make_turn, roles, texts))
 
 
 def read_turn(message: dict) -> Turn:
