@@ -224,10 +224,18 @@ BAD = {
     "line 2: it has a turn without content": json.dumps(
         {"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}
     ),
-    "chats.jsonl, line 2: it has an empty": json.dumps(
+    "line 2: it has tool_calls": json.dumps(
         {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}
     ),
+    "line 2: it has function_call": json.dumps(
+        {
+            "messages": [
+                {"role": "assistant", "content": "x", "function_call": {"name": "f"}}
+            ]
+        }
+    ),
     "line 2: it has an empty reply": json.dumps(chat("a", " \n", "c", "d")),
+    "line 2: it has tools": json.dumps({"messages": [], "tools": [{}]}),
     "line 2: messages[0].content[0].type must be text": json.dumps(
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}
     ),
@@ -236,7 +244,7 @@ BAD = {
     ),
     "chats.jsonl, line 2: it has an empty reply": '{"instruction": "a", "output": ""}',
     "line 2: output must be str": '{"instruction": "a", "output": 1}',
-    "chats.jsonl, line 2: it is no object with": json.dumps(
+    "line 2: it compares two replies; training on preferences": json.dumps(
         {"prompt": "a", "chosen": "b", "rejected": "c"}
     ),
     "line 2: it has no reply of the assistant": json.dumps(chat("a")),

@@ -29,6 +29,8 @@ from humptygpt.tokenizers.chat import (
 )
 
 ROLE = {*ROLES, "human", "gpt", "developer"}
+# keys of two replies to compare, which are recognised to be refused
+PREFERENCES = ("chosen", "rejected")
 # keys by which a record is a conversation: that of its turns, or those of a question,
 # its answer and what may follow the question
 FORMS = (
@@ -37,11 +39,13 @@ FORMS = (
     ("instruction", "output", "input"),  # Alpaca
     ("instruction", "response", "context"),  # Dolly
     ("prompt", "completion"),  # OpenAI's older files
+    PREFERENCES,
 )
 TURNS = {
     "messages": [{"role": ROLE, "content?": CONTENT}],
     "conversations": [{"from": ROLE, "value": str}],
 }
+TOOLS = ("tools", "functions", "tool_calls", "function_call")
 OFTEN = 3  # a reply of a training split that occurs so many times is one token
 FEWEST_CHARACTERS = 20  # if it has at least so many characters
 MOST_BYTES = 2_000_000  # bytes of conversations; larger ones teach a model to spell
@@ -174,8 +178,13 @@ def parse(record: dict, columns: list[str]) -> Conversation:
     forms = [columns] if columns else FORMS
     form = find_form(record, forms)
     if not form:
-        names = " or ".join(" and ".join(form[:2]) for form in forms)
+        names = " or ".join(" and ".join(form[:2]) for form in forms if form != PREFERENCES)
         raise ValueError(f"it is no object with {names}")
+    refuse_tools(record)
+    if form == PREFERENCES:
+        raise ValueError(
+            "it compares two replies; training on preferences is not supported"
+        )
     first = form[0]
     turns = [] if columns else read_before(record)
     if first in TURNS:
@@ -201,7 +210,15 @@ def read_before(record: dict) -> list[Turn]:
     return list(map(make_turn, roles, texts))
 
 
+def refuse_tools(entry: dict) -> None:
+    """Raise ValueError if a record or a message has tools or a call of one."""
+    for key in TOOLS:
+        if entry.get(key):
+            raise ValueError(f"it has {key}, but a model cannot learn to call tools here")
+
+
 def read_turn(message: dict) -> Turn:
+    refuse_tools(message)
     content = message.get("content", message.get("value"))
     if content is None:
         raise ValueError("it has a turn without content")
