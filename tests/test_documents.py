@@ -1,5 +1,7 @@
+import errno
 import gzip
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -158,14 +160,23 @@ def test_binary_and_hidden_files_are_skipped_and_counted_and_the_first_are_named
     assert capsys.readouterr().err == f"note: skipped files: 8; {named}\n"
 
 
-def test_a_link_to_a_folder_is_followed_only_if_a_pattern_says_so():
-    for name in ("t/a", "elsewhere"):
+def test_folders_that_are_links_or_cannot_be_read_are_named(capsys, monkeypatch):
+    for name in ("t/a", "t/locked", "elsewhere"):
         Path(name).mkdir(parents=True)
         Path(name, "a.txt").write_text("some text")
     Path("t/link").symlink_to("../elsewhere")
-    Path("t/loop").symlink_to(".")
+    scandir = os.scandir
+
+    def refusing(path):
+        if "locked" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)  # root may read all
     assert found("t") == ["t/a/a.txt"]
-    Path("t/loop").unlink()
+    link = "t/link is a link to a folder, which --input='t/**' follows"
+    locked = "cannot read t/locked: Permission denied"
+    assert capsys.readouterr().err == f"note: skipped files: 2; {link}; {locked}\n"
     assert found("t/**") == ["t/a/a.txt", "t/link/a.txt"]
 
 
@@ -236,6 +247,7 @@ TABLES = {
     "a.csv": ('id,text,n\r\n1,"one, ""two""\r\nthree",5\r\n\r\n2,vier,6\r\n', "utf-8"),
     "a.CSV.gz": ('text\n"one, ""two""\nthree"\nvier\n', "utf-8-sig"),
     "b.csv": ('id;text\n1;"one, ""two""\nthree"\n2;vier', "utf-8"),
+    "sep.csv": ('sep=;\nid; text \n1;"one, ""two""\nthree"\n2;vier', "utf-8"),
     "spaces.csv": ('id, text\n1, "one, ""two""\nthree"\n2, vier', "utf-8"),
 }
 

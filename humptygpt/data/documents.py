@@ -8,6 +8,7 @@ import csv
 import glob
 import gzip
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -85,7 +86,7 @@ def find_files(where: str) -> tuple[list[Path], list[str]]:
     skipped = []
     with read_errors(path):
         if path.is_dir():
-            found = path.rglob("*")  # which follows no link to a folder, and so ends
+            found = files_below(path, skipped)
         elif path.exists():
             return [path], []
         else:
@@ -101,6 +102,21 @@ def find_files(where: str) -> tuple[list[Path], list[str]]:
     if not files:
         raise UserError("; ".join([f"no text files found at {where}", *skipped[:NAMED]]))
     return files, skipped
+
+
+def files_below(folder: Path, skipped: list[str]) -> Iterator[Path]:
+    """Yield the files in a folder and its subfolders. skipped: receives the folders that are not read, and why."""
+
+    def skip(error: OSError) -> None:
+        skipped.append(f"cannot read {error.filename}: {error.strerror}")
+
+    for at, folders, names in os.walk(folder, onerror=skip):
+        for name in folders:
+            if (link := Path(at, name)).is_symlink():
+                skipped.append(
+                    f"{link} is a link to a folder, which --input='{folder}/**' follows"
+                )
+        yield from (Path(at, name) for name in names)
 
 
 def file_suffix(path: Path) -> str:
@@ -254,6 +270,8 @@ def read_table(path: Path, columns: list[str], flaws: Flaws) -> Iterator[Record]
     csv.field_size_limit(2**31 - 1)
     lines = read_text(path, flaws, newline="")
     header = next(lines, "")
+    if header.startswith("sep="):  # a line that only Excel reads
+        header = next(lines, "")
     separator = max(",;\t", key=header.count)
     quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
     # strict: without it, a cell with a stray quote would contain all that follows
