@@ -22,13 +22,16 @@ def whole(path: Path) -> Iterator[Path]:
     random, so if two processes write the same file at once, one of them wins. Raises UserError if writing fails.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    kept = "; the previous file is unchanged" if path.is_file() else ""
     try:
-        with refuse_unwritable(path):
+        with refuse_unwritable(path, kept):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             if temporary.is_file():
                 with temporary.open("r+b") as file:
                     os.fsync(file.fileno())
+            if path.is_dir():  # it must be empty; Windows cannot replace a folder
+                path.rmdir()
             move(temporary, path)
     finally:
         with suppress(OSError):
@@ -115,7 +118,7 @@ def append(path: Path, line: str) -> None:
 def locked(folder: Path, what: str, advice: str) -> Iterator[None]:
     """Let no other process write to a folder until the block ends or the process dies.
 
-    If the folder does not exist, it is created. At the end, it is removed if it is empty.
+    If the folder does not exist, it is created, and removed again at the end if it is empty.
     what, advice: parts of the error message: what is locked, and what to do instead. Raises UserError if another
     process holds the lock, or the folder cannot be written to.
     """
@@ -124,6 +127,7 @@ def locked(folder: Path, what: str, advice: str) -> Iterator[None]:
     path = folder / ".lock"
     lock = FileLock(path, timeout=0)
     with refuse_unwritable(folder, "; choose another folder"):
+        created = [parent for parent in path.parents if not parent.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
@@ -132,10 +136,11 @@ def locked(folder: Path, what: str, advice: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # this fails if the folder is not empty, and on Windows, which cannot remove an open file
+        # this fails if a folder is not empty, and on Windows, which cannot remove an open file
         with suppress(OSError):
             path.unlink()
-            folder.rmdir()
+            for parent in created:
+                parent.rmdir()
         lock.release()
 
 

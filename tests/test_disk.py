@@ -144,7 +144,7 @@ def test_a_checkpoint_that_finds_no_room_says_so_and_not_what_follows_from_it(
     entries, before = checkpoint.read(path), path.read_bytes()
     assert room < len(before)
     del entries["format"]
-    full = "No space left on device"
+    full = "No space left on device; the previous file is"
     with monkeypatch.context() as patch, pytest.raises(UserError, match=full):
         patch.setattr(Path, "open", lambda *args: io.BufferedWriter(SmallDisk(*args)))
         checkpoint.save(path, entries)

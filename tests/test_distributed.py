@@ -352,7 +352,7 @@ def test_a_mistake_is_one_line(tiny, monkeypatch, argv, settings, complaint):
     monkeypatch.setattr(machine, "PATIENCE", 0)
     line = complaints(*argv, **settings)[0]
     assert complaint in line and line.count("\n") == 1
-    assert not Path("out/run").exists()
+    assert not Path("out").exists()
 
 
 def with_own_disk(argv: list[str]) -> int:

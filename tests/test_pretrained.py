@@ -327,7 +327,7 @@ def test_a_part_of_the_users_own_is_refused_by_name(base, monkeypatch):
     for key, variants in random_model().config.choices().items():
         if (
             isinstance(variants, dict) and key != "init"
-        ):  # which is of no importance any more
+        ):  # trained weights do not depend on it
             first = random_model(**base).config
             monkeypatch.setitem(variants, "own", variants[getattr(first, key)])
             with pytest.raises(

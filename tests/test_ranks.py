@@ -126,13 +126,15 @@ def test_rows_without_targets_do_not_count_however_a_batch_is_divided(
     assert found[1] == pytest.approx(found[0], abs=2e-6)
 
 
-def test_a_run_may_go_on_with_another_number_of_ranks(run_train):
+def test_a_run_may_go_on_with_another_number_of_ranks_and_says_so(run_train, capsys):
     expected = losses(run_train(*LONGER))
     first = losses(
         run_train(*LONGER, "--max_iters=8", "--lr_decay_iters=20", "--threads=2")
     )
     resume = ["--init_from=resume", "--out_dir=out/run", "--max_iters=20"]
+    capsys.readouterr()
     assert train.main([*resume, "--threads=4"]) == 0
+    assert "note: threads=4 instead of 2: losses stay the same" in capsys.readouterr().err
     found = losses(read_rows(Path("out/run")))
     assert found[:8] == first and found == pytest.approx(expected, abs=1e-4)
 

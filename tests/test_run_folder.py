@@ -221,12 +221,17 @@ def test_the_plot_shows_every_loss_and_names_that_of_best_pt(
 
 
 class FakeWandb(types.ModuleType):
-    def __init__(self):
-        super().__init__("wandb")
-        self.started, self.logged, self.finished = [], [], 0
+    class Error(Exception):
+        pass
 
-    def init(self, **options):
-        self.started.append(options)
+    def __init__(self, online: bool):
+        super().__init__("wandb")
+        self.online, self.started, self.logged, self.finished = online, [], [], 0
+
+    def init(self, mode: str | None = None, **options):
+        if not self.online and mode != "offline":
+            raise self.Error("no route to host")
+        self.started.append({**options, "mode": mode})
         return self
 
     def log(self, row, step):
@@ -237,14 +242,19 @@ class FakeWandb(types.ModuleType):
         self.finished += 1
 
 
-def test_wandb_gets_every_row_and_a_resumed_run_is_the_same_run(run_train, monkeypatch):
-    fake = FakeWandb()
+@pytest.mark.parametrize("online", [True, False])
+def test_wandb_gets_every_row_and_a_resumed_run_is_the_same_run(
+    run_train, monkeypatch, capsys, online
+):
+    fake = FakeWandb(online)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     rows = run_train("--wandb_log=True", "--wandb_project=p")
     train.main([*RESUME, "--max_iters=8"])
     first, second = fake.started
     assert first["id"] == second["id"]
     assert (first["project"], first["name"]) == ("p", "run")
+    assert first["mode"] == (None if online else "offline")
+    assert ("logging offline" in capsys.readouterr().err) == (not online)
     assert [step for step, _ in fake.logged][: len(rows)] == [row["iter"] for row in rows]
     assert fake.finished == 2
     run_train("--wandb_log=True")
@@ -252,7 +262,7 @@ def test_wandb_gets_every_row_and_a_resumed_run_is_the_same_run(run_train, monke
 
 
 def test_a_run_that_diverges_is_finished_on_wandb_too(tiny, monkeypatch, capsys):
-    fake = FakeWandb()
+    fake = FakeWandb(online=True)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(evaluation, "validation_loss", lambda *args: (math.nan, 0.1))
     assert train.main([*TINY_RUN, "--wandb_log=True"]) == 1

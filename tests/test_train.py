@@ -794,6 +794,16 @@ def test_on_resume_the_best_stays_the_best_unless_the_evaluation_set_changes(
     assert (changed in errors) == (best == 9)
 
 
+def test_a_resumed_run_says_if_its_learning_rate_rises(run_train, capsys):
+    run_train("--max_iters=10", "--eval_interval=5")
+    rises = "the learning rate rises from "
+    resume()
+    assert rises not in capsys.readouterr().err
+    resume("--max_iters=20")
+    note = f"note: {rises}3.0e-04 to 1.9e-03, because its schedule"
+    assert note in capsys.readouterr().err
+
+
 def test_a_run_that_was_never_evaluated_has_no_best_loss(tiny, signal_in_step, capsys):
     signal_in_step(1)
     assert train.main(TINY_RUN) == 143
@@ -915,16 +925,12 @@ BAD = {
 }
 
 
-def files() -> list[Path]:
-    return sorted(path for path in Path().rglob("*") if path.is_file())
-
-
 @pytest.mark.parametrize("complaint", BAD)
 def test_bad_input_is_one_line_and_writes_nothing(tiny, fails, complaint):
     Path("blocked").write_text("a file where a folder should be")
-    before = files()
+    before = sorted(Path().rglob("*"))
     assert complaint in fails(train.main, *TINY_RUN, *BAD[complaint])
-    assert files() == before
+    assert sorted(Path().rglob("*")) == before
 
 
 def test_a_key_without_effect_of_a_config_file_is_noted(run_train, capsys):

@@ -168,7 +168,7 @@ def check_tensors(
     like: dict[str, Tensor],
     any_float: bool = False,
 ) -> None:
-    """Raise an exception of any type unless tensors match `like` and are dense. entry: prefix of their names.
+    """Raise ValueError unless tensors match `like` and are dense. entry: prefix of their names.
 
     any_float: a tensor may have any floating-point dtype.
     """
@@ -177,11 +177,12 @@ def check_tensors(
     if missing := like.keys() - tensors.keys():
         raise ValueError(f"it lacks {entry}{min(missing)}, which this code needs")
     for name, tensor in tensors.items():
+        strided = tensor.layout == torch.strided and not tensor.is_nested
+        dense = strided and tensor.is_contiguous()
         dtype, shape = like[name].dtype, like[name].shape
         if any_float and tensor.is_floating_point():
             dtype = tensor.dtype
-        # for a tensor that is not dense, is_contiguous() is False or one of these raises an error
-        if not tensor.is_contiguous() or (tensor.dtype, tensor.shape) != (dtype, shape):
+        if not dense or (tensor.dtype, tensor.shape) != (dtype, shape):
             raise ValueError(
                 f"{entry}{name} must be a dense, contiguous tensor of {dtype} and shape {tuple(shape)}"
             )

@@ -89,17 +89,24 @@ def points(rows: list[dict], key: str) -> list[tuple[int, float]]:
 
 
 def start_wandb(out_dir: Path, settings: dict, resumed_at: int):
-    """Start a run on Weights & Biases, or continue a resumed one."""
+    """Start a run on Weights & Biases, or continue a resumed one. If wandb cannot be reached, log offline."""
     import wandb
 
     id_file = out_dir / "wandb_id"
     if not resumed_at or not id_file.exists():
         write_text(id_file, secrets.token_hex(4))
-    return wandb.init(
-        project=settings["wandb_project"],
-        name=settings["wandb_run_name"] or out_dir.name,
-        id=id_file.read_text(),
-        resume="allow",
-        dir=str(out_dir),
-        config=settings,
-    )
+    options = {
+        "project": settings["wandb_project"],
+        "name": settings["wandb_run_name"] or out_dir.name,
+        "id": id_file.read_text(),
+        "resume": "allow",
+        "dir": str(out_dir),
+        "config": settings,
+    }
+    try:
+        return wandb.init(**options)
+    except wandb.Error as error:
+        note(
+            f"wandb cannot be reached ({error}); logging offline; to upload the log later: wandb sync"
+        )
+        return wandb.init(**options, mode="offline")

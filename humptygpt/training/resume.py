@@ -20,7 +20,6 @@ def read_run(path: Path) -> dict:
     """Read a checkpoint. Of its entries, train_config is made a TrainConfig and progress a Progress."""
     saved = checkpoint.read(path)
     with refuse_damaged(path):
-        saved["train_config"].pop("log", None)  # names of loggers, in runs of 57d295e
         saved["train_config"] = cli.restore(TrainConfig, saved["train_config"])
         saved["progress"] = cli.restore(Progress, saved["progress"])
     return saved
@@ -71,15 +70,20 @@ def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
 
 
 def resumed_progress(config: TrainConfig, saved: dict, dataset: Dataset) -> Progress:
-    """Return the checkpoint's progress. Print a note if there is nothing left to do, or the evaluation set changes."""
+    """Return the checkpoint's progress. Print a note about what will not go on as it was."""
     note_edits(Path(config.out_dir))
     progress, before = saved["progress"], saved["train_config"]
+    had = before.lr(progress.position)
     if config.minutes and before.minutes:
         progress.position *= before.minutes / config.minutes
     else:
         progress.position = float(progress.iter)
     if config.eval_only:
         return progress
+    if None not in (config.threads, before.threads) and config.threads != before.threads:
+        note(
+            f"threads={config.threads} instead of {before.threads}: losses stay the same only up to rounding"
+        )
     if progress.position >= config.max_iters:
         done = f"all {progress.iter} steps are done; for more, use --"
         if not config.minutes:
@@ -89,6 +93,11 @@ def resumed_progress(config: TrainConfig, saved: dict, dataset: Dataset) -> Prog
             note(f"{done}minutes=N above {taken:g}")
         else:
             raise UserError(f"{done}max_iters=N: minutes were not the length of this run")
+    lr = config.lr(progress.position)
+    if lr - had > 0.01 * config.learning_rate:
+        note(
+            f"the learning rate rises from {had:.1e} to {lr:.1e}, because its schedule has changed"
+        )
 
     def sequences(config: TrainConfig) -> int:
         whole = dataset.all_val_batches(config.batch_size) or math.inf  # if generated

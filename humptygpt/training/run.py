@@ -427,7 +427,8 @@ def move_aside(out_dir: Path) -> None:
             previous.replace(moving / PREVIOUS)
         for name in FILES:
             path = out_dir / name
-            if path.exists():
+            # a folder with the name of one of our files may be a run of its own
+            if path.exists() and not (path / "metrics.jsonl").exists():
                 path.replace(moving / name)
         if plan.exists():
             shutil.copy(plan, moving)
