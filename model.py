@@ -113,7 +113,7 @@ class LearnedPosition(nn.Module):
         super().__init__()
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
 
-    def embed(self, x, at):  # (B, T, C) -> (B, T, C); at: positions of the T tokens
+    def embed(self, x, at):  # (B, T, C) -> (B, T, C); at: as in Shared
         return x + self.wpe.weight[at]
 
 
@@ -140,7 +140,7 @@ class Shared(NamedTuple):
 class SelfAttention(nn.Module):
     """H parallel heads, each computing softmax(q k^T / sqrt(D) + mask) v. Their outputs are concatenated and projected.
 
-    Of each token, a query q says what it looks for, a key k what it has, and a value v what those get that find it.
+    A token's query q says what it looks for, its key k what it offers, and its value v what it gives.
     With n_kv_head below n_head, groups of query heads share key and value heads, so that the cache is smaller.
     Sources: Vaswani et al. 2017, arXiv:1706.03762; n_kv_head arXiv:2305.13245; qk_norm arXiv:2010.04245.
     layer: index of the block in its stack, from 0. cache: a LayerCache.
@@ -438,7 +438,7 @@ def share(stack, idx, cache=None, padding=None, losses=None, **kept) -> Shared:
     """Compute what the blocks of a stack share while they read T new tokens, idx (B, T).
 
     padding: (B, T) bool, only without a cache, which knows its own. losses, kept: as in Shared. A layer may add to kept
-    but not change a value, because where activations are recomputed, it runs again and finds what it left.
+    but not change a value, because it runs again if activations are recomputed, and finds what it left.
     """
     T = idx.shape[1]
     start = cache.length if cache else 0
@@ -464,7 +464,7 @@ def share(stack, idx, cache=None, padding=None, losses=None, **kept) -> Shared:
 def add_loss(shared: Shared, name: str, term: Tensor) -> None:
     """Add a scalar to the loss that training minimises. Terms of one name are summed.
 
-    Where activations are recomputed, a layer adds its term again, but too late for the sum that is trained on.
+    If activations are recomputed, a layer adds its term again, but after the sum has been used.
     """
     shared.losses[name] = shared.losses.get(name, 0) + term
 
