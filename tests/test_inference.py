@@ -169,6 +169,19 @@ def test_a_model_generates_without_what_its_edit_does_not_survive(
             translate(model, None, [])
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"position": "rotary", "qk_norm": True, "n_kv_head": 1}, {"bias": True}],
+    ids=str,
+)
+def test_a_model_as_it_comes_has_one_product_for_queries_keys_and_values(keys):
+    model, idx = random_model(**keys).eval(), tokens(2, 8)
+    expected = model(idx)[0].detach()
+    ready = make_generator(model)
+    assert all(type(block.attn) is decoding.JoinedAttention for block in ready.stack.blocks)
+    torch.testing.assert_close(ready(idx)[0], expected, atol=1e-4, rtol=1e-4)
+
+
 def tripled_queries(self, x, shared, cache=None):
     q, k, v = (self.heads(layer(x)) for layer in (self.q_proj, self.k_proj, self.v_proj))
     if cache:

@@ -251,3 +251,16 @@ def test_parameters_are_as_many_as_those_of_the_papers_base_model():
     attention, feed_forward, norm = 4 * (512**2 + 512), 2 * 512 * 2048 + 2048 + 512, 2 * 512
     layers = 6 * (3 * attention + 2 * feed_forward + 5 * norm)
     assert models.count_parameters(base) == layers + 37000 * 512
+
+
+def test_terms_of_the_layers_of_both_stacks_are_summed(monkeypatch):
+    class WithTerm(models.MLP):
+        def forward(self, x, shared):
+            models.add_loss(shared, "own", torch.tensor(1.0))
+            return super().forward(x)
+
+    monkeypatch.setitem(models.MLPS, "plain", WithTerm)
+    model, idx = random_model(n_layer=3), tokens(2, 5)
+    *_, terms = model(idx, idx, source=tokens(2, 4))
+    assert terms == {"own": 6.0}
+    assert len(model(idx, source=tokens(2, 4))) == 2
