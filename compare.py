@@ -26,7 +26,9 @@ With --x=KEY, the picture is a sweep: the lowest bits per byte, or the last valu
 setting, such as learning_rate, or parameters, seconds, tokens (trained on) or train_tokens (in the training text, known
 once a run has ended). --lines=KEY draws a line, and prints a table, for each value of a second setting. Runs that
 differ only in the seed, in whatever folders, are one row and one point: their mean, with its standard error as a bar.
-The table names all settings that differ.
+The table names all settings that differ. Each line is compared with the first one, of the smallest number or of the
+first run given: at each x and, in a last table, each at its own best. A note says if a best is at the edge of what was
+tried.
 """
 
 import json
@@ -96,7 +98,9 @@ class CompareConfig:
     plot: str | None = None  # plot this number of metrics.jsonl; None: bits per byte
     x: str | None = None  # plot a sweep of this number: learning_rate, parameters, ...
     lines: str | None = None  # with x: a line for each value of this setting
-    picture: str | None = "out/compare.png"  # PNG file for a plot; None: no plot
+    picture: str | None = (
+        "out/compare.png"  # file for a plot, .png, .svg or .pdf; None: no plot
+    )
     json: bool = False  # print JSON, a list of objects, instead of a table
 
     @classmethod
@@ -104,8 +108,8 @@ class CompareConfig:
         return {}
 
     def validate(self) -> None:
-        if self.picture and not self.picture.lower().endswith(".png"):
-            raise ValueError(f"picture={self.picture} must end in .png")
+        if self.picture and not self.picture.endswith((".png", ".svg", ".pdf")):
+            raise ValueError(f"picture={self.picture} must end in .png, .svg or .pdf")
 
 
 def main(argv: list[str]) -> None:
@@ -115,14 +119,15 @@ def main(argv: list[str]) -> None:
     for key in {config.plot, config.x, config.lines} - {None}:
         cli.check_key(key, known, " (a key of config.json or metrics.jsonl)")
     groups = group_runs(runs, config)
-    tables = {title: make_table(title, rows) for title, rows in groups.items()}
+    tables = make_tables(groups, config)
     if config.json:
         print(json.dumps([row for table in tables.values() for row in table], indent=1))
     else:
         print(*map(format_table, tables, tables.values()), sep="\n")
     if config.picture:
+        earlier = ", in place of an earlier one" if os.path.exists(config.picture) else ""
         draw(groups, config)
-        print(f"{config.picture} written", file=sys.stderr)
+        print(f"{config.picture} written{earlier}", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------
@@ -234,28 +239,57 @@ def differing(runs: list[Run]) -> set[str]:
     return {key for key in keys if len({str(run.settings.get(key)) for run in runs}) > 1}
 
 
-def make_table(title: str, rows: Rows) -> list[dict]:
-    """Measure the rows, all on the same text, and compare them.
+def make_tables(groups: dict[str, Rows], config: CompareConfig) -> dict[str, list[dict]]:
+    """Return {title: rows of measurements}, in which each row is compared with the first one of its group.
 
-    title: the name of a group, whose rows are compared with its first row; "": no groups, one row per run.
+    With config.lines, it is compared with the row of the first line that has the same x, and one more table has the
+    best row of each line.
     """
-    evaluated = [run.evaluations for _, runs in rows for run in runs if run.evaluations]
-    common = [
-        text for text in [*evaluated, ()][0] if all(text in each for each in evaluated)
-    ]
-    table = [measure(title, name, runs, (common or [None])[-1]) for name, runs in rows]
-    if common:
-        measured = [row for row in table if row[BITS]]
+    everything = [row for rows in groups.values() for row in rows]
+    tables = {
+        title: make_table(title, rows, everything if config.lines else rows, config.x)
+        for title, rows in groups.items()
+    }
+    chosen = config.x in everything[0][1][0].settings
+    bases, bests = {}, []
+    for title, table in tables.items():
+        for row in table:
+            base = bases.setdefault(row["x"] if config.lines else title, row)
+            measured = row[BITS] and base[BITS] and row["comparable"]
+            if title and row is not base and measured:
+                row |= difference(row, base)
+        tried = [row["x"] for row in table if row[BITS]]
+        for best in (row for row in table if row["remark"] and row["x"] is not None):
+            at = f"{title}: {config.x}={best['x']:.8g}"
+            if chosen and best["x"] in (min(tried), max(tried)):
+                note(f"{at} is the best, but at the edge of what was tried; try more")
+            unknown = dict.fromkeys(("difference", "difference_error", "p"))
+            bests.append(best | unknown | {"run": at, "remark": ""})
+    if config.lines and len(bests) > 1:
+        tables["each at its best"] = bests
+        for row in bests[1:]:
+            row |= difference(row, bests[0])
+    return tables
+
+
+def difference(row: dict, base: dict) -> dict[str, float]:
+    """Compare two rows in bits per byte, seed by seed."""
+    seeds, first = row["bits_of_seeds"], base["bits_of_seeds"]
+    pairs = [seeds[seed] - first[seed] for seed in seeds if seed in first]
+    return t_test(pairs) if len(pairs) > 1 else {"difference": row[BITS] - base[BITS]}
+
+
+def make_table(title: str, rows: Rows, compared: Rows, x: str | None) -> list[dict]:
+    """Measure the rows, all on a text that the rows with which they are compared have in common.
+
+    title: the name of a group; "": no groups, one row per run.
+    """
+    every = [run.evaluations for _, runs in compared for run in runs if run.evaluations]
+    common = [text for text in [*every, ()][0] if all(text in each for each in every)]
+    table = [measure(title, name, runs, (common or [None])[-1], x) for name, runs in rows]
+    if measured := [row for row in table if row[BITS] and common]:
         min(measured, key=lambda row: row[BITS])["remark"] = "best"
-        if title and table[0][BITS]:
-            first = table[0]["bits_of_seeds"]
-            for row in measured[1:]:
-                seeds = row["bits_of_seeds"]
-                pairs = [seeds[seed] - first[seed] for seed in seeds if seed in first]
-                row["difference"] = row[BITS] - table[0][BITS]
-                if len(pairs) > 1:
-                    row |= t_test(pairs)
-    elif evaluated:
+    elif every and not common:
         note(
             f"the runs{title and f' in {title}'} were evaluated on different texts, so none is marked as the best"
         )
@@ -267,10 +301,12 @@ def make_table(title: str, rows: Rows) -> list[dict]:
     return table
 
 
-def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
+def measure(
+    title: str, name: str, runs: list[Run], text: str | None, x: str | None
+) -> dict:
     """Make one row from runs that differ only in the seed, with their means.
 
-    text: checksum of the text whose evaluations count; None: the newest text of each run.
+    text: checksum of the text whose evaluations count; None: the newest text of each run. x: as in CompareConfig.
     """
     for run in runs:
         newest = next(reversed(run.evaluations.values()), {})
@@ -291,6 +327,7 @@ def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
         "seeds": len(bits),
         "bits_of_seeds": bits,
         "comparable": text is not None,
+        "x": mean(values, x),
         "remark": "",
     }
 
@@ -377,9 +414,9 @@ def draw(groups: dict[str, Rows], config: CompareConfig) -> None:
         panel.yaxis.set_minor_formatter("{x:.4g}")
         panel.grid(which="both", alpha=0.25)
         panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    write_whole(
-        Path(config.picture), lambda file: figure.savefig(file, dpi=130, format="png")
-    )
+    picture = Path(config.picture)
+    form = picture.suffix[1:]
+    write_whole(picture, lambda file: figure.savefig(file, dpi=130, format=form))
 
 
 def curve(runs: list[Run], plot: str) -> zip:
