@@ -174,6 +174,8 @@ def test_every_example_learns_in_its_own_way_logs_its_numbers_and_resumes_exactl
     first, *_, last = [row for row in rows_of(edited, "norm") if "train_loss" in row]
     assert 0 < first["update_ratio"] < 1
     assert last["second"] == pytest.approx(first["second"] / 10, rel=0.3)
+    evaluations = [row for row in rows_of(edited, "copy") if "val_loss" in row]
+    assert [row["val_accuracy"] for row in evaluations] == [0.0] * len(evaluations)
     # the balance of two blocks, in which experts are chosen about equally often
     assert rows_of(edited, "moe")[0]["balance"] == pytest.approx(0.02, rel=0.1)
 
@@ -335,6 +337,30 @@ def test_generated_data_is_not_prepared_and_no_page_trains_on_it(
     assert "no data set ones: it is not" in fails(prepare_data.main, "ones")
     assert train.main([*TINY_RUN, "--dataset=ones"]) == 0
     assert page_data(Path("out/run/best.pt"))["training"] is None
+
+
+class Counted(Ones):
+    """Half of its rows count as right."""
+
+    def val_batches(self, batch_size, eval_iters):
+        for _ in range(3):
+            yield self.batch(0, batch_size)
+
+    def accuracy(self, predicted, targets):
+        assert predicted.shape == targets.shape
+        return (torch.arange(len(targets)) % 2).double().mean().item()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_accuracy_of_generated_data_is_printed_and_logged(
+    folder, monkeypatch, capsys, threads
+):
+    monkeypatch.setitem(data.DATASETS, "counted", Counted)
+    keys = ["--dataset=counted", f"--threads={threads}", "--batch_size=4"]
+    assert train.main([*TINY_RUN, *keys]) == 0
+    assert ", accuracy 50.0 %" in capsys.readouterr().out
+    rows = [row for row in rows_of(folder, "run") if "val_loss" in row]
+    assert {row["val_accuracy"] for row in rows} == {0.5}
 
 
 def test_a_metric_that_is_not_finite_is_null(run_train, monkeypatch, capsys):

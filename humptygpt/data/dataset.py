@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +50,7 @@ class Dataset:
     """
 
     task: str
+    accuracy: Callable | None = None  # see GeneratedDataset
 
     def __init__(
         self,
@@ -209,6 +210,7 @@ class TokenDataset(Dataset):
 class GeneratedDataset(Dataset):
     """Data that code makes, without files. A subclass has a tokenizer, batch() and val_batches(), as in TokenDataset.
 
+    With accuracy(predicted, targets), both (B, T), it also says what fraction of a batch is right; -1 is no target.
     One line in DATASETS names it. A run resumes only with the code that it began with.
     """
 

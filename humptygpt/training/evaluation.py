@@ -29,31 +29,38 @@ FEWEST_BATCHES = 96
 @torch.no_grad()
 def validation_loss(
     run: "Run", net: nn.Module, eval_iters: int | None
-) -> tuple[float, float | None]:
+) -> tuple[float, float | None, float | None]:
     """Compute the loss of net over an evaluation set, which ranks divide if net is what they train.
 
     Evaluation draws no random numbers, so it cannot affect training. Afterwards, net is in its previous mode again,
     training or evaluation. eval_iters: batches in the set; None: the whole validation split.
-    Returns the mean loss in nats per token, and its standard error; None if there are too few batches to estimate that.
+    Returns the mean loss in nats per token, its standard error, None if there are too few batches to estimate that, and
+    the accuracy, None if the dataset has no function for it.
     """
     ranks = run.ranks if net is run.net else Ranks(run.device)
     was_training = net.training
     net.eval()
-    losses, weights = [], []
+    measure = run.dataset.accuracy
+    losses, accuracies, weights = [], [], []
     batches = run.dataset.val_batches(run.config.batch_size, eval_iters)
     for batch in own_batches(batches, ranks.rank, ranks.size):
         with autocast(run.device, run.dtype):
-            losses.append(net(**to_device(batch, run.device))[1])
+            logits, loss, *_ = net(**to_device(batch, run.device))
+        losses.append(loss)
+        accuracies.append(
+            measure(logits.argmax(-1).cpu(), batch["targets"]) if measure else 0
+        )
         weights.append(count_targets(batch))
     net.train(was_training)
-    # each rank fills its own rows, (mean loss, number of targets), and leaves 0 in the others
-    table = torch.zeros(ranks.size * len(losses), 2, dtype=torch.float64)
-    table[ranks.rank :: ranks.size, 0] = torch.stack(losses).cpu().double()
-    table[ranks.rank :: ranks.size, 1] = torch.tensor(weights)
+    # each rank fills its own rows, (mean loss, accuracy, number of targets), and leaves 0 in the others
+    table = torch.zeros(ranks.size * len(losses), 3, dtype=torch.float64)
+    own = torch.stack(losses).cpu(), torch.tensor(accuracies), torch.tensor(weights)
+    table[ranks.rank :: ranks.size] = torch.stack([x.double() for x in own], dim=1)
     rows = np.array(ranks.sum(table).tolist())
-    losses, weights = rows[rows[:, 1] > 0].T
+    losses, accuracies, weights = rows[rows[:, 2] > 0].T
     mean = losses @ weights / weights.sum()
-    return float(mean), standard_error(losses - mean, weights)
+    accuracy = float(accuracies @ weights / weights.sum()) if measure else None
+    return float(mean), standard_error(losses - mean, weights), accuracy
 
 
 def standard_error(deviations: np.ndarray, weights: np.ndarray) -> float | None:
@@ -117,7 +124,7 @@ def evaluated(dataset: Dataset, batch_size: int, eval_iters: int | None) -> dict
 
 def measures(run: "Run", net: nn.Module, eval_iters: int | None) -> dict[str, float | str]:
     """Evaluate, and return a row of metrics: the loss in several units, and a fingerprint of the text."""
-    loss, error = validation_loss(run, net, eval_iters)
+    loss, error, accuracy = validation_loss(run, net, eval_iters)
     bits_per_nat = 1 / math.log(2) / run.dataset.val_bytes_per_token()  # bits per byte
     row = {
         "val_loss": loss,
@@ -127,6 +134,8 @@ def measures(run: "Run", net: nn.Module, eval_iters: int | None) -> dict[str, fl
     if error:
         row["val_standard_error"] = error
         row["val_bits_standard_error"] = error * bits_per_nat
+    if accuracy is not None:
+        row["val_accuracy"] = accuracy
     if run.ranks.first:
         row |= evaluated(run.dataset, run.config.batch_size, eval_iters)
     return row
@@ -138,6 +147,8 @@ def evaluation_line(row: dict[str, float]) -> str:
     text = f"val loss {row['val_loss']:.4f}"
     if error := row.get("val_standard_error"):
         text += f" ± {error:.4f}"
+    if "val_accuracy" in row:
+        text += f", accuracy {100 * row['val_accuracy']:.1f} %"
     return f"{text} ({bits:.3f} bits per byte, perplexity {perplexity:.2f})"
 
 
