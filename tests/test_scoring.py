@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_model import random_model, tokens
 
+from humptygpt.generation.generator import make_generator
 from humptygpt.scoring import text as scoring
 from humptygpt.scoring.text import score_windows
 
@@ -24,6 +25,14 @@ def test_a_text_is_scored_as_token_by_token_with_as_much_context_as_promised(key
             context = torch.from_numpy(ids[first:t])[None]
             expected.append(float(model(context)[0][0, -1].log_softmax(-1)[ids[t]]))
         np.testing.assert_allclose(score_windows(model, ids, stride), expected, atol=1e-5)
+
+
+def test_a_network_whose_weights_are_all_in_8_bits_is_scored():
+    model = random_model(model="number_mlp", n_embd=1, window=4).eval()
+    ids = tokens(1, 20)[0].numpy()
+    expected = score_windows(model, ids, 8)
+    found = score_windows(make_generator(model, torch.int8), ids, 8)
+    np.testing.assert_allclose(found, expected, atol=0.1)
 
 
 @pytest.mark.parametrize(
