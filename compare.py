@@ -246,25 +246,21 @@ def make_tables(groups: dict[str, Rows], config: CompareConfig) -> dict[str, lis
     best row of each line.
     """
     everything = [row for rows in groups.values() for row in rows]
-    tables = {
-        title: make_table(title, rows, everything if config.lines else rows, config.x)
-        for title, rows in groups.items()
-    }
-    chosen = config.x in everything[0][1][0].settings
-    bases, bests = {}, []
-    for title, table in tables.items():
-        for row in table:
-            base = bases.setdefault(row["x"] if config.lines else title, row)
-            measured = row[BITS] and base[BITS] and row["comparable"]
-            if title and row is not base and measured:
-                row |= difference(row, base)
+    settings = everything[0][1][0].settings
+    tables, bases, bests = {}, {}, []
+    for title, rows in groups.items():
+        table = make_table(title, rows, everything if config.lines else rows, config.x)
+        tables[title] = table
         tried = [row["x"] for row in table if row[BITS]]
         for best in (row for row in table if row["remark"] and row["x"] is not None):
             at = f"{title}: {config.x}={best['x']:.8g}"
-            if chosen and best["x"] in (min(tried), max(tried)):
+            if config.x in settings and best["x"] in (min(tried), max(tried)):
                 note(f"{at} is the best, but at the edge of what was tried; try more")
-            unknown = dict.fromkeys(("difference", "difference_error", "p"))
-            bests.append(best | unknown | {"run": at, "remark": ""})
+            bests.append(best | {"run": at, "remark": ""})
+        for row in table:
+            base = bases.setdefault(row["x"] if config.lines else title, row)
+            if title and base is not row and base[BITS] and row[BITS] and row["comparable"]:
+                row |= difference(row, base)
     if config.lines and len(bests) > 1:
         tables["each at its best"] = bests
         for row in bests[1:]:
