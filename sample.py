@@ -6,12 +6,11 @@
     echo "ROMEO:" | python sample.py --out_dir=out/shakespeare_char --start=-
     python sample.py --out_dir=out/shakespeare_char --prompts=prompts.txt --stop=X     one prompt per line
     python sample.py --out_dir=out/shakespeare_char --interactive=True
-    python sample.py --out_dir=out/shakespeare_char --logprobs=5     log-probabilities of each token and the top five
     python sample.py --init_from=FOLDER --start="..."     a model in Hugging Face's format, or nanoGPT's ckpt.pt
     python sample.py --out_dir=out/translate_de_en --start="Wo wohnst du?"
     python sample.py --out_dir=out/translate_de_en --start=FILE:german.txt > english.txt     line by line
 
-Only the text goes to stdout, or with --logprobs only JSON lines; everything else goes to stderr.
+Only the text goes to stdout; everything else goes to stderr.
 """
 
 import sys
@@ -40,7 +39,6 @@ from humptygpt.generation.sampling import (
     Prompt,
     check_sampling,
     encode_prompt,
-    print_json_lines,
     read_prompts,
     read_start,
     stream_texts,
@@ -52,12 +50,12 @@ SAMPLING = "temperature top_k top_p min_p repetition_penalty seed max_new_tokens
 # {task of the model: the keys that have no effect on it}
 NOT_FOR = {
     "language modelling": "system num_beams length_penalty",
-    "chat": "prompts num_samples logprobs num_beams length_penalty",
-    "translation": "prompts num_samples logprobs system seed stop temperature top_k top_p min_p"
+    "chat": "prompts num_samples num_beams length_penalty",
+    "translation": "prompts num_samples system seed stop temperature top_k top_p min_p"
     " repetition_penalty",
 }
 # [(keys, another setting, the values of that setting for which the keys have no effect)]
-IN_VAIN = [*PIPELINE_VAIN, ("num_samples logprobs", "interactive", (True,))]
+IN_VAIN = [*PIPELINE_VAIN, ("num_samples", "interactive", (True,))]
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,6 @@ class SampleConfig(PipelineConfig):
     num_samples: int = 3  # texts for each prompt, generated together in one batch
     max_new_tokens: int = 500  # tokens to generate after each prompt
     stop: TEXTS = ()  # end a text just before this string; several may be given
-    logprobs: int | None = None  # print JSON lines: each token and this many top tokens
     # beam search, for translations
     num_beams: int = 4  # hypotheses kept at each step; 1: greedy
     length_penalty: float = 1.0  # rank by log-probability / length^length_penalty
@@ -86,7 +83,7 @@ class SampleConfig(PipelineConfig):
         super().validate()
         check_sampling(self)
         check_least(self, 1, "num_samples", "max_new_tokens", "num_beams")
-        check_least(self, 0, "logprobs", "seed")
+        check_least(self, 0, "seed")
         if self.prompts and (self.start or self.interactive):
             raise ValueError("prompts cannot be combined with start or interactive")
 
@@ -185,9 +182,6 @@ def print_batch(
     """Print the first text as it is generated, then the others. texts: (prompt, sample number)."""
     prompts, samples = zip(*texts, strict=True)
     pieces = write([prompt.ids for prompt in prompts], samples, config, loaded)
-    if config.logprobs is not None:
-        print_json_lines(pieces, texts, config.logprobs, loaded.tokenizer)
-        return
     first, *others = [prompt.text for prompt in prompts]
     print(first, end="", flush=True)
     for piece in pieces:

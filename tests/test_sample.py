@@ -1,5 +1,4 @@
 import io
-import json
 import re
 from pathlib import Path
 
@@ -153,21 +152,6 @@ def test_a_prompt_longer_than_the_context_is_read_from_its_end(run_dir, capsys):
     found, notes = printed(capsys, f"--start={long}")
     assert found.startswith(long)
     assert "note: prompt 1 has 30 tokens; only the last 16 are used" in notes
-
-
-def test_log_probabilities_add_up_to_the_score_of_the_text(run_dir, capsys):
-    argv = ["--start=A", "--num_samples=1", "--max_new_tokens=15", "--logprobs=3"]
-    rows = [json.loads(line) for line in text_of(capsys, *argv).splitlines()]
-    assert len(rows) == 15 and all(row["prompt"] == row["sample"] == 0 for row in rows)
-    for row in rows:
-        top = [other["logprob"] for other in row["top"]]
-        assert len(top) == 3 and top == sorted(top, reverse=True)
-        assert row["logprob"] <= top[0] + 1e-9
-    Path("text.txt").write_text("A" + "".join(row["text"] for row in rows))
-    score.main(["--out_dir=out/run", "--text=text.txt"])
-    scored = capsys.readouterr().out
-    found = re.search(r"perplexity [\d.]+, ([\d.]+) nats in all; 15 tokens", scored)
-    assert float(found[1]) == pytest.approx(-sum(row["logprob"] for row in rows), abs=0.01)
 
 
 def test_each_line_typed_continues_the_text_so_far(run_dir, capsys, monkeypatch):

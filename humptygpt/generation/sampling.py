@@ -4,7 +4,6 @@ Shapes: B texts, T tokens, V vocabulary.
 """
 
 import codecs
-import json
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -28,7 +27,6 @@ CPU = torch.device("cpu")
 
 
 class Prompt(NamedTuple):
-    number: int  # index of the prompt, from 0
     text: str  # without a leading end-of-text token
     ids: list[int]
 
@@ -43,7 +41,7 @@ def read_prompts(
         texts = [read_start(start)]
     else:
         ids = tokenizer.start().tolist()
-        return [Prompt(0, "" if tokenizer.eot is not None else tokenizer.decode(ids), ids)]
+        return [Prompt("" if tokenizer.eot is not None else tokenizer.decode(ids), ids)]
     found = []
     for number, text in enumerate(texts):
         with as_user_error(f"prompt {number + 1:,}: "):
@@ -52,7 +50,7 @@ def read_prompts(
             note(
                 f"prompt {number + 1:,} has {len(ids):,} tokens; only the last {block_size:,} are used"
             )
-        found.append(Prompt(number, text.removeprefix(END_OF_TEXT), ids))
+        found.append(Prompt(text.removeprefix(END_OF_TEXT), ids))
     return found
 
 
@@ -390,26 +388,6 @@ def stream_texts(
 
 # --------------------------------------------------------------------------------------
 # Log-probabilities
-
-
-def print_json_lines(
-    pieces: Iterable[Piece], texts: list[tuple[Prompt, int]], k: int, tokenizer: Tokenizer
-) -> None:
-    """Print each token and the k likeliest tokens at its position. texts: (prompt, sample number)."""
-    for piece in pieces:
-        if piece.token is None:
-            continue
-        prompt, sample = texts[piece.row]
-        chosen, *top = [
-            {
-                "token": i,
-                "text": tokenizer.pieces[i].decode("utf-8", "replace"),
-                "logprob": round(logprob, 6),
-            }
-            for i, logprob in with_likeliest(piece, k)
-        ]
-        line = {"prompt": prompt.number, "sample": sample} | chosen | {"top": top}
-        print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
 def with_likeliest(piece: Piece, k: int) -> list[tuple[int, float]]:
