@@ -98,9 +98,7 @@ class CompareConfig:
     plot: str | None = None  # plot this number of metrics.jsonl; None: bits per byte
     x: str | None = None  # plot a sweep of this number: learning_rate, parameters, ...
     lines: str | None = None  # with x: a line for each value of this setting
-    picture: str | None = (
-        "out/compare.png"  # file for a plot, .png, .svg or .pdf; None: no plot
-    )
+    picture: str | None = "out/compare.png"  # .png, .svg or .pdf file; None: no plot
     json: bool = False  # print JSON, a list of objects, instead of a table
 
     @classmethod
@@ -146,10 +144,7 @@ class Run:
         values = self.settings | {
             "parameters": self.settings["_parameters"],
             "train_tokens": self.settings.get("_train_tokens"),
-            "iter": 0,
-            "tokens": 0,
-            "seconds": 0,
-            "position": 0,
+            **dict.fromkeys(("iter", "tokens", "seconds", "position"), 0),
         }
         for row in self.rows:
             values |= row
@@ -214,7 +209,8 @@ def group_runs(runs: list[Run], config: CompareConfig) -> dict[str, Rows]:
     """
     common = os.path.commonpath([run.folder.parent for run in runs])
     variants = {}
-    for run in sorted(runs, key=lambda run: numbers([run.values], config.lines)):
+    sort_by = (config.lines, config.x)
+    for run in sorted(runs, key=lambda run: [numbers([run.values], k) for k in sort_by]):
         path = Path(SEED.sub("", str(run.folder)))
         if config.x or config.lines:
             line = f"{config.lines}={run.values.get(config.lines)}"
@@ -246,43 +242,45 @@ def make_tables(groups: dict[str, Rows], config: CompareConfig) -> dict[str, lis
     best row of each line.
     """
     everything = [row for rows in groups.values() for row in rows]
-    settings = everything[0][1][0].settings
     tables, bases, bests = {}, {}, []
     for title, rows in groups.items():
-        table = make_table(title, rows, everything if config.lines else rows, config.x)
+        table = make_table(title, rows, everything if config.lines else rows)
         tables[title] = table
-        tried = [row["x"] for row in table if row[BITS]]
+        for row, (_, runs) in zip(table, rows, strict=True):
+            row["x"] = mean([run.values for run in runs], config.x)
+            if title:
+                base = bases.setdefault(row["x"] if config.lines else title, row)
+                row |= difference(row, base)
         for best in (row for row in table if row["remark"] and row["x"] is not None):
             at = f"{title}: {config.x}={best['x']:.8g}"
-            if config.x in settings and best["x"] in (min(tried), max(tried)):
+            tried = [row["x"] for row in table if row[BITS]]
+            if config.x in runs[0].settings and best["x"] in (min(tried), max(tried)):
                 note(f"{at} is the best, but at the edge of what was tried; try more")
             bests.append(best | {"run": at, "remark": ""})
-        for row in table:
-            base = bases.setdefault(row["x"] if config.lines else title, row)
-            if title and base is not row and base[BITS] and row[BITS] and row["comparable"]:
-                row |= difference(row, base)
-    if config.lines and len(bests) > 1:
-        tables["each at its best"] = bests
-        for row in bests[1:]:
-            row |= difference(row, bests[0])
+    if bests[1:]:
+        tables["each at its best"] = [row | difference(row, bests[0]) for row in bests]
     return tables
 
 
-def difference(row: dict, base: dict) -> dict[str, float]:
+def difference(row: dict, base: dict) -> dict[str, float | None]:
     """Compare two rows in bits per byte, seed by seed."""
     seeds, first = row["bits_of_seeds"], base["bits_of_seeds"]
+    if row is base or not (seeds and first and row["comparable"]):
+        return {}
     pairs = [seeds[seed] - first[seed] for seed in seeds if seed in first]
-    return t_test(pairs) if len(pairs) > 1 else {"difference": row[BITS] - base[BITS]}
+    if len(pairs) > 1:
+        return t_test(pairs)
+    return {"difference": row[BITS] - base[BITS], "difference_error": None, "p": None}
 
 
-def make_table(title: str, rows: Rows, compared: Rows, x: str | None) -> list[dict]:
+def make_table(title: str, rows: Rows, compared: Rows) -> list[dict]:
     """Measure the rows, all on a text that the rows with which they are compared have in common.
 
     title: the name of a group; "": no groups, one row per run.
     """
     every = [run.evaluations for _, runs in compared for run in runs if run.evaluations]
     common = [text for text in [*every, ()][0] if all(text in each for each in every)]
-    table = [measure(title, name, runs, (common or [None])[-1], x) for name, runs in rows]
+    table = [measure(title, name, runs, (common or [None])[-1]) for name, runs in rows]
     if measured := [row for row in table if row[BITS] and common]:
         min(measured, key=lambda row: row[BITS])["remark"] = "best"
     elif every and not common:
@@ -297,12 +295,10 @@ def make_table(title: str, rows: Rows, compared: Rows, x: str | None) -> list[di
     return table
 
 
-def measure(
-    title: str, name: str, runs: list[Run], text: str | None, x: str | None
-) -> dict:
+def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
     """Make one row from runs that differ only in the seed, with their means.
 
-    text: checksum of the text whose evaluations count; None: the newest text of each run. x: as in CompareConfig.
+    text: checksum of the text whose evaluations count; None: the newest text of each run.
     """
     for run in runs:
         newest = next(reversed(run.evaluations.values()), {})
@@ -323,7 +319,6 @@ def measure(
         "seeds": len(bits),
         "bits_of_seeds": bits,
         "comparable": text is not None,
-        "x": mean(values, x),
         "remark": "",
     }
 

@@ -49,7 +49,7 @@ class Trainer:
             device=self.device,
             dtype=torch.float32,
         )
-        loss, _ = validation_loss(run, self.model, None)
+        loss, *_ = validation_loss(run, self.model, None)
         return loss
 
 

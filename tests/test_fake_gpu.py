@@ -294,7 +294,9 @@ def train_and_evaluate(
         optimizer=case["optimizer"], batch_size=2, gradient_accumulation_steps=2
     )
     dataset = SimpleNamespace(
-        batch=lambda index, size: batch, val_batches=lambda size, iters: iter([batch])
+        batch=lambda index, size: batch,
+        val_batches=lambda size, iters: iter([batch]),
+        accuracy=None,
     )
     run = SimpleNamespace(
         config=config,

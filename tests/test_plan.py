@@ -196,7 +196,9 @@ def test_a_finished_run_goes_on_by_more_minutes_or_by_its_steps(
     tiny, machine, fails, capsys
 ):
     losses = itertools.count(3.0, -0.01)
-    machine.patch.setattr(evaluation, "validation_loss", lambda *args: (next(losses), 0.0))
+    machine.patch.setattr(
+        evaluation, "validation_loss", lambda *args: (next(losses), 0.0, None)
+    )
     machine.run(*TIMED, "--minutes=0.1")
     steps = progress()["iter"]
     for less in ([], ["--minutes=0.02"]):
@@ -600,7 +602,7 @@ def test_plan_py_has_the_settings_and_learning_rates_of_a_run_that_stopped_early
     tiny, machine, capsys, start
 ):
     machine.run(*TINY_RUN, "--out_dir=out/base")
-    machine.patch.setattr(evaluation, "validation_loss", lambda *args: (3.0, 0.0))
+    machine.patch.setattr(evaluation, "validation_loss", lambda *args: (3.0, 0.0, None))
     machine.now = 0.0
     machine.step = lambda: 0.2
     machine.patch.setattr(plan, "seconds_per_step", lambda *args: 0.1)

@@ -86,7 +86,9 @@ def test_a_run_that_overwrites_another_moves_it_to_previous_however_it_ends_itse
         if end == "interrupted":
             patch.setattr(train, "catch_signals", lambda: nullcontext([signal.SIGINT]))
         if end == "diverged":
-            patch.setattr(evaluation, "validation_loss", lambda *args: (math.nan, 0.1))
+            patch.setattr(
+                evaluation, "validation_loss", lambda *args: (math.nan, 0.1, None)
+            )
         train.main([*TINY_RUN, "--seed=2"])
     note = "note: the earlier run in out/run is now in out/run/previous\n"
     assert note in capsys.readouterr().err
@@ -264,7 +266,7 @@ def test_wandb_gets_every_row_and_a_resumed_run_is_the_same_run(
 def test_a_run_that_diverges_is_finished_on_wandb_too(tiny, monkeypatch, capsys):
     fake = FakeWandb(online=True)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(evaluation, "validation_loss", lambda *args: (math.nan, 0.1))
+    monkeypatch.setattr(evaluation, "validation_loss", lambda *args: (math.nan, 0.1, None))
     assert train.main([*TINY_RUN, "--wandb_log=True"]) == 1
     assert fake.finished == 1
 

@@ -69,7 +69,9 @@ def values(key: str, rows: list[dict]) -> list[float]:
 def evaluations(monkeypatch, *losses: float) -> None:
     """Let the evaluations of a run find these losses."""
     found = iter(losses)
-    monkeypatch.setattr(evaluation, "validation_loss", lambda *args: (next(found), 0.1))
+    monkeypatch.setattr(
+        evaluation, "validation_loss", lambda *args: (next(found), 0.1, None)
+    )
 
 
 @pytest.fixture
@@ -230,12 +232,12 @@ def evaluated(losses: torch.Tensor, sizes: list[int], ranks: Ranks) -> tuple:
     run = SimpleNamespace(
         config=TrainConfig(),
         net=Given(),
-        dataset=SimpleNamespace(val_batches=lambda *args: batches),
+        dataset=SimpleNamespace(val_batches=lambda *args: batches, accuracy=None),
         ranks=ranks,
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
-    return evaluation.validation_loss(run, run.net, None)
+    return evaluation.validation_loss(run, run.net, None)[:2]
 
 
 def test_the_standard_error_holds_for_a_text_whose_neighbouring_batches_are_alike():

@@ -310,7 +310,9 @@ def test_evaluations_show_translations_and_the_end_has_the_bleu_of_the_best_chec
 
 def test_the_weights_that_are_scored_are_those_of_the_best_checkpoint(pairs, monkeypatch):
     losses, scored, score = iter([1.0, 2.0]), [], task.score_translations
-    monkeypatch.setattr(evaluation, "validation_loss", lambda *args: (next(losses), 0.1))
+    monkeypatch.setattr(
+        evaluation, "validation_loss", lambda *args: (next(losses), 0.1, None)
+    )
     weights = lambda model: model.state_dict()["lm_head.weight"].clone()  # noqa: E731
     keep = lambda *args: (scored.append(weights(args[0])), score(*args))[1]  # noqa: E731
     monkeypatch.setattr(task, "score_translations", keep)

@@ -54,8 +54,8 @@ def validation_loss(
     net.train(was_training)
     # each rank fills its own rows, (mean loss, accuracy, number of targets), and leaves 0 in the others
     table = torch.zeros(ranks.size * len(losses), 3, dtype=torch.float64)
-    own = torch.stack(losses).cpu(), torch.tensor(accuracies), torch.tensor(weights)
-    table[ranks.rank :: ranks.size] = torch.stack([x.double() for x in own], dim=1)
+    own = [*zip(torch.stack(losses).tolist(), accuracies, weights, strict=True)]
+    table[ranks.rank :: ranks.size] = torch.tensor(own, dtype=torch.float64)
     rows = np.array(ranks.sum(table).tolist())
     losses, accuracies, weights = rows[rows[:, 2] > 0].T
     mean = losses @ weights / weights.sum()
