@@ -26,9 +26,9 @@ With --x=KEY, the picture is a sweep: the lowest bits per byte, or the last valu
 setting, such as learning_rate, or parameters, seconds, tokens (trained on) or train_tokens (in the training text, known
 once a run has ended). --lines=KEY draws a line, and prints a table, for each value of a second setting. Runs that
 differ only in the seed, in whatever folders, are one row and one point: their mean, with its standard error as a bar.
-The table names all settings that differ. Each line is compared with the first one, of the smallest number or of the
-first run given: at each x and, in a last table, each at its own best. A note says if a best is at the edge of what was
-tried.
+The table names all settings that differ. Each line is compared with the first, which has the smallest value of KEY or
+comes first in the command: at each x and, in a last table, with each line at its own best x. A note says if a best is
+at the edge of what was tried.
 """
 
 import json
@@ -106,7 +106,7 @@ class CompareConfig:
         return {}
 
     def validate(self) -> None:
-        if self.picture and not self.picture.endswith((".png", ".svg", ".pdf")):
+        if self.picture and not self.picture.lower().endswith((".png", ".svg", ".pdf")):
             raise ValueError(f"picture={self.picture} must end in .png, .svg or .pdf")
 
 
@@ -242,6 +242,7 @@ def make_tables(groups: dict[str, Rows], config: CompareConfig) -> dict[str, lis
     best row of each line.
     """
     everything = [row for rows in groups.values() for row in rows]
+    settings = everything[0][1][0].settings
     tables, bases, bests = {}, {}, []
     for title, rows in groups.items():
         table = make_table(title, rows, everything if config.lines else rows)
@@ -254,7 +255,7 @@ def make_tables(groups: dict[str, Rows], config: CompareConfig) -> dict[str, lis
         for best in (row for row in table if row["remark"] and row["x"] is not None):
             at = f"{title}: {config.x}={best['x']:.8g}"
             tried = [row["x"] for row in table if row[BITS]]
-            if config.x in runs[0].settings and best["x"] in (min(tried), max(tried)):
+            if config.x in settings and best["x"] in (min(tried), max(tried)):
                 note(f"{at} is the best, but at the edge of what was tried; try more")
             bests.append(best | {"run": at, "remark": ""})
     if bests[1:]:
@@ -263,7 +264,7 @@ def make_tables(groups: dict[str, Rows], config: CompareConfig) -> dict[str, lis
 
 
 def difference(row: dict, base: dict) -> dict[str, float | None]:
-    """Compare two rows in bits per byte, seed by seed."""
+    """Return the entries that say how far a row is from its base in bits per byte, over pairs of the same seed."""
     seeds, first = row["bits_of_seeds"], base["bits_of_seeds"]
     if row is base or not (seeds and first and row["comparable"]):
         return {}

@@ -406,7 +406,7 @@ const IDEAS = {
   ],
   "another optimizer": [
     [{ optimizer: "adamw" }, { optimizer: "normuon" }],
-    "AdamW reaches 2.09, NorMuon 2.07 in as many steps, each of which takes longer; neither has its best rate.",
+    "AdamW reaches 2.09, NorMuon 2.07 in as many steps, each of which takes longer. Their rates were not tuned.",
   ],
   "break it: no mask": [
     [{ mask: "none" }],

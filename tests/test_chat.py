@@ -244,6 +244,9 @@ BAD = {
     ),
     "chats.jsonl, line 2: it has an empty reply": '{"instruction": "a", "output": ""}',
     "line 2: output must be str": '{"instruction": "a", "output": 1}',
+    "line 2: it compares two replies; training on preferences": json.dumps(
+        {"prompt": "a", "chosen": "b", "rejected": "c"}
+    ),
     "line 2: it has no reply of the assistant": json.dumps(chat("a")),
 }
 

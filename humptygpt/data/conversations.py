@@ -29,6 +29,8 @@ from humptygpt.tokenizers.chat import (
 )
 
 ROLE = {*ROLES, "human", "gpt", "developer"}
+# keys of two replies to compare, which are recognised to be refused
+PREFERENCES = ("chosen", "rejected")
 # keys by which a record is a conversation: that of its turns, or those of a question,
 # its answer and what may follow the question
 FORMS = (
@@ -37,6 +39,7 @@ FORMS = (
     ("instruction", "output", "input"),  # Alpaca
     ("instruction", "response", "context"),  # Dolly
     ("prompt", "completion"),  # OpenAI's older files
+    PREFERENCES,
 )
 TURNS = {
     "messages": [{"role": ROLE, "content?": CONTENT}],
@@ -175,9 +178,13 @@ def parse(record: dict, columns: list[str]) -> Conversation:
     forms = [columns] if columns else FORMS
     form = find_form(record, forms)
     if not form:
-        names = " or ".join(" and ".join(form[:2]) for form in forms)
+        names = " or ".join(" and ".join(form[:2]) for form in forms if form != PREFERENCES)
         raise ValueError(f"it is no object with {names}")
     refuse_tools(record)
+    if form == PREFERENCES:
+        raise ValueError(
+            "it compares two replies; training on preferences is not supported"
+        )
     first = form[0]
     turns = [] if columns else read_before(record)
     if first in TURNS:

@@ -77,7 +77,7 @@ def log_probabilities(model: nn.Module, sequences: list[np.ndarray]) -> list[np.
     Sequences of similar length share a padded batch: later tokens do not affect earlier ones, so each is scored as if
     it were alone. sequences: ids, (T,), with T at most block_size + 1.
     """
-    # int8 weights, which are on a CPU, are no parameters
+    # int8 weights are not parameters, and they are always on a CPU
     device = next((p.device for p in model.parameters()), "cpu")
     shape = model.config
     at_once = max(1, min(TOKENS, LOGITS // (shape.vocab_size * shape.n_members)))

@@ -34,8 +34,8 @@ def validation_loss(
 
     Evaluation draws no random numbers, so it cannot affect training. Afterwards, net is in its previous mode again,
     training or evaluation. eval_iters: batches in the set; None: the whole validation split.
-    Returns the mean loss in nats per token, its standard error, None if there are too few batches to estimate that, and
-    the accuracy, None if the dataset has no function for it.
+    Returns the mean loss in nats per token; its standard error, or None if there are too few batches to estimate that;
+    and the accuracy, or None if the dataset does not compute one.
     """
     ranks = run.ranks if net is run.net else Ranks(run.device)
     was_training = net.training

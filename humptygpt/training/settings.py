@@ -66,7 +66,7 @@ class Adjustable:
     # optimizer
     minutes: float | None = None  # run for this many minutes; unset keys are chosen to fit
     max_iters: int = 2400  # training steps
-    learning_rate: float = 3e-3  # peak, after warmup; docs/experiments.md: where to start
+    learning_rate: float = 3e-3  # peak, after warmup; where to start: docs/experiments.md
     decay_lr: bool = True  # warm up, then decay; False: constant learning rate
     schedule: str = "cosine"  # shape of the learning rate decay
     warmup_iters: int = 100  # steps of linear warmup
