@@ -700,10 +700,11 @@ def test_the_logits_and_the_gradients_of_a_batch_are_pytorchs(node, name):
     for key, p in model.named_parameters():
         expected = p.grad.numpy().ravel()
         largest = np.abs(expected).max()
-        # without positions in queries and keys the bias of keys changes nothing: its derivative is 0
+        # without positions in queries and keys the bias of keys changes nothing: its derivative is 0, but for rounding,
+        # which differs from machine to machine
         assert largest > 1e-12 or key.endswith("k_proj.bias")
         np.testing.assert_allclose(
-            found[key], expected, rtol=0, atol=1e-5 * max(largest, 1e-3), err_msg=key
+            found[key], expected, rtol=0, atol=1e-5 * max(largest, 2e-3), err_msg=key
         )
 
 

@@ -295,7 +295,10 @@ def int8_product(linear: nn.Linear) -> Product:
     rows = quantize_rows(linear.weight)
     packed = torch.ops.quantized.linear_prepack(rows, linear.bias)
     product = torch.ops.quantized.linear_dynamic.default
-    return lambda x: product(x, packed)
+    # without VNNI, processors add products of 8 bits in 16 bits, which overflow: inputs then get 7 bits
+    on_arm = torch.backends.quantized.engine == "qnnpack"
+    fewer_bits = not on_arm and not torch.cpu._is_vnni_supported()
+    return lambda x: product(x, packed, fewer_bits)
 
 
 def quantize_rows(weight: Tensor) -> Tensor:
