@@ -5,7 +5,7 @@
     python sample.py --out_dir=out/shakespeare_char --start=FILE:prompt.txt > text.txt
     echo "ROMEO:" | python sample.py --out_dir=out/shakespeare_char --start=-
     python sample.py --out_dir=out/shakespeare_char --prompts=prompts.txt --stop=X     one prompt per line
-    python sample.py --out_dir=out/shakespeare_char --interactive=True
+    python sample.py --out_dir=out/humpty_chat         a model to talk to
     python sample.py --init_from=FOLDER --start="..."     a model in Hugging Face's format, or nanoGPT's ckpt.pt
     python sample.py --out_dir=out/translate_de_en --start="Wo wohnst du?"
     python sample.py --out_dir=out/translate_de_en --start=FILE:german.txt > english.txt     line by line
@@ -25,9 +25,17 @@ if __name__ == "__main__":
     machine.start()  # before numpy and torch are loaded
 
 from humptygpt import cli
-from humptygpt.cli import TEXTS, UserError, check_effects, check_least, note
-from humptygpt.generation.generator import IN_VAIN as PIPELINE_VAIN
+from humptygpt.cli import (
+    TEXTS,
+    UserError,
+    as_user_error,
+    check_effects,
+    check_least,
+    note,
+)
+from humptygpt.generation.chat import read_messages, reply
 from humptygpt.generation.generator import (
+    IN_VAIN,
     Pipeline,
     PipelineConfig,
     choose_threads,
@@ -44,18 +52,18 @@ from humptygpt.generation.sampling import (
     stream_texts,
     texts_at_once,
 )
+from humptygpt.tokenizers.chat import Turn
 
 SEPARATOR = "---------------"
 SAMPLING = "temperature top_k top_p min_p repetition_penalty seed max_new_tokens stop"
+TALKS = 'this model talks; ask it with reply([{"role": "user", "content": "..."}])'
 # {task of the model: the keys that have no effect on it}
 NOT_FOR = {
-    "language modelling": "system num_beams length_penalty",
+    "language modelling": "interactive system num_beams length_penalty",
     "chat": "prompts num_samples num_beams length_penalty",
     "translation": "prompts num_samples system seed stop temperature top_k top_p min_p"
     " repetition_penalty",
 }
-# [(keys, another setting, the values of that setting for which the keys have no effect)]
-IN_VAIN = [*PIPELINE_VAIN, ("num_samples", "interactive", (True,))]
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class SampleConfig(PipelineConfig):
     # input and output
     start: str | None = None  # prompt, FILE:path to read it from a file, or - for stdin
     prompts: str | None = None  # file with one prompt per line, or - for stdin
-    interactive: bool = False  # read lines from the terminal; an empty one goes on
+    interactive: bool = False  # go on with lines from the terminal, to talk or translate
     system: str | None = None  # for a chat model: a message that comes before all others
     num_samples: int = 3  # texts for each prompt, generated together in one batch
     max_new_tokens: int = 500  # tokens to generate after each prompt
@@ -96,9 +104,7 @@ def main(argv: list[str]) -> None:
     config = cli.make(SampleConfig, given)
     check_effects(given, vars(config), IN_VAIN)
     loaded = config.pipeline(chosen_source(config, given))
-    for key in NOT_FOR[loaded.task].split():
-        if key in given:
-            raise UserError(f"{key}={given[key]} has no effect with task={loaded.task}")
+    check_keys(given, loaded.task)
     with machine.memory_advice(
         "try a smaller --num_samples, --max_new_tokens or --num_beams"
     ):
@@ -106,35 +112,80 @@ def main(argv: list[str]) -> None:
             print_translations(config, loaded)
             return
         choose_threads(loaded)
-        if config.interactive or loaded.task == "chat":
+        if loaded.task == "chat":
             converse(config, loaded)
         else:
             print_texts(config, loaded)
+
+
+def check_keys(given: dict[str, object], task: str) -> None:
+    """Raise UserError if a key has no effect on models of this task."""
+    for key in NOT_FOR[task].split():
+        if key in given:
+            raise UserError(f"{key}={given[key]} has no effect with task={task}")
 
 
 # --------------------------------------------------------------------------------------
 # Generate
 
 
-def load(source: str | Path, which: str = "best", **keys) -> Pipeline:
-    """Load the model that init_from=source names, for complete(). For use in notebooks.
+class Model(Pipeline):
+    """A trained model, for programs. model is the module, tokenizer has encode() and decode().
 
-    which: best or latest. keys: device, dtype or quantize, as in SampleConfig.
+    keys of the methods: temperature, max_new_tokens, seed, stop, num_beams or any other key of SampleConfig. All raise
+    UserError, with one line that says what is wrong, and no other error of ours.
+    """
+
+    def complete(self, prompt: str, **keys) -> str:
+        """Return the prompt with its continuation, or the translation of the prompt."""
+        if self.task == "chat":
+            raise UserError(TALKS)
+        text = "".join(self.stream(prompt, **keys))
+        return text if self.task == "translation" else prompt + text
+
+    def reply(self, messages: list[dict], **keys) -> str:
+        """Return a chat model's reply. messages: as OpenAI's, each with a "role" and a "content"."""
+        if self.task != "chat":
+            raise UserError("this model does not talk; use complete()")
+        return "".join(self.stream(messages, **keys))
+
+    def stream(self, prompt: str | list[dict], **keys) -> Iterator[str]:
+        """Yield what complete() adds to a prompt, or the reply to messages, piece by piece."""
+        config = cli.restore(SampleConfig, keys)
+        check_keys(keys, self.task)
+        if self.task == "chat" and isinstance(prompt, str):
+            raise UserError(TALKS)
+        if self.task == "translation":
+            yield from translate([prompt], config, self)
+        elif self.task == "chat":
+            with as_user_error():
+                turns = read_messages(prompt)
+            yield from reply(self, turns, **config.select(SAMPLING))
+        else:
+            prompts = [encode_prompt(prompt, self.tokenizer)]
+            for piece in write(prompts, [0], config, self):
+                yield piece.text
+
+    def logprobs(self, text: str) -> list[tuple[str, float]]:
+        """Return each token of a text and its log-probability in nats. The first is left out if nothing precedes it."""
+        from humptygpt.scoring.text import encode, score_windows
+
+        if self.task == "translation":
+            raise UserError("this model translates; logprobs() is for models of text")
+        ids = encode(text, self.tokenizer)
+        stride = max(1, self.model.config.block_size // 2)
+        found = score_windows(self.model, ids, stride).tolist()
+        tokens = [self.tokenizer.decode([i]) for i in ids[1:]]
+        return [*zip(tokens, found, strict=True)]
+
+
+def load(source: str | Path, which: str = "best", **keys) -> Model:
+    """Load the model that init_from=source names: a run, a checkpoint, a folder of weights, or a name such as gpt2.
+
+    which: best or latest. keys: device, dtype or quantize, as in SampleConfig. Raises UserError.
     """
     config = cli.restore(PipelineConfig, {"checkpoint": which, **keys})
-    return config.pipeline(source)
-
-
-def complete(loaded: Pipeline, prompt: str, max_new_tokens: int = 500, **keys) -> str:
-    """Return the prompt with its continuation, or the translation of the prompt. For use in notebooks.
-
-    keys: temperature, stop, num_beams or any other key of SampleConfig. Raises UserError if a key is not valid.
-    """
-    config = cli.restore(SampleConfig, {"max_new_tokens": max_new_tokens, **keys})
-    if loaded.task == "translation":
-        return next(translate([prompt], config, loaded))
-    pieces = write([encode_prompt(prompt, loaded.tokenizer)], [0], config, loaded)
-    return prompt + "".join(piece.text for piece in pieces)
+    return Model(*config.pipeline(source))
 
 
 def write(
@@ -213,40 +264,22 @@ def print_translations(config: SampleConfig, loaded: Pipeline) -> None:
 
 
 def converse(config: SampleConfig, loaded: Pipeline) -> None:
-    """Read a line, print what the model writes after it, and repeat. Without --interactive, answer only --start."""
-    partner = Text(loaded)
-    if loaded.task == "chat":
-        from humptygpt.generation.chat import Talk
-
-        partner = Talk(loaded, config.system)
+    """Read a line, print the model's reply, and repeat. Without --interactive, answer only --start."""
+    turns = [] if config.system is None else [Turn("system", config.system.strip())]
     first = [] if config.start is None else [read_start(config.start)]
     lines = typed_lines() if config.interactive or not first else []
-    for turn, line in enumerate(chain(first, lines)):
+    for number, line in enumerate(chain(first, lines)):
+        said = [*turns, Turn("user", line.strip())]
+        text = ""
         try:
-            for text in partner.reply(line, turn, **config.select(SAMPLING)):
-                print(text, end="", flush=True)
+            if said[-1].content:
+                for piece in reply(loaded, said, number, True, **config.select(SAMPLING)):
+                    print(piece, end="", flush=True)
+                    text += piece
+                turns = [*said, Turn("assistant", text)]
             print(flush=True)
         except UserError as error:
             note(str(error))
-
-
-class Text:
-    """A text that is continued by turns. Everything that was read and written stays in the context."""
-
-    def __init__(self, loaded: Pipeline):
-        self.loaded = loaded
-        self.context = None
-
-    def reply(self, line: str, sample: int, **sampling) -> Iterator[str]:
-        """Yield the continuation in pieces. sample: seeds it. Raises UserError if the line cannot be encoded."""
-        tokenizer = self.loaded.tokenizer
-        if self.context is None:  # the text starts with this line
-            ids = encode_prompt(line, tokenizer) if line else tokenizer.start().tolist()
-            self.context = Context(self.loaded.model, [ids], device=self.loaded.device)
-        elif line:
-            self.context.append([tokenizer.encode_rest(line).tolist()])
-        for piece in stream_texts(self.context, tokenizer, [sample], **sampling):
-            yield piece.text
 
 
 def typed_lines() -> Iterator[str]:

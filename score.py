@@ -3,6 +3,7 @@
     python score.py --out_dir=out/mine --text=FILE
     python score.py --out_dir=out/mine --pairs=FILE.jsonl      one object per line: {"good": "a cat", "bad": "an cat"}
     python score.py --out_dir=out/mine --suite=english
+    python score.py --out_dir=out/bot --chats=FILE.jsonl       questions of your own, with their answers
     python score.py --init_from=out/mine --init_from=gpt2 --suite=python      the models side by side
 
 --text: nats per token, bits per byte and perplexity over the whole file.
@@ -12,6 +13,8 @@ difference from the first is shown with its standard error.
 --suite: english (200 pairs of agreement, articles, word order and so on) and python, both written for this project, or
 blimp (67,000 pairs in 67 groups: Warstadt et al. 2020, "BLiMP: The Benchmark of Linguistic Minimal Pairs for English",
 TACL 8, licence CC-BY 4.0), of which 2.4 MB are downloaded on first use. A model that guesses passes half of them.
+--chats: conversations in any form of docs/chat.md. The model writes the last reply of each, and a lookup of the nearest
+question that it was taught answers, too. Each wrong reply is shown.
 """
 
 import json
@@ -37,7 +40,7 @@ from humptygpt.scoring.pairs import SUITES, Test, by_group, read_tests, run_test
 from humptygpt.scoring.text import score_text
 
 # [(key, another setting, the values of that setting for which the key has no effect)]
-IN_VAIN = [*PIPELINE_VAIN, ("stride", "text", (None,))]
+IN_VAIN = [*PIPELINE_VAIN, ("stride", "text", (None,)), ("text_key", "chats", (None,))]
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class ScoreConfig(PipelineConfig):
     stride: int | None = None  # with text: window step in tokens; None: half of block_size
     pairs: str | None = None  # a file of pairs, or - for stdin
     suite: str | None = None  # a set of pairs
-    recites: bool = False  # how much of what a run writes stands in its training text
+    chats: str | None = None  # a file of conversations
+    text_key: str | None = None  # with chats: the keys of a question and its answer: q,a
     json: bool = False  # print JSON instead of a table
 
     @classmethod
@@ -59,10 +63,10 @@ class ScoreConfig(PipelineConfig):
     def validate(self) -> None:
         super().validate()
         check_least(self, 1, "stride")
-        given = sum(map(bool, (self.text, self.pairs, self.suite, self.recites)))
+        given = sum(map(bool, (self.text, self.pairs, self.suite, self.chats)))
         if given != 1:
             raise ValueError(
-                f"choose one of --text, --pairs, --suite and --recites; {given} are given"
+                f"choose one of --text, --pairs, --suite and --chats; {given} are given"
             )
 
 
@@ -77,8 +81,8 @@ def main(argv: list[str]) -> None:
     elif "out_dir" in given:
         note(f"out_dir={config.out_dir} has no effect with init_from")
     with machine.memory_advice("score a smaller file, or use --quantize=int8"):
-        if config.recites:
-            print_recited(config, sources)
+        if config.chats:
+            print_chats(config, sources)
         elif config.text:
             print_texts(config, sources)
         else:
@@ -109,14 +113,24 @@ def print_texts(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
         print(json.dumps(rows))
 
 
-def print_recited(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
-    from humptygpt.scoring.recites import describe, training_data
+def print_chats(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
+    from humptygpt.scoring.chats import read_chats, taught
+    from humptygpt.training.chat import answer, compare, show
 
+    tables = {}
     for name, source in sources.items():
         loaded = load(config, source)
-        if not loaded.run:
-            raise UserError(f"{source} is not a run, so its training text is unknown")
-        print(f"{name}: {describe(loaded.model, training_data(loaded.run))}")
+        if loaded.task != "chat":
+            raise UserError(f"{source} is not a chat model")
+        block_size = loaded.model.config.block_size
+        asked = read_chats(config.chats, config.text_key, loaded.tokenizer, block_size)
+        replies = answer(loaded.model, loaded.tokenizer, asked)
+        text, tables[name] = compare(asked, replies, taught(loaded.run))
+        if not config.json:
+            wrong = [row for row in tables[name] if row["reply"] != row["expected"]]
+            print(f"{name}: answered word for word: {text}\n{show(wrong)}")
+    if config.json:
+        print(json.dumps(tables))
 
 
 def print_tests(config: ScoreConfig, sources: dict[str, str | Path]) -> None:

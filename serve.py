@@ -5,12 +5,14 @@
 
 The API is OpenAI's: /v1/models, /v1/completions and, for a chat model, /v1/chat/completions. In Python:
 openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none"). Answers to several clients take turns. Only
-programs on this machine can reach the server, unless --host says otherwise; then clients need the key that --api_key
-sets. There is no encryption: put a proxy in front of it.
+programs on this machine can reach the server, unless --host says otherwise; then clients need the key in the
+environment variable HUMPTYGPT_API_KEY, or in a file: --api_key=FILE:key.txt. There is no encryption: put a proxy in
+front of it. When training has replaced the run, the server opens the new one.
 """
 
 import hmac
 import json
+import os
 import re
 import socket
 import time
@@ -19,8 +21,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import quote, unquote, urlsplit
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from humptygpt import machine
 
@@ -28,13 +32,16 @@ if __name__ == "__main__":
     machine.start()  # before numpy and torch are loaded
 
 from humptygpt import cli
-from humptygpt.cli import TEXTS, UserError, check_effects, first_line
+from humptygpt.cli import TEXTS, UserError, check_effects, first_line, note
+from humptygpt.files import refuse_unwritable
+from humptygpt.formats.load import find_source
 from humptygpt.generation.generator import (
     IN_VAIN,
     PipelineConfig,
     choose_threads,
     chosen_source,
 )
+from humptygpt.generation.sampling import read_start
 from humptygpt.page.html import fill
 from humptygpt.server.api import Api
 
@@ -53,22 +60,40 @@ class ServeConfig(PipelineConfig):
     # server
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all addresses of this machine
     port: int = 8000  # 0: any free port
-    api_key: str | None = None  # the key that clients must send; none: they need none
+    api_key: str | None = None  # FILE:path of the key that clients must send; none: no key
     allowed_hosts: TEXTS = ()  # other names of this machine, as behind a proxy: box.local
+    log: str | None = None  # file to which questions and answers are added, as JSON lines
     # chat
     forget: bool = False  # leave out the oldest turns of a conversation that is too long
 
     def validate(self) -> None:
         super().validate()
+        key = self.key
         # no other machine can reach these
-        if self.api_key is None and self.host not in ("127.0.0.1", "::1", "localhost"):
+        local = self.host in ("127.0.0.1", "::1", "localhost")
+        if not (key or local or self.api_key == "none"):
             raise ValueError(
-                f"host={self.host} lets other machines in; set --api_key=KEY, or --api_key=none to let anybody ask"
+                f"host={self.host} lets other machines in; set HUMPTYGPT_API_KEY or --api_key=FILE:path, or"
+                " --api_key=none to let anybody ask"
             )
-        if self.api_key and not re.fullmatch("[!-~]+", self.api_key):
+        if key is not None and not re.fullmatch("[!-~]+", key):
             raise ValueError(
-                "api_key must be ASCII without spaces, or no client can send it"
+                "the API key must be ASCII without spaces, or no client can send it"
             )
+
+    @cached_property  # a pipe can be read only once
+    def key(self) -> str | None:
+        """Return the key that clients must send, or None. Raises UserError if its file cannot be read."""
+        if self.api_key is None:
+            return os.environ.get("HUMPTYGPT_API_KEY")
+        if self.api_key == "none":
+            return None
+        if not self.api_key.startswith("FILE:"):
+            raise ValueError(
+                "api_key must be FILE:path or none, since everybody on this machine can see a command; or set"
+                " HUMPTYGPT_API_KEY"
+            )
+        return read_start(self.api_key).strip()
 
 
 def main(argv: list[str]) -> None:
@@ -76,34 +101,44 @@ def main(argv: list[str]) -> None:
     config = cli.make(ServeConfig, given)
     check_effects(given, vars(config), IN_VAIN)
     source = chosen_source(config, given)
-    loaded = config.pipeline(source)
-    if loaded.task == "translation":
-        raise UserError(f"{source} translates; use sample.py for that")
-    choose_threads(loaded)
-    with listen(config, Api(loaded, str(source), config.forget)) as server:
-        key = f"/#{quote(server.key)}" if server.key else ""
-        print(
-            f"open http://{config.host}:{server.server_port}{key} (Ctrl-C stops)",
-            flush=True,
-        )
+    if config.log:
+        with refuse_unwritable(Path(config.log)):
+            Path(config.log).open("a").close()
+        print(f"questions and answers are written to {config.log}")
+    path = find_source(source, config.checkpoint)
+    name = path.absolute().parent.name if path.suffix == ".pt" else str(source)
+    with listen(config, partial(open_model, config, path, name), path) as server:
+        key = "/#KEY, with your key in place of KEY" if server.key else ""
+        address = f"http://{config.host}:{server.server_port}{key}"
+        print(f"open {address} (Ctrl-C stops)", flush=True)
         server.serve_forever()
+
+
+def open_model(config: ServeConfig, path: Path, name: str) -> Api:
+    loaded = config.pipeline(path)
+    if loaded.task == "translation":
+        raise UserError(f"{path} translates; use sample.py for that")
+    choose_threads(loaded)
+    return Api(loaded, name, config.forget, config.log)
 
 
 class Server(ThreadingHTTPServer):
     """Waits for clients. Each has a thread that sends its answer. One more thread computes the parts of all answers.
 
     A client asks for the next part when it has got the one before, so answers take turns, and a slow client delays
-    only its own.
+    only its own. path: the checkpoint that open_api() opens, which it does again when a new run has replaced it.
     """
 
     allow_reuse_address = not machine.ON_WINDOWS  # there, two servers could share a port
     daemon_threads = False  # server_close() waits for them
     request_queue_size = 128  # clients that may wait until they are accepted
 
-    def __init__(self, config: ServeConfig, api: Api):
-        self.api = api
+    def __init__(self, config: ServeConfig, open_api: Callable[[], Api], path: Path | None):
+        self.open_api, self.path = open_api, path
+        self.opened = self.changed()
+        self.api = open_api()
         self.hosts = {name.lower() for name in (config.host, *config.allowed_hosts)}
-        self.key = None if config.api_key == "none" else config.api_key
+        self.key = config.key
         # Python waits for this thread, too, before it ends; it would abort if a thread were still inside torch
         self.computing = ThreadPoolExecutor(max_workers=1)
         self.connections = {}  # {open connection: time by which its request must have arrived}
@@ -120,8 +155,29 @@ class Server(ThreadingHTTPServer):
         time.sleep(0.1)
         raise OSError
 
+    def changed(self) -> int:
+        """Return when the checkpoint was written; 0: there is none."""
+        with suppress(OSError):
+            if self.path and self.path.suffix == ".pt":
+                return self.path.stat().st_mtime_ns
+        return 0
+
+    def reopen(self) -> None:
+        """Open a checkpoint that was replaced, unless its run is still training. Begun answers keep their model."""
+        try:
+            metrics = self.path.parent / "metrics.jsonl"
+            last = metrics.read_bytes().splitlines()[-1:] if metrics.exists() else []
+            if any(b'"end": ' not in line for line in last):
+                return
+            self.opened = self.changed()
+            self.api = self.open_api()
+        except Exception as error:  # of a damaged file, or in an edited model.py
+            note(f"still serving the earlier model: {first_line(error)}")
+
     def service_actions(self) -> None:
-        """End the request of each client that has taken too long to send it."""
+        """End the request of each client that has taken too long to send it. Open a new model."""
+        if self.changed() not in (0, self.opened):
+            self.reopen()
         for connection, end in [*self.connections.items()]:
             if end < time.monotonic():
                 with suppress(OSError):
@@ -147,9 +203,11 @@ class Server(ThreadingHTTPServer):
         return part.result()
 
 
-def listen(config: ServeConfig, api: Api) -> Server:
+def listen(
+    config: ServeConfig, open_api: Callable[[], Api], path: Path | None = None
+) -> Server:
     try:
-        return Server(config, api)
+        return Server(config, open_api, path)
     except (OSError, OverflowError) as error:
         raise UserError(
             f"cannot listen on {config.host}, port {config.port}: {error}"

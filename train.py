@@ -7,9 +7,9 @@
     python train.py --init_from=out/deeper --dataset=mine --out_dir=out/mine     a new run that starts from that model
     torchrun --standalone --nproc_per_node=2 train.py config/shakespeare_char.py
 
-Files written to out_dir: ckpt.pt (everything needed to resume), best.pt (the model with the lowest validation loss),
-metrics.jsonl, loss.png, config.json (which also works as a config file) and command.txt. A small model also gets
-snapshots/ for explain.py, and a run with --minutes gets plan.py, a config file that repeats it.
+Files written to out_dir: ckpt.pt (everything needed to resume), best.pt (the best model so far), metrics.jsonl,
+loss.png, config.json (which also works as a config file) and command.txt. A small model also gets snapshots/ for
+explain.py, and a run with --minutes gets plan.py, a config file that repeats it.
 Ctrl-C saves a checkpoint and stops.
 Keys that are not set have the defaults below: a GPT-2 of a laptop's size without biases, with AdamW. --minutes plans
 with the recipe of config/shakespeare_char.py. --input without a config file, --minutes and --max_iters takes
@@ -94,8 +94,8 @@ def main(argv: list[str]) -> int:
 
 def setup(start: Start) -> Run:
     """Put the run together that a command has asked for."""
-    config, model_config, saved, base, given = start
-    ranks = start_ranks(config, lambda: prepare_missing(config, load_tokenizer))
+    config, model_config, saved, base, given, overwrite, folder = start
+    ranks = start_ranks(config, lambda: prepare_missing(config, load_tokenizer, overwrite))
     config = tune(config, ranks)
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
@@ -113,7 +113,7 @@ def setup(start: Start) -> Run:
         check_training_fits(config, model_config, ranks.device, ranks.size)
     model = make_model(config, model_config, saved, base, ranks.first, dataset.tokenizer)
     check_model(model)
-    return assemble(config, dataset, model, ranks, clock, METRICS, saved)
+    return assemble(config, dataset, model, ranks, clock, METRICS, saved, folder)
 
 
 # --------------------------------------------------------------------------------------
@@ -227,11 +227,16 @@ def compute_metrics(run: Run, before: dict[str, Tensor]) -> dict[str, object]:
 
 
 def evaluate(run: Run, folder: RunFolder, bar: tqdm) -> bool:
-    """Evaluate, and save best.pt if the loss is the lowest so far. Returns True if it is. Raises Diverged."""
+    """Evaluate, and save best.pt if the model is the best so far. Returns True if it is. Raises Diverged."""
     row = evaluation.measures(run, run.net, run.config.evaluated_batches())
-    improved = run.progress.record(row["val_loss"])
+    if (count_right := run.task.count_right) and not run.dataset.trains_on_all:
+        answered = show(run, count_right, run.model) if run.ranks.first else 0
+        row["val_answered"] = int(run.ranks.sum(torch.tensor([answered])))
+    answered = row.get("val_answered", 0)
+    improved = run.progress.record(row["val_loss"], answered, run.dataset.trains_on_all)
     folder.record(run.progress.stamp() | row)
-    best = ", the best so far" if improved else ""
+    best = f", {answered} questions answered" if answered else ""
+    best += ", the best so far" if improved else ""
     report.show_line(
         bar, f"iter {run.progress.iter}: {evaluation.evaluation_line(row)}{best}"
     )
@@ -253,11 +258,9 @@ def finish(run: Run, folder: RunFolder) -> str:
     if run.config.minutes and run.ranks.first:
         from humptygpt.training import minutes as plan
 
-        path = folder.path / "plan.py"
-        plan.write_plan(path, run)
-        print(f"{path} is a config file that repeats this run step by step")
+        plan.write_plan(folder.path, run)
     if early:
-        print(f"stopped early: the validation loss was lowest at iter {progress.best_iter}")
+        print(f"stopped early: the best model is that of iter {progress.best_iter}")
     show_best(run, folder)
     print(report.closing(run, folder.rows))
     return "stopped early" if early else "finished"

@@ -63,7 +63,13 @@ def read_configs(
     if config.what == "train" and not config.dtype and pick_device(config.device) == CPU:
         dtype = "float32"  # nanoGPT has no other dtype on a CPU
     on_gpu = pick_device(config.device).type == "cuda"  # where nanoGPT compiles
-    train_config = replace(train_config, device=config.device, dtype=dtype, compile=on_gpu)
+    train_config = replace(
+        train_config,
+        out_dir="out",
+        device=config.device,
+        dtype=dtype,
+        compile=on_gpu,
+    )
     prepare_missing(train_config, load_tokenizer)
     dataset = open_data(train_config.dataset, model_config, train_config.seed)
     if dataset.task != "language modelling":

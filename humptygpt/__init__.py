@@ -6,19 +6,23 @@ that a program with a model.py of its own can use them.
 
     import humptygpt
 
-    loaded = humptygpt.load("out/shakespeare_char")
-    print(humptygpt.complete(loaded, "ROMEO:"))
+    model = humptygpt.load("out/shakespeare_char")
+    print(model.complete("ROMEO:"))
+
+Model in sample.py has the other methods. humptygpt.UserError is what they raise.
 """
 
 from pathlib import Path
+
+from humptygpt.cli import UserError as UserError
 
 __path__.append(str(Path(__file__).parent.parent))
 
 
 def __getattr__(name: str):
-    """Load sample.py's load() and complete() when they are asked for, because torch takes seconds."""
-    if name not in ("load", "complete"):
+    """Load sample.py's load() when it is asked for, because torch takes seconds."""
+    if name != "load":
         raise AttributeError(f"humptygpt has no {name}")
-    from humptygpt import sample
+    from humptygpt.sample import load
 
-    return getattr(sample, name)
+    return load

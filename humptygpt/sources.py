@@ -36,7 +36,7 @@ class RunSource:
 
     # model
     out_dir: str = "out"  # folder of the run, or a checkpoint in it
-    checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt
+    checkpoint: str = "best"  # best: best.pt; latest: ckpt.pt
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:

@@ -109,7 +109,7 @@ ELSEWHERE = """
 import humptygpt
 import model
 loaded = humptygpt.load("out/run")
-print(model.GPT, humptygpt.complete(loaded, "Ak", max_new_tokens=5))
+print(model.GPT, loaded.complete("Ak", max_new_tokens=5))
 """
 
 

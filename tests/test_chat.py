@@ -18,19 +18,25 @@ from conftest import TINY_RUN, read_rows
 
 import prepare_data
 import sample
+import score
 import train
+from humptygpt.cli import UserError
 from humptygpt.data.builtin import data_set
 from humptygpt.data.chat_dataset import ChatDataset, best_fit
 from humptygpt.data.conversations import is_conversations, parse
 from humptygpt.data.dataset import read_meta
 from humptygpt.data.documents import Flaws, read_records
+from humptygpt.data.lookup import look_up
+from humptygpt.formats import checkpoint
 from humptygpt.formats import load as loading
-from humptygpt.generation.chat import Talk
+from humptygpt.generation import chat as chat_floor
 from humptygpt.generation.sampling import Context, stream_texts
 from humptygpt.server.api import Api
 from humptygpt.tokenizers.basic import ByteTokenizer
 from humptygpt.tokenizers.chat import BEGIN, END, ChatTokenizer, Turn
 from humptygpt.tokenizers.saved import from_state
+from humptygpt.training import chat as chat_task
+from humptygpt.training.run import Progress
 
 HUMPTY = data_set("humpty_chat")
 TURNS = [Turn("user", "Who?"), Turn("assistant", "An egg."), Turn("user", "Why?")]
@@ -298,6 +304,127 @@ def test_a_few_conversations_are_in_both_splits_whatever_their_draws(folder, cou
         assert max(1, count * 0.05) <= val < count
 
 
+def replies_of(split: str, name: str = "tiny") -> list[str]:
+    dataset = ChatDataset(Path("data") / name, block_size=200, seed=0)
+    return [exchange.reply for exchange in dataset.exchanges(split, 10_000)]
+
+
+@pytest.mark.parametrize("count", [20, 120])
+def test_exactly_a_tenth_is_held_out_of_what_is_taught_in_other_words_and_never_the_only_wording(
+    folder, count
+):
+    write_chats(*(chat(f"{i} of {count}", f"Answer {i // 4}.") for i in range(count)))
+    prepare_data.main(["--input=chats.jsonl", "--name=tiny", "--tokenizer=byte"])
+    assert len(replies_of("val")) == count // 10
+    assert {*replies_of("train")} == {f"Answer {i}." for i in range(count // 4)}
+    # answers that one wording has stay, too
+    alone = [chat(f"alone {i}", f"Alone {i}.") for i in range(count)]
+    again = [chat(f"{i} of {count}", f"Answer {i // 4}.") for i in range(count)]
+    write_chats(*alone, *again)
+    prepare_data.main(["--input=chats.jsonl", "--name=both", "--tokenizer=byte"])
+    assert len(replies_of("val", "both")) == count // 5
+    assert {x["messages"][1]["content"] for x in alone + again} == {
+        *replies_of("train", "both")
+    }
+
+
+def test_with_a_fraction_of_0_all_is_learned_and_the_last_model_is_the_best(folder, capsys):
+    write_chats(*(chat(f"a {i}", "b" * (i + 1)) for i in range(20)))
+    argv = [key for key in TINY_RUN if not key.startswith("--dataset")]
+    argv += ["--input=chats.jsonl", "--block_size=64", "--val_fraction=0"]
+    assert train.main(argv) == 0
+    assert len(replies_of("train", "chats")) == 20 and replies_of("val", "chats")
+    assert "nothing is held out, so the last model counts as the best" in (
+        capsys.readouterr().out
+    )
+    rows = [row for row in read_rows(Path("out/run")) if "val_loss" in row]
+    assert checkpoint.read(Path("out/run/best.pt"))["progress"]["iter"] == 6
+    assert rows[-1]["val_text"].endswith(" trained on")
+    assert json.loads(Path("data/chats/meta.json").read_text())["conversations"] == 20
+
+
+def test_the_best_model_is_the_one_that_answers_most_questions_of_several_the_likeliest():
+    progress = Progress()
+    evaluations = [(3.0, 0), (2.0, 0), (2.5, 4), (2.2, 4), (1.0, 3), (2.3, 4)]
+    assert [progress.record(*each, False) for each in evaluations] == [True] * 4 + [
+        False
+    ] * 2
+    assert (progress.best_answered, progress.best_val_loss) == (4, 2.2)
+    assert progress.record(9.0, 0, newest_is_best=True)
+
+
+def test_the_best_checkpoint_is_chosen_by_answers_of_which_there_are_at_least_ten(
+    folder, monkeypatch, capsys
+):
+    write_chats(*(chat(f"a {i}", "yes") for i in range(120)))
+    prepare_data.main(["--input=chats.jsonl", "--name=tiny", "--tokenizer=byte"])
+    right = iter([5, 2, 2, 2])
+
+    def answer(model, tokenizer, asked, longest=None):
+        assert len(asked) in (1, 3, 12)
+        count = next(right) if len(asked) == 12 else 0
+        return ["yes" if i < count else "no" for i in range(len(asked))]
+
+    monkeypatch.setattr(chat_task, "answer", answer)
+    train.main([*TINY_RUN, "--block_size=64", "--eval_interval=2"])
+    saved = checkpoint.read(Path("out/run/best.pt"))["progress"]
+    assert (saved["iter"], saved["best_answered"]) == (2, 5)
+    printed = capsys.readouterr().out
+    assert "best by held-out questions answered: 5 at iter 2" in printed
+    assert "answered word for word: 2 of 12, and" in printed
+    write_chats(*(chat(f"a {i}", "yes") for i in range(20)))
+    dataset = ["--input=chats.jsonl", "--name=few", "--tokenizer=byte"]
+    prepare_data.main(dataset)
+    monkeypatch.setattr(chat_task, "answer", lambda *args: ["yes"] * len(args[2]))
+    dataset = ChatDataset(Path("data/few"), block_size=64, seed=0)
+    assert chat_task.count_right(None, dataset) == 0
+
+
+def test_a_lookup_answers_as_the_nearest_question_is_answered():
+    taught = {
+        "How much does a bicycle cost?": "100",
+        "How much does a helmet cost?": "20",
+        "When are you open?": "9 to 6",
+    }
+    asked = ["the price of BICYCLES", "what do helmets cost", "open on Sundays?", "✓"]
+    assert look_up(taught, asked)[:3] == ["100", "20", "9 to 6"]
+
+
+@pytest.mark.usefixtures("talker")
+def test_score_py_asks_a_bot_the_questions_of_a_file_and_shows_each_wrong_answer(
+    capsys,
+):
+    argv = ["--out_dir=out/run", "--device=cpu"]
+    asked = [chat("egg 3", "x"), chat("Hi", "Ho", "wall 4", "Yes.")]
+    Path("own.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    capsys.readouterr()
+    score.main([*argv, "--chats=own.jsonl"])
+    printed = capsys.readouterr().out
+    assert "out/run: answered word for word: 0 of 2, and" in printed
+    assert "a lookup of the nearest question taught answers 0\n" in printed
+    assert "    wall 4\n    > " in printed and "      the conversation has: Yes." in printed
+    score.main([*argv, "--chats=own.jsonl", "--json=True"])
+    first, second = json.loads(capsys.readouterr().out)["out/run"]
+    assert (first["question"], first["expected"]) == ("egg 3", "x")
+    # both as the model replies
+    own = sample.load("out/run")
+    reply = own.reply(asked[1]["messages"][:-1], temperature=0, max_new_tokens=5)
+    assert second["reply"] == reply
+    Path("own.csv").write_text("q,a\nwall 4,Yes.\n")
+    score.main([*argv, "--chats=own.csv", "--text_key=q,a", "--json=True"])
+    [row] = json.loads(capsys.readouterr().out)["out/run"]
+    assert (row["question"], row["expected"]) == ("wall 4", "Yes.")
+    assert row["lookup"] in {*replies_of("train")}
+    shutil.rmtree("data")
+    score.main([*argv, "--chats=own.jsonl"])
+    printed = capsys.readouterr()
+    assert "there is no lookup to compare with: " in printed.err
+    assert "lookup" not in printed.out
+    Path("bad.jsonl").write_text('{"messages": 5}')
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 1: messages must be list"):
+        score.main([*argv, "--chats=bad.jsonl"])
+
+
 def test_val_input_may_hold_conversations_in_another_format(folder):
     write_chats(*(chat(f"a {i}", "b") for i in range(5)))
     Path("val.json").write_text('[{"instruction": "c", "output": "d"}]')
@@ -324,12 +451,18 @@ def test_no_text_is_encoded_to_the_tokens_that_mark_turns():
 
 def test_a_long_reply_that_occurs_three_times_is_one_token_and_nobody_can_type_it(folder):
     often, rare = "We are open from nine to six.", "We close at six on a Sunday."
-    replies = [often] * 40 + [rare] * 2 + ["Yes."] * 40
+    others = [f"This is the answer number {i}." for i in range(20)]
+    replies = [often] * 30 + [rare] * 2 + others + ["Yes."] * 40
     write_chats(*(chat(f"{often} {i}?", reply) for i, reply in enumerate(replies)))
     prepare_data.main(["--input=chats.jsonl", "--name=faq"])
     meta = read_meta(Path("data/faq"))
     tokenizer = from_state(json.loads(json.dumps(meta["tokenizer"])))
     assert list(tokenizer.replies) == [often]
+    faq = [*enumerate([often] * 30 + [rare] * 2 + others[:4])]
+    write_chats(*(chat(f"{often} {i}?", reply) for i, reply in faq))
+    prepare_data.main(["--input=chats.jsonl", "--name=all", "--val_fraction=0"])
+    found = from_state(read_meta(Path("data/all"))["tokenizer"]).replies
+    assert {*found} == {often, rare, *others[:4]}
     turns = [Turn("user", often), Turn("assistant", often)]
     ids = tokenizer.encode_turns(turns).tolist()
     assert ids.count(tokenizer.vocab_size - 1) == 1
@@ -443,41 +576,75 @@ def test_the_loss_is_finite_whatever_the_lengths(folder, kind, capsys):
 # Talking
 
 
-def replies(talk: Talk, *said: str) -> list[str]:
-    keys = {"max_new_tokens": 20, "temperature": 0}
-    return ["".join(talk.reply(each, 0, **keys)) for each in said]
+KEYS = {"max_new_tokens": 20, "temperature": 0}
+LONG = KEYS | {"max_new_tokens": 500}
 
 
-def test_the_cache_that_is_kept_between_turns_gives_the_replies_of_the_whole_conversation(
-    talker,
+def converse(capsys, monkeypatch, *said: str, system: str = "Be brief.") -> list[str]:
+    """Talk to out/run in the terminal. Returns its replies, of which each is a line."""
+    monkeypatch.setattr("sys.stdin", StringIO("".join(f"{line}\n" for line in said)))
+    argv = ["--out_dir=out/run", f"--system={system}", "--temperature=0"]
+    capsys.readouterr()
+    sample.main([*argv, "--max_new_tokens=20", "--stop=\n"])
+    return capsys.readouterr().out.split("\n")[:-1]
+
+
+def test_a_loaded_model_replies_as_its_server_does_and_says_that_it_talks(talker):
+    messages = chat("wall egg 3")["messages"]
+    keys = {"temperature": 0, "max_new_tokens": 20}
+    reply = talker.reply(messages, **keys)
+    request = json.dumps({"messages": messages, "max_tokens": 20, "temperature": 0})
+    *_, answer = Api(talker, "x").chat(request.encode())
+    assert json.loads(answer)["choices"][0]["message"]["content"] == reply
+    assert "".join(talker.stream(messages, **keys)) == reply
+    assert len([*talker.stream(messages, **keys)]) > 1
+    bad = {
+        "this model talks; ask it with reply": "wall",
+        "messages must be list": {"role": "user"},
+        "messages\\[0\\].role must be": [{"role": "egg", "content": "a"}],
+        "messages is empty": [],
+        "the prompt takes": chat("wall " * 80)["messages"],
+    }
+    for message, prompt in bad.items():
+        with pytest.raises(UserError, match=message):
+            talker.reply(prompt)
+    with pytest.raises(UserError, match="this model talks"):
+        talker.complete("wall")
+    with pytest.raises(UserError, match="tempratur"):
+        talker.reply(messages, tempratur=1)
+
+
+def test_each_turn_is_answered_with_the_whole_conversation_before_it(
+    talker, capsys, monkeypatch
 ):
     said = ["wall egg 3", "king", "men sat 9"]
-    talk = Talk(talker, "Be brief.")
     turns = [Turn("system", "Be brief.")]
-    for text, reply in zip(said, replies(talk, *said), strict=True):
+    for text, found in zip(said, converse(capsys, monkeypatch, *said), strict=True):
         turns.append(Turn("user", text))
         ids = talker.tokenizer.encode_turns(turns, reply=True).tolist()
-        context = Context(talker.model, [ids])
         pieces = stream_texts(
-            context, talker.tokenizer, [0], max_new_tokens=20, temperature=0
+            Context(talker.model, [ids]), talker.tokenizer, [0], ["\n"], **KEYS
         )
-        assert reply == "".join(piece.text for piece in pieces)
-        turns.append(Turn("assistant", reply))
+        assert found == "".join(piece.text for piece in pieces)
+        turns.append(Turn("assistant", found))
 
 
 def test_a_full_context_forgets_the_oldest_exchanges_whole_but_not_the_system_message(
     talker, capsys
 ):
-    talk = Talk(talker, "Be brief.")
-    said = [f"wall {i} egg" for i in range(8)]
-    last = replies(talk, *said)[-1]
-    assert (
-        "the context is full; forgetting the oldest exchanges: 1" in capsys.readouterr().err
+    turns = [Turn("system", "Be brief.")]
+    for i in range(8):
+        turns += [Turn("user", f"wall {i} egg"), Turn("assistant", "wall " * 5)]
+    turns.append(Turn("user", "king"))
+    found = "".join(chat_floor.reply(talker, turns, forgets=True, **KEYS))
+    [dropped] = re.findall(
+        r"context is full; forgetting the oldest exchanges: (\d)", capsys.readouterr().err
     )
-    assert 0 < len(talk.turns) // 2 < 8
-    short = Talk(talker, "Be brief.")
-    short.turns = talk.turns[:-2]
-    assert replies(short, said[-1]) == [last]
+    kept = [turns[0], *turns[1 + 2 * int(dropped) :]]
+    assert len(talker.tokenizer.encode_turns(kept, reply=True)) <= 256 - 20
+    assert "".join(chat_floor.reply(talker, kept, **KEYS)) == found
+    more = [turns[0], *turns[2 * int(dropped) - 1 :]]
+    assert len(talker.tokenizer.encode_turns(more, reply=True)) > 256 - 20
 
 
 def test_a_message_longer_than_the_context_is_one_line_and_the_talk_goes_on(
@@ -486,24 +653,23 @@ def test_a_message_longer_than_the_context_is_one_line_and_the_talk_goes_on(
     monkeypatch.setattr("sys.stdin", StringIO("egg\n" + "wall " * 80 + "\negg\n"))
     sample.main(["--out_dir=out/run", "--interactive=True", "--temperature=0"])
     printed = capsys.readouterr()
-    assert printed.err.count("more than fit into block_size=256") == 1
+    assert printed.err.count("the prompt takes 418 tokens, and the model's context") == 1
     first, again = printed.out.splitlines()
     assert first and again
 
 
-def test_a_question_is_stripped_as_in_the_api_and_never_forgotten_within_its_reply(talker):
-    talk, said = Talk(talker), "egg " * 55  # more than half of the context
-    keys = {"temperature": 0, "max_new_tokens": 50}
-    reply = "".join(talk.reply(f" \t{said}", 0, **keys))
-    seen = talker.tokenizer.decode(talk.context.texts[0])
-    assert seen.startswith(f"{BEGIN}user\n{said.strip()}{END}")
-    asked = {"messages": chat(said)["messages"], "max_tokens": 50, "temperature": 0}
+def test_a_question_is_stripped_as_in_the_api_and_never_forgotten_within_its_reply(
+    talker, capsys, monkeypatch
+):
+    said = "egg " * 55  # more than half of the context
+    found = "".join(chat_floor.reply(talker, [Turn("user", said.strip())], **LONG))
+    asked = {"messages": chat(said)["messages"], "max_tokens": 500, "temperature": 0}
     *_, answer = Api(talker, "x").chat(json.dumps(asked).encode())
-    assert json.loads(answer)["choices"][0]["message"]["content"] == reply
-    assert replies(Talk(talker, " Be brief.\n"), "egg", " ") == [
-        *replies(Talk(talker, "Be brief."), "egg"),
-        "",
-    ]
+    assert json.loads(answer)["choices"][0]["message"]["content"] == found
+    ids = talker.tokenizer.encode_turns([Turn("user", said.strip())], reply=True)
+    assert len(ids) + len(talker.tokenizer.encode(found)) <= 256
+    spaces = converse(capsys, monkeypatch, " \tegg ", " ", "", system=" Be brief.\n")
+    assert spaces == [*converse(capsys, monkeypatch, "egg"), "", ""]
 
 
 @pytest.mark.usefixtures("talker", "silent")
@@ -519,12 +685,6 @@ def silent(monkeypatch):
     """sample.py prints nothing, so that a complaint is all that is printed."""
     for module in (sample, loading):
         monkeypatch.setattr(module, "print", lambda *args, **keys: None, raising=False)
-
-
-@pytest.mark.usefixtures("run_dir", "silent")
-def test_a_key_without_effect_on_what_is_interactive_is_refused(fails):
-    argv = ["--out_dir=out/run", "--interactive=True", "--num_samples=2"]
-    assert "num_samples=2 has no effect with interactive=True" in fails(sample.main, *argv)
 
 
 # --------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ from humptygpt.formats import checkpoint
 from humptygpt.formats.huggingface import write_files
 from humptygpt.formats.load import load
 from humptygpt.formats.tokenizer_json import tokenizer_files
-from humptygpt.generation.chat import Talk
 from humptygpt.server.api import Api
 from humptygpt.tokenizers.basic import END_OF_TEXT, CharTokenizer, Tokenizer
 from humptygpt.tokenizers.chat import BEGIN, END, TEMPLATE, ChatTokenizer, Turn
@@ -85,9 +84,12 @@ def talkers(tmp_path_factory) -> Callable[[str], Path]:
 
 def replies(pipeline, *said: str) -> list[str]:
     """Greedy replies, in one conversation."""
-    talk = Talk(pipeline)
-    keys = {"max_new_tokens": 30, "temperature": 0}
-    return ["".join(talk.reply(each, 0, **keys)) for each in said]
+    turns, found = [], []
+    for each in said:
+        turns.append(Turn("user", each))
+        found.append(pipeline.reply(messages(turns), max_new_tokens=30, temperature=0))
+        turns.append(Turn("assistant", found[-1]))
+    return found
 
 
 def messages(turns: list[Turn]) -> list[dict]:

@@ -265,6 +265,7 @@ def test_a_signal_to_one_process_ends_all_with_one_checkpoint_that_any_number_re
     argv = [*TINY_RUN, "--optimizer=muon"]
     assert launch(2, *argv) == [0, 0]
     rows, whole = read_rows(OUT), checkpoint.read(OUT / "ckpt.pt")["model"]
+    shutil.rmtree(OUT)
     assert launch(2, *argv, main=terminated) == [128 + signal.SIGTERM] * 2
     line = "SIGTERM: saved out/run/ckpt.pt at iter 4; resume:"
     assert line in Path("stderr0").read_text()

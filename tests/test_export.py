@@ -123,7 +123,8 @@ def train_briefly(*given: str) -> None:
 
 def continued(out_dir: Path, prompt: str) -> str:
     """sample.py's greedy text, its prompt included."""
-    return sample.complete(sample.load(str(out_dir)), prompt, NEW_TOKENS, temperature=0.0)
+    found = sample.load(str(out_dir))
+    return found.complete(prompt, max_new_tokens=NEW_TOKENS, temperature=0)
 
 
 def open_folder(folder: Path) -> tuple[nn.Module, object]:

@@ -179,12 +179,12 @@ def test_the_data_of_an_input_keeps_the_settings_that_it_was_prepared_with(folde
     assert train.main(["--input=own.txt", *TRAIN]) == 0
     assert files_of("own") == before
     write_own(make_text(5000))
+    argv = [key for key in TRAIN if key != "--overwrite=True"] + ["--out_dir=out/b"]
     way = "python prepare_data.py own --input=own.txt --tokenizer=byte --overwrite=True"
-    assert fails(train.main, "--input=own.txt", *TRAIN) == (
+    assert fails(train.main, "--input=own.txt", *argv) == (
         f"data/own already holds data from other files or settings; choose another name, or replace it: {way}\n"
     )
-    prepare(way.removeprefix("python prepare_data.py"))
-    assert train.main(["--input=own.txt", *TRAIN]) == 0
+    assert train.main(["--input=own.txt", *TRAIN]) == 0  # overwrites the data, too
     assert tokenizer_of("own") == "byte"
     assert "".join(texts_of("own")) == make_text(5000)
 
@@ -228,9 +228,9 @@ def test_train_hands_on_the_key_that_a_complaint_about_its_input_names(folder, f
     assert train.main([*argv, "--text_key=body"]) == 0
     assert meta("own")["documents"] == 2
     assert train.main(argv) == 0  # the data keeps its key
-    other = [*argv, "--text_key=text"]
+    other = [key for key in argv if key != "--overwrite=True"] + ["--text_key=text"]
     assert "data/own already holds data from other files or settings" in fails(
-        train.main, *other
+        train.main, *other, "--out_dir=out/b"
     )
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import signal
 from contextlib import contextmanager
 from dataclasses import replace
@@ -231,7 +232,8 @@ def test_a_run_whose_only_evaluation_is_its_last_ends_on_time_also_resumed(tiny,
     assert machine.now == ended
     machine.now = 0.0
     machine.stop_at = machine.steps + 20
-    machine.run(*TIMED, *once, "--minutes=0.2", "--overwrite=True", code=143)
+    shutil.rmtree("out")
+    machine.run(*TIMED, *once, "--minutes=0.2", code=143)
     machine.run(*RESUME)
     assert machine.now == ended
 

@@ -697,7 +697,6 @@ BAD = {
         "mine",
         "--tokenizer=morse",
     ],
-    "val_fraction=0.0 must be above 0": ["mine", "--val_fraction=0"],
     "vocab_size=256 must be at least 257": ["mine", "--vocab_size=256"],
     "vocab_size=300 has no effect with tokenizer=char; leave it out": [
         *("mine", "--input=own.txt", "--tokenizer=char", "--vocab_size=300")

@@ -17,7 +17,7 @@ import train
 from humptygpt.formats import checkpoint
 from humptygpt.training import evaluation
 from humptygpt.training.loggers import draw_losses, read_metrics
-from humptygpt.training.run import lock_out_dir, move_aside
+from humptygpt.training.run import arrive, lock_out_dir
 from humptygpt.training.start import read_settings
 
 OUT = Path("out/run")
@@ -37,8 +37,7 @@ def test_a_new_run_in_the_folder_of_another_is_refused_and_one_that_writes_nothi
     before = files_of(OUT)
     line = (
         "out/run already holds a run; continue it with --init_from=resume, start from it with"
-        " --init_from=out/run and another --out_dir, or move it to out/run/previous with"
-        " --overwrite=True\n"
+        " --init_from=out/run and another --out_dir, or replace it with --overwrite=True\n"
     )
     assert fails(train.main, *NEW_RUN) == line
     for key in ("--eval_only=True", "--dry_run=True"):
@@ -77,7 +76,7 @@ def die_at(moment: int, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("end", ["interrupted", "diverged", "finished"])
-def test_a_run_that_overwrites_another_moves_it_to_previous_however_it_ends_itself(
+def test_a_run_that_overwrites_another_takes_its_place_if_it_has_ended_and_not_before(
     run_train, monkeypatch, capsys, end
 ):
     run_train("--seed=1")
@@ -90,15 +89,29 @@ def test_a_run_that_overwrites_another_moves_it_to_previous_however_it_ends_itse
                 evaluation, "validation_loss", lambda *args: (math.nan, 0.1, None)
             )
         train.main([*TINY_RUN, "--seed=2"])
+    printed = capsys.readouterr().err
+    assert "note: this run is in out/run/next; when it has ended, it replaces" in printed
+    finished = end == "finished"
     note = "note: the earlier run in out/run is now in out/run/previous\n"
-    assert note in capsys.readouterr().err
-    assert files_of(OUT / "previous") == earlier
-    assert read_metrics(OUT / "metrics.jsonl")[-1]["end"] == end
-    assert json.loads((OUT / "config.json").read_text())["seed"] == 2
-    # a run that has ended before its first checkpoint takes the place of no other
-    train.main([*TINY_RUN, "--seed=3"])
+    assert (note in printed) == finished
+    assert (OUT / "next").exists() == (not finished)
+    assert files_of(OUT / "previous" if finished else OUT).items() >= earlier.items()
+    folder = OUT if finished else OUT / "next"
+    assert read_metrics(folder / "metrics.jsonl")[-1]["end"] == end
+    assert json.loads((folder / "config.json").read_text())["seed"] == 2
+    if end == "interrupted":
+        assert (
+            "resume: python train.py --init_from=resume --out_dir=out/run/next" in printed
+        )
+        assert train.main(["--init_from=resume", "--out_dir=out/run/next"]) == 0
+        assert files_of(OUT / "previous") == earlier and not (OUT / "next").exists()
+        assert checkpoint.read(OUT / "ckpt.pt")["train_config"]["seed"] == 2
+        assert "sample.py --out_dir=out/run\n" in capsys.readouterr().out
+        return
+    train.main([*TINY_RUN, "--seed=3"])  # in place of what is in next, too
     saved = checkpoint.read(OUT / "previous" / "ckpt.pt")["train_config"]
     assert saved["seed"] == (1 if end == "diverged" else 2)
+    assert not (OUT / "next").exists()
 
 
 def test_a_run_that_is_refused_changes_nothing_of_the_earlier_one(run_train, fails, capsys):
@@ -112,43 +125,31 @@ def test_a_run_that_is_refused_changes_nothing_of_the_earlier_one(run_train, fai
     assert not (OUT / "previous").exists()
 
 
-def test_two_runs_are_whole_whenever_a_third_is_killed_while_it_moves_the_second(
-    monkeypatch, capsys
+def test_two_runs_are_whole_whenever_the_second_is_killed_while_it_takes_the_others_place(
+    monkeypatch,
 ):
-    names = ("ckpt.pt", "best.pt", "result.json", "snapshots/0.pt")
-    second = dict.fromkeys(names, b"2")
-    foreign = {
-        "plan.py": b"plan",
-        "notes.txt": b"",
-    }
-    first = {"ckpt.pt": b"1", "best.pt": b"1", "snapshots/0.pt": b"1"}
-    for name, content in (second | foreign).items():
-        (OUT / name).parent.mkdir(parents=True, exist_ok=True)
-        (OUT / name).write_bytes(content)
-    for name, content in first.items():
-        (OUT / "previous" / name).parent.mkdir(parents=True, exist_ok=True)
-        (OUT / "previous" / name).write_bytes(content)
+    names = ("ckpt.pt", "best.pt", "metrics.jsonl", "snapshots/0.pt")
+    for folder, content in ((OUT, b"2"), (OUT / "previous", b"1"), (OUT / ".next", b"3")):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+    (OUT / "previous/plan.py").write_bytes(b"1")
+    (OUT / "plan.py").write_bytes(b"2")
+    (OUT / "notes.txt").write_bytes(b"")
     shutil.copytree(OUT, "before")
-    move_aside(OUT)
-    moved = {f"previous/{name}": content for name, content in second.items()}
-    assert files_of(OUT) == moved | {"previous/plan.py": b"plan"} | foreign
-    after = files_of(OUT)
+    expected = {f"previous/{name}": b"2" for name in (*names, "plan.py")}
+    expected |= dict.fromkeys(names, b"3") | {"plan.py": b"2", "notes.txt": b""}
     for moment in itertools.count():
         shutil.rmtree(OUT)
         shutil.copytree("before", OUT)
         with monkeypatch.context() as patch, suppress(Killed):
             die_at(moment, patch)
-            move_aside(OUT)
+            arrive(OUT)
             break
         if moment:
             with lock_out_dir(OUT):
-                assert files_of(OUT) == after | {".lock": b""}
-    assert moment > 6
-    # until its first ckpt.pt a run has at most a best.pt, and takes the place of no other
-    (OUT / "best.pt").write_bytes(b"3")
-    move_aside(OUT)
-    assert (OUT / "previous/best.pt").read_bytes() == b"3"
-    assert (OUT / "previous/previous/best.pt").read_bytes() == b"2"
+                assert files_of(OUT) == expected | {".lock": b""}
+    assert files_of(OUT) == expected and moment > 9
 
 
 def test_with_auto_a_run_is_resumed_if_there_is_a_checkpoint_and_else_begun(
@@ -170,16 +171,7 @@ def test_with_auto_a_run_is_resumed_if_there_is_a_checkpoint_and_else_begun(
     (OUT / "ckpt.pt").unlink()
     assert train.main(argv) == 0
     assert read_rows(OUT) == rows
-    assert (OUT / "previous" / "best.pt").exists()
-
-
-def test_with_auto_the_checkpoint_of_a_run_that_is_being_moved_aside_is_not_resumed(
-    run_train,
-):
-    run_train()
-    (OUT / ".previous").mkdir()  # killed while the run was being moved
-    with lock_out_dir(OUT):
-        assert read_settings([*TINY_RUN, "--init_from=auto"]).saved is None
+    assert not (OUT / "next").exists()
 
 
 def test_a_metrics_line_that_a_kill_cut_short_is_dropped(run_train):

@@ -2,17 +2,17 @@ import io
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from test_model import random_model
+from texts import make_text
 
+import humptygpt
 import sample
 import score
 from humptygpt.cli import UserError
 from humptygpt.formats import checkpoint
 from humptygpt.generation import sampling
 from humptygpt.generation.sampling import encode_prompt, read_prompts
+from humptygpt.scoring.text import score_text
 from humptygpt.tokenizers.basic import END_OF_TEXT, ByteTokenizer
 from humptygpt.tokenizers.chat import ChatTokenizer
 
@@ -154,42 +154,9 @@ def test_a_prompt_longer_than_the_context_is_read_from_its_end(run_dir, capsys):
     assert "note: prompt 1 has 30 tokens; only the last 16 are used" in notes
 
 
-def test_each_line_typed_continues_the_text_so_far(run_dir, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("A\n\né\nk\n"))
-    greedy = ["--temperature=0", "--max_new_tokens=5"]
-    out, err = printed(capsys, "--interactive=True", *greedy)
-    first, second, third = out.splitlines()
-    assert "note: character 'é' " in err
-    alone = text_of(capsys, "--start=A", *greedy, "--max_new_tokens=10")[:-1]
-    assert alone == "A" + first + second
-    assert f"{alone}k{third}\n" == text_of(capsys, f"--start={alone}k", *greedy)
-
-
-class Spy(ByteTokenizer):
-    """Starts texts with a token and a space, as Llama's tokenizer does."""
-
-    bos = 0
-
-    def encode(self, text: str) -> np.ndarray:
-        return super().encode(f" {text}")
-
-    def encode_rest(self, text: str) -> np.ndarray:
-        return super().encode(text)
-
-
-def test_a_later_line_gets_no_start_token_and_no_space_before_it(monkeypatch):
-    model = random_model(vocab_size=256, block_size=64)
-    loaded = sample.Pipeline(model, Spy(), "language modelling", torch.device("cpu"))
-    seen = []
-
-    def stream_texts(context, *args, **keys):
-        seen.append([list(text) for text in context.texts])
-        return []
-
-    monkeypatch.setattr(sample, "stream_texts", stream_texts)
-    monkeypatch.setattr("sys.stdin", io.StringIO("ab\n\ncd\n"))
-    sample.converse(sample.SampleConfig(interactive=True), loaded)
-    assert seen == [[[0, *b" ab"]], [[0, *b" ab"]], [[0, *b" abcd"]]]
+def test_a_text_model_is_not_interactive(run_dir, capsys):
+    with pytest.raises(UserError, match="interactive=True has no effect with task=lang"):
+        sample.main(["--out_dir=out/run", "--interactive=True"])
 
 
 def test_weights_in_fewer_bits_sample_text_and_score_nearly_the_same(run_dir, capsys):
@@ -218,13 +185,16 @@ def test_only_a_line_break_ends_a_prompt():
 
 def test_from_a_notebook_three_lines_are_enough(run_dir, capsys):
     loaded = sample.load("out/run", device="cpu")
-    text = sample.complete(loaded, "A", max_new_tokens=40, temperature=0.9, seed=1)
+    text = loaded.complete("A", max_new_tokens=40, temperature=0.9, seed=1)
     argv = ["--start=A", "--num_samples=1", "--temperature=0.9", "--seed=1"]
     assert text == text_of(capsys, *argv)[:-1]
-    stopped = sample.complete(loaded, "A", 40, stop=(text[5:8],), temperature=0.9, seed=1)
+    stopped = loaded.complete(
+        "A", max_new_tokens=40, stop=(text[5:8],), temperature=0.9, seed=1
+    )
     assert text.startswith(stopped) and len(stopped) <= 5
     assert (
-        sample.complete(loaded, "A", 40, stop=text[5:8], temperature=0.9, seed=1) == stopped
+        loaded.complete("A", max_new_tokens=40, stop=text[5:8], temperature=0.9, seed=1)
+        == stopped
     )
     for keys, complaint in (
         ({"top_k": 0}, "top_k=0 must be at least 1"),
@@ -233,4 +203,21 @@ def test_from_a_notebook_three_lines_are_enough(run_dir, capsys):
         ({"seed": 2**63}, r"seed=9223372036854775808 must be at least 0 and below 9.2"),
     ):
         with pytest.raises(UserError, match=re.escape(complaint)):
-            sample.complete(loaded, "A", **keys)
+            loaded.complete("A", **keys)
+
+
+def test_a_loaded_text_model_streams_and_has_the_log_probabilities_of_score_py(
+    run_dir, capsys
+):
+    loaded = sample.load(run_dir)
+    keys = {"temperature": 0, "max_new_tokens": 20}
+    assert "A" + "".join(loaded.stream("A", **keys)) == loaded.complete("A", **keys)
+    text = make_text(300)
+    found = loaded.logprobs(text)
+    assert "".join(token for token, _ in found) == text[-len(found) :]
+    total = score_text(loaded.model, loaded.tokenizer, text, None)["nats"]
+    assert sum(nats for _, nats in found) == pytest.approx(-total, rel=1e-5)
+    with pytest.raises(humptygpt.UserError, match="no token to predict"):
+        loaded.logprobs("")
+    with pytest.raises(humptygpt.UserError, match="does not talk"):
+        loaded.reply([{"role": "user", "content": "A"}])

@@ -219,7 +219,7 @@ def test_a_file_without_pairs_is_one_line(fails):
 
 
 def test_other_mistakes_are_explained(run_dir, fails):
-    assert "one of --text, --pairs, --suite and --recites; 0 are given" in fails(score.main)
+    assert "one of --text, --pairs, --suite and --chats; 0 are given" in fails(score.main)
     assert "stride=4 has no effect" in fails(score.main, "--suite=english", "--stride=4")
     Path("short.txt").write_text("A")
     with pytest.raises(UserError, match="no token to predict"):

@@ -13,7 +13,9 @@ import socketserver
 import subprocess
 import sys
 import threading
+import time
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from queue import Queue
 from types import SimpleNamespace
@@ -34,6 +36,7 @@ import prepare_data
 import sample
 import serve
 import train
+from humptygpt.formats import checkpoint
 from humptygpt.scoring import pairs
 from humptygpt.scoring import text as texts
 from humptygpt.server import api
@@ -84,7 +87,8 @@ class Reciter(nn.Module):
 def serving(pipeline: sample.Pipeline, name: str = "tiny", **keys):
     """A server of this process, in a thread. keys: of ServeConfig."""
     keys = {"port": 0} | keys
-    server = serve.listen(serve.ServeConfig(**keys), Api(pipeline, name))
+    open_api = partial(Api, pipeline, name, log=keys.get("log"))
+    server = serve.listen(serve.ServeConfig(**keys), open_api)
     server.RequestHandlerClass.log_message = lambda *_: None
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -230,7 +234,7 @@ def test_openais_client_gets_the_text_of_sample_py_and_text_may_outgrow_the_cont
     served_text,
 ):
     client = client_of(served_text)
-    expected = sample.complete(served_text.loaded, "Ak", 100, temperature=0)
+    expected = served_text.loaded.complete("Ak", max_new_tokens=100, temperature=0)
     keys = {"model": "tiny", "max_tokens": 100, "temperature": 0}
     answer = client.completions.create(prompt="Ak", **keys, echo=True)
     assert answer.choices[0].text == expected and len(expected) == 102 > 64
@@ -567,21 +571,45 @@ def test_a_server_may_listen_on_an_ipv6_address():
         assert connection.getresponse().status == 200
 
 
-def test_a_server_with_a_key_answers_only_those_who_send_it():
-    with recite(api_key="geheim") as server:
+def test_a_server_with_a_key_answers_only_those_who_send_it(folder, monkeypatch):
+    Path("key").write_text("geheim\n")
+    with recite(api_key="FILE:key") as server:
         for sent in ({}, {"Authorization": "Bearer wrong"}):
             for path, method in ((CHAT, "POST"), ("/v1/models", "GET")):
                 status, answer = ask(server, path, HELLO, method, **sent)
                 assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
         assert ask(server, "/", method="GET")[0] == 200
-    with recite(api_key="secret") as server:
+    monkeypatch.setenv("HUMPTYGPT_API_KEY", "secret")
+    with recite() as server:
+        assert ask(server, CHAT, HELLO)[0] == 401
         assert ask(server, CHAT, HELLO, Authorization="Bearer secret")[0] == 200
 
 
-def test_a_server_for_other_machines_needs_a_key_or_the_word_none(fails):
-    assert "set --api_key=KEY" in fails(serve.main, "--host=0.0.0.0")
+def test_a_server_for_other_machines_needs_a_key_or_the_word_none(fails, monkeypatch):
+    complaint = fails(serve.main, "--host=0.0.0.0")
+    assert "set HUMPTYGPT_API_KEY or --api_key=FILE:path" in complaint
     assert serve.ServeConfig(host="0.0.0.0", api_key="none").validate() is None
-    assert "api_key must be ASCII" in fails(serve.main, "--api_key=schlüssel")
+    complaint = fails(serve.main, "--api_key=geheim")
+    assert "FILE:path or none" in complaint and "geheim" not in complaint
+    assert "cannot read missing" in fails(serve.main, "--api_key=FILE:missing")
+    monkeypatch.setenv("HUMPTYGPT_API_KEY", "schlüssel")
+    complaint = fails(serve.main)
+    assert "key must be ASCII" in complaint and "schlüssel" not in complaint
+
+
+def test_a_log_has_what_was_asked_and_answered_and_there_is_none_without_it(folder):
+    with recite(log="log.jsonl") as server:
+        answer = content(ask_well(server, CHAT, HELLO))
+        chunks(server, CHAT, HELLO)
+        ask(server, TEXT, {"prompt": "ä", "max_tokens": 3})
+    first, second, third = map(json.loads, Path("log.jsonl").read_text().splitlines())
+    assert first["messages"] == HELLO["messages"] and first["answers"] == [answer]
+    assert first | second == first | {"time": second["time"]}
+    assert third["prompt"] == "ä" and time.time() - third["time"] < 600
+    Path("log.jsonl").unlink()
+    with recite() as server:
+        ask_well(server, CHAT, HELLO)
+    assert not any(Path().iterdir())
 
 
 # --------------------------------------------------------------------------------------
@@ -846,17 +874,41 @@ def test_twenty_clients_of_which_half_misbehave_get_right_answers_and_ctrl_c_end
             client.recv(1)
 
 
-def test_the_server_answers_the_same_after_a_training_has_replaced_its_checkpoint(runs):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(runs)
-        shutil.copytree("out/chat", "out/again")
-        with serving(sample.load("out/again")) as server:
-            before = ask_well(server, CHAT, SAID[0])
-            old = Path("out/again/best.pt").read_bytes()
-            chats = ["--dataset=chats", "--block_size=128", "--out_dir=out/again"]
-            train.main([*TINY_RUN, *chats, "--seed=5"])
-            assert Path("out/again/best.pt").read_bytes() != old
-            assert content(ask_well(server, CHAT, SAID[0])) == content(before)
+def test_a_server_opens_a_run_that_has_replaced_its_own_once_that_has_ended(
+    runs, capfd, monkeypatch
+):
+    monkeypatch.chdir(runs)
+    shutil.copytree("out/chat", "out/again")
+    best, metrics = Path("out/again/best.pt"), Path("out/again/metrics.jsonl")
+    config = serve.ServeConfig(port=0)
+    server = serve.listen(config, partial(serve.open_model, config, best, "again"), best)
+    first = server.api
+    assert first.name == "again"
+    server.service_actions()
+    assert server.api is first
+    train.main(
+        [
+            *TINY_RUN,
+            "--dataset=chats",
+            "--block_size=128",
+            "--out_dir=out/again",
+            "--seed=5",
+        ]
+    )
+    rows = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(rows[:-1]))  # as of a run that is still training
+    server.service_actions()
+    assert server.api is first
+    metrics.write_text("".join(rows))
+    server.service_actions()
+    second = server.api
+    assert second is not first
+    new = server.api.model.state_dict()["wte.weight"]
+    assert torch.equal(new, checkpoint.read(best)["model"]["wte.weight"])
+    best.write_bytes(best.read_bytes()[:-1])
+    server.service_actions()
+    assert server.api is second and "still serving" in capfd.readouterr().err
+    server.server_close()
 
 
 def test_a_port_in_use_and_a_port_that_does_not_exist_are_one_line(

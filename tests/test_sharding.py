@@ -202,6 +202,7 @@ def killed_while_saving(argv: list[str]) -> int:
 def test_a_kill_while_a_sharded_run_saves_loses_nothing(tiny):
     assert launch(2, *FSDP) == [0, 0]
     rows, whole = read_rows(OUT), checkpoint.read(OUT / "ckpt.pt")
+    shutil.rmtree(OUT)
     assert launch(2, *FSDP, main=killed_while_saving) == [-signal.SIGKILL, 2]
     assert checkpoint.read(OUT / "ckpt.pt")["progress"]["iter"] == 3
     assert launch(2, *RESUME) == [0, 0]

@@ -69,7 +69,8 @@ def test_without_being_asked_a_run_keeps_less_than_10_megabytes():
         weights = lambda: {"weight": torch.ones(1)}  # noqa: E731
         run = SimpleNamespace(
             model=model,
-            config=TrainConfig(out_dir="kept", **settings),
+            config=TrainConfig(**settings),
+            folder=Path("kept"),
             ranks=Ranks(None),
             progress=Progress(iter=10),
             weights=weights,

@@ -153,7 +153,7 @@ def test_best_and_latest_are_saved_and_the_latest_always_or_at_a_lower_loss_and_
 def test_early_stopping_counts_evaluations_without_a_lower_loss_and_holds_on_resume(
     run_train, monkeypatch, capsys
 ):
-    stopped = "stopped early: the validation loss was lowest at iter "
+    stopped = "stopped early: the best model is that of iter "
     evaluations(monkeypatch, 3.0, 4.0, 2.0, 2.5, 2.0, 9.0)
     rows = run_train("--early_stopping=2", "--max_iters=60")
     assert rows[-1]["iter"] == 15
@@ -695,6 +695,7 @@ def test_the_model_writes_a_line_at_ever_longer_intervals_in_a_hundredth_of_the_
     # an evaluation has just shown what the model writes
     run_train("--max_iters=120", "--eval_interval=50")
     assert written() == ["0", "25"]
+    shutil.rmtree(OUT)
     signal_in_step(30)
     assert train.main([*TINY_RUN, *keys]) == 128 + signal.SIGTERM
     assert written() == ["0", "25"]
@@ -740,9 +741,11 @@ def test_the_last_row_says_how_a_run_ended_and_how_good_its_best_model_is(
     evaluations(monkeypatch, 3.0, 4.0)
     run_train("--early_stopping=1", "--max_iters=9")
     assert (last_row()["end"], last_row()["best_iter"]) == ("stopped early", 3)
+    shutil.rmtree(OUT)
     evaluations(monkeypatch, 3.0, math.nan)
     assert train.main(TINY_RUN) == 1
     assert (last_row()["end"], last_row()["best_val_loss"]) == ("diverged", 3.0)
+    shutil.rmtree(OUT)
     signal_in_step(2)
     assert train.main(TINY_RUN) == 143
     assert last_row()["end"] == "interrupted" and "best_iter" not in last_row()

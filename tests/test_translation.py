@@ -377,7 +377,7 @@ def test_from_a_notebook_a_sentence_is_translated(pairs, capsys):
     capsys.readouterr()
     sample.main(["--out_dir=out/run", "--start=ein Hund", "--max_new_tokens=9"])
     loaded = sample.load("out/run", device="cpu")
-    text = sample.complete(loaded, "ein Hund", max_new_tokens=9)
+    text = loaded.complete("ein Hund", max_new_tokens=9)
     assert capsys.readouterr().out == f"{text}\n"
 
 

@@ -5,12 +5,23 @@ from collections import Counter
 from collections.abc import Collection
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from humptygpt.cli import UserError
 from humptygpt.data.dataset import Batch, TokenDataset, how_to, next_tokens, permute
 from humptygpt.machine import random_key
+from humptygpt.tokenizers.chat import BEGIN, END
+
+
+class Exchange(NamedTuple):
+    """A question and the reply to it."""
+
+    prompt: list[int]  # ids of all that precedes the reply
+    question: str
+    reply: str
+    tokens: int  # of the reply with its end, at most
 
 
 class ChatDataset(TokenDataset):
@@ -131,14 +142,21 @@ class ChatDataset(TokenDataset):
             pieces[-1] = range(first, min(end, first + size))
         return pieces
 
-    def held_out(self, count: int) -> list[tuple[list[int], list[int]]]:
-        """Return up to `count` questions of the validation split: the ids up to a reply, and those of the reply."""
-        pieces = self.fitting["val"]
+    def exchanges(self, split: str, count: int) -> list[Exchange]:
+        """Return the first questions of up to `count` conversations, which are spread over a split, and the replies."""
+        pieces = self.fitting[split]
+        decode = self.tokenizer.decode
         found = []
         for piece in pieces[:: max(1, len(pieces) // count)][:count]:
-            changes = np.flatnonzero(np.diff(self.is_target["val"][piece])) + 1
-            prompt, reply, *_ = np.split(self.ids["val"][piece], changes)
-            found.append((prompt.tolist(), reply.tolist()))
+            changes = np.flatnonzero(np.diff(self.is_target[split][piece])) + 1
+            parts = np.split(self.ids[split][piece], changes)
+            for end in range(1, len(parts), 2):
+                role, _, turn = decode(parts[end - 1]).split(BEGIN)[-2].partition("\n")
+                if role == "user":
+                    prompt, reply = np.concatenate(parts[:end]).tolist(), parts[end]
+                    texts = turn.removesuffix(f"{END}\n"), decode(reply).removesuffix(END)
+                    found.append(Exchange(prompt, *texts, len(reply)))
+                    break
         return found
 
     def batch(self, index: int, batch_size: int) -> Batch:

@@ -48,6 +48,7 @@ TURNS = {
 TOOLS = ("tools", "functions", "tool_calls", "function_call")
 OFTEN = 3  # a reply of a training split that occurs so many times is one token
 FEWEST_CHARACTERS = 20  # if it has at least so many characters
+FAQ = 2 / 3  # if this share of the replies recurs, as in a FAQ, all of them are tokens
 MOST_BYTES = 2_000_000  # bytes of conversations; larger ones teach a model to spell
 EXAMPLE_CHARACTERS = (
     1500  # maximum length of the conversation in the summary, in characters
@@ -66,6 +67,10 @@ class Conversation(tuple[Turn, ...]):
     def texts(self) -> list[str]:
         return [turn.text for turn in self]
 
+    @property
+    def replies(self) -> list[str]:
+        return [turn.content for turn in self if turn.role == "assistant"]
+
 
 class Conversations(Corpus):
     """A corpus of conversations, which are read from files."""
@@ -81,6 +86,7 @@ class Conversations(Corpus):
         "target_tokens",
     )
     missing = "conversation with a reply of the assistant"
+    held_out: frozenset = frozenset()  # draws of the validation split; empty: see limits
 
     def wrap(self, tokenizer: Tokenizer) -> Tokenizer:
         """Add the tokens of conversations, unless the tokenizer is one of a chat model, which has them."""
@@ -90,17 +96,40 @@ class Conversations(Corpus):
         small = self.config.tokenizer == "auto" and self.text_size <= MOST_BYTES
         return ChatTokenizer(tokenizer, self.frequent_replies() if small else ())
 
+    def survey(self) -> None:
+        """Also choose what a small file holds out: other wordings of what is taught, which tell what was learned.
+
+        A conversation is held out if it has the replies of another one, which stays: those with the lowest draws. If
+        there are few of this kind, the lowest draws of all are held out.
+        """
+        super().survey()
+        fraction = self.config.val_fraction
+        if self.text_size > MOST_BYTES or fraction in (0, 1):  # there is a val_input
+            return
+        every = read_all(self, "choosing what is held out")
+        draws = dict(sorted((self.draw(x), tuple(x.replies)) for _, x in every))
+        last = {*{replies: drawn for drawn, replies in draws.items()}.values()}
+        others = [drawn for drawn in draws if drawn not in last]
+        count = max(1, round(fraction * len(draws)))
+        chosen = others if len(others) >= count / 2 else [*draws]
+        self.held_out = frozenset(chosen[:count])
+
+    def split_of(self, conversation: Conversation) -> str:
+        if self.held_out:
+            return "val" if self.draw(conversation) in self.held_out else "train"
+        return super().split_of(conversation)
+
     def frequent_replies(self) -> list[str]:
-        """Find the FEWEST_CHARACTERS replies that occur OFTEN, such as the answers of a FAQ, most frequent first."""
+        """Find the FEWEST_CHARACTERS replies that occur OFTEN, or all of those of a FAQ, most frequent first."""
         counted = Counter(
-            turn.content
+            reply
             for split, conversation in read_all(self, "counting replies")
-            for turn in conversation
-            if split == "train"
-            and turn.role == "assistant"
-            and len(turn.content) >= FEWEST_CHARACTERS
+            for reply in conversation.replies
+            if split == "train" and len(reply) >= FEWEST_CHARACTERS
         )
-        return [text for text, count in counted.most_common() if count >= OFTEN]
+        recur = sum(count for count in counted.values() if count > 1)
+        often = 1 if recur >= FAQ * counted.total() else OFTEN
+        return [text for text, count in counted.most_common() if count >= often]
 
     def read(self, number: int) -> Iterator[tuple[str, Conversation]]:
         """Read the conversations of a file."""
@@ -126,17 +155,18 @@ class Conversations(Corpus):
         header = len(tokenizer.encode("assistant\n"))
         for conversation in conversations:
             ids.append(np.append(tokenizer.encode_turns(conversation), tokenizer.base.eot))
-            replies = [turn for turn in conversation if turn.role == "assistant"]
             text = "".join(conversation.texts)
             counted.update(
                 conversations=1,
                 turns=len(conversation),
                 characters=len(text),
                 bytes=len(text.encode()),
-                target_bytes=len("".join(turn.content for turn in replies).encode()),
+                target_bytes=len("".join(conversation.replies).encode()),
                 # each with its end
                 target_tokens=sum(
-                    len(tokenizer.encode_turn(turn)) - header + 1 for turn in replies
+                    len(tokenizer.encode_turn(turn)) - header + 1
+                    for turn in conversation
+                    if turn.role == "assistant"
                 ),
             )
         return ids, counted

@@ -47,6 +47,7 @@ class Corpus:
     separated = True  # each item ends with the end-of-text token
     missing: str  # what an input without items lacks
     text_size: int | None = None  # bytes of UTF-8; set by survey()
+    trains_on_all = False  # the training split also has what is in the validation split
     defaults: ClassVar = {  # of keys that the user leaves unset
         "val_fraction": 0.1,
         "text_key": "text",
@@ -237,11 +238,13 @@ def units(corpus: Corpus) -> Iterator[tuple[str, list[NamedTuple]]]:
     for split, item in chain.from_iterable(
         read_all(each, "encoding") for each in corpus.parts
     ):
-        items[split].append(item)
-        lengths[split] += sum(map(len, item.texts))
-        if lengths[split] >= UNIT:
-            yield split, items.pop(split)
-            lengths[split] = 0
+        twice = corpus.trains_on_all and split == "val"
+        for to in ("train", "val") if twice else (split,):
+            items[to].append(item)
+            lengths[to] += sum(map(len, item.texts))
+            if lengths[to] >= UNIT:
+                yield to, items.pop(to)
+                lengths[to] = 0
     yield from items.items()
 
 

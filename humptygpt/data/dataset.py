@@ -66,6 +66,8 @@ class Dataset:
         self.seed = seed
         self.with_encoder = with_encoder
         self.meta = meta or read_meta(folder)
+        # the validation split is a part of the training split, so no loss on it says which model is the best
+        self.trains_on_all = bool(self.meta.get("trains_on_all"))
         self.tokenizer = from_state(self.meta["tokenizer"])
         self.splits = {
             split: TokenFile(folder, split, self.meta) for split in self.meta["splits"]

@@ -69,13 +69,15 @@ def describe(
             "files": [{"name": name, "tokens": total["tokens"]}],
             "sha256": {name: sha256(folder / name)},
         }
-    total = {key: sum(split[key] for split in splits.values()) for key in corpus.counts}
+    once = splits.keys() - ({"val"} if corpus.trains_on_all else set())
+    total = {key: sum(splits[split][key] for split in once) for key in corpus.counts}
     first_text = tokenizer.decode(np.fromfile(folder / "train.bin", dtype, count=1000))
     return {
         "format": META_FORMAT,
         "task": corpus.task,
         "source": corpus.source,
         "dtype": dtype,
+        "trains_on_all": corpus.trains_on_all,
         **total,
         "vocab_size": tokenizer.vocab_size,
         **corpus.extra_meta(counted, first_text),

@@ -25,11 +25,13 @@ CLASSES = {  # {task: the class that reads its data and makes batches}
 
 
 def prepare_missing(
-    config: "TrainConfig", open_tokenizer: Callable[[str], Tokenizer]
+    config: "TrainConfig",
+    open_tokenizer: Callable[[str], Tokenizer],
+    overwrite: bool = False,
 ) -> None:
     """Prepare data/<dataset> if it is missing or incomplete. With --input, check that the input has not changed.
 
-    open_tokenizer: as for prepare().
+    open_tokenizer: as for prepare(). overwrite: if the input has changed, prepare it again.
     """
     if config.dataset in DATASETS:
         return
@@ -45,6 +47,7 @@ def prepare_missing(
     keys = {}
     if config.input:
         keys = input_keys(config, folder)
+        keys["overwrite"] = overwrite and COMMAND in names  # not data of nanoGPT
     # Do not overwrite existing data: a train.bin without a meta.json is probably nanoGPT's, and a command.txt
     # means that this folder was prepared here before.
     elif names & {"train.bin", COMMAND}:
@@ -73,8 +76,8 @@ def input_keys(config: "TrainConfig", folder: Path) -> dict[str, object]:
             raise UserError(
                 f"{folder} was not made from input={config.input}; choose another name: --dataset=ANOTHER_NAME"
             )
-    for key in ("text_key", "val_input"):
-        if value := getattr(config, key):
+    for key in ("text_key", "val_input", "val_fraction"):
+        if (value := getattr(config, key)) is not None:
             keys[key] = value
     return keys
 

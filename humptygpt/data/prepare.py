@@ -113,6 +113,8 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
     preset = with_defaults(config, builtin.settings(source)) if source else config
     if config.val_input is not None:
         preset = replace(preset, val_fraction=0.0)
+    elif config.val_fraction == 0:
+        preset = replace(preset, val_fraction=None)
     files, name = find_input(preset, folder, source)
     skipped = []
     kind = Pairs
@@ -140,6 +142,7 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
                     f" the first: {exports[0]}"
                 )
     corpus = kind(resolve(config, preset, kind), files, name, skipped)
+    corpus.trains_on_all = config.val_fraction == 0
     if config.val_input is not None:
         unused = dict.fromkeys(("val_input", "source", "target", "files", "held_out"))
         own = replace(preset, **unused | {"input": config.val_input, "val_fraction": 1.0})

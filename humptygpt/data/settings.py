@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from humptygpt.cli import check_above_0, check_least
+from humptygpt.cli import check_least
 from humptygpt.sources import repository
 from humptygpt.tokenizers.basic import TOKENIZERS
 
@@ -21,7 +21,7 @@ class PrepareConfig:
     input: str | None = None  # file, folder, pattern, or - for stdin
     text_key: str | None = None  # key of the text, or of a question and its answer: q,a
     lines: bool | None = None  # each line of a text file is a document; None: off
-    val_fraction: float | None = None  # validation fraction; None: 0.1, or 0.02 for pairs
+    val_fraction: float | None = None  # None: 0.1, or 0.02 for pairs; 0: learn all
     val_input: str | None = None  # validation text of its own; None: a part of input
     files: int | None = None  # maximum number of files
     # sentence pairs; all but source and target also apply to a .tsv input
@@ -47,7 +47,6 @@ class PrepareConfig:
         check_least(self, 2, "max_pair_tokens")
         check_least(self, 257, "vocab_size")  # 256 bytes and end-of-text
         check_least(self, 0, "val_fraction", "test_fraction", below=1)
-        check_above_0(self, "val_fraction")
         name, tokenizer = self.name, self.tokenizer
         if not (tokenizer in CHOICES or os.path.exists(tokenizer) or repository(tokenizer)):
             raise ValueError(

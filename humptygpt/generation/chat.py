@@ -1,75 +1,78 @@
-"""Talk to a model turn by turn. Its cache is kept between turns."""
+"""Conversations with a model: what fits into its context, and replies turn by turn."""
 
+import math
 from collections.abc import Iterator
 
 from humptygpt.cli import UserError, note
+from humptygpt.files import check_schema
 from humptygpt.generation.generator import Pipeline
 from humptygpt.generation.sampling import Context, stream_texts
 from humptygpt.tokenizers.basic import Tokenizer
-from humptygpt.tokenizers.chat import Turn
+from humptygpt.tokenizers.chat import CONTENT, ROLES, Turn, make_turn
+
+ROLE = {*ROLES, "developer", "tool", "function"}
+MESSAGES = [{"role": ROLE, "content?": CONTENT}]  # a call of a tool has no content
 
 
-def keep_newest(
-    turns: list[Turn], tokenizer: Tokenizer, most: int
-) -> tuple[list[Turn], list[int]]:
-    """Leave out the oldest exchanges until the turns take at most `most` tokens. The system's turns and the last stay.
+class TooLong(UserError):
+    """A prompt that leaves no room for an answer."""
 
-    An exchange begins with a turn of the user. Returns the turns that are left, and their ids with the beginning of a
-    reply.
+    code = "context_length_exceeded"  # from this, clients of a server know what happened
+
+
+def read_messages(messages: object) -> list[Turn]:
+    """Read messages in OpenAI's form. Raises ValueError if they are not, and UserError if there is none."""
+    check_schema(messages, MESSAGES, "messages")
+    if not messages:
+        raise UserError("messages is empty, so there is nothing to answer")
+    return [make_turn(each["role"], each.get("content")) for each in messages]
+
+
+def make_room(
+    turns: list[Turn], tokenizer: Tokenizer, block_size: int, limit: int, forgets: bool
+) -> tuple[list[int], int, int]:
+    """Fit turns into block_size tokens with a reply of up to `limit`, for which at most half of them are kept free.
+
+    forgets: leave out the oldest exchanges, which begin with a turn of the user, but not the system's turns and the
+    last. Returns the ids of the turns with the beginning of a reply; the most tokens of a reply, which would otherwise
+    no longer see what it answers; and how many turns are left out. Raises TooLong.
     """
+    most = block_size - min(limit, block_size // 2) if forgets else math.inf
     starts = [i for i, turn in enumerate(turns) if turn.role == "user"]
     for start in [0, *starts[1:]]:
         kept = [turn for i, turn in enumerate(turns) if i >= start or turn.role == "system"]
         ids = tokenizer.encode_turns(kept, reply=True).tolist()
         if len(ids) <= most:
             break
-    return kept, ids
+    check_room(ids, block_size)
+    return ids, min(limit, block_size - len(ids)), len(turns) - len(kept)
 
 
-class Talk:
-    """A conversation with a model. When the context is full, the oldest exchanges are dropped, but not the system's.
+def check_room(prompt: list[int], block_size: int) -> None:
+    if len(prompt) >= block_size:
+        raise TooLong(
+            f"the prompt takes {len(prompt):,} tokens, and the model's context has {block_size:,}, of which the answer"
+            " needs at least one; shorten it"
+        )
 
-    loaded: its tokenizer is a ChatTokenizer. For each reply, it encodes the whole conversation. Tokens that are in the
-    context already stay there, with their cache.
-    """
 
-    def __init__(self, loaded: Pipeline, system: str | None = None):
-        self.model = loaded.model
-        self.tokenizer = loaded.tokenizer
-        self.device = loaded.device
-        self.turns = [] if system is None else [Turn("system", system.strip())]
-        self.context = None  # a Context, from the first reply on
-
-    def reply(
-        self, said: str, sample: int, max_new_tokens: int, **sampling: object
-    ) -> Iterator[str]:
-        """Yield the reply in pieces; there is none to an empty text. sample: seeds it. sampling: for stream_texts().
-
-        Raises UserError if a turn cannot be encoded, or leaves no room for a reply.
-        """
-        new = Turn("user", said.strip())
-        if not new.content:
-            return
-        block_size = self.model.config.block_size
-        # up to half of the context is for the reply, unless the question alone takes more
-        room = min(max_new_tokens, block_size // 2)
-        turns = [*self.turns, new]
-        kept, ids = keep_newest(turns, self.tokenizer, block_size - room)
-        if len(ids) >= block_size:
-            raise UserError(
-                f"this takes {len(ids):,} tokens, more than fit into block_size={block_size}"
-            )
-        room = min(room, block_size - len(ids))
-        if dropped := (len(turns) - len(kept)) // 2:
-            note(f"the context is full; forgetting the oldest exchanges: {dropped}")
-        if self.context and ids[: len(known := self.context.texts[0])] == known:
-            self.context.append([ids[len(known) :]])
-        else:
-            self.context = Context(self.model, [ids], device=self.device)
-        reply = ""
-        for piece in stream_texts(
-            self.context, self.tokenizer, [sample], max_new_tokens=room, **sampling
-        ):
-            reply += piece.text
-            yield piece.text
-        self.turns = [*kept, Turn("assistant", reply)]
+def reply(
+    loaded: Pipeline,
+    turns: list[Turn],
+    sample: int = 0,
+    forgets: bool = False,
+    *,
+    max_new_tokens: int,
+    **sampling: object,
+) -> Iterator[str]:
+    """Yield a model's reply in pieces. sample: seeds it. forgets: as for make_room(). sampling: for stream_texts()."""
+    model, tokenizer, _, device, *_ = loaded
+    block_size = model.config.block_size
+    ids, room, dropped = make_room(turns, tokenizer, block_size, max_new_tokens, forgets)
+    if dropped:
+        note(f"the context is full; forgetting the oldest exchanges: {dropped // 2}")
+    context = Context(model, [ids], device=device)
+    for piece in stream_texts(
+        context, tokenizer, [sample], max_new_tokens=room, **sampling
+    ):
+        yield piece.text

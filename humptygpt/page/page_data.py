@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from humptygpt.cli import UserError, convert, fields_of
+from humptygpt.cli import UserError, convert, fields_of, note
 from humptygpt.data.builtin import data_set
 from humptygpt.data.dataset import TokenFile, read_meta
 from humptygpt.files import refuse_damaged
@@ -42,7 +42,8 @@ def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> d
     with refuse_damaged(path):
         training = training_data(run)
     saved = run.saved["progress"]
-    # of several members, the page shows the first
+    if run.model.config.n_members > 1:
+        note(f"the page shows the first of {run.model.config.n_members} members")
     shown = getattr(run.model, "members", [run.model])[0]
     return {
         "name": path.parent.resolve().name,

@@ -1,7 +1,5 @@
 """Snapshots for the page: the weights after 0, 10, 30, 100, 300 steps and so on, quantized to 8 bits."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -27,7 +25,7 @@ def take_snapshot(run: Run) -> None:
         return
     prefix = "members.0." if run.model.config.n_members > 1 else ""
     rows = to_8_bits({k: v for k, v in run.weights().items() if k.startswith(prefix)})
-    path = Path(run.config.out_dir, SNAPSHOTS[step])
+    path = run.folder / SNAPSHOTS[step]
     files.write_whole(path, lambda file: torch.save({"rows": rows}, file))
 
 

@@ -1,1 +1,1 @@
-"""How well a trained model predicts texts, and what it recites."""
+"""How well a trained model predicts texts and answers questions."""

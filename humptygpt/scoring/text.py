@@ -22,11 +22,7 @@ def score_text(
     Raises UserError if the text is too short or the stride too large.
     """
     block_size = model.config.block_size
-    ids = tokenizer.encode(text)
-    if tokenizer.eot is not None or tokenizer.bos is not None:
-        ids = np.concatenate([tokenizer.start(), ids])
-    if len(ids) < 2:
-        raise UserError("the text to score has no token to predict; give a longer text")
+    ids = encode(text, tokenizer)
     stride = stride or max(1, block_size // 2)
     if stride > block_size:
         raise UserError(
@@ -47,6 +43,16 @@ def score_text(
         "window": block_size,
         "stride": stride,
     }
+
+
+def encode(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Encode a text, after what can precede it: eot or bos. Raises UserError if there is no token to predict."""
+    ids = tokenizer.encode(text)
+    if tokenizer.eot is not None or tokenizer.bos is not None:
+        ids = np.concatenate([tokenizer.start(), ids])
+    if len(ids) < 2:
+        raise UserError("the text to score has no token to predict; give a longer text")
+    return ids
 
 
 def standard_error(values: np.ndarray) -> float:

@@ -4,17 +4,17 @@ Source: OpenAI's API reference for /v1/models, /v1/chat/completions and /v1/comp
 """
 
 import json
-import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from humptygpt.cli import UserError
-from humptygpt.files import check_schema, parse_json
-from humptygpt.generation.chat import keep_newest
+from humptygpt.cli import UserError, note
+from humptygpt.files import append, check_schema, parse_json
+from humptygpt.generation.chat import MESSAGES, check_room, make_room, read_messages
 from humptygpt.generation.generator import Pipeline
 from humptygpt.generation.sampling import (
     Context,
@@ -25,7 +25,6 @@ from humptygpt.generation.sampling import (
     stream_texts,
     with_likeliest,
 )
-from humptygpt.tokenizers.chat import CONTENT, ROLES, make_turn
 
 CHAT, CHUNK = "chat.completion", "chat.completion.chunk"
 TEXT = "text_completion"
@@ -44,9 +43,8 @@ COMMON = {
     "seed?": int,
     "n?": range(1, 17),
 }
-ROLE = {*ROLES, "developer", "tool", "function"}
 CHAT_SCHEMA = COMMON | {
-    "messages": [{"role": ROLE, "content?": CONTENT}],  # a call of a tool has no content
+    "messages": MESSAGES,
     "logprobs?": bool,
     "top_logprobs?": range(21),
     "max_completion_tokens?": range(2**53),  # the new name of max_tokens
@@ -74,14 +72,8 @@ DEFAULTS = dict.fromkeys(SAMPLING.split()) | {
 }
 
 
-class TooLong(UserError):
-    """A prompt that leaves no room for an answer."""
-
-    code = "context_length_exceeded"  # from this, clients know what happened
-
-
 class Api:
-    """Answers requests with one model. name: the model's id in answers.
+    """Answers requests with one model. name: the model's id in answers. log: a file for questions and answers.
 
     forgets: leave out the oldest turns of a conversation that is too long, instead of raising TooLong.
 
@@ -90,13 +82,16 @@ class Api:
     has left. If the request is not valid, the call or the first step raises UserError or ValueError.
     """
 
-    def __init__(self, loaded: Pipeline, name: str, forgets: bool = False):
+    def __init__(
+        self, loaded: Pipeline, name: str, forgets: bool = False, log: str | None = None
+    ):
         self.loaded = loaded
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.block_size = loaded.model.config.block_size
         self.is_chat = loaded.task == "chat"
         self.name = name
         self.forgets = forgets
+        self.log = log
         self.started = int(time.time())
 
     def model_entry(self) -> dict:
@@ -118,24 +113,17 @@ class Api:
         request = read(body, CHAT_SCHEMA)
         if not self.is_chat:
             raise UserError(f"{self.name} is not a chat model; use /v1/completions")
-        turns = [make_turn(x["role"], x.get("content")) for x in request["messages"]]
-        if not turns:
-            raise UserError("messages is empty, so there is nothing to answer")
         begun = request.get("reply_tokens", [])
         limit = request.get("max_completion_tokens", request.get("max_tokens", MOST_TOKENS))
-        # up to half of the context is for the reply
-        most = self.block_size - len(begun) - min(limit, self.block_size // 2)
-        most = most if self.forgets else math.inf
-        prompt = keep_newest(turns, self.tokenizer, most)[1] + begun
-        # a longer reply would no longer see what it answers
-        limit = min(limit, self.block_size - len(prompt))
+        turns, room = read_messages(request["messages"]), self.block_size - len(begun)
+        prompt, limit, _ = make_room(turns, self.tokenizer, room, limit, self.forgets)
         request |= {
             "max_tokens": limit,
             # as in a request for a text: how many of the likeliest tokens to list
             "logprobs": request.get("top_logprobs", 0) if request["logprobs"] else None,
             "echo": False,
         }
-        return self.answer(request, prompt, CHAT)
+        return self.answer(request, prompt + begun, CHAT)
 
     def complete(self, body: bytes) -> Iterator[str]:
         request = {"max_tokens": 16} | read(body, TEXT_SCHEMA)
@@ -152,11 +140,7 @@ class Api:
     def answer(self, request: dict, prompt: list[int], kind: str) -> Iterator[str]:
         """Yield the answer in parts. prompt: token ids, which are checked here. kind: CHAT or TEXT."""
         check_schema(prompt, [range(self.tokenizer.vocab_size)], "prompt")
-        if len(prompt) >= self.block_size:
-            raise TooLong(
-                f"the prompt takes {len(prompt):,} tokens, and the model's context has {self.block_size:,}, of which"
-                " the answer needs at least one; shorten it"
-            )
+        check_room(prompt, self.block_size)
         streams, likeliest = request["stream"], request["logprobs"]
         if streams and kind == CHAT:
             kind = CHUNK
@@ -166,11 +150,13 @@ class Api:
             "created": int(time.time()),
             "model": self.name,
         }
-        choices, written = [], 0
+        choices, texts, written = [], [], 0
         for index in range(request["n"]):
             text, tokens = "", []  # not sent yet
+            texts.append("")
             for number, piece in enumerate(self.write(prompt, request, index)):
                 text += piece.text
+                texts[-1] += piece.text
                 if likeliest is not None and not piece.end:
                     tokens.append(self.describe(piece, likeliest))
                 if streams:
@@ -181,6 +167,13 @@ class Api:
                     yield " "
             choices.append(choice(kind, index, text, tokens, piece.end, True))
             written += number - len(prompt) * request["echo"]
+        if self.log:
+            asked = {key: request[key] for key in ("messages", "prompt") if key in request}
+            row = {"time": int(time.time()), **asked, "answers": texts}
+            try:
+                append(Path(self.log), json.dumps(row, ensure_ascii=False))
+            except UserError as error:  # the disk may be full
+                note(str(error))
         usage = {
             "prompt_tokens": len(prompt),
             "completion_tokens": written,

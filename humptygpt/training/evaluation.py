@@ -138,6 +138,8 @@ def measures(run: "Run", net: nn.Module, eval_iters: int | None) -> dict[str, fl
         row["val_accuracy"] = accuracy
     if run.ranks.first:
         row |= evaluated(run.dataset, run.config.batch_size, eval_iters)
+        if run.dataset.trains_on_all:  # the loss compares with no other
+            row["val_text"] += " trained on"
     return row
 
 
@@ -164,8 +166,8 @@ class Task:
     # shown after each evaluation; its third argument is the number of examples
     evaluation_examples: Show | None = None
     final_examples: Show | None = None  # shown at the end of a run
-    # the texts or replies that the model writes, (model, dataset) -> list of them, to compare with the training text
-    write: Callable[..., list[str]] | None = None
+    # (model, dataset) -> how many held-out questions it answers right, by which the best model is chosen
+    count_right: Callable[..., int] | None = None
     # at the end of a run and with --eval_only: a text to show, and {name: number} for metrics.jsonl
     score: Callable[..., tuple[str, dict[str, float]]] | None = None
     sample_label: str = "more of this"  # label printed before sample_command
@@ -180,7 +182,7 @@ def find_task(name: str) -> Task:
         return Task(
             evaluation_examples=chat.show_replies,
             final_examples=chat.show_answers,
-            write=chat.write_replies,
+            count_right=chat.count_right,
             sample_label="talk to it",
         )
     if name == "translation":
@@ -196,27 +198,22 @@ def find_task(name: str) -> Task:
     return TEXT
 
 
-def samples(
-    model: nn.Module, dataset: TokenDataset, length: int = SAMPLE_TOKENS, count: int = 20
-) -> list[str]:
-    """Generate texts of `length` tokens without a prompt."""
+def sample(model: nn.Module, dataset: TokenDataset, length: int) -> str:
+    """Generate a text of `length` tokens without a prompt."""
     tokenizer = dataset.tokenizer
     start = torch.from_numpy(tokenizer.start()).to(next(model.parameters()).device)
-    rows = model.generate(start.repeat(count, 1), length, temperature=0.8)
+    row = model.generate(start[None], length, temperature=0.8)[0, len(start) :]
     # ids beyond the tokenizer's only pad the vocabulary
-    return [
-        tokenizer.decode(row[row < tokenizer.vocab_size].tolist()).strip()
-        for row in rows[:, len(start) :]
-    ]
+    return tokenizer.decode(row[row < tokenizer.vocab_size].tolist()).strip()
 
 
 def sample_line(model: nn.Module, dataset: TokenDataset, count: int = 1) -> str:
-    line = " ".join(samples(model, dataset, LINE_TOKENS, 1)[0].split())
+    line = " ".join(sample(model, dataset, LINE_TOKENS).split())
     return f"  > {line[:100]}"
 
 
 def sample_text(model: nn.Module, dataset: TokenDataset) -> str:
-    return f"\n{samples(model, dataset, count=1)[0]}\n"
+    return f"\n{sample(model, dataset, SAMPLE_TOKENS)}\n"
 
 
-TEXT = Task(evaluation_examples=sample_line, final_examples=sample_text, write=samples)
+TEXT = Task(evaluation_examples=sample_line, final_examples=sample_text)

@@ -97,10 +97,10 @@ def start_wandb(out_dir: Path, settings: dict, resumed_at: int):
         write_text(id_file, secrets.token_hex(4))
     options = {
         "project": settings["wandb_project"],
-        "name": settings["wandb_run_name"] or out_dir.name,
+        "name": settings["wandb_run_name"] or Path(settings["out_dir"]).name,
         "id": id_file.read_text(),
         "resume": "allow",
-        "dir": str(out_dir),
+        "dir": settings["out_dir"],
         "config": settings,
     }
     try:

@@ -29,7 +29,7 @@ from humptygpt.training.memory import (
     training_memory,
 )
 from humptygpt.training.ranks import Ranks
-from humptygpt.training.run import Clock, Progress, Run
+from humptygpt.training.run import Clock, Progress, Run, home
 from humptygpt.training.settings import IN_VAIN, TrainConfig
 from humptygpt.training.setup import assemble, make_model
 from humptygpt.training.step import train_step
@@ -382,8 +382,8 @@ def choice(run: Run) -> str:
     )
 
 
-def write_plan(path: Path, run: Run) -> None:
-    """Write a config file that repeats a run step by step, as a basis for further experiments."""
+def write_plan(folder: Path, run: Run) -> None:
+    """Write plan.py, a config file that repeats a run step by step, as a basis for further experiments."""
     settings = asdict(run.config) | asdict(run.model.config)
     # the run may have taken more or fewer steps than planned
     for key in ("max_iters", "lr_decay_iters", "warmup_iters", "eval_interval"):
@@ -392,6 +392,8 @@ def write_plan(path: Path, run: Run) -> None:
             settings[key] = max(1, round(steps))
     unused = in_vain(settings, settings | {"input": None, "processes": 1}, IN_VAIN)
     left_out = {"minutes", "input", "overwrite", "threads", *unused}
+    path = home(folder) / "plan.py"
+    print(f"{path} is a config file that repeats this run step by step")
     lines = [
         f"# The run that --minutes chose for {run.config.dataset}, step by step.",
         "#",
@@ -400,4 +402,4 @@ def write_plan(path: Path, run: Run) -> None:
     ]
     # write default values too, because a run that starts from a model has different defaults
     lines += [f"{key} = {x!r}" for key, x in settings.items() if key not in left_out]
-    write_text(path, "\n".join([*lines, ""]))
+    write_text(folder / "plan.py", "\n".join([*lines, ""]))

@@ -5,6 +5,7 @@ import shlex
 import signal
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from humptygpt.machine import discard_output
 from humptygpt.model import count_parameters
 from humptygpt.training.loggers import own_values
-from humptygpt.training.run import Diverged, Run, RunFolder
+from humptygpt.training.run import Diverged, Run, RunFolder, home
 
 
 def summary(run: Run) -> str:
@@ -102,7 +103,8 @@ def show_line(bar: tqdm, text: str) -> None:
 def closing(run: Run, rows: list[dict]) -> str:
     """Say what to do next, and how good the best model is. rows: all rows of the run's metrics."""
     progress = run.progress
-    command = run.task.sample_command.format(out_dir_key(run))
+    key = out_dir_key(home(run.folder))
+    command = run.task.sample_command.format(key)
     text = f"{run.task.sample_label}: {command}"
     if progress.best_iter == progress.iter:
         minutes, steps = run.config.minutes, run.config.max_iters
@@ -110,11 +112,15 @@ def closing(run: Run, rows: list[dict]) -> str:
         # the position is beyond the end if a finished run is resumed with fewer minutes
         if minutes:
             twice = f"--minutes={2 * minutes * progress.position / steps:g}"
-        text += f"\ntwice as long: python train.py --init_from=resume {out_dir_key(run)} {twice}"
-    if progress.best_val_loss < math.inf:
+        text += f"\ntwice as long: python train.py --init_from=resume {key} {twice}"
+    if run.dataset.trains_on_all:
+        text += "\nnothing is held out, so the last model counts as the best"
+    elif progress.best_answered:
+        text += f"\nbest by held-out questions answered: {progress.best_answered} at iter {progress.best_iter}"
+    elif progress.best_val_loss < math.inf:
         text += f"\nbest val loss {progress.best_val_loss:.4f} at iter {progress.best_iter}"
     start = next((row.get("val_loss", 0) for row in rows if not row["iter"]), 0)
-    if 0 < start < progress.best_val_loss:
+    if 0 < start < progress.best_val_loss and not progress.best_answered:
         text += f"\nthe model that the run started from was better: val loss {start:.4f}"
     return text
 
@@ -124,7 +130,7 @@ def stopped(run: Run, number: int) -> None:
     with suppress(OSError):  # stderr may be closed if its reader received the signal, too
         print(
             f"{signal.Signals(number).name}: saved {run.path} at iter {run.progress.iter};"
-            f" resume: python train.py --init_from=resume {out_dir_key(run)}",
+            f" resume: python train.py --init_from=resume {out_dir_key(run.folder)}",
             file=sys.stderr,
         )
 
@@ -137,6 +143,6 @@ def diverged(folder: RunFolder, error: Diverged) -> None:
     print(f"train.py: the {error}; {kept}. {advice}", file=sys.stderr)
 
 
-def out_dir_key(run: Run) -> str:
+def out_dir_key(folder: Path) -> str:
     """Return the --out_dir argument, quoted so that it can be pasted into a command."""
-    return f"--out_dir={shlex.quote(run.config.out_dir)}"
+    return f"--out_dir={shlex.quote(folder.as_posix())}"

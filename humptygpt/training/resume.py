@@ -12,7 +12,7 @@ from humptygpt.formats import checkpoint
 from humptygpt.formats.checkpoint import note_edits
 from humptygpt.machine import GIVEN
 from humptygpt.tokenizers.saved import from_state
-from humptygpt.training.run import Progress
+from humptygpt.training.run import Progress, home
 from humptygpt.training.settings import MAY_CHANGE, STEP, TrainConfig
 
 
@@ -51,7 +51,7 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
         own["threads"] = None
     if "max_iters" in given:
         own["minutes"] = None
-    return own | given | kept | {"out_dir": path.parent.as_posix(), "input": None}
+    return own | given | kept | {"out_dir": home(path.parent).as_posix(), "input": None}
 
 
 def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
@@ -109,5 +109,6 @@ def resumed_progress(config: TrainConfig, saved: dict, dataset: Dataset) -> Prog
             f" {progress.best_val_loss:.4f} on the earlier set"
         )
         progress.best_val_loss = math.inf
+        progress.best_answered = 0
         progress.evals_since_best = 0
     return progress

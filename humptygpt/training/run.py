@@ -47,6 +47,8 @@ FILES = [
 ]
 PREVIOUS = "previous"  # subfolder for the run that --overwrite=True has replaced
 MOVING = ".previous"  # name of that subfolder while files are moved into it
+NEXT = "next"  # subfolder in which --overwrite=True trains
+ARRIVING = ".next"  # name of that subfolder while its files are moved to out_dir
 # seconds reserved at the end of a run to load the best model, sample from it, draw the plot and exit
 ENDING = 1.5
 
@@ -63,6 +65,7 @@ class Progress:
     tokens: int = 0  # tokens trained on
     seconds: float = 0.0  # training time, excluding evaluation and saving
     best_val_loss: float = math.inf
+    best_answered: int = 0  # held-out questions of a chat that the best model answers
     best_iter: int = 0
     evals_since_best: int = 0
     # how far the run has come, from 0 to max_iters: equal to iter or, with --minutes, estimated from the clock
@@ -75,17 +78,22 @@ class Progress:
     def validate(self) -> None:
         """Raise ValueError for a number that no run has."""
         check_least(self, 0, "iter", "tokens", "seconds", "best_iter", "evals_since_best")
-        check_least(self, 0, "position", "run_seconds")
+        check_least(self, 0, "position", "run_seconds", "best_answered")
         if not math.isfinite(math.fsum(self.losses)):
             raise ValueError("a loss is not finite")
 
-    def record(self, val_loss: float) -> bool:
-        """Record a validation loss. Returns True if it is the lowest so far. Raises Diverged if it is nan or huge."""
+    def record(self, val_loss: float, answered: int, newest_is_best: bool) -> bool:
+        """Record an evaluation. Returns True if it is the best so far. Raises Diverged if the loss is nan or huge.
+
+        The best answers most held-out questions, or as many at the lowest loss. newest_is_best: neither says anything.
+        """
         if not val_loss < 700:  # beyond that, e^loss overflows
             raise Diverged(f"validation loss is {val_loss} at iter {self.iter}")
         self.evals_since_best += 1
-        if val_loss >= self.best_val_loss:
+        better = (-answered, val_loss) < (-self.best_answered, self.best_val_loss)
+        if not (better or newest_is_best):
             return False
+        self.best_answered = answered
         self.best_val_loss = val_loss
         self.best_iter = self.iter
         self.evals_since_best = 0
@@ -175,6 +183,9 @@ class Run:
     """Everything that a training run consists of, assembled by setup()."""
 
     config: TrainConfig
+    folder: (
+        Path | None
+    )  # out_dir or, until the run has ended, the NEXT of an earlier run there
     ranks: Ranks
     device: torch.device
     dtype: torch.dtype
@@ -192,7 +203,9 @@ class Run:
         task = find_task(self.dataset.task)
         # no rank of a sharded run has the whole model, so none can generate examples
         if self.ranks.sharded:
-            return replace(task, evaluation_examples=None, final_examples=None)
+            return replace(
+                task, evaluation_examples=None, final_examples=None, count_right=None
+            )
         if task.score and not self.model.has_cache:  # translations are written with a cache
             return Task(batches_vary=task.batches_vary)
         return task
@@ -225,7 +238,7 @@ class Run:
     @property
     def path(self) -> Path:
         """Path of the run's latest checkpoint, which may not exist yet."""
-        return Path(self.config.out_dir) / "ckpt.pt"
+        return self.folder / "ckpt.pt"
 
     def settings(self) -> dict[str, object]:
         """Return the content of config.json. Keys that start with _ are ignored if it is used as a config file."""
@@ -394,10 +407,17 @@ def lock_out_dir(out_dir: Path) -> Iterator[None]:
     Raises UserError if another process holds the lock, or the folder cannot be written to.
     """
     advice = "choose another --out_dir, or wait until that run has ended"
-    with files.locked(out_dir, f"out_dir={out_dir}", advice):
-        if (out_dir / MOVING).exists():
-            move_aside(out_dir)
+    folder = home(out_dir)
+    with files.locked(folder, f"out_dir={out_dir}", advice):
+        if (folder / ARRIVING).exists():
+            arrive(folder)
         yield
+
+
+def home(out_dir: Path) -> Path:
+    """Return the folder in which a run is once it has ended: out_dir, unless that is the NEXT of another run."""
+    is_next = out_dir.name == NEXT and checkpoint.has_checkpoint(out_dir.parent)
+    return out_dir.parent if is_next else out_dir
 
 
 def refuse_earlier_run(out_dir: Path) -> None:
@@ -406,25 +426,20 @@ def refuse_earlier_run(out_dir: Path) -> None:
         source = shlex.quote(f"--init_from={out_dir}")
         raise UserError(
             f"{out_dir} already holds a run; continue it with --init_from=resume, start from it with {source} and"
-            f" another --out_dir, or move it to {out_dir / PREVIOUS} with --overwrite=True"
+            " another --out_dir, or replace it with --overwrite=True"
         )
 
 
 def move_aside(out_dir: Path) -> None:
     """Move the run in out_dir to the subfolder PREVIOUS, in place of an older one.
 
-    If the process is killed midway, the next lock_out_dir() finishes the move. A plan.py is copied, because it may be
-    the config file of the new run. Raises UserError if files cannot be moved.
+    A plan.py is copied, because it may be the config file of the next run. Raises UserError if files cannot be moved.
     """
     moving, previous = out_dir / MOVING, out_dir / PREVIOUS
     plan = out_dir / "plan.py"
     with files.refuse_unwritable(out_dir):
         moving.mkdir(exist_ok=True)
-        if (out_dir / "ckpt.pt").exists():
-            files.remove(previous)
-        elif previous.exists():
-            # a run that was killed before its first ckpt.pt must not take the place of a whole one
-            previous.replace(moving / PREVIOUS)
+        files.remove(previous)
         for name in FILES:
             path = out_dir / name
             # a folder with the name of one of our files may be a run of its own
@@ -435,27 +450,46 @@ def move_aside(out_dir: Path) -> None:
         moving.rename(previous)
 
 
+def arrive(out_dir: Path) -> None:
+    """Move the run in the subfolder ARRIVING to out_dir, and the one that is there to PREVIOUS.
+
+    If the process is killed midway, the next lock_out_dir() finishes this. ckpt.pt is the first file to be moved.
+    """
+    arriving = out_dir / ARRIVING
+    nothing_has_come = (arriving / "ckpt.pt").exists()
+    if nothing_has_come and (
+        checkpoint.has_checkpoint(out_dir) or (out_dir / MOVING).exists()
+    ):
+        move_aside(out_dir)
+    with files.refuse_unwritable(out_dir):
+        for name in ("ckpt.pt", "plan.py", *FILES):
+            if (arriving / name).exists():
+                files.move(arriving / name, out_dir / name)
+        files.remove(arriving)
+
+
 class RunFolder:
     """Writes metrics.jsonl, loss.png, config.json and command.txt of a run, and logs to wandb if chosen.
 
-    A new run first moves an earlier one aside. A resumed run drops metrics and snapshots that are newer than its
-    checkpoint. In both cases the run holds the lock from lock_out_dir().
+    If there is an earlier run, a new one is in the subfolder NEXT and takes its place when it has ended. A resumed run
+    drops metrics and snapshots that are newer than its checkpoint. The run holds the lock from lock_out_dir().
     """
 
     def __init__(self, run: Run):
         """Raises UserError if a file cannot be written."""
-        self.path = path = Path(run.config.out_dir)
+        self.path = path = run.folder
         resumed_at = run.progress.iter
         self.writes = run.ranks.first
+        self.has_ended = False
         self.rows = []
         self.wandb = None
         if not self.writes:
             return
         if not importlib.util.find_spec("matplotlib"):
             note("there will be no loss.png, because matplotlib is not installed")
-        if not resumed_at and checkpoint.has_checkpoint(path):
-            move_aside(path)
-            note(f"the earlier run in {path} is now in {path / PREVIOUS}")
+        if not resumed_at and home(path) != path:
+            note(f"this run is in {path}; when it has ended, it replaces the one above it")
+            files.remove(path)
         with files.refuse_unwritable(path):
             if resumed_at:
                 # all rows up to the checkpoint, except those written at the end of a run
@@ -502,7 +536,14 @@ class RunFolder:
                 kept = ("iter", "val_loss", "val_bits_per_byte", "val_text")
                 best = {f"best_{key}": row[key] for key in kept}
         self.record(run.progress.stamp() | {"end": how} | best)
+        self.has_ended = how in ("finished", "stopped early")
 
     def close(self) -> None:
         if self.wandb:
             self.wandb.finish()
+        out_dir = home(self.path)
+        if self.has_ended and self.writes and out_dir != self.path:
+            with files.refuse_unwritable(out_dir):
+                files.move(self.path, out_dir / ARRIVING)
+            arrive(out_dir)
+            note(f"the earlier run in {out_dir} is now in {out_dir / PREVIOUS}")

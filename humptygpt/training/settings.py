@@ -20,7 +20,7 @@ STEP = ("batch_size", "gradient_accumulation_steps")
 WITHOUT_BLOCKS = ("window_mlp", "number_mlp")
 # [(keys, another key, the values of that other key for which the keys have no effect)]
 IN_VAIN = [
-    ("text_key val_input", "input", (None,)),
+    ("text_key val_input val_fraction", "input", (None,)),
     ("input", "dataset", DATASETS),
     ("schedule lr_decay_iters min_lr warmup_iters", "decay_lr", (False,)),
     ("lora_alpha lora_targets", "lora_rank", (0,)),
@@ -54,13 +54,14 @@ class Adjustable:
     # run
     out_dir: str | None = None  # folder of the run; None: out/<dataset>
     init_from: str = "scratch"  # scratch, resume (out_dir/ckpt.pt), auto (resume if possible), or a model to start from
-    overwrite: bool = False  # move an earlier run in out_dir to out_dir/previous
+    overwrite: bool = False  # replace an earlier run in out_dir, and changed data of input
     eval_only: bool = False  # evaluate once, with BLEU for translation, and stop
     # data
     dataset: str = "shakespeare_char"  # folder in data/ that prepare_data.py wrote
     input: str | None = None  # your own text: a file or folder to prepare as a dataset
     text_key: str | None = None  # key of the text, or of a question and its answer: q,a
     val_input: str | None = None  # your own validation text; None: a tenth of input
+    val_fraction: float | None = None  # share of input to hold out; 0: learn all of it
     batch_size: int = 4  # sequences per micro-batch (pairs: batch_size * block_size tokens)
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
     # optimizer

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -71,7 +72,7 @@ def fit_to_data(start: Start, dataset: Dataset) -> ModelConfig:
 
     Raises UserError if vocab_size is too small, or if the resumed run or the base model does not match the data.
     """
-    config, model_config, saved, base, _ = start
+    config, model_config, saved, base, *_ = start
     if saved:
         check_same_data(saved, dataset, config.out_dir)
     elif base:
@@ -129,11 +130,13 @@ def assemble(
     clock: Clock,
     metrics: dict[str, Callable] | None = None,
     saved: dict | None = None,
+    folder: Path | None = None,
 ) -> Run:
-    """Put a run together. saved: the checkpoint that it resumes."""
+    """Put a run together. saved: the checkpoint that it resumes. folder: where it is; a trial has none."""
     dtype = DTYPES[config.dtype]
     run = Run(
         config=config,
+        folder=folder,
         ranks=ranks,
         device=ranks.device,
         dtype=dtype,

@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 from humptygpt import cli
 from humptygpt.cli import UserError, check_effects, fields_of, note
+from humptygpt.formats.checkpoint import has_checkpoint
 from humptygpt.formats.load import Loaded, load
 from humptygpt.machine import launched
 from humptygpt.model import ModelConfig
 from humptygpt.models.build import make_model_config
 from humptygpt.training.resume import read_run, resumed_settings
-from humptygpt.training.run import lock_out_dir, refuse_earlier_run
+from humptygpt.training.run import NEXT, lock_out_dir, refuse_earlier_run
 from humptygpt.training.settings import IN_VAIN, RECIPE, UNPLANNED, TrainConfig
 
 
@@ -27,6 +28,8 @@ class Start(NamedTuple):
     saved: dict | None = None  # the checkpoint to resume
     base: Loaded | None = None  # the model that the run starts from
     given: Collection[str] = ()  # keys that the command line and its config files set
+    overwrite: bool = False
+    folder: Path | None = None  # as in Run
 
 
 def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
@@ -57,7 +60,9 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         note("overwrite=True has no effect: no new run is written")
     if not saved and "warmup_iters" not in given:
         config = fit_warmup(config)
-    return Start(config, model_config, saved, base, given)
+    if overwrite and not saved and has_checkpoint(out_dir):
+        out_dir /= NEXT
+    return Start(config, model_config, saved, base, given, overwrite, out_dir)
 
 
 def read_start(given: dict, path: Path) -> tuple[dict | None, Loaded | None]:
