@@ -10,9 +10,7 @@ from humptygpt.generation.sampling import Context, stream_texts
 from humptygpt.tokenizers.basic import Tokenizer
 
 REPLY_TOKENS = 60  # tokens of a reply that is written during training
-QUESTIONS = (
-    50  # held-out questions that are answered in an evaluation and at the end of a run
-)
+QUESTIONS = 50  # held-out questions that an evaluation and the end of a run ask
 FEWEST = 10  # of these; fewer do not tell which model is the best
 TAUGHT = 3000  # questions at most in which the nearest one is looked up
 LETTERS = 1000  # of a reply that are compared

@@ -183,9 +183,7 @@ class Run:
     """Everything that a training run consists of, assembled by setup()."""
 
     config: TrainConfig
-    folder: (
-        Path | None
-    )  # out_dir or, until the run has ended, the NEXT of an earlier run there
+    folder: Path | None  # out_dir, or until the run has ended its NEXT; a trial has none
     ranks: Ranks
     device: torch.device
     dtype: torch.dtype
