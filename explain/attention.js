@@ -50,24 +50,6 @@ function paintMatrix(canvas, rows) {
   paintCells(canvas, height, width, (row, column) => cells[row * width + column]);
 }
 
-/** The selected token's weights over all keys. The arrow keys move the selection. */
-function keyStrip(app) {
-  const path = () => blockPath(app, "attn.weights");
-  const strip = new Strip({
-    label: "",
-    cell: 22,
-    describe: (s) => pairText(app, app.trace.idx, app.trace.idx, app.at.t, s, strip.values[s]),
-    onSelect: (s) => app.open(`${path()}:${app.at.head},${app.at.t},${s}`),
-  });
-  const update = () => {
-    const row = attentionOf(app, "attn").weights[app.at.head][app.at.t];
-    const keyCount = row.length === 1 ? "the key" : `all ${row.length} keys`;
-    strip.relabel(`${keyCount} of position ${app.at.t}, ${tokenName(app, app.at.t)}`);
-    strip.show(Array.from(row), { columns: row.length, selected: Math.min(app.at.key, row.length - 1), part: path() });
-  };
-  return { root: strip.root, update };
-}
-
 function pairText(app, rows, keys, t, s, weight) {
   if (!Number.isFinite(weight)) return "a later key: masked";
   return `${tokenName(app, t, rows)} ${t} attends to ${tokenName(app, s, keys)} ${s}: ${digits(weight)}`;
@@ -136,44 +118,33 @@ function attentionMatrix(app, branch, { label = null, encoder = false } = {}) {
 }
 
 // --------------------------------------------------------------------------------------
-// Lines
+// Arcs
 
 const STEP = 22; // pixels between tokens
 
-/** Tokens side by side. A click selects one. */
-function tokenLabels(app, idx, from, n, y, { chosen, onPick }) {
-  return Array.from({ length: n }, (_, i) => {
-    const text = shown(app.tokenizer, idx[from + i]).slice(0, 3);
-    const label = svg("text", { x: (i + 0.5) * STEP, y, class: from + i === chosen ? "chosen" : "" }, text);
-    label.addEventListener("click", () => onPick(from + i));
-    return label;
-  });
-}
-
-/** A drawing that fills the width. draw(n): [elements, columns, height, text]; n: the number of tokens that fit. */
-function drawing(draw) {
+/** Arcs from the selected token to the tokens that it reads, as many as fit. Their thickness is the weight, relative to
+the largest. A click on a token selects it as the key. */
+function arcs(app) {
   const root = h("div", { class: "arcs" });
   const update = () => {
-    const [elements, columns, height, label] = draw(Math.max(Math.floor((root.clientWidth || 600) / STEP), 4));
-    const picture = svg("svg", { width: columns * STEP, height, role: "img", "aria-label": label });
-    picture.append(...elements);
-    root.replaceChildren(picture);
-  };
-  return { root, update };
-}
-
-/** Arcs from the selected token to the tokens that it reads. Their thickness is the weight, relative to the largest. */
-function arcs(app) {
-  return drawing((fits) => {
     const { t, key, head: chosen } = app.at;
     const row = attentionOf(app, "attn").weights[chosen][t];
-    const n = Math.min(fits, t + 1);
+    const n = Math.min(Math.max(Math.floor((root.clientWidth || 600) / STEP), 4), t + 1);
     const from = t + 1 - n;
     const most = largest(row);
     const height = Math.min(30 + n * 5, 130);
     const x = (s) => (s - from + 0.5) * STEP;
-    const lines = [];
+    const strongest = likeliest(row, Math.min(3, row.length)).map(
+      (s) => `${tokenName(app, s)} ${s}, ${percent(row[s])}`,
+    );
+    const label = `${tokenName(app, t)} attends most to ${strongest.join("; ")}`;
+    const picture = svg("svg", { width: n * STEP, height, role: "img", "aria-label": label });
     for (let s = from; s <= t; s++) {
+      const text = shown(app.tokenizer, app.trace.idx[s]).slice(0, 3);
+      const name = s === key ? "key" : s === t ? "chosen" : "";
+      const token = svg("text", { x: x(s), y: height - 8, class: name }, text);
+      token.addEventListener("click", () => app.select({ key: s }));
+      picture.append(token);
       const part = row[s] / most;
       if (part < 0.02) continue;
       const top = height - 26 - Math.min((t - s + 1) * 9, height - 34) * 1.25;
@@ -181,47 +152,11 @@ function arcs(app) {
       const [left, right] = [x(s) - apart, x(t) + apart];
       const d = `M${right} ${height - 24} C${right + apart} ${top} ${left - apart} ${top} ${left} ${height - 24}`;
       const look = { "stroke-width": 0.75 + 4 * part, opacity: 0.25 + 0.75 * part };
-      lines.push(svg("path", { d, class: s === key ? "arc chosen" : "arc", ...look }));
+      picture.append(svg("path", { d, class: s === key ? "arc chosen" : "arc", ...look }));
     }
-    const pick = { chosen: t, onPick: (s) => app.select({ key: s }) };
-    const labels = tokenLabels(app, app.trace.idx, from, n, height - 8, pick);
-    labels[key - from]?.classList.add("key");
-    const strongest = likeliest(row, Math.min(3, row.length)).map(
-      (s) => `${tokenName(app, s)} ${s}, ${percent(row[s])}`,
-    );
-    return [[...lines, ...labels], n, height, `${tokenName(app, t)} attends most to ${strongest.join("; ")}`];
-  });
-}
-
-/** Lines from each token of the translation to the tokens of the source that it reads. */
-function alignment(app) {
-  return drawing((fits) => {
-    const { t, key, head: chosen } = app.at;
-    const { weights } = attentionOf(app, "cross_attn");
-    const place = (selected, length) => {
-      const n = Math.min(fits, length);
-      return [Math.min(Math.max(selected - (n >> 1), 0), length - n), n];
-    };
-    const [sourceFrom, sources] = place(Math.min(key, app.source.length - 1), app.source.length);
-    const [from, n] = place(t, app.trace.idx.length);
-    const lines = [];
-    for (let row = from; row < from + n; row++) {
-      const [strongest] = likeliest(weights[chosen][row], 1);
-      for (let s = sourceFrom; s < sourceFrom + sources; s++) {
-        const weight = weights[chosen][row][s];
-        if (weight < 0.2 && s !== strongest) continue;
-        const ends = { x1: (s - sourceFrom + 0.5) * STEP, y1: 24, x2: (row - from + 0.5) * STEP, y2: 96 };
-        const look = { "stroke-width": 0.75 + 3 * weight, opacity: row === t ? 1 : 0.15 + 0.6 * weight };
-        lines.push(svg("line", { ...ends, class: row === t ? "arc chosen" : "arc", ...look }));
-      }
-    }
-    const pickKey = { chosen: key, onPick: (s) => app.select({ key: s }) };
-    const pickToken = { chosen: t, onPick: (row) => app.select({ t: row }) };
-    const top = tokenLabels(app, app.source, sourceFrom, sources, 16, pickKey);
-    const bottom = tokenLabels(app, app.trace.idx, from, n, 112, pickToken);
-    const label = "lines from the tokens of the translation, below, to those of the source that they read";
-    return [[...lines, ...top, ...bottom], Math.max(sources, n), 120, label];
-  });
+    root.replaceChildren(picture);
+  };
+  return { root, update };
 }
 
 // --------------------------------------------------------------------------------------
@@ -234,13 +169,7 @@ function attentionPanel(app) {
     headGrid(app, "attn"),
     controlRow(layerPicker(app), headPicker(app)),
     arcs(app),
-    keyStrip(app),
     attentionMatrix(app, "attn"),
-    sentence(
-      () =>
-        `Query: position ${app.at.t}, ${tokenName(app, app.at.t)}. Key: position ${app.at.key}, ` +
-        `${tokenName(app, Math.min(app.at.key, app.at.t))}. Select a cell, or walk with the arrow keys.`,
-    ),
     pairStrips(app),
     h("p", {}, WHY_ROOT),
     drawn(() => table("One query, step by step; the mask: −∞ for later tokens", heads, queryRows(app), [1, 2, 3, 4])),

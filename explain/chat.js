@@ -101,7 +101,7 @@ class Chat {
     const questions = this.messages.length ? [] : [...new Set(model.questions)].slice(0, EXAMPLES);
     if (questions.length) {
       const buttons = questions.map((text) => button(text, () => this.say(text)));
-      log.append(note("It learned from conversations that begin like this:"), h("div", { class: "tools" }, buttons));
+      log.append(note("It learned from conversations that begin like this:"), h("div", { class: "tools controls" }, buttons));
     }
     this.stop.disabled = !this.running;
     this.send.disabled = Boolean(this.running);
@@ -123,7 +123,7 @@ class Chat {
       paragraph.append(...this.struck(message.content));
     }
     const tools = this.running ? [] : this.tools(message, index);
-    if (tools.length) card.append(h("div", { class: "tools" }, tools));
+    if (tools.length) card.append(h("div", { class: "tools controls" }, tools));
     if (index === this.first - 1) {
       card.append(note("The model no longer sees the conversation up to here: its context is full."));
     }
@@ -289,7 +289,10 @@ class Chat {
     if (this.running !== own) return;
     this.running = null;
     this.status.textContent = this.contentOf(message);
-    this.draw();
+    const { root } = this;
+    const atEnd = root.scrollHeight - root.clientHeight - root.scrollTop < 80;
+    this.draw(); // it brings buttons back
+    if (atEnd) root.scrollTop = root.scrollHeight;
   }
 
   /** Add the backend's tokens to a message. Returns false if the oldest exchange had to be forgotten instead. */

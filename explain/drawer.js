@@ -45,6 +45,11 @@ class Drawer {
     if (hidden > 0) scrollBy({ top: hidden, behavior: "instant" });
   }
 
+  enter() {
+    this.body.querySelector("button:enabled")?.focus({ preventScroll: true });
+    this.reveal();
+  }
+
   update() {
     const { app } = this;
     const { number } = app.at;
@@ -72,7 +77,7 @@ class Drawer {
     const place = this.place(parseAddress(y.address).path);
     const value = h("div", { class: "drawer-head" }, shownValue, h("span", {}, place));
     const rows = h("table", { class: "terms" }, h("tbody", {}, this.chosenTerms(y)));
-    const formula = h("p", { class: "note" }, y.formula);
+    const formula = h("p", { class: "note" }, `${y.formula} Enter once more leads into this, Escape back.`);
     const trained = operandsOf(y).some(({ weight }) => weight);
     const ends = trained && [h("b", { class: "weight" }, "Numbers in this colour"), TRAINED, " "];
     const more = [...this.more(y, wasOpen), h("p", { class: "note" }, ends || null, rounded(this.app))];
@@ -80,7 +85,7 @@ class Drawer {
     const draw = () => this.body.replaceChildren(head, value, formula, rows, ...more);
     if (same) return keepFocus(this.body, draw);
     draw();
-    if (focused) this.body.querySelector("button:not([disabled])")?.focus({ preventScroll: true });
+    if (focused) this.enter();
   }
 
   /** A button that leads to the section of a path. */

@@ -110,13 +110,13 @@ const short = (text) => (text.length > 9 ? `${text.slice(0, 8)}…` : text);
 
 /** A grid of numbers on a canvas. The arrow keys move the selection, and only the selected number is shown in digits.
 
-options: label; columns (0: as many as fit); cell: height of one in pixels; unit: what an index counts;
+options: label; columns (0: as many as fit); unit: what an index counts;
 describe(index): text of a cell, instead; onSelect(index); part: the path in the trace that these numbers are of;
 square: largest width of square cells; labels(): of a matrix, texts of its rows and columns; step(dx, dy): moves the
 selection instead, of a matrix that shows a region of a larger one. */
 class Strip {
   constructor(options) {
-    this.options = { columns: 0, cell: 14, unit: "feature", describe: null, onSelect: null, part: null, ...options };
+    this.options = { columns: 0, unit: "feature", describe: null, onSelect: null, part: null, ...options };
     this.values = [];
     this.selected = this.hovered = -1;
     this.canvas = h("canvas", {
@@ -184,7 +184,7 @@ class Strip {
     const rows = this.options.columns ? Math.ceil(n / this.options.columns) : Math.ceil((n * 5) / width);
     const columns = this.options.columns || Math.ceil(n / rows);
     if (!this.options.square)
-      return { rows, columns, left: 0, top: 0, width: Math.min(width, columns * 24), height: this.options.cell * rows };
+      return { rows, columns, left: 0, top: 0, width: Math.min(width, columns * 24), height: 14 * rows };
     const side = (room) => Math.min(Math.max(Math.min(room / columns, TALLEST / rows), 1), this.options.square);
     const margin = this.options.labels && side(width) >= SMALLEST ? this.margin() : null;
     const labelled = margin && side(width - margin.left) >= SMALLEST;

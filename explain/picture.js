@@ -3,6 +3,7 @@
 The residual stream runs through the middle, drawn as its features; above it is what attention adds to it, below it what
 the MLP adds. Each part is a button that leads to the section that explains it. */
 
+const still = matchMedia("(prefers-reduced-motion: reduce)");
 const PICTURED = { tokens: 6, keys: 32, features: 40, neurons: 32 }; // the most that are shown; neurons: in a row
 
 class Picture {
@@ -10,7 +11,7 @@ class Picture {
     this.app = app;
     this.key = h("span");
     const scale = h("span", { class: "legend", "aria-hidden": "true" });
-    element("picture-key").replaceChildren("−", scale, "+ each picture to its largest. ", this.key);
+    element("picture-key").replaceChildren("−", scale, "+ each picture to its largest; of many neighbours, the strongest. ", this.key);
     this.parts = new Map(); // by name: {root, paint()}
     this.flow = element("flow");
     this.flow.replaceChildren();
@@ -25,7 +26,7 @@ class Picture {
     if (app.encodes) this.stage("Encoder", this.part("encoder", "read once", "transformer", encoded));
     for (let i = 0; i < config.n_layer; i++) this.layer(i);
     const output = ({ canvas }) => paintVectors(canvas, [app.trace.output[app.at.t]]);
-    this.stage("Output", this.part("head", stack ? "norm, head" : "head", "softmax", output));
+    this.stage("Output", this.part("head", "score", "softmax", output));
     app.enterPicture();
     onLight = (origin, read) => this.light(origin, read);
   }
@@ -82,6 +83,14 @@ class Picture {
       `What it computes at position ${t}, ${tokenName(app, t)}, to find the next token: select any box to see how`;
   }
 
+  /** Light the parts up one after another, on the way of a token, unless the reader wants nothing to move. */
+  lightUp() {
+    if (still.matches) return;
+    const places = [...Array.from(this.parts.values(), ({ root }) => root), element("bars")];
+    const glow = { boxShadow: ["0 0 0 4px var(--accent)", "0 0 0 4px transparent"] };
+    places.forEach((place, i) => place.animate(glow, { duration: 500, delay: (1200 * i) / places.length }));
+  }
+
   /** Show what each part adds to the logit of the explained next token. The output includes all bias terms. */
   addUp() {
     const { app } = this;
@@ -114,29 +123,23 @@ class Picture {
   }
 
   /** The residual stream at the start and after each branch: one column each, from left to right. */
-  paintStream({ root, canvas }, block) {
+  paintStream({ canvas }, block) {
     const { app } = this;
-    const pooled = Math.ceil(app.config.n_embd / PICTURED.features);
-    root.title = `the residual stream: a stripe for each feature, the strongest of ${pooled} side by side`;
     const steps = ["input", ...branchesOf(app.trace, block).map((branch) => `after_${branch}`)];
     const columns = steps.map((name) => binned(lookUp(app.trace, `${block}.${name}`)[app.at.t], PICTURED.features));
     paintCells(canvas, columns[0].length, columns.length, (row, column) => columns[column][row] / this.most);
   }
 
   /** A row for each head: its weights over the last keys, scaled to the largest. */
-  paintHeads({ root, canvas }, attention) {
+  paintHeads({ canvas }, attention) {
     const { weights } = lookUp(this.app.trace, attention);
-    const { length } = weights[0][this.app.at.t];
     const rows = weights.map((rows) => binned(rows[this.app.at.t], PICTURED.keys));
-    const pooled = length > PICTURED.keys ? `, the largest of neighbours in ${PICTURED.keys} columns` : "";
-    root.title = `a row for each head: its weights over positions 0 to ${length - 1}${pooled}`;
     const most = rows.map((row) => largest(row));
     paintCells(canvas, rows.length, rows[0].length, (row, column) => rows[row][column] / most[row]);
   }
 
-  paintNeurons({ root, canvas }, path) {
+  paintNeurons({ canvas }, path) {
     const row = lookUp(this.app.trace, path)[this.app.at.t];
-    root.title = `a cell for each of ${row.length} neurons`;
     const columns = Math.min(row.length, PICTURED.neurons);
     const most = largest(row);
     paintCells(canvas, Math.ceil(row.length / columns), columns, (y, x) => (row[y * columns + x] ?? 0) / most);

@@ -1,30 +1,35 @@
-/* The playground: a text, knobs with the names of a config file's keys, and a button that trains. The worker trains;
-here are the curves and the samples. The rest of the page shows the weights of the moment. */
+/* The playground: a text, a button that trains on it, and knobs. The worker trains; here are the curves and the samples. The rest of the page shows the weights of the moment. */
 
-/** {key: [its choices, what it is]} */
+/** {key of a config file: [its name, its choices, what it is]} */
 const KNOBS = {
-  n_layer: [[1, 2, 4, 8], "layers, one after another"],
-  n_head: [[1, 2, 4, 8], "attention heads in each layer"],
-  n_embd: [[16, 32, 64, 128], "features of a token: the width of the model"],
-  block_size: [[16, 32, 64, 128, 256], "characters that the model sees at once: its context"],
-  position: [Object.keys(POSITIONS), "how the model is told the order of the characters"],
-  norm: [Object.keys(NORMS), "what brings the features to one scale"],
-  block: [Object.keys(BLOCKS), "where norms and residual connections are; plain: no residual ones"],
-  mlp: [Object.keys(MLPS), "the feed-forward network of each layer"],
-  activation: [Object.keys(ACTIVATIONS), "the function after each neuron's sum"],
-  mask: [["causal", "none"], "causal: a character sees only those before it"],
-  batch_size: [[1, 2, 4, 8, 16], "pieces of the text in each step"],
-  max_iters: [[100, 300, 1000, 3000, 10000], "steps of training"],
-  learning_rate: [[0.0001, 0.0003, 0.001, 0.002, 0.004, 0.01, 0.03, 0.1, 1, 10], "how far a step moves the weights"],
-  optimizer: [["adamw", "muon", "normuon"], "the rule by which the gradient moves the weights"],
-  seed: [[1, 2, 3, 4, 5], "which random numbers it starts with"],
+  n_embd: ["Size", [16, 32, 64, 128], "how many numbers the model has for a character"],
+  n_layer: ["Layers", [1, 2, 4, 8], "one after another; each looks back and then thinks"],
+  n_head: ["Heads", [1, 2, 4, 8], "places that a layer looks at, at once"],
+  learning_rate: [
+    "Learning rate",
+    [0.0001, 0.0003, 0.001, 0.002, 0.004, 0.01, 0.03, 0.1, 1, 10],
+    "how far a step of training moves the weights",
+  ],
+  max_iters: ["Steps", [100, 300, 1000, 3000, 10000], "how long it trains"],
+  batch_size: ["Batch", [1, 2, 4, 8, 16], "pieces of the text in each step"],
+  block_size: ["Context", [16, 32, 64, 128, 256], "characters that the model sees at once"],
+  position: ["Positions", Object.keys(POSITIONS), "how the model is told the order of the characters"],
+  norm: ["Norms", Object.keys(NORMS), "what brings the numbers to one scale"],
+  block: ["Block", Object.keys(BLOCKS), "where norms and residual connections are; plain: no residual ones"],
+  mlp: ["MLP", Object.keys(MLPS), "the small network in each layer"],
+  activation: ["Activation", Object.keys(ACTIVATIONS), "the function after each neuron's sum"],
+  mask: ["Mask", ["causal", "none"], "causal: a character sees only those before it"],
+  optimizer: ["Optimizer", ["adamw", "muon", "normuon"], "the rule by which the gradient moves the weights"],
+  seed: ["Seed", [1, 2, 3, 4, 5], "which random numbers it starts with"],
 };
+const FIRST = 4; // of the knobs are in sight
 const OF_TRAINING = ["batch_size", "max_iters", "learning_rate", "optimizer", "seed"];
 /** What a new page begins with, and with each of its texts, where that is not the default of a config. */
 const PLAIN = { n_layer: 2, n_head: 4, n_embd: 64, block_size: 64, position: "rotary", activation: "relu" };
 const SHORT = { batch_size: 8, warmup_iters: 10, max_iters: 300, learning_rate: 0.004, seed: 1 };
 const OWN = "Your own text";
 const COMPARED = "Sonnets by Shakespeare"; // on which ideas are compared instead of on a text without a validation part
+const LINKED = 1000; // characters of a text that are part of an address
 const EDITABLE = 20000; // characters of a text that can be edited in the page
 const LONGEST = 2e6; // characters that are learned
 const EARLIER = 3; // trainings whose curves stay
@@ -47,53 +52,46 @@ class Playground {
     this.own = ""; // the text that was typed or opened
     this.single = Promise.resolve(); // resolves when the last single step is taken
     this.running = null; // resolves when the training pauses
+    this.round = ""; // which of several models this is
     app.desk.onEvent = (news) => this.take(news);
-    addEventListener("beforeunload", (event) => this.own && this.now?.step > this.now.first && event.preventDefault());
+    addEventListener("beforeunload", (event) => this.now?.step > this.now?.first && event.preventDefault());
     this.build();
-    this.chooseText(0);
+    this.readAddress(location.hash);
   }
 
   // ----------------------------------------------------------------------------------
   // Controls
 
   build() {
-    const { config } = this;
+    const { config, app } = this;
     this.pickText = picker("Text", [...Object.keys(this.texts), OWN], 0, (i) => this.chooseText(i));
     const file = h("input", { type: "file", class: "unseen", onchange: () => this.readFile(file.files[0]) });
-    this.field = h("textarea", { rows: 5, dir: "auto", spellcheck: false, "aria-label": "The text that it learns" });
+    const open = h("label", { class: "control file" }, file, "Open a file");
+    this.field = h("textarea", { rows: 4, dir: "auto", spellcheck: false, "aria-label": "The text that it learns" });
     this.field.oninput = () => this.edit(this.field.value);
     this.note = h("p", { class: "note" });
-    this.pickers = this.names.map((name) => {
-      const [choices, meaning] = KNOBS[name];
-      const options = [...new Set([...choices, this.knobs[name]])];
-      const root = picker(name, options, 0, (i) => this.turn({ [name]: options[i] }));
-      root.title = `${name}: ${meaning}`;
-      for (const event of ["focusin", "pointerenter"])
-        root.addEventListener(event, () => (this.meaning.textContent = root.title));
-      return { root, update: () => root.set(options.indexOf(this.knobs[name])) };
-    });
-    this.meaning = h("p", { class: "note" }, "Each setting has the name that it has in a config file.");
+    this.pickers = [];
     this.go = button("Train", () => (this.running ? this.pause() : this.train()), { class: "main" });
     const one = button("One step", () => (this.single = this.single.then(() => this.train(1))));
     const over = button("Start over", () => this.begin());
+    const first = button("As at first", () => this.turn(this.initial));
+    const [knobs, rest] = [this.names.slice(0, FIRST), this.names.slice(FIRST)].map((names) => this.buildKnobs(names));
+    this.ideas = config && this.buildIdeas();
+    const more = [controlRow(one, over, first), rest, this.ideas, this.buildSaving()];
+    this.more = h("details", { open: !config }, h("summary", {}, "More"), group("drawn", more).root);
     this.status = h("p", { class: "status" });
     [this.advice, this.said] = [0, 1].map(() => h("p", { role: "status" }));
     this.chart = new Chart("loss of training and validation at each step");
     this.samples = h("ol", { class: "samples" });
-    const open = h("label", { class: "control file" }, file, "Open a file");
-    const back = h("p", { class: "note" }, "A step's number shows that step, and training goes on from there.");
-    const parts = group(
-      "playing drawn",
-      controlRow(config && h("h2", {}, "Train a GPT"), this.go, one, over, this.saveButtons()),
-      group(
-        "training",
-        group("drawn", controlRow(this.pickText, open), this.field, this.note, config && this.buildIdeas()),
-        group("drawn", this.chart, this.status, this.advice, this.said),
-        group("drawn", h("h3", {}, "What it writes"), back, this.samples),
-      ),
-      group("knobs", this.pickers),
-      controlRow(button("As at first", () => this.turn(this.initial)), this.meaning),
-    ).root;
+    const inside = button("Look inside", () => app.tour.go(0));
+    const without = button("Take an idea away", () => this.showIdeas());
+    const own = button(OWN, () => this.chooseText(Object.keys(this.texts).length));
+    this.next = h("p", { class: "controls", hidden: true }, "And now?", inside, config && [without, own]);
+    const learns = [controlRow(this.pickText, open), this.field, this.note, knobs, this.go, this.more];
+    const writes = [h("h3", {}, "What it writes"), this.samples, this.chart, this.status, this.advice, this.said, this.next];
+    this.watched = group("drawn", writes).root;
+    const columns = group("training", group("drawn", learns), this.watched);
+    const parts = group("playing drawn", config && h("h2", {}, "Train a GPT"), columns).root;
     this.root.append(config ? parts : h("details", {}, h("summary", {}, "Train it further"), parts));
     this.root.hidden = false;
     this.root.ondragover = (event) => event.preventDefault();
@@ -105,17 +103,38 @@ class Playground {
     };
   }
 
+  /** Knobs, and below them what the one is that has the focus or is pointed at. */
+  buildKnobs(names) {
+    const meaning = h("p", { class: "note" });
+    const pickers = names.map((name) => {
+      const [label, , does] = KNOBS[name];
+      const options = this.choices(name);
+      const root = picker(label, options, 0, (i) => this.turn({ [name]: options[i] }));
+      root.dataset.knob = name;
+      const explain = () => (meaning.textContent = `${label}: ${does}. In a config file, ${name}.`);
+      for (const event of ["focusin", "pointerenter"]) root.addEventListener(event, explain);
+      this.pickers.push({ update: () => root.set(options.indexOf(this.knobs[name])) });
+      return root;
+    });
+    pickers[0].dispatchEvent(new Event("focusin"));
+    return group("drawn", group("knobs", pickers), meaning);
+  }
+
+  choices(name) {
+    return [...new Set([...KNOBS[name][1], this.initial[name]])];
+  }
+
   chooseText(i) {
     const name = Object.keys(this.texts)[i] ?? OWN;
     this.pickText.set(i);
-    this.setText(this.texts[name] ?? this.own);
+    this.setText(this.texts[name]?.trimStart() ?? this.own);
     if (name === OWN) this.field.focus();
   }
 
   setText(text) {
-    this.text = text.slice(0, LONGEST);
+    this.text = beginning(text, LONGEST);
     this.field.readOnly = text.length > EDITABLE;
-    const shown = this.field.readOnly ? `${text.slice(0, 2000)} …` : text;
+    const shown = this.field.readOnly ? `${beginning(text, 2000)} …` : text;
     if (this.field.value !== shown) this.field.value = shown;
     this.note.textContent =
       `${count(text.length)} characters${this.field.readOnly ? "; the first 2,000 are shown" : ""}` +
@@ -139,6 +158,29 @@ class Playground {
     }
   }
 
+  /** What an address says of this: the knobs that are not as at first, and the text, by its name or if it is short. */
+  address() {
+    if (!this.knobs) return {};
+    const { knobs, initial, texts, text } = this;
+    const name = Object.keys(texts).find((each) => texts[each].trimStart() === text);
+    const changed = this.names.filter((name) => knobs[name] !== initial[name]).map((name) => [name, knobs[name]]);
+    const learns = name ?? (text.length <= LINKED ? text : null);
+    if (learns !== null && learns !== Object.keys(texts)[0]) changed.push(["learns", learns]);
+    return Object.fromEntries(changed);
+  }
+
+  readAddress(hash) {
+    const query = new URLSearchParams(hash.slice(1));
+    for (const name of this.names) {
+      const given = this.choices(name).find((choice) => `${choice}` === query.get(name));
+      if (given !== undefined) this.knobs[name] = given;
+    }
+    const learns = query.get("learns");
+    const i = Object.keys(this.texts).indexOf(learns);
+    if (learns && i < 0) this.edit(learns);
+    else this.chooseText(Math.max(i, 0));
+  }
+
   /** Questions of the ladder: each trains the model with and without an idea. */
   buildIdeas() {
     let arms;
@@ -149,8 +191,14 @@ class Playground {
       says.textContent = `${text}${/\d\./.test(text) ? OF_SONNETS : ""}`;
     };
     choose(0);
-    const root = picker("Try an idea", Object.keys(IDEAS), 0, choose);
-    return [controlRow(root, button("Try it", () => this.compare(arms))), says];
+    const root = picker("Without", Object.keys(IDEAS), 0, choose);
+    const row = controlRow(root, button("Try it", () => this.compare(arms)));
+    return group("drawn", h("h3", {}, "Take an idea away"), row, says).root;
+  }
+
+  showIdeas() {
+    this.more.open = true;
+    this.ideas.querySelector("select").focus();
   }
 
   /** Train a model for each of these changes of the first settings, one after another, until one is paused. */
@@ -159,23 +207,26 @@ class Playground {
       this.chooseText(Object.keys(this.texts).indexOf(COMPARED));
       this.note.textContent = "On the sonnets, because the text before is too short to hold a part of it out.";
     }
-    for (const changes of arms) {
+    for (const [i, changes] of arms.entries()) {
+      this.round = `Model ${i + 1} of ${arms.length}: `;
       this.turn({ ...this.initial, ...changes });
       if (!(await this.begin())) return;
       await this.train();
+      this.round = "";
       if (this.now.step < this.knobs.max_iters) return;
     }
   }
 
-  saveButtons() {
+  buildSaving() {
     const files = [
-      ["playground.pt", () => torchSave(checkpointOf(this.trained())), "python sample.py --out_dir=playground.pt"],
-      ["playground.py", () => new Blob([configFile(this.trained())]), "python train.py playground.py"],
-      ["playground.txt", () => new Blob([this.now.text]), "python train.py --input=playground.txt"],
+      ["playground.pt", "the model", () => torchSave(checkpointOf(this.trained())), "python sample.py --out_dir=playground.pt"],
+      ["playground.py", "its settings", () => new Blob([configFile(this.trained())]), "python train.py playground.py"],
+      ["playground.txt", "its text", () => new Blob([this.now.text]), "python train.py --input=playground.txt"],
     ];
-    const wanted = this.config ? files : files.slice(0, 1);
-    const buttons = wanted.map(([file, ...rest]) => button(file, () => this.save(file, ...rest)));
-    return h("span", { class: "control", role: "group", "aria-label": "Save" }, "Save", buttons);
+    const item = ([file, what, make, command]) =>
+      h("li", {}, button(file, () => this.save(file, make)), ` ${what}, for `, h("code", {}, command));
+    const shown = this.config ? files : files.slice(0, 1);
+    return group("drawn", h("h3", {}, "Save it for HumptyGPT in Python"), h("ul", { class: "files" }, shown.map(item)));
   }
 
   /** What is saved: the model of this moment. */
@@ -184,24 +235,25 @@ class Playground {
     const { causal, ...model } = app.config;
     const settings = { ...training, ...only(now.knobs, training) };
     const tokens = now.step * settings.batch_size * model.block_size;
-    const progress = { ...this.record().progress, tokens, seconds: (now.ms * now.step) / 1000 };
+    const progress = { ...this.record().progress, tokens, seconds: (now.ms * (now.step - now.first)) / 1000 };
     const { tokenizer } = app.data;
     return { config: model, settings, defaults, tokenizer, weights: app.model.weights, progress };
   }
 
-  save(file, make, command) {
+  save(file, make) {
     const { name } = this.app.data.tokenizer;
     if (!this.now?.step) return this.tell("There is nothing to save before the first step.");
     if (name !== "char") return this.tell(`Not saved: only tokenizers of characters are written here, not ${name}.`);
     if (this.now.knobs.mask === "none") return this.tell("Not saved: model.py always has the mask.");
     h("a", { href: URL.createObjectURL(make()), download: file }).click();
-    this.tell(`${file} is saved. In a folder of HumptyGPT: ${command}`);
+    this.tell(`${file} is saved.`);
   }
 
   /** Set knobs. They hold for the next training. */
   turn(knobs) {
     Object.assign(this.knobs, knobs);
     for (const each of this.pickers) each.update();
+    if (this.app.state) this.app.keepSoon();
     if (!this.changed || !this.now) return this.tell("");
     this.tell(`${this.running ? "Paused. " : ""}Train begins a new model with this.`);
     this.pause();
@@ -233,6 +285,7 @@ class Playground {
     const config = this.config && { ...this.config, ...only(knobs, this.config), causal: knobs.mask === "causal" };
     const training = { ...this.training, ...only(knobs, this.training) };
     const problem = this.problem();
+    this.status.textContent = "Reading the text …";
     const begun = problem ? { problem } : await app.desk.ask("begin", { text, config, training });
     if (!begun.progress) {
       this.tell(begun.problem ?? ""); // no problem if a newer call has replaced this one
@@ -253,16 +306,20 @@ class Playground {
 
   /** Take this many steps, or all that are left of max_iters. If the text or a knob has changed, begin anew before. */
   async train(steps) {
+    this.next.hidden = true;
     if (this.changed && !(await this.begin())) return;
     await this.pause();
     const { step, first } = this.now;
     this.until = step + (steps ?? this.knobs.max_iters - ((step - first) % this.knobs.max_iters));
     this.go.textContent = "Pause";
+    if (this.watched.getBoundingClientRect().bottom > innerHeight) this.go.scrollIntoView();
     this.running = this.app.desk.ask("train", { until: this.until });
     await this.running;
     this.running = null;
     this.go.textContent = "Train";
+    this.next.hidden = Boolean(steps) || this.now.step < this.until;
     await this.app.follow();
+    this.app.describe(); // the worker may have moved the weights before it told of the last step
     this.draw();
   }
 
@@ -321,7 +378,7 @@ class Playground {
     const speed = now.ms ? `: ${now.ms.toFixed(0)} ms a step` : "";
     const left = this.running ? `, ${count(Math.ceil(((this.until - now.step) * now.ms) / 1000))} s to go` : "";
     const guess = `Guessing among ${tokens(V)} has a loss of ${guessing.toFixed(2)}.`;
-    this.status.textContent = `Step ${count(now.step)}${speed}${left}. ${guess}`;
+    this.status.textContent = `${this.round}Step ${count(now.step)}${speed}${left}. ${guess}`;
     const before = (each) => ({ name: differences(each.knobs, now.knobs), points: each.val, colour: each.colour });
     const lines = earlier.map(before);
     lines.push({ name: "validation", points: now.val, colour: 1 });
@@ -341,10 +398,11 @@ class Playground {
     const [, loss] = this.evaluated;
     const [bestStep, best] = val.reduce((a, b) => (b[1] < a[1] ? b : a));
     const worst = Math.max(...train.map(([, loss]) => loss));
+    if (!train.length) return "";
     if (Number.isNaN(worst)) return `${EXPLODED} Its numbers are no longer finite, so it stopped.`;
     if (worst > 1.5 * guessing) return `${EXPLODED} Its loss was up to ${count(Math.round(worst))}.`;
     if (knobs.mask === "none" && loss < guessing / 3) return CHEATS;
-    if (text.length < 10 * LEAST_HELD) return BY_HEART;
+    if (text.length < 10 * LEAST_HELD) return loss < KNOWN ? knows(text) : BY_HEART;
     if (loss > best + 0.05) return `The validation loss was lowest, ${best.toFixed(2)}, at step ${bestStep}: ${LATER}`;
     if (this.now.step - this.now.first !== knobs.max_iters) return HELD;
     return `Done: ${loss.toFixed(2)}. ${HELD} Train goes on from here, at the last learning rate.`;
@@ -355,9 +413,10 @@ const EXPLODED = "It exploded: each step goes too far, past where the loss is lo
 const CHEATS =
   "This loss is a lie. Without the mask a token sees those after it, so the model copies the next token instead of " +
   "predicting it. When it writes, there is no next token to copy: what it writes is nonsense.";
-const BY_HEART =
-  "This text is too short to hold a part of it out. The validation loss is that of the text itself: how well it is " +
-  "known by heart.";
+const KNOWN = 0.25; // nats a character
+const knows = (text) =>
+  `It now knows this text by heart. Type its beginning, “${beginning(text.trim(), 8)}”, below, and press Continue.`;
+const BY_HEART = "The text is short, so validation is on the text itself: how well it is known by heart.";
 const LATER = "since then it learns what is special to its text, and holds for no other. A longer text helps.";
 const HELD = "Validation is on the last tenth of the text, which it does not learn.";
 
@@ -366,7 +425,7 @@ const only = (knobs, keys) => Object.fromEntries(Object.entries(knobs).filter(([
 /** The settings in which a training differs from the present one. */
 function differences(knobs, now) {
   const names = Object.keys(knobs).filter((name) => knobs[name] !== now[name]);
-  return names.map((name) => `${name}=${knobs[name]}`).join(", ") || "the same, earlier";
+  return names.map((name) => `${KNOBS[name][0]} ${knobs[name]}`).join(", ") || "the same, earlier";
 }
 
 /** At most 150 points instead of many: the means of neighbours. */
@@ -421,4 +480,4 @@ const IDEAS = {
     "Through eight layers nothing of a token is left: the model learns only how frequent each character is, 3.09.",
   ],
 };
-const OF_SONNETS = " (Losses are those of the sonnets after 300 steps, with the other settings as at first.)";
+const OF_SONNETS = " (Means of three seeds on the sonnets after 300 steps, the other settings as at first: yours differ a little.)";

@@ -72,7 +72,7 @@ class Run {
     this.kept = []; // {step, val_loss, sample, and the state of the trainer} of some steps
     this.due = 0; // the next model is kept at this step or later
     this.losses = []; // [step, loss] of each step that the page does not know yet
-    this.ms = 0; // of the last step
+    this.taken = this.spent = 0; // steps, and the ms that they took, with evaluations, samples and answers to the page
     const numbers = 3 * this.trainer.weights.reduce((sum, { weight }) => sum + weight.data.length, 0);
     this.mostKept = Math.min(MOST_KEPT, Math.ceil(KEPT_NUMBERS / numbers) + 1);
   }
@@ -93,16 +93,16 @@ class Run {
     this.kept = this.kept.filter(({ step }) => step <= this.step); // after going back, others will follow
     const random = randomNumbers(this.settings.seed * 65537 + this.trainer.steps);
     const texts = Array.from({ length: this.settings.batch_size }, () => this.crop(this.train, random()));
-    const begin = performance.now();
     const loss = meanOf(this.trainer.step(texts).losses);
     this.losses.push([this.step - 1, loss]);
-    this.ms = performance.now() - begin;
+    this.taken++;
     this.failed = !Number.isFinite(loss);
   }
 
   /** How the training stands; losses: since the last call. */
   news() {
-    const { step, ms, losses } = this;
+    const { step, losses } = this;
+    const ms = this.taken && this.spent / this.taken; // a step, on average
     this.losses = [];
     return { step, ms, losses, kept: this.kept.map(({ step, val_loss, sample }) => ({ step, val_loss, sample })) };
   }

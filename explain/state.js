@@ -49,9 +49,9 @@ function readAddress(hash, sections, texts) {
 
 const ADDRESS = /^\w+(\.\w+)*(:\d+(,\d+){1,2}|\.(mean|std|rms):\d+)$/;
 
-/** The address of a state: its texts, and its differences from the initial state. */
-function writeAddress(state) {
-  const query = new URLSearchParams({ section: state.section });
+/** The address of a state: its texts, and its differences from the initial state. more: other keys and values. */
+function writeAddress(state, more) {
+  const query = new URLSearchParams({ section: state.section, ...more });
   const initial = initialState([], {});
   // with a number, all of them, because the number would select its own
   for (const name of COUNTED) if (state.number || state[name] !== initial[name]) query.set(name, state[name]);

@@ -59,7 +59,8 @@ class Talk {
     const text = app.tokenizer.decode(ids);
     element("text").value = text;
     app.goTo("model", { text, t: -1, key: -1, next: id ?? -1, number }, ids);
-    if (number) app.settled.then(() => app.drawer.body.querySelector("button:enabled")?.focus({ preventScroll: true }));
+    element("text").scrollTop = element("text").scrollHeight;
+    if (number) app.settled.then(() => app.drawer.enter());
   }
 
   /** Show the text of the conversation, up to the last token. */

@@ -14,6 +14,9 @@ makeTokenizer(data) returns
   encodeTurns(turns)    of a chat model, as in tokenizers/chat.py, with the beginning of a reply
 Bytes are written as strings of characters up to U+00FF. Text is taken by code points: for..of and [...text]. */
 
+/** The first n characters of a text, or n - 1, so that none of two UTF-16 units is cut in half. */
+const beginning = (text, n) => text.slice(0, n).replace(/[\ud800-\udbff]$/, "");
+
 const SPACE = "▁"; // sentencepiece's sign for a space
 
 /** data: as from tokenizer_data() in humptygpt/page/page_data.py. */

@@ -3,6 +3,7 @@
 const SHOWN = 8; // number of bars
 const OPENING = 40; // tokens that the model writes if the page has no text to open with
 const PANELS_EVERY = 150; // ms, while the model writes
+const LONGEST_ADDRESS = 100000; // characters; Firefox refuses a megabyte
 const ELSEWHERE = "Not for this model";
 const FOLDED = 96; // height of the folded head in pixels, as in style.css
 const element = (id) => document.getElementById(id);
@@ -66,6 +67,7 @@ class App {
     this.enterPicture = walkable(element("flow"));
     this.enterBars = walkable(element("bars"), { across: 2 });
     this.drawer = new Drawer(this);
+    this.tour = new Tour(this);
     this.playground = new Playground(this, data);
     if (model) this.show(data, model);
     else await this.playground.begin();
@@ -80,7 +82,9 @@ class App {
     }
     element("greedy").onchange = ({ target }) =>
       this.change({ sampling: { ...this.state.sampling, greedy: target.checked } });
-    element("write-one").onclick = () => this.writeOne();
+    element("write-one").onclick = () => this.writeOne().then(() => this.picture.lightUp());
+    element("tour-start").onclick = () => this.tour.go(0);
+    element("tour-start").hidden = this.stack !== "stack";
     element("skip").onclick = () => this.goTo(PANELS[0].id);
     element("go-on").onclick = () => (this.going ? this.stop() : this.goOn());
     listenToTokens(this);
@@ -158,7 +162,12 @@ class App {
     namedWeights(this.model).forEach(([, tensor], i) => (tensor.data = numbers[i]));
     this.model.meanOfHead = null;
     this.version++;
-    Object.assign(this.data, { steps, ...this.playground.record() });
+    this.data.steps = steps;
+    this.describe();
+  }
+
+  describe() {
+    Object.assign(this.data, this.playground.record());
     element("about").textContent = describeRun(this.data);
   }
 
@@ -209,9 +218,14 @@ class App {
 
   keep(how = "replaceState") {
     clearTimeout(this.keeping);
-    const hash = writeAddress(this.state);
-    if (hash !== this.hash) history[how](null, "", hash);
-    this.hash = hash;
+    const hash = writeAddress(this.state, this.playground.address());
+    if (hash === this.hash || hash.length > LONGEST_ADDRESS) return;
+    try {
+      history[how](null, "", hash);
+      this.hash = hash;
+    } catch {
+      this.keeping = setTimeout(() => this.keep(), 2000); // Safari refuses more than 100 in 10 s
+    }
   }
 
   /** hash: the event's hash, since keep() may have replaced the address meanwhile. */
@@ -262,7 +276,7 @@ class App {
 
   /** Spell out the number at this address. If it belongs to another token or head, that one becomes selected. */
   open(address, trail = []) {
-    if (address === this.state.number) return this.drawer.reveal();
+    if (address === this.state.number) return this.drawer.enter();
     const changes = changesTo(address);
     if (changes.t === this.at.t) delete changes.t;
     if ("t" in changes && !("next" in changes)) changes.next = -1;
@@ -337,7 +351,6 @@ class App {
   watchPanels() {
     const nav = element("sections");
     this.enterSections = walkable(nav, { entry: () => this.chipOfNow() });
-    hintAtMore(nav);
     const inSight = new IntersectionObserver((entries) => this.scrolled(entries), { rootMargin: "150px 0px" });
     this.watches = [inSight, new ResizeObserver((entries) => this.keepPlace(entries))];
     const scrolled = () => {
@@ -579,158 +592,6 @@ class App {
     this.keep();
     this.append(id, this.read.ids.length - later, true);
   }
-}
-
-/** The first of many texts. */
-const firstOf = (texts, separator) => texts.slice(0, 100).join(separator) + (texts.length > 100 ? " …" : "");
-const counted = (n, what) => `${n.toLocaleString("en")} ${what}${n === 1 ? "" : "s"}`;
-const tokens = (n) => counted(n, "token");
-
-function describeRun({ model, progress, metrics, parameters, tokenizer }) {
-  const kind = { window_mlp: "window network", gpt: "GPT", transformer: "encoder-decoder" }[model.model];
-  const V = tokenizer.pieces.lengths.length;
-  const attends = model.model !== "window_mlp";
-  const also = [model.position, model.qk_norm && "q/k norm", model.activation.replace("relu_squared", "ReLU²")];
-  if (model.mlp_conv) also.push(`convolution over ${tokens(model.mlp_conv)}`);
-  const several = model.n_members > 1;
-  const { best_val_loss: best, iter, best_iter: evaluated = iter } = progress;
-  const bits = metrics.find(({ val_loss }) => val_loss === best)?.val_bits_per_byte;
-  return (
-    `${kind}${several ? `, the first of ${model.n_members} members` : ""}: ` +
-    `${counted(model.n_layer, "layer")}${attends ? ` × ${counted(model.n_head, "head")}` : ""}, width ` +
-    `${model.n_embd}, context ${model.block_size}, ${tokens(V)}, ` +
-    `${(parameters / 1e6).toFixed(2)} million parameters; ` +
-    `${attends ? also.filter((name) => name && name !== "none").join(", ") : model.activation}. ` +
-    `Step ${iter.toLocaleString("en")}, ` +
-    `${best ? `validation loss ${best.toFixed(4)} nats a token` : "no evaluation yet"}` +
-    `${evaluated === iter ? "" : ` at step ${evaluated.toLocaleString("en")}`}` +
-    `${best && several ? " of their average" : ""}` +
-    `${bits ? ` (${bits.toFixed(2)} bits a byte)` : ""}${metrics.length ? "" : ", no metrics.jsonl"}`
-  );
-}
-
-/** The reason why this run lacks something, and a config whose run has it. */
-function missingNote(text, config) {
-  const command = h("code", {}, `python train.py config/${config}`);
-  return h("div", { class: "missing" }, h("p", {}, text), h("p", {}, "A run that has it: ", command));
-}
-
-const signs = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
-const hexadecimal = (byte) => `x${byte.toString(16).toUpperCase().padStart(2, "0")}`;
-
-/** The text of a token, with signs for invisible characters, and bytes that are no character by themselves in hex. */
-function shown(tokenizer, id) {
-  const text = signs(tokenizer.decode([id]));
-  if (!/[\ufffd\p{Cc}]/u.test(text)) return text;
-  return Array.from(tokenizer.pieces[id], hexadecimal).join(" ");
-}
-
-/** The ids of the n most probable tokens, the first one first. */
-function likeliest(probs, n) {
-  const best = [];
-  probs.forEach((p, id) => {
-    if (best.length === n && p <= probs[best[n - 1]]) return; // nearly all of a large vocabulary
-    best.splice(best.findLastIndex((other) => probs[other] >= p) + 1, 0, id);
-    best.length = Math.min(best.length, n);
-  });
-  return best;
-}
-
-/** The tokens, one of which is selected, and the characters that were skipped between them. */
-function showTokens(app) {
-  const { tokenizer, trace, at } = app;
-  const list = element("tokens");
-  for (const skipped of list.querySelectorAll("s")) skipped.remove();
-  while (list.children.length > trace.idx.length) list.lastChild.remove();
-  trace.idx.forEach((id, t) => {
-    const item = list.children[t] ?? list.appendChild(h("button", { type: "button" }, " "));
-    if (item.dataset.id !== `${id}`) {
-      const text = shown(tokenizer, id);
-      item.dataset.id = id;
-      item.firstChild.data = text;
-      item.setAttribute("aria-label", `position ${t} (from 0): ${text}, id ${id}`);
-    }
-    const chosen = t === at.t;
-    if (item.tabIndex !== (chosen ? 0 : -1)) item.tabIndex = chosen ? 0 : -1;
-    if (item.ariaPressed !== `${chosen}`) item.ariaPressed = chosen;
-  });
-  const chosen = list.children[at.t];
-  showSkipped(app, [...list.children]);
-  list.scrollTop = chosen.offsetTop - list.offsetTop - list.clientHeight + chosen.offsetHeight + 8;
-  list.scrollLeft = chosen.offsetLeft - list.offsetLeft - list.clientWidth + chosen.offsetWidth + 8;
-}
-
-function showSkipped({ read, trace }, items) {
-  const begin = trace.idx.length + (read.lost?.target ?? 0) - read.ids.length; // where the field's first token is
-  for (const { char, at } of read.skipped.text) {
-    const place = begin + at;
-    if (place < 0 || place > items.length) continue; // beyond the context
-    const struck = h("s", { title: "unknown to this model: skipped" }, signs(char));
-    element("tokens").insertBefore(struck, items[place] ?? null);
-  }
-}
-
-/** A click selects a token, and the arrow keys move the selection. The list listens, since a text has many tokens. */
-function listenToTokens(app) {
-  const list = element("tokens");
-  const items = list.getElementsByTagName("button");
-  const tokenAt = ({ target }) => [...items].indexOf(target);
-  list.onclick = (event) => tokenAt(event) >= 0 && app.select({ t: tokenAt(event) });
-  list.onpointerover = (event) => tokenAt(event) >= 0 && (event.target.title = event.target.ariaLabel);
-  list.onkeydown = (event) => {
-    const { t } = app.at;
-    const to = { ArrowLeft: t - 1, ArrowRight: t + 1, Home: 0, End: items.length - 1 }[event.key];
-    if (!items[to]) return;
-    event.preventDefault();
-    app.select({ t: to });
-    items[to].focus();
-  };
-}
-
-/** Buttons that scroll a list, if it is wider than its place. */
-function hintAtMore(list) {
-  const [back, on] = list.parentElement.querySelectorAll(".more");
-  const mark = () => {
-    back.hidden = on.hidden = list.scrollWidth <= list.parentElement.clientWidth;
-    back.disabled = list.scrollLeft < 1;
-    on.disabled = list.scrollLeft + list.clientWidth > list.scrollWidth - 1;
-  };
-  back.onclick = () => list.scrollBy(-0.6 * list.clientWidth, 0);
-  on.onclick = () => list.scrollBy(0.6 * list.clientWidth, 0);
-  list.addEventListener("scroll", mark, { passive: true });
-  new ResizeObserver(mark).observe(list);
-}
-
-/** The most probable next tokens. A bar appends its token, and its number leads to its sum. */
-function showBars(app) {
-  const { tokenizer, at } = app;
-  const list = element("bars");
-  const best = likeliest(app.probs(), SHOWN);
-  const last = at.t === app.trace.idx.length - 1;
-  element("bars-title").textContent = last ? "Next token" : `After position ${at.t}`;
-  const bar = last ? "A bar appends its token." : "A bar goes on from here with its token.";
-  element("bars-key").textContent = `${bar} A percentage shows how it was computed.`;
-  while (list.children.length > best.length) list.lastChild.remove();
-  best.forEach((id, i) => {
-    const [choose, number] = (list.children[i] ?? list.appendChild(barItem(app))).children;
-    const p = app.probs()[id];
-    const text = { "⏎": "⏎ new line", "␣": "␣ space" }[shown(tokenizer, id)] ?? shown(tokenizer, id);
-    choose.firstChild.textContent = text;
-    choose.lastChild.firstChild.style.width = `${100 * p}%`;
-    choose.setAttribute("aria-label", last ? `append ${text}` : `go on with ${text} after position ${at.t}`);
-    number.textContent = percent(p);
-    number.setAttribute("aria-label", `${percent(p)}: the sum of ${text}`);
-    number.setAttribute("aria-pressed", id === at.next);
-    for (const press of [choose, number]) Object.assign(press.dataset, { id, p });
-  });
-  app.enterBars();
-}
-
-function barItem(app) {
-  const bar = h("span", { class: "track" }, h("span", { class: "bar" }));
-  const choose = button([h("code"), bar], () => app.choose(+choose.dataset.id), { class: "choose" });
-  const number = button("", () => app.open(`probs:${app.at.t},${number.dataset.id}`), { class: "number" });
-  return h("li", {}, choose, number);
 }
 
 document.addEventListener("DOMContentLoaded", main);

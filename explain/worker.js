@@ -69,7 +69,6 @@ class Computer {
       answer = { problem: error.message };
     }
     this.post(wanted() ? { id, ...answer } : { id });
-    if (wanted() && topic === "read" && !answer.problem) await this.readAhead(wanted);
   }
 
   /** Compute the trace of these tokens, a few at a time; null if it is no longer wanted. */
@@ -98,17 +97,6 @@ class Computer {
   keep(trace, from) {
     const others = this.traces.filter((other) => other !== from || other === this.sent);
     this.traces = [trace, ...others].slice(0, KEPT);
-  }
-
-  /** If the context will soon be full, compute the trace of the half that will be left. */
-  async readAhead(wanted) {
-    const { ids, idx } = this.read;
-    const { block_size } = this.model.config;
-    if (this.model.config.model !== "gpt" || this.translates || idx.length < 0.75 * block_size) return;
-    const start = contextStart(this.model.config, ids.length + block_size + 1 - idx.length);
-    const next = ids.slice(start);
-    await new Promise((done) => setTimeout(done, 50)); // the page is painting, and there may be no third core
-    if (next.length && wanted()) await this.trace(next, { keep: true }, wanted, this.nearest(next));
   }
 
   /** The rows that the page does not have yet. */
@@ -153,7 +141,7 @@ const TOPICS = {
       const vocab_size = tokenizer.pieces.lengths.length;
       const model = untrainedModel({ ...config, vocab_size }, training.seed);
       const metrics = [{ iter: 0 }]; // the page adds those of the training
-      const page = { name: "Inside your GPT", task: "language modelling", metrics, start: text.trimStart().slice(0, START) };
+      const page = { name: "Inside your GPT", task: "language modelling", metrics, start: beginning(text.trimStart(), START) };
       opened = computer.open(model, { ...page, progress: { iter: 0 }, training, model: model.config, tokenizer });
     }
     const ids = computer.tokenizer.encode(text);
@@ -170,13 +158,16 @@ const TOPICS = {
 
   /** Train until this step, and tell the page about it on the way. A later question, with until=0, ends it. */
   async train({ run, post }, { until }, wanted) {
-    let told = performance.now();
+    let [told, from] = [performance.now(), performance.now()];
     while (run.step < until && wanted() && !run.failed) {
       run.advance();
       if (run.step >= run.due || run.step === until) run.keep();
-      if (performance.now() > told + TELL_EVERY) {
+      const now = performance.now();
+      run.spent += now - from;
+      from = now;
+      if (now > told + TELL_EVERY) {
         post({ event: run.news() });
-        told = performance.now();
+        told = now;
       }
       await nextMessage();
     }
@@ -196,7 +187,6 @@ const TOPICS = {
     const options = { source: read.source ?? null, keep: true };
     const trace = await computer.trace(read.idx, options, wanted, computer.nearest(read.idx, read.source));
     if (!trace) return null;
-    computer.read = read;
     const skipped = { text: computer.tokenizer.skipped(text), source: computer.tokenizer.skipped(source) };
     const { moved } = computer;
     computer.moved = null;
@@ -263,12 +253,6 @@ const TOPICS = {
     if (idx.length >= block_size) return { problem, full: true };
     const trace = await computer.trace(idx, { keep: true }, wanted, computer.nearest(idx));
     return trace && { logits: trace.logits.at(-1), probs: trace.probs.at(-1) };
-  },
-
-  /** The prediction after other tokens. */
-  async other(computer, { idx, source }, wanted) {
-    const trace = await computer.trace(idx, { source }, wanted, computer.nearest(idx, source));
-    return trace && { probs: trace.probs.at(-1) };
   },
 };
 

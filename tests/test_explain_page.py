@@ -86,7 +86,7 @@ class Opened:
         self.page.on("pageerror", lambda error: self.console.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(f"file://{path}{hash}")
-        self.page.wait_for_selector("#page[aria-busy=false] #bars button")
+        self.page.wait_for_selector("#page[aria-busy=false] #bars button", state="attached")
 
     def settle(self) -> None:
         """Wait until the page shows the numbers of the text."""
@@ -226,21 +226,21 @@ COMPUTER = """async () => {
   const ask = (topic, message) => computer.answer({ topic, id: id++, source: "", ...message });
   await ask("open", { text, checksum: dataset.checksum });
   const full = "Akis osal ".repeat(3) + "Ak";
-  await ask("read", { text: full });
+  await ask("read", { text: full.slice(0, 20) });
   rows.length = 0;
-  await ask("read", { text: full + "i" });
-  const beyond = rows.splice(0);
+  await ask("read", { text: full.slice(0, 21) });
+  const more = rows.splice(0);
   answers.length = 0;
   await Promise.all(Array.from({ length: 20 }, (_, i) => ask("read", { text: full.slice(i) + full.slice(0, i) })));
   const dropped = rows.splice(0).reduce((sum, n) => sum + n);
-  return [beyond, dropped, answers.filter(({ news }) => news).length];
+  return [more, dropped, answers.filter(({ news }) => news).length];
 }"""
 
 
 def test_a_key_computes_one_row_beside_the_page_and_outdated_keys_are_dropped(opened):
     view = opened()
-    beyond, computed, answered = view.page.evaluate(COMPUTER)
-    assert beyond == [1]  # the newest half of a full context is ready
+    more, computed, answered = view.page.evaluate(COMPUTER)
+    assert more == [1]
     assert (
         answered == 1 and computed <= 20 * 16 + 16
     )  # of 20 texts, half, and of the last one all
@@ -322,7 +322,6 @@ def test_a_translation_is_written_on_opening_and_says_what_it_does_not_read(open
     assert len(view.page.input_value("#text")) > 1
     view.until("document.getElementById('ended').textContent !== ''")
     assert view.page.inner_text("#ended").startswith("The context is full")
-    assert view.page.locator("#transformer .arcs line").count() > 1
     view.page.fill("#source", "Haus " * 20)
     view.page.wait_for_selector("#problem:not(:empty)")
     assert view.page.inner_text("#problem").startswith(
@@ -653,7 +652,7 @@ def test_a_control_keeps_the_focus_when_the_model_becomes_another_one(opened):
         press("Start over")
         assert view.page.locator(control).evaluate("it => it === document.activeElement")
     for width, control in {"16": "#arithmetic summary", "32": "#gpt select"}.items():
-        view.page.get_by_label("n_embd", exact=True).select_option(label=width)
+        view.page.locator("[data-knob=n_embd] select").select_option(label=width)
         view.page.focus(control)
         press("Start over")
         assert view.page.evaluate(FOCUSED_NOW)
@@ -678,6 +677,7 @@ def test_a_few_tabs_or_a_skip_lead_past_the_picture_and_arrow_keys_through_it(op
     for stop in (
         "#write-one",
         "#go-on",
+        "#tour-start",
         "#greedy",
         "#tokens",
         "#flow",
@@ -703,16 +703,15 @@ IN_SIGHT = """[...document.querySelectorAll("#sections button")].filter((chip) =
 }).map((chip) => chip.textContent)"""
 
 
-def test_every_section_is_in_sight_or_a_button_shows_that_there_are_more(opened):
+def test_every_section_is_in_sight_or_can_be_scrolled_to(opened):
     wide = opened()
     chips = wide.page.locator("#sections button").all_text_contents()
     assert wide.page.evaluate(IN_SIGHT) == chips and len(chips) == 17
-    assert not wide.page.is_visible(".more")
     phone = opened(viewport={"width": 390, "height": 844})
     seen = phone.page.evaluate(IN_SIGHT)
     assert len(seen) < 17
-    for _ in range(17):  # a click on a disabled button does nothing
-        phone.page.evaluate("document.querySelectorAll('.more')[1].click()")
+    for _ in range(17):
+        phone.page.evaluate("document.getElementById('sections').scrollLeft += 200")
         phone.settle()
         seen += phone.page.evaluate(IN_SIGHT)
     assert set(seen) == set(chips)

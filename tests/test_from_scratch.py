@@ -83,7 +83,7 @@ def test_a_step_of_adamw_ends_in_the_weights_of_the_trainer(both):
 
 
 def test_the_page_and_the_ladder_name_chapters_that_it_has():
-    page = (ROOT / "explain/panels.js").read_text(encoding="utf-8")
+    page = (ROOT / "explain/sections.js").read_text(encoding="utf-8")
     ladder = (ROOT / "docs/ladder.md").read_text(encoding="utf-8")
     listed = re.search(r"under the article's titles:(.*?)\.", ladder, re.DOTALL).group(1)
     chapters = re.findall('chapter: "(.*?)"', page) + " ".join(listed.split()).split(", ")
@@ -94,7 +94,7 @@ def test_the_page_and_the_ladder_name_chapters_that_it_has():
 
 
 def test_the_pages_sections_are_in_the_articles_order_and_end_with_how_the_model_came_to_be():
-    page = (ROOT / "explain/panels.js").read_text(encoding="utf-8")
+    page = (ROOT / "explain/sections.js").read_text(encoding="utf-8")
     source = (ROOT / "from_scratch.py").read_text(encoding="utf-8")
     chapters = re.findall('chapter: "(.*?)"', page)
     assert chapters == sorted(chapters, key=lambda name: source.index(f"# {name}"))

@@ -19,6 +19,7 @@ from humptygpt.page import page_data
 from humptygpt.training.settings import TrainConfig
 
 TEXT = "The text that it learns"
+MORE = "document.querySelector('#playground details').open = true"
 START = "Humpty Dumpty sat"
 SMALL = {"n_layer": 1, "n_embd": 16, "block_size": 16, "max_iters": 100}
 
@@ -49,8 +50,14 @@ def opened(browser, playground):
 
 
 def choose(view: Opened, **knobs) -> None:
+    view.page.evaluate(MORE)
     for name, value in knobs.items():
-        view.page.get_by_label(name, exact=True).select_option(label=f"{value}")
+        knob = view.page.locator(f"[data-knob={name}] select")
+        knob.select_option(label=f"{value}")
+
+
+def choose_text(view: Opened, name: str) -> None:
+    view.page.get_by_label("Text", exact=True).select_option(label=name)
 
 
 # seen from inside the page, because a short training ends between two looks from outside
@@ -123,17 +130,18 @@ def test_a_training_with_another_setting_keeps_the_curve_of_the_one_before(opene
     choose(view, norm="none")
     train_to_the_end(view)
     key = view.page.locator(".chart-key").first.inner_text()
-    assert re.search(r"norm=layernorm, [\d.]+ at the end", key)
-    choose(view, Text="Damian's sentences")
+    assert re.search(r"Norms layernorm, [\d.]+ at the end", key)
+    choose_text(view, "Damian's sentences")
     view.page.click("text=Start over")
     view.page.wait_for_selector("text=/Step 0\\./")
-    assert "norm" not in view.page.locator(".chart-key").first.inner_text()
+    assert "Norms" not in view.page.locator(".chart-key").first.inner_text()
 
 
 def test_a_typed_text_is_read_anew_by_a_model_with_another_alphabet(opened):
     view = opened()
     view.page.fill("#text", "a wall")
-    choose(view, Text="Sonnets by Shakespeare")
+    view.page.evaluate(MORE)
+    choose_text(view, "Sonnets by Shakespeare")
     view.page.click("text=Start over")
     view.page.wait_for_selector("text=Guessing among 59 tokens")
     sonnets = page_data.playground_data()["texts"]["Sonnets by Shakespeare"]
@@ -141,17 +149,17 @@ def test_a_typed_text_is_read_anew_by_a_model_with_another_alphabet(opened):
     assert view.state()["ids"] == ids
     view.page.fill("#text", "All")
     shown = view.page.locator("#tokens button").first
-    choose(view, Text="The rhyme")
+    choose_text(view, "The rhyme")
     view.page.click("text=Start over")
     view.page.wait_for_selector("text=Guessing among 29 tokens")
     assert view.state()["text"] == "All" and shown.inner_text() == "A"
 
 
-def test_a_model_of_ones_own_text_is_not_left_without_asking(opened):
+def test_a_training_is_not_left_without_asking(opened):
     view, asked = opened(), []
     view.page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
     view.page.reload()
-    view.page.get_by_label(TEXT).fill("abcabc")
+    view.page.evaluate(MORE)
     view.page.click("text=One step")
     view.page.wait_for_selector("text=/Step 1: /")
     assert asked == []
@@ -166,15 +174,17 @@ def test_an_idea_trains_with_and_without_it_one_after_the_other_on_a_text_with_v
     shorter.write_text(playground.read_text().replace("max_iters: 300", "max_iters: 100"))
     view = opened(shorter)
     choose(view, n_layer=8)  # an idea is tried with the first settings
-    choose(view, **{"Try an idea": "the MLP"})
+    view.page.get_by_label("Without", exact=True).select_option(label="the MLP")
     view.page.click("text=Try it")
-    view.page.wait_for_selector(".chart-key >> text=mlp=none", timeout=60_000)
+    view.page.wait_for_selector(".status >> text=/Model 1 of 2/")
+    view.page.wait_for_selector(".chart-key >> text=MLP none", timeout=60_000)
     view.page.wait_for_selector("text=/Step [1-9]/")
     view.page.get_by_role("button", name="Pause").click()
     view.page.wait_for_selector("button:text-is('Train')")
     assert step_of(view) < 100
-    assert view.page.get_by_label("mlp", exact=True).input_value() == "0"
-    assert view.page.get_by_label("n_layer", exact=True).input_value() == "1"
+    knob = "[data-knob={}] select"
+    assert view.page.locator(knob.format("mlp")).input_value() == "0"
+    assert view.page.locator(knob.format("n_layer")).input_value() == "1"
     assert view.page.get_by_label(TEXT).input_value().startswith("From fairest")
 
 

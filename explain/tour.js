@@ -1,0 +1,100 @@
+/* The tour: from the last letter to its numbers, through attention to the probabilities of the next one, with the model
+of this page. The reader begins it, and can leave it at any stop. */
+
+/** [section, what is pointed at, (app) => what is said]. A stop for whose section the model has nothing is left out. */
+const STOPS = [
+  [
+    "model",
+    "#tokens",
+    (app, token) =>
+      `Your model has read these tokens, ${/^(char|byte)$/.test(app.tokenizer.name) ? "single characters" : "parts of words"}. ` +
+      `It will say what comes next. We follow the last one, ${token}, on its way through the model.`,
+  ],
+  [
+    "embeddings",
+    "#embeddings .strip",
+    (app, token) =>
+      `To the model ${token} is a list of ${app.config.n_embd} numbers, its embedding, which training found. Each cell ` +
+      `is one of them: blue below zero, orange above. Select one to see its digits.`,
+  ],
+  [
+    "attention",
+    "#attention .arcs",
+    (app, token) => `Attention: ${token} looks back. ${attentionText(app)} What it reads is added to its own numbers.`,
+  ],
+  [
+    "mlp",
+    "#mlp .captioned",
+    (app, token) => `Then a small network works on the numbers of ${token} alone. These of its neurons are the strongest.`,
+  ],
+  [
+    "residual",
+    "#residual .contributions",
+    (app) =>
+      `So each part of each layer adds to the numbers. A bar says how far a part pushes the score of ` +
+      `“${shown(app.tokenizer, app.at.next)}”, to the right for it, to the left against it.`,
+  ],
+  [
+    "softmax",
+    "#softmax .captioned",
+    (app) =>
+      `Softmax makes probabilities of the scores: “${shown(app.tokenizer, app.at.next)}” has ` +
+      `${percent(app.probs()[app.at.next])}. One token is drawn by them, and appended to the text.`,
+  ],
+  [
+    "model",
+    "#bars",
+    () =>
+      "That is the whole way. Press “Write one token”, and it lights up, part by part, for the next one. A percentage " +
+      "leads to the sum that it was computed by.",
+  ],
+];
+
+class Tour {
+  constructor(app) {
+    this.app = app;
+    this.at = 0;
+    this.text = h("p", { role: "status" });
+    this.back = button("Back", () => this.go(this.at - 1));
+    this.on = button("Next", () => this.go(this.at + 1), { class: "main" });
+    const buttons = h("div", { class: "controls" }, this.back, this.on, button("Leave", () => this.leave()));
+    this.root = h("aside", { id: "tour", class: "missing drawn", "aria-label": "Tour", hidden: true }, this.text, buttons);
+    this.root.onkeydown = ({ key }) => key === "Escape" && this.leave();
+    element("page").prepend(this.root);
+  }
+
+  get stops() {
+    const { app } = this;
+    return STOPS.filter(([section]) => !app.lackOf(PANELS.find(({ id }) => id === section) ?? {}));
+  }
+
+  async go(i) {
+    const { app, stops } = this;
+    if (i === stops.length) return this.leave();
+    await app.settled;
+    const [section, selector, tell] = stops[i];
+    this.at = i;
+    app.goTo(section, { t: -1, key: -1, next: -1, number: null });
+    const token = tokenName(app, app.at.t);
+    this.text.textContent = `${i + 1} of ${stops.length}: ${tell(app, token)}`;
+    this.back.disabled = !i;
+    this.on.textContent = i + 1 === stops.length ? "Done" : "Next";
+    this.root.hidden = false;
+    this.on.focus({ preventScroll: true });
+    for (let frame = 0; frame < 4; frame++) await new Promise(requestAnimationFrame); // the page has scrolled
+    this.point(selector);
+  }
+
+  point(selector) {
+    document.querySelector(".toured")?.classList.remove("toured");
+    const place = selector && document.querySelector(selector);
+    place?.classList.add("toured");
+    place?.scrollIntoView({ block: "center" });
+  }
+
+  leave() {
+    this.root.hidden = true;
+    this.point(null);
+    element("text").focus({ preventScroll: true });
+  }
+}
