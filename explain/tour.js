@@ -59,7 +59,7 @@ class Tour {
     this.on = button("Next", () => this.go(this.at + 1), { class: "main" });
     const buttons = h("div", { class: "controls" }, this.back, this.on, button("Leave", () => this.leave()));
     this.root = h("aside", { id: "tour", class: "missing drawn", "aria-label": "Tour", hidden: true }, this.text, buttons);
-    this.root.onkeydown = ({ key }) => key === "Escape" && this.leave();
+    this.root.addEventListener("keydown", ({ key }) => key === "Escape" && this.leave());
     element("page").prepend(this.root);
   }
 

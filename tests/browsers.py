@@ -26,7 +26,9 @@ class Browser:
 
     def run(self, script: str, *args):
         """Run a script, which may use await, in the page. Returns what it returns."""
-        body = f"const done = arguments[arguments.length - 1]; (async () => {{ {script} }})()"
+        body = (
+            f"const done = arguments[arguments.length - 1]; (async () => {{ {script} }})()"
+        )
         waiting = f"{body}.then(done, (error) => done(`error: ${{error}}`));"
         answer = self.send("ExecuteAsyncScript", script=waiting, args=list(args))
         assert not f"{answer}".startswith("error: "), answer
@@ -34,8 +36,12 @@ class Browser:
 
     def press(self, *keys: str) -> None:
         """Press keys, one after another, each as the character that WebDriver has for it."""
-        steps = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
-        self.send("PerformActions", actions=[{"type": "key", "id": "keys", "actions": steps}])
+        steps = [
+            {"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")
+        ]
+        self.send(
+            "PerformActions", actions=[{"type": "key", "id": "keys", "actions": steps}]
+        )
 
 
 class Firefox(Browser):
@@ -74,13 +80,6 @@ class Firefox(Browser):
 class WebKit(Browser):
     """WebKitGTK's MiniBrowser, which stands for Safari, over HTTP."""
 
-    PATHS = {
-        "Navigate": "url",
-        "ExecuteAsyncScript": "execute/async",
-        "PerformActions": "actions",
-        "SetTimeouts": "timeouts",
-    }
-
     def __init__(self, folder: Path):
         port = free_port()
         screen = ["xvfb-run", "-a", "-s", "-screen 0 1440x900x24"]
@@ -88,15 +87,18 @@ class WebKit(Browser):
         self.process = start([*screen, "WebKitWebDriver", f"--port={port}"], **home)
         connect(port).close()
         self.session = f"http://127.0.0.1:{port}/session"
-        capabilities = {"alwaysMatch": {"webkitgtk:browserOptions": {"args": ["--automation"]}}}
+        capabilities = {
+            "alwaysMatch": {"webkitgtk:browserOptions": {"args": ["--automation"]}}
+        }
         self.session += f"/{self.post('', capabilities=capabilities)['sessionId']}"
         self.send("SetTimeouts", script=120_000)
 
     def send(self, command: str, **parameters):
-        return self.post(f"/{self.PATHS[command]}", **parameters)
+        return self.post(f"/{PATHS[command]}", **parameters)
 
     def post(self, path: str, **parameters):
-        request = urllib.request.Request(self.session + path, json.dumps(parameters).encode())
+        sent = json.dumps(parameters).encode(), {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.session + path, *sent)
         with urllib.request.urlopen(request, timeout=180) as answer:
             return json.load(answer)["value"]
 
@@ -107,6 +109,12 @@ class WebKit(Browser):
         self.process.wait()
 
 
+PATHS = {
+    "Navigate": "url",
+    "ExecuteAsyncScript": "execute/async",
+    "PerformActions": "actions",
+    "SetTimeouts": "timeouts",
+}
 BROWSERS = {
     Firefox: ["firefox-esr"],
     WebKit: ["WebKitWebDriver", "xvfb-run"],

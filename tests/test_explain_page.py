@@ -293,6 +293,30 @@ def back(view) -> None:
     view.settle()
 
 
+def test_a_second_enter_leads_into_the_drawer_and_escape_back(opened):
+    view = opened(hash="#section=embeddings")
+    view.page.focus("#embeddings .strip canvas")
+    view.page.keyboard.press("ArrowRight")
+    view.page.wait_for_selector("#drawer >> text=Enter once more leads into this")
+    view.page.keyboard.press("Enter")
+    assert view.page.evaluate("document.activeElement.closest('#drawer') !== null")
+    view.page.keyboard.press("Escape")
+    assert view.page.evaluate("document.activeElement.matches('#embeddings canvas')")
+
+
+def test_the_focus_is_never_under_the_bars(opened):
+    view = opened(hash="#section=softmax")
+    view.page.focus("#softmax .scroll")
+    top = "document.activeElement.getBoundingClientRect().top"
+    for _ in range(12):
+        view.page.keyboard.press("Shift+Tab")
+        view.until(f"{top} > 0 || document.activeElement.closest('#top')")
+        inside = "document.activeElement.closest('main') !== null"
+        if view.page.evaluate(inside):
+            bars = "document.getElementById('sections-part').getBoundingClientRect().bottom"
+            assert view.page.evaluate(f"{top} >= {bars}")
+
+
 def test_back_leads_through_numbers_and_sections_and_escape_closes_the_drawer(opened):
     view = opened()
     head = view.page.locator("#arithmetic h3")

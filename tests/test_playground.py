@@ -159,6 +159,7 @@ def test_a_training_is_not_left_without_asking(opened):
     view, asked = opened(), []
     view.page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
     view.page.reload()
+    view.page.wait_for_selector("#page[aria-busy=false] #bars button")
     view.page.evaluate(MORE)
     view.page.click("text=One step")
     view.page.wait_for_selector("text=/Step 1: /")
@@ -262,3 +263,182 @@ def test_a_page_that_was_frozen_while_it_trained_has_lost_nothing(opened):
     assert step_of(view) == 300
     now = view.page.locator(".samples li").all_text_contents()
     assert now[-len(kept) :][-1] == kept[-1] and len(now) > len(kept)
+
+
+def bottom_of(view: Opened, selector: str) -> float:
+    box = view.page.locator(selector).bounding_box()
+    return box["y"] + box["height"]
+
+
+def test_it_opens_with_a_text_one_big_button_and_four_knobs_in_words(opened):
+    view = opened()
+    knobs = view.page.locator("[data-knob]:visible label").all_inner_texts()
+    assert knobs == ["Size", "Layers", "Heads", "Learning rate"]
+    assert "numbers the model has for a character" in view.page.inner_text(".playing")
+    assert view.page.get_by_label(TEXT).input_value().startswith("Humpty Dumpty sat")
+    view.page.click("summary >> text=More")
+    assert view.page.locator("[data-knob]:visible").count() == 15
+    assert "the model, for python sample.py" in view.page.inner_text(".files")
+
+
+def test_on_a_phone_what_it_writes_and_the_curve_come_into_sight_when_it_trains(
+    browser, playground
+):
+    view = Opened(browser, playground, viewport={"width": 390, "height": 700})
+    assert bottom_of(view, ".playing .chart") > 700
+    choose_and_close(view, **SMALL)
+    train_to_the_end(view)
+    view.page.wait_for_selector("text=And now?")
+    for seen in (".playing button.main", ".samples", ".playing .chart"):
+        box = view.page.locator(seen).bounding_box()
+        assert box["y"] >= 0 and box["y"] + box["height"] <= 700, seen
+    view.context.close()
+
+
+def choose_and_close(view: Opened, **knobs) -> None:
+    choose(view, **knobs)
+    view.page.evaluate(MORE.replace("true", "false"))
+
+
+def test_at_the_end_it_says_what_happened_and_offers_three_steps(opened):
+    view = opened()
+    choose(view, n_layer=1, n_embd=32, learning_rate=0.01)
+    assert not view.page.is_visible("text=And now?")
+    train_to_the_end(view)
+    view.page.wait_for_selector("text=/now knows this text by heart.*“Humpty D”/")
+    view.page.get_by_role("button", name="Take an idea away").click()
+    assert view.page.evaluate("document.activeElement.matches('.playing details select')")
+    view.page.get_by_role("button", name="Your own text").click()
+    view.page.keyboard.type("abab")
+    assert view.page.get_by_label(TEXT).input_value() == "abab"
+
+
+def test_the_tour_leads_through_ones_own_model_and_can_be_left_at_any_stop(opened):
+    view = opened()
+    view.page.click("#tour-start")
+    tour = view.page.locator("#tour")
+    for stop in range(1, 8):
+        view.page.wait_for_selector(f"#tour >> text=/^{stop} of 7: /")
+        view.page.wait_for_selector(".toured")
+        view.until(
+            "document.querySelector('.toured').getBoundingClientRect().top < innerHeight"
+        )
+        assert view.page.evaluate("document.activeElement.closest('#tour') !== null")
+        view.page.keyboard.press("Enter")
+    view.page.wait_for_selector("#tour", state="hidden")
+    view.page.click("#tour-start")
+    view.page.wait_for_selector("#tour >> text=/^1 of 7: /")
+    view.page.keyboard.press("Escape")
+    assert not tour.is_visible() and view.page.locator(".toured").count() == 0
+    choose(view, mlp="none")
+    view.page.click("text=Start over")
+    view.until("!document.querySelector('.part.mlp')")
+    view.page.click("#tour-start")
+    view.page.wait_for_selector("#tour >> text=/^1 of 6: /")
+
+
+def test_a_token_that_is_written_lights_its_way_up_unless_nothing_should_move(
+    browser, playground
+):
+    lit = "document.getAnimations().map(({ effect }) => effect.getComputedTiming().endTime)"
+    for motion in ("no-preference", "reduce"):
+        view = Opened(browser, playground, reduced_motion=motion)
+        view.page.click("#write-one")
+        view.settle()
+        if motion == "reduce":
+            assert view.page.evaluate(lit) == []
+        else:
+            view.until("document.getAnimations().length > 6")
+            assert max(view.page.evaluate(lit)) < 2000
+        view.context.close()
+
+
+def test_the_picture_changes_while_it_trains(opened):
+    view = opened()
+    choose(view, n_embd=16, n_layer=1)
+    seen = (
+        "[...document.querySelectorAll('#flow canvas')].map((it) => it.toDataURL()).join()"
+    )
+    seen = f"{seen} + document.getElementById('bars').textContent"
+    before = view.page.evaluate(seen)
+    view.page.get_by_role("button", name="Train", exact=True).click()
+    view.page.wait_for_selector("button:text-is('Pause')")
+    view.page.wait_for_function(f"(before) => {seen} !== before", arg=before)
+    assert view.page.is_visible("button:text-is('Pause')")
+
+
+def test_a_link_carries_the_knobs_and_a_short_text(opened, playground):
+    view = opened()
+    choose(view, n_embd=32, learning_rate=0.01, position="alibi")
+    view.page.get_by_label(TEXT).fill("one two, one two")
+    view.until("location.hash.includes('learns=one')")
+    link = view.page.url.partition("#")[2]
+    other = Opened(view.context.browser, playground, f"#{link}")
+    assert other.page.get_by_label(TEXT).input_value() == "one two, one two"
+    for name, value in {
+        "n_embd": "32",
+        "learning_rate": "0.01",
+        "position": "alibi",
+    }.items():
+        chosen = (
+            f"document.querySelector('[data-knob={name}] select').selectedOptions[0].text"
+        )
+        assert other.page.evaluate(chosen) == value
+    assert other.page.inner_text("#about").startswith("GPT: 2 layers × 4 heads, width 32")
+    other.context.close()
+    view.page.get_by_label(TEXT).fill("long " * 1000)
+    view.until("!location.hash.includes('learns=')")
+    odd = Opened(view.context.browser, playground, "#n_embd=33&learning_rate=x&learns=")
+    assert "width 64" in odd.page.inner_text("#about")
+    odd.context.close()
+
+
+def test_no_text_is_cut_within_a_character_and_what_is_invisible_is_shown_in_bytes(opened):
+    view = opened()
+    view.page.get_by_label(TEXT).fill("elevenchars👩 and more\u200d of it👩")
+    view.page.evaluate(MORE)
+    view.page.click("text=Start over")
+    view.page.wait_for_selector("text=/Step 0\\./")
+    view.settle()
+    assert view.state()["complaint"] == ""
+    view.page.fill("#text", "more\u200d")
+    assert view.state()["complaint"] == ""
+    assert view.page.locator("#tokens button").last.inner_text() == "xE2 x80 x8D"
+
+
+AVERAGED = """async () => {
+  let clock = 0;
+  performance.now = () => clock;
+  const state = { first: 0, trainer: { steps: 0 }, kept: [], due: 2, losses: [], taken: 0, spent: 0, failed: false };
+  const run = Object.assign(Object.create(Run.prototype), state);
+  run.advance = () => { clock += 10; run.trainer.steps++; run.taken++; };
+  run.keep = () => { clock += 100; run.due = Infinity; };
+  await TOPICS.train({ run, post() {} }, { until: 4 }, () => true);
+  return run.news().ms;
+}"""
+
+
+def test_the_time_of_a_step_is_an_average_with_evaluations_and_samples(opened):
+    assert opened().page.evaluate(AVERAGED) == (4 * 10 + 2 * 100) / 4
+
+
+def test_in_print_no_line_of_the_toy_crosses_its_text_and_nothing_is_clipped(opened):
+    view = opened()
+    choose(view, **SMALL)
+    train_to_the_end(view)
+    view.page.emulate_media(media="print")
+    assert not view.page.is_visible(".network svg")
+    clipped = "(it) => it.scrollHeight > it.clientHeight + 1"
+    for part in (".samples", ".playing textarea"):
+        assert not view.page.locator(part).evaluate(clipped), part
+
+
+def test_two_runs_and_guessing_are_drawn_in_three_ways(opened):
+    view = opened()
+    choose(view, **SMALL)
+    for norm in ("layernorm", "none", "rmsnorm"):
+        choose(view, norm=norm)
+        train_to_the_end(view)
+    look = "(all) => all.map((it) => getComputedStyle(it)).map((x) => x.stroke + x.strokeDasharray)"
+    lines = view.page.locator(".playing .chart path:not(.axes)")
+    assert lines.count() == 5 and len(set(lines.evaluate_all(look))) == 5

@@ -116,6 +116,17 @@ def test_a_reply_appears_token_by_token_and_its_characters_whole(reciter, opened
     assert page.locator("article b").count() == 0
 
 
+def test_the_newest_reply_ends_above_the_input(reciter, opened):
+    page = opened(reciter, viewport={"width": 390, "height": 500})
+    for i in range(3):
+        say(page)
+        wait_for_reply(page, index=i)
+        wait_until_done(page)
+        ends = "[...document.querySelectorAll('article')].at(-1).getBoundingClientRect().bottom"
+        footer = "document.querySelector('footer').getBoundingClientRect().top"
+        assert page.evaluate(f"{ends} <= {footer}")
+
+
 @pytest.mark.parametrize("by", ["button", "key"])
 def test_a_reply_that_is_stopped_within_a_word_stays_and_can_be_continued(
     reciter, opened, by

@@ -159,6 +159,19 @@ def test_a_token_leads_to_its_sum_and_back_leads_to_the_conversation(opened, loa
     assert replies(view.page) == [WHOLE, reply]
 
 
+def test_nothing_of_the_page_below_shows_through_and_its_field_is_at_the_last_token(opened):
+    view = opened(viewport={"width": 390, "height": 844})
+    page = view.page.locator("#page")
+    assert page.evaluate("it => getComputedStyle(it).visibility") == "hidden"
+    for question in ("wall 3", "king 5", "egg 1"):
+        ask(view, question)
+    view.page.get_by_role("button", name="See how it computes").click()
+    assert page.evaluate("it => getComputedStyle(it).visibility") == "visible"
+    view.settle()
+    end = "it => [it.scrollTop > 0, it.scrollHeight - it.clientHeight - it.scrollTop < 2]"
+    assert view.page.locator("#text").evaluate(end) == [True, True]
+
+
 def test_the_rest_of_the_page_shows_the_conversation_and_a_chip_leads_back(opened, loaded):
     run, view = loaded(), opened()
     reply = ask(view, "king 5")

@@ -1,0 +1,102 @@
+"""The playground in Firefox and in WebKit, which stands for Safari: see tests/browsers.py."""
+
+import pytest
+from browsers import Firefox, WebKit, start_browser
+
+import explain
+
+ARROW_RIGHT = "\ue014"
+KNOBS = "#n_layer=1&n_embd=32&learning_rate=0.01"
+UNTIL = """const until = async (done) => {
+  while (!done()) await new Promise((next) => setTimeout(next, 20));
+};
+const element = (id) => document.getElementById(id);
+const calm = () => until(() => element("page").ariaBusy === "false" && element("bars").children.length);
+"""
+
+
+@pytest.fixture(scope="module")
+def playground(tmp_path_factory):
+    path = tmp_path_factory.mktemp("playground") / "playground.html"
+    explain.main([f"--playground={path}"])
+    return path
+
+
+@pytest.fixture(scope="module", params=[Firefox, WebKit])
+def browser(request, tmp_path_factory):
+    opened = start_browser(request.param, tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def opened(browser, playground):
+    """Opens the playground; afterwards no script must have failed."""
+
+    def open_page(hash: str = ""):
+        browser.open("about:blank")
+        browser.open(f"file://{playground}{hash}")
+        browser.run(
+            f"""window.failures = [];
+            for (const kind of ["error", "unhandledrejection"])
+              addEventListener(kind, ({{ message, reason }}) => failures.push(`${{message ?? reason}}`));
+            {UNTIL} await calm();"""
+        )
+        return browser
+
+    yield open_page
+    assert browser.run("return window.failures") == []
+
+
+def test_the_rhyme_is_recited_after_a_training(opened):
+    page = opened(KNOBS)
+    said = page.run(
+        f"""{UNTIL}
+        const press = (name) => [...document.querySelectorAll("button")].find((it) => it.textContent === name).click();
+        press("Train");
+        await until(() => element("playground").textContent.includes("by heart. Type its beginning"));
+        await calm();
+        element("text").value = "Humpty D";
+        element("text").dispatchEvent(new Event("input", {{ bubbles: true }}));
+        await calm();
+        element("greedy").click();
+        press("Continue");
+        await until(() => element("text").value.length > 25);
+        press("Stop");
+        return element("text").value;"""
+    )
+    assert said.startswith("Humpty Dumpty had a great") or said.startswith(
+        "Humpty Dumpty sat on a"
+    )
+
+
+def test_the_drawer_follows_a_held_arrow_key_and_the_address_its_last_number(opened):
+    page = opened("#section=embeddings")
+    page.run("document.querySelector('#embeddings .strip canvas').focus()")
+    for _ in range(6):
+        page.press(*[ARROW_RIGHT] * 25)
+    number = page.run(
+        f"""{UNTIL}
+        await calm();
+        const shown = () => document.querySelector("#embeddings .strip canvas").getAttribute("aria-valuenow");
+        await until(() => location.hash.includes(`number=wte%3A11%2C${{shown()}}`));
+        return [shown(), element("arithmetic").querySelector("h3").textContent];"""
+    )
+    assert number[0] == "63" and "63" in number[1]
+
+
+def test_a_text_of_a_megabyte_is_read_and_its_tokens_can_be_selected(opened):
+    page = opened()
+    chosen = page.run(
+        f"""{UNTIL}
+        element("text").value = "Humpty ".repeat(150000);
+        element("text").dispatchEvent(new Event("input", {{ bubbles: true }}));
+        await until(() => element("tokens").children.length > 30);
+        await calm();
+        await new Promise((next) => setTimeout(next, 400));
+        element("tokens").children[3].click();
+        await calm();
+        await new Promise((next) => setTimeout(next, 400));
+        return element("tokens").children[3].ariaPressed;"""
+    )
+    assert chosen == "true"
