@@ -5,7 +5,7 @@ from browsers import Firefox, WebKit, start_browser
 
 import explain
 
-ARROW_RIGHT = "\ue014"
+ARROW_LEFT, ARROW_RIGHT = "\ue012", "\ue014"
 KNOBS = "#n_layer=1&n_embd=32&learning_rate=0.01"
 UNTIL = """const until = async (done) => {
   while (!done()) await new Promise((next) => setTimeout(next, 20));
@@ -37,15 +37,16 @@ def opened(browser, playground):
         browser.open("about:blank")
         browser.open(f"file://{playground}{hash}")
         browser.run(
-            f"""window.failures = [];
+            f"""const {{ dataset }} = document.documentElement;
+            dataset.failures = "";
             for (const kind of ["error", "unhandledrejection"])
-              addEventListener(kind, ({{ message, reason }}) => failures.push(`${{message ?? reason}}`));
+              addEventListener(kind, ({{ message, reason }}) => (dataset.failures += `${{message ?? reason}} `));
             {UNTIL} await calm();"""
         )
         return browser
 
     yield open_page
-    assert browser.run("return window.failures") == []
+    assert browser.run("return document.documentElement.dataset.failures") == ""
 
 
 def test_the_rhyme_is_recited_after_a_training(opened):
@@ -73,8 +74,11 @@ def test_the_rhyme_is_recited_after_a_training(opened):
 def test_the_drawer_follows_a_held_arrow_key_and_the_address_its_last_number(opened):
     page = opened("#section=embeddings")
     page.run("document.querySelector('#embeddings .strip canvas').focus()")
-    for _ in range(6):
-        page.press(*[ARROW_RIGHT] * 25)
+    for key in (ARROW_RIGHT, ARROW_LEFT, ARROW_RIGHT):
+        for _ in range(3):
+            page.press(
+                *[key] * 20
+            )  # 180 numbers are opened: Safari refuses 100 addresses in 10 s
     number = page.run(
         f"""{UNTIL}
         await calm();
@@ -82,14 +86,14 @@ def test_the_drawer_follows_a_held_arrow_key_and_the_address_its_last_number(ope
         await until(() => location.hash.includes(`number=wte%3A11%2C${{shown()}}`));
         return [shown(), element("arithmetic").querySelector("h3").textContent];"""
     )
-    assert number[0] == "63" and "63" in number[1]
+    assert number[0] == "60" and "60" in number[1]
 
 
-def test_a_text_of_a_megabyte_is_read_and_its_tokens_can_be_selected(opened):
+def test_a_text_of_two_megabytes_is_read_and_never_becomes_an_address(opened):
     page = opened()
     chosen = page.run(
         f"""{UNTIL}
-        element("text").value = "Humpty ".repeat(150000);
+        element("text").value = "Humpty ".repeat(300000);
         element("text").dispatchEvent(new Event("input", {{ bubbles: true }}));
         await until(() => element("tokens").children.length > 30);
         await calm();
@@ -97,6 +101,6 @@ def test_a_text_of_a_megabyte_is_read_and_its_tokens_can_be_selected(opened):
         element("tokens").children[3].click();
         await calm();
         await new Promise((next) => setTimeout(next, 400));
-        return element("tokens").children[3].ariaPressed;"""
+        return [element("tokens").children[3].ariaPressed, location.hash.length < 100000];"""
     )
-    assert chosen == "true"
+    assert chosen == ["true", True]

@@ -356,14 +356,16 @@ def test_a_token_that_is_written_lights_its_way_up_unless_nothing_should_move(
 def test_the_picture_changes_while_it_trains(opened):
     view = opened()
     choose(view, n_embd=16, n_layer=1)
+    view.page.click("text=Start over")
+    view.until("document.getElementById('about').textContent.includes('width 16')")
+    view.settle()
     seen = (
         "[...document.querySelectorAll('#flow canvas')].map((it) => it.toDataURL()).join()"
     )
     seen = f"{seen} + document.getElementById('bars').textContent"
-    before = view.page.evaluate(seen)
+    view.page.evaluate(f"window.before = {seen}")
     view.page.get_by_role("button", name="Train", exact=True).click()
-    view.page.wait_for_selector("button:text-is('Pause')")
-    view.page.wait_for_function(f"(before) => {seen} !== before", arg=before)
+    view.until(f"{seen} !== before")
     assert view.page.is_visible("button:text-is('Pause')")
 
 
@@ -433,12 +435,15 @@ def test_in_print_no_line_of_the_toy_crosses_its_text_and_nothing_is_clipped(ope
         assert not view.page.locator(part).evaluate(clipped), part
 
 
-def test_two_runs_and_guessing_are_drawn_in_three_ways(opened):
+def test_runs_are_drawn_in_colours_of_their_own_and_only_guessing_is_dashed(opened):
     view = opened()
     choose(view, **SMALL)
     for norm in ("layernorm", "none", "rmsnorm"):
         choose(view, norm=norm)
         train_to_the_end(view)
-    look = "(all) => all.map((it) => getComputedStyle(it)).map((x) => x.stroke + x.strokeDasharray)"
-    lines = view.page.locator(".playing .chart path:not(.axes)")
-    assert lines.count() == 5 and len(set(lines.evaluate_all(look))) == 5
+    look = "(all) => all.map((it) => getComputedStyle(it)).map((x) => [x.stroke, x.strokeDasharray])"
+    guessing, *runs = view.page.locator(".playing .chart path:not(.axes)").evaluate_all(
+        look
+    )
+    colours = {colour for colour, dashes in runs if dashes == "none"}
+    assert len(runs) == len(colours) == 4 and guessing[1] != "none"
