@@ -91,7 +91,7 @@ STEPS = """([texts, T, count]) => {
 
 # Milliseconds from opening the page until a sample has the rhyme, and until the training has ended.
 RECITED = """rhyme => new Promise((done) => {
-  const go = document.querySelector("button.main");
+  const go = document.querySelector("#playground .main");
   let recited = null;
   const look = () => {
     const samples = [...document.querySelectorAll(".samples code")];

@@ -42,8 +42,9 @@ function leafPanel() {
     toggle(["Bias", "ReLU"][i], false, (on) => ((state[name] = on), draw())),
   );
   draw();
+  darkScheme.addEventListener("change", draw);
   const controls = [controlRow(presets, switches, colour), group("controls wide", sliders)];
-  return [...controls, { root: drawing, update: draw }, group("drawn", sum, verdict)];
+  return [...controls, drawing, group("drawn", sum, verdict)];
 }
 
 function networkColumns({ x, sums, hidden, output }, { selected, relu }, onSelect) {

@@ -359,10 +359,10 @@ class App {
     };
     addEventListener("scroll", scrolled, { passive: true });
     const stuck = new ResizeObserver(() => {
-      const { style } = document.documentElement;
-      if (!document.body.classList.contains("folded")) this.full = element("top").offsetHeight;
-      style.setProperty("--full", `${this.full}px`);
-      style.setProperty("--stuck", `${this.heightOfBars()}px`);
+      const top = element("top");
+      if (!document.body.classList.contains("folded")) this.full = top.offsetHeight;
+      top.style.setProperty("--full", `${this.full}px`);
+      document.documentElement.style.setProperty("--stuck", `${this.heightOfBars()}px`);
     });
     for (const id of ["top", "sections-part"]) stuck.observe(element(id));
     element("unfold").onclick = () => this.fold(!document.body.classList.contains("unfolded"));

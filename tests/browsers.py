@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -105,7 +106,7 @@ class WebKit(Browser):
     def close(self) -> None:
         request = urllib.request.Request(self.session, method="DELETE")
         urllib.request.urlopen(request, timeout=WAIT).close()
-        self.process.terminate()
+        os.killpg(self.process.pid, signal.SIGTERM)  # the screen, too
         self.process.wait()
 
 
@@ -136,7 +137,8 @@ def free_port() -> int:
 
 def start(command: list[str], **environment: str) -> subprocess.Popen:
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, env={**os.environ, **environment}, **silent)
+    own = {"start_new_session": True, "env": {**os.environ, **environment}}
+    return subprocess.Popen(command, **own, **silent)
 
 
 def connect(port: int) -> socket.socket:
