@@ -82,7 +82,7 @@ class Tour {
     this.root.hidden = false;
     this.on.focus({ preventScroll: true });
     for (let frame = 0; frame < 4; frame++) await new Promise(requestAnimationFrame); // the page has scrolled
-    this.point(selector);
+    if (this.at === i && !this.root.hidden) this.point(selector); // unless the reader has gone on or left meanwhile
   }
 
   point(selector) {
