@@ -45,7 +45,7 @@ class Chat {
       else if (this.edited !== null) this.stopEditing();
     });
     this.draw();
-    root.scrollTop = root.scrollHeight;
+    scrollToEnd(root);
   }
 
   build() {
@@ -243,7 +243,7 @@ class Chat {
     if (model.is_chat) messages.push({ role: "user", content: text }, { role: "assistant" });
     else messages.push({ role: "text", start: text });
     this.write(messages.length - 1, []);
-    this.root.scrollTop = this.root.scrollHeight;
+    scrollToEnd(this.root);
   }
 
   clear() {
@@ -289,10 +289,15 @@ class Chat {
     if (this.running !== own) return;
     this.running = null;
     this.status.textContent = this.contentOf(message);
+    this.keepEnd(() => this.draw()); // it brings buttons back
+  }
+
+  /** Change the conversation. If its end was in view, it stays in view. */
+  keepEnd(change) {
     const { root } = this;
     const atEnd = root.scrollHeight - root.clientHeight - root.scrollTop < 80;
-    this.draw(); // it brings buttons back
-    if (atEnd) root.scrollTop = root.scrollHeight;
+    change();
+    if (atEnd) scrollToEnd(root);
   }
 
   /** Add the backend's tokens to a message. Returns false if the oldest exchange had to be forgotten instead. */
@@ -301,10 +306,8 @@ class Chat {
     const temperature = Number(this.temperature.value);
     try {
       for await (const token of this.backend.write({ message, ...seen, temperature, signal })) {
-        const atEnd = this.root.scrollHeight - this.root.clientHeight - this.root.scrollTop < 80;
         message.tokens.push({ ...token, from: this.first });
-        add(token);
-        if (atEnd) this.root.scrollTop = this.root.scrollHeight; // the end stays in view
+        this.keepEnd(() => add(token));
       }
     } catch (error) {
       if (!error.full || !this.model.is_chat || index - this.first < 2) throw error;

@@ -34,8 +34,7 @@ class Drawer {
 
   /** Scroll until the drawer is in sight, or the selected cell no longer under it. */
   async reveal() {
-    await new Promise(requestAnimationFrame);
-    await new Promise(requestAnimationFrame); // wait until the strips are painted
+    await frames(2); // until the strips are painted
     const { top, width } = element("drawer").getBoundingClientRect();
     if (!width) return;
     const selected = [...strips].find((strip) => strip.options.part === opened && strip.selected >= 0 && strip.size);
@@ -45,6 +44,7 @@ class Drawer {
     if (hidden > 0) scrollBy({ top: hidden, behavior: "instant" });
   }
 
+  /** Move the focus into the drawer. */
   enter() {
     this.body.querySelector("button:enabled")?.focus({ preventScroll: true });
     this.reveal();
@@ -77,7 +77,7 @@ class Drawer {
     const place = this.place(parseAddress(y.address).path);
     const value = h("div", { class: "drawer-head" }, shownValue, h("span", {}, place));
     const rows = h("table", { class: "terms" }, h("tbody", {}, this.chosenTerms(y)));
-    const formula = h("p", { class: "note" }, `${y.formula} Enter once more leads into this, Escape back.`);
+    const formula = h("p", { class: "note" }, `${y.formula} Press Enter again to move in here, Escape to go back.`);
     const trained = operandsOf(y).some(({ weight }) => weight);
     const ends = trained && [h("b", { class: "weight" }, "Numbers in this colour"), TRAINED, " "];
     const more = [...this.more(y, wasOpen), h("p", { class: "note" }, ends || null, rounded(this.app))];
@@ -100,7 +100,7 @@ class Drawer {
   async show(panel) {
     const { number, trail } = this.app.state;
     this.app.goTo(panel.id, { ...changesTo(number), trail });
-    for (let frame = 0; frame < 3; frame++) await new Promise(requestAnimationFrame); // until it is painted
+    await frames(3); // until it is painted
     const shows = ({ options, root, selected }) =>
       options.part === opened && selected >= 0 && panel.root.contains(root) && !root.hidden;
     const strip = [...strips].find(shows);

@@ -19,6 +19,11 @@ function keepFocus(root, draw, fromEnd = false) {
   if (at >= 0) (all()[at] ?? all().at(-1) ?? title)?.focus({ preventScroll: true });
 }
 
+/** Resolves after n frames are painted. */
+async function frames(n) {
+  while (n--) await new Promise(requestAnimationFrame);
+}
+
 /** A number with two decimals, and with its sign unless it is shown as 0.00. */
 function signed2(x) {
   const size = Math.abs(x).toFixed(2);

@@ -39,6 +39,10 @@ function walkable(root, { items = "button", entry = () => root.querySelector(ite
   return () => root.contains(document.activeElement) || stopAt(entry());
 }
 
+function scrollToEnd(scrolling) {
+  scrolling.scrollTop = scrolling.scrollHeight;
+}
+
 function percent(p) {
   return p > 0 && p < 0.00005 ? "<0.01 %" : `${(100 * p).toFixed(p < 0.1 ? 2 : 1)} %`;
 }

@@ -11,7 +11,8 @@ class Picture {
     this.app = app;
     this.key = h("span");
     const scale = h("span", { class: "legend", "aria-hidden": "true" });
-    element("picture-key").replaceChildren("−", scale, "+ each picture to its largest; of many neighbours, the strongest. ", this.key);
+    const range = "+ each picture to its largest; of many neighbours, the strongest. ";
+    element("picture-key").replaceChildren("−", scale, range, this.key);
     this.parts = new Map(); // by name: {root, paint()}
     this.flow = element("flow");
     this.flow.replaceChildren();

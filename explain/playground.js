@@ -1,10 +1,11 @@
-/* The playground: a text, a button that trains on it, and knobs. The worker trains; here are the curves and the samples. The rest of the page shows the weights of the moment. */
+/* The playground: a text, a button that trains on it, and knobs. The worker trains; here are the curves and the samples.
+The rest of the page shows the weights of the moment. */
 
 /** {key of a config file: [its name, its choices, what it is]} */
 const KNOBS = {
   n_embd: ["Size", [16, 32, 64, 128], "how many numbers the model has for a character"],
-  n_layer: ["Layers", [1, 2, 4, 8], "one after another; each looks back and then thinks"],
-  n_head: ["Heads", [1, 2, 4, 8], "places that a layer looks at, at once"],
+  n_layer: ["Layers", [1, 2, 4, 8], "how many blocks of attention and MLP follow one another"],
+  n_head: ["Heads", [1, 2, 4, 8], "how many places each layer attends to in parallel"],
   learning_rate: [
     "Learning rate",
     [0.0001, 0.0003, 0.001, 0.002, 0.004, 0.01, 0.03, 0.1, 1, 10],
@@ -22,7 +23,7 @@ const KNOBS = {
   optimizer: ["Optimizer", ["adamw", "muon", "normuon"], "the rule by which the gradient moves the weights"],
   seed: ["Seed", [1, 2, 3, 4, 5], "which random numbers it starts with"],
 };
-const FIRST = 4; // of the knobs are in sight
+const FIRST = 4; // knobs in sight; the others are under More
 const OF_TRAINING = ["batch_size", "max_iters", "learning_rate", "optimizer", "seed"];
 /** What a new page begins with, and with each of its texts, where that is not the default of a config. */
 const PLAIN = { n_layer: 2, n_head: 4, n_embd: 64, block_size: 64, position: "rotary", activation: "relu" };
@@ -38,6 +39,7 @@ class Playground {
   /** data: of a page that begins with a text, or of a run. */
   constructor(app, { texts, config, training, text, model, task }) {
     this.texts = texts ?? (text ? { "The beginning of its own text": text } : {});
+    for (const name in this.texts) this.texts[name] = this.texts[name].trimStart(); // no empty line above it
     Object.assign(this, { app, config, defaults: { config, settings: training } });
     this.training = { ...training, ...(config && SHORT) };
     this.root = element("playground");
@@ -70,12 +72,12 @@ class Playground {
     this.field = h("textarea", { rows: 4, dir: "auto", spellcheck: false, "aria-label": "The text that it learns" });
     this.field.oninput = () => this.edit(this.field.value);
     this.note = h("p", { class: "note" });
-    this.pickers = [];
     this.go = button("Train", () => (this.running ? this.pause() : this.train()), { class: "main" });
     const one = button("One step", () => (this.single = this.single.then(() => this.train(1))));
     const over = button("Start over", () => this.begin());
     const first = button("As at first", () => this.turn(this.initial));
-    const [knobs, rest] = [this.names.slice(0, FIRST), this.names.slice(FIRST)].map((names) => this.buildKnobs(names));
+    this.knobRows = [this.names.slice(0, FIRST), this.names.slice(FIRST)].map((names) => this.buildKnobs(names));
+    const [knobs, rest] = this.knobRows;
     this.ideas = config && this.buildIdeas();
     const more = [controlRow(one, over, first), rest, this.ideas, this.buildSaving()];
     this.more = h("details", { open: !config }, h("summary", {}, "More"), group("drawn", more).root);
@@ -88,8 +90,8 @@ class Playground {
     const own = button(OWN, () => this.chooseText(Object.keys(this.texts).length));
     this.next = h("p", { class: "controls", hidden: true }, "And now?", inside, config && [without, own]);
     const learns = [controlRow(this.pickText, open), this.field, this.note, knobs, this.go, this.more];
-    const writes = [h("h3", {}, "What it writes"), this.samples, this.chart, this.status, this.advice, this.said, this.next];
-    this.watched = group("drawn", writes).root;
+    const said = [this.status, this.advice, this.said, this.next];
+    this.watched = group("drawn", h("h3", {}, "What it writes"), this.samples, this.chart, said).root;
     const columns = group("training", group("drawn", learns), this.watched);
     const parts = group("playing drawn", config && h("h2", {}, "Train a GPT"), columns).root;
     this.root.append(config ? parts : h("details", {}, h("summary", {}, "Train it further"), parts));
@@ -112,11 +114,10 @@ class Playground {
       const root = picker(label, options, 0, (i) => this.turn({ [name]: options[i] }));
       root.dataset.knob = name;
       const explain = () => (meaning.textContent = `${label}: ${does}. In a config file, ${name}.`);
+      if (!meaning.textContent) explain();
       for (const event of ["focusin", "pointerenter"]) root.addEventListener(event, explain);
-      this.pickers.push({ update: () => root.set(options.indexOf(this.knobs[name])) });
-      return root;
+      return { root, update: () => root.set(options.indexOf(this.knobs[name])) };
     });
-    pickers[0].dispatchEvent(new Event("focusin"));
     return group("drawn", group("knobs", pickers), meaning);
   }
 
@@ -127,7 +128,7 @@ class Playground {
   chooseText(i) {
     const name = Object.keys(this.texts)[i] ?? OWN;
     this.pickText.set(i);
-    this.setText(this.texts[name]?.trimStart() ?? this.own);
+    this.setText(this.texts[name] ?? this.own);
     if (name === OWN) this.field.focus();
   }
 
@@ -162,7 +163,7 @@ class Playground {
   address() {
     if (!this.knobs) return {};
     const { knobs, initial, texts, text } = this;
-    const name = Object.keys(texts).find((each) => texts[each].trimStart() === text);
+    const name = Object.keys(texts).find((each) => texts[each] === text);
     const changed = this.names.filter((name) => knobs[name] !== initial[name]).map((name) => [name, knobs[name]]);
     const learns = name ?? (text.length <= LINKED ? text : null);
     if (learns !== null && learns !== Object.keys(texts)[0]) changed.push(["learns", learns]);
@@ -191,7 +192,7 @@ class Playground {
       says.textContent = `${text}${/\d\./.test(text) ? OF_SONNETS : ""}`;
     };
     choose(0);
-    const root = picker("Without", Object.keys(IDEAS), 0, choose);
+    const root = picker("Idea", Object.keys(IDEAS), 0, choose);
     const row = controlRow(root, button("Try it", () => this.compare(arms)));
     return group("drawn", h("h3", {}, "Take an idea away"), row, says).root;
   }
@@ -210,11 +211,11 @@ class Playground {
     for (const [i, changes] of arms.entries()) {
       this.round = `Model ${i + 1} of ${arms.length}: `;
       this.turn({ ...this.initial, ...changes });
-      if (!(await this.begin())) return;
+      if (!(await this.begin())) break;
       await this.train();
-      this.round = "";
-      if (this.now.step < this.knobs.max_iters) return;
+      if (this.now.step < this.knobs.max_iters) break;
     }
+    this.round = "";
   }
 
   buildSaving() {
@@ -252,7 +253,7 @@ class Playground {
   /** Set knobs. They hold for the next training. */
   turn(knobs) {
     Object.assign(this.knobs, knobs);
-    for (const each of this.pickers) each.update();
+    for (const row of this.knobRows) row.update();
     if (this.app.state) this.app.keepSoon();
     if (!this.changed || !this.now) return this.tell("");
     this.tell(`${this.running ? "Paused. " : ""}Train begins a new model with this.`);
@@ -480,4 +481,5 @@ const IDEAS = {
     "Through eight layers nothing of a token is left: the model learns only how frequent each character is, 3.09.",
   ],
 };
-const OF_SONNETS = " (Means of three seeds on the sonnets after 300 steps, the other settings as at first: yours differ a little.)";
+const OF_SONNETS =
+  " (Means of three seeds, on the sonnets after 300 steps, with the other settings as at first: yours will differ a little.)";

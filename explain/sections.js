@@ -1,4 +1,5 @@
-/* The sections, in the article's order, and last how the model came to be; above them those on the whole models.
+/* The list of the sections, in the article's order and at its end how the model came to be; and the sections on the whole
+models.
 
 Each has id, title and intro; needs: keys of NEEDS; alone: true if it needs no text; build(app): its parts: elements,
 and {root, update()}, which draws root for the text and the selection of now; also lists of parts, and nothing. */

@@ -59,7 +59,7 @@ class Talk {
     const text = app.tokenizer.decode(ids);
     element("text").value = text;
     app.goTo("model", { text, t: -1, key: -1, next: id ?? -1, number }, ids);
-    element("text").scrollTop = element("text").scrollHeight;
+    scrollToEnd(element("text"));
     if (number) app.settled.then(() => app.drawer.enter());
   }
 

@@ -1,14 +1,15 @@
 /* The tour: from the last letter to its numbers, through attention to the probabilities of the next one, with the model
 of this page. The reader begins it, and can leave it at any stop. */
 
-/** [section, what is pointed at, (app) => what is said]. A stop for whose section the model has nothing is left out. */
+/** [section, selector of what is pointed at, (app, token) => what is said]. A stop is left out if the model has nothing
+for its section. */
 const STOPS = [
   [
     "model",
     "#tokens",
     (app, token) =>
-      `Your model has read these tokens, ${/^(char|byte)$/.test(app.tokenizer.name) ? "single characters" : "parts of words"}. ` +
-      `It will say what comes next. We follow the last one, ${token}, on its way through the model.`,
+      `Your model has read these tokens: single characters, or parts of words. It will say what comes next. We follow ` +
+      `the last one, ${token}, on its way through the model.`,
   ],
   [
     "embeddings",
@@ -25,7 +26,8 @@ const STOPS = [
   [
     "mlp",
     "#mlp .captioned",
-    (app, token) => `Then a small network works on the numbers of ${token} alone. These of its neurons are the strongest.`,
+    (app, token) =>
+      `Then a small network, the MLP, works on the numbers of ${token} only. These are its strongest neurons.`,
   ],
   [
     "residual",
@@ -58,7 +60,8 @@ class Tour {
     this.back = button("Back", () => this.go(this.at - 1));
     this.on = button("Next", () => this.go(this.at + 1), { class: "main" });
     const buttons = h("div", { class: "controls" }, this.back, this.on, button("Leave", () => this.leave()));
-    this.root = h("aside", { id: "tour", class: "missing drawn", "aria-label": "Tour", hidden: true }, this.text, buttons);
+    const attributes = { id: "tour", class: "missing drawn", "aria-label": "Tour", hidden: true };
+    this.root = h("aside", attributes, this.text, buttons);
     this.root.addEventListener("keydown", ({ key }) => key === "Escape" && this.leave());
     element("page").prepend(this.root);
   }
@@ -81,10 +84,11 @@ class Tour {
     this.on.textContent = i + 1 === stops.length ? "Done" : "Next";
     this.root.hidden = false;
     this.on.focus({ preventScroll: true });
-    for (let frame = 0; frame < 4; frame++) await new Promise(requestAnimationFrame); // the page has scrolled
-    if (this.at === i && !this.root.hidden) this.point(selector); // unless the reader has gone on or left meanwhile
+    await frames(4); // until the page has scrolled
+    if (this.at === i && !this.root.hidden) this.point(selector); // unless the reader has gone on or left
   }
 
+  /** Outline this place, and no other. null: none. */
   point(selector) {
     document.querySelector(".toured")?.classList.remove("toured");
     const place = selector && document.querySelector(selector);

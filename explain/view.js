@@ -106,7 +106,7 @@ class App {
     this.complete = true;
     this.rest();
     // on a phone, the field has a single line
-    for (const id of ["text", "source"]) element(id).scrollTop = element(id).scrollHeight;
+    for (const id of ["text", "source"]) scrollToEnd(element(id));
   }
 
   // ----------------------------------------------------------------------------------
@@ -385,7 +385,7 @@ class App {
     classList.toggle("folded", below && !unfolded);
     element("unfold").hidden = !below;
     element("unfold").ariaExpanded = below && unfolded;
-    element("text").scrollTop = element("text").scrollHeight;
+    scrollToEnd(element("text"));
   }
 
   async renderAll() {
@@ -457,7 +457,7 @@ class App {
     (panel?.heading ?? element("text")).focus({ preventScroll: true });
   }
 
-  scrollTo(section) {
+  async scrollTo(section) {
     this.talk?.show(section === "talk");
     this.jumping = true;
     this.markSection();
@@ -466,10 +466,10 @@ class App {
     const place = panel?.root.closest("section");
     const jump = () => (place ? scrollBy(0, place.getBoundingClientRect().top - this.heightOfBars()) : scrollTo(0, 0));
     jump();
-    requestAnimationFrame(() => {
-      jump(); // its strips have their heights by now
-      requestAnimationFrame(() => requestAnimationFrame(() => (this.jumping = false)));
-    });
+    await frames(1);
+    jump(); // its strips have their heights by now
+    await frames(2);
+    this.jumping = false;
   }
 
   // ----------------------------------------------------------------------------------
@@ -533,7 +533,7 @@ class App {
     const text = element("text");
     this.state = { ...this.state, text: this.tokenizer.decode(ids), t: -1, next: -1, key: -1 };
     text.value = this.state.text;
-    text.scrollTop = text.scrollHeight;
+    scrollToEnd(text);
     if (push) this.keep("pushState");
     else this.keepSoon();
     return this.compute(ids).then(() => true);

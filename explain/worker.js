@@ -69,6 +69,7 @@ class Computer {
       answer = { problem: error.message };
     }
     this.post(wanted() ? { id, ...answer } : { id });
+    if (wanted() && topic === "read" && !answer.problem) await this.readAhead(wanted);
   }
 
   /** Compute the trace of these tokens, a few at a time; null if it is no longer wanted. */
@@ -97,6 +98,17 @@ class Computer {
   keep(trace, from) {
     const others = this.traces.filter((other) => other !== from || other === this.sent);
     this.traces = [trace, ...others].slice(0, KEPT);
+  }
+
+  /** If the context will soon be full, compute the trace of the half that will be left. */
+  async readAhead(wanted) {
+    const { ids, idx } = this.read;
+    const { block_size } = this.model.config;
+    if (this.model.config.model !== "gpt" || this.translates || idx.length < 0.75 * block_size) return;
+    const start = contextStart(this.model.config, ids.length + block_size + 1 - idx.length);
+    const next = ids.slice(start);
+    await new Promise((done) => setTimeout(done, 50)); // the page is painting, and there may be no third core
+    if (next.length && wanted()) await this.trace(next, { keep: true }, wanted, this.nearest(next));
   }
 
   /** The rows that the page does not have yet. */
@@ -141,7 +153,8 @@ const TOPICS = {
       const vocab_size = tokenizer.pieces.lengths.length;
       const model = untrainedModel({ ...config, vocab_size }, training.seed);
       const metrics = [{ iter: 0 }]; // the page adds those of the training
-      const page = { name: "Inside your GPT", task: "language modelling", metrics, start: beginning(text.trimStart(), START) };
+      const start = beginning(text.trimStart(), START);
+      const page = { name: "Inside your GPT", task: "language modelling", metrics, start };
       opened = computer.open(model, { ...page, progress: { iter: 0 }, training, model: model.config, tokenizer });
     }
     const ids = computer.tokenizer.encode(text);
@@ -158,7 +171,8 @@ const TOPICS = {
 
   /** Train until this step, and tell the page about it on the way. A later question, with until=0, ends it. */
   async train({ run, post }, { until }, wanted) {
-    let [told, from] = [performance.now(), performance.now()];
+    let told = performance.now();
+    let from = told;
     while (run.step < until && wanted() && !run.failed) {
       run.advance();
       if (run.step >= run.due || run.step === until) run.keep();
@@ -187,6 +201,7 @@ const TOPICS = {
     const options = { source: read.source ?? null, keep: true };
     const trace = await computer.trace(read.idx, options, wanted, computer.nearest(read.idx, read.source));
     if (!trace) return null;
+    computer.read = read;
     const skipped = { text: computer.tokenizer.skipped(text), source: computer.tokenizer.skipped(source) };
     const { moved } = computer;
     computer.moved = null;

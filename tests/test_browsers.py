@@ -74,11 +74,10 @@ def test_the_rhyme_is_recited_after_a_training(opened):
 def test_the_drawer_follows_a_held_arrow_key_and_the_address_its_last_number(opened):
     page = opened("#section=embeddings")
     page.run("document.querySelector('#embeddings .strip canvas').focus()")
+    # 180 numbers are opened, and Safari refuses more than 100 addresses in 10 s
     for key in (ARROW_RIGHT, ARROW_LEFT, ARROW_RIGHT):
         for _ in range(3):
-            page.press(
-                *[key] * 20
-            )  # 180 numbers are opened: Safari refuses 100 addresses in 10 s
+            page.press(*[key] * 20)
     number = page.run(
         f"""{UNTIL}
         await calm();

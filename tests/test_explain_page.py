@@ -226,21 +226,21 @@ COMPUTER = """async () => {
   const ask = (topic, message) => computer.answer({ topic, id: id++, source: "", ...message });
   await ask("open", { text, checksum: dataset.checksum });
   const full = "Akis osal ".repeat(3) + "Ak";
-  await ask("read", { text: full.slice(0, 20) });
+  await ask("read", { text: full });
   rows.length = 0;
-  await ask("read", { text: full.slice(0, 21) });
-  const more = rows.splice(0);
+  await ask("read", { text: full + "i" });
+  const beyond = rows.splice(0);
   answers.length = 0;
   await Promise.all(Array.from({ length: 20 }, (_, i) => ask("read", { text: full.slice(i) + full.slice(0, i) })));
   const dropped = rows.splice(0).reduce((sum, n) => sum + n);
-  return [more, dropped, answers.filter(({ news }) => news).length];
+  return [beyond, dropped, answers.filter(({ news }) => news).length];
 }"""
 
 
 def test_a_key_computes_one_row_beside_the_page_and_outdated_keys_are_dropped(opened):
     view = opened()
-    more, computed, answered = view.page.evaluate(COMPUTER)
-    assert more == [1]
+    beyond, computed, answered = view.page.evaluate(COMPUTER)
+    assert beyond == [1]  # the newest half of a full context is ready
     assert (
         answered == 1 and computed <= 20 * 16 + 16
     )  # of 20 texts, half, and of the last one all
@@ -297,7 +297,7 @@ def test_a_second_enter_leads_into_the_drawer_and_escape_back(opened):
     view = opened(hash="#section=embeddings")
     view.page.focus("#embeddings .strip canvas")
     view.page.keyboard.press("ArrowRight")
-    view.page.wait_for_selector("#drawer >> text=Enter once more leads into this")
+    view.page.wait_for_selector("#drawer >> text=Press Enter again to move in here")
     view.page.keyboard.press("Enter")
     assert view.page.evaluate("document.activeElement.closest('#drawer') !== null")
     view.page.keyboard.press("Escape")

@@ -175,7 +175,7 @@ def test_an_idea_trains_with_and_without_it_one_after_the_other_on_a_text_with_v
     shorter.write_text(playground.read_text().replace("max_iters: 300", "max_iters: 100"))
     view = opened(shorter)
     choose(view, n_layer=8)  # an idea is tried with the first settings
-    view.page.get_by_label("Without", exact=True).select_option(label="the MLP")
+    view.page.get_by_label("Idea", exact=True).select_option(label="the MLP")
     view.page.click("text=Try it")
     view.page.wait_for_selector(".status >> text=/Model 1 of 2/")
     view.page.wait_for_selector(".chart-key >> text=MLP none", timeout=60_000)
