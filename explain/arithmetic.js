@@ -648,26 +648,6 @@ function contributions(model, trace, stack, t, v) {
   return [...merged.values()];
 }
 
-/** The contribution of a row, which a branch of block i adds, to all logits less their mean: V numbers; null for a
-plain block. */
-function effectOnLogits(model, trace, stack, { layer, branch, t, row }) {
-  if (model.config.block === "plain") return null;
-  const y = lookUp(trace, stack);
-  const weights = lookUp(model.weights, stack);
-  if (model.config.block === "post_norm") {
-    y.blocks.forEach((block, i) => {
-      const branches = branchesOf(trace, `${stack}.blocks.${i}`);
-      const later = i > layer ? branches : i === layer ? branches.slice(branches.indexOf(branch)) : [];
-      for (const name of later) row = throughNorm(row, block[`${name}_norm`], weights.blocks[i][`${name}_norm`], t);
-    });
-  }
-  row = throughNorm(row, y.norm, weights.norm, t);
-  const { data, shape } = model.weights.lm_head.weight;
-  const effect = Float64Array.from({ length: model.tokenizer_vocab_size }, (_, v) => dot(row, data, v * shape[1]));
-  const mean = effect.reduce((sum, x) => sum + x, 0) / effect.length;
-  return effect.map((x) => x - mean);
-}
-
 /** What the head makes of a row: its logits. */
 function logitsOf({ config, weights }, row) {
   const { weight, bias } = weights.lm_head;

@@ -3,7 +3,7 @@ const LARGEST = 8; // terms that are spelled out
 const LEAST_SEEN = 240; // pixels of the drawer that are in sight when it opens
 const TRAINED = ": weights. They were learned in training and computed from nothing: a chain ends here.";
 const ROUNDED = " The page has the weights in 16 bits: a checkpoint's number can differ in the fourth decimal.";
-const rounded = (app) => (app.playground.config ? "" : ROUNDED); // but not those that it trained itself
+const rounded = (app) => (app.playground.config ? " Shown with four decimals." : ROUNDED);
 
 /** The section that shows the numbers of a path: the first that matches. */
 const PLACES = [
@@ -77,12 +77,12 @@ class Drawer {
     const place = this.place(parseAddress(y.address).path);
     const value = h("div", { class: "drawer-head" }, shownValue, h("span", {}, place));
     const rows = h("table", { class: "terms" }, h("tbody", {}, this.chosenTerms(y)));
-    const formula = h("p", { class: "note" }, `${y.formula} Press Enter again to move in here, Escape to go back.`);
+    const formula = note(`${y.formula}. Press Enter again to move in here, Escape to go back.`);
     const trained = operandsOf(y).some(({ weight }) => weight);
     const ends = trained && [h("b", { class: "weight" }, "Numbers in this colour"), TRAINED, " "];
-    const more = [...this.more(y, wasOpen), h("p", { class: "note" }, ends || null, rounded(this.app))];
-    if (y.why) more.unshift(h("p", { class: "note" }, y.why));
-    const draw = () => this.body.replaceChildren(head, value, formula, rows, ...more);
+    const parts = [head, value, formula, rows, y.why && note(y.why), this.all(y, wasOpen)];
+    parts.push(note(ends || null, rounded(app)));
+    const draw = () => this.body.replaceChildren(...parts.filter(Boolean));
     if (same) return keepFocus(this.body, draw);
     draw();
     if (focused) this.enter();
@@ -184,10 +184,9 @@ class Drawer {
     this.app.open(address, [...trail, number].slice(-TRAIL));
   }
 
-  /** A neuron's contributions to the logits, and all terms, spelled out on request. */
-  more(y, wasOpen) {
-    const effect = [this.effect(y)].filter(Boolean);
-    if (y.terms.length <= LARGEST) return effect;
+  /** All terms, spelled out on request. */
+  all(y, wasOpen) {
+    if (y.terms.length <= LARGEST) return null;
     const details = h("details", { open: Boolean(wasOpen) }, h("summary", {}, `All ${y.terms.length} terms`));
     const spell = () => {
       if (!details.open || details.querySelector("table")) return;
@@ -195,25 +194,7 @@ class Drawer {
       details.append(scrolling("all terms", h("table", { class: "terms" }, body)));
     };
     details.addEventListener("toggle", spell);
-    return [...effect, details];
-  }
-
-  /** The contributions of a neuron to the logits, by its outgoing weights. */
-  effect(y) {
-    const { app } = this;
-    const { path, at } = parseAddress(y.address);
-    const [, block, layer] =
-      path.match(/^((?:stack|decoder)\.blocks\.(\d+))\.feed_forward\.(?:hidden|activation)$/) ?? [];
-    if (!block || (app.config.mlp === "gated" && path.endsWith("activation"))) return null;
-    const { data, shape } = lookUp(app.model.weights, block).mlp.down_proj.weight;
-    const row = Float64Array.from({ length: shape[0] }, (_, o) => y.value * data[o * shape[1] + at[1]]);
-    const effect = effectOnLogits(app.model, app.trace, app.stack, { layer: +layer, branch: "mlp", t: at[0], row });
-    if (!effect || !y.value) return null;
-    const sorted = [...effect.keys()].sort((a, b) => effect[b] - effect[a]);
-    const show = (id) => [shown(app.tokenizer, id), signed(effect[id])];
-    const caption =
-      "Times its outgoing weights and the last norm: what it adds directly to logits, less the mean over all tokens";
-    return table(caption, ["token", "logit"], [...sorted.slice(0, 4), ...sorted.slice(-4)].map(show), [1]);
+    return details;
   }
 }
 

@@ -5,7 +5,7 @@ const firstOf = (texts, separator) => texts.slice(0, 100).join(separator) + (tex
 const counted = (n, what) => `${n.toLocaleString("en")} ${what}${n === 1 ? "" : "s"}`;
 const tokens = (n) => counted(n, "token");
 
-function describeRun({ model, progress, metrics, parameters, tokenizer }) {
+function describeRun({ model, progress, parameters, tokenizer }) {
   const kind = { window_mlp: "window network", gpt: "GPT", transformer: "encoder-decoder" }[model.model];
   const { n_members: members, n_layer, n_head, n_embd, block_size } = model;
   const { best_val_loss: best, iter, best_iter: evaluated = iter } = progress;
@@ -14,8 +14,7 @@ function describeRun({ model, progress, metrics, parameters, tokenizer }) {
     `${counted(n_layer, "layer")}${model.model === "window_mlp" ? "" : ` × ${counted(n_head, "head")}`}, width ${n_embd}, context ` +
     `${block_size}, ${tokens(tokenizer.pieces.lengths.length)}, ${(parameters / 1e6).toFixed(2)} million parameters. ` +
     `Step ${count(iter)}, ${best ? `validation loss ${best.toFixed(4)} nats a token` : "no evaluation yet"}` +
-    `${evaluated === iter ? "" : ` at step ${count(evaluated)}`}${best && members > 1 ? " of their average" : ""}` +
-    `${metrics.length ? "" : ", no metrics.jsonl"}`
+    `${evaluated === iter ? "" : ` at step ${count(evaluated)}`}${best && members > 1 ? " of their average" : ""}`
   );
 }
 

@@ -11,7 +11,7 @@ class Picture {
     this.app = app;
     this.key = h("span");
     const scale = h("span", { class: "legend", "aria-hidden": "true" });
-    const range = "+ each picture to its largest; of many neighbours, the strongest. ";
+    const range = "+ blue is negative, orange positive; each picture has a scale of its own. ";
     element("picture-key").replaceChildren("−", scale, range, this.key);
     this.parts = new Map(); // by name: {root, paint()}
     this.flow = element("flow");
@@ -108,10 +108,10 @@ class Picture {
     this.parts.get("head").adds.textContent = `${others ? signed2(others) : ""} = ${sum}`;
     const name = `“${shown(app.tokenizer, next)}”`;
     this.key.textContent =
-      "Attention: a row for each head, a column for each earlier token; MLP: a cell for each neuron; stripes: this " +
-      "token's features, the residual stream, to which each part adds. Signed numbers: how far a part pushes the " +
-      `score (logit) of ${name} above the mean of all tokens; at the output their sum. Softmax turns scores into ` +
-      "probabilities.";
+      "Attention: a row for each head, a cell for each earlier token. MLP: a cell for each neuron. The stripes are the " +
+      "numbers of this token (the residual stream), to which each part adds. Under a part: by how much it raises the " +
+      `score (logit) of ${name} above the mean of all tokens; at the output, the sum. Softmax makes probabilities of ` +
+      "scores.";
   }
 
   // ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ const KNOBS = {
     [0.0001, 0.0003, 0.001, 0.002, 0.004, 0.01, 0.03, 0.1, 1, 10],
     "how far a step of training moves the weights",
   ],
-  max_iters: ["Steps", [100, 300, 1000, 3000, 10000], "how long it trains"],
+  max_iters: ["Steps", [100, 300, 1000, 3000, 10000], "how many steps Train takes; over them the learning rate falls"],
   batch_size: ["Batch", [1, 2, 4, 8, 16], "pieces of the text in each step"],
   block_size: ["Context", [16, 32, 64, 128, 256], "characters that the model sees at once"],
   position: ["Positions", Object.keys(POSITIONS), "how the model is told the order of the characters"],
@@ -50,7 +50,6 @@ class Playground {
     this.knobs = { ...this.initial };
     this.now = null; // {text, knobs, train and val: [step, loss] each, samples: [step, text] each, first, step, ms}
     this.earlier = []; // earlier trainings, in the same form
-    this.begun = 0; // number of trainings
     this.own = ""; // the text that was typed or opened
     this.single = Promise.resolve(); // resolves when the last single step is taken
     this.running = null; // resolves when the training pauses
@@ -152,7 +151,6 @@ class Playground {
   async readFile(file) {
     try {
       const text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
-      if (text.includes("\0")) throw new TypeError("not a text");
       this.edit(text.replaceAll("\r\n", "\n"));
     } catch {
       this.tell(`${file.name} is not a text in UTF-8. Save it as text with this encoding, and open it again.`);
@@ -194,7 +192,7 @@ class Playground {
     choose(0);
     const root = picker("Idea", Object.keys(IDEAS), 0, choose);
     const row = controlRow(root, button("Try it", () => this.compare(arms)));
-    return group("drawn", h("h3", {}, "Take an idea away"), row, says).root;
+    return group("drawn", h("h3", {}, "Take an idea away"), h("p", { class: "note" }, TRIED), row, says).root;
   }
 
   showIdeas() {
@@ -204,12 +202,9 @@ class Playground {
 
   /** Train a model for each of these changes of the first settings, one after another, until one is paused. */
   async compare(arms) {
-    if (this.text.length < 10 * LEAST_HELD) {
-      this.chooseText(Object.keys(this.texts).indexOf(COMPARED));
-      this.note.textContent = "On the sonnets, because the text before is too short to hold a part of it out.";
-    }
+    if (this.text.length < 10 * LEAST_HELD) this.chooseText(Object.keys(this.texts).indexOf(COMPARED));
     for (const [i, changes] of arms.entries()) {
-      this.round = `Model ${i + 1} of ${arms.length}: `;
+      if (arms[1]) this.round = `Model ${i + 1} of ${arms.length}: `;
       this.turn({ ...this.initial, ...changes });
       if (!(await this.begin())) break;
       await this.train();
@@ -286,7 +281,7 @@ class Playground {
     const config = this.config && { ...this.config, ...only(knobs, this.config), causal: knobs.mask === "causal" };
     const training = { ...this.training, ...only(knobs, this.training) };
     const problem = this.problem();
-    this.status.textContent = "Reading the text …";
+    if (!problem) this.status.textContent = "Reading the text …";
     const begun = problem ? { problem } : await app.desk.ask("begin", { text, config, training });
     if (!begun.progress) {
       this.tell(begun.problem ?? ""); // no problem if a newer call has replaced this one
@@ -294,8 +289,7 @@ class Playground {
     }
     const before = this.now?.text === text ? [...this.earlier, this.now] : [];
     this.earlier = before.filter(({ step, first }) => step - first >= 50).slice(-EARLIER);
-    const colour = `before-${this.begun++ % EARLIER}`;
-    this.now = { text, knobs: { ...knobs }, train: [], val: [], samples: [], first: begun.progress.step, colour };
+    this.now = { text, knobs: { ...knobs }, train: [], val: [], samples: [], first: begun.progress.step };
     const kind = JSON.stringify([begun.model?.config, begun.data?.tokenizer]);
     if (begun.model && kind !== this.kind) app.show(begun.data, begun.model);
     this.kind = kind;
@@ -313,7 +307,8 @@ class Playground {
     const { step, first } = this.now;
     this.until = step + (steps ?? this.knobs.max_iters - ((step - first) % this.knobs.max_iters));
     this.go.textContent = "Pause";
-    if (this.watched.getBoundingClientRect().bottom > innerHeight) this.go.scrollIntoView();
+    const [{ top }, go] = [this.watched, this.go].map((each) => each.getBoundingClientRect());
+    if (top > go.top) this.go.scrollIntoView(); // on a phone, where they are below one another
     this.running = this.app.desk.ask("train", { until: this.until });
     await this.running;
     this.running = null;
@@ -380,8 +375,8 @@ class Playground {
     const left = this.running ? `, ${count(Math.ceil(((this.until - now.step) * now.ms) / 1000))} s to go` : "";
     const guess = `Guessing among ${tokens(V)} has a loss of ${guessing.toFixed(2)}.`;
     this.status.textContent = `${this.round}Step ${count(now.step)}${speed}${left}. ${guess}`;
-    const before = (each) => ({ name: differences(each.knobs, now.knobs), points: each.val, colour: each.colour });
-    const lines = earlier.map(before);
+    const named = (each) => differences(each.knobs, now.knobs);
+    const lines = earlier.map((each, i) => ({ name: named(each), points: each.val, colour: `before-${i}` }));
     lines.push({ name: "validation", points: now.val, colour: 1 });
     if (now.train.length) lines.unshift({ name: "training", points: binnedMeans(now.train), colour: 0 });
     this.chart.show(lines, { name: "guessing", y: guessing }, 1.5 * guessing);
@@ -406,7 +401,7 @@ class Playground {
     if (text.length < 10 * LEAST_HELD) return loss < KNOWN ? knows(text) : BY_HEART;
     if (loss > best + 0.05) return `The validation loss was lowest, ${best.toFixed(2)}, at step ${bestStep}: ${LATER}`;
     if (this.now.step - this.now.first !== knobs.max_iters) return HELD;
-    return `Done: ${loss.toFixed(2)}. ${HELD} Train goes on from here, at the last learning rate.`;
+    return `Done: a loss of ${loss.toFixed(2)}. ${HELD}`;
   }
 }
 
@@ -414,7 +409,7 @@ const EXPLODED = "It exploded: each step goes too far, past where the loss is lo
 const CHEATS =
   "This loss is a lie. Without the mask a token sees those after it, so the model copies the next token instead of " +
   "predicting it. When it writes, there is no next token to copy: what it writes is nonsense.";
-const KNOWN = 0.25; // nats a character
+const KNOWN = 0.1; // nats a character
 const knows = (text) =>
   `It now knows this text by heart. Type its beginning, “${beginning(text.trim(), 8)}”, below, and press Continue.`;
 const BY_HEART = "The text is short, so validation is on the text itself: how well it is known by heart.";
@@ -482,4 +477,8 @@ const IDEAS = {
   ],
 };
 const OF_SONNETS =
-  " (Means of three seeds, on the sonnets after 300 steps, with the other settings as at first: yours will differ a little.)";
+  " (Losses, the lower the better: means of three seeds, on the sonnets after 300 steps, with the other settings as at " +
+  "first. Yours will differ a little.)";
+const TRIED =
+  "Trains new models instead of yours, with an idea and without it. If your text is too short to hold a part of it " +
+  "out, they learn the sonnets.";

@@ -52,21 +52,10 @@ function transformerPanel(app) {
     headGrid(app, "cross_attn"),
     controlRow(layerPicker(app), headPicker(app)),
     attentionMatrix(app, "cross_attn", { label: alignmentLabel }),
-    drawn(() => alignmentTable(app)),
     attentionMatrix(app, "attn", { label: encoderLabel, encoder: true }),
     sourceRow("encoder, this layer: the selected source token", "output"),
     rowStrip(app, "decoder: what cross-attention adds", () => blockPath(app, "cross_attn.o_proj")),
   ];
-}
-
-function alignmentTable(app) {
-  const { weights } = lookUp(app.trace, blockPath(app, "cross_attn"));
-  const rows = weights[app.at.head].map((row, t) => {
-    const [best] = likeliest(row, 1);
-    const token = (id) => h("code", {}, shown(app.tokenizer, id));
-    return [token(app.trace.idx[t]), token(app.source[best]), percent(row[best])];
-  });
-  return table("The source token that this head attends to most", ["translation", "source", "weight"], rows, [2]);
 }
 
 // --------------------------------------------------------------------------------------

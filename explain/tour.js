@@ -21,27 +21,30 @@ const STOPS = [
   [
     "attention",
     "#attention .arcs",
-    (app, token) => `Attention: ${token} looks back. ${attentionText(app)} What it reads is added to its own numbers.`,
+    (app, token) =>
+      `Attention: what comes next depends on what came before, so ${token} looks back. ${attentionText(app)} What it ` +
+      `reads is added to its own numbers. Other heads read from other places.`,
   ],
   [
     "mlp",
     "#mlp .captioned",
     (app, token) =>
-      `Then a small network, the MLP, works on the numbers of ${token} only. These are its strongest neurons.`,
+      `Then a small network, the multi-layer perceptron (MLP), works on what ${token} has gathered. These are its ` +
+      `strongest neurons.`,
   ],
   [
     "residual",
     "#residual .contributions",
     (app) =>
-      `So each part of each layer adds to the numbers. A bar says how far a part pushes the score of ` +
-      `“${shown(app.tokenizer, app.at.next)}”, to the right for it, to the left against it.`,
+      `So each part of each layer adds to the numbers, and later ones build on earlier ones. A bar says how far a part ` +
+      `pushes the score of “${shown(app.tokenizer, app.at.next)}”, to the right for it, to the left against it.`,
   ],
   [
     "softmax",
     "#softmax .captioned",
     (app) =>
       `Softmax makes probabilities of the scores: “${shown(app.tokenizer, app.at.next)}” has ` +
-      `${percent(app.probs()[app.at.next])}. One token is drawn by them, and appended to the text.`,
+      `${percent(app.probs()[app.at.next])}. One token is drawn, the likely ones more often, and appended to the text.`,
   ],
   [
     "model",
@@ -77,7 +80,7 @@ class Tour {
     await app.settled;
     const [section, selector, tell] = stops[i];
     this.at = i;
-    app.goTo(section, { t: -1, key: -1, next: -1, number: null });
+    app.goTo(section, { t: -1, key: -1, next: -1, number: null, ...this.sharpest() });
     const token = tokenName(app, app.at.t);
     this.text.textContent = `${i + 1} of ${stops.length}: ${tell(app, token)}`;
     this.back.disabled = !i;
@@ -86,6 +89,18 @@ class Tour {
     this.on.focus({ preventScroll: true });
     await frames(4); // until the page has scrolled
     if (this.at === i && !this.root.hidden) this.point(selector); // unless the reader has gone on or left
+  }
+
+  /** The layer and the head in which the last token reads most from one before it: there is something to see. */
+  sharpest() {
+    const { config, stack, trace } = this.app;
+    const t = trace.idx.length - 1;
+    const weights = (layer) => lookUp(trace, `${stack}.blocks.${layer}.attn`).weights;
+    const headsOf = (_, layer) =>
+      weights(layer).map((rows, head) => ({ layer, head, most: largest(rows[t].subarray(0, t)) }));
+    const heads = Array.from({ length: config.n_layer }, headsOf).flat();
+    const { layer, head } = heads.reduce((a, b) => (b.most > a.most ? b : a));
+    return { layer, head };
   }
 
   /** Outline this place, and no other. null: none. */

@@ -1,6 +1,7 @@
 /* The page: one state, the worker's answer for its text, and the drawing of both. */
 
 const SHOWN = 8; // number of bars
+const LONGEST_WRITING = 500; // tokens, as with sample.py
 const OPENING = 40; // tokens that the model writes if the page has no text to open with
 const PANELS_EVERY = 150; // ms, while the model writes
 const LONGEST_ADDRESS = 100000; // characters; Firefox refuses a megabyte
@@ -42,7 +43,9 @@ class App {
     this.encodes = model.config.model === "transformer";
     this.stack = { window_mlp: null, gpt: "stack", transformer: "decoder" }[model.config.model];
     this.state ??= initialState(this.sections, this.startTexts());
-    if (this.state.text === before?.text) element("text").value = this.state.text = data.start;
+    const unread = (char) => !data.tokenizer.alphabet.includes(char);
+    if (before && (this.state.text === before.text || [...this.state.text].some(unread)))
+      element("text").value = this.state.text = data.start;
     Object.assign(this.state, { number: null, trail: [], t: -1, next: -1, key: -1 });
     this.trace = this.read = null;
     element("tokens").replaceChildren(); // they have ids of the tokenizer before
@@ -466,9 +469,10 @@ class App {
     const place = panel?.root.closest("section");
     const jump = () => (place ? scrollBy(0, place.getBoundingClientRect().top - this.heightOfBars()) : scrollTo(0, 0));
     jump();
-    await frames(1);
-    jump(); // its strips have their heights by now
-    await frames(2);
+    for (const n of [1, 2]) {
+      await frames(n); // until the drawer is closed, and its strips have their heights
+      jump();
+    }
     this.jumping = false;
   }
 
@@ -560,7 +564,7 @@ class App {
   }
 
   /** Write until the text ends, something else is typed, or stop() is called. The browser paints in between. */
-  async goOn({ greedy, most = Infinity } = {}) {
+  async goOn({ greedy, most = LONGEST_WRITING } = {}) {
     if (this.going) return;
     const going = (this.going = {});
     const wanted = () => this.going === going;

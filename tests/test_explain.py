@@ -238,18 +238,6 @@ const answers = {
     const trace = forward(model, idx, { source });
     return logitLens(model, trace, stack, idx.length - 1).map(({ logits }) => [...logits]);
   },
-  /** What switching a branch off changes at its own output, through the norms as they are. */
-  effect({ data, idx, source, stack, layer, branch }) {
-    const model = makeModel(data);
-    const trace = forward(model, idx, { source });
-    const t = idx.length - 1;
-    const path = { attn: "attn.o_proj", mlp: "feed_forward.down_proj" }[branch];
-    const row = `${stack}.blocks.${layer}.${path}`.split(".").reduce((x, key) => x[key], trace)[t];
-    const parts = Array.from(trace.logits[t], (_, v) => contributions(model, trace, stack, t, v));
-    const address = `${stack}.blocks.${layer}.${path}`;
-    const own = parts.map((list) => list.find((part) => part.path === address).value);
-    return { effect: [...effectOnLogits(model, trace, stack, { layer, branch, t, row })], own };
-  },
   /** The losses of the texts of a batch, its logits, and the gradient by name. */
   gradient({ data, texts }) {
     const model = load(makeModel(data));
@@ -302,7 +290,7 @@ const answers = {
       for (let step = 0; step < steps; step++) run.advance();
       run.keep();
       const { losses, kept } = run.news();
-      return [...losses, kept.at(-1).sample];
+      return [...losses, kept.at(-1).sample.slice(0, 9)]; // how much more there is depends on the machine
     };
     run.keep();
     run.news();
@@ -886,16 +874,6 @@ def test_what_the_parts_add_to_a_logit_adds_up_to_it_less_the_mean_of_all(node, 
     for logit, answer in zip(logits, found, strict=True):
         sum_of_parts = sum(part["value"] for part in answer["parts"])
         assert sum_of_parts == pytest.approx(logit - mean, abs=1e-5)
-
-
-@pytest.mark.parametrize("block", ["pre_norm", "post_norm"])
-@pytest.mark.parametrize("branch", ["attn", "mlp"])
-def test_the_effect_of_a_branchs_output_is_what_that_branch_contributes(
-    node, block, branch
-):
-    case = explained_case({"block": block, "n_layer": 3})
-    found = node.ask("effect", **case, stack="stack", layer=1, branch=branch)
-    assert found["effect"] == pytest.approx(found["own"], abs=1e-9)
 
 
 @pytest.mark.parametrize("block", models.BLOCKS)

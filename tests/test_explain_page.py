@@ -376,6 +376,20 @@ FOLLOW = """hash => new Promise((done) => {
 })"""
 
 
+def test_a_section_comes_to_the_top_when_it_is_chosen_while_a_number_is_open(opened):
+    view = opened(hash="#section=embeddings", viewport={"width": 1366, "height": 625})
+    for there, back in [("Attention", "Embeddings"), ("One step", "Softmax")]:
+        for name in (there, back):
+            view.page.locator("#bars .number").first.click()
+            view.page.wait_for_selector("#drawer", state="visible")
+            view.page.evaluate(FRAMES)
+            view.page.click(f"#sections button:has-text('{name}')")
+            view.page.evaluate(FRAMES)
+            bars = view.page.locator("#sections-part").bounding_box()
+            title = view.page.evaluate("document.activeElement.getBoundingClientRect().top")
+            assert 0 <= title - bars["y"] - bars["height"] < 90, name
+
+
 def test_the_drawer_leads_to_the_section_that_shows_its_number(opened):
     view = opened(hash="#text=Akis")
     for number, (section, strip) in SHOWN_IN.items():

@@ -153,6 +153,10 @@ def test_a_typed_text_is_read_anew_by_a_model_with_another_alphabet(opened):
     view.page.click("text=Start over")
     view.page.wait_for_selector("text=Guessing among 29 tokens")
     assert view.state()["text"] == "All" and shown.inner_text() == "A"
+    view.page.get_by_label(TEXT).fill("tick tock " * 9)  # it teaches no “A”
+    view.page.click("text=Start over")
+    view.page.wait_for_selector("text=Guessing among 6 tokens")
+    assert view.state()["text"] == "tick tock ti"
 
 
 def test_a_training_is_not_left_without_asking(opened):
@@ -221,6 +225,7 @@ def test_a_text_that_teaches_nothing_is_answered_in_words(opened):
         assert complaint not in said(view)
         view.page.get_by_role("button", name="Train", exact=True).click()
         view.page.wait_for_selector(f"text={complaint}")
+        assert "Reading" not in view.page.inner_text(".playing .status")
 
 
 def test_any_letters_and_any_length_are_learned_character_by_character(opened):
@@ -295,6 +300,14 @@ def test_on_a_phone_what_it_writes_and_the_curve_come_into_sight_when_it_trains(
     view.context.close()
 
 
+def test_on_a_wide_screen_nothing_scrolls_when_it_trains(opened):
+    view = opened()
+    choose(view, **SMALL)
+    view.page.evaluate("scrollTo(0, 0)")
+    train_to_the_end(view)
+    assert view.page.evaluate("scrollY") == 0
+
+
 def choose_and_close(view: Opened, **knobs) -> None:
     choose(view, **knobs)
     view.page.evaluate(MORE.replace("true", "false"))
@@ -335,6 +348,40 @@ def test_the_tour_leads_through_ones_own_model_and_can_be_left_at_any_stop(opene
     view.until("!document.querySelector('.part.mlp')")
     view.page.click("#tour-start")
     view.page.wait_for_selector("#tour >> text=/^1 of 6: /")
+
+
+READ = """async (panel) => {
+  const most = () => {
+    const label = panel.querySelector(".arcs svg").getAttribute("aria-label");
+    const last = document.getElementById("tokens").children.length - 1;
+    const read = [...label.matchAll(/ (\\d+), ([\\d.]+) %/g)].filter(([, at]) => +at < last);
+    return Math.max(0, ...read.map(([, , percent]) => +percent));
+  };
+  const found = [];
+  for (const head of [null, ...panel.querySelectorAll(".thumb")]) {
+    head?.click();
+    while (head && head.ariaPressed !== "true") await new Promise((next) => setTimeout(next, 10));
+    await new Promise((next) => setTimeout(next, 100));
+    found.push(most());
+  }
+  return found;
+}"""
+
+
+def test_the_tour_shows_the_head_in_which_the_last_token_reads_most_from_one_before(
+    opened,
+):
+    view = opened()
+    choose(view, **SMALL | {"n_layer": 2})
+    train_to_the_end(view)
+    view.page.click("#tour-start")
+    for stop in (1, 2):
+        view.page.wait_for_selector(f"#tour >> text=/^{stop} of 7: /")
+        view.page.click("#tour .main")
+    view.page.wait_for_selector("#tour >> text=/^3 of 7: /")
+    view.settle()
+    toured, *heads = view.page.locator("#attention").evaluate(READ)
+    assert len(heads) == 8 and toured == max(heads) > min(heads)
 
 
 def test_a_token_that_is_written_lights_its_way_up_unless_nothing_should_move(
