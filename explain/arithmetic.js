@@ -244,14 +244,14 @@ function residualRule(c, block, branch) {
 function rotaryRule(c, attention, name) {
   const [t, j] = c.at;
   const D = headSize(c.model.config);
-  const { cos, sin } = lookUp(c.trace, stackOf(c.path)).position;
+  const { cos, sin, frequency } = lookUp(c.trace, stackOf(c.path)).position;
   const from = `${attention}.${c.model.config.qk_norm ? `${name}_norm` : `${name}_proj`}`;
   const other = j - (j % D) + ((j + D / 2) % D);
   return {
-    formula: "a cos − b sin, or b cos + a sin: a pair of features, rotated by its position's angle",
+    formula: `a cos − b sin, or b cos + a sin: a pair of features, rotated by ${digits(t * frequency[j % (D / 2)])} radians`,
     terms: [
       term("cos", operand(c, from, [t, j]), { value: cos[t][j % D], name: "cos" }),
-      term("sin", operand(c, from, [t, other]), { value: sin[t][j % D], name: "sin, with its sign" }),
+      term(j % D < D / 2 ? "− sin" : "sin", operand(c, from, [t, other]), { value: sin[t][j % D], name: "with its sign" }),
     ],
   };
 }

@@ -42,7 +42,8 @@ function contributionList(app) {
   const held = { layernorm: "'s mean and deviation are", rmsnorm: "'s root mean square is" }[app.config.norm];
   const text =
     `Together ${digits(sum)}: the logit${cap} less the mean over all tokens, since softmax ignores what all logits ` +
-    `share.${held ? ` The final norm${held} held (see Norm).` : ""} Another next token can be chosen at its bar.`;
+    `share. Later parts build on earlier ones, so more can depend on a part than it adds: switch it off below.` +
+    `${held ? ` The final norm${held} held (see Norm).` : ""} Another next token can be chosen at its bar.`;
   return [
     h("h3", {}, `What each part adds to the logit of “${shown(app.tokenizer, next)}”${cap}, above the mean of all`),
     h("ol", { class: "contributions", "data-sum": sum }, rows),
@@ -101,7 +102,7 @@ function mlpPanel(app) {
     mlp_conv && [h("p", {}, convolution), rowStrip(app, "after the convolution", path("conv"))],
     gated && rowStrip(app, "gates, before activation", path("gate_proj"), neurons),
     rowStrip(app, gated ? "values" : "neurons, before activation", path("up_proj"), neurons),
-    h("p", {}, `Then each neuron's ${gated ? "gate" : "sum"} goes through the activation function, ${squashed}:`),
+    h("p", {}, `Then each neuron's ${gated ? "gate" : "sum"} goes through the activation function, ${squashed}.`),
     rowStrip(app, gated ? "gates" : "neurons", path("activation"), neurons),
     gated && rowStrip(app, "gate times value", path("hidden"), neurons),
     rowStrip(app, "what the MLP adds to the stream", path("down_proj")),

@@ -81,7 +81,7 @@ class Picture {
     for (const [name, { root }] of this.parts) root.classList.toggle("chosen", name.startsWith(`${app.at.layer}.`));
     const { t } = app.at;
     element("picture-title").textContent =
-      `What it computes at position ${t}, ${tokenName(app, t)}, to find the next token: select any box to see how`;
+      `What it computes at position ${t} (from 0), ${tokenName(app, t)}, to find the next token: select any box to see how`;
   }
 
   /** Light the parts up one after another, on the way of a token, unless the reader wants nothing to move. */
@@ -109,7 +109,7 @@ class Picture {
     const name = `“${shown(app.tokenizer, next)}”`;
     this.key.textContent =
       "Attention: a row for each head, a cell for each earlier token. MLP: a cell for each neuron. The stripes are the " +
-      "numbers of this token (the residual stream), to which each part adds. Under a part: by how much it raises the " +
+      "numbers of this token (the residual stream), to which each part adds. Under a part: by how much it directly raises the " +
       `score (logit) of ${name} above the mean of all tokens; at the output, the sum. Softmax makes probabilities of ` +
       "scores.";
   }

@@ -74,11 +74,10 @@ class Playground {
     this.go = button("Train", () => (this.running ? this.pause() : this.train()), { class: "main" });
     const one = button("One step", () => (this.single = this.single.then(() => this.train(1))));
     const over = button("Start over", () => this.begin());
-    const first = button("As at first", () => this.turn(this.initial));
     this.knobRows = [this.names.slice(0, FIRST), this.names.slice(FIRST)].map((names) => this.buildKnobs(names));
     const [knobs, rest] = this.knobRows;
     this.ideas = config && this.buildIdeas();
-    const more = [controlRow(one, over, first), rest, this.ideas, this.buildSaving()];
+    const more = [controlRow(one, over), rest, this.ideas, this.buildSaving()];
     this.more = h("details", { open: !config }, h("summary", {}, "More"), group("drawn", more).root);
     this.status = h("p", { class: "status" });
     [this.advice, this.said] = [0, 1].map(() => h("p", { role: "status" }));
@@ -138,7 +137,8 @@ class Playground {
     if (this.field.value !== shown) this.field.value = shown;
     this.note.textContent =
       `${count(text.length)} characters${this.field.readOnly ? "; the first 2,000 are shown" : ""}` +
-      `${text.length > LONGEST ? ` and the first ${count(LONGEST)} learned` : ""}. A text file can be dropped here.`;
+      `${text.length > LONGEST ? ` and the first ${count(LONGEST)} learned` : ""}. A text file can be dropped here. ` +
+      `The address of this page carries your knobs${this.learns() === null ? ", but not so long a text" : " and text"}.`;
     this.turn({});
   }
 
@@ -157,22 +157,30 @@ class Playground {
     }
   }
 
-  /** What an address says of this: the knobs that are not as at first, and the text, by its name or if it is short. */
+  /** What an address says of the text: its name, or all of it if it is short; null: nothing. */
+  learns() {
+    const { texts, text } = this;
+    const name = Object.keys(texts).find((each) => texts[each] === text);
+    return name ?? (text.length <= LINKED ? text : null);
+  }
+
+  /** What an address says of this: the knobs that are not as at first, and the text. */
   address() {
     if (!this.knobs) return {};
-    const { knobs, initial, texts, text } = this;
-    const name = Object.keys(texts).find((each) => texts[each] === text);
+    const { knobs, initial, texts } = this;
     const changed = this.names.filter((name) => knobs[name] !== initial[name]).map((name) => [name, knobs[name]]);
-    const learns = name ?? (text.length <= LINKED ? text : null);
+    const learns = this.learns();
     if (learns !== null && learns !== Object.keys(texts)[0]) changed.push(["learns", learns]);
     return Object.fromEntries(changed);
   }
 
   readAddress(hash) {
     const query = new URLSearchParams(hash.slice(1));
-    for (const name of this.names) {
+    for (const [i, name] of this.names.entries()) {
       const given = this.choices(name).find((choice) => `${choice}` === query.get(name));
-      if (given !== undefined) this.knobs[name] = given;
+      if (given === undefined) continue;
+      this.knobs[name] = given;
+      this.more.open ||= i >= FIRST;
     }
     const learns = query.get("learns");
     const i = Object.keys(this.texts).indexOf(learns);
@@ -200,8 +208,10 @@ class Playground {
     this.ideas.querySelector("select").focus();
   }
 
-  /** Train a model for each of these changes of the first settings, one after another, until one is paused. */
+  /** Train a model for each of these changes of the first settings, one after another, until one is paused. Then set
+  the knobs as they were. */
   async compare(arms) {
+    const before = { ...this.knobs };
     if (this.text.length < 10 * LEAST_HELD) this.chooseText(Object.keys(this.texts).indexOf(COMPARED));
     for (const [i, changes] of arms.entries()) {
       if (arms[1]) this.round = `Model ${i + 1} of ${arms.length}: `;
@@ -211,6 +221,7 @@ class Playground {
       if (this.now.step < this.knobs.max_iters) break;
     }
     this.round = "";
+    this.turn(before);
   }
 
   buildSaving() {

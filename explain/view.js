@@ -429,7 +429,8 @@ class App {
   }
 
   findSection() {
-    if (this.jumping || !this.complete || this.state.section === "talk") return;
+    const led = this.jumping || !this.tour.root.hidden;
+    if (led || !this.complete || this.state.section === "talk") return;
     const top = this.heightOfBars() + 60;
     const found = this.panels.findLast(({ root }) => root.getBoundingClientRect().top <= top);
     const id = found && scrollY > 0 ? found.id : "model";

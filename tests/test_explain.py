@@ -1494,7 +1494,11 @@ def test_the_playground_in_docs_is_what_the_command_writes():
 
 def test_the_texts_of_the_playground_are_short_and_python_reads_them_by_characters():
     texts = page_data.playground_data()["texts"]
-    assert list(texts) == ["The rhyme", "Sonnets by Shakespeare", "Damian's sentences"]
+    assert list(texts) == [
+        "The rhyme, ten times",
+        "Sonnets by Shakespeare",
+        "Damian's sentences",
+    ]
     for number, text in enumerate(texts.values()):
         assert text.isascii() and 1000 < len(text) < 40_000
         Path("playground.txt").write_text(text)

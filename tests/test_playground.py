@@ -149,7 +149,7 @@ def test_a_typed_text_is_read_anew_by_a_model_with_another_alphabet(opened):
     assert view.state()["ids"] == ids
     view.page.fill("#text", "All")
     shown = view.page.locator("#tokens button").first
-    choose_text(view, "The rhyme")
+    choose_text(view, "The rhyme, ten times")
     view.page.click("text=Start over")
     view.page.wait_for_selector("text=Guessing among 29 tokens")
     assert view.state()["text"] == "All" and shown.inner_text() == "A"
@@ -187,9 +187,9 @@ def test_an_idea_trains_with_and_without_it_one_after_the_other_on_a_text_with_v
     view.page.get_by_role("button", name="Pause").click()
     view.page.wait_for_selector("button:text-is('Train')")
     assert step_of(view) < 100
-    knob = "[data-knob={}] select"
-    assert view.page.locator(knob.format("mlp")).input_value() == "0"
-    assert view.page.locator(knob.format("n_layer")).input_value() == "1"
+    knobs = [view.page.locator(f"[data-knob={name}] select") for name in ("mlp", "n_layer")]
+    chosen = "(it) => it.selectedOptions[0].text"
+    assert [knob.evaluate(chosen) for knob in knobs] == ["plain", "8"]  # as before
     assert view.page.get_by_label(TEXT).input_value().startswith("From fairest")
 
 
@@ -433,10 +433,12 @@ def test_a_link_carries_the_knobs_and_a_short_text(opened, playground):
             f"document.querySelector('[data-knob={name}] select').selectedOptions[0].text"
         )
         assert other.page.evaluate(chosen) == value
+    assert other.page.is_visible("[data-knob=position]")  # in sight, as it differs
     assert other.page.inner_text("#about").startswith("GPT: 2 layers × 4 heads, width 32")
     other.context.close()
     view.page.get_by_label(TEXT).fill("long " * 1000)
     view.until("!location.hash.includes('learns=')")
+    assert "knobs, but not so long a text" in view.page.inner_text(".playing")
     odd = Opened(view.context.browser, playground, "#n_embd=33&learning_rate=x&learns=")
     assert "width 64" in odd.page.inner_text("#about")
     odd.context.close()

@@ -78,7 +78,7 @@ def playground_data() -> dict:
     sonnets = Path(__file__).with_name("sonnets.txt")
     return {
         "texts": {
-            "The rhyme": data_set("humpty_dumpty").RHYMES,
+            "The rhyme, ten times": data_set("humpty_dumpty").RHYMES,
             "Sonnets by Shakespeare": sonnets.read_text(encoding="utf-8"),
             "Damian's sentences": data_set("wills").write_wills(150),
         },
