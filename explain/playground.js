@@ -170,7 +170,7 @@ class Playground {
     const { knobs, initial, texts } = this;
     const changed = this.names.filter((name) => knobs[name] !== initial[name]).map((name) => [name, knobs[name]]);
     const learns = this.learns();
-    if (learns !== null && learns !== Object.keys(texts)[0]) changed.push(["learns", learns]);
+    if (learns && learns !== Object.keys(texts)[0]) changed.push(["learns", learns]);
     return Object.fromEntries(changed);
   }
 
