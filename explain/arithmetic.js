@@ -247,11 +247,12 @@ function rotaryRule(c, attention, name) {
   const { cos, sin, frequency } = lookUp(c.trace, stackOf(c.path)).position;
   const from = `${attention}.${c.model.config.qk_norm ? `${name}_norm` : `${name}_proj`}`;
   const other = j - (j % D) + ((j + D / 2) % D);
+  const angle = digits(t * frequency[j % (D / 2)]);
   return {
-    formula: `a cos − b sin, or b cos + a sin: a pair of features, rotated by ${digits(t * frequency[j % (D / 2)])} radians`,
+    formula: `a cos − b sin, or b cos + a sin: a pair of features, rotated by ${angle} radians`,
     terms: [
       term("cos", operand(c, from, [t, j]), { value: cos[t][j % D], name: "cos" }),
-      term(j % D < D / 2 ? "− sin" : "sin", operand(c, from, [t, other]), { value: sin[t][j % D], name: "with its sign" }),
+      term(j % D < D / 2 ? "− sin" : "sin", operand(c, from, [t, other]), { value: sin[t][j % D], name: "sin" }),
     ],
   };
 }

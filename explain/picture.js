@@ -109,9 +109,9 @@ class Picture {
     const name = `“${shown(app.tokenizer, next)}”`;
     this.key.textContent =
       "Attention: a row for each head, a cell for each earlier token. MLP: a cell for each neuron. The stripes are the " +
-      "numbers of this token (the residual stream), to which each part adds. Under a part: by how much it directly raises the " +
-      `score (logit) of ${name} above the mean of all tokens; at the output, the sum. Softmax makes probabilities of ` +
-      "scores.";
+      "numbers of this token (the residual stream), to which each part adds. Under a part: by how much it directly " +
+      `raises the score (logit) of ${name} above the mean of all tokens; at the output, the sum. Softmax makes ` +
+      "probabilities of scores.";
   }
 
   // ----------------------------------------------------------------------------------
