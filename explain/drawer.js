@@ -3,7 +3,8 @@ const LARGEST = 8; // terms that are spelled out
 const LEAST_SEEN = 240; // pixels of the drawer that are in sight when it opens
 const TRAINED = ": weights. They were learned in training and computed from nothing: a chain ends here.";
 const ROUNDED = " The page has the weights in 16 bits: a checkpoint's number can differ in the fourth decimal.";
-const rounded = (app) => (app.playground.config ? " Shown with four decimals." : ROUNDED);
+const DIGITS = " The page rounds what it shows, so a sum can differ in its last digit.";
+const rounded = (app) => (app.playground.config ? DIGITS : ROUNDED); // weights that it trained itself are not rounded
 
 /** The section that shows the numbers of a path: the first that matches. */
 const PLACES = [

@@ -11,7 +11,7 @@ class Picture {
     this.app = app;
     this.key = h("span");
     const scale = h("span", { class: "legend", "aria-hidden": "true" });
-    const range = "+ blue is negative, orange positive; each picture has a scale of its own. ";
+    const range = "+ Blue is negative, orange is positive. Each picture has its own scale. ";
     element("picture-key").replaceChildren("−", scale, range, this.key);
     this.parts = new Map(); // by name: {root, paint()}
     this.flow = element("flow");
@@ -109,9 +109,9 @@ class Picture {
     const name = `“${shown(app.tokenizer, next)}”`;
     this.key.textContent =
       "Attention: a row for each head, a cell for each earlier token. MLP: a cell for each neuron. The stripes are the " +
-      "numbers of this token (the residual stream), to which each part adds. Under a part: by how much it directly " +
-      `raises the score (logit) of ${name} above the mean of all tokens; at the output, the sum. Softmax makes ` +
-      "probabilities of scores.";
+      "numbers of this token (the residual stream), to which each part adds. The number under a part says by how " +
+      `much it directly raises the score (logit) of ${name} above the mean of all tokens; the output has their sum. ` +
+      "Softmax turns scores into probabilities.";
   }
 
   // ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ const KNOBS = {
     [0.0001, 0.0003, 0.001, 0.002, 0.004, 0.01, 0.03, 0.1, 1, 10],
     "how far a step of training moves the weights",
   ],
-  max_iters: ["Steps", [100, 300, 1000, 3000, 10000], "how many steps Train takes; over them the learning rate falls"],
+  max_iters: ["Steps", [100, 300, 1000, 3000, 10000], "how many steps Train takes; the learning rate falls over them"],
   batch_size: ["Batch", [1, 2, 4, 8, 16], "pieces of the text in each step"],
   block_size: ["Context", [16, 32, 64, 128, 256], "characters that the model sees at once"],
   position: ["Positions", Object.keys(POSITIONS), "how the model is told the order of the characters"],
@@ -318,8 +318,8 @@ class Playground {
     const { step, first } = this.now;
     this.until = step + (steps ?? this.knobs.max_iters - ((step - first) % this.knobs.max_iters));
     this.go.textContent = "Pause";
-    const [{ top }, go] = [this.watched, this.go].map((each) => each.getBoundingClientRect());
-    if (top > go.top) this.go.scrollIntoView(); // on a phone, where they are below one another
+    const topOf = (part) => part.getBoundingClientRect().top;
+    if (topOf(this.watched) > topOf(this.go)) this.go.scrollIntoView(); // as on a phone, which has one column
     this.running = this.app.desk.ask("train", { until: this.until });
     await this.running;
     this.running = null;
@@ -491,5 +491,5 @@ const OF_SONNETS =
   " (Losses, the lower the better: means of three seeds, on the sonnets after 300 steps, with the other settings as at " +
   "first. Yours will differ a little.)";
 const TRIED =
-  "Trains new models instead of yours, with an idea and without it. If your text is too short to hold a part of it " +
+  "This trains new models instead of yours, with an idea and without it. If your text is too short to hold a part of it " +
   "out, they learn the sonnets.";

@@ -43,8 +43,9 @@ const STOPS = [
     "softmax",
     "#softmax .captioned",
     (app) =>
-      `Softmax makes probabilities of the scores: “${shown(app.tokenizer, app.at.next)}” has ` +
-      `${percent(app.probs()[app.at.next])}. One token is drawn, the likely ones more often, and appended to the text.`,
+      `Softmax turns the scores into probabilities: “${shown(app.tokenizer, app.at.next)}” has ` +
+      `${percent(app.probs()[app.at.next])}. One token is drawn at random, a likely one more often ` +
+      `than others, and is appended to the text.`,
   ],
   [
     "model",
@@ -91,7 +92,7 @@ class Tour {
     if (this.at === i && !this.root.hidden) this.point(selector); // unless the reader has gone on or left
   }
 
-  /** The layer and the head in which the last token reads most from one before it: there is something to see. */
+  /** The layer and the head in which the last token reads most from one before it, so that there is something to see. */
   sharpest() {
     const { config, stack, trace } = this.app;
     const t = trace.idx.length - 1;

@@ -1,7 +1,7 @@
 /* The page: one state, the worker's answer for its text, and the drawing of both. */
 
 const SHOWN = 8; // number of bars
-const LONGEST_WRITING = 500; // tokens, as with sample.py
+const LONGEST_WRITING = 500; // tokens, as in sample.py
 const OPENING = 40; // tokens that the model writes if the page has no text to open with
 const PANELS_EVERY = 150; // ms, while the model writes
 const LONGEST_ADDRESS = 100000; // characters; Firefox refuses a megabyte
@@ -429,8 +429,8 @@ class App {
   }
 
   findSection() {
-    const led = this.jumping || !this.tour.root.hidden;
-    if (led || !this.complete || this.state.section === "talk") return;
+    const scrollsItself = this.jumping || !this.tour.root.hidden;
+    if (scrollsItself || !this.complete || this.state.section === "talk") return;
     const top = this.heightOfBars() + 60;
     const found = this.panels.findLast(({ root }) => root.getBoundingClientRect().top <= top);
     const id = found && scrollY > 0 ? found.id : "model";

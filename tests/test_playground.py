@@ -153,7 +153,7 @@ def test_a_typed_text_is_read_anew_by_a_model_with_another_alphabet(opened):
     view.page.click("text=Start over")
     view.page.wait_for_selector("text=Guessing among 29 tokens")
     assert view.state()["text"] == "All" and shown.inner_text() == "A"
-    view.page.get_by_label(TEXT).fill("tick tock " * 9)  # it teaches no “A”
+    view.page.get_by_label(TEXT).fill("tick tock " * 9)  # which has no “A”
     view.page.click("text=Start over")
     view.page.wait_for_selector("text=Guessing among 6 tokens")
     assert view.state()["text"] == "tick tock ti"
@@ -360,8 +360,7 @@ READ = """async (panel) => {
   const found = [];
   for (const head of [null, ...panel.querySelectorAll(".thumb")]) {
     head?.click();
-    while (head && head.ariaPressed !== "true") await new Promise((next) => setTimeout(next, 10));
-    await new Promise((next) => setTimeout(next, 100));
+    while (head && !panel.textContent.includes(`In ${head.ariaLabel}, `)) await new Promise(requestAnimationFrame);
     found.push(most());
   }
   return found;
@@ -379,9 +378,10 @@ def test_the_tour_shows_the_head_in_which_the_last_token_reads_most_from_one_bef
         view.page.wait_for_selector(f"#tour >> text=/^{stop} of 7: /")
         view.page.click("#tour .main")
     view.page.wait_for_selector("#tour >> text=/^3 of 7: /")
-    view.settle()
+    view.page.wait_for_selector(".arcs.toured")
     toured, *heads = view.page.locator("#attention").evaluate(READ)
     assert len(heads) == 8 and toured == max(heads) > min(heads)
+    assert view.page.inner_text("#sections [aria-current=true]") == "5 Attention"
 
 
 def test_a_token_that_is_written_lights_its_way_up_unless_nothing_should_move(
