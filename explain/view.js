@@ -499,8 +499,9 @@ class App {
 
   /** Update the visible panels, each in a task of its own, so that keys are handled in between. */
   async drawPanels() {
+    const soon = performance.now() < (this.panelsAt ?? 0) + PANELS_EVERY;
+    if (this.going && (this.drawing || soon)) return; // if each token began anew, a slow machine would draw nothing
     const drawing = (this.drawing = {});
-    if (this.going && performance.now() < (this.panelsAt ?? 0) + PANELS_EVERY) return;
     this.panelsAt = performance.now();
     for (const panel of this.panels) {
       if (!panel.visible || !panel.dirty) continue;
@@ -508,6 +509,7 @@ class App {
       if (this.drawing !== drawing) return;
       this.renderPanel(panel);
     }
+    this.drawing = null;
   }
 
   renderPanel(panel) {

@@ -3,6 +3,7 @@
 Debian: apt-get install firefox-esr; apt-get install webkit2gtk-driver xvfb.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -16,11 +17,22 @@ from pathlib import Path
 
 import pytest
 
-WAIT = 60  # seconds until a browser must have started
+WAIT = 60  # seconds until a browser must have started or ended
+ANSWER = 110  # seconds until a command must have ended; a script has 100
+
+
+class BrowserDied(Exception):
+    """A browser does not answer any more, which says nothing about the page: the test is tried once more."""
 
 
 class Browser:
     """A browser that is driven by send(command, **parameters), with the W3C's names of commands."""
+
+    has_died = False
+
+    def died(self) -> BrowserDied:
+        self.has_died = True
+        return BrowserDied(f"{type(self).__name__} has died")
 
     def open(self, url: str) -> None:
         self.send("Navigate", url=url)
@@ -57,25 +69,30 @@ class Firefox(Browser):
         self.receive()
         self.count = itertools.count()
         self.send("NewSession")
-        self.send("SetTimeouts", script=120_000)
+        self.send("SetTimeouts", script=100_000)
 
     def send(self, command: str, **parameters):
         message = json.dumps([0, next(self.count), f"WebDriver:{command}", parameters])
-        self.stream.write(f"{len(message.encode())}:{message}".encode())
-        self.stream.flush()
-        _, _, error, result = self.receive()
+        try:
+            self.stream.write(f"{len(message.encode())}:{message}".encode())
+            self.stream.flush()
+            _, _, error, result = self.receive()
+        except OSError as error:
+            raise self.died() from error
         assert error is None, error
         return (result or {}).get("value")
 
     def receive(self):
         length = b""
         while (byte := self.stream.read(1)) != b":":
+            if not byte:
+                raise ConnectionError("the connection has ended")
             length += byte
         return json.loads(self.stream.read(int(length)))
 
     def close(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.wait(WAIT)
 
 
 class WebKit(Browser):
@@ -92,7 +109,7 @@ class WebKit(Browser):
             "alwaysMatch": {"webkitgtk:browserOptions": {"args": ["--automation"]}}
         }
         self.session += f"/{self.post('', capabilities=capabilities)['sessionId']}"
-        self.send("SetTimeouts", script=120_000)
+        self.send("SetTimeouts", script=100_000)
 
     def send(self, command: str, **parameters):
         return self.post(f"/{PATHS[command]}", **parameters)
@@ -100,14 +117,18 @@ class WebKit(Browser):
     def post(self, path: str, **parameters):
         sent = json.dumps(parameters).encode(), {"Content-Type": "application/json"}
         request = urllib.request.Request(self.session + path, *sent)
-        with urllib.request.urlopen(request, timeout=180) as answer:
-            return json.load(answer)["value"]
+        try:
+            with urllib.request.urlopen(request, timeout=ANSWER) as answer:
+                return json.load(answer)["value"]
+        except OSError as error:
+            raise self.died() from error
 
     def close(self) -> None:
         request = urllib.request.Request(self.session, method="DELETE")
-        urllib.request.urlopen(request, timeout=WAIT).close()
+        with contextlib.suppress(OSError):  # if it has died
+            urllib.request.urlopen(request, timeout=WAIT).close()
         os.killpg(self.process.pid, signal.SIGTERM)  # the screen, too
-        self.process.wait()
+        self.process.wait(WAIT)
 
 
 PATHS = {
@@ -146,6 +167,8 @@ def connect(port: int) -> socket.socket:
     end = time.monotonic() + WAIT
     while True:
         try:
-            return socket.create_connection(("127.0.0.1", port), timeout=180)
+            return socket.create_connection(("127.0.0.1", port), timeout=ANSWER)
         except ConnectionRefusedError:
-            assert time.monotonic() < end, "the browser did not start"
+            if time.monotonic() > end:
+                raise BrowserDied("the browser did not start") from None
+            time.sleep(0.1)

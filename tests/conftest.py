@@ -4,8 +4,10 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,19 +139,66 @@ def pairs(folder, made_once):
     return folder / "data" / "pairs"
 
 
+# what playwright and tests/browsers.py say of a browser that has died
+DIED = "Target crashed|has been closed|Browser closed|BrowserDied"
+
+
+def pytest_collection_modifyitems(config, items):
+    if "long" not in config.option.markexpr:  # pytest -m page means its short forms
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+    for item in items:
+        if item.get_closest_marker("page"):
+            item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=[DIED]))
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
+@contextmanager
+def started(command: list, **options) -> Iterator[subprocess.Popen]:
+    """Start a process. It is killed if the block fails, and must end within a minute of the block."""
+    process = subprocess.Popen(command, **options)
+    try:
+        yield process
+        process.wait(60)
+    finally:
+        process.kill()
+        with process:
+            pass  # close its pipes
+
+
+def exit_code(process: multiprocessing.Process, seconds: float = 60) -> int:
+    """Wait for a process to end. It is killed if that takes longer."""
+    process.join(seconds)
+    process.kill()
+    process.join()
+    return process.exitcode
+
+
 @pytest.fixture(scope="module")
-def browser():
-    """Chromium. A test that asks for it is skipped where it or playwright is missing."""
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
+def chromium():
+    """Returns Chromium, another one if the last one has died. Skips the test if it or playwright is missing."""
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
         pytest.skip("needs Chromium, in which the page is opened")
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="needs playwright, which drives the browser"
     )
     with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
+        browsers = []
+
+        def chromium() -> playwright.Browser:
+            if not (browsers and browsers[-1].is_connected()):
+                arguments = {"executable_path": path, "args": ["--no-sandbox"]}
+                browsers.append(started.chromium.launch(**arguments))
+            return browsers[-1]
+
+        yield chromium
+        browsers[-1].close()
+
+
+@pytest.fixture
+def browser(chromium):
+    return chromium()
 
 
 @pytest.fixture
@@ -239,5 +288,5 @@ def started_processes(module: str):
         # starts the server, which imports the module only once
         process = context.Process(target=int)
         process.start()
-        process.join()
+        exit_code(process)
     return context

@@ -40,11 +40,11 @@ def serving(answer: Callable[[str], bytes | int]) -> Iterator[ThreadingHTTPServe
     here = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     here.answer, here.cuts, here.asked = answer, {}, []
     here.headers = {}
-    thread = threading.Thread(target=here.serve_forever)
+    thread = threading.Thread(target=here.serve_forever, daemon=True)
     thread.start()
     try:
         yield here
     finally:
         here.shutdown()
-        thread.join()
+        thread.join(30)
         here.server_close()

@@ -1,14 +1,16 @@
 """The playground in Firefox and in WebKit, which stands for Safari: see tests/browsers.py."""
 
 import pytest
-from browsers import Firefox, WebKit, start_browser
+from browsers import Browser, Firefox, WebKit, start_browser
 
 import explain
 
+pytestmark = pytest.mark.page
 ARROW_LEFT, ARROW_RIGHT = "\ue012", "\ue014"
 KNOBS = "#n_layer=1&n_embd=32&learning_rate=0.01"
-UNTIL = """const until = async (done) => {
-  while (!done()) await new Promise((next) => setTimeout(next, 20));
+UNTIL = """const until = async (done, seconds = 30) => {
+  for (const end = Date.now() + 1000 * seconds; !done(); await new Promise((next) => setTimeout(next, 20)))
+    if (Date.now() > end) throw new Error(`not in ${seconds} s: ${done}\n${document.body.innerText}`);
 };
 const element = (id) => document.getElementById(id);
 const calm = () => until(() => element("page").ariaBusy === "false" && element("bars").children.length);
@@ -23,15 +25,26 @@ def playground(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[Firefox, WebKit])
-def browser(request, tmp_path_factory):
-    opened = start_browser(request.param, tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
+def started(request, tmp_path_factory):
+    """Returns a browser, another one if the last one has died."""
+    browsers = []
+
+    def started() -> Browser:
+        if not browsers or browsers[-1].has_died:
+            folder = tmp_path_factory.mktemp("profile")
+            browsers.append(start_browser(request.param, folder))
+        return browsers[-1]
+
+    yield started
+    for browser in browsers:
+        browser.close()
 
 
 @pytest.fixture
-def opened(browser, playground):
+def opened(started, playground):
     """Opens the playground; afterwards no script must have failed."""
+
+    browser = started()
 
     def open_page(hash: str = ""):
         browser.open("about:blank")
@@ -55,7 +68,7 @@ def test_the_rhyme_is_recited_after_a_training(opened):
         f"""{UNTIL}
         const press = (name) => [...document.querySelectorAll("button")].find((it) => it.textContent === name).click();
         press("Train");
-        await until(() => element("playground").textContent.includes("by heart. Type its beginning"));
+        await until(() => element("playground").textContent.includes("by heart. Type its beginning"), 100);
         await calm();
         element("text").value = "Humpty D";
         element("text").dispatchEvent(new Event("input", {{ bubbles: true }}));

@@ -82,7 +82,7 @@ def launch(
         process.join(seconds)
         for other in found if process.exitcode == 1 else [process]:
             other.kill()  # torchrun does the same
-        process.join()
+        process.join(30)
     return [process.exitcode for process in found]
 
 

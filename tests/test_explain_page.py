@@ -37,7 +37,9 @@ RUNS = {
     "members": ["--block_size=32", "--position=rotary", "--n_members=2"],
     "window": ["--model=window_mlp", "--window=4", "--block_size=32"],
 }
+pytestmark = pytest.mark.page
 PLAYGROUND = "--playground=out/playground/explain.html"
+PATIENCE = 30  # seconds for what a page does by itself
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,9 @@ STATE = """() => {
   };
 }"""
 
+SAID = "[...document.querySelectorAll('[role=status], #go-on')].map((it) => it.textContent)"
+AT_REST = "document.getElementById('page').ariaBusy === 'false'"
+
 
 class Opened:
     """A page in a browser without a network, all that it asked for, and its console."""
@@ -90,16 +95,29 @@ class Opened:
 
     def settle(self) -> None:
         """Wait until the page shows the numbers of the text."""
-        self.until("document.getElementById('page').ariaBusy === 'false'")
+        self.until(AT_REST)
 
-    def until(self, condition: str) -> None:
+    def until(self, condition: str, seconds: int = PATIENCE) -> None:
         """Wait until a JavaScript expression is true."""
-        poll = (
-            "done => (f => f(f))((f) => condition() ? done() : setTimeout(() => f(f), 10))"
-        )
-        self.page.evaluate(
-            f"() => {{ const condition = () => {condition}; return new Promise({poll}); }}"
-        )
+        poll = f"""async () => {{
+          while (!({condition})) await new Promise((next) => setTimeout(next, 10));
+        }}"""
+        self.result(poll, seconds=seconds, of=condition)
+
+    def result(self, function: str, arg=None, seconds: int = PATIENCE, of: str = ""):
+        """Call an asynchronous JavaScript function in the page. It must end within this time.
+
+        arg: for the function. of: what to call it in the message of a failure.
+        """
+        limited = f"""(arg) => Promise.race([
+          ({function})(arg).then((result) => ({{ result }})),
+          new Promise((end) => setTimeout(end, {1000 * seconds}, null)),
+        ])"""
+        ended = self.page.evaluate(limited, arg)
+        if ended is None:
+            state = self.page.evaluate(STATE) | {"said": self.page.evaluate(SAID)}
+            pytest.fail(f"not in {seconds} s: {of or function}\n{state}")
+        return ended.get("result")
 
     def state(self) -> dict:
         """When it is settled: the text, its tokens' ids, which is selected, the bars by token id, and the complaint."""
@@ -239,7 +257,7 @@ COMPUTER = """async () => {
 
 def test_a_key_computes_one_row_beside_the_page_and_outdated_keys_are_dropped(opened):
     view = opened()
-    beyond, computed, answered = view.page.evaluate(COMPUTER)
+    beyond, computed, answered = view.result(COMPUTER)
     assert beyond == [1]  # the newest half of a full context is ready
     assert (
         answered == 1 and computed <= 20 * 16 + 16
@@ -287,8 +305,8 @@ def test_a_character_that_the_model_does_not_know_is_struck_and_skipped(opened, 
 
 
 def back(view) -> None:
-    view.page.evaluate(
-        "new Promise((done) => { addEventListener('hashchange', done, { once: true }); history.back(); })"
+    view.result(
+        "() => new Promise((done) => { addEventListener('hashchange', () => done(), { once: true }); history.back(); })"
     )
     view.settle()
 
@@ -371,7 +389,7 @@ SHOWN_IN = {
 
 
 FOLLOW = """hash => new Promise((done) => {
-  addEventListener("hashchange", done, { once: true });
+  addEventListener("hashchange", () => done(), { once: true });
   location.hash = hash;
 })"""
 
@@ -382,9 +400,9 @@ def test_a_section_comes_to_the_top_when_it_is_chosen_while_a_number_is_open(ope
         for name in (there, back):
             view.page.locator("#bars .number").first.click()
             view.page.wait_for_selector("#drawer", state="visible")
-            view.page.evaluate(FRAMES)
+            view.result(FRAMES)
             view.page.click(f"#sections button:has-text('{name}')")
-            view.page.evaluate(FRAMES)
+            view.result(FRAMES)
             bars = view.page.locator("#sections-part").bounding_box()
             title = view.page.evaluate("document.activeElement.getBoundingClientRect().top")
             assert 0 <= title - bars["y"] - bars["height"] < 90, name
@@ -393,7 +411,7 @@ def test_a_section_comes_to_the_top_when_it_is_chosen_while_a_number_is_open(ope
 def test_the_drawer_leads_to_the_section_that_shows_its_number(opened):
     view = opened(hash="#text=Akis")
     for number, (section, strip) in SHOWN_IN.items():
-        view.page.evaluate(FOLLOW, f"#section=leaf&text=Akis&number={number}")
+        view.result(FOLLOW, f"#section=leaf&text=Akis&number={number}")
         view.settle()
         title = view.page.inner_text("#arithmetic h3")
         link = view.page.locator("#arithmetic button", has_text="Show in section")
@@ -401,7 +419,7 @@ def test_the_drawer_leads_to_the_section_that_shows_its_number(opened):
         chip = view.page.locator(chip).first.inner_text()
         link.click()
         view.settle()
-        view.page.evaluate(FRAMES)
+        view.result(FRAMES)
         assert view.page.locator("#sections [aria-current=true]").inner_text() == chip
         assert view.page.inner_text("#arithmetic h3") == title
         panel = view.page.locator(f"#{section}")
@@ -421,7 +439,7 @@ def test_a_number_keeps_its_height_when_the_drawer_opens_beside_it_and_closes(op
         strip.click(position={"x": 50, "y": 5})
         view.page.wait_for_selector("#drawer")
         for key in ("Shift", "Escape"):
-            view.page.evaluate(FRAMES)
+            view.result(FRAMES)
             heights.append(strip.bounding_box()["y"])
             view.page.keyboard.press(key)
         assert heights == pytest.approx([heights[0]] * 3, abs=2), width
@@ -469,7 +487,7 @@ class Walk:
 
     def click(self, selector: str) -> None:
         """With the mouse, on one of those that can be seen, brought into view; nothing may cover it then."""
-        at = self.page.evaluate(INTO_VIEW, [selector, self.draw.random()])
+        at = self.view.result(INTO_VIEW, [selector, self.draw.random()])
         assert at != "covered", selector
         if at:
             self.page.mouse.click(*at)
@@ -578,7 +596,7 @@ def test_the_drawer_shows_pytorchs_numbers(opened, runs, run, n):
     view = opened(run, f"#section=leaf&text={text}")
     chosen = dict(addresses(expected_trace(model, idx, source, tokenizer.vocab_size), n))
     query = [list(chosen), f"section=leaf&text={text}"]
-    for address, shown in view.page.evaluate(DRAWERS, query).items():
+    for address, shown in view.result(DRAWERS, query).items():
         value = chosen[address]
         unit = abs(value) / 10 if "e" in shown else 10.0 ** -len(shown.partition(".")[2])
         number = float(shown.replace("−", "-").replace("∞", "inf"))
@@ -669,7 +687,9 @@ def test_tab_leads_to_every_control_and_each_obeys_its_keys_and_keeps_the_focus(
             if after != before:
                 break
         assert after != before or kind in ("button", "summary", "div"), label
-        if text in ("Stop", "Pause"):
+        if text == "Train":  # a large model, after all these keys
+            view.until(f"control.textContent === 'Pause' || {AT_REST}")
+        if text in ("Stop", "Pause", "Train"):
             press("Enter")
         elif text == "Try it":
             view.page.click("text=Pause")
@@ -811,7 +831,7 @@ def test_nothing_scrolls_sideways(opened, run):
     view.page.locator("#bars button").nth(1).click()
     for size in (narrow, {"width": 720, "height": 450}, {"width": 768, "height": 900}):
         view.page.set_viewport_size(size)
-        view.page.evaluate(FRAMES)
+        view.result(FRAMES)
         root = "document.documentElement"
         assert view.page.evaluate(f"{root}.scrollWidth <= {root}.clientWidth"), size
 
@@ -916,22 +936,27 @@ def test_what_a_step_of_training_knew_of_a_text_follows_the_text_while_it_is_wri
     status(view, "learned", "After step 6 ")
     view.page.evaluate(
         """() => {
-      const [panel, text] = ["learned", "text"].map((id) => document.getElementById(id));
+      const panel = document.getElementById("learned");
       window.seen = [];
-      window.end = false;
       new MutationObserver(() => {
         if (document.getElementById("go-on").textContent === "Stop")
           seen.push([panel.querySelector(".losses").textContent, panel.querySelector("[role=status]").dataset.loss]);
-        const texts = new Set(seen.filter(([, loss]) => loss).map(([text]) => text));
-        window.end = texts.size > 2 || text.value.length > 4000;
       }).observe(document.getElementById("page"), { childList: true, subtree: true });
     }"""
     )
     view.page.click("#go-on")
-    view.until("end")
-    view.page.click("#go-on")
-    shown = {text: float(loss) for text, loss in view.page.evaluate("seen") if loss}
-    assert len(shown) > 1
+    view.until("document.getElementById('go-on').textContent === 'Continue'", 100)
+    view.settle()
+    written = view.page.evaluate("seen")
+    shown = {text: float(loss) for text, loss in written if loss}
+    assert len(shown) > 2, written
+    now = view.page.text_content("#learned .losses")
+    ids = view.page.eval_on_selector_all(
+        "#tokens button", "all => all.map((it) => +it.dataset.id)"
+    )
+    assert now.replace("␣", " ").replace("⏎", "\n") == tokenizer.decode(ids)
+    loss = view.page.locator("#learned [role=status]").get_attribute("data-loss")
+    shown[now] = float(loss)
     for text, loss in shown.items():
         ids = tensor_of(tokenizer, text.replace("␣", " ").replace("⏎", "\n"))
         with torch.no_grad():

@@ -16,7 +16,9 @@ from conftest import (
     TINY_RUN,
     WITHOUT_SAMPLE,
     assert_same_weights,
+    exit_code,
     read_rows,
+    started,
     started_processes,
 )
 
@@ -47,7 +49,7 @@ def held(path: str):
     """Another process holds this lock until the block ends."""
     command = [sys.executable, "-c", HOLD, ROOT, path]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, text=True) as process:
+    with started(command, **pipes, text=True) as process:
         assert process.stdout.readline() == "held\n"
         yield process
         process.stdin.close()
@@ -128,7 +130,7 @@ def test_a_killed_process_leaves_no_lock_and_its_run_is_resumed(run_train):
     run_train()
     with held("out/run") as process:
         process.kill()
-        process.wait()
+        process.wait(30)
     assert (OUT / ".lock").exists()
     assert train.main(LONGER) == 0
     assert not (OUT / ".lock").exists()
@@ -160,7 +162,7 @@ def test_fifty_starts_of_two_runs_in_one_folder_never_mix(tiny):
         began = time.perf_counter()
         process = processes.Process(target=start, args=(argv, 0))
         process.start()
-        process.join()
+        assert exit_code(process) == 0
         duration = time.perf_counter() - began
         saved = checkpoint.read(Path("out/alone/ckpt.pt"))
         expected[seed] = read_rows(Path("out/alone")), saved["model"]
@@ -176,8 +178,7 @@ def test_fifty_starts_of_two_runs_in_one_folder_never_mix(tiny):
             two.append(process)
             time.sleep(draw.uniform(0, 1.1 * duration) if len(two) == 1 else 0)
         for index, process in enumerate(two):
-            process.join()
-            codes.append(process.exitcode)
+            codes.append(exit_code(process))
             error = Path(f"{index}.stderr").read_text().splitlines()[-1:]
             line = "train.py: out_dir=out/run is in use by "
             assert process.exitcode == 0 or error[0].startswith(line), error

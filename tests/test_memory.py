@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN, WITHOUT_SAMPLE, read_rows, started_processes
+from conftest import TINY_RUN, WITHOUT_SAMPLE, exit_code, read_rows, started_processes
 from humptygpt.model import ACTIVATIONS, BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig
 
 import prepare_data
@@ -347,7 +347,7 @@ def test_under_a_limit_of_memory_a_script_ends_well_or_in_one_line(
     for room in (0, 130_000_000, 260_000_000, 400_000_000):
         process = processes.Process(target=run_limited, args=(*COMMANDS[name], room))
         process.start()
-        process.join()
+        exit_code(process)
         known = "note: |out/run|---|.*step/s|$"
         stderr = Path("stderr").read_text()
         lines = [line for line in stderr.splitlines() if not re.match(known, line)]

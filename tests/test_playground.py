@@ -18,6 +18,7 @@ from humptygpt.formats import load as loading
 from humptygpt.page import page_data
 from humptygpt.training.settings import TrainConfig
 
+pytestmark = pytest.mark.page
 TEXT = "The text that it learns"
 MORE = "document.querySelector('#playground details').open = true"
 START = "Humpty Dumpty sat"
@@ -72,7 +73,8 @@ TO_THE_END = """button => new Promise((done) => {
 
 
 def train_to_the_end(view: Opened) -> None:
-    view.page.get_by_role("button", name="Train", exact=True).evaluate(TO_THE_END)
+    button = view.page.get_by_role("button", name="Train", exact=True).element_handle()
+    view.result(TO_THE_END, button, seconds=100)
     view.settle()
 
 
@@ -379,7 +381,7 @@ def test_the_tour_shows_the_head_in_which_the_last_token_reads_most_from_one_bef
         view.page.click("#tour .main")
     view.page.wait_for_selector("#tour >> text=/^3 of 7: /")
     view.page.wait_for_selector(".arcs.toured")
-    toured, *heads = view.page.locator("#attention").evaluate(READ)
+    toured, *heads = view.result(READ, view.page.query_selector("#attention"))
     assert len(heads) == 8 and toured == max(heads) > min(heads)
     assert view.page.inner_text("#sections [aria-current=true]") == "5 Attention"
 

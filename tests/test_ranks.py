@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, assert_same_weights, read_rows
+from conftest import ROOT, TINY_RUN, assert_same_weights, read_rows, started
 from conftest import train_losses as losses
 from humptygpt.model import ModelConfig
 
@@ -439,18 +439,13 @@ def command(tiny):
     """train.py, started by a command with two ranks, after its first step."""
     argv = [sys.executable, "-u", ROOT / "train.py", *TINY_RUN, "--max_iters=100000"]
     env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    with subprocess.Popen(
-        [*argv, "--threads=2"],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as started:
-        while not started.stdout.readline().startswith("iter 2/"):
-            assert started.poll() is None
-        yield started
-        started.kill()
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    options |= {"env": env, "start_new_session": True}
+    with started([*argv, "--threads=2"], **options) as process:
+        while not process.stdout.readline().startswith("iter 2/"):
+            assert process.poll() is None
+        yield process
+        process.kill()
 
 
 def other_rank_of(started: subprocess.Popen) -> int:
@@ -474,4 +469,4 @@ def test_ctrl_c_which_all_ranks_receive_saves_and_stops(command):
     os.killpg(command.pid, signal.SIGINT)
     rest = command.stdout.read()
     assert "SIGINT: saved out/run/ckpt.pt at iter" in rest and "Traceback" not in rest
-    assert command.wait() == 128 + signal.SIGINT
+    assert command.wait(30) == 128 + signal.SIGINT

@@ -79,7 +79,7 @@ class Reciter(nn.Module):
     def next_logits(self, idx):
         gate = self.gate
         if gate:
-            gate.acquire()
+            assert gate.acquire(timeout=60)
         return self(idx)[0][:, -1]
 
 
@@ -90,13 +90,14 @@ def serving(pipeline: sample.Pipeline, name: str = "tiny", **keys):
     open_api = partial(Api, pipeline, name, log=keys.get("log"))
     server = serve.listen(serve.ServeConfig(**keys), open_api)
     server.RequestHandlerClass.log_message = lambda *_: None
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    often = {"poll_interval": 0.01}
+    thread = threading.Thread(target=server.serve_forever, kwargs=often, daemon=True)
     thread.start()
     try:
         yield server
     finally:
         server.shutdown()
-        thread.join()
+        thread.join(30)
         server.server_close()
 
 
@@ -644,7 +645,7 @@ def test_a_client_that_leaves_frees_its_place_for_the_next(reciter, stream):
     )
     waiting.start()
     taken = 0
-    while handler.is_alive():
+    while handler.is_alive() and taken < 20:
         gate.release()
         taken += 1
         handler.join(0.5)
@@ -846,11 +847,12 @@ def storm(port: int, expected: list[str], seed: int, rounds: int) -> list[str]:
             except Exception as error:
                 problems.append(repr(error))
 
-    clients = [threading.Thread(target=run, args=(number,)) for number in range(20)]
+    clients = [threading.Thread(target=run, args=(n,), daemon=True) for n in range(20)]
     for client in clients:
         client.start()
     for client in clients:
-        client.join()
+        client.join(60)
+        assert not client.is_alive()
     return problems
 
 

@@ -13,6 +13,8 @@ import sample
 from humptygpt.tokenizers.basic import ByteTokenizer, CharTokenizer
 from humptygpt.tokenizers.chat import ChatTokenizer, Turn
 
+pytestmark = pytest.mark.page
+
 
 @pytest.fixture
 def reciter():

@@ -23,6 +23,7 @@ from humptygpt.formats import load as loading
 from humptygpt.tokenizers.chat import BEGIN, END, ChatTokenizer, Turn
 from humptygpt.training import run as run_module
 
+pytestmark = pytest.mark.page
 WHOLE = "The wall is high, and I am well."  # so long and frequent that it becomes one token
 WORDS = ["wall", "king", "egg", "horse", "men", "sat", "fall"]
 KEYS = ["--block_size=64", "--position=rotary", "--learning_rate=0.01", "--max_iters=90"]

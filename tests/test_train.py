@@ -20,8 +20,10 @@ from conftest import (
     TINY_RUN,
     WITHOUT_SAMPLE,
     assert_same_weights,
+    exit_code,
     make_text,
     read_rows,
+    started,
     started_processes,
     train_losses,
 )
@@ -470,9 +472,9 @@ def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(
 def test_ctrl_c_saves_even_if_it_has_ended_the_reader_of_our_messages(tiny):
     command = [sys.executable, "-u", ROOT / "train.py", *TINY_RUN, "--max_iters=100000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, **pipes) as process:
+    with started(command, **pipes) as process:
         while not process.stdout.readline().startswith("iter 2/"):
-            pass
+            assert process.poll() is None
         process.stdout.close()
         process.send_signal(signal.SIGINT)
     assert process.returncode == 128 + signal.SIGINT
@@ -529,8 +531,7 @@ def test_killed_at_any_moment_of_saving_a_run_resumes_exactly(tiny, step):
         """Call a function in a process and return its exit code."""
         process = processes.Process(target=target, args=args)
         process.start()
-        process.join()
-        return process.exitcode
+        return exit_code(process)
 
     assert run(quiet_train) == 0
     rows, whole, snapshots = read_rows(OUT), weights(), kept(OUT)
@@ -1051,16 +1052,13 @@ with runs.catch_signals():
 def test_a_second_ctrl_c_ends_a_long_step_at_once_and_the_first_one_says_so():
     command = [sys.executable, "-c", LONG_STEP]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+    with started(command, cwd=ROOT, **pipes) as process:
         assert process.stdout.readline() == "started\n"
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline() == "\n"
         assert process.stderr.readline().startswith("SIGINT: finishing this step, then ")
         process.send_signal(signal.SIGINT)
-        try:
-            assert process.wait(timeout=9) == 128 + signal.SIGINT
-        finally:
-            process.kill()
+        assert process.wait(timeout=9) == 128 + signal.SIGINT
 
 
 # --------------------------------------------------------------------------------------

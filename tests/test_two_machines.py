@@ -86,7 +86,7 @@ def start(tiny, namespaces):
     for namespace in namespaces:
         switch_off(namespace)
     for process in started:
-        process.wait()
+        process.wait(30)
 
 
 def complaints(number: int) -> list[str]:
