@@ -47,7 +47,7 @@ import numpy as np
 from humptygpt import cli, machine
 from humptygpt.cli import TEXTS, UserError, note, one_line
 from humptygpt.files import parse_json, write_whole
-from humptygpt.training.loggers import read_metrics
+from humptygpt.training.loggers import evaluations, read_metrics
 
 # Settings to ignore, because they do not affect the trained model; _parameters already has its own column.
 IGNORED = {
@@ -56,15 +56,12 @@ IGNORED = {
     "always_save_checkpoint",
     "log_interval",
     "parallel",
-    "threads",
     "backend",
     "wandb_log",
     "wandb_project",
     "wandb_run_name",
     "_parameters",
     "_train_tokens",
-    "_measured",  # in runs of 57d295e, as are these:
-    *cli.REMOVED,
 }
 # the entries of config.json that are checked
 SCHEMA = {"max_iters": range(1, 2**53), "_parameters": range(2**53)}
@@ -147,7 +144,9 @@ class Run:
             **dict.fromkeys(("iter", "tokens", "seconds", "position"), 0),
         }
         for row in self.rows:
-            values |= row
+            # a run's latest val_loss is comparable with its earlier ones, which are of part of the split
+            if row["kind"] != "whole":
+                values |= row
         return values
 
     @cached_property
@@ -157,15 +156,16 @@ class Run:
         An evaluation before the first step does not count, since it measures the model that the run started from.
         """
         best = {}
-        for row in self.rows:
-            row = {
-                f"best_{key.removeprefix('whole_').replace('val_bits', 'bits')}": row[key]
-                for key in row
-            }
-            if row.keys() >= {"best_val_loss", BITS, "best_val_text"} and row["best_iter"]:
-                text = row["best_val_text"]
+        for step, row in evaluations(self.rows):
+            if step and row.keys() >= {"val_loss", "val_bits_per_byte", "val_text"}:
+                text = row["val_text"]
+                found = {
+                    "best_iter": step,
+                    "best_val_loss": row["val_loss"],
+                    BITS: row["val_bits_per_byte"],
+                }
                 best[text] = min(
-                    best.pop(text, row), row, key=lambda each: each["best_val_loss"]
+                    best.pop(text, found), found, key=lambda each: each["best_val_loss"]
                 )
         return best
 
@@ -422,7 +422,8 @@ def curve(runs: list[Run], plot: str) -> zip:
             bytes_per_token = run.values["best_val_loss"] / math.log(2) / bits
             for row in run.rows:
                 read = row["tokens"] * bytes_per_token
-                points += [(read, value) for value in numbers([row], plot)]
+                if row["kind"] != "whole":
+                    points += [(read, value) for value in numbers([row], plot)]
         points.append((math.nan, math.nan))  # a gap between two seeds
     return zip(*points, strict=True)
 

@@ -2,16 +2,17 @@
 
     python export.py --out_dir=out/shakespeare_char_llama --to=exported
     python export.py --out_dir=out/shakespeare_char_llama --to=model.gguf --dtype=q8_0
-    python export.py --init_from=nanoGPT/out-x --to=exported     any other model: nanoGPT's, a folder, gpt2
+    python export.py --init_from=gpt2 --to=gpt2.gguf     any other model: a folder, a name on the Hugging Face Hub
 
-The folder has the model, its tokenizer and a model card, and is ready to upload to the Hugging Face Hub. The GGUF file
-is for llama.cpp and for programs that are built on it, such as Ollama and LM Studio. Both formats support only GPT-2's
-and Llama's architectures. The file extension of --to selects the format.
+The folder has the model and its tokenizer, and is ready to upload to the Hugging Face Hub. The GGUF file is for
+llama.cpp and for programs that are built on it, such as Ollama and LM Studio. Both formats support only GPT-2's and
+Llama's architectures. The file extension of --to selects the format.
 """
 
 import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,34 +54,39 @@ class ExportConfig(ModelSource):
 def main(argv: list[str]) -> None:
     given = cli.read(argv, ExportConfig)
     config = cli.make(ExportConfig, given)
+    from humptygpt.formats.checkpoint import refuse_edits
     from humptygpt.formats.families import find_family
     from humptygpt.formats.load import load
     from humptygpt.generation.generator import chosen_source
-    from humptygpt.page.known_settings import check_formulas
 
     loaded = load(chosen_source(config, given), config.checkpoint)
     to = Path(config.to)
     find_family(loaded.model.config)  # refuse now, not after asking for packages
-    check_formulas(loaded.model.config, "transformers or llama.cpp")
+    if to.suffix == ".gguf" or not find_spec("transformers"):
+        refuse_edits()
     write = write_gguf_file if to.suffix == ".gguf" else write_folder
     print(write(loaded, to, config.dtype))
 
 
 def write_folder(loaded: "Loaded", to: Path, dtype: str) -> str:
     """Write a folder for transformers and return a line to print."""
-    from humptygpt.formats.huggingface import write_files, write_pretrained
-    from humptygpt.formats.model_card import model_card
+    from humptygpt.formats.huggingface import (
+        compare_logits,
+        write_files,
+        write_pretrained,
+    )
     from humptygpt.formats.tokenizer_json import tokenizer_files
 
     files = tokenizer_files(loaded.tokenizer, loaded.model.config.block_size) | {
-        "README.md": model_card(loaded, to.name),
         "generation_config.json": generation_config(loaded),
     }
     with whole(to) as folder:
         folder.mkdir()  # here rather than later, so that an error names the folder that cannot be written
         write_pretrained(loaded.model, folder, dtype)
         write_files(folder, files)
-    return f"{to}: its README.md shows how to use it"
+        if find_spec("transformers"):
+            compare_logits(loaded.model, folder, dtype)
+    return f'{to}: in Python, transformers.pipeline("text-generation", "{to}")'
 
 
 def write_gguf_file(loaded: "Loaded", to: Path, dtype: str) -> str:

@@ -44,7 +44,6 @@ class ModelConfig:
     n_head: int = 2  # attention heads in a block
     n_kv_head: int | None = None  # key and value heads (GQA); None: n_head; 1: MQA
     n_embd: int = 128  # embedding dimension: the width of the model
-    head_size: int | None = None  # features per attention head; None: n_embd / n_head
     n_hidden: int | None = None  # hidden neurons; None: 4 n_embd, or 8/3 n_embd if gated
     block_size: int = 256  # context length in tokens; transformer: source and target each
     window: int = 0  # tokens that a token attends to, including itself; 0: all; window_mlp: tokens read
@@ -52,17 +51,11 @@ class ModelConfig:
     dropout: float = 0.0  # probability that an activation is zeroed in training
     label_smoothing: float = 0.0  # fraction of each target spread over the vocabulary
     bias: bool = False  # biases in norms and linear layers, not in the head; GPT-2 has them
-    attn_bias: bool | None = None  # biases in attention's linear layers; None: same as bias
-    mlp_bias: bool | None = None  # biases in the feed-forward network; None: same as bias
     tie_weights: bool = True  # the embedding and the output head share one matrix
     position: str = "learned"  # positional encoding
     rope_base: float = 10000.0  # rotary: base of the frequencies (rope_theta)
     rope_factor: float = 1.0  # rotary: divisor of low frequencies, as in Llama 3.1; 1: off
-    rope_low_freq_factor: float = 1.0  # below this many rotations, divide by rope_factor
-    rope_high_freq_factor: float = 4.0  # above this many rotations, do not divide
-    rope_original_context: int = 8192  # original context, in which rotations are counted
     norm: str = "layernorm"  # kind of norm
-    norm_eps: float = 1e-5  # added to a norm's variance or mean square
     block: str = "pre_norm"  # arrangement of norms and residual connections in a block
     attention: str = "softmax"  # kind of attention
     mlp: str = "plain"  # feed-forward network; gated with silu is SwiGLU
@@ -72,6 +65,14 @@ class ModelConfig:
     embed_norm: bool = False  # a norm after the embedding and its positional encoding
     logit_soft_cap: float = 0.0  # limits logits to between -cap and cap with tanh; 0: off
     init: str = "gpt2"  # initial weights; zero: each branch of a block starts at 0
+    # imported models
+    head_size: int | None = None  # features per attention head; None: n_embd / n_head
+    attn_bias: bool | None = None  # biases in attention's linear layers; None: same as bias
+    mlp_bias: bool | None = None  # biases in the feed-forward network; None: same as bias
+    norm_eps: float = 1e-5  # added to a norm's variance or mean square
+    rope_low_freq_factor: float = 1.0  # below this many rotations, divide by rope_factor
+    rope_high_freq_factor: float = 4.0  # above this many rotations, do not divide
+    rope_original_context: int = 8192  # original context, in which rotations are counted
 
     @classmethod
     def choices(cls) -> dict:

@@ -16,7 +16,7 @@ Only the text goes to stdout; everything else goes to stderr.
 import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 
 from humptygpt import machine
@@ -28,14 +28,15 @@ from humptygpt import cli
 from humptygpt.cli import (
     TEXTS,
     UserError,
+    Vain,
     as_user_error,
     check_effects,
     check_least,
     note,
 )
+from humptygpt.generation import generator
 from humptygpt.generation.chat import read_messages, reply
 from humptygpt.generation.generator import (
-    IN_VAIN,
     Pipeline,
     PipelineConfig,
     choose_threads,
@@ -57,13 +58,14 @@ from humptygpt.tokenizers.chat import Turn
 SEPARATOR = "---------------"
 SAMPLING = "temperature top_k top_p min_p repetition_penalty seed max_new_tokens stop"
 TALKS = 'this model talks; ask it with reply([{"role": "user", "content": "..."}])'
-# {task of the model: the keys that have no effect on it}
-NOT_FOR = {
-    "language modelling": "interactive system num_beams length_penalty",
-    "chat": "prompts num_samples num_beams length_penalty",
-    "translation": "prompts num_samples system seed stop temperature top_k top_p min_p"
-    " repetition_penalty",
-}
+# task: that of the model
+IN_VAIN: Vain = [
+    *generator.IN_VAIN,
+    ("system num_beams", "task", ("language modelling",)),
+    ("prompts num_samples num_beams", "task", ("chat",)),
+    ("prompts num_samples system seed stop", "task", ("translation",)),
+    ("temperature top_k top_p min_p repetition_penalty", "task", ("translation",)),
+]
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,12 @@ class SampleConfig(PipelineConfig):
     # input and output
     start: str | None = None  # prompt, FILE:path to read it from a file, or - for stdin
     prompts: str | None = None  # file with one prompt per line, or - for stdin
-    interactive: bool = False  # go on with lines from the terminal, to talk or translate
     system: str | None = None  # for a chat model: a message that comes before all others
     num_samples: int = 3  # texts for each prompt, generated together in one batch
     max_new_tokens: int = 500  # tokens to generate after each prompt
     stop: TEXTS = ()  # end a text just before this string; several may be given
     # beam search, for translations
     num_beams: int = 4  # hypotheses kept at each step; 1: greedy
-    length_penalty: float = 1.0  # rank by log-probability / length^length_penalty
     # sampling, for text
     temperature: float = 0.8  # below 1: sharper; above 1: more random; 0: greedy
     top_k: int | None = 200  # sample only from the k most probable tokens
@@ -92,8 +92,8 @@ class SampleConfig(PipelineConfig):
         check_sampling(self)
         check_least(self, 1, "num_samples", "max_new_tokens", "num_beams")
         check_least(self, 0, "seed")
-        if self.prompts and (self.start or self.interactive):
-            raise ValueError("prompts cannot be combined with start or interactive")
+        if self.prompts and self.start:
+            raise ValueError("prompts cannot be combined with start")
 
     def select(self, keys: str) -> dict[str, object]:
         return {key: getattr(self, key) for key in keys.split()}
@@ -102,9 +102,9 @@ class SampleConfig(PipelineConfig):
 def main(argv: list[str]) -> None:
     given = cli.read(argv, SampleConfig)
     config = cli.make(SampleConfig, given)
-    check_effects(given, vars(config), IN_VAIN)
     loaded = config.pipeline(chosen_source(config, given))
-    check_keys(given, loaded.task)
+    settings = vars(config) | {"task": loaded.task}
+    check_effects(given, cli.typed_keys(argv), settings, IN_VAIN)
     with machine.memory_advice(
         "try a smaller --num_samples, --max_new_tokens or --num_beams"
     ):
@@ -116,13 +116,6 @@ def main(argv: list[str]) -> None:
             converse(config, loaded)
         else:
             print_texts(config, loaded)
-
-
-def check_keys(given: dict[str, object], task: str) -> None:
-    """Raise UserError if a key has no effect on models of this task."""
-    for key in NOT_FOR[task].split():
-        if key in given:
-            raise UserError(f"{key}={given[key]} has no effect with task={task}")
 
 
 # --------------------------------------------------------------------------------------
@@ -152,7 +145,7 @@ class Model(Pipeline):
     def stream(self, prompt: str | list[dict], **keys) -> Iterator[str]:
         """Yield what complete() adds to a prompt, or the reply to messages, piece by piece."""
         config = cli.restore(SampleConfig, keys)
-        check_keys(keys, self.task)
+        check_effects(keys, keys, vars(config) | {"task": self.task}, IN_VAIN)
         if self.task == "chat" and isinstance(prompt, str):
             raise UserError(TALKS)
         if self.task == "translation":
@@ -203,7 +196,7 @@ def write(
 def translate(lines: list[str], config: SampleConfig, loaded: Pipeline) -> Iterator[str]:
     from humptygpt.generation.translation import translate_lines
 
-    how = config.select("num_beams length_penalty max_new_tokens")
+    how = config.select("num_beams max_new_tokens")
     return translate_lines(loaded.model, loaded.tokenizer, lines, **how)
 
 
@@ -247,12 +240,10 @@ def print_batch(
 
 
 def print_translations(config: SampleConfig, loaded: Pipeline) -> None:
-    """Print a translation of each line. The translation of an empty line is empty."""
-    texts = typed_lines() if config.interactive else [read_start(config.start or "")]
+    """Print a translation of each line of --start or, without it, of what is typed. That of an empty line is empty."""
+    texts = typed_lines() if config.start is None else [read_start(config.start)]
     if texts == [""]:
-        raise UserError(
-            'nothing to translate; give a sentence, such as --start="Wo wohnst du?", or --start=FILE:german.txt'
-        )
+        raise UserError(f"nothing to translate in start={config.start}")
     for text in texts:
         lines = text.removesuffix("\n").split("\n")
         for translation in translate(lines, config, loaded):
@@ -264,11 +255,10 @@ def print_translations(config: SampleConfig, loaded: Pipeline) -> None:
 
 
 def converse(config: SampleConfig, loaded: Pipeline) -> None:
-    """Read a line, print the model's reply, and repeat. Without --interactive, answer only --start."""
+    """Print the model's reply to --start or, without it, to each line that is typed."""
     turns = [] if config.system is None else [Turn("system", config.system.strip())]
     first = [] if config.start is None else [read_start(config.start)]
-    lines = typed_lines() if config.interactive or not first else []
-    for number, line in enumerate(chain(first, lines)):
+    for number, line in enumerate(first or typed_lines()):
         said = [*turns, Turn("user", line.strip())]
         text = ""
         try:

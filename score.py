@@ -2,23 +2,20 @@
 
     python score.py --out_dir=out/mine --text=FILE
     python score.py --out_dir=out/mine --pairs=FILE.jsonl      one object per line: {"good": "a cat", "bad": "an cat"}
-    python score.py --out_dir=out/mine --suite=english
+    python score.py --out_dir=out/mine --pairs=english
     python score.py --out_dir=out/bot --chats=FILE.jsonl       questions of your own, with their answers
-    python score.py --init_from=out/mine --init_from=gpt2 --suite=python      the models side by side
+    python score.py --init_from=out/mine --init_from=gpt2 --pairs=python      the models side by side
 
 --text: nats per token, bits per byte and perplexity over the whole file.
 --pairs: a test is passed if the model finds the good text likelier. A line may instead have "context", "choices" and
 "answer", the index of the right choice. The lines of each "group" are also counted separately. With several models, the
-difference from the first is shown with its standard error.
---suite: english (200 pairs of agreement, articles, word order and so on) and python, both written for this project, or
-blimp (67,000 pairs in 67 groups: Warstadt et al. 2020, "BLiMP: The Benchmark of Linguistic Minimal Pairs for English",
-TACL 8, licence CC-BY 4.0), of which 2.4 MB are downloaded on first use. A model that guesses passes half of them.
+difference from the first is shown with its standard error. Instead of a file it may be english (200 pairs of agreement,
+articles, word order and so on) or python, both written for this project. A model that guesses passes half of them.
 --chats: conversations in any form of docs/chat.md. The model writes the last reply of each, and a lookup of the nearest
 question that it was taught answers, too. Each wrong reply is shown.
 """
 
 import json
-from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -31,16 +28,15 @@ if __name__ == "__main__":
 import numpy as np
 
 from humptygpt import cli
-from humptygpt.cli import TEXTS, UserError, check_effects, check_least, note
+from humptygpt.cli import TEXTS, UserError, Vain, check_effects, note
 from humptygpt.formats.checkpoint import find_checkpoint
-from humptygpt.generation.generator import IN_VAIN as PIPELINE_VAIN
+from humptygpt.generation import generator
 from humptygpt.generation.generator import Pipeline, PipelineConfig
 from humptygpt.generation.sampling import read_text
-from humptygpt.scoring.pairs import SUITES, Test, by_group, read_tests, run_tests
+from humptygpt.scoring.pairs import Test, by_group, read_tests, run_tests
 from humptygpt.scoring.text import score_text
 
-# [(key, another setting, the values of that setting for which the key has no effect)]
-IN_VAIN = [*PIPELINE_VAIN, ("stride", "text", (None,)), ("text_key", "chats", (None,))]
+IN_VAIN: Vain = [*generator.IN_VAIN, ("text_key", "chats", (None,))]
 
 
 @dataclass(frozen=True)
@@ -49,31 +45,24 @@ class ScoreConfig(PipelineConfig):
     init_from: TEXTS = ()  # instead of out_dir: runs, checkpoints, model folders or names such as gpt2
     # what to score
     text: str | None = None  # a text file, or - for stdin
-    stride: int | None = None  # with text: window step in tokens; None: half of block_size
-    pairs: str | None = None  # a file of pairs, or - for stdin
-    suite: str | None = None  # a set of pairs
+    pairs: str | None = None  # english, python, a file of pairs, or - for stdin
     chats: str | None = None  # a file of conversations
     text_key: str | None = None  # with chats: the keys of a question and its answer: q,a
     json: bool = False  # print JSON instead of a table
 
-    @classmethod
-    def choices(cls) -> dict[str, Collection[str]]:
-        return super().choices() | {"suite": SUITES}
-
     def validate(self) -> None:
         super().validate()
-        check_least(self, 1, "stride")
-        given = sum(map(bool, (self.text, self.pairs, self.suite, self.chats)))
+        given = sum(map(bool, (self.text, self.pairs, self.chats)))
         if given != 1:
             raise ValueError(
-                f"choose one of --text, --pairs, --suite and --chats; {given} are given"
+                f"choose one of --text, --pairs and --chats; {given} are given"
             )
 
 
 def main(argv: list[str]) -> None:
     given = cli.read(argv, ScoreConfig)
     config = cli.make(ScoreConfig, given)
-    check_effects(given, vars(config), IN_VAIN)
+    check_effects(given, cli.typed_keys(argv), vars(config), IN_VAIN)
     sources = {source: source for source in config.init_from}
     if not sources:
         folder = config.out_dir
@@ -101,7 +90,7 @@ def print_texts(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
     rows = {}
     for name, source in sources.items():
         loaded = load(config, source)
-        row = rows[name] = score_text(loaded.model, loaded.tokenizer, text, config.stride)
+        row = rows[name] = score_text(loaded.model, loaded.tokenizer, text)
         if not config.json:
             print(
                 f"{row['nats_per_token']:.4f} ± {row['standard_error']:.4f} nats per token,"
@@ -134,7 +123,7 @@ def print_chats(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
 
 
 def print_tests(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
-    tests = read_tests(config.pairs or config.suite)
+    tests = read_tests(config.pairs)
     passed = {}
     for name, source in sources.items():
         loaded = load(config, source)

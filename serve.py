@@ -7,24 +7,15 @@ The API is OpenAI's: /v1/models, /v1/completions and, for a chat model, /v1/chat
 openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none"). Answers to several clients take turns. Only
 programs on this machine can reach the server, unless --host says otherwise; then clients need the key in the
 environment variable HUMPTYGPT_API_KEY, or in a file: --api_key=FILE:key.txt. There is no encryption: put a proxy in
-front of it. When training has replaced the run, the server opens the new one.
+front of it.
 """
 
-import hmac
-import json
 import os
 import re
 import socket
-import time
-import traceback
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import cached_property
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from humptygpt import machine
 
@@ -32,7 +23,7 @@ if __name__ == "__main__":
     machine.start()  # before numpy and torch are loaded
 
 from humptygpt import cli
-from humptygpt.cli import TEXTS, UserError, check_effects, first_line, note
+from humptygpt.cli import TEXTS, UserError, check_effects
 from humptygpt.files import refuse_unwritable
 from humptygpt.formats.load import find_source
 from humptygpt.generation.generator import (
@@ -45,15 +36,6 @@ from humptygpt.generation.sampling import read_start
 from humptygpt.page.html import fill
 from humptygpt.server.api import Api
 
-JSON = "application/json"
-LARGEST = 1_000_000  # bytes of a request
-# seconds in which a request must arrive, and for which a client may leave its answer unread
-PATIENCE = 20
-CONNECTIONS = 200  # open at once; the system lets further clients wait
-# A website can point its own name at this machine, and a browser then lets its page read our answers. So requests must
-# name the server by an IP address, as localhost, or by a name that the user gave. A browser always sends a name.
-HOST = re.compile(r"(localhost|[0-9.]+|\[[0-9a-f:]+\])?")
-
 
 @dataclass(frozen=True)
 class ServeConfig(PipelineConfig):
@@ -63,8 +45,6 @@ class ServeConfig(PipelineConfig):
     api_key: str | None = None  # FILE:path of the key that clients must send; none: no key
     allowed_hosts: TEXTS = ()  # other names of this machine, as behind a proxy: box.local
     log: str | None = None  # file to which questions and answers are added, as JSON lines
-    # chat
-    forget: bool = False  # leave out the oldest turns of a conversation that is too long
 
     def validate(self) -> None:
         super().validate()
@@ -97,9 +77,11 @@ class ServeConfig(PipelineConfig):
 
 
 def main(argv: list[str]) -> None:
+    from humptygpt.server import web  # it needs packages that --help does not
+
     given = cli.read(argv, ServeConfig)
     config = cli.make(ServeConfig, given)
-    check_effects(given, vars(config), IN_VAIN)
+    check_effects(given, cli.typed_keys(argv), vars(config), IN_VAIN)
     source = chosen_source(config, given)
     if config.log:
         with refuse_unwritable(Path(config.log)):
@@ -107,11 +89,13 @@ def main(argv: list[str]) -> None:
         print(f"questions and answers are written to {config.log}")
     path = find_source(source, config.checkpoint)
     name = path.absolute().parent.name if path.suffix == ".pt" else str(source)
-    with listen(config, partial(open_model, config, path, name), path) as server:
-        key = "/#KEY, with your key in place of KEY" if server.key else ""
-        address = f"http://{config.host}:{server.server_port}{key}"
-        print(f"open {address} (Ctrl-C stops)", flush=True)
-        server.serve_forever()
+    with listen(config) as listener:
+        names = {name.lower() for name in (config.host, *config.allowed_hosts)}
+        app = web.Web(open_model(config, path, name), fill("chat.html"), names, config.key)
+        key = "/#KEY, with your key in place of KEY" if config.key else ""
+        port = listener.getsockname()[1]
+        print(f"open http://{config.host}:{port}{key} (Ctrl-C stops)", flush=True)
+        web.Server(app).run(sockets=[listener])
 
 
 def open_model(config: ServeConfig, path: Path, name: str) -> Api:
@@ -119,214 +103,17 @@ def open_model(config: ServeConfig, path: Path, name: str) -> Api:
     if loaded.task == "translation":
         raise UserError(f"{path} translates; use sample.py for that")
     choose_threads(loaded)
-    return Api(loaded, name, config.forget, config.log)
+    return Api(loaded, name, config.log)
 
 
-class Server(ThreadingHTTPServer):
-    """Waits for clients. Each has a thread that sends its answer. One more thread computes the parts of all answers.
-
-    A client asks for the next part when it has got the one before, so answers take turns, and a slow client delays
-    only its own. path: the checkpoint that open_api() opens, which it does again when a new run has replaced it.
-    """
-
-    allow_reuse_address = not machine.ON_WINDOWS  # there, two servers could share a port
-    daemon_threads = False  # server_close() waits for them
-    request_queue_size = 128  # clients that may wait until they are accepted
-
-    def __init__(self, config: ServeConfig, open_api: Callable[[], Api], path: Path | None):
-        self.open_api, self.path = open_api, path
-        self.opened = self.changed()
-        self.api = open_api()
-        self.hosts = {name.lower() for name in (config.host, *config.allowed_hosts)}
-        self.key = config.key
-        # Python waits for this thread, too, before it ends; it would abort if a thread were still inside torch
-        self.computing = ThreadPoolExecutor(max_workers=1)
-        self.connections = {}  # {open connection: time by which its request must have arrived}
-        self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        super().__init__((config.host, config.port), Handler)
-
-    def get_request(self) -> tuple[socket.socket, tuple]:
-        """Accept a connection. If there are too many, or no descriptors are left, wait a moment and raise OSError."""
-        if len(self.connections) < CONNECTIONS:
-            with suppress(OSError):
-                connection, address = super().get_request()
-                self.connections[connection] = time.monotonic() + PATIENCE
-                return connection, address
-        time.sleep(0.1)
-        raise OSError
-
-    def changed(self) -> int:
-        """Return when the checkpoint was written; 0: there is none."""
-        with suppress(OSError):
-            if self.path and self.path.suffix == ".pt":
-                return self.path.stat().st_mtime_ns
-        return 0
-
-    def reopen(self) -> None:
-        """Open a checkpoint that was replaced, unless its run is still training. Begun answers keep their model."""
-        try:
-            metrics = self.path.parent / "metrics.jsonl"
-            last = metrics.read_bytes().splitlines()[-1:] if metrics.exists() else []
-            if any(b'"end": ' not in line for line in last):
-                return
-            self.opened = self.changed()
-            self.api = self.open_api()
-        except Exception as error:  # of a damaged file, or in an edited model.py
-            note(f"still serving the earlier model: {first_line(error)}")
-
-    def service_actions(self) -> None:
-        """End the request of each client that has taken too long to send it. Open a new model."""
-        if self.changed() not in (0, self.opened):
-            self.reopen()
-        for connection, end in [*self.connections.items()]:
-            if end < time.monotonic():
-                with suppress(OSError):
-                    connection.shutdown(socket.SHUT_RD)
-
-    def server_close(self) -> None:
-        """End all answers, and wait for the threads that send them, because these may free tensors."""
-        for connection in [*self.connections]:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        super().server_close()
-
-    def shutdown_request(self, request: socket.socket) -> None:
-        super().shutdown_request(request)
-        self.connections.pop(request, None)  # Ctrl-C may end it a second time
-
-    def next_part(self, answer: Iterator[str]) -> str | None:
-        """Compute the next part of an answer in its turn. None: the answer is complete."""
-        try:
-            part = self.computing.submit(next, answer, None)
-        except RuntimeError as error:
-            raise ConnectionError("the server ends") from error
-        return part.result()
-
-
-def listen(
-    config: ServeConfig, open_api: Callable[[], Api], path: Path | None = None
-) -> Server:
+def listen(config: ServeConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
-        return Server(config, open_api, path)
+        return socket.create_server((config.host, config.port), family=family, backlog=128)
     except (OSError, OverflowError) as error:
         raise UserError(
             f"cannot listen on {config.host}, port {config.port}: {error}"
         ) from error
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers one request. It speaks HTTP/1.0, which ends each answer by closing the connection."""
-
-    timeout = PATIENCE
-    disable_nagle_algorithm = True  # send each token at once
-    kind: str | None = None  # Content-Type of the answer, once it has begun
-    server: Server
-
-    def handle(self) -> None:
-        with suppress(ConnectionError, TimeoutError):  # the client has left
-            super().handle()
-
-    def parse_request(self) -> bool:
-        """Read the headers. Refuse a request that a page of another site may have made, and one without the key."""
-        try:
-            return super().parse_request() and self.may_ask()
-        except ValueError as error:
-            self.send_error(400, f"the address or the Origin is not valid: {error}")
-            return False
-
-    def may_ask(self) -> bool:
-        """Send an error and return False if the request is refused. Raises ValueError if it has an invalid URL."""
-        host, origin = (self.headers.get(name, "").lower() for name in ("Host", "Origin"))
-        name = re.sub(r":\d+$", "", host)
-        if not HOST.fullmatch(name) and name not in self.server.hosts:
-            self.send_error(
-                403, f"this server does not know the name {name}: --allowed_hosts={name}"
-            )
-            return False
-        if origin and urlsplit(origin).netloc != host:
-            self.send_error(403, f"pages of {origin} may not ask")
-            return False
-        is_open = urlsplit(self.path).path in ("/", "/health")
-        sent = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-        key = self.server.key or sent
-        if not is_open and not hmac.compare_digest(sent.encode(), key.encode()):
-            self.send_error(401, "the API key is missing or wrong", code="invalid_api_key")
-            return False
-        return True
-
-    def do_GET(self) -> None:
-        api = self.server.api
-        match urlsplit(self.path).path:
-            case "/":
-                self.send(200, "text/html", fill("chat.html"))
-            case "/health":
-                self.send_json({"status": "ok"})
-            case "/v1/models":
-                self.send_json({"object": "list", "data": [api.model_entry()]})
-            case path if unquote(path) == f"/v1/models/{api.name}":
-                self.send_json(api.model_entry())
-            case "/v1/chat/completions":
-                self.answer(api.chat)
-            case "/v1/completions":
-                self.answer(api.complete)
-            case path:
-                self.send_error(404, f"there is no {path}")
-
-    do_POST = do_HEAD = do_GET
-
-    def answer(self, method: Callable[[bytes], Iterator[str]]) -> None:
-        """Send the answer of one of the API's methods, part by part."""
-        try:
-            answer = method(self.read_body())
-            while part := self.server.next_part(answer):
-                if self.kind is None:
-                    self.kind = "text/event-stream" if part.startswith("data:") else JSON
-                    self.send(200, self.kind)
-                self.wfile.write(part.encode())
-        except OSError:  # the client has left or reads nothing, or the server ends
-            raise
-        except Exception as error:
-            status, message = 400, str(error)
-            if not isinstance(error, UserError | ValueError):
-                traceback.print_exc()
-                status, message = 500, f"{type(error).__name__}: {first_line(error)}"
-            self.send_error(status, message, code=getattr(error, "code", None))
-
-    def read_body(self) -> bytes:
-        size = int(self.headers.get("Content-Length", 0))
-        if 0 < size <= LARGEST:
-            return self.rfile.read(size)
-        while size > 0 and self.rfile.read(min(size, LARGEST)):
-            size -= LARGEST  # a client reads the error once it has sent everything
-        raise UserError(
-            f"Content-Length must be from 1 to {LARGEST:,}; chunked bodies are not supported"
-        )
-
-    def send(self, status: int, kind: str, content: bytes = b"") -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def send_json(self, content: dict) -> None:
-        self.send(200, JSON, json.dumps(content).encode())
-
-    def send_error(
-        self, status: int, message: str = "", _: str = "", code: str | None = None
-    ) -> None:
-        """Send an error in OpenAI's form. The base class calls this, too. code: a word for programs."""
-        error = {
-            "message": message or self.responses[status][0],
-            "type": "server_error" if status == 500 else "invalid_request_error",
-            "param": None,
-            "code": code,
-        }
-        content = json.dumps({"error": error}).encode()
-        if self.kind is None:
-            self.send(status, JSON, content)
-        else:  # the answer has begun
-            self.wfile.write(content if self.kind == JSON else b"data: %s\n\n" % content)
 
 
 if __name__ == "__main__":

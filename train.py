@@ -8,12 +8,10 @@
     torchrun --standalone --nproc_per_node=2 train.py config/shakespeare_char.py
 
 Files written to out_dir: ckpt.pt (everything needed to resume), best.pt (the best model so far), metrics.jsonl,
-loss.png, config.json (which also works as a config file) and command.txt. A small model also gets snapshots/ for
-explain.py, and a run with --minutes gets plan.py, a config file that repeats it.
-Ctrl-C saves a checkpoint and stops.
+loss.png, config.json (a config file that repeats the run) and command.txt. A small model also gets snapshots/ for
+explain.py. Ctrl-C saves a checkpoint and stops.
 Keys that are not set have the defaults below: a GPT-2 of a laptop's size without biases, with AdamW. --minutes plans
-with the recipe of config/shakespeare_char.py. --input without a config file, --minutes and --max_iters takes
---minutes=3.
+with the recipe of config/shakespeare_char.py.
 """
 
 import signal
@@ -31,10 +29,10 @@ from tqdm import tqdm
 
 from humptygpt.data.open import open_data, prepare_missing
 from humptygpt.device import autocast
+from humptygpt.formats.checkpoint import is_edited
 from humptygpt.formats.load import load, load_tokenizer
 from humptygpt.machine import launched
 from humptygpt.models.build import is_finite
-from humptygpt.models.checks import check_model
 from humptygpt.page.snapshots import take_snapshot
 from humptygpt.training import evaluation, report
 from humptygpt.training.memory import ADVICE, check_training_fits, dry_run
@@ -94,7 +92,7 @@ def main(argv: list[str]) -> int:
 
 def setup(start: Start) -> Run:
     """Put the run together that a command has asked for."""
-    config, model_config, saved, base, given, overwrite, folder = start
+    config, model_config, saved, base, given, overwrite = start
     ranks = start_ranks(config, lambda: prepare_missing(config, load_tokenizer, overwrite))
     config = tune(config, ranks)
     if ranks.device.type == "cuda":
@@ -112,8 +110,11 @@ def setup(start: Start) -> Run:
     elif not config.eval_only:
         check_training_fits(config, model_config, ranks.device, ranks.size)
     model = make_model(config, model_config, saved, base, ranks.first, dataset.tokenizer)
-    check_model(model)
-    return assemble(config, dataset, model, ranks, clock, METRICS, saved, folder)
+    if is_edited():
+        from humptygpt.models.checks import check_model
+
+        check_model(model)
+    return assemble(config, dataset, model, ranks, clock, METRICS, saved)
 
 
 # --------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ def fit(run: Run) -> int:
         if config.init_from != "scratch" and not run.progress.iter:
             print(report.trained_part(run), flush=True)
             row = evaluation.measures(run, run.net, config.evaluated_batches())
-            folder.record(run.progress.stamp() | row)
+            folder.record(run.progress.stamp("eval") | row)
             print(f"before the first step: {evaluation.evaluation_line(row)}", flush=True)
         try:
             stopped_by = train(run, folder)
@@ -234,7 +235,7 @@ def evaluate(run: Run, folder: RunFolder, bar: tqdm) -> bool:
         row["val_answered"] = int(run.ranks.sum(torch.tensor([answered])))
     answered = row.get("val_answered", 0)
     improved = run.progress.record(row["val_loss"], answered, run.dataset.trains_on_all)
-    folder.record(run.progress.stamp() | row)
+    folder.record(run.progress.stamp("eval") | row)
     best = f", {answered} questions answered" if answered else ""
     best += ", the best so far" if improved else ""
     report.show_line(
@@ -255,10 +256,8 @@ def finish(run: Run, folder: RunFolder) -> str:
     """Show what the best model can do, and say what to do next. Returns how the run ended."""
     progress = run.progress
     early = progress.position < run.config.max_iters
-    if run.config.minutes and run.ranks.first:
-        from humptygpt.training import minutes as plan
-
-        plan.write_plan(folder.path, run)
+    if run.ranks.first:
+        folder.write_settings(run)
     if early:
         print(f"stopped early: the best model is that of iter {progress.best_iter}")
     show_best(run, folder)
@@ -276,19 +275,18 @@ def show_best(run: Run, folder: RunFolder) -> None:
         model = net = load(folder.path).model
         model.has_cache = run.model.has_cache
         model.to(run.ranks.sampling_device)
-    stamp = run.progress.stamp()
     if whole:
         row = evaluation.measures(run, net, None)
         print(f"the whole validation split: {evaluation.evaluation_line(row)}")
-        row["iter"] = run.progress.best_iter
-        folder.record(stamp | {f"whole_{key}": value for key, value in row.items()})
+        row["best_iter"] = run.progress.best_iter
+        folder.record(run.progress.stamp("whole") | row)
     if not run.ranks.first:
         return
     if task.final_examples:
         print(show(run, task.final_examples, model))
     if task.score:
         text, metrics = show(run, task.score, model)
-        folder.record(stamp | metrics)
+        folder.record(run.progress.stamp("test") | metrics)
         print(text)
 
 

@@ -16,7 +16,6 @@ runs. A line of law.jsonl is one run, named by its number in the search, "minute
 """
 
 import json
-import math
 import random
 import shutil
 import statistics
@@ -149,7 +148,7 @@ def run_minutes(only: str) -> None:
             script(["train.py", *keys])
 
 
-# start of the fit: constants of plan.py, and the penalties for a dropout and a learning rate other than the plan's
+# start of the fit: constants of minutes.py, and the penalties for a dropout and a learning rate other than the plan's
 START = {
     "A": 12.0,
     "ALPHA": 0.3,
@@ -246,7 +245,6 @@ def outcome(out_dir: Path) -> dict[str, float]:
     settings = json.loads((out_dir / "config.json").read_text())
     metrics = read_metrics(out_dir / "metrics.jsonl")
     last = metrics[-1]
-    best = min(row.get("val_bits_per_byte", math.inf) for row in metrics)
     model_config = cli.restore(
         ModelConfig,
         {key: value for key, value in settings.items() if hasattr(ModelConfig, key)},
@@ -265,7 +263,7 @@ def outcome(out_dir: Path) -> dict[str, float]:
         "dropout": settings["dropout"],
         "weight_decay": settings["weight_decay"],
         "rate": round(settings["learning_rate"] / 6e-3, 4),
-        "bits": round(last.get("whole_val_bits_per_byte") or best, 4),
+        "bits": round(last["best_val_bits_per_byte"], 4),
     }
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from humptygpt.formats.checkpoint import read_plain
-from humptygpt.formats.load import from_run
+from humptygpt.formats.load import from_checkpoint
 from humptygpt.training.optimizers import orthogonalize
 
 BATCH = 4  # pieces of text that the gradient is the mean of, as in a step of the demo
@@ -22,7 +21,7 @@ BATCH = 4  # pieces of text that the gradient is the mean of, as in a step of th
 def singular_values(out_dir: str, text: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the singular values of the gradient and of the update, largest first, as multiples of the largest."""
     path = Path(out_dir) / "best.pt"
-    run = from_run(path, read_plain(path))
+    run = from_checkpoint(path)
     size = run.model.config.block_size
     ids = run.tokenizer.encode(Path(text).read_text(encoding="utf-8")[: 2 * BATCH * size])
     ids = torch.from_numpy(ids[: BATCH * size + 1].astype("int64"))

@@ -35,7 +35,7 @@ SEEDS = 480
 STEPS = 150
 OUT = Path("out/seeds.json")
 TINY = {"n_layer": 1, "n_embd": 32, "block_size": 64, "max_iters": STEPS}
-TINY |= {"dtype": "float32", "muon_dtype": "float32", "threads": 1, "vocab_size": 65}
+TINY |= {"dtype": "float32", "threads": 1, "vocab_size": 65}
 VARIANTS = {"two heads": {"n_head": 2}, "one head": {"n_head": 1}}
 
 

@@ -25,7 +25,7 @@ TEXTS = 5  # of each half
 BATCH = 4  # blocks of 256 characters, as in the demo
 PASSAGE = 10  # batches
 TRAIN = ["config/shakespeare_char.py", "--max_iters=800", "--dtype=bfloat16"]
-TRAIN += ["--muon_dtype=bfloat16", "--threads=1"]
+TRAIN += ["--threads=1"]
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
 
 def train_on(folder: Path, text: str) -> None:
     """Train on the first half of the text, unless there is such a run. The other half is the validation split."""
-    if any("end" in row for row in read_metrics(folder / "metrics.jsonl")):
+    if any(row["kind"] == "end" for row in read_metrics(folder / "metrics.jsonl")):
         return
     Path("out").mkdir(exist_ok=True)
     path = folder.with_suffix(".txt")

@@ -7,7 +7,7 @@ The backend computes: the server of serve.py, or the page of a run itself. It ha
   hint     a text about the model
   write({message, turns, start, temperature, signal})
            an async generator of the tokens that follow those of the message. turns: what was said before it; start: the
-           text that it begins with. Throws an error that is `full` if the context has no room for more.
+           text that the tokens follow. Throws an error that is `full` if the context has no room for more.
   explain(turns, tokens, id)
            optional: shows how the probability of a token was computed, which followed these tokens of a reply */
 
@@ -27,7 +27,7 @@ class Chat {
   /** root: an empty element, which scrolls. */
   constructor(root, backend) {
     Object.assign(this, { root, backend, model: backend.model });
-    // {role, content, tokens, problem}: a user's message has content. Those of the model have tokens: entries of the
+    // {role, content, start, tokens, problem}: a user's message has content. Those of the model have tokens: entries of the
     // API's logprobs, {id, token, bytes, logprob, top_logprobs}, and `from`, the first message that the model saw.
     this.messages = [];
     this.first = 0; // index of the first message that still fits into the model's context
@@ -81,9 +81,9 @@ class Chat {
     return [...text].filter((char) => this.isKnown(char)).join("");
   }
 
-  contentOf({ content, tokens }) {
+  contentOf({ content, start = "", tokens }) {
     const bytes = tokens?.filter((token) => !this.isEnd(token)).flatMap((token) => token.bytes);
-    return bytes ? new TextDecoder().decode(new Uint8Array(bytes)) : content;
+    return bytes ? start + new TextDecoder().decode(new Uint8Array(bytes)) : content;
   }
 
   /** What the model sees of the messages before one. */
@@ -110,9 +110,9 @@ class Chat {
   }
 
   drawMessage(message, index) {
-    const { role, start, tokens, problem } = message;
-    const paragraph = h("p");
-    const entry = () => paragraph.querySelector("[aria-expanded=true]") ?? paragraph.firstElementChild;
+    const { role, start = "", tokens, problem } = message;
+    const paragraph = h("p", {}, h("span", {}, this.struck(start)));
+    const entry = () => paragraph.querySelector("[aria-expanded=true]") ?? paragraph.querySelector(".token");
     walkable(paragraph, { items: ".token", entry });
     const card = h("article", { class: role, "aria-label": SPEAKERS[role], tabindex: -1 }, paragraph);
     if (tokens) {
@@ -127,7 +127,6 @@ class Chat {
     if (index === this.first - 1) {
       card.append(note("The model no longer sees the conversation up to here: its context is full."));
     }
-    if (start && this.known(start) !== start) card.append(note("You began: ", ...this.struck(start)));
     if (problem) card.append(note(problem));
     return card;
   }
@@ -172,7 +171,7 @@ class Chat {
 
   drawToken(text, name, tokens, index, first) {
     const probability = Math.exp(tokens.reduce((sum, token) => sum + token.logprob, 0));
-    const title = tokens[0].logprob === null ? "the first token" : percent(probability);
+    const title = percent(probability);
     const described = { title, "aria-label": `${quoted(text)}, ${title}`, "aria-expanded": false };
     const look = { class: name, style: `--doubt: ${1 - probability}` };
     const found = h("span", { role: "button", tabindex: first ? -1 : 0, ...described, ...look }, text);
@@ -210,7 +209,6 @@ class Chat {
   choices(token, index, place) {
     const before = () => this.messages[index].tokens.slice(0, place);
     const label = (each) => (this.isEnd(each) ? "end" : quoted(each.token));
-    if (token.logprob === null) return [note(`${label(token)} is the first token: nothing precedes it.`)];
     const had = `${label(token)} had a probability of ${percent(Math.exp(token.logprob))}. The likeliest here:`;
     const items = token.top_logprobs.map((other) => {
       const probability = Math.exp(other.logprob);
@@ -279,8 +277,6 @@ class Chat {
     card.classList.add("running");
     card.scrollIntoView({ block: "nearest" });
     const add = this.tokenWriter(card.firstChild, index);
-    card.firstChild.replaceChildren();
-    message.tokens.forEach(add);
     try {
       while (!this.isEnd(message.tokens.at(-1)) && !(await this.receive(message, index, own.signal, add)));
     } catch (error) {

@@ -11,10 +11,12 @@ function crc32(bytes) {
   return (crc ^ 0xffffffff) >>> 0;
 }
 
+const DAMAGED = "This page is damaged: its checksum is not that of its data. Make it again with explain.py.";
+
 /** Parse the data of a page. Throws an Error if it was damaged. checksum: CRC-32 of the text, 8 hexadecimal digits. */
 function readData(text, checksum) {
   const bytes = new TextEncoder().encode(text);
-  if (crc32(bytes) !== parseInt(checksum, 16)) throw new Error("its checksum is not that of the data");
+  if (crc32(bytes) !== parseInt(checksum, 16)) throw new Error(DAMAGED);
   return JSON.parse(text);
 }
 

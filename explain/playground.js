@@ -228,7 +228,7 @@ class Playground {
     const files = [
       ["playground.pt", "the model", () => torchSave(checkpointOf(this.trained())), "python sample.py --out_dir=playground.pt"],
       ["playground.py", "its settings", () => new Blob([configFile(this.trained())]), "python train.py playground.py"],
-      ["playground.txt", "its text", () => new Blob([this.now.text]), "python train.py --input=playground.txt"],
+      ["playground.txt", "its text", () => new Blob([this.now.text]), "python train.py --input=playground.txt --minutes=3"],
     ];
     const item = ([file, what, make, command]) =>
       h("li", {}, button(file, () => this.save(file, make)), ` ${what}, for `, h("code", {}, command));
@@ -362,8 +362,8 @@ class Playground {
   record() {
     const { train, val, step } = this.now;
     const metrics = [
-      ...binnedMeans(train).map(([iter, train_loss]) => ({ iter, train_loss })),
-      ...val.map(([iter, val_loss]) => ({ iter, val_loss })),
+      ...binnedMeans(train).map(([iter, train_loss]) => ({ kind: "train", iter, train_loss })),
+      ...val.map(([iter, val_loss]) => ({ kind: "eval", iter, val_loss })),
     ];
     const [best_iter, best_val_loss] = this.evaluated;
     return { progress: { iter: step, best_iter, best_val_loss }, metrics };

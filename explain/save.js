@@ -1,6 +1,6 @@
 /* The files in which a trained model leaves the page for Python. data.js and tokenizer.js are needed. */
 
-/** The entries of best.pt, for torchSave(): SCHEMA in humptygpt/formats/checkpoint.py describes them.
+/** The entries of best.pt, for torchSave(), as Run.state() in humptygpt/training/run.py makes them.
 
 config: keys of ModelConfig. settings: keys of TrainConfig, at least those of TRAINING in humptygpt/page/page_data.py.
 weights: a tree of {data: Float32Array, shape} under the names of a state dict; tied tensors have the same data.
@@ -30,6 +30,7 @@ function namedTensors(tree, names = []) {
 defaults: {config, settings}, all keys of ModelConfig and TrainConfig. A setting that has its default is left out. */
 function configFile({ config, settings, defaults }) {
   const { vocab_size, ...sizes } = defaults.config; // train.py counts the characters of the text
+  const { max_iters, ...others } = defaults.settings; // without its length, train.py refuses to train on a text
   const lines = (values, standard) =>
     Object.entries(standard)
       .filter(([key, value]) => key in values && values[key] !== value)
@@ -41,11 +42,12 @@ function configFile({ config, settings, defaults }) {
 #   python sample.py --out_dir=out/playground
 
 input = "playground.txt"
+max_iters = ${settings.max_iters}
 
 # the model
 ${lines(config, sizes)}
 # the training
-${lines(settings, defaults.settings)}`;
+${lines(settings, others)}`;
 }
 
 /** Python writes True and False where JSON has true and false. */

@@ -205,10 +205,10 @@ function runLoss(app) {
   const level = { name: `guessing: −ln 1/${V} = ${Math.log(V).toFixed(2)}`, y: Math.log(V) };
   const update = () => {
     const { metrics } = app.data;
-    const points = (key) => metrics.filter((row) => row[key] !== undefined).map((row) => [row.iter, row[key]]);
+    const points = (kind, key) => metrics.filter((row) => row.kind === kind).map((row) => [row.iter, row[key]]);
     const lines = [
-      { name: "training loss", points: points("train_loss"), colour: 0 },
-      { name: "validation loss", points: points("val_loss"), colour: 1 },
+      { name: "training loss", points: points("train", "train_loss"), colour: 0 },
+      { name: "validation loss", points: points("eval", "val_loss"), colour: 1 },
     ];
     chart.show(lines.filter(({ points }) => points.length), level);
   };

@@ -13,8 +13,7 @@ async function main() {
   const { textContent: text, dataset } = element("data");
   const desk = new Desk(element("worker").textContent);
   const { problem, data, model } = await desk.ask("open", { text, checksum: dataset.checksum });
-  const again = "Make the page again with explain.py.";
-  if (problem) element("problem").textContent = `The data of this page is damaged: ${problem}. ${again}`;
+  if (problem) element("problem").textContent = problem;
   else new App(desk, data).start(data, model);
 }
 

@@ -135,24 +135,43 @@ function nextMessage() {
   });
 }
 
+const OTHERWISE =
+  "This page would show other numbers than model.py computed when the page was made: if model.py was edited, make the " +
+  "same edit in explain/model.js, or undo it, and make the page again with explain.py.";
+const TOLERANCE = 1e-4; // of the largest logit; models that agree have differed by up to 7e-6 of it
+
+/** Does the page compute the logits that PyTorch computed for a text, which is its source, too? logits: their mean over
+the tokens. */
+function agrees(model, { idx, logits }) {
+  const expected = new Float32Array(toBytes(atob(logits)).buffer);
+  const largest = expected.reduce((most, logit) => Math.max(most, Math.abs(logit)), 0);
+  try {
+    const rows = forward(model, idx, { source: model.config.model === "transformer" ? idx : null }).logits;
+    return expected.every((logit, v) => Math.abs(meanOf(rows.map((row) => row[v])) - logit) <= TOLERANCE * largest);
+  } catch {
+    return false; // it has a part that is not in model.js
+  }
+}
+
 /** The questions that can be asked: (computer, message, wanted) => the answer. */
 const TOPICS = {
   open(computer, { text, checksum }) {
     const packed = readData(text, checksum);
-    const { weights, snapshots, ...data } = packed;
+    const { weights, snapshots, check, ...data } = packed;
     if (!weights) return { data }; // of a playground, which begins with a text
     computer.snapshots = snapshots.map((each) => ({ step: each.iter, make: () => makeSnapshot(packed, each) }));
-    return computer.open(makeModel(packed), data);
+    const model = makeModel(packed);
+    return agrees(model, check) ? computer.open(model, data) : { problem: OTHERWISE };
   },
 
   /** Prepare a training on a text: of a new model with this config, or, without one, of the model of the page's run. */
   begin(computer, { text, config, training }) {
     let opened = {};
+    const metrics = [];
     if (config) {
       const tokenizer = charactersOf(text);
       const vocab_size = tokenizer.pieces.lengths.length;
       const model = untrainedModel({ ...config, vocab_size }, training.seed);
-      const metrics = [{ iter: 0 }]; // the page adds those of the training
       const start = beginning(text.trimStart(), START);
       const page = { name: "Inside your GPT", task: "language modelling", metrics, start };
       opened = computer.open(model, { ...page, progress: { iter: 0 }, training, model: model.config, tokenizer });
@@ -166,7 +185,9 @@ const TOPICS = {
     Object.assign(computer, { settings: training, learner: null });
     computer.step = null; // the shown weights may be those of another training
     computer.run.keep();
-    return { ...opened, progress: computer.run.news() };
+    const progress = computer.run.news();
+    metrics.push({ kind: "eval", iter: 0, val_loss: progress.kept[0].val_loss }); // until the page has others
+    return { ...opened, progress };
   },
 
   /** Train until this step, and tell the page about it on the way. A later question, with until=0, ends it. */

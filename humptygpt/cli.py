@@ -30,20 +30,17 @@ from pathlib import Path
 
 CONFIGS = Path(__file__).parent.parent / "config"
 Fields = dict[str, dataclasses.Field]  # {key: its field}, for one or more config classes
-# [(keys, another key, the values of that other key for which the keys have no effect)]
+# [(keys, another setting, the values of that other setting for which the keys have no effect)]
 Vain = list[tuple[str, str, Collection]]
 # type of a key that can be repeated: --key=ONE --key=ANOTHER
 TEXTS = tuple[str, ...]
-LAST = "57d295e"  # the last commit that knows the keys in REMOVED
-# {key that is gone: the value with which it did nothing}
-REMOVED: dict[str, object] = {
-    "encoding_errors": "strict",
-    "eval_pairs": None,
-    "log": "",
-    "model_type": "bpe",
-    "ngram_targets": 0.0,
-    "skip_bad_lines": False,
-}
+
+
+class Except(tuple):
+    """All values but these."""
+
+    def __contains__(self, value: object) -> bool:
+        return not super().__contains__(value)
 
 
 class UserError(Exception):
@@ -98,20 +95,10 @@ def restore(cls: type, values: dict[str, object]):
     fields = fields_of(cls)
     found = {}
     for name, value in values.items():
-        # "log" named what a run was logged to, which matters to nobody who reads the run
-        if name == "log" or is_removed(name, value):
-            continue
         if name not in fields:
             raise UserError(f"it has the key {name}, which this code does not know")
         found[name] = convert(name, value, fields[name].type)
     return make(cls, found)
-
-
-def is_removed(name: str, value: object) -> bool:
-    """True if a file of an earlier version sets a key that is gone. Raises UserError unless the key did nothing."""
-    if name in REMOVED and value not in (None, REMOVED[name]):
-        raise UserError(f"{name}={value} is gone; commit {LAST} is the last that knows it")
-    return name in REMOVED
 
 
 def fields_of(*classes: type) -> Fields:
@@ -146,25 +133,18 @@ def check_above_0(config: object, *names: str) -> None:
             raise ValueError(f"{name}={value} must be above 0")
 
 
-def in_vain(given: Collection[str], settings: dict, table: Vain) -> dict[str, str]:
-    """Find the given keys that have no effect with these settings. Returns {key: why}."""
-    return {
-        key: f"{key}={settings[key]} has no effect with {other}={settings[other]}"
-        for keys, other, values in table
-        if settings[other] in values
-        for key in keys.split()
-        if key in given
-    }
+def check_effects(given: dict, typed: Collection[str], settings: dict, table: Vain) -> None:
+    """Raise UserError for a key that was typed and has no effect with these settings, and note one that a file sets.
 
-
-def check_effects(
-    given: Collection[str], settings: dict, table: Vain, noted: Collection[str] = ()
-) -> None:
-    """Raise UserError for a given key that has no effect with these settings. noted: keys that only get a note."""
-    for key, why in in_vain(given, settings, table).items():
-        if key not in noted:
-            raise UserError(f"{why}; leave it out")
-        note(why)
+    given: {key: value} of both. settings: what the table's other settings are.
+    """
+    for keys, other, values in table:
+        for key in keys.split():
+            if key in given and settings[other] in values:
+                why = f"{key}={given[key]} has no effect with {other}={settings[other]}"
+                if key in typed:
+                    raise UserError(f"{why}; leave it out")
+                note(why)
 
 
 # --------------------------------------------------------------------------------------
@@ -180,10 +160,14 @@ def read(
     positional: the key that a bare argument sets, or adds to if the key can be repeated. None: a bare argument is a
     config file.
     """
-    if "--help" in argv or "-h" in argv:
-        print(help_text(*classes, positional=positional))
-        sys.exit(0)
     fields = fields_of(*classes)
+    if "--help" in argv or "-h" in argv:
+        from humptygpt.help import help_text
+
+        several = " ..." if positional is None or fields[positional].type == TEXTS else ""
+        bare = f"[{(positional or 'config_file').upper()}{several}]"
+        print(help_text(*classes, bare=bare))
+        sys.exit(0)
     given = {}
     for argument in argv:
         if not argument.startswith("--"):
@@ -200,6 +184,11 @@ def read(
             )
         given[name] = value
     return given
+
+
+def typed_keys(argv: list[str]) -> set[str]:
+    """Return the keys that a command sets itself rather than by a config file."""
+    return {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
 
 
 def read_option(argument: str, fields: Fields) -> tuple[str, object]:
@@ -282,8 +271,6 @@ def read_config(path: str, fields: Fields) -> dict[str, object]:
             helper = isinstance(value, types.ModuleType) or callable(value)
             if name.startswith("_") or (helper and name not in fields):
                 continue
-            if is_removed(name, value):
-                continue
             own = "" if is_json else " (a variable of your own begins with _)"
             check_key(name, fields, own)
             found[name] = convert(name, value, fields[name].type)
@@ -299,48 +286,3 @@ def run_config(path: str) -> dict[str, object]:
         lines = [frame.lineno for frame in frames if frame.filename == path]
         line = max(lines, default=getattr(error, "lineno", 0))  # a SyntaxError has lineno
         raise UserError(f"{path}:{line}: {type(error).__name__}: {error}") from error
-
-
-# --------------------------------------------------------------------------------------
-# Help
-
-
-def help_text(*classes: type, positional: str | None = None) -> str:
-    """Format the help: the script's docstring, then all keys by group, each with its default, type and comment."""
-    fields = fields_of(*classes)
-    several = " ..." if positional is None or fields[positional].type == TEXTS else ""
-    bare = f"[{(positional or 'config_file').upper()}{several}]"
-    about = sys.modules["__main__"].__doc__ or ""
-    lines = [
-        f"usage: python {Path(sys.argv[0]).name} {bare} [--key=value ...]",
-        "",
-        about.strip(),
-    ]
-    choices = {name: names for cls in classes for name, names in cls.choices().items()}
-    group = None
-    for name, (title, text) in comments_of(*classes).items():
-        if title != group:
-            lines += ["", f"{title}:"]
-            group = title
-        if name in choices:
-            text += f"; one of: {', '.join(choices[name])}"
-        key = f"--{name}={fields[name].default}"
-        kind = inspect.formatannotation(fields[name].type)
-        lines.append(f"  {key:<40} {kind:<16}{text}")
-    return "\n".join(lines)
-
-
-def comments_of(*classes: type) -> dict[str, tuple[str, str]]:
-    """Read comments from the source of dataclasses. Returns {field: (title of its group, the comment after it)}."""
-    comments = {}
-    for cls in [base for each in classes for base in each.__mro__[-2::-1]]:
-        names = fields_of(cls)
-        title = cls.__name__
-        for line in inspect.getsource(cls).splitlines():
-            code, _, text = line.partition("  # ")
-            name = code.partition(":")[0].strip()
-            if name in names:
-                comments[name] = title, text
-            elif text and not name:
-                title = text
-    return comments

@@ -124,10 +124,11 @@ def locked(folder: Path, what: str, advice: str) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout  # late import: most scripts take no lock
 
-    path = folder / ".lock"
+    target = folder.resolve()
+    path = target.with_name(f".{target.name}.lock")  # the folder itself may be renamed
     lock = FileLock(path, timeout=0)
     with refuse_unwritable(folder, "; choose another folder"):
-        created = [parent for parent in path.parents if not parent.exists()]
+        created = [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
@@ -139,8 +140,8 @@ def locked(folder: Path, what: str, advice: str) -> Iterator[None]:
         # this fails if a folder is not empty, and on Windows, which cannot remove an open file
         with suppress(OSError):
             path.unlink()
-            for parent in created:
-                parent.rmdir()
+            for each in created:
+                each.rmdir()
         lock.release()
 
 

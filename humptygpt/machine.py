@@ -22,7 +22,7 @@ from humptygpt.cli import UserError, one_line
 
 # packages that training and sampling a GPT do not need, but that some other features do
 OPTIONAL = {"gguf", "huggingface_hub", "matplotlib", "pyarrow", "sacrebleu", "safetensors"}
-OPTIONAL |= {"sentencepiece", "tiktoken", "tokenizers", "wandb"}
+OPTIONAL |= {"sentencepiece", "starlette", "tiktoken", "tokenizers", "uvicorn", "wandb"}
 ON_WINDOWS = sys.platform == "win32"
 GIVEN = {*os.environ}  # names of the variables that the user has set
 STARTED = time.perf_counter()  # when the command started, not counting Python's own startup
@@ -38,7 +38,6 @@ STOPPING = {
 }
 PATIENCE = 2  # seconds that other ranks wait for rank 0 to report an error first
 SPINS = 5000  # how often a waiting thread looks again before it sleeps: some 90 us, two or three wake-ups
-WORTH = 1.1  # a choice replaces the default only if it is at least this many times as fast
 
 
 def start() -> None:
@@ -61,25 +60,6 @@ def start() -> None:
         os.environ["KMP_BLOCKTIME"] = "1"
     if usable_cores() < affinity():
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
-
-
-def fastest(choices: Sequence, run: Callable) -> object:
-    """Time run(choice) for each choice in turn, in about three seconds.
-
-    Returns the first choice unless another is WORTH times as fast. The shortest times are compared, because other
-    programs can only make a run slower.
-    """
-    shortest = dict.fromkeys(choices, math.inf)
-    end = time.perf_counter() + 3
-    for _ in range(10):
-        for choice in choices:
-            began = time.perf_counter()
-            run(choice)
-            shortest[choice] = min(shortest[choice], time.perf_counter() - began)
-        if time.perf_counter() > end:
-            break
-    winner = min(choices, key=shortest.get)
-    return winner if shortest[choices[0]] >= WORTH * shortest[winner] else choices[0]
 
 
 # --------------------------------------------------------------------------------------

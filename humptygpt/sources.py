@@ -2,7 +2,7 @@
 
 huggingface_hub's environment variables apply: HF_ENDPOINT selects a mirror, HF_TOKEN gives access to gated models,
 HF_HOME is the folder that contains the cache, and HF_HUB_OFFLINE=1 prevents network access. Only text files and weights
-are downloaded, and pickles only if a model has no safetensors files.
+are downloaded, and no pickles.
 """
 
 import os
@@ -18,16 +18,10 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TEXT_FILES = [
     "config.json",
     "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
     "tokenizer_config.json",
     "chat_template.jinja",
 ]
-WEIGHTS = [  # groups of file patterns; only the first group that the model has is downloaded
-    ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],
-    ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"],
-]
+WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 
 
 @dataclass(frozen=True)
@@ -73,11 +67,7 @@ def fetch_model(repo: str, check: Callable[[Path], object]) -> Path:
     check: is called with the folder before weights are downloaded, and raises UserError if they cannot be used.
     """
     check(fetch(repo))
-    for names in WEIGHTS:
-        folder = fetch(repo, names)
-        if any(path for name in names for path in folder.glob(name)):
-            break
-    return folder
+    return fetch(repo, WEIGHTS)
 
 
 def fetch(repo: str, names: list[str] = TEXT_FILES) -> Path:

@@ -17,14 +17,11 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from texts import make_pairs, make_text
 
 sys.path.append(str(Path(__file__).parent.parent))
-from humptygpt.device import training_dtype
 
 STEPS = 20
-MUON = training_dtype(torch.device("cpu"))
 # a config file, because a key without effect is refused if it is typed; config files are made to be combined
 COMMON = f"""
 n_layer, n_head, n_embd, block_size, batch_size = 2, 4, 32, 32, 4
@@ -32,7 +29,7 @@ lr_decay_iters, eval_interval, log_interval, warmup_iters = {STEPS}, 10, 1, 4
 device, compile, dtype = "cpu", False, "float32"
 activation, mlp_conv, qk_norm, init, tie_weights = "gelu", 0, False, "gpt2", True
 optimizer, learning_rate, schedule, min_lr, grad_clip = "adamw", 1e-3, "cosine", None, 1.0
-muon_learning_rate, muon_momentum, beta2, muon_dtype = 0.02, 0.95, 0.99, "{MUON}"
+muon_learning_rate, muon_momentum, beta2 = 0.02, 0.95, 0.99
 """
 KEYS = ["iter", "tokens", "lr", "train_loss", "grad_norm", "val_loss", "val_bits_per_byte"]
 BASE = "--dataset=text --position=rotary"  # the model that LoRA starts from
@@ -67,12 +64,12 @@ def run(script: Path, folder: Path, argv: str, processes: int = 1) -> None:
 
 
 def read_rows(out_dir: Path) -> list[dict]:
-    """The rows of metrics, without the rows that each end of a run adds."""
+    """The rows of metrics, without those that each end of a run adds."""
     rows = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
     return [
         {key: row[key] for key in KEYS if key in row}
         for row in rows
-        if "test_bleu" not in row and "end" not in row
+        if row["kind"] in ("train", "eval")
     ]
 
 

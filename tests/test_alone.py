@@ -94,6 +94,7 @@ def test_training_by_the_clock_too_sampling_and_the_page_need_no_optional_packag
     [
         ("tiktoken,tiktoken_ext", "prepare_data.py a --input=own.txt --tokenizer=gpt2"),
         ("pyarrow", "prepare_data.py a --input=own.parquet"),
+        ("uvicorn", "serve.py --out_dir=out/run"),
     ],
 )
 def test_a_missing_package_is_named_in_one_line(folder, package, argv):

@@ -1,26 +1,22 @@
-"""Training and sampling from an existing model: a run, a checkpoint of nanoGPT, a folder in Hugging Face's format."""
+"""Training and sampling from an existing model: a run, or a folder in Hugging Face's format."""
 
 import json
-import pickle
 import re
 import shlex
 import shutil
-from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TINY_RUN, assert_same_weights, make_text, prepare_tiny, read_rows
 from humptygpt.model import ModelConfig
-from torch import nn
 
 import prepare_data
 import sample
 import score
 import train
-from humptygpt.cli import UserError
 from humptygpt.formats import checkpoint
-from humptygpt.formats.load import Loaded, load, nanogpt_tokenizer
+from humptygpt.formats.load import Loaded, load
 from humptygpt.models.build import build_on_meta
 from humptygpt.scoring import pairs
 from humptygpt.training.finetune import FRACTION, LORA_FRACTION
@@ -102,10 +98,9 @@ def test_a_base_run_of_an_earlier_version_or_with_an_optimizer_that_is_gone_is_a
     assert (config.optimizer, config.muon_momentum) == ("adamw", 0.85)
 
 
-def test_a_model_that_no_run_trained_gets_adamw_and_a_rate_for_its_width(folder):
-    write_nanogpt()
-    prepare_letters()
-    argv = [*TINY_RUN, "--dataset=letters", "--init_from=nano/out"]
+@pytest.mark.usefixtures("theirs")
+def test_a_model_that_no_run_trained_gets_adamw_and_a_rate_for_its_width():
+    argv = [*TINY_RUN, "--dataset=text", "--init_from=theirs"]
     config = read_settings(argv).config
     # the smallest GPT-2, with 768 features, gets a rate near 1e-4; this model has 16
     assert (config.optimizer, config.learning_rate) == ("adamw", 4e-3)
@@ -166,125 +161,19 @@ def test_a_models_tokenizer_separates_documents_where_it_can(run_train):
 # --------------------------------------------------------------------------------------
 # nanoGPT
 
-SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 24, "vocab_size": 11}
-CHARACTERS = "\nabcdefgh"  # 9 of the 11 rows; the others are padding
 
-
-def write_nanogpt(bias: bool = True, prefix: str = "_orig_mod.") -> nn.Module:
-    """Write a run of nanoGPT and the characters of its data set. Returns the same model in transformers."""
-    pytest.importorskip("transformers")
-    from test_pretrained import gpt2
-
-    theirs = gpt2(activation_function="gelu")
-    weights = {}
-    for name, x in theirs.state_dict().items():
-        if bias or not name.endswith("bias"):
-            # transformers stores the matrices of the blocks transposed
-            weights[prefix + name] = (
-                x.T.contiguous() if ".h." in name and x.dim() == 2 else x
-            )
-        else:
-            x.zero_()
-    saved = {
-        "model": OrderedDict(weights),
-        "optimizer": {"state": {}},
-        "model_args": SIZES | {"bias": bias, "dropout": 0.0},
-        "iter_num": 5,
-        "best_val_loss": torch.tensor(1.5),
-        "config": {"dataset": "letters", "learning_rate": 1e-3},
-    }
-    path, data = Path("nano/out/ckpt.pt"), Path("nano/data/letters")
-    for folder in (path.parent, data):
-        folder.mkdir(parents=True)
-    torch.save(saved, path)
-    itos = dict(enumerate(CHARACTERS))
-    stoi = {char: i for i, char in itos.items()}
-    meta = {"vocab_size": len(itos), "itos": itos, "stoi": stoi}
-    (data / "meta.pkl").write_bytes(pickle.dumps(meta))
-    return theirs
-
-
-def prepare_letters() -> None:
-    Path("letters.txt").write_text("abc\nfed\nhag\n" * 60)
-    argv = ["--input=letters.txt", "--name=letters", "--tokenizer=nano/out/ckpt.pt"]
-    prepare_data.main(argv)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("prefix", ["_orig_mod.", ""])
-def test_a_nanogpt_checkpoint_has_its_logits(bias, prefix, folder):
-    theirs = write_nanogpt(bias, prefix)
-    base = load("nano/out")
-    idx = torch.randint(9, (2, 20), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        ours, expected = base.model(idx)[0], theirs(idx).logits
-    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
-    assert base.tokenizer.decode(range(9)) == CHARACTERS
-
-
-def test_without_its_meta_pkl_a_large_vocabulary_is_gpt2s(folder, monkeypatch):
-    write_nanogpt()
-    Path("nano/data/letters/meta.pkl").unlink()
-    complaint = "needs the alphabet of its dataset, but there is no data/letters/meta.pkl"
-    with pytest.raises(UserError, match=complaint):
-        load("nano/out")
-    monkeypatch.setattr(
-        "humptygpt.formats.load.gpt2_pieces", lambda: [bytes([i]) for i in range(256)]
-    )
-    found = nanogpt_tokenizer(Path("nano/out/ckpt.pt"), "", 50304)
-    assert (found.name, found.eot) == ("gpt2", 256)
-
-
-def test_a_padded_vocabulary_of_nanogpt_is_kept_and_its_padding_never_drawn(folder, capsys):
-    """A small case of nanoGPT's 50,304 rows: 11 rows for 9 tokens. The padding rows have by far the highest logits."""
-    write_nanogpt()
-    path = Path("nano/out/ckpt.pt")
-    saved = torch.load(path)
-    # this is also the matrix of the embedding
-    saved["model"]["_orig_mod.lm_head.weight"][9:] *= 10
-    torch.save(saved, path)
-    logits = load("nano/out").model(torch.tensor([[1, 2, 3]]))[0][0, -1]
-    assert logits.argmax() >= 9 or (-logits).argmax() >= 9
-    argv = ["--init_from=nano/out", "--start=abc", "--temperature=3", "--num_samples=4"]
-    sample.main([*argv, "--max_new_tokens=21"])
-    assert set(capsys.readouterr().out) <= set(CHARACTERS)
-    prepare_letters()
-    assert train.main([*TINY_RUN, "--dataset=letters", "--init_from=nano/out"]) == 0
-    assert load("out/run").model.state_dict()["wte.weight"].shape[0] == 11
-
-
-DAMAGES = {
-    "it has the weight transformer.more, which": lambda saved: saved["model"].update(
-        more=torch.ones(1)
-    ),
-    "wte.weight must be a dense, contiguous tensor of torch.float32 and shape .12, 16.": lambda saved: (
-        saved["model_args"].update(vocab_size=12)
-    ),
-    "n_layer='2' must be int": lambda saved: saved["model_args"].update(n_layer="2"),
-    "n_layer=4096 and n_embd=.* do not match its weights": lambda saved: saved[
-        "model_args"
-    ].update(n_layer=2**12),
-}
-
-
-@pytest.mark.parametrize("complaint", DAMAGES)
-def test_a_damaged_nanogpt_checkpoint_is_refused_in_one_line(complaint, folder, fails):
-    write_nanogpt(prefix="")
-    path = Path("nano/out/ckpt.pt")
-    saved = torch.load(path)
-    DAMAGES[complaint](saved)
-    torch.save(saved, path)
-    assert re.search(complaint, fails(sample.main, f"--init_from={path}"))
-
-
-def test_out_dir_may_be_nanogpts_but_its_training_is_not_resumed(folder, fails, capsys):
-    write_nanogpt()
-    argv = ["--start=abc", "--max_new_tokens=9", "--num_samples=1"]
-    sample.main(["--out_dir=nano/out", *argv])
-    assert len(capsys.readouterr().out) == 13
-    line = fails(train.main, "--init_from=resume", "--out_dir=nano/out")
-    assert line.endswith(
-        "is a nanoGPT checkpoint; to start from it, use --init_from=nano/out/ckpt.pt\n"
+def test_a_checkpoint_and_data_of_nanogpt_are_refused_in_one_line(folder, fails):
+    torch.save({"model_args": {}, "model": {}, "config": {}}, "ckpt.pt")
+    line = fails(sample.main, "--init_from=ckpt.pt")
+    assert line.startswith("cannot read ckpt.pt: its format is not 'gpt checkpoint")
+    data = Path("data/theirs")
+    data.mkdir(parents=True)
+    for name in ("train.bin", "val.bin", "meta.pkl"):
+        (data / name).write_bytes(b"ab" * 4000)
+    line = fails(train.main, *TINY_RUN, "--dataset=theirs")
+    assert line == (
+        "data/theirs has no meta.json, so it was not prepared completely, or not here;"
+        " prepare it: python prepare_data.py theirs --input=FILE_OR_FOLDER\n"
     )
 
 
@@ -319,9 +208,9 @@ def theirs(folder):
     """Save a random GPT-2 with a tokenizer in theirs/, and prepare a text with that tokenizer."""
     transformers = pytest.importorskip("transformers")
     from test_pretrained import gpt2
-    from test_tokenizer_files import merges_folder
+    from test_tokenizer_files import gpt2_folder
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(merges_folder(Path("theirs")))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2_folder(Path("theirs")))
     model = gpt2(vocab_size=400, eos_token_id=None, n_head=4)
     model.save_pretrained("theirs")
     Path("text.txt").write_text(make_text(6000))
@@ -388,6 +277,8 @@ def test_a_start_that_holds_no_model_is_refused(theirs, fails, folder):
     assert refused("out/stopped").startswith(
         "no checkpoint out/stopped/best.pt; train first"
     )
-    vocab = json.loads(Path("theirs/vocab.json").read_text())
-    Path("theirs/vocab.json").write_text(json.dumps(vocab | {"surplus": 400}))
+    vocab = Path("theirs/tokenizer.json")
+    content = json.loads(vocab.read_text())
+    content["model"]["vocab"] |= {"surplus": 400}
+    vocab.write_text(json.dumps(content))
     assert "theirs has 401 tokens, but the model has only 400" in refused("theirs")

@@ -11,7 +11,6 @@ from conftest import make_text
 from humptygpt.model import ModelConfig
 
 import prepare_data
-import train
 from benchmarks import __main__ as bench
 from benchmarks import (
     choices,
@@ -252,7 +251,6 @@ def test_what_train_py_does_is_marked_among_all_and_compared_with_the_best(
     monkeypatch.setattr(
         choices, "DEMO", Path("tiny.py")
     )  # a small model, which is in order
-    monkeypatch.setattr(train, "check_model", lambda model: None)
     monkeypatch.setattr(choices, "SPINS", (7,))
     monkeypatch.setattr(choices, "THREADS", 2)
     monkeypatch.setattr(choices, "training_dtype", lambda device: "float32")

@@ -651,7 +651,7 @@ def test_a_message_longer_than_the_context_is_one_line_and_the_talk_goes_on(
     talker, capsys, monkeypatch
 ):
     monkeypatch.setattr("sys.stdin", StringIO("egg\n" + "wall " * 80 + "\negg\n"))
-    sample.main(["--out_dir=out/run", "--interactive=True", "--temperature=0"])
+    sample.main(["--out_dir=out/run", "--temperature=0"])
     printed = capsys.readouterr()
     assert printed.err.count("the prompt takes 418 tokens, and the model's context") == 1
     first, again = printed.out.splitlines()
@@ -676,7 +676,7 @@ def test_a_question_is_stripped_as_in_the_api_and_never_forgotten_within_its_rep
 def test_a_line_that_is_not_utf_8_is_one_line_and_the_talk_goes_on(monkeypatch, capsys):
     typed = TextIOWrapper(BytesIO(b"egg\n\xff\negg\n"), "utf-8", "surrogateescape")
     monkeypatch.setattr("sys.stdin", typed)
-    sample.main(["--out_dir=out/run", "--interactive=True"])
+    sample.main(["--out_dir=out/run"])
     assert r"note: the text has '\udcff', which is half" in capsys.readouterr().err
 
 

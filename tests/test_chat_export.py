@@ -1,9 +1,7 @@
 """Chat models exported with ChatML, chat models of other projects, and fine-tuning on conversations."""
 
-import ast
 import json
 import random
-import re
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -197,22 +195,6 @@ def test_a_gguf_file_has_the_template_and_its_tokens_are_control_tokens(name, fo
     assert "add_generation_prompt" in fields["tokenizer.chat_template"].contents()
 
 
-def test_the_card_of_a_chat_model_shows_how_to_talk_and_its_code_runs(
-    talkers, monkeypatch, tmp_path, capsys
-):
-    transformers()
-    monkeypatch.chdir(talkers("bpe"))
-    export.main(["--out_dir=out/run", f"--to={tmp_path}/card"])
-    card = (tmp_path / "card/README.md").read_text()
-    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
-    monkeypatch.chdir(tmp_path / "card")
-    capsys.readouterr()
-    exec(code, {})
-    (found,) = ast.literal_eval(capsys.readouterr().out)
-    roles = [turn["role"] for turn in found["generated_text"]]
-    assert roles == ["user", "assistant"]
-
-
 # --------------------------------------------------------------------------------------
 # Models that come with a template
 
@@ -251,7 +233,7 @@ def test_an_unknown_character_leaves_a_conversation_with_an_export_as_it_was(
     monkeypatch.chdir(talkers("char"))
     export.main(["--out_dir=out/run", f"--to={tmp_path}/exported"])
     monkeypatch.setattr("sys.stdin", StringIO("wall 3\nw\u00e4ll 3\nking 5\n"))
-    argv = [f"--init_from={tmp_path}/exported", "--interactive=True", "--temperature=0"]
+    argv = [f"--init_from={tmp_path}/exported", "--temperature=0"]
     capsys.readouterr()
     sample.main([*argv, "--max_new_tokens=30"])
     out, err = capsys.readouterr()
@@ -296,7 +278,7 @@ def test_our_export_is_talked_to_in_its_template_with_our_own_replies(
     monkeypatch.setattr("sys.stdin", StringIO("\n".join(SAID) + "\n"))
     keys = ["--temperature=0", "--max_new_tokens=30"]
     capsys.readouterr()
-    sample.main(["--init_from=exported", "--interactive=True", *keys])
+    sample.main(["--init_from=exported", *keys])
     assert capsys.readouterr().out.splitlines() == expected
 
 
@@ -319,7 +301,7 @@ def test_a_template_in_a_file_of_its_own_is_the_one_that_counts(folder, fails):
     file.write_text(TEMPLATE)
     assert load(path).task == "chat"
     file.write_bytes(b"\xff")
-    argv = [f"--init_from={path}", "--interactive=True"]
+    argv = [f"--init_from={path}"]
     assert "cannot read the tokenizer in theirs" in fails(sample.main, *argv)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN
 
 import sample
 import train
@@ -106,12 +105,6 @@ def test_a_file_that_is_not_a_checkpoint_is_refused_and_runs_no_code(
     assert not Path("ran").exists()
 
 
-def test_resuming_without_a_checkpoint_is_refused(tiny, fails):
-    complaint = "no checkpoint out/run/ckpt.pt"
-    assert complaint in fails(train.main, *TINY_RUN, "--init_from=resume")
-    assert not OUT.exists()
-
-
 def test_a_record_marked_as_a_directory_is_noticed(folder):
     path = Path("a.pt")
     checkpoint.save(path, make_entries())
@@ -189,20 +182,6 @@ def test_a_restored_model_is_whole_and_shares_the_tensors_of_the_file(position, 
     if hasattr(model, "encode"):
         batch["source"] = torch.ones(1, 5, dtype=torch.long)
     assert torch.equal(restored(**batch)[0], model(**batch)[0])
-
-
-def test_a_buffer_of_the_users_own_is_restored_with_the_weights(monkeypatch):
-    class Counting(models.MLP):
-        def __init__(self, config, layer):
-            super().__init__(config)
-            self.register_buffer("steps", torch.zeros(3))
-
-    monkeypatch.setitem(models.MLPS, "counting", Counting)
-    model = build(models.ModelConfig(vocab_size=11, n_layer=1, mlp="counting"))
-    model.stack.blocks[0].mlp.steps += 5
-    weights = dict(model.state_dict())
-    restored = restore_model(build_on_meta(model.config), weights)
-    assert restored.stack.blocks[0].mlp.steps.tolist() == [5, 5, 5]
 
 
 # --------------------------------------------------------------------------------------

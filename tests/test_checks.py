@@ -20,6 +20,7 @@ from humptygpt.models import checks
 from humptygpt.models.build import MODELS
 from humptygpt.models.checks import check_model
 
+pytestmark = pytest.mark.usefixtures("model_is_edited")
 ORIGINAL = {
     "attend": models.attend,
     "forward": SelfAttention.forward,

@@ -51,15 +51,16 @@ def make_run(
         bits = loss / math.log(2) / bytes_per_token
         row = {"val_loss": loss, "val_bits_per_byte": bits}
         row |= {"val_tokens": 1000, "val_text": text}
-        rows += [clock | {"train_loss": loss, "lr": 1e-3}, clock | row]
+        train = {"kind": "train", "train_loss": loss, "lr": 1e-3}
+        rows += [clock | train, clock | row | {"kind": "eval"}]
     if end or clock["position"] >= settings["max_iters"]:
-        rows.append(clock | {"end": end or "done"})
+        rows.append(clock | {"kind": "end", "end": end or "done"})
     if whole is not None:
-        row = {"val_loss": whole, "val_bits_per_byte": whole / math.log(2), "iter": every}
-        row |= {"val_tokens": 5000, "val_text": "whole"}
-        rows.append(clock | {f"whole_{key}": value for key, value in row.items()})
+        row = {"val_loss": whole, "val_bits_per_byte": whole / math.log(2)}
+        row |= {"val_tokens": 5000, "val_text": "whole", "best_iter": every}
+        rows.append(clock | row | {"kind": "whole"})
     if bleu is not None:
-        rows.append(clock | {"test_bleu": bleu, "test_chrf": 2 * bleu})
+        rows.append(clock | {"kind": "test", "test_bleu": bleu, "test_chrf": 2 * bleu})
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -215,10 +216,11 @@ def test_a_row_shows_how_far_its_run_is(run, losses, settings, state):
 
 
 DAMAGED = ["[" * 100_000, "\x00\xff", '{"iter": 150}']
-TIMES = '{"iter": 150, "tokens": 9, "seconds": 9, '
+TIMES = '{"iter": 150, "tokens": 9, "seconds": 9, "kind": '
 DAMAGED += [
-    TIMES + f'"{key}": {{}}}}' for key in ("val_loss", "val_text", "whole_val_loss")
+    TIMES + f'"eval", "{key}": {{}}}}' for key in ("val_loss", "val_text", "best_iter")
 ]
+DAMAGED.append(TIMES + '"other"}')
 
 
 @pytest.mark.parametrize("row", DAMAGED, ids=lambda row: row[:40])
@@ -239,7 +241,7 @@ def test_a_row_without_a_loss_is_no_evaluation_and_damage_that_is_not_shown_does
     path = Path(make_run("out/a", 2.0, 1.9), "metrics.jsonl")
     expected = run("out/a")[0]
     rows = path.read_text().replace('"val_tokens": 1000', '"val_tokens": "many"')
-    path.write_text(TIMES + '"val_bits_per_byte": 1.0}\n' + rows)
+    path.write_text(TIMES + '"eval", "val_bits_per_byte": 1.0}\n' + rows)
     assert run("out/a", "--picture=out/x.png") == (expected, "out/x.png written\n")
 
 
@@ -504,7 +506,9 @@ def test_plot_draws_another_number_at_the_text_read_with_its_last_value_in_the_l
     make_run("out/new")
     with Path("out/bpe/metrics.jsonl").open("a") as file:
         # one that a user's code logs, and one that the machine could not measure
-        file.write(TIMES + '"train_loss": 3.25, "entropy": -0.5, "grad_norm": null}\n')
+        file.write(
+            TIMES + '"train", "train_loss": 3.25, "entropy": -0.5, "grad_norm": null}\n'
+        )
     (panel,) = draw("out/bpe", "out/new", "--plot=train_loss")
     assert texts_of(panel) == ["bpe  3.250", "new"] and panel.get_ylabel() == "train_loss"
     # 10 tokens a step, of 4 bytes each; the last row says 9 tokens

@@ -78,9 +78,7 @@ def test_losses_and_gradients_are_those_of_a_cpu(variant):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize(
-    "options", [[], ["--optimizer=normuon", "--muon_dtype=float32", "--dropout=0.1"]]
-)
+@pytest.mark.parametrize("options", [[], ["--optimizer=normuon", "--dropout=0.1"]])
 def test_training_goes_as_on_a_cpu(tiny, dtype, options):
     if dtype == "float16" and not ON_GPU:
         pytest.skip("float16 trains on CUDA alone")

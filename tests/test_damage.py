@@ -5,14 +5,12 @@ A kind of file is a function in KINDS: it makes one in the current folder and re
 
 import json
 import math
-import pickle
 import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 from texts import make_pairs, make_text
 
@@ -109,30 +107,6 @@ class Code:
         return (Path.touch, (Path("ran"),))
 
 
-def change_pickle(data: bytes, rng: random.Random) -> bytes:
-    content = change_entry(pickle.loads(data), rng)
-    return pickle.dumps(content, protocol=rng.randrange(pickle.HIGHEST_PROTOCOL + 1))
-
-
-def hide_code(data: bytes, rng: random.Random) -> bytes:
-    """Make a pickle that runs code: in its whole, in an entry, before the right content, or in unusual opcodes."""
-    content = pickle.loads(data)
-    code = pickle.dumps(Code(), rng.randrange(pickle.HIGHEST_PROTOCOL + 1))
-    return rng.choice(
-        [
-            code,
-            code[:-1] + data,
-            pickle.dumps(content | {rng.choice(list(content)): Code()}),
-            b"(S'ran'\nipathlib\nPath\n.",
-            b"cbuiltins\nexec\n(S\"open('ran', 'w')\"\ntR" + data,
-            b"cos\nsystem\n(S'touch ran'\ntR" + data,
-            b"\x80\x04\x8c\x02o\ns\x8c\x06system\x93\x8c\ttouch ran\x85R.",
-            b"r\xff\xff\xff\xff.",  # a memo of 4 billion entries
-            b"\x8d" + b"\xff" * 7 + b"\x7f.",  # a string of 2^63 bytes
-        ]
-    )
-
-
 # --------------------------------------------------------------------------------------
 # Kinds of files
 
@@ -171,21 +145,6 @@ def prepared(name: str, *argv: str) -> Target:
     return Target(folder / name, lambda: read_data(folder), damages)
 
 
-def meta_pkl() -> Target:
-    """Make a folder as nanoGPT does, whose token files have no checksums."""
-    folder, text = Path("data/old"), make_text(2000)
-    folder.mkdir(parents=True)
-    itos = dict(enumerate(sorted(set(text))))
-    stoi = {char: i for i, char in itos.items()}
-    meta = {"vocab_size": len(itos), "itos": itos, "stoi": stoi}
-    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
-    ids = np.array([stoi[char] for char in text], dtype=np.uint16)
-    ids[:1800].tofile(folder / "train.bin")
-    ids[1800:].tofile(folder / "val.bin")
-    damages = (change_pickle, change_pickle, hide_code, flip_bytes, cut_bytes)
-    return Target(folder / "meta.pkl", lambda: read_data(folder), damages)
-
-
 DOCUMENTS, TEXT, PAIRS = (
     f"--input={name}" for name in ("docs.jsonl", "text.txt", "pairs.tsv")
 )
@@ -201,7 +160,6 @@ KINDS: dict[str, Callable[[], Target]] = {
     "pairs": partial(prepared, "meta.json", PAIRS, BYTE),
     "train.bin": partial(prepared, "train.bin", TEXT),
     "val.bin, pairs": partial(prepared, "val.bin", PAIRS, BYTE),
-    "meta.pkl": meta_pkl,
 }
 
 

@@ -435,6 +435,8 @@ def test_a_number_keeps_its_height_when_the_drawer_opens_beside_it_and_closes(op
     for width in (1280, 1440):
         view = opened(hash="#section=mlp", viewport={"width": width, "height": 900})
         strip = view.page.locator("#mlp canvas").nth(2)
+        strip.scroll_into_view_if_needed()
+        view.page.evaluate(FRAMES)
         heights = [strip.bounding_box()["y"]]
         strip.click(position={"x": 50, "y": 5})
         view.page.wait_for_selector("#drawer")
@@ -1028,3 +1030,16 @@ def test_a_run_with_an_optimizer_of_ones_own_is_shown_but_not_trained(opened, ru
     assert words in view.page.text_content("main, body")
     assert not view.page.inner_html("#playground")
     assert opened().page.inner_html("#playground")
+
+
+def test_a_page_whose_logits_are_not_pytorchs_says_so_instead_of_showing_the_model(
+    browser, runs, tmp_path
+):
+    data = page_data(runs / "out/run/best.pt", START)
+    data["check"]["idx"].reverse()
+    (tmp_path / "page.html").write_bytes(fill("page.html", to_text(data)))
+    page = browser.new_page()
+    page.goto(f"file://{tmp_path}/page.html")
+    page.wait_for_selector("text=This page would show other numbers than model.py")
+    assert not page.is_visible("#page")
+    page.close()

@@ -1,9 +1,6 @@
 """Exported models, asked through the programs that they are for: transformers and llama.cpp (xllamacpp) themselves."""
 
-import ast
 import errno
-import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +27,6 @@ from humptygpt.formats.families import FAMILIES, find_family
 from humptygpt.formats.gguf import ACTIVATIONS
 from humptygpt.formats.huggingface import to_pretrained, write_files
 from humptygpt.formats.load import Loaded, load
-from humptygpt.formats.model_card import model_card
 from humptygpt.formats.tokenizer_json import (
     build_tokenizer,
     tokenizer_files,
@@ -221,18 +217,19 @@ def test_a_run_with_lora_is_exported_merged(runs, monkeypatch, tmp_path):
 
 
 def test_a_model_that_was_not_trained_here_is_exported(capsys):
-    """nanoGPT's checkpoint, with its logits; and the exported folder again."""
-    from test_base_models import write_nanogpt
+    """A folder of transformers, with its logits; and the exported folder again."""
+    pytest.importorskip("transformers")
+    from test_pretrained import gpt2
 
-    nanogpt = write_nanogpt()
-    export.main(["--init_from=nano/out", "--to=first"])
+    original = gpt2()
+    original.save_pretrained("theirs")
+    write_files(Path("theirs"), tokenizer_files(CharTokenizer("\nabcdefgh"), 24))
+    export.main(["--init_from=theirs", "--to=first"])
     theirs, tokenizer = open_folder(Path("first"))
     idx = tokenizer("abc\nhgf", return_tensors="pt").input_ids
     with torch.no_grad():
-        expected = nanogpt(idx).logits
+        expected = original(idx).logits
         torch.testing.assert_close(theirs(idx).logits, expected, atol=1e-4, rtol=1e-4)
-    card = Path("first/README.md").read_text()
-    assert "converted by HumptyGPT from nanoGPT's nano/out/ckpt.pt." in card
     capsys.readouterr()
     export.main(["--init_from=first", "--out_dir=x", "--to=again"])
     assert "note: out_dir=x has no effect with init_from=first" in capsys.readouterr().err
@@ -383,40 +380,6 @@ def test_rows_that_stand_for_no_token_are_never_drawn():
 
 
 # --------------------------------------------------------------------------------------
-# The model card
-
-
-def test_the_card_states_the_run_and_its_code_runs(runs, monkeypatch, capsys):
-    transformers()
-    monkeypatch.chdir(runs("llama, documents of bpe"))
-    export.main(["--out_dir=out/run", "--to=card"])
-    card = Path("card/README.md").read_text()
-    lines = Path("out/run/metrics.jsonl").read_text().splitlines()
-    (row,) = [row for row in map(json.loads, lines) if "val_loss" in row]
-    for words in (
-        f"{row['val_loss']:.4f} nats",
-        "A Llama model with ",
-        "on 12 files: texts",
-    ):
-        assert words in card
-    assert card.startswith("---\nlibrary_name: transformers\n")
-    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
-    monkeypatch.chdir("card")
-    capsys.readouterr()
-    exec(code, {})
-    (found,) = ast.literal_eval(capsys.readouterr().out)
-    assert found["generated_text"].startswith(END_OF_TEXT)
-
-
-def test_the_card_names_files_and_models_without_the_users_folders(run_dir, folder):
-    found = load(run_dir)
-    found.saved["data"]["source"] = f"{folder}/a.de and {folder}/a.en"
-    assert "on a.de and a.en (val" in model_card(found, "mine")
-    theirs = found._replace(saved=None, description=f"nanoGPT's {folder}/ckpt.pt")
-    assert "converted by HumptyGPT from nanoGPT's ckpt.pt." in model_card(theirs, "mine")
-
-
-# --------------------------------------------------------------------------------------
 # Refusals
 
 
@@ -463,16 +426,35 @@ def test_what_gguf_cannot_hold_is_refused_by_name_with_the_way_out(keys, complai
     assert not list(folder.iterdir())
 
 
-def test_a_model_that_other_programs_would_compute_otherwise_is_refused(
-    tiny, fails, monkeypatch
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folder_from_which_transformers_computes_other_logits_is_not_left(
+    dtype, folder, monkeypatch
 ):
-    train.main([*TINY_RUN, "--max_iters=1", "--activation=gelu_tanh"])
+    transformers()
     heads = models.SelfAttention.heads
     monkeypatch.setattr(models.SelfAttention, "heads", lambda self, x: 1.2 * heads(self, x))
+    with pytest.raises(UserError, match="transformers computes other logits"):
+        export.write_folder(loaded(), Path("exported"), dtype)
+    assert not list(folder.iterdir())
+
+
+def test_an_edited_model_py_whose_logits_nothing_compares_is_refused(
+    tiny, fails, monkeypatch, model_is_edited
+):
+    train.main([*TINY_RUN, "--max_iters=1", "--activation=gelu_tanh"])
+    if export.find_spec("transformers"):
+        export.main(["--out_dir=out/run", "--to=compared"])
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
     for to in ("exported", "model.gguf"):
         complaint = fails(export.main, "--out_dir=out/run", f"--to={to}")
-        assert complaint.startswith("transformers or llama.cpp computes the formulas that")
+        assert complaint.startswith("model.py has been edited, so other programs may")
+        assert complaint.endswith("transformers is installed: pip install transformers\n")
         assert not Path(to).exists()
+
+
+def test_the_code_that_was_shipped_is_this_model_py():
+    """Whoever changes model.py for all writes its new checksum into checkpoint.py."""
+    assert checkpoint.code_checksum() == checkpoint.SHIPPED_CODE
 
 
 def test_mistakes_are_one_line(fails):

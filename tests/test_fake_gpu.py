@@ -201,7 +201,6 @@ def watched_residual_stream():
     with pytest.MonkeyPatch.context() as patch:
         # the originals read numbers
         patch.setattr(decoding, "agrees", lambda *args, **keys: True)
-        patch.setattr(decoding, "check_model", lambda model: None)
         patch.setattr(attention, "agrees", lambda *_: True)
         yield
     hook.remove()
@@ -273,12 +272,22 @@ def run_case(case: dict) -> None:
         dtype = getattr(torch, case["dtype"])
         train_and_evaluate(gpu, model, case, dtype)
         assert {x.device for x in lora.merged_state(model).values()} == {gpu.device}
-        ready = decoding.make_generator(gpu.build(keys), dtype, gpu.device)
+        ready = load_to_sample(gpu, gpu.build(keys), dtype)
         check_weights(ready, dtype)
         if not hasattr(model, "encode"):
-            generate_texts(gpu, ready, case["padded"])
+            generate_texts(gpu, ready, case["padded"], dtype)
         if model.has_cache:
             translate(gpu, ready)
+
+
+def load_to_sample(gpu: FakeGPU, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Load a model onto the device as sample.py does."""
+    loaded = Loaded(model, ByteTokenizer(), Path(), "a model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "pick_device", lambda name: gpu.device)
+        patch.setattr(decoding, "pick_dtype", lambda name, device: dtype)
+        patch.setattr(decoding, "load", lambda *args, **keys: loaded)
+        return sample.load("a model").model
 
 
 def train_and_evaluate(
@@ -296,7 +305,6 @@ def train_and_evaluate(
     dataset = SimpleNamespace(
         batch=lambda index, size: batch,
         val_batches=lambda size, iters: iter([batch]),
-        accuracy=None,
     )
     run = SimpleNamespace(
         config=config,
@@ -331,8 +339,10 @@ def check_weights(ready: nn.Module, dtype: torch.dtype) -> None:
         assert dtype == torch.float32 or not isinstance(module, nn.Linear), module
 
 
-def generate_texts(gpu: FakeGPU, model: nn.Module, padded: bool) -> None:
-    """Generate past block_size. Each token waits once, to be shown."""
+def generate_texts(
+    gpu: FakeGPU, model: nn.Module, padded: bool, dtype: torch.dtype
+) -> None:
+    """Generate past block_size. Each token waits once, to be shown. What is cached has the dtype."""
     texts = [[0] * 5, [0] * (3 if padded else 5)]
     context = Context(model, texts, 12, device=gpu.device)
     options = {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.2}
@@ -341,6 +351,8 @@ def generate_texts(gpu: FakeGPU, model: nn.Module, padded: bool) -> None:
         with gpu.waiting(1, "a token"):
             _, logits = next(steps)
         assert logits.dtype == torch.float32
+    if model.has_cache:
+        assert {x.dtype for x in context.cache.layers[0].buffers.values()} == {dtype}
 
 
 def translate(gpu: FakeGPU, model: nn.Module) -> None:
@@ -395,26 +407,6 @@ def run_planted(report: str) -> str | None:
         return run_cases([PLAIN])
 
 
-def load_to_sample(dtype: torch.dtype) -> None:
-    """Load a model onto the device as sample.py does and decode with it."""
-    with FakeGPU() as gpu, watched_residual_stream(), pytest.MonkeyPatch.context() as patch:
-        model = gpu.build({"position": "rotary"})
-        loaded = Loaded(model, ByteTokenizer(), Path(), "a model")
-        patch.setattr("humptygpt.generation.generator.pick_device", lambda name: gpu.device)
-        patch.setattr(
-            "humptygpt.generation.generator.pick_dtype", lambda name, device: dtype
-        )
-        patch.setattr("humptygpt.generation.generator.load", lambda *args, **keys: loaded)
-        ready = sample.load("a model").model
-        cache = ready.make_cache()
-        idx = torch.zeros(1, 3, dtype=torch.int64, device=gpu.device)
-        with gpu.waiting(0, "a token"):
-            ready.next_logits(idx, cache)
-            ready.next_logits(idx[:, :1], cache)
-        check_weights(ready, dtype)
-        assert {x.dtype for x in cache.layers[0].buffers.values()} == {dtype}
-
-
 # --------------------------------------------------------------------------------------
 # Tests
 
@@ -439,10 +431,3 @@ def test_any_choices_train_evaluate_and_generate_on_one_device_and_wait_only_to_
 @pytest.mark.parametrize("report", FAULTS)
 def test_a_planted_fault_is_found(elsewhere, report):
     assert re.search(report, elsewhere(run_planted, report))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_are_converted_once_to_sample_and_decode_keeps_its_residual_stream(
-    elsewhere, dtype
-):
-    elsewhere(load_to_sample, dtype)

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from humptygpt.model import POSITIONS
 from test_model import every_variant, tiny
 from uncached import generate, uncached
 
@@ -29,15 +28,6 @@ def tiny_model(**keys) -> models.GPT:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
-
-
-@pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("prompt", [1, 5, 8, 13], ids=lambda n: f"prompt{n}")
-@pytest.mark.parametrize("block_size", [1, 2, 8])
-def test_cached_equals_uncached_before_and_past_block_size(position, prompt, block_size):
-    model = tiny_model(position=position, block_size=block_size)
-    text = [token % 11 for token in range(prompt)]
-    assert generate(model, [text], 30) == [uncached(model, text, 30)]
 
 
 def test_the_newest_half_is_recomputed_when_the_context_is_full():
@@ -152,7 +142,7 @@ def test_each_text_of_a_padded_batch_is_what_it_is_alone_before_and_past_block_s
 ):
     narrow = {"window": 8} if variant.get("window", 0) > 8 else {}
     model = tiny_model(**variant | narrow)
-    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 1, 2, 3, 4], [2, 2, 3, 4, 5, 6]]
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 1, 2, 3, 4], [2, 2, 3, 4, 5, 6, 7, 8]]
     expected = [
         uncached(model, prompt, 20, sample=i, temperature=0.9)
         for i, prompt in enumerate(prompts)

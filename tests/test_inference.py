@@ -31,7 +31,7 @@ def test_large_matrices_are_packed_and_give_the_same_logits(monkeypatch):
     for keys in (
         {"bias": True},
         {"mlp": "gated", "tie_weights": False},
-        {"n_kv_head": 1, "position": "rotary"},
+        {"n_kv_head": 1, "position": "rotary", "qk_norm": True},
     ):
         model, idx = random_model(**keys).eval(), tokens(3, 9)
         expected = model(idx)[0][:, 2:].detach()
@@ -143,7 +143,7 @@ def ask(self, x, forward, *inputs):
     ],
 )
 def test_a_model_generates_without_what_its_edit_does_not_survive(
-    monkeypatch, capsys, edited, note
+    monkeypatch, model_is_edited, capsys, edited, note
 ):
     forward, init = models.SelfAttention.forward, models.SelfAttention.__init__
 
@@ -167,19 +167,6 @@ def test_a_model_generates_without_what_its_edit_does_not_survive(
     if edited is mix:
         with pytest.raises(UserError, match="cannot translate: its logits with the cache"):
             translate(model, None, [])
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [{}, {"position": "rotary", "qk_norm": True, "n_kv_head": 1}, {"bias": True}],
-    ids=str,
-)
-def test_a_model_as_it_comes_has_one_product_for_queries_keys_and_values(keys):
-    model, idx = random_model(**keys).eval(), tokens(2, 8)
-    expected = model(idx)[0].detach()
-    ready = make_generator(model)
-    assert all(type(block.attn) is decoding.JoinedAttention for block in ready.stack.blocks)
-    torch.testing.assert_close(ready(idx)[0], expected, atol=1e-4, rtol=1e-4)
 
 
 def tripled_queries(self, x, shared, cache=None):

@@ -123,7 +123,7 @@ def test_the_folder_is_locked_from_before_the_checkpoint_is_read_until_the_run_h
     monkeypatch.setattr(checkpoint, "read", checked(checkpoint.read))
     monkeypatch.setattr(train, "finish", checked(train.finish))
     assert train.main(LONGER) == 0
-    assert len(seen) == 2 and not (OUT / ".lock").exists()
+    assert len(seen) == 2 and not (OUT.parent / ".run.lock").exists()
 
 
 def test_a_killed_process_leaves_no_lock_and_its_run_is_resumed(run_train):
@@ -131,9 +131,9 @@ def test_a_killed_process_leaves_no_lock_and_its_run_is_resumed(run_train):
     with held("out/run") as process:
         process.kill()
         process.wait(30)
-    assert (OUT / ".lock").exists()
+    assert (OUT.parent / ".run.lock").exists()
     assert train.main(LONGER) == 0
-    assert not (OUT / ".lock").exists()
+    assert not (OUT.parent / ".run.lock").exists()
 
 
 # --------------------------------------------------------------------------------------

@@ -63,19 +63,16 @@ def test_output_that_is_discarded_may_have_any_character():
     assert python(code, **ASCII) == ""
 
 
-def test_ctrl_break_stops_a_run_and_a_second_server_gets_no_port_of_another_on_windows():
+def test_ctrl_break_stops_a_run_on_windows():
     code = """
 import os, signal
 signal.SIGBREAK = signal.SIGUSR1
-from humptygpt import machine
-machine.ON_WINDOWS = True
 from humptygpt.training.run import catch_signals
-import serve
 with catch_signals() as caught:
     os.kill(os.getpid(), signal.SIGBREAK)
-print(len(caught), serve.Server.allow_reuse_address)
+print(len(caught))
 """
-    assert python(code) == "1 False\n"
+    assert python(code) == "1\n"
 
 
 @pytest.mark.parametrize("windows", [True, False])

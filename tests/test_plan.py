@@ -1,7 +1,6 @@
 """--minutes: the choice of a model and the clock that ends its training. Time is simulated."""
 
 import itertools
-import json
 import math
 import re
 import shutil
@@ -19,7 +18,6 @@ from humptygpt.model import ModelConfig, Stack, count_parameters, flops_per_toke
 from test_chat import chat, write_chats
 from texts import make_text
 
-import compare
 import prepare_data
 import train
 from humptygpt import cli
@@ -150,28 +148,21 @@ def test_training_ends_within_a_step_of_its_minutes_with_the_last_learning_rate(
 
 
 def read_config() -> dict:
-    return json.loads((OUT / "config.json").read_text())
+    """Return the settings as they were planned."""
+    saved = checkpoint.read(OUT / "ckpt.pt")
+    return saved["train_config"] | saved["model_config"]
 
 
 @pytest.mark.parametrize("step", [0.05, 0.2])
-def test_a_run_says_how_far_it_is_and_is_done_on_time_whatever_was_planned(
-    tiny, machine, capsys, step
+def test_each_row_says_how_far_the_run_is_and_the_last_that_it_is_done_whatever_was_planned(
+    tiny, machine, step
 ):
-    def compared() -> dict:
-        capsys.readouterr()
-        compare.main([str(OUT), "--picture=None", "--json=True"])
-        return json.loads(capsys.readouterr().out)[0]
-
     machine.step = lambda: step if machine.steps else 0.1
     rows = machine.run(*TIMED, "--minutes=0.1")
     positions = [row["position"] for row in rows]
     planned = read_config()["max_iters"]
     assert positions == sorted(positions) and positions[-1] == planned
-    row = compared()
-    assert row["state"] == "done" and (row["iter"] > planned) == (step < 0.1)
-    metrics = OUT / "metrics.jsonl"
-    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:3]))
-    assert compared()["state"] == f"at {100 * positions[2] // planned:.0f} %"
+    assert (rows[-1]["iter"] > planned) == (step < 0.1)
 
 
 @pytest.mark.parametrize("keys", [[], ["--n_members=2"]])
@@ -468,34 +459,30 @@ def test_a_number_of_heads_that_fits_no_size_leaves_the_model_as_configured():
     assert plan.sizes(config, {"n_head"}) == [config]
 
 
-def test_a_trial_trains_as_the_run_will(tiny, monkeypatch):
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["--n_members=1", "--position=learned", "--freeze=wpe"],
+        ["--init_from=out/base", "--lora_rank=2"],
+    ],
+)
+def test_a_trial_trains_as_the_run_will(tiny, small_sizes, monkeypatch, keys):
+    assert train.main([*TINY_RUN, "--out_dir=out/base"]) == 0
     models = []
     assemble = plan.assemble
     monkeypatch.setattr(
         plan, "assemble", lambda *args: models.append(args[2]) or assemble(*args)
     )
-    argv = ["--minutes=100000", "--n_members=1", "--position=learned", "--freeze=wpe"]
-    run = train.setup(read_settings([*TIMED, *argv, "--checkpoint_activations=True"]))
-    for model in (*models, run.model):
+    argv = [*keys, "--minutes=100000", "--checkpoint_activations=True"]
+    run = train.setup(read_settings([*TIMED, *argv]))
+    trained = set()
+    for model in (models[0], run.model):
         stacks = [module for module in model.modules() if isinstance(module, Stack)]
         assert stacks and all(stack.checkpoint_activations for stack in stacks)
-        frozen = [p for stack in stacks for p in stack.position.parameters()]
-        assert not any(p.requires_grad for p in frozen)
-    assert models
-
-
-def test_a_trial_of_lora_trains_the_added_matrices_only(tiny, small_sizes, monkeypatch):
-    assert train.main([*TINY_RUN, "--out_dir=out/base"]) == 0
-    trained = []
-    assemble = plan.assemble
-    monkeypatch.setattr(
-        plan,
-        "assemble",
-        lambda *args: trained.append(trained_parameters(args[2])) or assemble(*args),
-    )
-    argv = ["--init_from=out/base", "--lora_rank=2", "--minutes=100000"]
-    run = train.setup(read_settings([*TIMED, *argv]))
-    assert trained[0].keys() == trained_parameters(run.model).keys()
+        names = trained_parameters(model)
+        trained.add(frozenset(name.split(".")[-2] for name in names))
+    (kinds,) = trained
+    assert "wpe" not in kinds and ("lora_A" in kinds) == ("--lora_rank=2" in keys)
 
 
 def test_what_does_not_fit_into_memory_is_not_tried(tiny, machine, fails):
@@ -579,28 +566,35 @@ def test_a_run_whose_trials_took_all_of_its_time_takes_one_step(tiny, machine, s
     assert machine.now > 12 and progress()["iter"] == 1
 
 
-def test_plan_py_repeats_the_steps_that_were_taken(tiny, machine, capsys):
+def test_the_config_json_of_a_run_with_minutes_repeats_the_steps_that_it_took(
+    tiny, machine, capsys
+):
     Path("own.txt").write_text(make_text())
     argv = [argument for argument in TIMED if not argument.startswith("--dataset=")]
     argv += ["--n_members=2"]
     machine.step = lambda: 0.1 if machine.now < 6 else 0.2
     machine.run("--input=own.txt", "--dataset=named", *argv, "--minutes=0.2")
-    steps, planned = progress()["iter"], read_config()
+    steps = progress()["iter"]
+    planned = read_config()
     assert steps < planned["max_iters"]
-    assert "out/run/plan.py is a config file" in capsys.readouterr().out
-    settings = cli.read(["out/run/plan.py"], ModelConfig, TrainConfig)
+    again = (
+        "the same steps again: python train.py out/run/config.json --out_dir=out/again\n"
+    )
+    assert again in capsys.readouterr().out
+    settings = cli.read(["out/run/config.json"], ModelConfig, TrainConfig)
     assert settings["max_iters"] == steps and settings["dataset"] == "named"
     assert settings["eval_interval"] < planned["eval_interval"]
-    assert "minutes" not in settings and "input" not in settings
+    assert settings["minutes"] is None and not settings.keys() & {"input", "threads"}
     assert settings["n_members"] == 2
-    rows = machine.run("out/run/plan.py", "--overwrite=True")
+    Path("own.txt").unlink()  # the prepared data is enough
+    rows = machine.run("out/run/config.json", "--overwrite=True")
     assert "has no effect" not in capsys.readouterr().err
     assert progress()["iter"] == steps
     assert sum("val_loss" in row for row in rows) == plan.EVALUATIONS
 
 
 @pytest.mark.parametrize("start", ["scratch", "out/base"])
-def test_plan_py_has_the_settings_and_learning_rates_of_a_run_that_stopped_early(
+def test_the_config_json_of_a_run_that_stopped_early_has_its_learning_rates(
     tiny, machine, capsys, start
 ):
     machine.run(*TINY_RUN, "--out_dir=out/base")
@@ -614,19 +608,19 @@ def test_plan_py_has_the_settings_and_learning_rates_of_a_run_that_stopped_early
     keys += [f"--learning_rate={rate}", f"--init_from={start}", "--minutes=0.2"]
     ran = machine.run(*TIMED, *keys)
     taken = progress()
-    assert taken["position"] < 0.7 * read_config()["max_iters"]
+    recorded = read_config()
+    assert taken["position"] < 0.7 * recorded["max_iters"]
     capsys.readouterr()
-    again = machine.run("out/run/plan.py", "--out_dir=out/again")
+    again = machine.run("out/run/config.json", "--out_dir=out/again")
     assert not re.search("note: .* has no effect", capsys.readouterr().err)
     assert again[-1]["iter"] == pytest.approx(taken["iter"], abs=2)
     lrs = [[row["lr"] for row in rows if "lr" in row] for rows in (ran, again)]
     for lr, before in zip(*lrs, strict=False):
         assert lr == pytest.approx(before, abs=0.1 * rate)
-    written = cli.read(["out/run/plan.py"], ModelConfig, TrainConfig)
-    recorded = read_config()
-    assert {"n_layer", "batch_size", "optimizer", "early_stopping"} <= written.keys()
-    scaled = {"max_iters", "eval_interval", "warmup_iters", "lr_decay_iters"}
-    for key in written.keys() - scaled:
+    written = cli.read(["out/run/config.json"], TrainConfig, ModelConfig)
+    taken = {"max_iters", "eval_interval", "warmup_iters", "lr_decay_iters", "minutes"}
+    left_out = {"input", "overwrite", "threads"}
+    for key in recorded.keys() - taken - left_out:
         assert written[key] == recorded[key]
 
 
@@ -743,32 +737,28 @@ def test_the_recipe_is_for_gpts_only(folder, capsys, name):
     assert found.model_config.activation == "gelu" and capsys.readouterr().out == ""
 
 
-def test_text_of_ones_own_takes_three_minutes_unless_a_command_says_what_to_train(
-    folder, capsys, monkeypatch
-):
-    assert read_settings(["--input=own.txt"]).config.minutes == 3
-    assert capsys.readouterr().out == f"no length is given: --minutes=3\n{SAYS_RECIPE}"
-    Path("pairs").mkdir()
-    for path in ("own.py", "pairs/a.tsv", "pairs/b.tsv.gz"):
-        Path(path).touch()
-    pairs = ("--input=own.tsv", "--input=pairs")
-    for says in ("own.py", "--max_iters=9", "--eval_only=True", *pairs):
-        assert read_settings(["--input=own.txt", says]).config.minutes is None
-    for path in pairs:  # question and answer
-        assert read_settings([path, "--text_key=q,a"]).config.minutes == 3
-    assert read_settings(["--input=own.txt", "--minutes=1"]).config.minutes == 1
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert read_settings(["--input=own.txt"]).config.minutes is None
+def test_an_input_without_a_length_is_refused(folder, fails):
+    Path("own.txt").write_text(make_text())
+    asks = "say how long to train on input: --minutes=3 or --max_iters=N\n"
+    assert fails(train.main, "--input=own.txt") == asks
+    assert not Path("data").exists() and not Path("out").exists()
+    for length in ("--minutes=1", "--max_iters=9", "--eval_only=True", "--dry_run=True"):
+        read_settings(["--input=own.txt", length])
 
 
-DTYPES_OF_MUON = TrainConfig.choices()["muon_dtype"]  # in vain with AdamW
+BACKENDS = [
+    f"backend={name}" for name in TrainConfig.choices()["backend"]
+]  # of one process
 
 
 @pytest.mark.parametrize(
     ("files", "answers"),
     [
-        (["--minutes=5"], ["block=plain", "model=number_mlp"]),
-        ([], ["model=number_mlp", *(f"muon_dtype={x}" for x in DTYPES_OF_MUON)]),
+        (
+            ["--minutes=5"],
+            ["block=plain", "model=number_mlp", "parallel=ddp", "parallel=fsdp", *BACKENDS],
+        ),
+        ([], ["model=number_mlp", "parallel=ddp", "parallel=fsdp", *BACKENDS]),
     ],
     ids=["recipe", "defaults"],
 )

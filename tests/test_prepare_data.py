@@ -321,7 +321,7 @@ def files_of(folder: str) -> dict[str, tuple[bytes, int]]:
     return {path.name: (path.read_bytes(), path.stat().st_ino) for path in files}
 
 
-@pytest.mark.parametrize("change", ["settings", "text", "nanogpt"])
+@pytest.mark.parametrize("change", ["settings", "text", "of another program"])
 def test_other_data_of_the_same_name_is_refused_at_once_and_replaced_whole_with_overwrite(
     corpus, fails, monkeypatch, change
 ):
@@ -329,10 +329,9 @@ def test_other_data_of_the_same_name_is_refused_at_once_and_replaced_whole_with_
     command = PREPARE + " --val_fraction=0.5" * (change == "settings")
     if change == "text":
         write("corpus/b.jsonl", corpus[5:10])
-    if change == "nanogpt":
+    if change == "of another program":
         for name in ("meta.json", "command.txt"):
             Path("data/mine", name).unlink()
-        Path("data/mine/meta.pkl").write_bytes(b"of nanoGPT")
     before = files_of("data/mine")
     with monkeypatch.context() as patch:
         patch.setattr(corpus_module.Documents, "survey", None)
@@ -487,12 +486,12 @@ def test_a_vocabulary_that_is_too_large_becomes_as_large_as_the_text_allows(fold
     assert "".join(texts_of("mine")) == make_text(2000)
 
 
-def test_a_folder_of_ours_without_its_meta_json_is_not_taken_for_nanogpts(folder, fails):
+def test_a_folder_of_ours_without_its_meta_json_says_how_to_mend_it(folder, fails):
     Path("own text.txt").write_text(make_text(9000))
     prepare("mine '--input=own text.txt'")
     Path("data/mine/meta.json").unlink()
     again = "prepare it again with the command in data/mine/command.txt\n"
-    problem = "data/mine has no meta.json, so it was not prepared completely"
+    problem = "data/mine has no meta.json, so it was not prepared completely, or not here"
     assert fails(train.main, "--dataset=mine") == f"{problem}; {again}"
 
 

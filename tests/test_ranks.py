@@ -21,13 +21,13 @@ import train
 from humptygpt import machine
 from humptygpt import model as models
 from humptygpt.cli import UserError
-from humptygpt.data.dataset import DATASETS, GeneratedDataset, TokenDataset, next_tokens
+from humptygpt.data.dataset import TokenDataset, next_tokens
+from humptygpt.data.open import CLASSES
 from humptygpt.models.build import build
 from humptygpt.models.checks import forking_problem
-from humptygpt.tokenizers.basic import CharTokenizer
-from humptygpt.training import evaluation, ranks, setup, step
+from humptygpt.training import evaluation, setup, step
 from humptygpt.training import minutes as plan
-from humptygpt.training.ranks import Ranks, part_of
+from humptygpt.training.ranks import Ranks
 from humptygpt.training.settings import TrainConfig
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked")
@@ -53,7 +53,7 @@ def weights() -> dict[str, torch.Tensor]:
         (["--optimizer=muon", "--threads=4"], 1e-3),
         (["--optimizer=normuon", "--mlp_conv=3", "--checkpoint_activations=True"], 1e-3),
         (["--optimizer=muon", "--n_members=3"], 1e-3),
-        (["--dtype=bfloat16", "--muon_dtype=bfloat16", "--optimizer=normuon"], 5e-3),
+        (["--dtype=bfloat16", "--optimizer=normuon"], 5e-3),
         (["--gradient_accumulation_steps=2", "--threads=4"], 1e-5),
     ],
 )
@@ -89,10 +89,8 @@ def test_ranks_train_the_small_matrices_of_lora(run_train):
     assert losses(run_train(*argv, "--threads=2")) == pytest.approx(expected, abs=1e-5)
 
 
-class HalfTargets(GeneratedDataset):
+class HalfTargets(TokenDataset):
     """Of four rows the last two have no targets, and neither has any of the fourth step."""
-
-    tokenizer = CharTokenizer("abcd")
 
     def batch(self, index, batch_size):
         rows = np.arange(index * batch_size, (index + 1) * batch_size)
@@ -114,12 +112,13 @@ class HalfTargets(GeneratedDataset):
     ],
 )
 def test_rows_without_targets_do_not_count_however_a_batch_is_divided(
-    folder, monkeypatch, keys, smoothing
+    tiny, monkeypatch, keys, smoothing
 ):
-    monkeypatch.setitem(DATASETS, "half", HalfTargets)
+    name = f"{__name__}:{HalfTargets.__name__}"
+    monkeypatch.setitem(CLASSES, "language modelling", name)
     found = []
     for divided in (["--threads=1"], keys):
-        argv = ["--dataset=half", f"--label_smoothing={smoothing}", *divided]
+        argv = [f"--label_smoothing={smoothing}", *divided]
         assert train.main([*TINY_RUN, *argv]) == 0
         found.append(losses(read_rows(Path("out/run"))))
     assert found[0][3] == 0 and min(found[0][:3]) > 1
@@ -240,7 +239,7 @@ class Balanced(models.MLP):
     ],
 )
 def test_a_model_whose_rows_cannot_be_divided_is_trained_as_a_whole_and_train_py_says_why(
-    mlp, problem, run_train, monkeypatch, capsys
+    mlp, problem, run_train, monkeypatch, model_is_edited, capsys
 ):
     monkeypatch.setitem(models.MLPS, "plain", mlp)
     expected = run_train("--dropout=0.1")
@@ -279,19 +278,6 @@ def test_dropout_and_smoothed_labels_are_no_problem():
         assert forking_problem(build(replace(SMALL, **keys))) is None
 
 
-def test_the_parts_of_a_share_are_its_rows():
-    batch = {"idx": torch.arange(10).view(5, 2), "targets": torch.arange(10).view(5, 2)}
-    share = ranks.Share(batch, 10, [*range(5)])
-    for count in (1, 2, 3, 5):
-        parts = [part_of(share, number, count) for number in range(count)]
-        assert torch.cat([part.batch["idx"] for part in parts]).equal(batch["idx"])
-        assert [seed for part in parts for seed in part.seeds] == share.seeds
-        assert sum(part.tokens for part in parts) == 10
-    parts = [part_of(share, number, 7) for number in range(7)]
-    assert sum(part.tokens for part in parts) == 10
-    assert min(len(part.batch["idx"]) for part in parts) == 1
-
-
 def test_minutes_times_steps_of_the_ranks_that_train(tiny, monkeypatch):
     counts = []
 
@@ -300,7 +286,7 @@ def test_minutes_times_steps_of_the_ranks_that_train(tiny, monkeypatch):
         return step.train_step(run)
 
     monkeypatch.setattr(plan, "train_step", counted)
-    argv = ["--dataset=tiny", "--dtype=float32", "--muon_dtype=float32", "--threads=2"]
+    argv = ["--dataset=tiny", "--dtype=float32", "--threads=2"]
     monkeypatch.setattr(machine, "STARTED", time.perf_counter())
     assert train.main([*argv, "--minutes=0.1", "--n_layer=1", "--n_embd=32"]) == 0
     assert set(counts) == {2}
@@ -322,36 +308,16 @@ def fail_for(monkeypatch):
             return loss(self, logits, targets)
 
         monkeypatch.setattr(models.GPT, "loss", failing)
-        # it would try the model with other rows
-        monkeypatch.setattr(train, "check_model", lambda model: None)
-        monkeypatch.setattr(setup, "forking_problem", lambda model: None)
 
     return replace_loss
 
 
-@pytest.fixture
-def second_step(monkeypatch) -> list[dict]:
-    """Receives the batch of a step."""
-    seen = []
-    batch = TokenDataset.batch
-
-    def recorded(self, index, batch_size):
-        seen[:] = [batch(self, index, batch_size)] if index else []
-        return batch(self, index, batch_size)
-
-    monkeypatch.setattr(TokenDataset, "batch", recorded)
-    return seen
-
-
-@pytest.mark.parametrize("rows", [[0], [0, 2]])
+@pytest.mark.parametrize("alone", [True, False])
 def test_an_exception_of_the_first_rank_is_shown_as_python_shows_it(
-    run_train, fail_for, second_step, rows
+    run_train, fail_for, alone
 ):
-    fail_for(
-        lambda targets: any(
-            targets[0].equal(batch["targets"][row]) for batch in second_step for row in rows
-        )
-    )
+    ours = os.getpid()
+    fail_for(lambda targets: not alone or os.getpid() == ours)
     with pytest.raises(ArithmeticError) as caught:
         run_train("--threads=2")
     assert caught.traceback[-1].name == "failing"

@@ -1,23 +1,21 @@
 """The files that a run writes beside its checkpoints, and the fate of an earlier run's files."""
 
-import itertools
 import json
 import math
-import shutil
 import signal
 import sys
 import types
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from conftest import TINY_RUN, read_rows
 
 import train
-from humptygpt.formats import checkpoint
+from humptygpt.cli import UserError
 from humptygpt.training import evaluation
 from humptygpt.training.loggers import draw_losses, read_metrics
-from humptygpt.training.run import arrive, lock_out_dir
+from humptygpt.training.run import lock_out_dir
 from humptygpt.training.start import read_settings
 
 OUT = Path("out/run")
@@ -37,7 +35,7 @@ def test_a_new_run_in_the_folder_of_another_is_refused_and_one_that_writes_nothi
     before = files_of(OUT)
     line = (
         "out/run already holds a run; continue it with --init_from=resume, start from it with"
-        " --init_from=out/run and another --out_dir, or replace it with --overwrite=True\n"
+        " --init_from=out/run and another --out_dir, or set it aside with --overwrite=True\n"
     )
     assert fails(train.main, *NEW_RUN) == line
     for key in ("--eval_only=True", "--dry_run=True"):
@@ -53,33 +51,12 @@ def test_a_new_run_in_the_folder_of_another_is_refused_and_one_that_writes_nothi
     assert [row["iter"] for row in read_rows(OUT)] == [1, 2, 3, 3]
 
 
-class Killed(Exception):
-    pass
-
-
-def die_at(moment: int, patch: pytest.MonkeyPatch) -> None:
-    """Be killed before a file is removed, moved or copied for the moment-th time."""
-    calls = itertools.count()
-
-    def dying(act):
-        def inner(*args, **keys):
-            if next(calls) == moment:
-                raise Killed
-            return act(*args, **keys)
-
-        return inner
-
-    for name in ("mkdir", "unlink", "rename", "replace", "rmdir"):
-        patch.setattr(Path, name, dying(getattr(Path, name)))
-    for name in ("rmtree", "copy"):
-        patch.setattr(shutil, name, dying(getattr(shutil, name)))
-
-
 @pytest.mark.parametrize("end", ["interrupted", "diverged", "finished"])
-def test_a_run_that_overwrites_another_takes_its_place_if_it_has_ended_and_not_before(
+def test_a_run_that_overwrites_another_sets_it_aside_before_its_first_step_however_it_ends(
     run_train, monkeypatch, capsys, end
 ):
     run_train("--seed=1")
+    (OUT / "notes.txt").write_text("mine")
     earlier = files_of(OUT)
     with monkeypatch.context() as patch:
         if end == "interrupted":
@@ -89,29 +66,25 @@ def test_a_run_that_overwrites_another_takes_its_place_if_it_has_ended_and_not_b
                 evaluation, "validation_loss", lambda *args: (math.nan, 0.1, None)
             )
         train.main([*TINY_RUN, "--seed=2"])
-    printed = capsys.readouterr().err
-    assert "note: this run is in out/run/next; when it has ended, it replaces" in printed
-    finished = end == "finished"
-    note = "note: the earlier run in out/run is now in out/run/previous\n"
-    assert (note in printed) == finished
-    assert (OUT / "next").exists() == (not finished)
-    assert files_of(OUT / "previous" if finished else OUT).items() >= earlier.items()
-    folder = OUT if finished else OUT / "next"
-    assert read_metrics(folder / "metrics.jsonl")[-1]["end"] == end
-    assert json.loads((folder / "config.json").read_text())["seed"] == 2
-    if end == "interrupted":
-        assert (
-            "resume: python train.py --init_from=resume --out_dir=out/run/next" in printed
-        )
-        assert train.main(["--init_from=resume", "--out_dir=out/run/next"]) == 0
-        assert files_of(OUT / "previous") == earlier and not (OUT / "next").exists()
-        assert checkpoint.read(OUT / "ckpt.pt")["train_config"]["seed"] == 2
-        assert "sample.py --out_dir=out/run\n" in capsys.readouterr().out
-        return
-    train.main([*TINY_RUN, "--seed=3"])  # in place of what is in next, too
-    saved = checkpoint.read(OUT / "previous" / "ckpt.pt")["train_config"]
-    assert saved["seed"] == (1 if end == "diverged" else 2)
-    assert not (OUT / "next").exists()
+    (aside,) = OUT.parent.glob("run.*")
+    assert files_of(aside) == earlier
+    assert f"note: the earlier run in {OUT} is now in {aside}\n" in capsys.readouterr().err
+    assert read_metrics(OUT / "metrics.jsonl")[-1]["end"] == end
+    assert json.loads((OUT / "config.json").read_text())["seed"] == 2
+    assert not (OUT / "notes.txt").exists()
+
+
+def test_a_run_that_overwrites_another_keeps_the_folder_locked(run_train, monkeypatch):
+    run_train()
+
+    def locked_train(*args) -> None:
+        assert list(OUT.parent.glob("run.*"))
+        with pytest.raises(UserError, match="in use by another process"), lock_out_dir(OUT):
+            pass
+
+    monkeypatch.setattr(train, "train", locked_train)
+    assert train.main(TINY_RUN) == 0
+    assert not (OUT.parent / ".run.lock").exists()
 
 
 def test_a_run_that_is_refused_changes_nothing_of_the_earlier_one(run_train, fails, capsys):
@@ -122,34 +95,7 @@ def test_a_run_that_is_refused_changes_nothing_of_the_earlier_one(run_train, fai
     assert files_of(OUT) == before
     assert train.main([*RESUME, "--overwrite=True"]) == 0
     assert "note: overwrite=True has no effect" in capsys.readouterr().err
-    assert not (OUT / "previous").exists()
-
-
-def test_two_runs_are_whole_whenever_the_second_is_killed_while_it_takes_the_others_place(
-    monkeypatch,
-):
-    names = ("ckpt.pt", "best.pt", "metrics.jsonl", "snapshots/0.pt")
-    for folder, content in ((OUT, b"2"), (OUT / "previous", b"1"), (OUT / ".next", b"3")):
-        for name in names:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
-    (OUT / "previous/plan.py").write_bytes(b"1")
-    (OUT / "plan.py").write_bytes(b"2")
-    (OUT / "notes.txt").write_bytes(b"")
-    shutil.copytree(OUT, "before")
-    expected = {f"previous/{name}": b"2" for name in (*names, "plan.py")}
-    expected |= dict.fromkeys(names, b"3") | {"plan.py": b"2", "notes.txt": b""}
-    for moment in itertools.count():
-        shutil.rmtree(OUT)
-        shutil.copytree("before", OUT)
-        with monkeypatch.context() as patch, suppress(Killed):
-            die_at(moment, patch)
-            arrive(OUT)
-            break
-        if moment:
-            with lock_out_dir(OUT):
-                assert files_of(OUT) == expected | {".lock": b""}
-    assert files_of(OUT) == expected and moment > 9
+    assert not list(OUT.parent.glob("run.*"))
 
 
 def test_with_auto_a_run_is_resumed_if_there_is_a_checkpoint_and_else_begun(
@@ -160,7 +106,7 @@ def test_with_auto_a_run_is_resumed_if_there_is_a_checkpoint_and_else_begun(
     assert train.main(argv) == 0
     rows = read_rows(OUT)
     with lock_out_dir(OUT):
-        start = read_settings([*argv, "--overwrite=True"])
+        start = read_settings([*argv, "--max_iters=300", "--overwrite=True"])
     assert start.saved and start.config.warmup_iters == 0
     assert "note: overwrite=True has no effect" in capsys.readouterr().err
     assert train.main([*argv, "--max_iters=9"]) == 0
@@ -171,7 +117,7 @@ def test_with_auto_a_run_is_resumed_if_there_is_a_checkpoint_and_else_begun(
     (OUT / "ckpt.pt").unlink()
     assert train.main(argv) == 0
     assert read_rows(OUT) == rows
-    assert not (OUT / "next").exists()
+    assert [*OUT.parent.glob("run.*/best.pt")]
 
 
 def test_a_metrics_line_that_a_kill_cut_short_is_dropped(run_train):
@@ -198,8 +144,9 @@ def test_the_plot_shows_every_loss_and_names_that_of_best_pt(
     saved_figures, losses, best, named
 ):
     rows = [
-        {"iter": 10 * it, "train_loss": loss, "val_loss": loss}
+        {"kind": kind, "iter": 10 * it, f"{name}_loss": loss}
         for it, loss in enumerate(losses)
+        for kind, name in (("train", "train"), ("eval", "val"))
     ]
     draw_losses(rows, Path("loss.png"), best)
     figure = saved_figures[-1]
@@ -261,14 +208,6 @@ def test_a_run_that_diverges_is_finished_on_wandb_too(tiny, monkeypatch, capsys)
     monkeypatch.setattr(evaluation, "validation_loss", lambda *args: (math.nan, 0.1, None))
     assert train.main([*TINY_RUN, "--wandb_log=True"]) == 1
     assert fake.finished == 1
-
-
-def test_a_run_of_57d295e_is_resumed_whatever_it_was_logged_to(run_train):
-    run_train()
-    saved = checkpoint.read(OUT / "ckpt.pt")
-    saved["train_config"]["log"] = "tensorboard"
-    checkpoint.save(OUT / "ckpt.pt", saved)
-    assert train.main([*RESUME, "--max_iters=8"]) == 0
 
 
 def test_wandb_that_is_not_installed_is_named_before_anything_is_written(

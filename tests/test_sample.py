@@ -84,7 +84,6 @@ BAD = {
     "prompt 2: character 'é' (U+00E9) is not among the": ["--prompts=prompts.txt"],
     "prompt 1: the prompt is empty; give at": ["--prompts=empty.txt"],
     "prompts cannot be combined with start": ["--start=A", "--prompts=prompts.txt"],
-    "cannot be combined with start or interactive": ["--prompts=x", "--interactive=True"],
     "top_p=1.5 must be at most 1": ["--top_p=1.5"],
 }
 
@@ -154,11 +153,6 @@ def test_a_prompt_longer_than_the_context_is_read_from_its_end(run_dir, capsys):
     assert "note: prompt 1 has 30 tokens; only the last 16 are used" in notes
 
 
-def test_a_text_model_is_not_interactive(run_dir, capsys):
-    with pytest.raises(UserError, match="interactive=True has no effect with task=lang"):
-        sample.main(["--out_dir=out/run", "--interactive=True"])
-
-
 def test_weights_in_fewer_bits_sample_text_and_score_nearly_the_same(run_dir, capsys):
     Path("text.txt").write_text("Ak Ak Ak Ak " * 20)
     scores = []
@@ -215,7 +209,7 @@ def test_a_loaded_text_model_streams_and_has_the_log_probabilities_of_score_py(
     text = make_text(300)
     found = loaded.logprobs(text)
     assert "".join(token for token, _ in found) == text[-len(found) :]
-    total = score_text(loaded.model, loaded.tokenizer, text, None)["nats"]
+    total = score_text(loaded.model, loaded.tokenizer, text)["nats"]
     assert sum(nats for _, nats in found) == pytest.approx(-total, rel=1e-5)
     with pytest.raises(humptygpt.UserError, match="no token to predict"):
         loaded.logprobs("")

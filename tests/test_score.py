@@ -2,22 +2,19 @@
 
 import json
 import math
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, read_rows
 from test_export import CASES, make_run
 from test_model import random_model
 from texts import make_text
 
 import export
+import sample
 import score
-import train
 from humptygpt.cli import UserError
-from humptygpt.data.dataset import TokenDataset
 from humptygpt.scoring import pairs
 from humptygpt.scoring import text as texts
 from humptygpt.scoring.pairs import by_group, read_tests, run_tests
@@ -34,20 +31,15 @@ def write_lines(path: str, *rows: object) -> None:
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_the_score_of_the_validation_text_is_the_trainers_evaluation(tiny, capsys):
-    train.main([*TINY_RUN, "--eval_iters=None"])
-    dataset = TokenDataset(Path("data/tiny"), block_size=16, seed=0)
-    ids = dataset.splits["val"].read(np.array([0]), len(dataset.splits["val"]))[0]
-    Path("val.txt").write_text(dataset.tokenizer.decode(ids.tolist()))
+def test_the_score_of_a_text_is_the_mean_over_windows_half_a_block_apart(run_dir, capsys):
+    Path("val.txt").write_text("Ak k A Ak " * 20)
     argv = ["--out_dir=out/run", "--text=val.txt", "--json=True"]
-    rows = json.loads(scored(capsys, *argv, "--stride=16"))["out/run"]
-    best = min(read_rows(Path("out/run")), key=lambda row: row.get("val_loss", 99))
-    assert rows["nats_per_token"] == pytest.approx(best["val_loss"], abs=1e-4)
-    assert rows["bits_per_byte"] == pytest.approx(best["val_bits_per_byte"], abs=1e-2)
-    more_context = json.loads(scored(capsys, *argv))["out/run"]
-    assert more_context["nats_per_token"] != rows["nats_per_token"]
-    with pytest.raises(UserError, match="stride=17 would skip tokens; it must be at most"):
-        scored(capsys, *argv, "--stride=17")
+    row = json.loads(scored(capsys, *argv))["out/run"]
+    loaded = sample.load("out/run")
+    ids = texts.encode(Path("val.txt").read_text(), loaded.tokenizer)
+    expected = -texts.score_windows(loaded.model, ids, 8).mean()
+    assert row["nats_per_token"] == pytest.approx(expected, abs=1e-4)
+    assert row["stride"] == 8
 
 
 @pytest.mark.parametrize(
@@ -146,52 +138,6 @@ def test_a_suite_has_two_hundred_tests_in_several_groups(suite):
     assert all(choice.encode() for test in tests for choice in test.choices)
 
 
-BLIMP_ROW = {"sentence_good": "A", "sentence_bad": "k", "UID": "island", "pairID": "0"}
-
-
-def test_blimp_is_read_from_its_zip_file_which_is_downloaded_once(
-    run_dir, capsys, monkeypatch
-):
-    def fake(url: str, path: Path, sha256: str) -> None:
-        assert url.endswith("/BLiMP.zip") and len(sha256) == 64
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(path, "w") as file:
-            file.writestr("data/b.jsonl", json.dumps(BLIMP_ROW) + "\n")
-            file.writestr("data/a.jsonl", json.dumps(BLIMP_ROW | {"UID": "case"}) + "\n")
-            equal = BLIMP_ROW | {"sentence_bad": "A", "UID": "tie"}
-            file.writestr("data/c.jsonl", json.dumps(equal) + "\n")
-            file.writestr("__MACOSX/data/._a.jsonl", b"\xff")
-
-    monkeypatch.setattr(pairs, "download", fake)
-    argv = ["--out_dir=out/run", "--suite=blimp", "--json=True"]
-    rows = json.loads(scored(capsys, *argv))
-    assert [(row["group"], row["tests"]) for row in rows] == [
-        ("case", 1),
-        ("island", 1),
-        ("tie", 1),
-        ("all", 3),
-    ]
-    assert rows[2]["sum"] == 0.5  # 7 of BLiMP's pairs do not differ
-    monkeypatch.setattr(pairs, "download", None)  # not called again
-    assert json.loads(scored(capsys, *argv)) == rows
-
-
-def test_a_suite_that_cannot_be_downloaded_or_is_damaged_names_its_file_and_place(
-    run_dir, fails, monkeypatch
-):
-    def unreachable(url: str, *_) -> None:
-        raise UserError(f"{url} cannot be reached: no route")
-
-    monkeypatch.setattr(pairs, "download", unreachable)
-    place = "/BLiMP.zip at data/downloads/BLiMP.zip"
-    complaint = fails(score.main, "--suite=blimp", "--out_dir=out/run")
-    assert "cannot be reached: no route; put a copy of https://" in complaint
-    assert place in complaint
-    pairs.BLIMP.parent.mkdir(parents=True)
-    pairs.BLIMP.write_bytes(b"PK")
-    assert place in fails(score.main, "--suite=blimp", "--out_dir=out/run")
-
-
 BAD = [
     '{"good": ',
     "[" * 10**5,
@@ -219,8 +165,9 @@ def test_a_file_without_pairs_is_one_line(fails):
 
 
 def test_other_mistakes_are_explained(run_dir, fails):
-    assert "one of --text, --pairs, --suite and --chats; 0 are given" in fails(score.main)
-    assert "stride=4 has no effect" in fails(score.main, "--suite=english", "--stride=4")
+    assert "one of --text, --pairs and --chats; 0 are given" in fails(score.main)
+    complaint = "text_key=q,a has no effect with chats=None"
+    assert complaint in fails(score.main, "--pairs=english", "--text_key=q,a")
     Path("short.txt").write_text("A")
     with pytest.raises(UserError, match="no token to predict"):
         score.main(["--out_dir=out/run", "--text=short.txt"])

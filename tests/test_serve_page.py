@@ -272,15 +272,13 @@ def test_a_text_model_continues_a_text_and_then_itself(writer, opened):
     gate = close_gate(writer)
     say(page, REPLY[:3])
     gate.release(2)
-    wait_for_reply(page, REPLY[:4])
+    wait_for_reply(page, REPLY[3:4])
     page.click("#stop")
     wait_until_done(page)
     open_gate(writer)
     press(page, "Continue")
     wait_until_done(page)
-    assert replies(page) == [REPLY]
-    token(page, "G").click()
-    assert "is the first token" in page.inner_text(".likeliest")
+    assert replies(page) == [REPLY[3:]] and page.inner_text("article p").startswith(REPLY)
 
 
 @pytest.mark.parametrize("task", ["chat", "language modelling"])
@@ -298,7 +296,7 @@ def test_a_character_that_the_model_does_not_know_is_struck_through_and_not_sent
     with serving(pipeline) as server:
         page = opened(server)
         say(page, "G☕😀")
-        wait_for_reply(page)
+        wait_for_reply(page, REPLY if task == "chat" else REPLY[1:])
         wait_until_done(page)
         assert page.locator("s").all_inner_texts() == ["☕", "😀"]
 

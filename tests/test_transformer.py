@@ -5,21 +5,29 @@ import warnings
 import pytest
 import test_model
 import torch
-from conftest import overfit
+from conftest import TINY_RUN, overfit
 from torch import Tensor, nn
 
+import train
 from humptygpt import model as models
 from humptygpt.generation.translation import select
 from humptygpt.models.transformer import Transformer
 
 VARIANTS = [
-    *test_model.COMMON_VARIANTS,
+    *(keys for keys in test_model.COMMON_VARIANTS if keys != {"block": "plain"}),
     {"n_kv_head": 1, "n_head": 4},
     {"window": 3},
     {"window": 3, "position": "alibi"},
 ]
 every_variant = test_model.each(VARIANTS)
 EOT = 0
+
+
+@pytest.mark.usefixtures("pairs")
+def test_a_block_that_has_no_cross_attention_is_refused_in_one_line(fails):
+    argv = [*TINY_RUN, "--dataset=pairs", "--model=transformer", "--block=plain"]
+    line = fails(train.main, *argv)
+    assert line == "model=transformer needs block=pre_norm or post_norm, not plain\n"
 
 
 def tiny(**keys) -> Transformer:
@@ -138,17 +146,6 @@ def test_every_token_of_the_source_changes_the_logits_of_every_target_token(vari
 
 
 @every_variant
-def test_later_tokens_of_the_target_do_not_change_earlier_logits(variant):
-    model = random_model(**variant)
-    source, idx = with_padding(tokens(2, 6), [3, 6]), tokens(2, 8, seed=1)
-    logits, _ = model(idx, source=source)
-    for t in range(1, 8):
-        changed = idx.clone()
-        changed[:, t:] = changed[:, t:] % 10 + 1
-        torch.testing.assert_close(model(changed, source=source)[0][:, :t], logits[:, :t])
-
-
-@every_variant
 def test_decoding_in_pieces_and_selecting_rows_in_between_gives_the_same_logits(variant):
     model = random_model(**variant)
     source, idx = tokens(3, 10), tokens(3, 12, seed=1)
@@ -167,11 +164,8 @@ def test_decoding_in_pieces_and_selecting_rows_in_between_gives_the_same_logits(
 def test_one_batch_of_pairs_overfits(variant):
     model = tiny(**variant)
     source, target = tokens(4, 6), tokens(4, 5, seed=1)
-    if (
-        "window" in variant
-        or {"position": "none", "block": "plain"}.items() & variant.items()
-    ):
-        # without order, residual connections or a view of the whole source it learns no more than one word
+    if "window" in variant or variant.get("position") == "none":
+        # without order or a view of the whole source it learns no more than one word
         target = source[:, :1] * torch.ones(1, 5, dtype=torch.int64)
     batch = {
         "source": source,

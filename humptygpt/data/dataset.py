@@ -2,16 +2,15 @@
 
 Token files hold consecutive ids without a header, as nanoGPT writes them, and a meta.json describes them. It has a
 checksum of each file. Small files are verified when they are opened, and files of any size when they are prepared again
-by the same command. A folder that nanoGPT prepared has no such checksums.
+by the same command.
 """
 
 import hashlib
-import inspect
 import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +20,6 @@ import numpy as np
 from humptygpt.cli import UserError
 from humptygpt.files import refuse_damaged
 from humptygpt.machine import random_key
-from humptygpt.tokenizers import basic as tokenizers
 from humptygpt.tokenizers.saved import from_state
 
 if TYPE_CHECKING:  # torch takes seconds to load, and preparing data does not need it
@@ -32,7 +30,7 @@ BLOCKS = 8  # blocks of batches whose means give the standard error of a loss
 Batch = dict[str, "Tensor"]  # the arguments of a model: idx, targets and perhaps source
 
 CHUNK = 1_000_000  # tokens to read at once
-META_FORMAT = "tokens 2"  # the number increases when the layout of data folders changes
+META_FORMAT = "tokens 3"  # the number increases when the layout of data folders changes
 CHECKED = 1 << 28  # a split of up to this many bytes is checked whenever it is opened
 COMMAND = "command.txt"  # this file in a data folder holds the command that made it
 
@@ -50,7 +48,6 @@ class Dataset:
     """
 
     task: str
-    accuracy: Callable | None = None  # see GeneratedDataset
 
     def __init__(
         self,
@@ -72,12 +69,12 @@ class Dataset:
         self.splits = {
             split: TokenFile(folder, split, self.meta) for split in self.meta["splits"]
         }
-        self.train = self.splits.get("train", ())
-        self.val = self.splits.get("val", ())
+        self.train, self.val = self.splits["train"], self.splits["val"]
         self.set_up()
 
     def set_up(self) -> None:
-        """Check the lengths of the splits and prepare the batches. Generated data need neither."""
+        """Check the lengths of the splits and prepare the batches."""
+        raise NotImplementedError
 
     def read(self, split: str, starts: np.ndarray, length: int) -> np.ndarray:
         """Read `length` tokens of a split from each start. Returns int64 (len(starts), length).
@@ -102,15 +99,13 @@ class Dataset:
     def identity(self) -> dict:
         """Fingerprint that distinguishes datasets with the same tokenizer. It does not depend on the path."""
         _, first_million = next(self.chunks("train"))
-        identity = {
+        sums = [split.sum for split in self.splits.values()]
+        return {
             "train_tokens": len(self.train),
             "val_tokens": len(self.val),
             "first_million_sha256": hashlib.sha256(first_million).hexdigest(),
+            "files_sha256": hashlib.sha256(repr(sums).encode()).hexdigest(),
         }
-        sums = [split.get("sha256") for split in self.meta["splits"].values()]
-        if all(sums):  # nanoGPT and earlier versions of HumptyGPT saved no checksums
-            identity["files_sha256"] = hashlib.sha256(repr(sums).encode()).hexdigest()
-        return identity
 
     def val_bytes_per_token(self) -> float:
         """UTF-8 bytes of text per predicted token in the validation split."""
@@ -209,42 +204,6 @@ class TokenDataset(Dataset):
         return next_tokens(ids, ignored=after)
 
 
-class GeneratedDataset(Dataset):
-    """Data that code makes, without files. A subclass has a tokenizer, batch() and val_batches(), as in TokenDataset.
-
-    With accuracy(predicted, targets), both (B, T), it also says what fraction of a batch is right; -1 is no target.
-    One line in DATASETS names it. A run resumes only with the code that it began with.
-    """
-
-    task = "language modelling"
-    tokenizer: tokenizers.Tokenizer
-
-    def summary(self, batch_size: int, eval_iters: int | None) -> tuple[str, str]:
-        return f"{batch_size} sequences", f"{eval_iters or 'all'} batches"
-
-    def batches_per_epoch(self, batch_size: int) -> float:
-        return math.inf
-
-    def all_val_batches(self, batch_size: int) -> int:
-        return 0  # so a run does not end with an evaluation on all of them
-
-    def val_bytes_per_token(self) -> float:
-        return float(self.tokenizer.token_bytes().mean())
-
-    @cached_property
-    def identity(self) -> dict:
-        code = inspect.getsource(type(self)).encode()
-        return {"code_sha256": hashlib.sha256(code).hexdigest()}
-
-    def chunks(self, split: str) -> Iterator[tuple[int, np.ndarray]]:
-        raise UserError(
-            f"dataset={self.folder.name} is generated, so there is no text to read"
-        )
-
-
-DATASETS: dict[str, type[GeneratedDataset]] = {}
-
-
 def count_targets(batch: Batch) -> int:
     """Count the targets that are not ignored."""
     return int((batch["targets"] >= 0).sum())
@@ -310,16 +269,12 @@ class TokenFile:
     def __init__(self, folder: Path, split: str, meta: dict):
         with refuse_damaged(folder, advice=f"; {how_to(folder)}"):
             entry = meta["splits"][split]
-            [file] = entry["files"]
-            self.path = folder / Path(file["name"]).name
-            if not self.path.name.startswith(split):
-                raise ValueError(f"meta.json lists {self.path.name} as the file of {split}")
-            self.sums = dict(entry.get("sha256", {}))
+            self.path = folder / f"{split}.bin"
+            self.sum = entry["sha256"]
             self.ids = np.asarray(np.memmap(self.path, meta["dtype"], mode="r"))
-            tokens = entry.get("tokens", len(self))  # nanoGPT's folders do not record it
-            if len(self) != tokens:
+            if len(self) != entry["tokens"]:
                 raise ValueError(
-                    f"{split}.bin has {len(self):,} tokens, but meta.json says {tokens:,}"
+                    f"{split}.bin has {len(self):,} tokens, but meta.json says {entry['tokens']:,}"
                 )
             # of translations or replies, or of a text
             self.targets = entry.get("target_tokens", len(self))
@@ -341,10 +296,9 @@ class TokenFile:
         return rows
 
     def verify(self) -> None:
-        """Compare the file with its checksum, if there is one. Raises ValueError if it differs."""
-        name = self.path.name
-        if name in self.sums and sha256(self.path) != self.sums[name]:
-            raise ValueError(f"the checksum of {name} does not match meta.json")
+        """Compare the file with its checksum. Raises ValueError if it differs."""
+        if sha256(self.path) != self.sum:
+            raise ValueError(f"the checksum of {self.path.name} does not match meta.json")
 
 
 # --------------------------------------------------------------------------------------
@@ -352,17 +306,7 @@ class TokenFile:
 
 
 def read_meta(folder: Path) -> dict:
-    """Read and check the folder's meta.json, or build one for a folder that nanoGPT prepared.
-
-    Raises UserError if meta.json is missing or damaged.
-    """
-    if generated := DATASETS.get(folder.name):
-        return {
-            "task": generated.task,
-            "source": generated.__name__,
-            "tokenizer": generated.tokenizer.state(),
-            "splits": {},
-        }
+    """Read and check the folder's meta.json. Raises UserError if it is missing or damaged."""
     if os.path.exists(folder / "meta.json"):
         with refuse_damaged(folder, advice=f"; {how_to(folder)}"):
             meta = json.loads((folder / "meta.json").read_bytes())
@@ -378,25 +322,13 @@ def read_meta(folder: Path) -> dict:
             if not known:
                 raise ValueError("meta.json is of another version")
             return meta
-    if is_nanogpts(folder):
-        from humptygpt.data.nanogpt import describe
-
-        return describe(folder)
     raise UserError(
-        f"{folder} has no meta.json, so it was not prepared completely; {how_to(folder)}"
+        f"{folder} has no meta.json, so it was not prepared completely, or not here; {how_to(folder)}"
     )
-
-
-def is_nanogpts(folder: Path) -> bool:
-    """True if nanoGPT prepared the folder: it has a meta.pkl, or tokens but none of our own files."""
-    names = {path.name for path in folder.glob("*")}
-    ours = {"preparing", "meta.json", COMMAND} & names
-    return "meta.pkl" in names or ("train.bin" in names and not ours)
 
 
 def how_to(folder: Path) -> str:
     """Say how to repair a folder."""
     if (folder / COMMAND).exists():
         return f"prepare it again with the command in {folder / COMMAND}"
-    own = " --input=FILE_OR_FOLDER --overwrite=True" if is_nanogpts(folder) else ""
-    return f"prepare it: python prepare_data.py {shlex.quote(folder.name)}{own}"
+    return f"prepare it: python prepare_data.py {shlex.quote(folder.name)} --input=FILE_OR_FOLDER"

@@ -66,8 +66,7 @@ def describe(
                 " --val_fraction of prepare_data.py"
             )
         splits[split] = {key: total[key] for key in corpus.counts} | {
-            "files": [{"name": name, "tokens": total["tokens"]}],
-            "sha256": {name: sha256(folder / name)},
+            "sha256": sha256(folder / name),
         }
     once = splits.keys() - ({"val"} if corpus.trains_on_all else set())
     total = {key: sum(splits[split][key] for split in once) for key in corpus.counts}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from humptygpt import cli
 from humptygpt.cli import UserError, as_user_error
-from humptygpt.data.dataset import COMMAND, DATASETS, Dataset, read_meta
+from humptygpt.data.dataset import COMMAND, Dataset, read_meta
 from humptygpt.machine import launched
 from humptygpt.model import ModelConfig
 from humptygpt.models.build import MODELS, model_class
@@ -33,13 +33,10 @@ def prepare_missing(
 
     open_tokenizer: as for prepare(). overwrite: if the input has changed, prepare it again.
     """
-    if config.dataset in DATASETS:
-        return
     folder = Path("data") / config.dataset
     with as_user_error():
         names = {path.name for path in folder.glob("*")}
-    prepared = names & {"meta.json", "meta.pkl"}
-    if prepared and (config.input is None or launched()[0]):
+    if "meta.json" in names and (config.input is None or launched()[0]):
         return
     # late import: it is rarely needed
     from humptygpt.data.prepare import PrepareConfig, prepare
@@ -47,8 +44,10 @@ def prepare_missing(
     keys = {}
     if config.input:
         keys = input_keys(config, folder)
-        keys["overwrite"] = overwrite and COMMAND in names  # not data of nanoGPT
-    # Do not overwrite existing data: a train.bin without a meta.json is probably nanoGPT's, and a command.txt
+        keys["overwrite"] = (
+            overwrite and COMMAND in names
+        )  # not the data of another program
+    # Do not overwrite existing data: a train.bin without a meta.json is another program's, and a command.txt
     # means that this folder was prepared here before.
     elif names & {"train.bin", COMMAND}:
         return
@@ -92,5 +91,5 @@ def open_data(name: str, model_config: ModelConfig, seed: int) -> Dataset:
         raise UserError(
             f"dataset={name} is for {meta['task']}, but model={model_config.model} is for {' and '.join(learns)}"
         )
-    dataset = DATASETS.get(name) or pkgutil.resolve_name(CLASSES[meta["task"]])
+    dataset = pkgutil.resolve_name(CLASSES[meta["task"]])
     return dataset(folder, model_config.block_size, seed, with_encoder, meta)

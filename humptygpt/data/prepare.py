@@ -19,7 +19,7 @@ from humptygpt.cli import UserError, note
 from humptygpt.data import builtin
 from humptygpt.data.conversations import Conversations, is_conversations
 from humptygpt.data.corpus import Corpus, Documents
-from humptygpt.data.dataset import COMMAND, TokenFile, is_nanogpts
+from humptygpt.data.dataset import COMMAND, TokenFile
 from humptygpt.data.documents import (
     file_format,
     file_suffix,
@@ -34,7 +34,7 @@ from humptygpt.files import locked, move, refuse_unwritable, remove, write_text,
 from humptygpt.tokenizers.basic import Tokenizer
 from humptygpt.tokenizers.saved import from_state
 
-OURS = re.compile(r"meta\.pkl|(train|val|test)(_\d+)?\.bin")
+OURS = re.compile(r"(train|val|test)\.bin")
 PREPARING = "preparing"  # subfolder for data that is not complete
 # keys that do not affect the output, and name, which is positional
 NOT_IN_COMMAND = ("name", "overwrite")
@@ -50,7 +50,7 @@ def prepare(config: PrepareConfig, open_tokenizer: Callable[[str], Tokenizer]) -
     advice = "wait until it has finished, or choose another --name"
     with locked(folder, str(folder), advice), refuse_unwritable(folder):
         meta = read_old_meta(folder)
-        filled = bool(meta) or is_nanogpts(folder)
+        filled = bool(meta) or (folder / "train.bin").exists()
         with empty_folder(folder / PREPARING) as preparing:
             corpus = find_corpus(config, folder)
             loaded = load_tokenizer(corpus, open_tokenizer)

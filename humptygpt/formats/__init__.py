@@ -1,1 +1,1 @@
-"""A model and its tokenizer <-> files: checkpoints, Hugging Face's formats, nanoGPT's, GGUF."""
+"""A model and its tokenizer <-> files: checkpoints, Hugging Face's formats, GGUF."""

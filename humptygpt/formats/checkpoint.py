@@ -4,7 +4,6 @@ This module is the only one that turns a checkpoint into a model. Run.state() ha
 """
 
 import os
-import shlex
 import warnings
 import zipfile
 import zlib
@@ -26,6 +25,7 @@ from humptygpt.tokenizers import basic as tokenizers
 from humptygpt.tokenizers.saved import from_state
 
 FORMAT = "gpt checkpoint 3"  # the number increases whenever the entries change
+SHIPPED_CODE = "6887fb36"  # code_checksum() of model.py as it is in the repository
 
 
 def save(path: Path, entries: dict) -> None:
@@ -63,18 +63,7 @@ def find_checkpoint(out_dir: Path, which: str) -> Path:
 
 
 def has_checkpoint(out_dir: Path) -> bool:
-    refuse_sharded(out_dir)
     return any(os.path.exists(out_dir / name) for name in ("ckpt.pt", "best.pt"))
-
-
-def refuse_sharded(out_dir: Path) -> None:
-    """Raise UserError if an earlier version wrote folders with the parts of a checkpoint here."""
-    for folder in (out_dir, out_dir / "ckpt", out_dir / "best"):
-        if os.path.exists(folder / ".metadata"):
-            raise UserError(
-                f"{folder} is a checkpoint in parts, which commit 57d295e of this repository reads; its"
-                " `python export.py --checkpoint=latest --to=ckpt.pt` makes one file of it"
-            )
 
 
 # --------------------------------------------------------------------------------------
@@ -112,7 +101,6 @@ def check_records(path: Path) -> None:
 def read_plain(path: Path) -> object:
     """Read a checkpoint without checking its content. Raises UserError as read() does."""
     if not path.exists():
-        refuse_sharded(path.parent)
         raise UserError(
             f"no checkpoint {path}; train first, or name the folder of a run with --out_dir"
         )
@@ -123,12 +111,11 @@ def read_plain(path: Path) -> object:
 
 def check(path: Path, saved: object) -> tuple[nn.Module, tokenizers.Tokenizer]:
     """Build the model of a checkpoint, still on the meta device, and its tokenizer. Raises UserError if that fails."""
-    if is_nanogpt(saved):
-        source = shlex.quote(f"--init_from={path}")
-        raise UserError(f"{path} is a nanoGPT checkpoint; to start from it, use {source}")
     with refuse_damaged(path):
         if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT!r}")
+            raise ValueError(
+                f"its format is not {FORMAT!r}: another program or another version wrote it"
+            )
         tokenizer = from_state(saved["tokenizer"])
         settings, training = saved["model_config"], saved["train_config"]
         config = cli.restore(config_class(settings), settings)
@@ -143,11 +130,6 @@ def check(path: Path, saved: object) -> tuple[nn.Module, tokenizers.Tokenizer]:
             model = build_on_meta(config, training)
         check_tensors("the parameter ", saved["model"], model.state_dict())
     return model, tokenizer
-
-
-def is_nanogpt(saved: object) -> bool:
-    """True if this was read from a nanoGPT checkpoint."""
-    return isinstance(saved, dict) and "model_args" in saved and "format" not in saved
 
 
 def check_sizes(config: ModelConfig, weights: dict[str, Tensor]) -> None:
@@ -195,6 +177,20 @@ def check_tensors(
 def code_checksum() -> str:
     """Compute the checksum of model.py, which a run records in its config.json."""
     return f"{zlib.crc32(Path(models.__file__).read_bytes()):08x}"
+
+
+def is_edited() -> bool:
+    """True if model.py is not as it is in the repository."""
+    return code_checksum() != SHIPPED_CODE
+
+
+def refuse_edits() -> None:
+    """Raise UserError if model.py was edited, so that other programs may compute something else."""
+    if is_edited():
+        raise UserError(
+            "model.py has been edited, so other programs may compute something else; export a folder, whose logits are"
+            " compared if transformers is installed: pip install transformers"
+        )
 
 
 def note_edits(out_dir: Path) -> None:

@@ -3,7 +3,7 @@
 Each table is used for both import and export. To support another family, add an entry to FAMILIES.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from humptygpt.cli import UserError
 from humptygpt.model import ModelConfig
@@ -160,12 +160,6 @@ LLAMA = Family(
     preset="config/exportable.py",
 )
 FAMILIES = {family.name: family for family in (GPT2, LLAMA)}
-# nanoGPT's checkpoints have GPT-2's names, but matrices as ours
-NANOGPT = replace(
-    GPT2,
-    transposed=False,
-    fixed=GPT2.fixed | {"activation": "gelu", "norm_eps": 1e-5, "tie_weights": True},
-)
 
 
 def find_family(config: ModelConfig) -> Family:

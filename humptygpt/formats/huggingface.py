@@ -1,8 +1,8 @@
 """Convert GPT-2 and Llama models from Hugging Face's format to our config and weights, and back.
 
-A model is a folder with config.json and weights: safetensors or torch.save's pickles, in one file or in several shards.
-No code from the folder is run, and transformers is not needed. Weights are read as float32, which represents bfloat16
-and float16 exactly.
+A model is a folder with config.json and weights in safetensors, in one file or in several shards.
+No code from the folder is run, and only compare_logits() needs transformers. Weights are read as float32, which
+represents bfloat16 and float16 exactly.
 """
 
 import json
@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from humptygpt.cli import note, restore
+from humptygpt.cli import UserError, note, restore
 from humptygpt.files import refuse_damaged, write_bytes, write_text
-from humptygpt.formats.checkpoint import check_sizes, check_tensors, load_plain
+from humptygpt.formats.checkpoint import check_sizes, check_tensors
 from humptygpt.formats.families import (
     ACTIVATION_NAMES,
     FAMILIES,
@@ -25,9 +25,10 @@ from humptygpt.formats.families import (
 )
 from humptygpt.model import ModelConfig
 from humptygpt.models.build import build_on_meta, restore_model
+from humptygpt.models.checks import rounded_logits, text_to_compare
+from humptygpt.tokenizers.huggingface import refuse_old_form
 
 Weights = dict[str, Tensor]  # tensors by name
-MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
 # ends of the names of buffers that older files contain; they are ignored
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 SUPPORTED = {  # {key of config.json that changes the model's formulas: the only value that we support}
@@ -36,6 +37,7 @@ SUPPORTED = {  # {key of config.json that changes the model's formulas: the only
     "partial_rotary_factor": 1,
 }
 ROPE_TYPES = ("default", "llama3")
+TOLERANCE = 1e-3  # of the largest logit; transformers has differed by up to 1e-6 of it
 
 
 # --------------------------------------------------------------------------------------
@@ -174,30 +176,23 @@ def to_ours(
 
 
 def open_weights(folder: Path) -> Weights:
-    """Read all tensors from the first of MODEL_FILES that the folder has. Raises an exception of any type."""
-    for name in MODEL_FILES:
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return open_file(folder / name)
-        if index.is_file():
-            tensors = {}
-            for shard in sorted(set(json.loads(index.read_bytes())["weight_map"].values())):
-                tensors |= open_file(folder / Path(shard).name)  # never from another folder
-            return tensors
-    raise ValueError(f"there is neither {' nor '.join(MODEL_FILES)}")
-
-
-def open_file(path: Path) -> Weights:
-    """Read all tensors from a file. Raises UserError if it is damaged or has anything else, and OSError."""
+    """Read all tensors of the folder. Raises an exception of any type."""
     from safetensors.torch import load_file
 
-    path.open("rb").close()  # raises OSError if the file cannot be read
-    problem = "it is truncated or damaged, or holds more than tensors and plain data"
-    with refuse_damaged(path, problem):
-        if path.suffix == ".safetensors":
-            # load_file also checks that the file has the size that its header declares
-            return load_file(path)
-        return dict(load_plain(path))
+    path = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+    files = [path]
+    if not path.is_file() and index.is_file():
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+        files = [folder / Path(name).name for name in sorted(names)]  # of this folder alone
+    elif not path.is_file():
+        refuse_old_form(folder, path.name, "AutoModelForCausalLM")
+    tensors = {}
+    for file in files:
+        file.open("rb").close()  # raises OSError if the file cannot be read
+        # load_file also checks that the file has the size that its header declares
+        tensors |= load_file(file)
+    return tensors
 
 
 # --------------------------------------------------------------------------------------
@@ -260,6 +255,26 @@ def write_pretrained(model: nn.Module, folder: Path, dtype: str = "float32") -> 
     content, weights = to_pretrained(model, dtype)
     write_bytes(folder / "model.safetensors", save(weights, {"format": "pt"}))
     write_files(folder, {"config.json": content})
+
+
+def compare_logits(model: nn.Module, folder: Path, dtype: str) -> None:
+    """Raise UserError unless transformers computes the model's logits from the folder that it was written to.
+
+    dtype: that of the folder, to which the model's weights are rounded.
+    """
+    from transformers import AutoModelForCausalLM, logging
+
+    logging.disable_progress_bar()
+    idx = text_to_compare(model.config)
+    expected = rounded_logits(model, idx, getattr(torch, dtype))
+    theirs = AutoModelForCausalLM.from_pretrained(folder).float()
+    with torch.inference_mode():
+        difference = (theirs(idx).logits[0] - expected).abs().max()
+    if not difference <= TOLERANCE * expected.abs().max():
+        raise UserError(
+            "transformers computes other logits than model.py, which has been edited; undo the edit, or use sample.py"
+            " and score.py, which run model.py itself"
+        )
 
 
 def write_files(folder: Path, contents: Mapping[str, str | dict[str, object]]) -> None:

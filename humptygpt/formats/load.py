@@ -11,14 +11,13 @@ from typing import NamedTuple
 from torch import nn
 
 from humptygpt import sources
-from humptygpt.cli import UserError, restore
+from humptygpt.cli import UserError
 from humptygpt.files import refuse_damaged
 from humptygpt.formats import checkpoint
-from humptygpt.model import ModelConfig
 from humptygpt.models.build import build_on_meta, is_finite, restore_model
-from humptygpt.tokenizers.basic import GPT2Tokenizer, Tokenizer, gpt2_pieces
+from humptygpt.tokenizers.basic import Tokenizer
 
-FILES_OF_A_FOLDER = (".safetensors", ".bin", ".json", ".gguf")
+FILES_OF_A_FOLDER = (".safetensors", ".bin", ".json", ".model", ".gguf")
 
 
 class Loaded(NamedTuple):
@@ -37,12 +36,8 @@ def load(source: str | Path, which: str = "best") -> Loaded:
     which: best or latest, the checkpoint to load if source is a run. Raises UserError if loading fails.
     """
     path = find_source(source, which)
-    if os.path.isdir(path):
-        loaded = from_folder(path, source)
-    elif checkpoint.is_nanogpt(saved := checkpoint.read_plain(path)):
-        loaded = from_nanogpt(path, saved)
-    else:
-        loaded = from_run(path, saved)
+    is_folder = os.path.isdir(path)
+    loaded = from_folder(path, source) if is_folder else from_checkpoint(path)
     loaded.model.eval()
     if not is_finite(loaded.model):
         raise UserError(
@@ -57,8 +52,9 @@ def load(source: str | Path, which: str = "best") -> Loaded:
     return loaded
 
 
-def from_run(path: Path, saved: object) -> Loaded:
-    """Make a model from the checkpoint of a run. Raises UserError if the checkpoint is not valid."""
+def from_checkpoint(path: Path) -> Loaded:
+    """Make a model from the checkpoint of a run. Raises UserError if it is not valid."""
+    saved = checkpoint.read_plain(path)
     model, tokenizer = checkpoint.check(path, saved)
     restore_model(model, saved["model"])
     if saved["train_config"].get("lora_rank"):
@@ -82,7 +78,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     from humptygpt.tokenizers.huggingface import read_tokenizer, tokenizer_file
 
     path = Path(source)
-    if not tokenizer_file(path):
+    if not tokenizer_file(path).is_file():
         path = find_source(source, key="tokenizer")
         if not path.is_dir():
             return load(path).tokenizer
@@ -114,10 +110,6 @@ def find_source(source: str | Path, which: str = "best", key: str = "init_from")
     raise UserError(f"{key}={source}: there is no such file or folder")
 
 
-# --------------------------------------------------------------------------------------
-# Formats of other projects
-
-
 def from_folder(path: Path, source: str | Path) -> Loaded:
     """Load a model from a folder in Hugging Face's format."""
     from humptygpt.formats.huggingface import read_pretrained
@@ -126,34 +118,3 @@ def from_folder(path: Path, source: str | Path) -> Loaded:
     model, tokenizer = read_pretrained(path), read_tokenizer(path)
     task = "chat" if tokenizer.name == "chat" else "language modelling"
     return Loaded(model, tokenizer, path, f"{source}", task)
-
-
-def from_nanogpt(path: Path, saved: dict) -> Loaded:
-    """Make a model from the content of a checkpoint of nanoGPT. Raises UserError if it is not valid."""
-    from humptygpt.formats.families import NANOGPT
-    from humptygpt.formats.huggingface import build_model
-
-    with refuse_damaged(path):
-        settings = NANOGPT.fixed | saved["model_args"] | {"dropout": 0.0}
-        config = restore(ModelConfig, settings)
-        # torch.compile puts this prefix before all names
-        weights = {k.removeprefix("_orig_mod."): x for k, x in saved["model"].items()}
-        dataset = Path(saved.get("config", {}).get("dataset", "")).name
-    model = build_model(path, NANOGPT, config, weights)
-    tokenizer = nanogpt_tokenizer(path, dataset, config.vocab_size)
-    return Loaded(model, tokenizer, path, f"nanoGPT's {path}")
-
-
-def nanogpt_tokenizer(path: Path, dataset: str, vocab_size: int) -> Tokenizer:
-    """Read the dataset's meta.pkl, from our data/ or from nanoGPT's. If there is none, return GPT-2's tokenizer."""
-    from humptygpt.data.nanogpt import GPT2_TOKENS, read_characters
-
-    meta = Path("data", dataset, "meta.pkl")
-    for file in (meta, path.absolute().parent.parent / meta):
-        if file.is_file():
-            return read_characters(file)
-    if vocab_size < GPT2_TOKENS:
-        raise UserError(
-            f"{path} needs the alphabet of its dataset, but there is no {meta} here or in nanoGPT's folder"
-        )
-    return GPT2Tokenizer(gpt2_pieces(), separated=True)

@@ -9,8 +9,9 @@ Shapes: see model.py.
 
 import math
 import sys
+import time
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -20,19 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from humptygpt.cli import UserError, note
+from humptygpt.cli import UserError, Vain, note
 from humptygpt.device import DTYPES, THREADS, free_memory, pick_device, pick_dtype
 from humptygpt.formats import checkpoint
 from humptygpt.formats.load import load
-from humptygpt.machine import check_fits, fastest
+from humptygpt.machine import check_fits
 from humptygpt.model import SelfAttention, count_parameters, rotate
 from humptygpt.models.build import build_on_meta
 from humptygpt.models.checks import check_model, is_close, smaller
 from humptygpt.sources import ModelSource
 from humptygpt.tokenizers.basic import Tokenizer
 
-# [(key, another setting, the values of that setting for which the key has no effect)]
-IN_VAIN = [("dtype", "quantize", ("int8",))]
+IN_VAIN: Vain = [("dtype", "quantize", ("int8",))]
 # entries of a checkpoint that say which data a run was trained on
 RUN = ("train_config", "model_config", "tokenizer", "data")
 
@@ -41,6 +41,7 @@ CPU = torch.device("cpu")
 QKV = ("q_proj", "k_proj", "v_proj")
 # parameters from which threads that share operators generate faster than one; beside other programs they are slower
 THREADED_FROM = 5e6
+WORTH = 1.1  # a choice replaces the default only if it is at least this many times as fast
 
 
 class Pipeline(NamedTuple):
@@ -115,7 +116,8 @@ def make_generator(
     advice = "close other programs, or use --quantize=int8 on a CPU"
     check_fits("the weights take", weights * dtype.itemsize, free_memory(device), advice)
     model.eval().requires_grad_(False)
-    check_model(model)
+    if checkpoint.is_edited():
+        check_model(model)
     joins = agrees(model, joins=True)
     if not joins and not agrees(model):
         note(
@@ -130,8 +132,8 @@ def make_generator(
     return model
 
 
-def choose_threads(loaded) -> None:
-    """On a CPU, let the operators of a large model use all cores. loaded: a loading.Pipeline."""
+def choose_threads(loaded: Pipeline) -> None:
+    """On a CPU, let the operators of a large model use all cores."""
     if loaded.device.type == "cpu":
         large = count_parameters(build_on_meta(loaded.model.config)) > THREADED_FROM
         torch.set_num_threads(THREADS if large else 1)
@@ -272,6 +274,25 @@ def packing_pays(dtype: torch.dtype) -> bool:
     packed, plain = packed_product(weight, None), partial(F.linear, weight=weight)
     x = torch.ones(1, 4096, dtype=dtype)
     return fastest([packed, plain], lambda product: product(x)) == packed
+
+
+def fastest(choices: Sequence, run: Callable) -> object:
+    """Time run(choice) for each choice in turn, in about three seconds.
+
+    Returns the first choice unless another is WORTH times as fast. The shortest times are compared, because other
+    programs can only make a run slower.
+    """
+    shortest = dict.fromkeys(choices, math.inf)
+    end = time.perf_counter() + 3
+    for _ in range(10):
+        for choice in choices:
+            began = time.perf_counter()
+            run(choice)
+            shortest[choice] = min(shortest[choice], time.perf_counter() - began)
+        if time.perf_counter() > end:
+            break
+    winner = min(choices, key=shortest.get)
+    return winner if shortest[choices[0]] >= WORTH * shortest[winner] else choices[0]
 
 
 def packed_product(weight: Tensor, bias: Tensor | None) -> Product:

@@ -18,7 +18,7 @@ BATCH = 64  # sentences translated at once
 
 class Translation(NamedTuple):
     ids: list[int]  # without the end-of-text token
-    score: float  # log-probability / length^length_penalty, see beam_search()
+    score: float  # log-probability / length, see beam_search()
     ended: bool  # False: cut off at the length limit
 
 
@@ -52,19 +52,18 @@ def beam_search(
     source: Tensor,
     *,
     num_beams: int = 1,
-    length_penalty: float = 1.0,
     max_new_tokens: int | None = None,
 ) -> list[Translation]:
     """Find a translation of each source sentence.
 
     At each step the num_beams best hypotheses of each sentence are extended. A finished hypothesis is kept as long as
-    it is among the best, and the result is the best hypothesis that ever finished. The score of a hypothesis is the sum
-    of its tokens' log-probabilities, divided by its number of tokens to the power of length_penalty. With 0 this is the
-    sum; with 1 it is the mean, so that long translations are not at a disadvantage. With one beam the search is greedy.
+    it is among the best, and the result is the best hypothesis that ever finished. A hypothesis has as its score the
+    mean of its tokens' log-probabilities, so that long translations are not at a disadvantage. With one beam the search
+    is greedy.
     A translation ends with end-of-text, after max_new_tokens, or when block_size is reached.
 
     source: (B, S), token ids that end in end-of-text.
-    Source: Sutskever et al. 2014, arXiv:1409.3215; the length penalty: Wu et al. 2016, arXiv:1609.08144, section 7.
+    Source: Sutskever et al. 2014, arXiv:1409.3215; dividing by the length: Wu et al. 2016, arXiv:1609.08144, section 7.
     """
     eot = tokenizer.eot
     if hasattr(model, "encode"):
@@ -80,9 +79,7 @@ def beam_search(
         # the embedding may have more rows than there are tokens; these are never chosen
         logits = model.next_logits(idx, cache)[:, : tokenizer.vocab_size]
         logp = logits.float().log_softmax(dim=-1).view(*log_prob.shape, -1)
-        ids, log_prob, scores, rows = extend(
-            ids, log_prob, logp, eot, num_beams, length_penalty
-        )
+        ids, log_prob, scores, rows = extend(ids, log_prob, logp, eot, num_beams)
         going = []
         # tolist() makes the CPU wait for the GPU
         found = zip(open_sentences, ids.tolist(), scores.tolist(), strict=True)
@@ -117,7 +114,6 @@ def extend(
     logp: Tensor,
     eot: int,
     num_beams: int,
-    length_penalty: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Extend the hypotheses of each sentence by one token, and keep the num_beams best, best first.
 
@@ -134,7 +130,7 @@ def extend(
     # + 1 for the new token or, in a finished hypothesis, for the eot that ends it
     length = (ids != eot).sum(dim=-1, keepdim=True) + 1
     sums = log_prob[..., None] + logp
-    scores = (sums / length**length_penalty).flatten(1)
+    scores = (sums / length).flatten(1)
     scores, choice = scores.topk(min(num_beams, k * V))
     rows = k * torch.arange(n, device=ids.device)[:, None] + choice // V
     ids = torch.cat([ids.flatten(0, 1)[rows], (choice % V)[..., None]], dim=2)

@@ -1,5 +1,6 @@
 """A config -> a model, on the CPU or without values; and what a training step needs of it: dropout by row, losses."""
 
+import functools
 import inspect
 import pkgutil
 
@@ -154,9 +155,12 @@ def with_progress(
 ) -> dict[str, Tensor]:
     """Add the progress of a run, from 0 to 1, to the arguments of a model, if its forward() has an argument for it."""
     member = getattr(model, "members", [model])[0]
-    if "progress" not in inspect.signature(member.forward).parameters:
+    if "progress" not in signature_of(type(member).forward).parameters:
         return batch
     return batch | {"progress": torch.tensor(progress)}  # a number would be compiled anew
+
+
+signature_of = functools.cache(inspect.signature)  # asked for in every step
 
 
 def losses_of(outputs: tuple) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Try a model before it is used, because its user may have edited model.py, and say in a line what does not hold.
+"""If model.py has been edited, try its model before it is used, and say in a line what does not hold.
 
 It tries a smaller model with the same classes and settings, or one of the same width if that is small, with random
 weights.
@@ -247,3 +247,25 @@ def finite_logits(small: nn.Module, text: dict[str, Tensor]) -> Tensor:
 
 def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
+
+
+# --------------------------------------------------------------------------------------
+# Other programs, whose logits of a text are compared
+
+
+def text_to_compare(config: models.ModelConfig) -> Tensor:
+    """Return up to 32 token ids from all over the vocabulary, (1, T)."""
+    T = min(32, config.block_size)
+    return torch.linspace(0, config.vocab_size - 1, T).long()[None]
+
+
+@torch.inference_mode()
+def rounded_logits(model: nn.Module, idx: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round a model's weights to the dtype in which they are written, and compute its logits of a text, (T, V).
+
+    idx: (1, T), the text and, for an encoder, the source, too.
+    """
+    for p in model.parameters():
+        p.copy_(p.to(dtype))
+    texts = {"source": idx} if hasattr(model, "encode") else {}
+    return model.eval()(idx, **texts)[0][0]

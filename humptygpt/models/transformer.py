@@ -87,22 +87,7 @@ class PostNormDecoderBlock(DecoderBlock):
         return x
 
 
-class PlainDecoderBlock(DecoderBlock):
-    residual = False
-
-    def forward(self, x, shared, cache=None):
-        x = self.attn_dropout(self.attn(self.attn_norm(x), shared, cache))
-        x = self.cross_dropout(self.cross_attn(self.cross_norm(x), shared, cache))
-        if self.mlp:
-            x = self.mlp_dropout(self.feed_forward(self.mlp_norm(x), shared, cache))
-        return x
-
-
-DECODER_BLOCKS = {
-    "pre_norm": PreNormDecoderBlock,
-    "post_norm": PostNormDecoderBlock,
-    "plain": PlainDecoderBlock,
-}
+DECODER_BLOCKS = {"pre_norm": PreNormDecoderBlock, "post_norm": PostNormDecoderBlock}
 
 
 class Transformer(nn.Module):
@@ -113,6 +98,9 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         config.validate()
+        if config.block not in DECODER_BLOCKS:
+            blocks = " or ".join(DECODER_BLOCKS)
+            raise ValueError(f"model=transformer needs block={blocks}, not {config.block}")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.encoder = Stack(config, causal=False)

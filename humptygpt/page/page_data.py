@@ -5,6 +5,7 @@ import math
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from humptygpt.cli import UserError, convert, fields_of, note
@@ -12,9 +13,9 @@ from humptygpt.data.builtin import data_set
 from humptygpt.data.dataset import TokenFile, read_meta
 from humptygpt.files import refuse_damaged
 from humptygpt.formats import checkpoint
-from humptygpt.formats.load import Loaded, from_run
+from humptygpt.formats.load import Loaded, from_checkpoint
 from humptygpt.model import ModelConfig
-from humptygpt.page.known_settings import check_formulas, check_settings
+from humptygpt.models.checks import rounded_logits, text_to_compare
 from humptygpt.page.snapshots import SNAPSHOTS, to_8_bits
 from humptygpt.tokenizers.basic import END_OF_TEXT, SentencePieceTokenizer, Tokenizer
 from humptygpt.tokenizers.sentencepiece_model import merge_scores
@@ -26,6 +27,8 @@ TRAINING = (
     "optimizer learning_rate muon_learning_rate muon_momentum beta1 beta2 weight_decay grad_clip"
     " max_iters decay_lr schedule warmup_iters lr_decay_iters min_lr batch_size seed"
 )
+# implemented in explain/tokenizer.js
+TOKENIZERS = ("char", "byte", "sentencepiece", "gpt2", "bpe")
 START_TOKENS = 64  # length of the text that a page starts with
 TEXT_TOKENS = 20_000  # length of the text on which a page can go on with the training
 
@@ -35,10 +38,8 @@ def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> d
 
     path: the run's checkpoint. start: the text that the page shows first; None: the beginning of the validation split.
     """
-    run = from_run(path, checkpoint.read_plain(path))
+    run = from_checkpoint(path)
     tokenizer = tokenizer_data(run.tokenizer)
-    check_settings(run.model.config, tokenizer["name"])
-    check_formulas(run.model.config, "a page")
     with refuse_damaged(path):
         training = training_data(run)
     saved = run.saved["progress"]
@@ -57,6 +58,7 @@ def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> d
         if run.task == "language modelling"
         else "",
         **model_data(shown),
+        "check": check_data(shown),
         "snapshots": snapshot_data(path.parent, saved["iter"], shown) if snapshots else [],
         "tokenizer": tokenizer,
         "questions": run.questions,
@@ -65,10 +67,8 @@ def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> d
     }
 
 
-def training_data(run: Loaded) -> dict | None:
-    """Return the settings with which the page trains; None if the data is generated, which the page does not know."""
-    if "code_sha256" in run.saved["data"]["identity"]:
-        return None
+def training_data(run: Loaded) -> dict:
+    """Return the settings with which the page trains."""
     values, fields = run.saved["train_config"], fields_of(TrainConfig)
     return {key: convert(key, values[key], fields[key].type) for key in TRAINING.split()}
 
@@ -115,7 +115,7 @@ def example_text(run: Loaded) -> str:
 
 def read_split(run: Loaded, split: str, count: int) -> str:
     """Decode the first tokens of a split of the run's data. Returns "" if the data is missing or has changed."""
-    with suppress(UserError, KeyError, TypeError):  # generated data has no splits
+    with suppress(UserError):
         folder = Path("data", run.saved["train_config"]["dataset"])
         meta = read_meta(folder)
         if meta["tokenizer"] == run.saved["tokenizer"]:
@@ -136,6 +136,19 @@ def model_data(model: nn.Module) -> dict:
     if settings["model"] == "number_mlp":
         settings |= {"model": "window_mlp", "embedding": "number"}
     return {"model": settings, "weights": pack_weights(model)}
+
+
+def check_data(model: nn.Module) -> dict:
+    """Compute the logits of a text, with which agrees() in explain/worker.js compares the page's. Rounds the weights.
+
+    The page has their mean over the tokens, (V,), which differs if one of them does and is much smaller.
+    """
+    idx = text_to_compare(model.config)
+    logits = rounded_logits(model, idx, torch.float16).mean(dim=0)
+    return {
+        "idx": idx[0].tolist(),
+        "logits": base64.b64encode(logits.numpy()).decode(),
+    }
 
 
 def pack_weights(model: nn.Module) -> dict:
@@ -164,6 +177,10 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict:
     Of a chat model, it is the tokenizer of the text, with the pieces of the two marks and of whole replies at the end.
     """
     base = getattr(tokenizer, "base", tokenizer)
+    if base.name not in TOKENIZERS:
+        raise UserError(
+            f"a page cannot read text with tokenizer={base.name}, only with: {', '.join(TOKENIZERS)}"
+        )
     data = {
         "name": base.name,
         "eot": tokenizer.eot,

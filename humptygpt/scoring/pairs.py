@@ -8,9 +8,7 @@ A file has one JSON object per line, in one of two forms; "group" is optional:
 A test is passed if the right choice has the highest log-probability. A tie of n choices counts as 1 / n.
 """
 
-import fnmatch
 import json
-import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -19,16 +17,12 @@ import numpy as np
 from torch import nn
 
 from humptygpt.cli import UserError
-from humptygpt.download import download
 from humptygpt.files import refuse_damaged
 from humptygpt.generation.sampling import read_text
 from humptygpt.scoring.text import log_probabilities, standard_error
 from humptygpt.tokenizers.basic import Tokenizer
 
-SUITES = ("english", "python", "blimp")
-BLIMP = Path("data/downloads/BLiMP.zip")
-BLIMP_URL = "https://raw.githubusercontent.com/alexwarstadt/blimp/3e56b06fcabca9b30822fc66435fca6b1aa40bb1/BLiMP.zip"
-BLIMP_SHA256 = "172a1a714d72e72a89e8384dd531483f3d0f8a9aee3d33dccaf7992d8cecbb73"
+SUITES = ("english", "python")
 RULE = "it must be an object with texts: good and bad, or choices, which differ, and answer, the index of the right one"
 
 
@@ -41,8 +35,6 @@ class Test(NamedTuple):
 
 def read_tests(source: str) -> list[Test]:
     """Read a suite or a file of tests. Raises UserError if a line is not valid, which it names, or if there is none."""
-    if source == "blimp":
-        return read_blimp()
     own = Path(__file__).parent / f"suites/{source}.jsonl"
     path = str(own) if source in SUITES else source
     tests = []
@@ -53,20 +45,6 @@ def read_tests(source: str) -> list[Test]:
     if not tests:
         raise UserError(f"{source} is empty; it should have one JSON object per line")
     return tests
-
-
-def read_blimp() -> list[Test]:
-    """Read BLiMP, which is downloaded on first use. Raises UserError if that fails. Seven of its pairs are equal."""
-    with refuse_damaged(BLIMP, advice=f"; put a copy of {BLIMP_URL} at {BLIMP}"):
-        if not BLIMP.exists():
-            download(BLIMP_URL, BLIMP, BLIMP_SHA256)
-        with zipfile.ZipFile(BLIMP) as file:
-            names = fnmatch.filter(file.namelist(), "data/*.jsonl")
-            lines = b"".join(map(file.read, sorted(names))).splitlines()
-        return [
-            Test([row["sentence_good"], row["sentence_bad"]], 0, group=row["UID"])
-            for row in map(json.loads, lines)
-        ]
 
 
 def parse(line: str) -> Test:

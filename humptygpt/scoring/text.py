@@ -13,21 +13,14 @@ LOGITS = 2**26  # compute at most this many logits at once: 256 MB
 TOKENS = 2**13  # and at most this many tokens, since activations take memory as well
 
 
-def score_text(
-    model: nn.Module, tokenizer: Tokenizer, text: str, stride: int | None
-) -> dict[str, float]:
-    """Score a text. Returns the figures that score.py prints.
+def score_text(model: nn.Module, tokenizer: Tokenizer, text: str) -> dict[str, float]:
+    """Score a text, in windows that begin half a block after each other. Returns the figures that score.py prints.
 
-    The first token is scored only if eot or bos can precede it. stride: see score_windows(); None: block_size / 2.
-    Raises UserError if the text is too short or the stride too large.
+    The first token is scored only if eot or bos can precede it. Raises UserError if the text is too short.
     """
     block_size = model.config.block_size
     ids = encode(text, tokenizer)
-    stride = stride or max(1, block_size // 2)
-    if stride > block_size:
-        raise UserError(
-            f"stride={stride} would skip tokens; it must be at most block_size={block_size}"
-        )
+    stride = max(1, block_size // 2)
     nats = -score_windows(model, ids, stride).astype(np.float64)
     # neighbouring tokens depend on each other, but long parts of a text hardly do
     parts = np.array_split(nats, min(BLOCKS, len(nats)))

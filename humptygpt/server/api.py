@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
 
 from humptygpt.cli import UserError, note
 from humptygpt.files import append, check_schema, parse_json
@@ -19,7 +18,6 @@ from humptygpt.generation.generator import Pipeline
 from humptygpt.generation.sampling import (
     Context,
     Piece,
-    TextStream,
     check_sampling,
     encode_prompt,
     stream_texts,
@@ -28,7 +26,6 @@ from humptygpt.generation.sampling import (
 
 CHAT, CHUNK = "chat.completion", "chat.completion.chunk"
 TEXT = "text_completion"
-ECHOED = 128  # tokens of a prompt whose logits are computed at once
 MOST_TOKENS = 4096  # tokens of an answer; a request for more gets this many
 COMMON = {
     "stream?": bool,
@@ -41,56 +38,47 @@ COMMON = {
     "min_p?": float,
     "repetition_penalty?": float,
     "seed?": int,
-    "n?": range(1, 17),
+    "n?": range(1, 2),
+    "logprobs?": bool,
+    "top_logprobs?": range(21),
+    "reply_tokens?": list,  # our own: ids of the tokens with which the answer begins
 }
 CHAT_SCHEMA = COMMON | {
     "messages": MESSAGES,
-    "logprobs?": bool,
-    "top_logprobs?": range(21),
     "max_completion_tokens?": range(2**53),  # the new name of max_tokens
-    "reply_tokens?": list,  # our own: ids of the tokens with which the reply begins
 }
 # keys that would change the answer and are not supported, and their values that ask for nothing, besides 0 and what is
 # empty. All other unknown keys are ignored, as most servers do.
 UNSUPPORTED = "response_format tool_choice function_call modalities logit_bias suffix"
-UNSUPPORTED += " frequency_penalty presence_penalty"
+UNSUPPORTED += " frequency_penalty presence_penalty echo"
 NEUTRAL = ("auto", "none", ["text"], {"type": "text"})
-TEXT_SCHEMA = COMMON | {
-    "prompt": (str, list),
-    "echo?": bool,
-    "logprobs?": range(21),
-}
+TEXT_SCHEMA = COMMON | {"prompt": (str, [str])}
 SAMPLING = "temperature top_p top_k min_p repetition_penalty"
 DEFAULTS = dict.fromkeys(SAMPLING.split()) | {
     "stream": False,
     "stop": (),
     "temperature": 1,
     "repetition_penalty": 1.0,
-    "echo": False,
-    "logprobs": None,
-    "n": 1,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "reply_tokens": [],
 }
 
 
 class Api:
     """Answers requests with one model. name: the model's id in answers. log: a file for questions and answers.
 
-    forgets: leave out the oldest turns of a conversation that is too long, instead of raising TooLong.
-
     chat() and complete() take a request as JSON and yield the answer in parts: events if the request says "stream";
     otherwise a space for each token, which JSON ignores, and then the whole answer. So the server notices a client that
-    has left. If the request is not valid, the call or the first step raises UserError or ValueError.
+    has left. If the request is not valid, the first step raises UserError or ValueError.
     """
 
-    def __init__(
-        self, loaded: Pipeline, name: str, forgets: bool = False, log: str | None = None
-    ):
+    def __init__(self, loaded: Pipeline, name: str, log: str | None = None):
         self.loaded = loaded
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.block_size = loaded.model.config.block_size
         self.is_chat = loaded.task == "chat"
         self.name = name
-        self.forgets = forgets
         self.log = log
         self.started = int(time.time())
 
@@ -113,35 +101,29 @@ class Api:
         request = read(body, CHAT_SCHEMA)
         if not self.is_chat:
             raise UserError(f"{self.name} is not a chat model; use /v1/completions")
-        begun = request.get("reply_tokens", [])
         limit = request.get("max_completion_tokens", request.get("max_tokens", MOST_TOKENS))
-        turns, room = read_messages(request["messages"]), self.block_size - len(begun)
-        prompt, limit, _ = make_room(turns, self.tokenizer, room, limit, self.forgets)
-        request |= {
-            "max_tokens": limit,
-            # as in a request for a text: how many of the likeliest tokens to list
-            "logprobs": request.get("top_logprobs", 0) if request["logprobs"] else None,
-            "echo": False,
-        }
-        return self.answer(request, prompt + begun, CHAT)
+        room = self.block_size - len(request["reply_tokens"])
+        turns = read_messages(request["messages"])
+        prompt, limit, _ = make_room(turns, self.tokenizer, room, limit, forgets=False)
+        yield from self.answer(request | {"max_tokens": limit}, prompt, CHAT)
 
     def complete(self, body: bytes) -> Iterator[str]:
         request = {"max_tokens": 16} | read(body, TEXT_SCHEMA)
-        prompt = request["prompt"]
-        if isinstance(prompt, list) and isinstance(next(iter(prompt), 0), str | list):
-            prompt, *more = prompt
-            if more:
-                raise UserError("there are several prompts; send a request for each")
-        prompt = prompt or "\n"  # an empty one is continued like a line break
-        if isinstance(prompt, str):
-            prompt = encode_prompt(prompt, self.tokenizer)
-        return self.answer(request, prompt, TEXT)
+        prompts = request["prompt"]
+        [text, *more] = prompts if isinstance(prompts, list) and prompts else [prompts]
+        if more:
+            raise UserError("there are several prompts; send a request for each")
+        # an empty one is continued like a line break
+        prompt = encode_prompt(text or "\n", self.tokenizer)
+        check_room(prompt, self.block_size)
+        yield from self.answer(request, prompt, TEXT)
 
     def answer(self, request: dict, prompt: list[int], kind: str) -> Iterator[str]:
-        """Yield the answer in parts. prompt: token ids, which are checked here. kind: CHAT or TEXT."""
-        check_schema(prompt, [range(self.tokenizer.vocab_size)], "prompt")
-        check_room(prompt, self.block_size)
-        streams, likeliest = request["stream"], request["logprobs"]
+        """Yield the answer in parts. prompt: token ids. kind: CHAT or TEXT."""
+        begun = request["reply_tokens"]
+        check_schema(begun, [range(self.tokenizer.vocab_size)], "reply_tokens")
+        prompt = prompt + begun
+        streams = request["stream"]
         if streams and kind == CHAT:
             kind = CHUNK
         frame = {
@@ -150,26 +132,21 @@ class Api:
             "created": int(time.time()),
             "model": self.name,
         }
-        choices, texts, written = [], [], 0
-        for index in range(request["n"]):
-            text, tokens = "", []  # not sent yet
-            texts.append("")
-            for number, piece in enumerate(self.write(prompt, request, index)):
-                text += piece.text
-                texts[-1] += piece.text
-                if likeliest is not None and not piece.end:
-                    tokens.append(self.describe(piece, likeliest))
-                if streams:
-                    part = choice(kind, index, text, tokens, piece.end, number == 0)
-                    yield event(frame | {"choices": [part]})
-                    text, tokens = "", []
-                else:
-                    yield " "
-            choices.append(choice(kind, index, text, tokens, piece.end, True))
-            written += number - len(prompt) * request["echo"]
+        text, tokens = "", []
+        for written, piece in enumerate(self.write(prompt, request)):
+            text += piece.text
+            new = []
+            if request["logprobs"] and not piece.end:
+                new = [self.describe(piece, request["top_logprobs"])]
+            tokens += new
+            if streams:
+                part = choice(kind, piece.text, new, piece.end, is_first=written == 0)
+                yield event(frame | {"choices": [part]})
+            else:
+                yield " "
         if self.log:
             asked = {key: request[key] for key in ("messages", "prompt") if key in request}
-            row = {"time": int(time.time()), **asked, "answers": texts}
+            row = {"time": int(time.time()), **asked, "answer": text}
             try:
                 append(Path(self.log), json.dumps(row, ensure_ascii=False))
             except UserError as error:  # the disk may be full
@@ -180,44 +157,28 @@ class Api:
             "total_tokens": len(prompt) + written,
         }
         if not streams:
-            yield json.dumps(frame | {"choices": choices, "usage": usage})
+            whole = choice(kind, text, tokens, piece.end, is_first=True)
+            yield json.dumps(frame | {"choices": [whole], "usage": usage})
             return
         if request.get("stream_options", {}).get("include_usage"):
             yield event(frame | {"choices": [], "usage": usage})
         yield "data: [DONE]\n\n"
 
     @torch.inference_mode()
-    def write(self, prompt: list[int], request: dict, index: int) -> Iterator[Piece]:
-        """Continue a prompt. With "echo", the pieces begin with the prompt's own tokens. index: seeds the sample."""
-        tokenizer = self.tokenizer
-        if request["echo"]:
-            decode = TextStream(tokenizer).decoder.decode
-            for token, row in zip(prompt, self.logits(prompt), strict=False):
-                yield Piece(0, decode(tokenizer.pieces[token]), token, row)
+    def write(self, prompt: list[int], request: dict) -> Iterator[Piece]:
+        """Continue a prompt."""
         yield from stream_texts(
             Context(self.model, [prompt], device=self.loaded.device),
-            tokenizer,
-            [index],
+            self.tokenizer,
+            [0],
             request["stop"],
             max_new_tokens=min(request["max_tokens"], MOST_TOKENS),
             seed=request["seed"] % 2**63,
             **{key: request[key] for key in SAMPLING.split()},
         )
 
-    def logits(self, prompt: list[int]) -> Iterator[Tensor | None]:
-        """Yield the logits, (V,), that predict each token of a prompt; None for the first, which follows nothing."""
-        yield None
-        cache = {"cache": self.model.make_cache()} if self.model.has_cache else {}
-        at_once = ECHOED if cache else len(prompt)
-        for idx in torch.tensor([prompt], device=self.loaded.device).split(at_once, dim=1):
-            logits, *_ = self.model(idx, **cache)
-            yield from logits[0, :, : self.tokenizer.vocab_size].float()
-
     def describe(self, piece: Piece, likeliest: int) -> dict:
         """Return a token's entry in a chat's logprobs. likeliest: how many others to list."""
-        found = [(piece.token, None)]
-        if piece.logits is not None:
-            found = with_likeliest(piece, likeliest)
         pieces = self.tokenizer.pieces
         entry, *others = [
             {
@@ -227,7 +188,7 @@ class Api:
                 "bytes": list(pieces[i]),
                 "id": i,  # our own
             }
-            for i, logprob in found
+            for i, logprob in with_likeliest(piece, likeliest)
         ]
         return entry | {"top_logprobs": others}
 
@@ -257,22 +218,13 @@ def event(content: dict) -> str:
 
 
 def choice(
-    kind: str, index: int, text: str, tokens: list[dict], end: str | None, is_first: bool
+    kind: str, text: str, tokens: list[dict], end: str | None, is_first: bool
 ) -> dict:
     """Return an entry of "choices". tokens: entries of a chat's logprobs. end: why the text ends: stop or length."""
     logprobs = {"content": tokens} if tokens else None
-    found = {"index": index, "finish_reason": end, "logprobs": logprobs}
-    if kind != TEXT:
-        message = {"role": "assistant"} if is_first else {}
-        message["content"] = text
-        return found | {"message" if kind == CHAT else "delta": message}
-    if tokens:
-        logprobs |= {
-            "tokens": [token["token"] for token in tokens],
-            "token_logprobs": [token["logprob"] for token in tokens],
-            "top_logprobs": [
-                {each["token"]: each["logprob"] for each in token["top_logprobs"]}
-                for token in tokens
-            ],
-        }
-    return found | {"text": text}
+    found = {"index": 0, "finish_reason": end, "logprobs": logprobs}
+    if kind == TEXT:
+        return found | {"text": text}
+    message = {"role": "assistant"} if is_first else {}
+    message["content"] = text
+    return found | {"message" if kind == CHAT else "delta": message}

@@ -29,38 +29,32 @@ FEWEST_BATCHES = 96
 @torch.no_grad()
 def validation_loss(
     run: "Run", net: nn.Module, eval_iters: int | None
-) -> tuple[float, float | None, float | None]:
+) -> tuple[float, float | None]:
     """Compute the loss of net over an evaluation set, which ranks divide if net is what they train.
 
     Evaluation draws no random numbers, so it cannot affect training. Afterwards, net is in its previous mode again,
     training or evaluation. eval_iters: batches in the set; None: the whole validation split.
-    Returns the mean loss in nats per token; its standard error, or None if there are too few batches to estimate that;
-    and the accuracy, or None if the dataset does not compute one.
+    Returns the mean loss in nats per token, and its standard error, or None if there are too few batches for that.
     """
     ranks = run.ranks if net is run.net else Ranks(run.device)
     was_training = net.training
     net.eval()
-    measure = run.dataset.accuracy
-    losses, accuracies, weights = [], [], []
+    losses, weights = [], []
     batches = run.dataset.val_batches(run.config.batch_size, eval_iters)
     for batch in own_batches(batches, ranks.rank, ranks.size):
         with autocast(run.device, run.dtype):
-            logits, loss, *_ = net(**to_device(batch, run.device))
+            _, loss, *_ = net(**to_device(batch, run.device))
         losses.append(loss)
-        accuracies.append(
-            measure(logits.argmax(-1).cpu(), batch["targets"]) if measure else 0
-        )
         weights.append(count_targets(batch))
     net.train(was_training)
-    # each rank fills its own rows, (mean loss, accuracy, number of targets), and leaves 0 in the others
-    table = torch.zeros(ranks.size * len(losses), 3, dtype=torch.float64)
-    own = [*zip(torch.stack(losses).tolist(), accuracies, weights, strict=True)]
+    # each rank fills its own rows, (mean loss, number of targets), and leaves 0 in the others
+    table = torch.zeros(ranks.size * len(losses), 2, dtype=torch.float64)
+    own = [*zip(torch.stack(losses).tolist(), weights, strict=True)]
     table[ranks.rank :: ranks.size] = torch.tensor(own, dtype=torch.float64)
     rows = np.array(ranks.sum(table).tolist())
-    losses, accuracies, weights = rows[rows[:, 2] > 0].T
+    losses, weights = rows[rows[:, 1] > 0].T
     mean = losses @ weights / weights.sum()
-    accuracy = float(accuracies @ weights / weights.sum()) if measure else None
-    return float(mean), standard_error(losses - mean, weights), accuracy
+    return float(mean), standard_error(losses - mean, weights)
 
 
 def standard_error(deviations: np.ndarray, weights: np.ndarray) -> float | None:
@@ -113,10 +107,9 @@ def evaluated(dataset: Dataset, batch_size: int, eval_iters: int | None) -> dict
     """
     batches = dataset.val_batches(batch_size, eval_iters)
     targets = torch.cat([batch["targets"].flatten() for batch in batches])
-    ids = targets = targets[targets >= 0].numpy()
-    if dataset.splits:
-        # the first token of the split is not predicted, but how much text it covers depends on the tokenizer
-        ids = np.append(dataset.read("val", np.array([0]), 1), targets)
+    targets = targets[targets >= 0].numpy()
+    # the first token of the split is not predicted, but how much text it covers depends on the tokenizer
+    ids = np.append(dataset.read("val", np.array([0]), 1), targets)
     counts = sorted(Counter(dataset.tokenizer.decode(ids)).items())
     checksum = zlib.crc32(repr(counts).encode())
     return {"val_tokens": len(targets), "val_text": f"{checksum:08x}"}
@@ -124,7 +117,7 @@ def evaluated(dataset: Dataset, batch_size: int, eval_iters: int | None) -> dict
 
 def measures(run: "Run", net: nn.Module, eval_iters: int | None) -> dict[str, float | str]:
     """Evaluate, and return a row of metrics: the loss in several units, and a fingerprint of the text."""
-    loss, error, accuracy = validation_loss(run, net, eval_iters)
+    loss, error = validation_loss(run, net, eval_iters)
     bits_per_nat = 1 / math.log(2) / run.dataset.val_bytes_per_token()  # bits per byte
     row = {
         "val_loss": loss,
@@ -134,8 +127,6 @@ def measures(run: "Run", net: nn.Module, eval_iters: int | None) -> dict[str, fl
     if error:
         row["val_standard_error"] = error
         row["val_bits_standard_error"] = error * bits_per_nat
-    if accuracy is not None:
-        row["val_accuracy"] = accuracy
     if run.ranks.first:
         row |= evaluated(run.dataset, run.config.batch_size, eval_iters)
         if run.dataset.trains_on_all:  # the loss compares with no other
@@ -149,8 +140,6 @@ def evaluation_line(row: dict[str, float]) -> str:
     text = f"val loss {row['val_loss']:.4f}"
     if error := row.get("val_standard_error"):
         text += f" ± {error:.4f}"
-    if "val_accuracy" in row:
-        text += f", accuracy {100 * row['val_accuracy']:.1f} %"
     return f"{text} ({bits:.3f} bits per byte, perplexity {perplexity:.2f})"
 
 

@@ -13,6 +13,7 @@ from humptygpt.formats.load import Loaded
 from humptygpt.model import ModelConfig
 from humptygpt.models import lora
 from humptygpt.models.build import build_on_meta, restore_model
+from humptygpt.training.optimizers import MUONS
 from humptygpt.training.settings import GENTLE, TRAINING_ONLY, TrainConfig
 
 # training settings that a run shares with the run that it starts from, unless they are given
@@ -39,7 +40,9 @@ def base_defaults(base: Loaded, given: dict) -> dict[str, object]:
         scale *= ModelConfig.n_embd / base.model.config.n_embd
     elif saved.get("init_from") != "scratch":
         scale = 1
-    rates = {key: scale * own[key] for key in RATES}
+    rates = {"learning_rate": scale * own["learning_rate"]}
+    if given.get("optimizer", own["optimizer"]) in MUONS:
+        rates["muon_learning_rate"] = scale * own["muon_learning_rate"]
     return GENTLE | {key: own[key] for key in LIKE_BASE} | rates
 
 

@@ -1,6 +1,7 @@
 """What a run logs: metrics.jsonl, with one JSON object per line, loss.png and, on request, Weights & Biases."""
 
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 from humptygpt.cli import note
@@ -8,6 +9,7 @@ from humptygpt.files import parse_json, write_text, write_whole
 
 # schema of a row: the entries that are read back later
 ROW = {
+    "kind": {"train", "eval", "whole", "test", "end"},  # whole: best.pt on the whole split
     "iter": range(2**53),
     "tokens": range(2**53),
     "seconds": float,
@@ -16,10 +18,7 @@ ROW = {
     "val_loss?": float,
     "val_bits_per_byte?": float,
     "val_text?": str,
-    "whole_iter?": range(2**53),
-    "whole_val_loss?": float,
-    "whole_val_bits_per_byte?": float,
-    "whole_val_text?": str,
+    "best_iter?": range(2**53),
     "test_bleu?": float,
 }
 
@@ -45,7 +44,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 def own_values(row: dict) -> dict[str, float]:
     """Return the terms and METRICS in a row of training, without those that are not finite."""
-    if "train_loss" not in row:
+    if row["kind"] != "train":
         return {}
     return {key: x for key, x in row.items() if key not in LOGGED and x is not None}
 
@@ -55,7 +54,7 @@ def draw_losses(rows: list[dict], path: Path, best: int) -> None:
 
     Own values are plotted below, each in a panel. best: step of best.pt.
     """
-    val = points(rows, "val_loss")
+    val = points(rows, "eval", "val_loss")
     if not val:
         return
     from matplotlib.figure import Figure
@@ -65,7 +64,7 @@ def draw_losses(rows: list[dict], path: Path, best: int) -> None:
     figure = Figure(figsize=(7, 4.2 * len(labels)), layout="constrained")
     panels = figure.subplots(len(labels), squeeze=False)[:, 0]
     axes = panels[0]
-    train = zip(*points(rows, "train_loss"), strict=True)
+    train = zip(*points(rows, "train", "train_loss"), strict=True)
     axes.plot(
         *train, label="training", color="#9db4c8", linewidth=1, marker=".", markersize=3
     )
@@ -75,7 +74,7 @@ def draw_losses(rows: list[dict], path: Path, best: int) -> None:
     axes.plot(*zip(*val, strict=True), label=label, color="#c2410c", marker=".")
     for panel, label in zip(panels, labels, strict=True):
         if label in own:
-            panel.plot(*zip(*points(rows, label), strict=True), marker=".")
+            panel.plot(*zip(*points(rows, "train", label), strict=True), marker=".")
         panel.set(xlabel="steps", ylabel=label)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
@@ -84,8 +83,19 @@ def draw_losses(rows: list[dict], path: Path, best: int) -> None:
     write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
 
 
-def points(rows: list[dict], key: str) -> list[tuple[int, float]]:
-    return [(row["iter"], row[key]) for row in rows if row.get(key) is not None]
+def points(rows: list[dict], kind: str, key: str) -> list[tuple[int, float]]:
+    return [
+        (row["iter"], row[key])
+        for row in rows
+        if row["kind"] == kind and row.get(key) is not None
+    ]
+
+
+def evaluations(rows: list[dict]) -> Iterator[tuple[int, dict]]:
+    """Yield each evaluation in the rows of a run's metrics, after the step whose model it measured."""
+    for row in rows:
+        if row["kind"] in ("eval", "whole"):
+            yield row.get("best_iter", row["iter"]), row
 
 
 def start_wandb(out_dir: Path, settings: dict, resumed_at: int):

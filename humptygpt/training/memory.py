@@ -20,7 +20,7 @@ from humptygpt.models.build import WithoutValues, build_on_meta
 from humptygpt.tokenizers.saved import from_state
 from humptygpt.training import optimizers
 from humptygpt.training.optimizers import trained_parameters
-from humptygpt.training.settings import TrainConfig, choose_dtypes
+from humptygpt.training.settings import TrainConfig, choose_dtype
 
 FLOAT = 4  # bytes in a float32, the dtype of weights, gradients and optimizer state for any --dtype
 ADVICE = (
@@ -139,7 +139,7 @@ def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:
         vocab_size = from_state(meta["tokenizer"]).vocab_size
         model_config = replace(model_config, vocab_size=vocab_size)
     device = pick_device(config.device)
-    config = choose_dtypes(config, device)
+    config = choose_dtype(config, device)
     _, processes = launched()
     model = model_on_meta(config, model_config)
     memory = training_memory(config, model, processes)

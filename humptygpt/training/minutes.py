@@ -9,17 +9,15 @@ import statistics
 import time
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from humptygpt.cli import UserError, in_vain
+from humptygpt.cli import UserError
 from humptygpt.data.dataset import TokenDataset
 from humptygpt.device import free_memory
-from humptygpt.files import write_text
 from humptygpt.formats.huggingface import find_family
 from humptygpt.model import ModelConfig
 from humptygpt.training.memory import (
@@ -29,8 +27,8 @@ from humptygpt.training.memory import (
     training_memory,
 )
 from humptygpt.training.ranks import Ranks
-from humptygpt.training.run import Clock, Progress, Run, home
-from humptygpt.training.settings import IN_VAIN, TrainConfig
+from humptygpt.training.run import Clock, Progress, Run
+from humptygpt.training.settings import TrainConfig
 from humptygpt.training.setup import assemble, make_model
 from humptygpt.training.step import train_step
 
@@ -357,7 +355,7 @@ def time_steps(run: Run) -> float:
 
 
 # --------------------------------------------------------------------------------------
-# Messages and plan.py
+# Messages
 
 
 def can_be_exported(model_config: ModelConfig) -> bool:
@@ -380,26 +378,3 @@ def choice(run: Run) -> str:
         f" a context of {config.block_size} tokens, dropout {config.dropout:g}\n"
         f"export: {export}"
     )
-
-
-def write_plan(folder: Path, run: Run) -> None:
-    """Write plan.py, a config file that repeats a run step by step, as a basis for further experiments."""
-    settings = asdict(run.config) | asdict(run.model.config)
-    # the run may have taken more or fewer steps than planned
-    for key in ("max_iters", "lr_decay_iters", "warmup_iters", "eval_interval"):
-        if settings[key]:
-            steps = settings[key] * run.progress.iter / run.progress.position
-            settings[key] = max(1, round(steps))
-    unused = in_vain(settings, settings | {"input": None, "processes": 1}, IN_VAIN)
-    left_out = {"minutes", "input", "overwrite", "threads", *unused}
-    path = home(folder) / "plan.py"
-    print(f"{path} is a config file that repeats this run step by step")
-    lines = [
-        f"# The run that --minutes chose for {run.config.dataset}, step by step.",
-        "#",
-        f"#   python train.py {path} --out_dir=out/again",
-        "",
-    ]
-    # write default values too, because a run that starts from a model has different defaults
-    lines += [f"{key} = {x!r}" for key, x in settings.items() if key not in left_out]
-    write_text(folder / "plan.py", "\n".join([*lines, ""]))

@@ -1,14 +1,13 @@
 """Optimizers (AdamW, Muon and NorMuon) and learning rate schedules.
 
 An optimizer is a torch.optim.Optimizer. One of another project, or of your own in that style, is one import and one
-line in OPTIMIZERS, and its settings are fields of OptimizerConfig. A new schedule is one function and one line in
+line in OPTIMIZERS, and its settings are fields of TrainConfig. A new schedule is one function and one line in
 SCHEDULES.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt.cli import UserError
-from humptygpt.device import DTYPES
 from humptygpt.formats.checkpoint import check_tensors
 
 if TYPE_CHECKING:  # settings.py imports this file
@@ -24,17 +22,6 @@ if TYPE_CHECKING:  # settings.py imports this file
 
 # parameters and their settings, as torch.optim takes them; make_optimizer() makes them
 Groups = list[dict]
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """Settings of optimizers. A resumed run keeps them; those that may change are in settings.py."""
-
-    # kept if the run is resumed
-    optimizer: str = "adamw"  # optimizer of the blocks' matrices; AdamW trains the rest
-
-    def validate(self) -> None:
-        """Raise ValueError for a setting of your own that is invalid, for example with cli.check_least()."""
 
 
 def apply(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -225,9 +212,11 @@ def muon(groups: Groups, config: "TrainConfig", kind: type[Muon] = Muon) -> Muon
     """Let Muon update the matrices of hidden layers, and AdamW the rest."""
     for group in groups:
         if group["kind"] == "hidden":
-            group["lr"] = group["factor"] * config.muon_learning_rate
+            group["lr"] = config.muon_learning_rate
             group["momentum"] = config.muon_momentum
-            group["dtype"] = DTYPES.get(config.muon_dtype, torch.float32)
+            # float16 would overflow
+            is_bfloat16 = config.dtype == "bfloat16"
+            group["dtype"] = torch.bfloat16 if is_bfloat16 else torch.float32
     return kind(groups)
 
 
@@ -280,31 +269,26 @@ def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     return groups
 
 
-def rate_factor(name: str, p: Tensor, config: "TrainConfig") -> float:
-    """Return a factor for the learning rate of a parameter. Edit it for rates that depend on the width, as in muP."""
-    return 1.0
-
-
 def make_optimizer(
     config: "TrainConfig", model: nn.Module, spread: Callable = apply
 ) -> torch.optim.Optimizer:
-    """Make the optimizer of a run. Each group has its kind, the factor and the peak of its rate, and what AdamW needs.
+    """Make the optimizer of a run. Each group has its kind, the peak of its rate, and what AdamW needs.
 
     spread: Ranks.spread, with which several ranks share the work of Muon.
 
     Weight decay pulls matrices and embeddings towards zero, but not biases and norms.
     """
-    groups = []
-    for kind, members in group_parameters(model).items():
-        by_factor = defaultdict(list)
-        for name, p in members.items():
-            by_factor[rate_factor(name, p, config)].append(p)
-        for factor, params in by_factor.items():
-            group = {"kind": kind, "params": params, "factor": factor}
-            group["lr"] = factor * config.learning_rate
-            group["betas"] = (config.beta1, config.beta2)
-            group["weight_decay"] = 0.0 if kind == "vectors" else config.weight_decay
-            groups.append(group)
+    groups = [
+        {
+            "kind": kind,
+            "params": [*members.values()],
+            "lr": config.learning_rate,
+            "betas": (config.beta1, config.beta2),
+            "weight_decay": 0.0 if kind == "vectors" else config.weight_decay,
+        }
+        for kind, members in group_parameters(model).items()
+        if members
+    ]
     make = OPTIMIZERS[config.optimizer]
     optimizer = make(groups) if isinstance(make, type) else make(groups, config)
     optimizer.spread = spread
@@ -334,14 +318,9 @@ def restore_state(
 ) -> None:
     """Undo named_state() of an optimizer that has taken a step. The groups keep their settings.
 
-    saved: the state, or what 57d295e saved: {"steps": int, "state": state}. receive: Ranks.receive. Raises an
-    exception of any type if the names do not fit the model or, for classes made here, the shapes and dtypes.
+    receive: Ranks.receive. Raises an exception of any type if the names do not fit the model or, for classes made here,
+    the shapes and dtypes.
     """
-    if "steps" in saved:
-        steps, saved = saved["steps"], saved["state"]
-        for values in saved.values():
-            if "exp_avg" in values:
-                values["step"] = torch.tensor(float(steps))
     parameters = trained_parameters(model)
     if unknown := saved.keys() - parameters.keys():
         raise ValueError(f"it has optimizer.{min(unknown)}, which this code does not know")

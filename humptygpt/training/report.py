@@ -13,7 +13,7 @@ from tqdm import tqdm
 from humptygpt.machine import discard_output
 from humptygpt.model import count_parameters
 from humptygpt.training.loggers import own_values
-from humptygpt.training.run import Diverged, Run, RunFolder, home
+from humptygpt.training.run import Diverged, Run, RunFolder
 
 
 def summary(run: Run) -> str:
@@ -103,7 +103,7 @@ def show_line(bar: tqdm, text: str) -> None:
 def closing(run: Run, rows: list[dict]) -> str:
     """Say what to do next, and how good the best model is. rows: all rows of the run's metrics."""
     progress = run.progress
-    key = out_dir_key(home(run.folder))
+    key = out_dir_key(run.folder)
     command = run.task.sample_command.format(key)
     text = f"{run.task.sample_label}: {command}"
     if progress.best_iter == progress.iter:
@@ -113,6 +113,9 @@ def closing(run: Run, rows: list[dict]) -> str:
         if minutes:
             twice = f"--minutes={2 * minutes * progress.position / steps:g}"
         text += f"\ntwice as long: python train.py --init_from=resume {key} {twice}"
+    if run.config.minutes:
+        settings = shlex.quote((run.folder / "config.json").as_posix())
+        text += f"\nthe same steps again: python train.py {settings} --out_dir=out/again"
     if run.dataset.trains_on_all:
         text += "\nnothing is held out, so the last model counts as the best"
     elif progress.best_answered:

@@ -12,7 +12,7 @@ from humptygpt.formats import checkpoint
 from humptygpt.formats.checkpoint import note_edits
 from humptygpt.machine import GIVEN
 from humptygpt.tokenizers.saved import from_state
-from humptygpt.training.run import Progress, home
+from humptygpt.training.run import Progress
 from humptygpt.training.settings import MAY_CHANGE, STEP, TrainConfig
 
 
@@ -51,16 +51,14 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
         own["threads"] = None
     if "max_iters" in given:
         own["minutes"] = None
-    return own | given | kept | {"out_dir": home(path.parent).as_posix(), "input": None}
+    return own | given | kept | {"out_dir": path.parent.as_posix(), "input": None}
 
 
 def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
     """Raise UserError unless a checkpoint was trained on this data."""
     pieces, identity = from_state(saved["tokenizer"]).pieces, dataset.identity
     with refuse_damaged(f"{out_dir}/ckpt.pt"):
-        # a checkpoint from an earlier version may have different keys
-        known = saved["data"]["identity"].items()
-        same = all(identity.get(key, value) == value for key, value in known)
+        same = saved["data"]["identity"] == identity
     if pieces == dataset.tokenizer.pieces and same:
         return
     raise UserError(

@@ -5,14 +5,14 @@ import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -26,29 +26,29 @@ from humptygpt.formats import checkpoint
 from humptygpt.formats.checkpoint import code_checksum
 from humptygpt.model import count_parameters, flops_per_token
 from humptygpt.training.evaluation import LINE_TOKENS, SAMPLE_TOKENS, Task, find_task
-from humptygpt.training.loggers import LOGGED, draw_losses, read_metrics, start_wandb
+from humptygpt.training.loggers import (
+    LOGGED,
+    draw_losses,
+    evaluations,
+    read_metrics,
+    start_wandb,
+)
 from humptygpt.training.optimizers import named_state, restore_state
 from humptygpt.training.ranks import Ranks
 from humptygpt.training.settings import TrainConfig
 
 # seconds within which repeated signals count as one: `timeout` and some shells signal a process and then its group
 SAME_REQUEST = 1.0
-# the files and folders that a run writes, apart from plan.py
+# the files of a run that are written whole
 FILES = [
     "metrics.jsonl",
     "loss.png",
-    "result.json",
     "config.json",
-    "command.txt",
     "wandb_id",
-    "snapshots",
+    "snapshots/*",
     "best.pt",
     "ckpt.pt",
 ]
-PREVIOUS = "previous"  # subfolder for the run that --overwrite=True has replaced
-MOVING = ".previous"  # name of that subfolder while files are moved into it
-NEXT = "next"  # subfolder in which --overwrite=True trains
-ARRIVING = ".next"  # name of that subfolder while its files are moved to out_dir
 # seconds reserved at the end of a run to load the best model, sample from it, draw the plot and exit
 ENDING = 1.5
 
@@ -99,9 +99,10 @@ class Progress:
         self.evals_since_best = 0
         return True
 
-    def stamp(self) -> dict:
-        """Return the entries that every row of metrics begins with."""
+    def stamp(self, kind: str) -> dict:
+        """Return the entries that every row of metrics begins with. kind: as in loggers.ROW."""
         return {
+            "kind": kind,
             "iter": self.iter,
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
@@ -183,7 +184,6 @@ class Run:
     """Everything that a training run consists of, assembled by setup()."""
 
     config: TrainConfig
-    folder: Path | None  # out_dir, or until the run has ended its NEXT; a trial has none
     ranks: Ranks
     device: torch.device
     dtype: torch.dtype
@@ -234,17 +234,31 @@ class Run:
         return due, bool(stop)
 
     @property
+    def folder(self) -> Path:
+        return Path(self.config.out_dir)
+
+    @property
     def path(self) -> Path:
         """Path of the run's latest checkpoint, which may not exist yet."""
         return self.folder / "ckpt.pt"
 
     def settings(self) -> dict[str, object]:
-        """Return the content of config.json. Keys that start with _ are ignored if it is used as a config file."""
-        return {
-            **asdict(self.config),
-            **asdict(self.model.config),
+        """Return the content of config.json, which is also a config file that repeats the run on its prepared data.
+
+        Keys that start with _ are ignored there. Once a run with --minutes has ended, the steps are those it took.
+        """
+        settings = {**asdict(self.config), **asdict(self.model.config)}
+        for key in ("input", "overwrite", "threads"):
+            del settings[key]
+        if self.is_over and self.config.minutes:
+            settings["minutes"] = None
+            for key in ("max_iters", "lr_decay_iters", "warmup_iters", "eval_interval"):
+                if settings[key]:
+                    steps = settings[key] * self.progress.iter / self.progress.position
+                    settings[key] = max(1, round(steps))
+        return settings | {
             "_parameters": count_parameters(self.model),
-            "_train_tokens": self.dataset.identity.get("train_tokens"),
+            "_train_tokens": self.dataset.identity["train_tokens"],
             "_model.py": code_checksum(),
         }
 
@@ -333,7 +347,7 @@ class Meter:
         progress = self.progress
         tokens = progress.tokens - self.logged_tokens
         speed = tokens / (progress.seconds - self.logged_seconds)
-        row = progress.stamp() | {
+        row = progress.stamp("train") | {
             "train_loss": sum(progress.losses) / len(progress.losses),
             "lr": lr,
             "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None,
@@ -398,24 +412,13 @@ def catch_signals() -> Iterator[list[int]]:
 # The folder of a run, out_dir
 
 
-@contextmanager
-def lock_out_dir(out_dir: Path) -> Iterator[None]:
+def lock_out_dir(out_dir: Path) -> AbstractContextManager[None]:
     """Lock out_dir. A run holds the lock from before it reads its checkpoint until it has ended.
 
     Raises UserError if another process holds the lock, or the folder cannot be written to.
     """
     advice = "choose another --out_dir, or wait until that run has ended"
-    folder = home(out_dir)
-    with files.locked(folder, f"out_dir={out_dir}", advice):
-        if (folder / ARRIVING).exists():
-            arrive(folder)
-        yield
-
-
-def home(out_dir: Path) -> Path:
-    """Return the folder in which a run is once it has ended: out_dir, unless that is the NEXT of another run."""
-    is_next = out_dir.name == NEXT and checkpoint.has_checkpoint(out_dir.parent)
-    return out_dir.parent if is_next else out_dir
+    return files.locked(out_dir, f"out_dir={out_dir}", advice)
 
 
 def refuse_earlier_run(out_dir: Path) -> None:
@@ -424,53 +427,24 @@ def refuse_earlier_run(out_dir: Path) -> None:
         source = shlex.quote(f"--init_from={out_dir}")
         raise UserError(
             f"{out_dir} already holds a run; continue it with --init_from=resume, start from it with {source} and"
-            " another --out_dir, or replace it with --overwrite=True"
+            " another --out_dir, or set it aside with --overwrite=True"
         )
 
 
-def move_aside(out_dir: Path) -> None:
-    """Move the run in out_dir to the subfolder PREVIOUS, in place of an older one.
-
-    A plan.py is copied, because it may be the config file of the next run. Raises UserError if files cannot be moved.
-    """
-    moving, previous = out_dir / MOVING, out_dir / PREVIOUS
-    plan = out_dir / "plan.py"
+def set_aside(out_dir: Path) -> None:
+    """Rename the folder of an earlier run, so that a new one can have its name. Raises UserError if that fails."""
+    aside = out_dir.with_name(f"{out_dir.name}.{datetime.now():%Y%m%d-%H%M%S-%f}")
     with files.refuse_unwritable(out_dir):
-        moving.mkdir(exist_ok=True)
-        files.remove(previous)
-        for name in FILES:
-            path = out_dir / name
-            # a folder with the name of one of our files may be a run of its own
-            if path.exists() and not (path / "metrics.jsonl").exists():
-                path.replace(moving / name)
-        if plan.exists():
-            shutil.copy(plan, moving)
-        moving.rename(previous)
-
-
-def arrive(out_dir: Path) -> None:
-    """Move the run in the subfolder ARRIVING to out_dir, and the one that is there to PREVIOUS.
-
-    If the process is killed midway, the next lock_out_dir() finishes this. ckpt.pt is the first file to be moved.
-    """
-    arriving = out_dir / ARRIVING
-    nothing_has_come = (arriving / "ckpt.pt").exists()
-    if nothing_has_come and (
-        checkpoint.has_checkpoint(out_dir) or (out_dir / MOVING).exists()
-    ):
-        move_aside(out_dir)
-    with files.refuse_unwritable(out_dir):
-        for name in ("ckpt.pt", "plan.py", *FILES):
-            if (arriving / name).exists():
-                files.move(arriving / name, out_dir / name)
-        files.remove(arriving)
+        files.move(out_dir, aside)
+        out_dir.mkdir()
+    note(f"the earlier run in {out_dir} is now in {aside}")
 
 
 class RunFolder:
     """Writes metrics.jsonl, loss.png, config.json and command.txt of a run, and logs to wandb if chosen.
 
-    If there is an earlier run, a new one is in the subfolder NEXT and takes its place when it has ended. A resumed run
-    drops metrics and snapshots that are newer than its checkpoint. The run holds the lock from lock_out_dir().
+    A new run sets an earlier one aside. A resumed run drops metrics and snapshots that are newer than its checkpoint.
+    The run holds the lock from lock_out_dir().
     """
 
     def __init__(self, run: Run):
@@ -478,37 +452,36 @@ class RunFolder:
         self.path = path = run.folder
         resumed_at = run.progress.iter
         self.writes = run.ranks.first
-        self.has_ended = False
         self.rows = []
         self.wandb = None
         if not self.writes:
             return
         if not importlib.util.find_spec("matplotlib"):
             note("there will be no loss.png, because matplotlib is not installed")
-        if not resumed_at and home(path) != path:
-            note(f"this run is in {path}; when it has ended, it replaces the one above it")
-            files.remove(path)
+        if not resumed_at and checkpoint.has_checkpoint(path):
+            set_aside(path)
         with files.refuse_unwritable(path):
             if resumed_at:
                 # all rows up to the checkpoint, except those written at the end of a run
-                at_the_end = {"end", "whole_val_loss", "test_bleu"}
                 self.rows = [
                     row
                     for row in read_metrics(path / "metrics.jsonl")
-                    if row["iter"] <= resumed_at and not at_the_end & row.keys()
+                    if row["iter"] <= resumed_at and row["kind"] in ("train", "eval")
                 ]
             for snapshot in (path / "snapshots").glob("*.pt"):
                 # to be taken again
                 if snapshot.stem.isdecimal() and int(snapshot.stem) >= resumed_at:
                     files.remove(snapshot)
-            files.remove_unfinished(path, [*FILES, "snapshots/*"])
-        settings = run.settings()
+            files.remove_unfinished(path, FILES)
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         files.write_text(path / "metrics.jsonl", lines)
-        files.write_text(path / "config.json", json.dumps(settings, indent=1))
+        self.write_settings(run)
         files.append(path / "command.txt", shlex.join(["python", *sys.argv]))
-        if settings["wandb_log"]:
-            self.wandb = start_wandb(path, settings, resumed_at)
+        if run.config.wandb_log:
+            self.wandb = start_wandb(path, run.settings(), resumed_at)
+
+    def write_settings(self, run: Run) -> None:
+        files.write_text(self.path / "config.json", json.dumps(run.settings(), indent=1))
 
     def record(self, row: dict) -> None:
         """Add a row of metrics, and send it to wandb if chosen."""
@@ -517,7 +490,8 @@ class RunFolder:
         self.rows.append(row)
         files.append(self.path / "metrics.jsonl", json.dumps(row))
         if self.wandb:
-            self.wandb.log(row, step=row["iter"])
+            values = {f"{row['kind']}/{key}": value for key, value in row.items()}
+            self.wandb.log(values, step=row["iter"])
 
     def draw(self, run: Run) -> None:
         """Draw loss.png, if matplotlib is installed."""
@@ -528,20 +502,12 @@ class RunFolder:
         """Write the last row of metrics: how the run ended, and its best loss, with a checksum of the text it is on."""
         best = {}
         # the best model's loss on the whole validation split comes last
-        for row in self.rows:
-            row = {key.removeprefix("whole_"): value for key, value in row.items()}
-            if "val_loss" in row and row["iter"] == run.progress.best_iter > 0:
-                kept = ("iter", "val_loss", "val_bits_per_byte", "val_text")
-                best = {f"best_{key}": row[key] for key in kept}
-        self.record(run.progress.stamp() | {"end": how} | best)
-        self.has_ended = how in ("finished", "stopped early")
+        for step, row in evaluations(self.rows):
+            if step == run.progress.best_iter > 0:
+                kept = ("val_loss", "val_bits_per_byte", "val_text")
+                best = {"best_iter": step} | {f"best_{key}": row[key] for key in kept}
+        self.record(run.progress.stamp("end") | {"end": how} | best)
 
     def close(self) -> None:
         if self.wandb:
             self.wandb.finish()
-        out_dir = home(self.path)
-        if self.has_ended and self.writes and out_dir != self.path:
-            with files.refuse_unwritable(out_dir):
-                files.move(self.path, out_dir / ARRIVING)
-            arrive(out_dir)
-            note(f"the earlier run in {out_dir} is now in {out_dir / PREVIOUS}")

@@ -6,26 +6,29 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from humptygpt.cli import check_above_0, check_choices, check_least, fields_of
-from humptygpt.data.dataset import DATASETS
+from humptygpt.cli import (
+    Except,
+    Vain,
+    check_above_0,
+    check_choices,
+    check_least,
+    fields_of,
+)
 from humptygpt.device import DTYPES, pick_dtype, training_dtype
-from humptygpt.model import POSITIONS
 from humptygpt.models.build import MODELS
-from humptygpt.training.optimizers import MUONS, OPTIMIZERS, SCHEDULES, OptimizerConfig
+from humptygpt.training.optimizers import MUONS, OPTIMIZERS, SCHEDULES
 
 # ModelConfig keys that affect only training, not the architecture
 TRAINING_ONLY = {"dropout", "label_smoothing"}
 # keys that may change on resume if their product does not
 STEP = ("batch_size", "gradient_accumulation_steps")
 WITHOUT_BLOCKS = ("window_mlp", "number_mlp")
-# [(keys, another key, the values of that other key for which the keys have no effect)]
-IN_VAIN = [
+IN_VAIN: Vain = [
     ("text_key val_input val_fraction", "input", (None,)),
-    ("input", "dataset", DATASETS),
     ("schedule lr_decay_iters min_lr warmup_iters", "decay_lr", (False,)),
     ("lora_alpha lora_targets", "lora_rank", (0,)),
     ("parallel backend", "processes", (1,)),
-    ("rope_base rope_factor", "position", {*POSITIONS} - {"rotary"}),
+    ("rope_base rope_factor", "position", Except(["rotary"])),
     (
         "rope_low_freq_factor rope_high_freq_factor rope_original_context",
         "rope_factor",
@@ -35,16 +38,11 @@ IN_VAIN = [
     ("attention n_head n_kv_head head_size qk_norm attn_bias", "model", WITHOUT_BLOCKS),
     ("mlp mlp_conv mlp_bias", "model", WITHOUT_BLOCKS),
     ("mlp_conv mlp_bias activation n_hidden", "mlp", ("none",)),
-    (
-        "muon_learning_rate muon_momentum muon_dtype",
-        "optimizer",
-        {*OPTIMIZERS} - {*MUONS},
-    ),
+    ("muon_learning_rate muon_momentum", "optimizer", Except(MUONS)),
 ]
 # Defaults for a run that starts from a model; training/finetune.py chooses the optimizer and its rates.
 GENTLE = {"schedule": "linear", "min_lr": 0.0, "warmup_iters": 10}
 RECIPE = "config/shakespeare_char.py"  # what --minutes plans with: its law was fitted to this recipe
-UNPLANNED = 3.0  # minutes for text of one's own if a command says nothing about what to train and for how long
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,6 @@ class Adjustable:
     beta2: float = 0.99  # AdamW, NorMuon: decay rate of the second moment
     muon_learning_rate: float = 0.03  # Muon: peak learning rate
     muon_momentum: float = 0.85  # Muon: decay rate of the momentum
-    muon_dtype: str = "auto"  # Muon: dtype of its matrix products; auto: as for dtype
     grad_clip: float = 1.0  # maximum gradient norm; 0: no clipping
     # evaluation
     eval_interval: int = 600  # steps between evaluations; one always follows the last step
@@ -104,10 +101,11 @@ class Adjustable:
 
 
 @dataclass(frozen=True)
-class TrainConfig(OptimizerConfig, Adjustable):
+class TrainConfig(Adjustable):
     """The settings of a run. Those declared here are kept, because the weights or the data's order depend on them."""
 
     # kept if the run is resumed
+    optimizer: str = "adamw"  # optimizer of the blocks' matrices; AdamW trains the rest
     seed: int = 1337  # seed for initial weights, data order and dropout
     freeze: str | None = None  # freeze parameters whose names contain these: wte,blocks.0
     lora_rank: int = 0  # LoRA: rank of the added matrices; 0: no LoRA
@@ -122,7 +120,6 @@ class TrainConfig(OptimizerConfig, Adjustable):
             "optimizer": OPTIMIZERS,
             "schedule": SCHEDULES,
             "dtype": ("auto", *DTYPES),
-            "muon_dtype": ("auto", "float32", "bfloat16"),
             "parallel": ("ddp", "fsdp"),
             "backend": ("auto", "gloo", "nccl"),
         }
@@ -134,7 +131,6 @@ class TrainConfig(OptimizerConfig, Adjustable):
             if isinstance(value, str) and not value.isprintable():
                 raise ValueError(f"{key}={value!r} must be printable text")
         check_choices(self)
-        super().validate()
         check_least(self, 0, "seed", "warmup_iters", "min_lr", "weight_decay", "grad_clip")
         check_least(self, 0, "early_stopping", "lora_rank")
         check_least(
@@ -192,11 +188,7 @@ class TrainConfig(OptimizerConfig, Adjustable):
 MAY_CHANGE = fields_of(Adjustable).keys() | TRAINING_ONLY
 
 
-def choose_dtypes(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """Replace auto by the dtypes in which a device trains fastest. Raises UserError for a dtype that it cannot have."""
-    fastest = training_dtype(device)
-    dtype = pick_dtype(fastest if config.dtype == "auto" else config.dtype, device)
-    muon_dtype = config.muon_dtype
-    if muon_dtype == "auto":
-        muon_dtype = "bfloat16" if fastest == "bfloat16" else "float32"
-    return replace(config, dtype=str(dtype).removeprefix("torch."), muon_dtype=muon_dtype)
+def choose_dtype(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """Replace auto by the dtype in which a device trains fastest. Raises UserError for a dtype that it cannot have."""
+    chosen = training_dtype(device) if config.dtype == "auto" else config.dtype
+    return replace(config, dtype=str(pick_dtype(chosen, device)).removeprefix("torch."))

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,11 +11,11 @@ from humptygpt import machine
 from humptygpt.cli import UserError, first_line, note
 from humptygpt.data.dataset import Dataset
 from humptygpt.device import DTYPES, THREADS, pick_device, tune_malloc
+from humptygpt.formats.checkpoint import is_edited
 from humptygpt.formats.load import Loaded
 from humptygpt.machine import launched, usable_cores
 from humptygpt.model import ModelConfig, Stack, count_parameters
 from humptygpt.models.build import build, build_on_meta, restore_model
-from humptygpt.models.checks import forking_problem
 from humptygpt.tokenizers.basic import Tokenizer
 from humptygpt.training import evaluation
 from humptygpt.training.forked import ForkedRanks
@@ -24,7 +23,7 @@ from humptygpt.training.optimizers import freeze, make_optimizer
 from humptygpt.training.ranks import Ranks
 from humptygpt.training.resume import check_same_data
 from humptygpt.training.run import Clock, Run
-from humptygpt.training.settings import TrainConfig, choose_dtypes
+from humptygpt.training.settings import TrainConfig, choose_dtype
 from humptygpt.training.start import Start
 from humptygpt.training.step import weighted_losses
 
@@ -64,7 +63,7 @@ def tune(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     torch.set_num_threads(threads)
     # another number of processes may have more threads each
     threads = threads if ranks.size == 1 else None
-    return replace(choose_dtypes(config, ranks.device), threads=threads)
+    return replace(choose_dtype(config, ranks.device), threads=threads)
 
 
 def fit_to_data(start: Start, dataset: Dataset) -> ModelConfig:
@@ -130,13 +129,11 @@ def assemble(
     clock: Clock,
     metrics: dict[str, Callable] | None = None,
     saved: dict | None = None,
-    folder: Path | None = None,
 ) -> Run:
-    """Put a run together. saved: the checkpoint that it resumes. folder: where it is; a trial has none."""
+    """Put a run together. saved: the checkpoint that it resumes."""
     dtype = DTYPES[config.dtype]
     run = Run(
         config=config,
-        folder=folder,
         ranks=ranks,
         device=ranks.device,
         dtype=dtype,
@@ -196,9 +193,12 @@ def compile_now(run: Run) -> None:
 def fork_ranks(run: Run) -> Ranks:
     """Let ranks that are forked share each batch, if that is faster and computes the same gradients."""
     count = count_ranks(run)
-    if count > 1 and (problem := forking_problem(run.model)):
-        note(f"threads share each operator, not the batch, which is slower: {problem}")
-        count = 1
+    if count > 1 and is_edited():
+        from humptygpt.models.checks import forking_problem
+
+        if problem := forking_problem(run.model):
+            note(f"threads share each operator, not the batch, which is slower: {problem}")
+            count = 1
     if run.config.threads:
         torch.set_num_threads(run.config.threads // count)
     return ForkedRanks(count) if count > 1 else run.ranks

@@ -10,14 +10,16 @@ from typing import NamedTuple
 
 from humptygpt import cli
 from humptygpt.cli import UserError, check_effects, fields_of, note
-from humptygpt.formats.checkpoint import has_checkpoint
 from humptygpt.formats.load import Loaded, load
 from humptygpt.machine import launched
 from humptygpt.model import ModelConfig
 from humptygpt.models.build import make_model_config
 from humptygpt.training.resume import read_run, resumed_settings
-from humptygpt.training.run import NEXT, lock_out_dir, refuse_earlier_run
-from humptygpt.training.settings import IN_VAIN, RECIPE, UNPLANNED, TrainConfig
+from humptygpt.training.run import lock_out_dir, refuse_earlier_run
+from humptygpt.training.settings import IN_VAIN, RECIPE, TrainConfig
+
+# keys that set the length of a run, or ask for none
+LENGTHS = {"minutes", "max_iters", "dry_run", "eval_only"}
 
 
 class Start(NamedTuple):
@@ -29,7 +31,6 @@ class Start(NamedTuple):
     base: Loaded | None = None  # the model that the run starts from
     given: Collection[str] = ()  # keys that the command line and its config files set
     overwrite: bool = False
-    folder: Path | None = None  # as in Run
 
 
 def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
@@ -60,9 +61,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         note("overwrite=True has no effect: no new run is written")
     if not saved and "warmup_iters" not in given:
         config = fit_warmup(config)
-    if overwrite and not saved and has_checkpoint(out_dir):
-        out_dir /= NEXT
-    return Start(config, model_config, saved, base, given, overwrite, out_dir)
+    return Start(config, model_config, saved, base, given, overwrite)
 
 
 def read_start(given: dict, path: Path) -> tuple[dict | None, Loaded | None]:
@@ -116,20 +115,19 @@ def check_command(
     values = asdict(config) | asdict(model_config) | {"processes": processes}
     values["input"] = given.get("input")  # a resumed run forgets it
     fields = fields_of(TrainConfig, ModelConfig)
-    # a config.json sets every key, most of them to the default, and muon_dtype as the machine chose it
-    chosen = {key for key in given if given[key] != fields[key].default} - {"muon_dtype"}
-    # only noted: a config file may be combined with others, and the same command may run in several processes
-    noted = given.keys() - typed | {"parallel", "backend"}
-    check_effects(chosen | typed, values, IN_VAIN, noted)
+    # a config.json sets every key, most of them to the default
+    chosen = {
+        key: value
+        for key, value in given.items()
+        if key in typed or value != fields[key].default
+    }
+    check_effects(chosen, typed, values, IN_VAIN)
 
 
 def read_command(argv: list[str]) -> tuple[dict[str, object], set[str]]:
     """Return the settings in a command and its config files, with out_dir set, and the keys typed in the command."""
     given = cli.read(argv, ModelConfig, TrainConfig)
-    typed = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
-    if is_unplanned(argv, given):
-        given["minutes"] = UNPLANNED
-        print(f"no length is given: --minutes={UNPLANNED:g}", flush=True)
+    typed = cli.typed_keys(argv)
     if given.get("minutes"):
         if "max_iters" in typed:
             raise UserError(
@@ -142,25 +140,14 @@ def read_command(argv: list[str]) -> tuple[dict[str, object], set[str]]:
             raise UserError(
                 f"input={given['input']} is only for a new run; leave it out: a resumed run already has its data"
             )
+        if not given.keys() & LENGTHS:
+            raise UserError("say how long to train on input: --minutes=3 or --max_iters=N")
         # a dataset name from a config file does not apply to an input that was typed in the command
         if "dataset" not in (typed if "input" in typed else given):
             given["dataset"] = data_name(given["input"])
     if given.get("out_dir") is None:
         given["out_dir"] = f"out/{given.get('dataset', TrainConfig.dataset)}"
     return given, typed
-
-
-def is_unplanned(argv: list[str], given: dict) -> bool:
-    """True if a command has text of its own to train a GPT on, and says nothing about the length of the run."""
-    has_file = any(not argument.startswith("--") for argument in argv)
-    says = given.keys() & {"minutes", "max_iters", "dry_run", "eval_only"}
-    is_gpt = given.get("model", ModelConfig.model) == "gpt"
-    if not given.get("input") or has_file or says or not is_gpt or launched()[1] > 1:
-        return False
-    path = Path(given["input"])
-    files = filter(Path.is_file, path.rglob("*")) if path.is_dir() else [path]
-    is_pairs = all(".tsv" in file.suffixes for file in files)
-    return not is_pairs or "text_key" in given
 
 
 def data_name(where: str) -> str:

@@ -30,5 +30,4 @@ schedule = "linear"
 min_lr = 0.0
 warmup_iters = 20
 dtype = "float32"  # auto can differ from machine to machine
-muon_dtype = "float32"
 eval_interval = 250

@@ -32,6 +32,5 @@ schedule = "linear"
 min_lr = 0.0
 warmup_iters = 20
 dtype = "float32"  # auto can differ from machine to machine
-muon_dtype = "float32"
 eval_interval = 180
 eval_iters = 75  # as many batches per evaluation as in the other two configs
