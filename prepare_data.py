@@ -2,11 +2,9 @@
 
     python prepare_data.py shakespeare_char                                  a built-in text, downloaded if missing
     python prepare_data.py --input=FILE_FOLDER_OR_PATTERN --name=mine        your own text
-    zcat dump.gz | python prepare_data.py --input=- --name=mine              a text on standard input
     python prepare_data.py --input='corpus/*.jsonl.gz' --name=mine --tokenizer=gpt2 --val_fraction=0.001
     python prepare_data.py translate_de_en                                   built-in pairs, downloaded if missing
     python prepare_data.py --input=pairs.tsv --name=mine                     your own: SOURCE, a tab and TARGET per line
-    python prepare_data.py --source=a.de --target=a.en --name=mine           or two aligned files
     python prepare_data.py --input=chats.jsonl --name=mine                   conversations
 
 Input is text, .jsonl, .parquet or .csv, optionally compressed as .gz or .zst. Each line of JSON, each row of Parquet or

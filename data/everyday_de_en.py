@@ -51,7 +51,7 @@ def fetch(config):
     files = captions[:2]  # all but the test split of Multi30k
     for split, pairs in splits.items():
         lines = "".join(f"{german}\t{english}\n" for german, english in pairs)
-        files.append((split, (keep(f"{config.name}/{split}.tsv", lines),)))
+        files.append((split, keep(f"{config.name}/{split}.tsv", lines)))
     credit = "Tatoeba sentences (tatoeba.org, manythings.org/anki, CC-BY 2.0 FR)"
     return files, f"{credit} and {source}"
 

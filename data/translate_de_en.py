@@ -1,6 +1,9 @@
 """Multi30k: 29,000 image captions in German and English, to translate."""
 
-from humptygpt.data.builtin import DOWNLOADS
+from pathlib import Path
+
+from humptygpt.data.builtin import DOWNLOADS, keep
+from humptygpt.data.documents import Flaws, read_text
 from humptygpt.download import download
 
 MULTI30K_URL = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
@@ -21,5 +24,14 @@ def fetch(config):
         download(MULTI30K_URL + file, folder / file, sha256)
         for file, sha256 in MULTI30K_SHA256.items()
     ]
-    pairs = zip(paths[::2], paths[1::2], strict=True)  # (German, English)
-    return list(zip(("train", "val", "test"), pairs, strict=True)), "Multi30k"
+    files = zip(("train", "val", "test"), paths[::2], paths[1::2], strict=True)
+    return [(split, joined(split, *sides)) for split, *sides in files], "Multi30k"
+
+
+def joined(split: str, german: Path, english: Path) -> Path:
+    """Write the lines of two aligned files as the two columns of one."""
+    sides = zip(
+        *(read_text(path, Flaws(), newline="\n") for path in (german, english)), strict=True
+    )
+    lines = ("\t".join(" ".join(side.split()) for side in pair) + "\n" for pair in sides)
+    return keep(f"multi30k/{split}.tsv", "".join(lines))

@@ -13,6 +13,7 @@ import prepare_data
 import sample
 import train
 from humptygpt.cli import UserError
+from humptygpt.data import pairs
 from humptygpt.data.dataset import BLOCKS
 from humptygpt.data.pair_dataset import PairDataset, batches
 from humptygpt.generation import translation as beam_search
@@ -168,9 +169,10 @@ def test_the_longest_pair_of_all_splits_just_fits(pairs, with_encoder, split):
         PairDataset(Path("data/pairs"), needed - 1, 1, with_encoder)
 
 
-def test_one_long_source_makes_no_other_batch_small(folder):
+def test_one_long_source_makes_no_other_batch_small(folder, monkeypatch):
     rows = [("long" * 9, "a"), *((f"s{i:02}", f"t{i:02}") for i in range(90))]
-    prepare_bytes(rows, "--max_pair_ratio=20")
+    monkeypatch.setattr(pairs, "RATIO", 20)
+    prepare_bytes(rows)
     sizes = sorted(map(len, batches(open_pairs(), "train", 2)))
     assert sizes[0] == 2 and sizes[-1] == 20  # of 4 tokens each, in 2 times 40
 
@@ -310,9 +312,7 @@ def test_evaluations_show_translations_and_the_end_has_the_bleu_of_the_best_chec
 
 def test_the_weights_that_are_scored_are_those_of_the_best_checkpoint(pairs, monkeypatch):
     losses, scored, score = iter([1.0, 2.0]), [], task.score_translations
-    monkeypatch.setattr(
-        evaluation, "validation_loss", lambda *args: (next(losses), 0.1, None)
-    )
+    monkeypatch.setattr(evaluation, "validation_loss", lambda *args: (next(losses), 0.1))
     weights = lambda model: model.state_dict()["lm_head.weight"].clone()  # noqa: E731
     keep = lambda *args: (scored.append(weights(args[0])), score(*args))[1]  # noqa: E731
     monkeypatch.setattr(task, "score_translations", keep)
@@ -337,12 +337,6 @@ def test_it_translates_without_dropout_and_never_chooses_ids_that_only_pad_the_v
     assert train.main([*TINY, "--dropout=0.1", "--vocab_size=300"]) == 0
     # shown three times, then scored
     assert calls == [*[(False, 1, 257)] * 3, (False, 4, 257)]
-
-
-def test_without_a_test_split_the_validation_split_is_scored(folder, capsys):
-    prepare_bytes(make_pairs(), "--test_fraction=0")
-    assert train.main(TINY) == 0
-    assert "pairs of the val split" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Such a file sets keys of prepare_data.py, as a config file sets keys of train.py
     fetch(config) -> input, description
 
 that downloads or makes the text if it is missing. config: the PrepareConfig. input: a path, as for --input, or files of
-pairs, [(split, paths)]. description: of the input, for meta.json.
+pairs, [(split, path)]. description: of the input, for meta.json.
 """
 
 import importlib.util

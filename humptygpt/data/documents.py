@@ -87,7 +87,7 @@ def find_files(where: str) -> tuple[list[Path], list[str]]:
     with read_errors(path):
         if path.is_dir():
             found = files_below(path, skipped)
-        elif path.exists():
+        elif path.is_file():
             return [path], []
         else:
             found = map(Path, glob.glob(where, recursive=True))  # noqa: PTH207, since the pattern may be absolute

@@ -5,15 +5,12 @@ import json
 import os
 import re
 import shlex
-import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
 
 from humptygpt.cli import UserError, note
 from humptygpt.data import builtin
@@ -30,7 +27,7 @@ from humptygpt.data.encoding import encode
 from humptygpt.data.pairs import PairFiles, Pairs
 from humptygpt.data.settings import CHOICES, OPTIONS, PrepareConfig
 from humptygpt.data.vocabulary import make_tokenizer
-from humptygpt.files import locked, move, refuse_unwritable, remove, write_text, write_whole
+from humptygpt.files import locked, move, refuse_unwritable, remove, write_text
 from humptygpt.tokenizers.basic import Tokenizer
 from humptygpt.tokenizers.saved import from_state
 
@@ -38,7 +35,6 @@ OURS = re.compile(r"(train|val|test)\.bin")
 PREPARING = "preparing"  # subfolder for data that is not complete
 # keys that do not affect the output, and name, which is positional
 NOT_IN_COMMAND = ("name", "overwrite")
-ONLY_FOR_PAIRS = ("test_fraction", "max_pair_tokens", "max_pair_ratio", "held_out")
 
 
 def prepare(config: PrepareConfig, open_tokenizer: Callable[[str], Tokenizer]) -> dict:
@@ -128,7 +124,7 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
                 f"text_key={config.text_key} has no effect, since {name} has no records with keys or columns"
             )
         if formats == {".tsv"} and not config.text_key:
-            files = [(None, (file,)) for file in files]
+            files = [(None, file) for file in files]
         elif chats := [file for file in files if is_conversations(file, config.text_key)]:
             kind = Conversations
             others = sorted({*files} - {*chats})
@@ -144,7 +140,7 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
     corpus = kind(resolve(config, preset, kind), files, name, skipped)
     corpus.trains_on_all = config.val_fraction == 0
     if config.val_input is not None:
-        unused = dict.fromkeys(("val_input", "source", "target", "files", "held_out"))
+        unused = {"val_input": None, "files": None}
         own = replace(preset, **unused | {"input": config.val_input, "val_fraction": 1.0})
         val = find_corpus(own, folder / PREPARING)
         if val.task != corpus.task or {*val.paths} & {*corpus.paths}:
@@ -157,8 +153,7 @@ def find_corpus(config: PrepareConfig, folder: Path) -> Corpus:
 
 def built_in(config: PrepareConfig) -> ModuleType | None:
     """Return the built-in data set that the config names; None if there is none."""
-    own_files = config.input or config.source
-    return None if own_files else builtin.data_set(config.name)
+    return None if config.input else builtin.data_set(config.name)
 
 
 def find_input(
@@ -168,17 +163,7 @@ def find_input(
 
     source: the built-in data set that the config names, if there is one.
     """
-    if config.source is not None:
-        paths = (Path(config.source), Path(config.target))
-        return [(None, paths)], f"{config.source} and {config.target}"
-    if config.input == "-":
-        return copied(sys.stdin.buffer, folder), "standard input"
     if config.input is not None:
-        path = Path(config.input)
-        with read_errors(path):
-            if path.is_fifo():  # as in --input=<(zcat dump.gz)
-                with path.open("rb") as pipe:
-                    return copied(pipe, folder), config.input
         return config.input, config.input
     for path in (folder / "input.txt", folder / "input.tsv"):
         if os.path.exists(path):
@@ -189,13 +174,6 @@ def find_input(
         f"no data set {config.name}: it is not one of {', '.join(builtin.names())}, and {folder.absolute()} has no"
         " input.txt; prepare your own text with --input=FILE_OR_FOLDER"
     )
-
-
-def copied(stream: BinaryIO, folder: Path) -> Path:
-    """Copy a stream to a file, because the text is read several times. Returns its path."""
-    path = folder / PREPARING / "standard_input.txt"
-    write_whole(path, lambda file: shutil.copyfileobj(stream, file))
-    return path
 
 
 def with_defaults(config: PrepareConfig, defaults: dict) -> PrepareConfig:
@@ -213,11 +191,10 @@ def resolve(
     """
     tokenizer = "bpe" if preset.vocab_size else "auto"
     resolved = with_defaults(preset, {"tokenizer": tokenizer} | kind.defaults)
-    resolved = with_defaults(resolved, {"test_fraction": resolved.val_fraction})
     others = [key for key, users in OPTIONS.items() if resolved.tokenizer not in users]
     vain = dict.fromkeys(others, f"tokenizer={resolved.tokenizer}")
     if kind is not Pairs:
-        vain |= dict.fromkeys(ONLY_FOR_PAIRS, f"task={kind.task}")
+        vain["max_pair_tokens"] = f"task={kind.task}"
     if kind is not Documents:
         vain["lines"] = f"task={kind.task}"
     if config.val_input is not None:

@@ -18,19 +18,13 @@ OPTIONS = {"vocab_size": ("sentencepiece", "bpe"), "split_digits": ("bpe",)}
 class PrepareConfig:
     # data
     name: str | None = None  # name of the folder in data/; the --name= prefix is optional
-    input: str | None = None  # file, folder, pattern, or - for stdin
+    input: str | None = None  # file, folder or pattern
     text_key: str | None = None  # key of the text, or of a question and its answer: q,a
     lines: bool | None = None  # each line of a text file is a document; None: off
     val_fraction: float | None = None  # None: 0.1, or 0.02 for pairs; 0: learn all
     val_input: str | None = None  # validation text of its own; None: a part of input
     files: int | None = None  # maximum number of files
-    # sentence pairs; all but source and target also apply to a .tsv input
-    source: str | None = None  # file with one sentence per line
-    target: str | None = None  # file with their translations, aligned line by line
-    test_fraction: float | None = None  # test fraction; None: same as val_fraction
-    max_pair_tokens: int | None = None  # drop pairs with a side longer than this; None: 128
-    max_pair_ratio: float | None = None  # drop pairs with a higher length ratio; None: 3
-    held_out: str | None = None  # file of pairs or source lines to exclude from training
+    max_pair_tokens: int | None = None  # drop sentence pairs with a longer side; None: 128
     # tokens
     tokenizer: str = "auto"  # auto: chosen to fit the text; or the tokenizer of a run, a model folder or owner/model
     vocab_size: int | None = None  # at most this many tokens; None: fits the text, or 4096
@@ -43,10 +37,10 @@ class PrepareConfig:
         return {"tokenizer": CHOICES}
 
     def validate(self) -> None:
-        check_least(self, 1, "files", "max_pair_ratio")
+        check_least(self, 1, "files")
         check_least(self, 2, "max_pair_tokens")
         check_least(self, 257, "vocab_size")  # 256 bytes and end-of-text
-        check_least(self, 0, "val_fraction", "test_fraction", below=1)
+        check_least(self, 0, "val_fraction", below=1)
         name, tokenizer = self.name, self.tokenizer
         if not (tokenizer in CHOICES or os.path.exists(tokenizer) or repository(tokenizer)):
             raise ValueError(
@@ -57,8 +51,3 @@ class PrepareConfig:
             raise ValueError("the data set has no name; add one, such as --name=mine")
         if name == ".." or Path(name).name != name:
             raise ValueError(f"name={name!r} must be the name of a folder in data/")
-        if (self.source is None) != (self.target is None) or (self.source and self.input):
-            raise ValueError(
-                "source and target must be given together, without input: two line-aligned files, as in"
-                " --source=a.de --target=a.en"
-            )
