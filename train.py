@@ -35,7 +35,7 @@ from humptygpt.machine import launched
 from humptygpt.models.build import is_finite
 from humptygpt.page.snapshots import take_snapshot
 from humptygpt.training import evaluation, report
-from humptygpt.training.memory import ADVICE, check_training_fits, dry_run
+from humptygpt.training.memory import ADVICE, check_training_fits, dry_run, limited_memory
 from humptygpt.training.optimizers import set_lr
 from humptygpt.training.resume import resumed_progress
 from humptygpt.training.run import (
@@ -83,7 +83,8 @@ def main(argv: list[str]) -> int:
             if run.config.eval_only:
                 print(evaluate_only(run))
                 return 0
-            return run.ranks.each(fit, run)
+            with limited_memory(run):
+                return run.ranks.each(fit, run)
 
 
 # --------------------------------------------------------------------------------------

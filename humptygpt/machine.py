@@ -26,7 +26,7 @@ OPTIONAL |= {"sentencepiece", "starlette", "tiktoken", "tokenizers", "uvicorn", 
 ON_WINDOWS = sys.platform == "win32"
 GIVEN = {*os.environ}  # names of the variables that the user has set
 STARTED = time.perf_counter()  # when the command started, not counting Python's own startup
-# Linux's control groups (cgroups), version 1 or 2, which containers use
+# Linux's control groups (cgroups), version 2, which containers, Slurm and systemd use
 CGROUPS = Path("/sys/fs/cgroup")
 OUR_GROUPS = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
@@ -77,9 +77,7 @@ def usable_cores() -> int:
     """Number of threads that can run at once, limited by CPU affinity and by cgroup quotas, which are rounded up."""
     cores = affinity()
     for folder in cgroup_folders():
-        # version 2 has both numbers in one file
-        quota = read_numbers(folder, "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us")
-        if quota and quota[0] > 0:  # -1: no limit
+        if quota := read_numbers(folder / "cpu.max"):
             cores = min(cores, math.ceil(quota[0] / quota[1]))
     return max(1, cores)
 
@@ -100,8 +98,8 @@ def available_memory() -> int:
     elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for folder in cgroup_folders():
-        limit = read_numbers(folder, "memory.max", "memory.limit_in_bytes")
-        used = read_numbers(folder, "memory.current", "memory.usage_in_bytes")
+        limit = read_numbers(folder / "memory.max")
+        used = read_numbers(folder / "memory.current")
         if limit and used:
             free = min(free, limit[0] - used[0] + file_cache(folder))
     return max(0, free)
@@ -153,12 +151,11 @@ def memory_advice(advice: str) -> Iterator[None]:
 
 
 def cgroup_folders() -> list[Path]:
-    """Folders of this process's cgroups and their ancestors, whose limits also apply."""
-    groups = re.findall("^[0-9]+:([^:]*):/(.*)$", read(OUR_GROUPS), re.MULTILINE)
-    # version 1 has a folder for each controller; in version 2 there is one, and the list of controllers is empty
-    paths = [CGROUPS / name / path for names, path in groups for name in names.split(",")]
+    """Folders of this process's cgroup and its ancestors, whose limits also apply."""
+    group = re.search("^0::/(.*)$", read(OUR_GROUPS), re.MULTILINE)
     # in a container, this may be the path outside the container; inside, only the root folder exists
-    return [folder for path in paths for folder in (path, *path.parents)]
+    path = CGROUPS / group[1] if group else CGROUPS
+    return [path, *path.parents]
 
 
 def read(path: Path) -> str:
@@ -169,9 +166,9 @@ def read(path: Path) -> str:
         return ""
 
 
-def read_numbers(folder: Path, *names: str) -> list[int]:
-    """Read the numbers in those of these cgroup files that exist. Returns [] if one says "max", for no limit."""
-    words = " ".join(read(folder / name) for name in names).split()
+def read_numbers(path: Path) -> list[int]:
+    """Read the numbers in a cgroup's file. Returns [] if there is no such file or it says "max", for no limit."""
+    words = read(path).split()
     return [] if "max" in words else list(map(int, words))
 
 

@@ -21,8 +21,7 @@ def groups(tmp_path, monkeypatch):
     """Write what the system says of our control groups: the path of ours, {file: content}."""
 
     def write(path: str, files: dict[str, str]) -> None:
-        groups = f"3:cpu,cpuacct:{path}\n2:memory:{path}\n1:name=systemd:/x\n0::{path}\n"
-        (tmp_path / "cgroup").write_text(groups)
+        (tmp_path / "cgroup").write_text(f"1:name=systemd:/x\n0::{path}\n")
         for name, content in files.items():
             (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "fs" / name).write_text(content)
@@ -32,9 +31,6 @@ def groups(tmp_path, monkeypatch):
     return write
 
 
-QUOTA = {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}  # version 1
-OUTER = {"cpu/a/cpu.cfs_quota_us": "150000", "cpu/a/cpu.cfs_period_us": "100000"}
-OUTER |= {"cpu/a/b/cpu.cfs_quota_us": "-1", "cpu/a/b/cpu.cfs_period_us": "100000"}
 NESTED = {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000"}
 
 
@@ -46,8 +42,7 @@ NESTED = {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000"}
         ("/a/b", NESTED, 2),
         ("/", {"cpu.max": "20000 100000"}, 1),
         ("/", {"cpu.max": "1600000 100000"}, 8),
-        ("/a/b", OUTER, 2),
-        ("/of/the/host", QUOTA, 1),
+        ("/of/the/host", {"cpu.max": "50000 100000"}, 1),
     ],
 )
 def test_threads_are_as_many_as_affinity_and_quota_allow(
@@ -125,8 +120,6 @@ def test_a_script_that_loads_torch_has_its_wait_policy_before_and_an_import_of_i
 # --------------------------------------------------------------------------------------
 # Memory
 
-VERSION_1 = {"memory/memory.limit_in_bytes": "5000", "memory/memory.usage_in_bytes": "3000"}
-VERSION_1 |= {"memory/a/memory.limit_in_bytes": "9223372036854771712"}  # none
 INNER = {"a/memory.max": "9000", "a/memory.current": "1"}
 
 
@@ -137,7 +130,6 @@ INNER = {"a/memory.max": "9000", "a/memory.current": "1"}
         ("/", {"memory.max": "5000", "memory.current": "3000"}, 2000),
         ("/a", INNER | {"memory.max": "100", "memory.current": "90"}, 10),
         ("/", {"memory.max": "600", "memory.current": "700"}, 0),
-        ("/a", VERSION_1 | {"memory/a/memory.usage_in_bytes": "1"}, 2000),
     ],
 )
 @pytest.mark.parametrize("stat", ["", "anon 1\ninactive_file 90\nactive_file 7\n"])
@@ -147,7 +139,7 @@ def test_available_memory_is_that_of_the_machine_and_of_every_control_group(
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:       16 kB\nMemAvailable:    8 kB\n")
     monkeypatch.setattr(machine, "MEMINFO", meminfo)
-    groups(path, files | {"memory.stat": stat, "memory/memory.stat": stat})
+    groups(path, files | {"memory.stat": stat})
     cached = 97 if stat and 0 < available < 8192 else 0
     assert machine.available_memory() == available + cached
 

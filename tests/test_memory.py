@@ -1,4 +1,4 @@
-"""Memory: the estimate, the refusal of runs that cannot fit, and scripts under a memory limit."""
+"""Memory: the lower bound, the refusal of runs that cannot fit, and scripts under a memory limit."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_RUN, WITHOUT_SAMPLE, exit_code, read_rows, started_processes
-from humptygpt.model import ACTIVATIONS, BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig
+from humptygpt.model import ModelConfig
 
 import prepare_data
 import sample
@@ -22,7 +22,7 @@ from humptygpt.cli import UserError
 from humptygpt.device import DTYPES, autocast
 from humptygpt.models import build as tasks
 from humptygpt.models.build import MODELS, build, build_on_meta
-from humptygpt.training import evaluation
+from humptygpt.training import evaluation, memory
 from humptygpt.training import run as runs
 from humptygpt.training.memory import (
     ADVICE,
@@ -42,7 +42,7 @@ TINY = ModelConfig(**SIZES)
 
 
 # --------------------------------------------------------------------------------------
-# The estimate
+# The lower bound
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -61,14 +61,8 @@ def test_memory_of_weights_gradients_and_optimizer_is_what_a_step_holds(optimize
 
 
 VARIANTS = [
-    *(("position", name) for name in POSITIONS),
-    *(("block", name) for name in BLOCKS),
-    *(("mlp", name) for name in MLPS),
-    *(("activation", name) for name in ACTIVATIONS),
-    *(("norm", name) for name in NORMS),
     *(("model", name) for name in MODELS if name != "number_mlp"),
-    *(("dropout", 0.1), ("qk_norm", True), ("mlp_conv", 3), ("n_kv_head", 1)),
-    *(("block_size", 256), ("vocab_size", 3000), ("n_hidden", 2048)),
+    *(("mlp", "gated"), ("n_members", 2), ("vocab_size", 3000), ("dropout", 0.1)),
     *(("freeze", "mlp"), ("freeze", "wte,blocks.0,blocks.1"), ("lora_rank", 4)),
 ]
 
@@ -105,39 +99,7 @@ def test_the_lower_bound_is_below_what_a_step_holds_and_counts_what_trains(
     sizes = [p.nbytes for p in on_meta.parameters() if p.requires_grad]
     trained, steps = sum(sizes), 4 * len(sizes)  # AdamW counts the steps of each parameter
     assert (needed.gradients, needed.optimizer) == (trained, 2 * trained + steps)
-    assert needed.total / 4 < needed.least < needed.weights + needed.optimizer + measured
-
-
-SHIPPED = ("shakespeare", "shakespeare_char", "shakespeare_char_large", "humpty_chat")
-SHIPPED += ("shakespeare_sp_llama", "train_shakespeare_char", "translate_de_en", "sotu")
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", SHIPPED)
-def test_the_estimate_is_near_what_autograd_keeps(name, dtype):
-    keys = cli.read([str(ROOT / f"config/{name}.py")], ModelConfig, TrainConfig)
-    settings = keys | {"vocab_size": 1000, "dtype": dtype, "batch_size": 4, "n_layer": 3}
-    config, shape = cli.make(TrainConfig, settings), tasks.make_model_config(settings)
-    on_meta = model_on_meta(config, shape)
-    measured = 4 / 32 * kept_by_autograd(config, shape, rows=32)
-    found = training_memory(config, on_meta).activations / measured
-    assert 1 / 1.5 < found < 1.5
-
-
-def test_frozen_and_checkpointed_layers_keep_less():
-    shape = replace(TINY, n_layer=12, block_size=64)
-
-    def needed(**settings) -> float:
-        config = TrainConfig(batch_size=2, dtype="bfloat16", init_from="x", **settings)
-        model = model_on_meta(config, shape)
-        return training_memory(config, model).activations
-
-    whole = needed()
-    assert needed(checkpoint_activations=True) < whole / 2
-    names = ["wte", "wpe", *(f"blocks.{i}" for i in range(6))]
-    assert needed(freeze=",".join(names)) < 0.6 * whole
-    assert needed(freeze=",".join(names[1:])) == whole  # the embedding learns through all
-    assert 0.6 * whole < needed(lora_rank=4) < 0.8 * whole
+    assert needed.logits <= measured
 
 
 def test_with_checkpointed_activations_blocks_are_computed_again_with_the_same_losses(
@@ -158,7 +120,7 @@ def test_with_checkpointed_activations_blocks_are_computed_again_with_the_same_l
     assert counts[1] == counts[0] + 6 * 2  # in 6 steps of 2 layers
 
 
-def test_with_fsdp_each_process_has_a_part_of_all_and_what_is_gathered():
+def test_with_fsdp_each_process_has_a_part_of_all_and_without_it_all():
     model = build_on_meta(TINY)
 
     def needed(processes: int = 8, **settings) -> Memory:
@@ -166,12 +128,9 @@ def test_with_fsdp_each_process_has_a_part_of_all_and_what_is_gathered():
         return training_memory(config, model, processes)
 
     alone = needed(1, parallel="fsdp")
-    assert alone.buffers == 0 and alone == needed(1)
-    assert needed(gradient_accumulation_steps=8) == alone  # DDP
-    one, two = (needed(parallel="fsdp", gradient_accumulation_steps=n) for n in (8, 16))
-    assert (one.weights, one.optimizer) == (alone.weights / 8, alone.optimizer / 8)
-    assert one.gradients == alone.gradients / 8 and two.gradients == alone.gradients
-    assert one.activations == alone.activations and one.buffers == two.buffers > 0
+    assert alone == needed(1) == needed(gradient_accumulation_steps=8)  # DDP
+    sharded = needed(parallel="fsdp", gradient_accumulation_steps=8)
+    assert sharded == Memory(*(x / 8 for x in alone[:3]), alone.logits)
 
 
 def test_a_dry_run_reports_memory_and_touches_nothing(capsys, monkeypatch):
@@ -187,7 +146,7 @@ def test_a_dry_run_reports_memory_and_touches_nothing(capsys, monkeypatch):
             argv.append(f"--parallel={parallel}")
         assert train.main(argv) == 0
         out = capsys.readouterr().out
-        assert " parameters, " in out and ": it fits\n" in out
+        assert " parameters, " in out and ": activations come on top\n" in out
         each, size = re.search(r"memory(.*), in GB: weights ([0-9.e-]+)", out).groups()
         assert each == (
             f" per process (4 processes, {parallel.upper()})" if parallel else ""
@@ -256,7 +215,7 @@ def test_the_memory_of_a_gpu_counts_or_that_of_a_machine_which_processes_share(
     check_training_fits(sharded, model_config, CPU, processes=4)
 
 
-def test_the_estimate_loads_no_compiler():
+def test_the_lower_bound_loads_no_compiler():
     code = """if True:
         import sys, train
         from humptygpt import model
@@ -311,6 +270,32 @@ def run_limited(main, argv: list[str], room: int) -> None:
     limit = psutil.Process().memory_info().vms + room
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     machine.run(main)
+
+
+def run_with_little_memory(argv: list[str], free: int) -> None:
+    """Train in a process that believes that so many bytes are free."""
+    torch.set_num_threads(1)
+    os.dup2(os.open("stderr", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 2)
+    memory.available_memory = lambda: free
+    sys.argv = ["train.py", *argv]
+    machine.run(train.main)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of memory")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_step_that_needs_more_than_is_free_is_one_line_and_the_checkpoint_stays(
+    run_train, processes, threads
+):
+    run_train("--n_embd=256", "--batch_size=64", "--vocab_size=2000", "--max_iters=1")
+    saved = Path("out/run/ckpt.pt").read_bytes()
+    argv = ["--init_from=resume", "--out_dir=out/run", f"--threads={threads}"]
+    argv += ["--device=cpu", "--max_iters=3"]
+    process = processes.Process(target=run_with_little_memory, args=(argv, 10_000_000))
+    process.start()
+    assert exit_code(process) == 2
+    line = f"train.py: out of memory; {ADVICE}"
+    assert Path("stderr").read_text().splitlines()[-1:] == [line]
+    assert Path("out/run/ckpt.pt").read_bytes() == saved
 
 
 @pytest.fixture(scope="module")

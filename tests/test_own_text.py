@@ -99,13 +99,6 @@ def test_the_size_of_the_text_and_not_of_its_file_decides_what_a_token_is(
     assert chosen in capsys.readouterr().out
 
 
-def test_a_text_that_repeats_itself_gets_fewer_subwords(small_table, capsys):
-    write_own(20 * make_text(500))
-    prepare("mine --input=own.txt")
-    assert meta("mine")["vocab_size"] == 300
-    assert "10,000 bytes of text that repeats itself" in capsys.readouterr().out
-
-
 def test_a_vocab_size_without_a_tokenizer_is_for_byte_pair_encoding(folder, capsys):
     write_own(make_text())
     prepare("mine --input=own.txt --vocab_size=310")

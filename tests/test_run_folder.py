@@ -62,9 +62,7 @@ def test_a_run_that_overwrites_another_sets_it_aside_before_its_first_step_howev
         if end == "interrupted":
             patch.setattr(train, "catch_signals", lambda: nullcontext([signal.SIGINT]))
         if end == "diverged":
-            patch.setattr(
-                evaluation, "validation_loss", lambda *args: (math.nan, 0.1, None)
-            )
+            patch.setattr(evaluation, "validation_loss", lambda *args: (math.nan, 0.1))
         train.main([*TINY_RUN, "--seed=2"])
     (aside,) = OUT.parent.glob("run.*")
     assert files_of(aside) == earlier
@@ -205,7 +203,7 @@ def test_wandb_gets_every_row_and_a_resumed_run_is_the_same_run(
 def test_a_run_that_diverges_is_finished_on_wandb_too(tiny, monkeypatch, capsys):
     fake = FakeWandb(online=True)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(evaluation, "validation_loss", lambda *args: (math.nan, 0.1, None))
+    monkeypatch.setattr(evaluation, "validation_loss", lambda *args: (math.nan, 0.1))
     assert train.main([*TINY_RUN, "--wandb_log=True"]) == 1
     assert fake.finished == 1
 

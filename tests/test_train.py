@@ -69,9 +69,7 @@ def values(key: str, rows: list[dict]) -> list[float]:
 def evaluations(monkeypatch, *losses: float) -> None:
     """Let the evaluations of a run find these losses."""
     found = iter(losses)
-    monkeypatch.setattr(
-        evaluation, "validation_loss", lambda *args: (next(found), 0.1, None)
-    )
+    monkeypatch.setattr(evaluation, "validation_loss", lambda *args: (next(found), 0.1))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import io
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
@@ -25,9 +24,6 @@ from humptygpt.tokenizers.basic import (
 # for tokenizer=auto: (minimum bytes of text, vocab_size). Smaller texts use characters. The last two entries are
 # estimates.
 AUTO = ((500_000, 512), (2_000_000, 2048), (50_000_000, 8192), (500_000_000, 32_768))
-# Text that zlib compresses to less than this fraction of its size, such as source code, uses the preceding entry of
-# AUTO, because a model with a smaller vocabulary learns to copy sooner.
-REPEATS_ITSELF = 0.33
 MOST_CHARACTERS = 256  # a small text with more distinct characters gets a byte tokenizer
 SAMPLE_BYTES = 100_000_000  # from a larger corpus, a tokenizer is trained on a random sample of about this size
 LINE = re.compile(".{1,1000}")  # what sentencepiece gets: a line, or part of a long one
@@ -51,35 +47,19 @@ def choose_tokenizer(corpus: Corpus) -> PrepareConfig:
     """Choose the tokenizer that suits the text, for tokenizer=auto, and print why. Returns the changed config."""
     size = corpus.text_size
     fitting = [vocab_size for least, vocab_size in AUTO if size >= least]
-    items = read_all(corpus, "measuring the text")
-    texts = chain.from_iterable(item.texts for _, item in items)
     measured = f"{size:,} bytes of text"
     if fitting:
-        if len(fitting) > 1 and compressed_share(texts) < REPEATS_ITSELF:
-            fitting.pop()
-            measured += " that repeats itself"
         chosen = {"tokenizer": "bpe", "vocab_size": fitting[-1]}
     elif corpus.task == "chat":  # its users type any character
         chosen = {"tokenizer": "bpe", "vocab_size": AUTO[0][1]}
     else:
+        items = read_all(corpus, "measuring the text")
+        texts = chain.from_iterable(item.texts for _, item in items)
         characters = set(chain.from_iterable(texts))
         measured += f" with {len(characters):,} different characters"
         chosen = {"tokenizer": "char" if len(characters) <= MOST_CHARACTERS else "byte"}
     print(f"tokenizer={chosen['tokenizer']} is chosen for {measured}")
     return replace(corpus.config, **chosen)
-
-
-def compressed_share(texts: Iterable[str]) -> float:
-    """Compress texts, up to the largest size in AUTO. Returns the compressed size divided by the size."""
-    packer = zlib.compressobj(1)
-    size = packed = 0
-    for text in texts:
-        data = text.encode()
-        size += len(data)
-        packed += len(packer.compress(data))
-        if size >= AUTO[-1][0]:
-            break
-    return (packed + len(packer.flush())) / size
 
 
 def vocabulary_texts(corpus: Corpus, everything: bool) -> Iterator[str]:

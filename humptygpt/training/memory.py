@@ -1,11 +1,11 @@
-"""The memory that a run needs.
+"""The memory that a run needs at least, and a limit under which needing more is an error instead of a kill."""
 
-Everything is computed from the run's model on the meta device, before any tensor is allocated. Tracing a forward pass
-would be exact, but torch's tracing takes a second and 70 MB to load, and every run starts with this estimate.
-"""
-
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from itertools import dropwhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from humptygpt.data.dataset import read_meta
-from humptygpt.device import DTYPES, free_memory, pick_device
-from humptygpt.machine import check_fits, launched
-from humptygpt.model import Block, ModelConfig, count_parameters, flops_per_token
+from humptygpt.device import free_memory, pick_device
+from humptygpt.machine import available_memory, check_fits, launched
+from humptygpt.model import ModelConfig, count_parameters, flops_per_token
 from humptygpt.models.build import WithoutValues, build_on_meta
 from humptygpt.tokenizers.saved import from_state
 from humptygpt.training import optimizers
 from humptygpt.training.optimizers import trained_parameters
+from humptygpt.training.run import Run
 from humptygpt.training.settings import TrainConfig, choose_dtype
 
 FLOAT = 4  # bytes in a float32, the dtype of weights, gradients and optimizer state for any --dtype
@@ -30,25 +31,17 @@ ADVICE = (
 
 
 class Memory(NamedTuple):
-    """Bytes that one process needs."""
+    """Bytes that one process needs. A step also needs activations, which only a trial can measure."""
 
     weights: float
     gradients: float
     optimizer: float
-    activations: float
-    buffers: float = 0  # FSDP: unsharded parameters and gradients held at once
-
-    @property
-    def total(self) -> float:
-        return sum(self)
+    logits: float  # the logarithms of their probabilities and the gradient
 
     @property
     def least(self) -> float:
-        """Lower bound, so that no run that would fit is refused.
-
-        A compiled model keeps fewer activations, and they are freed while the gradients are computed.
-        """
-        return self.weights + self.optimizer + max(self.gradients, self.activations / 3)
+        """Lower bound: the logits are freed while the gradients are computed."""
+        return self.weights + self.optimizer + max(self.gradients, self.logits)
 
 
 def model_on_meta(config: TrainConfig, model_config: ModelConfig) -> nn.Module:
@@ -59,61 +52,47 @@ def model_on_meta(config: TrainConfig, model_config: ModelConfig) -> nn.Module:
 
 
 def training_memory(config: TrainConfig, model: nn.Module, processes: int = 1) -> Memory:
-    """Estimate the memory that each process needs. model: from model_on_meta()."""
+    """Compute what each process holds. model: from model_on_meta()."""
     weights = FLOAT * count_parameters(model)
     gradients = FLOAT * sum(p.numel() for p in trained_parameters(model).values())
     trained = optimizers.make_optimizer(config, model)
-    # a guess: a class from elsewhere makes its state in the first step
-    optimizer = 2 * gradients
+    optimizer = 0  # unknown: a class from elsewhere makes its state in the first step
     if isinstance(trained, optimizers.Optimizer):
         with WithoutValues():
             trained.make_state()
         optimizer = sum(
             x.nbytes for state in trained.state.values() for x in state.values()
         )
-    activations = activation_bytes(config, model, processes)
-    if processes == 1 or config.parallel == "ddp":
-        return Memory(weights, gradients, optimizer, activations)
-    # a process that accumulates several micro-batches holds unsharded gradients
-    if config.gradient_accumulation_steps <= processes:
-        gradients /= processes
-    # gathered at once: the parameters outside the blocks, such as the embedding, and two blocks with their gradients
-    blocks = [
-        FLOAT * count_parameters(module)
-        for module in model.modules()
-        if isinstance(module, Block)
-    ]
-    buffers = weights - sum(blocks) + 4 * max(blocks, default=0)
-    return Memory(
-        weights / processes, gradients, optimizer / processes, activations, buffers
-    )
-
-
-def activation_bytes(config: TrainConfig, model: nn.Module, processes: int) -> float:
-    """Estimate the bytes that an uncompiled model keeps for its backward pass.
-
-    Of each token, a block keeps some eight float32 vectors of width C, among them the residual stream and its norms,
-    eight in the dtype of matrix products, around attention, and in that dtype its hidden neurons twice, before and
-    after their activation, or four times with a gate. Frozen matrices do without their inputs. The head has float32
-    logits, the logarithms of their probabilities and their gradient. RECORDS.md has measured peaks beside this.
-    """
     shape = model.config
-    C = shape.n_embd
-    size = DTYPES[config.dtype].itemsize
-    hidden = shape.n_hidden or (8 * C / 3 if shape.mlp == "gated" else 4 * C)
-    tensors = {"none": 0, "gated": 4}.get(shape.mlp, 2)
-    block = FLOAT * 8 * C + size * (8 * C + tensors * hidden)
-    if config.lora_rank:
-        block *= 0.7
-    # frozen layers before the first trained one keep nothing
-    parts = (x for x in model.modules() if isinstance(x, nn.Embedding | Block))
-    kept = dropwhile(lambda part: not trained_parameters(part), parts)
-    blocks = sum(isinstance(part, Block) for part in kept)
-    layers = blocks * block
-    if config.checkpoint_activations and blocks:  # one block at a time is recomputed
-        layers = block + blocks * FLOAT * C
-    head = shape.n_members * 3 * FLOAT * shape.vocab_size
-    return config.rows(processes) * shape.block_size * (layers + head)
+    tokens = config.rows(processes) * shape.block_size
+    logits = 2 * FLOAT * tokens * shape.n_members * shape.vocab_size
+    shards = processes if config.parallel == "fsdp" else 1
+    return Memory(weights / shards, gradients / shards, optimizer / shards, logits)
+
+
+@contextmanager
+def limited_memory(run: Run) -> Iterator[None]:
+    """Let the block, on a CPU, allocate no more than this process's share of the free memory.
+
+    An allocation then fails, which is one line with advice; otherwise the kernel would kill the process. Linux counts a
+    process's private writable memory for this limit.
+    """
+    if run.device.type != "cpu" or sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    before = soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", run.ranks.size))
+    used = re.search(r"^VmData:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
+    limit = 1024 * int(used[1]) + available_memory() // processes
+    unlimited = resource.RLIM_INFINITY
+    limit = min([limit, *(x for x in (soft, hard) if x != unlimited)])
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def check_training_fits(
@@ -122,7 +101,7 @@ def check_training_fits(
     device: torch.device,
     processes: int = 1,
 ) -> None:
-    """Raise UserError if a run needs more memory than is free."""
+    """Raise UserError if a run needs more memory than is free for its weights, gradients, optimizer and logits."""
     model = model_on_meta(config, model_config)
     training = (
         f"training {count_parameters(model):,} parameters with batch_size={config.batch_size} and"
@@ -147,7 +126,9 @@ def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:
     tokens = micro_batches * config.batch_size * model_config.block_size
     flops = flops_per_token(model)
     free = free_memory(device)
-    fits = "it fits" if memory.total <= free else f"it does not fit; {ADVICE}"
+    fits = (
+        "activations come on top" if memory.least <= free else f"it does not fit; {ADVICE}"
+    )
     entries = ", ".join(
         f"{name} {size / 1e9:.3g}" for name, size in memory._asdict().items() if size
     )
@@ -158,6 +139,6 @@ def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:
         f"model: {model_config.model}, {count_parameters(model):,} parameters, {flops:,} FLOPs per token\n"
         f"step: {tokens:,} tokens, {micro_batches} x {config.batch_size} x {model_config.block_size},"
         f" {flops * tokens:.3g} FLOPs\n"
-        f"memory{each}, in GB: {entries}; {memory.total / 1e9:.3g} in all,"
+        f"memory{each}, in GB: {entries}; at least {memory.least / 1e9:.3g},"
         f" {free / 1e9:.3g} free on {device}: {fits}"
     )

@@ -17,15 +17,10 @@ from torch import nn
 
 from humptygpt.cli import UserError
 from humptygpt.data.dataset import TokenDataset
-from humptygpt.device import free_memory
 from humptygpt.formats.huggingface import find_family
+from humptygpt.machine import is_out_of_memory
 from humptygpt.model import ModelConfig
-from humptygpt.training.memory import (
-    Memory,
-    check_training_fits,
-    model_on_meta,
-    training_memory,
-)
+from humptygpt.training.memory import check_training_fits, limited_memory, model_on_meta
 from humptygpt.training.ranks import Ranks
 from humptygpt.training.run import Clock, Progress, Run
 from humptygpt.training.settings import TrainConfig
@@ -206,17 +201,26 @@ def choose(
     epochs = planned(clock) / size.seconds * targets / text
     # a model that can be exported stays one that can
     may_have_members = from_scratch and model_config.model == "gpt"
+    members = 1
     if may_have_members and not can_be_exported(model_config) and "n_members" not in given:
-        fit = max(1, int(free_memory(device) / size.memory.total))
-        members = min(MOST_MEMBERS, fit, count_members(epochs))
-        model_config = replace(model_config, n_members=members)
-        epochs /= members
-    if "dropout" not in given:
-        rate = dropout(epochs, size.parameters)
-        model_config = replace(model_config, dropout=rate)
-    seconds = size.seconds
-    if model_config != size.model_config:  # members and dropout make steps slower
-        seconds = seconds_per_step(config, model_config, dataset, device)
+        members = min(MOST_MEMBERS, count_members(epochs))
+    while True:
+        model_config = size.model_config
+        if members > 1:
+            model_config = replace(model_config, n_members=members)
+        if "dropout" not in given:
+            rate = dropout(epochs / members, size.parameters)
+            model_config = replace(model_config, dropout=rate)
+        seconds = size.seconds
+        if model_config == size.model_config:
+            break
+        try:  # members and dropout make steps slower
+            seconds = seconds_per_step(config, model_config, dataset, device)
+            break
+        except Exception as error:
+            if members == 1 or not is_out_of_memory(error):
+                raise
+            members //= 2
     steps = max(1, int(planned(clock) / seconds))
     chosen = {
         "max_iters": steps,
@@ -236,7 +240,6 @@ class Size(NamedTuple):
     config: TrainConfig
     model_config: ModelConfig
     parameters: int  # excluding embeddings
-    memory: Memory
     seconds: float  # per step
 
 
@@ -263,7 +266,7 @@ def choose_size(
     bytes_per_token, share = dataset.val_bytes_per_token(), dataset.target_fraction
     text = dataset.train.targets * bytes_per_token
     row = context * config.gradient_accumulation_steps  # tokens per step with batch_size=1
-    available, free = planned(clock), free_memory(device)
+    available = planned(clock)
     best, lowest = None, math.inf
     for shape in shapes:
         model = model_on_meta(config, shape)
@@ -271,12 +274,16 @@ def choose_size(
         if "batch_size" not in given:
             batch_size = max(1, tokens_per_step(parameters, text) // row)
             config = replace(config, batch_size=batch_size)
-        memory = training_memory(config, model)
         if not best:
             check_training_fits(config, shape, device)
-        elif memory.least > free or parameters > most_parameters(text):
+        elif parameters > most_parameters(text):
             break
-        seconds = seconds_per_step(config, shape, dataset, device)
+        try:
+            seconds = seconds_per_step(config, shape, dataset, device)
+        except Exception as error:
+            if best and is_out_of_memory(error):
+                break
+            raise
         if seconds > available:
             break
         tokens = config.batch_size * row
@@ -284,7 +291,7 @@ def choose_size(
         predicted = loss(parameters, read, text, context * bytes_per_token, tokens)
         if predicted > lowest:
             break
-        best, lowest = Size(config, shape, parameters, memory, seconds), predicted
+        best, lowest = Size(config, shape, parameters, seconds), predicted
     if not best:
         raise UserError(
             f"minutes={config.minutes:g} is too short for a single step, which takes {seconds:.2g} s;"
@@ -339,7 +346,9 @@ def seconds_per_step(
     trial = replace(config, gradient_accumulation_steps=1)
     model = make_model(trial, model_config)
     run = assemble(trial, dataset, model, Ranks(device), Clock(Progress()))
-    return run.ranks.each(time_steps, run) * config.gradient_accumulation_steps
+    with limited_memory(run):
+        seconds = run.ranks.each(time_steps, run)
+    return seconds * config.gradient_accumulation_steps
 
 
 def time_steps(run: Run) -> float:
