@@ -119,8 +119,6 @@ FORMS = {
     },
     "Alpaca": {"instruction": "Hi", "input": "you", "output": "Ho"},
     "Alpaca without input": {"instruction": "Hi\n\nyou", "input": None, "output": "Ho"},
-    "Dolly": {"instruction": "Hi", "context": "you", "response": "Ho", "category": "qa"},
-    "OpenAI's older form": {"prompt": "Hi\n\nyou", "completion": " Ho"},
 }
 
 
@@ -223,51 +221,34 @@ def test_the_first_short_questions_of_conversations_are_kept_with_the_model(fold
 
 
 BAD = {
-    "chats.jsonl, line 2: it is no object with messages or": '{"messages": [\n',
-    "line 2: messages[0].role must be assistant or developer or gpt or human or": json.dumps(
-        {"messages": [{"role": "tool", "content": "x"}]}
-    ),
-    "line 2: it has a turn without content": json.dumps(
-        {"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}
-    ),
-    "line 2: it has tool_calls": json.dumps(
-        {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}
-    ),
-    "line 2: it has function_call": json.dumps(
-        {
-            "messages": [
-                {"role": "assistant", "content": "x", "function_call": {"name": "f"}}
-            ]
-        }
-    ),
-    "line 2: it has an empty reply": json.dumps(chat("a", " \n", "c", "d")),
-    "line 2: it has tools": json.dumps({"messages": [], "tools": [{}]}),
-    "line 2: messages[0].content[0].type must be text": json.dumps(
-        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}
-    ),
-    "line 2: it has a reply of weight 0": json.dumps(
-        {"messages": [{"role": "assistant", "content": "x", "weight": 0}]}
-    ),
-    "chats.jsonl, line 2: it has an empty reply": '{"instruction": "a", "output": ""}',
-    "line 2: output must be str": '{"instruction": "a", "output": 1}',
-    "line 2: it compares two replies; training on preferences": json.dumps(
-        {"prompt": "a", "chosen": "b", "rejected": "c"}
-    ),
-    "line 2: it has no reply of the assistant": json.dumps(chat("a")),
+    "damaged": '{"messages": [\n',
+    "of a tool": {"messages": [{"role": "tool", "content": "x"}]},
+    "without content": {"messages": [{"role": "user"}, *chat("a", "b")["messages"]]},
+    "a call of a tool": {
+        "messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]
+    },
+    "an empty reply": chat("a", " \n", "c", "d"),
+    "an image": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+    "not to be learned": {"messages": [{"role": "assistant", "content": "x", "weight": 0}]},
+    "an empty output": {"instruction": "a", "output": ""},
+    "a number": {"instruction": "a", "output": 1},
+    "preferences": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    "without a reply": chat("a"),
+    "other keys": {"prompt": "a", "completion": "b"},
 }
 
 
-@pytest.mark.parametrize("message, line", BAD.items())
-def test_a_bad_line_is_left_out_and_counted_and_the_first_is_named(
-    folder, capsys, message, line
+@pytest.mark.parametrize("record", BAD.values(), ids=BAD)
+def test_a_bad_record_is_left_out_and_counted_and_the_first_is_named(
+    folder, capsys, record
 ):
     good = [json.dumps(chat(f"a {i}", "b")) for i in range(20)]
+    line = record if isinstance(record, str) else json.dumps(record)
     Path("chats.jsonl").write_text("\n".join([good[0], line, *good[1:]]))
     prepare_data.main(["--input=chats.jsonl", "--name=tiny", "--val_fraction=0.5"])
-    assert "left out: 1; the first: chats.jsonl, line 2: " in (
-        err := capsys.readouterr().err
-    )
-    assert message in err
+    err = capsys.readouterr().err
+    assert "left out: 1; the first: chats.jsonl, line 2: it is no conversation of" in err
+    assert "--text_key=prompt,completion" in err
 
 
 def test_conversations_beside_other_files_are_read_and_the_others_named(folder, capsys):
@@ -421,7 +402,9 @@ def test_score_py_asks_a_bot_the_questions_of_a_file_and_shows_each_wrong_answer
     assert "there is no lookup to compare with: " in printed.err
     assert "lookup" not in printed.out
     Path("bad.jsonl").write_text('{"messages": 5}')
-    with pytest.raises(UserError, match=r"bad\.jsonl, line 1: messages must be list"):
+    with pytest.raises(
+        UserError, match=r"bad\.jsonl, line 1: it is no conversation of texts"
+    ):
         score.main([*argv, "--chats=bad.jsonl"])
 
 
@@ -600,7 +583,7 @@ def test_a_loaded_model_replies_as_its_server_does_and_says_that_it_talks(talker
     assert len([*talker.stream(messages, **keys)]) > 1
     bad = {
         "this model talks; ask it with reply": "wall",
-        "messages must be list": {"role": "user"},
+        "it is no conversation of texts": {"role": "user"},
         "messages\\[0\\].role must be": [{"role": "egg", "content": "a"}],
         "messages is empty": [],
         "the prompt takes": chat("wall " * 80)["messages"],

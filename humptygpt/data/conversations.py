@@ -1,12 +1,12 @@
 """Read conversations from JSON or tables, assign each to a split, and encode them.
 
-A record has "messages" (OpenAI, Hugging Face), "conversations" (ShareGPT), or a question and its answer (Alpaca, Dolly,
-columns of a table).
+A record has "messages" (OpenAI, Hugging Face), "conversations" (ShareGPT), "instruction" and "output" (Alpaca), or two
+keys that --text_key names.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import chain, cycle
 from pathlib import Path
@@ -29,23 +29,16 @@ from humptygpt.tokenizers.chat import (
 )
 
 ROLE = {*ROLES, "human", "gpt", "developer"}
-# keys of two replies to compare, which are recognised to be refused
-PREFERENCES = ("chosen", "rejected")
-# keys by which a record is a conversation: that of its turns, or those of a question,
-# its answer and what may follow the question
-FORMS = (
-    ("messages",),
-    ("conversations",),  # ShareGPT
-    ("instruction", "output", "input"),  # Alpaca
-    ("instruction", "response", "context"),  # Dolly
-    ("prompt", "completion"),  # OpenAI's older files
-    PREFERENCES,
-)
 TURNS = {
-    "messages": [{"role": ROLE, "content?": CONTENT}],
+    "messages": [{"role": ROLE, "content": CONTENT[:2], "weight?": (range(1, 2), None)}],
     "conversations": [{"from": ROLE, "value": str}],
 }
-TOOLS = ("tools", "functions", "tool_calls", "function_call")
+KEYS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+ALPACA = ("instruction", "output")
+NO_CONVERSATION = (
+    "it is no conversation of texts in a form of docs/chat.md; if it has a question and its answer, name their keys, as"
+    " in --text_key=prompt,completion"
+)
 OFTEN = 3  # a reply of a training split that occurs so many times is one token
 FEWEST_CHARACTERS = 20  # if it has at least so many characters
 FAQ = 2 / 3  # if this share of the replies recurs, as in a FAQ, all of them are tokens
@@ -194,70 +187,38 @@ def is_conversations(path: Path, text_key: str | None) -> bool:
         return False
     with suppress(UserError, StopIteration):
         _, first = next(read_records(path, [], Flaws()))
-        return bool(find_form(first, FORMS))
+        return not first.keys().isdisjoint(TURNS) or first.keys() >= {*ALPACA}
     return False
 
 
-def find_form(record: dict, forms: Iterable[tuple]) -> tuple:
-    """Return the first form of which a record has the first two keys, or (). forms: as FORMS."""
-    return next((form for form in forms if record.keys() >= {*form[:2]}), ())
-
-
 def parse(record: dict, columns: list[str]) -> Conversation:
-    """Read a record. columns: keys of a question and its answer, or []. Raises ValueError if it is not valid."""
-    forms = [columns] if columns else FORMS
-    form = find_form(record, forms)
-    if not form:
-        names = " or ".join(" and ".join(form[:2]) for form in forms if form != PREFERENCES)
-        raise ValueError(f"it is no object with {names}")
-    refuse_tools(record)
-    if form == PREFERENCES:
-        raise ValueError(
-            "it compares two replies; training on preferences is not supported"
-        )
-    first = form[0]
-    turns = [] if columns else read_before(record)
-    if first in TURNS:
-        check_schema(record, {first: TURNS[first]})
-        turns += map(read_turn, record[first])
-    else:
-        turns += read_exchange(record, *form)
+    """Read a record. columns: keys of a question and its answer, or []. Raises ValueError if it is no conversation."""
+    try:
+        turns = read_columns(record, *columns) if columns else read_turns(record)
+    except ValueError:
+        raise ValueError(NO_CONVERSATION) from None
     turns = [turn for turn in turns if turn.content or turn.role != "system"]
     while turns and turns[-1].role != "assistant":
         turns.pop()
-    if not turns:
-        raise ValueError("it has no reply of the assistant")
-    if not all(turn.content for turn in turns if turn.role == "assistant"):
-        raise ValueError("it has an empty reply")
+    if not turns or not all(turn.content for turn in turns if turn.role == "assistant"):
+        raise ValueError(NO_CONVERSATION)
     return Conversation(turns)
 
 
-def read_before(record: dict) -> list[Turn]:
-    """Read what ShareGPT and Alpaca have beside the turns: the system's turn, and Alpaca's earlier exchanges."""
+def read_turns(record: dict) -> list[Turn]:
+    """Read the turns of a known form, after what ShareGPT and Alpaca have beside them."""
     check_schema(record, {"system?": (str, None), "history?": ([[str]], None)})
     roles = chain(["system"], cycle(["user", "assistant"]))
     texts = [record.get("system") or "", *chain(*record.get("history") or ())]
-    return list(map(make_turn, roles, texts))
+    turns = list(map(make_turn, roles, texts))
+    for key, (role, content) in KEYS.items():
+        if key in record:
+            check_schema(record, {key: TURNS[key]})
+            return turns + [make_turn(x[role], x[content]) for x in record[key]]
+    return turns + read_columns(record, *ALPACA, "input")
 
 
-def refuse_tools(entry: dict) -> None:
-    """Raise ValueError if a record or a message has tools or a call of one."""
-    for key in TOOLS:
-        if entry.get(key):
-            raise ValueError(f"it has {key}, but a model cannot learn to call tools here")
-
-
-def read_turn(message: dict) -> Turn:
-    refuse_tools(message)
-    content = message.get("content", message.get("value"))
-    if content is None:
-        raise ValueError("it has a turn without content")
-    if message.get("weight") == 0:
-        raise ValueError("it has a reply of weight 0, but all replies are learned")
-    return make_turn(message.get("role") or message["from"], content)
-
-
-def read_exchange(record: dict, question: str, answer: str, *more: str) -> list[Turn]:
+def read_columns(record: dict, question: str, answer: str, *more: str) -> list[Turn]:
     """Read a question and its answer. more: keys of what follows the question, which may be missing or empty."""
     optional = {f"{key}?": (str, None) for key in more}
     check_schema(record, {question: str, answer: str} | optional)

@@ -170,7 +170,7 @@ def read_documents(
         else:
             why = f"no text under text_key={text_key}"
             if record and text_key not in record:
-                why += f"; its keys: {', '.join(record)}"
+                why += f"; its keys: {', '.join(record)}; a question and its answer: --text_key=prompt,completion"
             flaws.add(LEFT_OUT, f"{where}: {why}")
 
 
