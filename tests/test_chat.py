@@ -583,7 +583,7 @@ def test_a_loaded_model_replies_as_its_server_does_and_says_that_it_talks(talker
     assert len([*talker.stream(messages, **keys)]) > 1
     bad = {
         "this model talks; ask it with reply": "wall",
-        "it is no conversation of texts": {"role": "user"},
+        "messages must be list": {"role": "user"},
         "messages\\[0\\].role must be": [{"role": "egg", "content": "a"}],
         "messages is empty": [],
         "the prompt takes": chat("wall " * 80)["messages"],
