@@ -98,13 +98,7 @@ def messages(turns: list[Turn]) -> list[dict]:
 # Exports
 
 
-IMPORTED = (  # tokenizers of other projects
-    "GPT-2's tokenizer.json",
-    "Llama 3's tokenizer.json",
-    "LlamaTokenizer",
-    "LlamaTokenizer, legacy",
-    "Llama 2's tokenizer.json",
-)
+IMPORTED = ("GPT-2", "Llama 2", "Llama 3")
 
 
 REPLY = "We are open from nine."

@@ -711,7 +711,7 @@ BAD = {
 @pytest.mark.parametrize("complaint", BAD)
 def test_bad_input_is_one_line(folder, fails, complaint):
     write_own("some text\n")
-    Path("chats.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    Path("chats.jsonl").write_text('{"instruction": "a", "output": "b"}')
     Path("my texts").mkdir()
     Path("my texts/own.txt").write_text("some text\n")
     Path("data").mkdir()

@@ -26,6 +26,7 @@ EOT = 0
 @pytest.mark.usefixtures("pairs")
 def test_a_block_that_has_no_cross_attention_is_refused_in_one_line(fails):
     argv = [*TINY_RUN, "--dataset=pairs", "--model=transformer", "--block=plain"]
+    argv += ["--block_size=64"]
     line = fails(train.main, *argv)
     assert line == "model=transformer needs block=pre_norm or post_norm, not plain\n"
 

@@ -10,6 +10,7 @@ Letters in shapes are explained in model.py. Here, S is the length of the source
 import torch
 from torch import Tensor, nn
 
+from humptygpt.cli import UserError
 from humptygpt.model import (
     ATTENTIONS,
     GPT,
@@ -100,7 +101,7 @@ class Transformer(nn.Module):
         config.validate()
         if config.block not in DECODER_BLOCKS:
             blocks = " or ".join(DECODER_BLOCKS)
-            raise ValueError(f"model=transformer needs block={blocks}, not {config.block}")
+            raise UserError(f"model=transformer needs block={blocks}, not {config.block}")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.encoder = Stack(config, causal=False)
