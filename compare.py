@@ -164,9 +164,7 @@ class Run:
                     "best_val_loss": row["val_loss"],
                     BITS: row["val_bits_per_byte"],
                 }
-                best[text] = min(
-                    best.pop(text, found), found, key=lambda each: each["best_val_loss"]
-                )
+                best[text] = min(best.pop(text, found), found, key=lambda each: each["best_val_loss"])
         return best
 
     @property
@@ -186,9 +184,7 @@ def read_runs(folders: TEXTS) -> list[Run]:
         try:
             path = Path(folder)
             settings = parse_json((path / "config.json").read_bytes(), SCHEMA)
-            runs.append(
-                Run(path.absolute(), settings, read_metrics(path / "metrics.jsonl"))
-            )
+            runs.append(Run(path.absolute(), settings, read_metrics(path / "metrics.jsonl")))
         except (OSError, ValueError) as error:
             note(f"skipped {folder}, which is not a run: {one_line(error)}")
     if not runs:
@@ -285,9 +281,7 @@ def make_table(title: str, rows: Rows, compared: Rows) -> list[dict]:
     if measured := [row for row in table if row[BITS] and common]:
         min(measured, key=lambda row: row[BITS])["remark"] = "best"
     elif every and not common:
-        note(
-            f"the runs{title and f' in {title}'} were evaluated on different texts, so none is marked as the best"
-        )
+        note(f"the runs{title and f' in {title}'} were evaluated on different texts, so none is marked as the best")
     first = [runs[0] for _, runs in rows]
     keys = sorted(differing(first))
     for row, run in zip(table, first, strict=True):
@@ -314,9 +308,7 @@ def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
         "run": name,
         "folder": os.path.relpath(runs[0].folder),
         "state": ", ".join(counted),
-        "tokens_per_second": means["tokens"] / means["seconds"]
-        if means["seconds"]
-        else None,
+        "tokens_per_second": means["tokens"] / means["seconds"] if means["seconds"] else None,
         "seeds": len(bits),
         "bits_of_seeds": bits,
         "comparable": text is not None,

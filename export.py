@@ -46,9 +46,7 @@ class ExportConfig(ModelSource):
                 f"to={self.to} must be a folder or end in .gguf; a run's own best.pt can be copied as it is"
             )
         if self.dtype == "q8_0" and extension != ".gguf":
-            raise ValueError(
-                "dtype=q8_0 needs a file that ends in .gguf; otherwise use float32 or bfloat16"
-            )
+            raise ValueError("dtype=q8_0 needs a file that ends in .gguf; otherwise use float32 or bfloat16")
 
 
 def main(argv: list[str]) -> None:

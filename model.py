@@ -132,9 +132,7 @@ class Shared(NamedTuple):
     rotation: tuple[Tensor, Tensor] | None  # of position=rotary: see rotate()
     masks: dict[int, Mask]  # {window: mask}, by default {0: None}
     padding: Tensor | None  # (B, S) bool, True if a token is padding; None: no padding
-    kept: dict[
-        str, Tensor
-    ]  # what a layer leaves for later ones, or the caller gives to all
+    kept: dict[str, Tensor]  # what a layer leaves for later ones, or the caller gives to all
     losses: dict[str, Tensor]  # terms that layers add to the loss: see add_loss()
 
 
@@ -377,9 +375,7 @@ class GPT(nn.Module):
         smoothing = self.config.label_smoothing if self.training else 0.0
         # a sum over the vocabulary in 16 bits would be too coarse; float64 stays
         logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(
-            logits, targets.flatten(), ignore_index=-1, label_smoothing=smoothing
-        )
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, label_smoothing=smoothing)
 
     def make_cache(self, size: int | None = None) -> Cache:
         """Make an empty cache for up to `size` tokens, by default block_size."""
@@ -777,34 +773,24 @@ def check_values(config: ModelConfig) -> None:
     for name, choices in config.choices().items():
         if (value := getattr(config, name)) not in choices:
             table = [f" ({k} in model.py)" for k, x in globals().items() if x is choices]
-            raise ValueError(
-                f"{name}={value} is not one of: {', '.join(choices)}{''.join(table)}"
-            )
+            raise ValueError(f"{name}={value} is not one of: {', '.join(choices)}{''.join(table)}")
     for names, (least, most) in LIMITS.items():
         for name in names.split():
             value = getattr(config, name)
             if value is not None and not least <= value <= most:
                 raise ValueError(f"{name}={value} must be from {least} to {most}")
     if not 0 <= config.window <= config.block_size:
-        raise ValueError(
-            f"window={config.window} must be from 0 to block_size={config.block_size}"
-        )
+        raise ValueError(f"window={config.window} must be from 0 to block_size={config.block_size}")
 
 
 def check_combinations(config: ModelConfig) -> None:
     """Raise ValueError for the first invalid combination of values."""
     if config.head_size is None and config.n_embd % config.n_head:
-        raise ValueError(
-            f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head} unless head_size is set"
-        )
+        raise ValueError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head} unless head_size is set")
     if config.n_head % config.kv_heads:
-        raise ValueError(
-            f"n_head={config.n_head} must be a multiple of n_kv_head={config.n_kv_head}"
-        )
+        raise ValueError(f"n_head={config.n_head} must be a multiple of n_kv_head={config.n_kv_head}")
     if config.position == "rotary" and config.features % 2:
-        raise ValueError(
-            f"position=rotary rotates feature pairs, so head_size={config.features} must be even"
-        )
+        raise ValueError(f"position=rotary rotates feature pairs, so head_size={config.features} must be even")
     if config.rope_low_freq_factor >= config.rope_high_freq_factor:
         raise ValueError(
             f"rope_low_freq_factor={config.rope_low_freq_factor:g} must be below"

@@ -105,9 +105,7 @@ def main(argv: list[str]) -> None:
     loaded = config.pipeline(chosen_source(config, given))
     settings = vars(config) | {"task": loaded.task}
     check_effects(given, cli.typed_keys(argv), settings, IN_VAIN)
-    with machine.memory_advice(
-        "try a smaller --num_samples, --max_new_tokens or --num_beams"
-    ):
+    with machine.memory_advice("try a smaller --num_samples, --max_new_tokens or --num_beams"):
         if loaded.task == "translation":
             print_translations(config, loaded)
             return
@@ -220,9 +218,7 @@ def print_texts(config: SampleConfig, loaded: Pipeline) -> None:
         print_batch(texts[first : first + at_once], config, loaded)
 
 
-def print_batch(
-    texts: list[tuple[Prompt, int]], config: SampleConfig, loaded: Pipeline
-) -> None:
+def print_batch(texts: list[tuple[Prompt, int]], config: SampleConfig, loaded: Pipeline) -> None:
     """Print the first text as it is generated, then the others. texts: (prompt, sample number)."""
     prompts, samples = zip(*texts, strict=True)
     pieces = write([prompt.ids for prompt in prompts], samples, config, loaded)

@@ -54,9 +54,7 @@ class ScoreConfig(PipelineConfig):
         super().validate()
         given = sum(map(bool, (self.text, self.pairs, self.chats)))
         if given != 1:
-            raise ValueError(
-                f"choose one of --text, --pairs and --chats; {given} are given"
-            )
+            raise ValueError(f"choose one of --text, --pairs and --chats; {given} are given")
 
 
 def main(argv: list[str]) -> None:
@@ -129,9 +127,7 @@ def print_tests(config: ScoreConfig, sources: dict[str, str | Path]) -> None:
         loaded = load(config, source)
         passed[name] = run_tests(loaded.model, loaded.tokenizer, tests)
         if missing := np.isnan(passed[name]).sum():
-            note(
-                f"{missing} of {len(tests)} tests have characters that the tokenizer lacks; they are left out"
-            )
+            note(f"{missing} of {len(tests)} tests have characters that the tokenizer lacks; they are left out")
     table = make_table(tests, passed)
     if config.json:
         print(json.dumps(table))

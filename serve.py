@@ -57,9 +57,7 @@ class ServeConfig(PipelineConfig):
                 " --api_key=none to let anybody ask"
             )
         if key is not None and not re.fullmatch("[!-~]+", key):
-            raise ValueError(
-                "the API key must be ASCII without spaces, or no client can send it"
-            )
+            raise ValueError("the API key must be ASCII without spaces, or no client can send it")
 
     @cached_property  # a pipe can be read only once
     def key(self) -> str | None:
@@ -111,9 +109,7 @@ def listen(config: ServeConfig) -> socket.socket:
     try:
         return socket.create_server((config.host, config.port), family=family, backlog=128)
     except (OSError, OverflowError) as error:
-        raise UserError(
-            f"cannot listen on {config.host}, port {config.port}: {error}"
-        ) from error
+        raise UserError(f"cannot listen on {config.host}, port {config.port}: {error}") from error
 
 
 if __name__ == "__main__":

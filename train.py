@@ -105,9 +105,7 @@ def setup(start: Start) -> Run:
     if config.minutes:
         from humptygpt.training import minutes as plan
 
-        config, model_config = plan.begin(
-            config, model_config, given, dataset, clock, ranks.device
-        )
+        config, model_config = plan.begin(config, model_config, given, dataset, clock, ranks.device)
     elif not config.eval_only:
         check_training_fits(config, model_config, ranks.device, ranks.size)
     model = make_model(config, model_config, saved, base, ranks.first, dataset.tokenizer)
@@ -239,9 +237,7 @@ def evaluate(run: Run, folder: RunFolder, bar: tqdm) -> bool:
     folder.record(run.progress.stamp("eval") | row)
     best = f", {answered} questions answered" if answered else ""
     best += ", the best so far" if improved else ""
-    report.show_line(
-        bar, f"iter {run.progress.iter}: {evaluation.evaluation_line(row)}{best}"
-    )
+    report.show_line(bar, f"iter {run.progress.iter}: {evaluation.evaluation_line(row)}{best}")
     if run.task.evaluation_examples and run.ranks.first:
         report.show_line(bar, show(run, run.task.evaluation_examples, run.model))
     if improved:

@@ -49,14 +49,10 @@ class Contender:
 
     ours = True
 
-    def __init__(
-        self, config: TrainConfig, model_config: ModelConfig, bench_config: BenchConfig
-    ):
+    def __init__(self, config: TrainConfig, model_config: ModelConfig, bench_config: BenchConfig):
         # with a single thread there is one process, so operators take as many threads as they are given
         self.trainers = {
-            (dtype, threads): OurTrainer(
-                replace(config, dtype=dtype, threads=threads), model_config
-            )
+            (dtype, threads): OurTrainer(replace(config, dtype=dtype, threads=threads), model_config)
             for dtype, threads in product(DTYPES, {1, THREADS})
         }
         self.tokens = config.batch_size * model_config.block_size
@@ -78,9 +74,7 @@ class Contender:
 
     def generate(self, choice: Choice) -> float:
         """Return the tokens per second of one text."""
-        return TOKENS * calls_per_second(
-            partial(self.generator.measure, TOKENS), choice.threads
-        )
+        return TOKENS * calls_per_second(partial(self.generator.measure, TOKENS), choice.threads)
 
 
 def calls_per_second(call: Callable[[], object], threads: int) -> float:
@@ -119,15 +113,10 @@ def bench(config: BenchConfig) -> dict:
             row += f" {alone[kind, choice]:13,.0f} {min(both[kind, choice]):12,.0f}"
         print(row, "<- auto" if choice == auto else "", flush=True)
 
-    programs = [
-        subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(usable_cores())
-    ]
+    programs = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(usable_cores())]
     try:
         single = auto._replace(threads=1)
-        busy = [
-            [pairs[own][0].call("processes", choice) for choice in (auto, single)]
-            for _ in range(ROUNDS)
-        ]
+        busy = [[pairs[own][0].call("processes", choice) for choice in (auto, single)] for _ in range(ROUNDS)]
     finally:
         for program in programs:
             program.kill()

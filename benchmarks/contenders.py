@@ -91,11 +91,7 @@ class Isolated:
 
     def __init__(self, cls: type, *arguments: object):
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        chosen = (
-            {}
-            if cls.ours
-            else {key: os.environ.pop(key) for key in CHOSEN & os.environ.keys() - GIVEN}
-        )
+        chosen = {} if cls.ours else {key: os.environ.pop(key) for key in CHOSEN & os.environ.keys() - GIVEN}
         ready = self.pool.submit(start, cls, *arguments)  # starts the process
         os.environ.update(chosen)
         ready.result()

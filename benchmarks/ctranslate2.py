@@ -19,9 +19,7 @@ def write_gpt2(config: ModelConfig, folder: str) -> None:
 
     words = models.WordLevel({f"t{i}": i for i in range(config.vocab_size)}, unk_token="t0")
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "t0")
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **special).save_pretrained(
-        folder
-    )
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **special).save_pretrained(folder)
     random_gpt2(config).save_pretrained(folder)
 
 

@@ -45,9 +45,7 @@ SHORT = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "vocab_size"
 
 def bench(config: BenchConfig) -> dict:
     device = pick_device(config.device)
-    print(
-        f"| what | measured | computed, or for comparison |\n|---|---|---|\n| {versions(device)} | | |"
-    )
+    print(f"| what | measured | computed, or for comparison |\n|---|---|---|\n| {versions(device)} | | |")
     figures = {"demo": demo(config)}
     for name in TRAININGS:
         figures[name] = training(config, name, device)
@@ -176,9 +174,7 @@ def copy_bandwidth(device: torch.device, size: int) -> float:
     return 2 * size / statistics.median(times)
 
 
-def decoding(
-    config: BenchConfig, device: torch.device, texts: int, bandwidth: float
-) -> dict:
+def decoding(config: BenchConfig, device: torch.device, texts: int, bandwidth: float) -> dict:
     """Time tokens after a prompt of 8, and compare the weights that each step reads with the memory bandwidth."""
     dtype = pick_dtype("auto", device)
     name = str(dtype).removeprefix("torch.")
@@ -186,9 +182,7 @@ def decoding(
     if config.short:
         keys |= SHORT
     model_config = cli.make(ModelConfig, keys)
-    asked = replace(
-        config, weights=name, texts=texts, new_tokens=8 if config.short else 128
-    )
+    asked = replace(config, weights=name, texts=texts, new_tokens=8 if config.short else 128)
     generator = Isolated(OurGenerator, model_config, asked)
     steps = generator.call("measure", asked.new_tokens)
     generator.end()

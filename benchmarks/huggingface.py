@@ -15,14 +15,10 @@ def random_gpt2(config: ModelConfig) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    shape = {
-        key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")
-    }
+    shape = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
     # token 0 ends a text, because a small vocabulary lacks the usual id
     ends = {"bos_token_id": 0, "eos_token_id": 0}
-    return GPT2LMHeadModel(
-        GPT2Config(n_positions=config.block_size, **shape, **ends)
-    ).eval()
+    return GPT2LMHeadModel(GPT2Config(n_positions=config.block_size, **shape, **ends)).eval()
 
 
 class HuggingFaceGenerator(Generator):

@@ -76,9 +76,7 @@ def any_exchange(composer: "HUMPTY.Composer", start: str = "") -> "HUMPTY.Exchan
     return composer.exchange(composer.random.choice(names), {})
 
 
-def answer(
-    loaded: sample.Pipeline, conversations: list[list["HUMPTY.Exchange"]]
-) -> list[str]:
+def answer(loaded: sample.Pipeline, conversations: list[list["HUMPTY.Exchange"]]) -> list[str]:
     prompts = []
     for exchanges in conversations:
         turns = []
@@ -89,9 +87,7 @@ def answer(
     for first in range(0, len(prompts), AT_ONCE):
         some = prompts[first : first + AT_ONCE]
         context = Context(loaded.model, some)
-        for piece in stream_texts(
-            context, loaded.tokenizer, range(len(some)), max_new_tokens=60, temperature=0
-        ):
+        for piece in stream_texts(context, loaded.tokenizer, range(len(some)), max_new_tokens=60, temperature=0):
             replies[first + piece.row] += piece.text
     return replies
 

@@ -117,9 +117,7 @@ def bench(config: BenchConfig) -> dict:
         raise UserError("what=page needs playwright: pip install playwright") from None
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
-        raise UserError(
-            "what=page needs an installed Chromium; Debian: apt-get install chromium"
-        )
+        raise UserError("what=page needs an installed Chromium; Debian: apt-get install chromium")
     path = Path(config.page).resolve()
     if not path.is_file():
         raise UserError(f"no {config.page}; make it with explain.py")
@@ -151,9 +149,7 @@ def time_page(browser, path: Path, keystrokes: int) -> dict[str, dict]:
     alphabet, block_size = page.evaluate(PAINTED)
     letters = [letter for letter in alphabet if "a" <= letter <= "z"]
     if not letters:
-        raise UserError(
-            f"{path}: its tokens are not characters, which this benchmark types"
-        )
+        raise UserError(f"{path}: its tokens are not characters, which this benchmark types")
     # beyond a full context, the page continues from the newest half
     lengths = {"64": 64, "full": block_size, "beyond": block_size + 1}
     figures = {
@@ -173,9 +169,7 @@ def time_page(browser, path: Path, keystrokes: int) -> dict[str, dict]:
     return figures
 
 
-def time_keystrokes(
-    page, letters: list[str], T: int, where: str, count: int
-) -> dict[str, float]:
+def time_keystrokes(page, letters: list[str], T: int, where: str, count: int) -> dict[str, float]:
     """Milliseconds per keystroke. T: length of the text in tokens after a keystroke. where: appended or anywhere."""
     draw = random.Random(1)
     times = []

@@ -171,9 +171,7 @@ def predict(x: dict[str, Tensor], constants: Tensor, base: Tensor) -> Tensor:
 
     def worth(amount: Tensor, once: Tensor) -> Tensor:
         again = (amount / once - 1).clamp(min=0)
-        return torch.minimum(amount, once) * (
-            1 + repeats * (1 - torch.exp(-again / repeats))
-        )
+        return torch.minimum(amount, once) * (1 + repeats * (1 - torch.exp(-again / repeats)))
 
     taught = worth(x["parameters"], plan.PARAMETERS_PER_BYTE * x["size"])
     learned = worth(x["read"], x["size"]) * (1024 / x["step"]) ** small
@@ -206,9 +204,7 @@ def fit() -> None:
 
 def minimize(x: dict[str, Tensor], free: Tensor, base: Tensor, text: Tensor) -> float:
     """Fit `free` and `base` in place, and return the error: Huber loss, as in arXiv:2203.15556, section 3.3."""
-    optimizer = torch.optim.LBFGS(
-        [free, base], max_iter=2000, line_search_fn="strong_wolfe"
-    )
+    optimizer = torch.optim.LBFGS([free, base], max_iter=2000, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -300,9 +296,7 @@ def curve(rows: list[dict]) -> tuple[list[float], list[float]]:
 
 
 def promise(row: dict) -> float:
-    return plan.loss(
-        *(row[key] for key in ("parameters", "read", "size", "context", "step"))
-    )
+    return plan.loss(*(row[key] for key in ("parameters", "read", "size", "context", "step")))
 
 
 def script(argv: list[str]) -> None:

@@ -40,9 +40,7 @@ def main(out_dir: str, text: str) -> None:
     axes.semilogy(number, after, ".", color="#0f766e")
     axes.semilogy(number, before, ".", color="#c2410c")
     label = {"xycoords": ("data", "axes fraction"), "fontsize": 11}
-    axes.annotate(
-        "Muon's update: all directions move alike", (50, 0.78), color="#0f766e", **label
-    )
+    axes.annotate("Muon's update: all directions move alike", (50, 0.78), color="#0f766e", **label)
     axes.annotate(
         "the gradient: a few directions dominate",
         (50, 0.5),

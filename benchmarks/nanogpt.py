@@ -21,9 +21,7 @@ KEYS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "vocab_s
 
 def build_gpt(checkout: str, config: ModelConfig) -> nn.Module:
     """Build the GPT from the checkout's model.py with the shape of the config."""
-    spec = importlib.util.spec_from_file_location(
-        "nanogpt_model", Path(checkout) / "model.py"
-    )
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(checkout) / "model.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclass looks up its own module there
     spec.loader.exec_module(module)

@@ -62,6 +62,4 @@ class BenchConfig:
         if needed and getattr(self, needed) is None:
             raise ValueError(f"what={self.what} needs --{needed}=PATH")
         if self.nanogpt is not None and not (Path(self.nanogpt) / "model.py").exists():
-            raise ValueError(
-                f"nanogpt={self.nanogpt} has no model.py; give the folder of a checkout"
-            )
+            raise ValueError(f"nanogpt={self.nanogpt} has no model.py; give the folder of a checkout")

@@ -44,15 +44,10 @@ def main() -> None:
             dealt.append(passages[torch.randperm(len(passages))].flatten())
     print("standard deviation of the texts' losses, their ±, the same of single batches")
     for name, halves in (("fifths", fifths), ("dealt passages", dealt)):
-        texts = torch.stack(
-            [half[: len(half) // TEXTS * TEXTS].view(TEXTS, -1) for half in halves]
-        )
+        texts = torch.stack([half[: len(half) // TEXTS * TEXTS].view(TEXTS, -1) for half in halves])
         spread = texts.mean(2).var(1).mean().sqrt()
         weights = torch.ones(texts.shape[2])
-        errors = [
-            standard_error((text - text.mean()).numpy(), weights.numpy())
-            for text in texts.flatten(0, 1)
-        ]
+        errors = [standard_error((text - text.mean()).numpy(), weights.numpy()) for text in texts.flatten(0, 1)]
         single = texts.var(2).mean().sqrt() / texts.shape[2] ** 0.5
         error = torch.tensor(errors).square().mean().sqrt()
         print(f"  {name}: {spread:.4f}, {error:.4f}, {single:.4f}")
@@ -82,9 +77,7 @@ def batch_losses(folder: Path) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(batch["idx"])[0]
         targets = batch["targets"].flatten()
-        losses.append(
-            F.cross_entropy(logits.flatten(0, 1).double(), targets, ignore_index=-1)
-        )
+        losses.append(F.cross_entropy(logits.flatten(0, 1).double(), targets, ignore_index=-1))
     return torch.stack(losses[:-1])  # the last is shorter
 
 

@@ -24,10 +24,7 @@ def bench(config: BenchConfig) -> dict:
         trainer.take_steps(WARMUP, min(config.steps, 20))
     device = "device" if trainer.device.type == "cuda" else "cpu"
     print(profile.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=15))
-    return {
-        f"{phase}_ms": round(1000 * statistics.mean(step[phase] for step in steps), 3)
-        for phase in steps[0]
-    }
+    return {f"{phase}_ms": round(1000 * statistics.mean(step[phase] for step in steps), 3) for phase in steps[0]}
 
 
 def time_phases(run: train.Run, it: int) -> dict[str, float]:

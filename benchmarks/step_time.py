@@ -23,12 +23,8 @@ def bench(config: BenchConfig) -> dict:
     if config.nanogpt:
         gpt2 = replace(SHAPE, **{key: getattr(model_config, key) for key in nanogpt.KEYS})
         if model_config != gpt2 or train_config.optimizer != "adamw":
-            raise UserError(
-                f"config={config.config} is no GPT-2 trained by AdamW, which is all that nanoGPT can be"
-            )
-        trainers["nanogpt"] = Isolated(
-            NanoGPTTrainer, train_config, model_config, config.nanogpt
-        )
+            raise UserError(f"config={config.config} is no GPT-2 trained by AdamW, which is all that nanoGPT can be")
+        trainers["nanogpt"] = Isolated(NanoGPTTrainer, train_config, model_config, config.nanogpt)
     seconds = {name: [] for name in trainers}
     steps = WARMUP + config.steps
     for first in trange(0, steps, TURN, disable=None):

@@ -35,16 +35,12 @@ def compare_run(config: BenchConfig, seed: int) -> dict[str, float]:
     # how many steps fit into the same time, with a margin in case other programs slow the machine down
     steps = int(0.8 * row["nanogpt_seconds"] / statistics.mean(trial[WARMUP:])) or 1
     ours = replace(ours, max_iters=steps, lr_decay_iters=None)
-    row |= train_to(
-        Isolated(OurTrainer, ours, model_config).call, steps, 5, config.target, "ours"
-    )
+    row |= train_to(Isolated(OurTrainer, ours, model_config).call, steps, 5, config.target, "ours")
     row["speedup"] = row["nanogpt_seconds_to_target"] / row["ours_seconds_to_target"]
     return row
 
 
-def train_to(
-    call: Callable, steps: int, interval: int, target: float, name: str
-) -> dict[str, float]:
+def train_to(call: Callable, steps: int, interval: int, target: float, name: str) -> dict[str, float]:
     """Train for this many steps, evaluating after every interval of them until the target is reached.
 
     Returns the seconds of all steps, the seconds to the target, and the loss at the end. The time to the target is

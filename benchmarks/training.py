@@ -45,9 +45,7 @@ PRESET = TrainConfig(
 )
 
 
-def read_configs(
-    config: BenchConfig, default: Path | None = None
-) -> tuple[TrainConfig, ModelConfig]:
+def read_configs(config: BenchConfig, default: Path | None = None) -> tuple[TrainConfig, ModelConfig]:
     """Read the settings of --config, or of the default config; without either, nanoGPT's CPU preset.
 
     Missing data is prepared. Raises UserError if it is not text.
@@ -73,9 +71,7 @@ def read_configs(
     prepare_missing(train_config, load_tokenizer)
     dataset = open_data(train_config.dataset, model_config, train_config.seed)
     if dataset.task != "language modelling":
-        raise UserError(
-            f"dataset={train_config.dataset} has sentence pairs, but what={config.what} is for text"
-        )
+        raise UserError(f"dataset={train_config.dataset} has sentence pairs, but what={config.what} is for text")
     # nanoGPT's model needs the vocabulary size before it is built
     vocab_size = model_config.vocab_size or dataset.tokenizer.vocab_size
     return train_config, replace(model_config, vocab_size=vocab_size)

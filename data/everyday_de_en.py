@@ -17,7 +17,9 @@ from humptygpt.data.documents import Flaws
 from humptygpt.data.pairs import read_pairs
 from humptygpt.download import download
 
-TATOEBA_URL = "https://raw.githubusercontent.com/rioyshky/translation/de48b7027f7318d77010a6e08ed928c10748c23d/deu-eng.zip"
+TATOEBA_URL = (
+    "https://raw.githubusercontent.com/rioyshky/translation/de48b7027f7318d77010a6e08ed928c10748c23d/deu-eng.zip"
+)
 TATOEBA_SHA256 = "b7688f84f99fa33c17397c14d8bd9cef1fdeb2ee0bf50074767023aee8926e28"
 TATOEBA_TEST = 2000  # pairs in the test split
 TATOEBA_VAL = 1000  # pairs in the validation split

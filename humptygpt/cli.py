@@ -151,9 +151,7 @@ def check_effects(given: dict, typed: Collection[str], settings: dict, table: Va
 # The command line
 
 
-def read(
-    argv: list[str], *classes: type, positional: str | None = None
-) -> dict[str, object]:
+def read(argv: list[str], *classes: type, positional: str | None = None) -> dict[str, object]:
     """Read config files and --key=value arguments. Returns {key: value} for the keys that are set.
 
     If --help is among the arguments, prints the help and exits. Raises UserError if an argument is not valid.
@@ -179,9 +177,7 @@ def read(
         if fields[name].type == TEXTS:
             value = (*given.get(name, ()), *value)
         elif name == positional and name in given:
-            raise UserError(
-                f"{name} is given twice, as {given[name]} and {value}; give only one"
-            )
+            raise UserError(f"{name} is given twice, as {given[name]} and {value}; give only one")
         given[name] = value
     return given
 

@@ -45,9 +45,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = available[0]
     if name not in available:
-        raise UserError(
-            f"device={name} is not available; use one of these, or auto: {', '.join(available)}"
-        )
+        raise UserError(f"device={name} is not available; use one of these, or auto: {', '.join(available)}")
     return torch.device(name)
 
 
@@ -60,9 +58,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = training_dtype(device) if device.type == "cuda" else "float32"
     if name == "float16" and device.type != "cuda":
-        raise UserError(
-            f"dtype=float16 needs a CUDA device, but this one is {device.type}; use float32 or bfloat16"
-        )
+        raise UserError(f"dtype=float16 needs a CUDA device, but this one is {device.type}; use float32 or bfloat16")
     return DTYPES[name]
 
 

@@ -27,9 +27,7 @@ def download(url: str, path: Path, sha256: str) -> Path:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
             content = response.read()
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(
-            f"{url} cannot be reached: {error}; if you have this file, save it as {path}"
-        ) from error
+        raise UserError(f"{url} cannot be reached: {error}; if you have this file, save it as {path}") from error
     actual = hashlib.sha256(content).hexdigest()
     if actual != sha256:
         raise UserError(f"{url} is not the expected file: its sha256 is {actual}")

@@ -42,9 +42,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call write(file) to fill a new file, and move it to `path` as whole() does. Raises UserError if that fails."""
     # a device or a pipe, such as /dev/null or /dev/stdout, must not be replaced
     if path.exists() and (not path.is_file() or path.absolute().parent == Path("/dev")):
-        raise UserError(
-            f"cannot write {path}: it is not a regular file; choose another path"
-        )
+        raise UserError(f"cannot write {path}: it is not a regular file; choose another path")
     with whole(path) as temporary:
         try:
             with temporary.open("xb") as file:

@@ -31,11 +31,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 OUR_GROUPS = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
 # signals that ask a run to stop: Ctrl-C, kill, Ctrl-Break on Windows, and a closed terminal elsewhere
-STOPPING = {
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP")
-    if hasattr(signal, name)
-}
+STOPPING = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP") if hasattr(signal, name)}
 PATIENCE = 2  # seconds that other ranks wait for rank 0 to report an error first
 SPINS = 5000  # how often a waiting thread looks again before it sleeps: some 90 us, two or three wake-ups
 
@@ -115,9 +111,7 @@ def gigabytes(size: float) -> str:
 def check_fits(what: str, size: float, free: float, advice: str) -> None:
     """Raise UserError if size is larger than the free bytes. what: subject and verb, as in "weights take"."""
     if size > free:
-        raise UserError(
-            f"{what} {gigabytes(size)} of memory, but only {gigabytes(free)} is free; {advice}"
-        )
+        raise UserError(f"{what} {gigabytes(size)} of memory, but only {gigabytes(free)} is free; {advice}")
 
 
 # messages of failed allocations, most of which have no exception class of their own

@@ -39,9 +39,7 @@ class Browser:
 
     def run(self, script: str, *args):
         """Run a script, which may use await, in the page. Returns what it returns."""
-        body = (
-            f"const done = arguments[arguments.length - 1]; (async () => {{ {script} }})()"
-        )
+        body = f"const done = arguments[arguments.length - 1]; (async () => {{ {script} }})()"
         waiting = f"{body}.then(done, (error) => done(`error: ${{error}}`));"
         answer = self.send("ExecuteAsyncScript", script=waiting, args=list(args))
         assert not f"{answer}".startswith("error: "), answer
@@ -49,12 +47,8 @@ class Browser:
 
     def press(self, *keys: str) -> None:
         """Press keys, one after another, each as the character that WebDriver has for it."""
-        steps = [
-            {"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")
-        ]
-        self.send(
-            "PerformActions", actions=[{"type": "key", "id": "keys", "actions": steps}]
-        )
+        steps = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        self.send("PerformActions", actions=[{"type": "key", "id": "keys", "actions": steps}])
 
 
 class Firefox(Browser):
@@ -105,9 +99,7 @@ class WebKit(Browser):
         self.process = start([*screen, "WebKitWebDriver", f"--port={port}"], **home)
         connect(port).close()
         self.session = f"http://127.0.0.1:{port}/session"
-        capabilities = {
-            "alwaysMatch": {"webkitgtk:browserOptions": {"args": ["--automation"]}}
-        }
+        capabilities = {"alwaysMatch": {"webkitgtk:browserOptions": {"args": ["--automation"]}}}
         self.session += f"/{self.post('', capabilities=capabilities)['sessionId']}"
         self.send("SetTimeouts", script=100_000)
 

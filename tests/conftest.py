@@ -51,9 +51,7 @@ TINY_RUN += [
 ]
 
 
-def overfit(
-    model: nn.Module, batch: dict[str, Tensor], steps: int, lr: float, until: float
-) -> float:
+def overfit(model: nn.Module, batch: dict[str, Tensor], steps: int, lr: float, until: float) -> float:
     """Train on one batch. Returns the loss after this many steps, or the first one below `until`."""
     config = TrainConfig(learning_rate=lr, weight_decay=0.0)
     optimizer = make_optimizer(config, model)
@@ -127,9 +125,7 @@ def tiny(folder, made_once):
 
 
 def prepare_pairs() -> None:
-    Path("pairs.tsv").write_text(
-        "".join(f"{source}\t{target}\n" for source, target in make_pairs())
-    )
+    Path("pairs.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in make_pairs()))
     prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte"])
 
 
@@ -181,9 +177,7 @@ def chromium():
     path = shutil.which("chromium") or shutil.which("google-chrome")
     if path is None:
         pytest.skip("needs Chromium, in which the page is opened")
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="needs playwright, which drives the browser"
-    )
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, which drives the browser")
     with playwright.sync_playwright() as started:
         browsers = []
 
@@ -267,9 +261,7 @@ def saved_figures(monkeypatch) -> list:
 
 def read_rows(out_dir) -> list[dict]:
     """Read the rows of metrics.jsonl without the last one and without the numbers that depend on the clock."""
-    rows = [
-        json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()
-    ]
+    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
     return [
         {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")}
         for row in rows

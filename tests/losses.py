@@ -66,11 +66,7 @@ def run(script: Path, folder: Path, argv: str, processes: int = 1) -> None:
 def read_rows(out_dir: Path) -> list[dict]:
     """The rows of metrics, without those that each end of a run adds."""
     rows = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
-    return [
-        {key: row[key] for key in KEYS if key in row}
-        for row in rows
-        if row["kind"] in ("train", "eval")
-    ]
+    return [{key: row[key] for key in KEYS if key in row} for row in rows if row["kind"] in ("train", "eval")]
 
 
 def losses(first: Path, second: Path, folder: Path, name: str) -> list[dict]:

@@ -14,9 +14,7 @@ except ImportError:
     st = MagicMock()  # strategies are built when a test file is imported
 
     def given(**strategies):
-        return pytest.mark.skip(
-            reason="needs hypothesis: pip install -r requirements-dev.txt"
-        )
+        return pytest.mark.skip(reason="needs hypothesis: pip install -r requirements-dev.txt")
 
     def settings(**options):
         return lambda test: test

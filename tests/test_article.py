@@ -68,17 +68,13 @@ def test_the_blue_circle_is_minus_26_6_and_its_bias_is_added():
 
 
 @pytest.mark.parametrize("activation", ["identity", *ACTIVATIONS])
-def test_only_without_an_activation_do_two_layers_collapse_into_one(
-    monkeypatch, activation
-):
+def test_only_without_an_activation_do_two_layers_collapse_into_one(monkeypatch, activation):
     monkeypatch.setitem(ACTIVATIONS, "identity", lambda x: x)
     network = models.MLP(config(n_embd=2, n_hidden=3, activation=activation, n_head=1))
     network.up_proj.weight.data, network.down_proj.weight.data = TO_MIDDLE, TO_GREEN_CIRCLE
     red = 0.10 * -0.17 + 0.12 * 0.39 - 0.36 * 0.1
     green = -0.29 * -0.17 - 0.05 * 0.39 - 0.21 * 0.1
-    assert torch.allclose(network(LEAF[:2]), red * LEAF[0] + green * LEAF[1]) == (
-        activation == "identity"
-    )
+    assert torch.allclose(network(LEAF[:2]), red * LEAF[0] + green * LEAF[1]) == (activation == "identity")
 
 
 def test_gradient_descent_learns_to_classify_leaf_and_flower():
@@ -160,10 +156,7 @@ def test_without_positions_switching_two_words_makes_no_difference_and_with_them
     for name, scheme in POSITIONS.items():
         position = scheme(config(position=name))
         attention = SelfAttention(config())
-        outputs = [
-            attention(position.embed(x, slice(0, 3)), inputs(3, position))[0, 2]
-            for x in (words, switched)
-        ]
+        outputs = [attention(position.embed(x, slice(0, 3)), inputs(3, position))[0, 2] for x in (words, switched)]
         assert torch.allclose(*outputs, atol=1e-6) == (name == "none"), name
 
 
@@ -214,10 +207,6 @@ def test_the_sinusoidal_encoding_is_the_papers():
     for p in (0, 1, 7, 49):
         for i in range(10):
             function = math.cos if i % 2 else math.sin
-            assert encoding[p, i].item() == pytest.approx(
-                function(p / 10000 ** ((i - i % 2) / 10)), abs=1e-5
-            )
+            assert encoding[p, i].item() == pytest.approx(function(p / 10000 ** ((i - i % 2) / 10)), abs=1e-5)
     words = torch.randn(1, 50, 10)
-    torch.testing.assert_close(
-        position.embed(words, slice(0, 50))[0], math.sqrt(10) * words[0] + encoding
-    )
+    torch.testing.assert_close(position.embed(words, slice(0, 50))[0], math.sqrt(10) * words[0] + encoding)

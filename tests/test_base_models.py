@@ -85,9 +85,7 @@ def test_the_rates_do_not_shrink_from_one_fine_tuning_to_the_next(other):
     assert rates("--init_from=out/other", "--out_dir=out/third") == first
 
 
-def test_a_base_run_of_an_earlier_version_or_with_an_optimizer_that_is_gone_is_a_start(
-    other, fails
-):
+def test_a_base_run_of_an_earlier_version_or_with_an_optimizer_that_is_gone_is_a_start(other, fails):
     path = Path("out/run/best.pt")
     saved = checkpoint.read(path)
     del saved["train_config"]["muon_momentum"]
@@ -116,9 +114,7 @@ def test_the_first_row_of_fine_tuning_is_the_loss_before_its_first_step(other, c
     assert f"before the first step: {loss}" in capsys.readouterr().out
 
 
-def test_other_tokens_are_refused_and_the_key_in_the_message_mends_it(
-    run_train, fails, folder, capsys
-):
+def test_other_tokens_are_refused_and_the_key_in_the_message_mends_it(run_train, fails, folder, capsys):
     run_train()
     (folder / "other.txt").write_text(OTHER)
     prepare_data.main(["--input=other.txt", "--name=other", "--tokenizer=byte"])
@@ -177,16 +173,12 @@ def test_a_checkpoint_and_data_of_nanogpt_are_refused_in_one_line(folder, fails)
     )
 
 
-def test_nanogpts_config_to_fine_tune_means_what_it_means_there(
-    folder, monkeypatch, capsys
-):
+def test_nanogpts_config_to_fine_tune_means_what_it_means_there(folder, monkeypatch, capsys):
     shape = {"n_layer": 48, "n_head": 25, "n_embd": 1600, "block_size": 1024}
     shape |= {"vocab_size": 50257, "bias": True}
     model = build_on_meta(ModelConfig(**shape))
     base = Loaded(model, None, Path("gpt2"), "")
-    monkeypatch.setattr(
-        "humptygpt.training.start.load", lambda source: {"gpt2-xl": base}[source]
-    )
+    monkeypatch.setattr("humptygpt.training.start.load", lambda source: {"gpt2-xl": base}[source])
     keys = {"dataset": "shakespeare", "init_from": "gpt2-xl", "batch_size": 1}
     keys |= {"gradient_accumulation_steps": 32, "max_iters": 20, "learning_rate": 3e-5}
     keys |= {"decay_lr": False, "always_save_checkpoint": False}
@@ -274,9 +266,7 @@ def test_a_start_that_holds_no_model_is_refused(theirs, fails, folder):
     )
     Path("out/stopped").mkdir(parents=True)
     Path("out/stopped/metrics.jsonl").write_text("{}")
-    assert refused("out/stopped").startswith(
-        "no checkpoint out/stopped/best.pt; train first"
-    )
+    assert refused("out/stopped").startswith("no checkpoint out/stopped/best.pt; train first")
     vocab = Path("theirs/tokenizer.json")
     content = json.loads(vocab.read_text())
     content["model"]["vocab"] |= {"surplus": 400}

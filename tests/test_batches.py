@@ -127,9 +127,7 @@ def test_two_small_batches_are_one_big_batch(counted):
 
 
 @pytest.mark.parametrize("n", [17, 18, 31, 32, 33, 34, 48, 1000])
-def test_targets_are_the_tokens_that_follow_also_in_a_text_hardly_longer_than_a_block(
-    counted, n
-):
+def test_targets_are_the_tokens_that_follow_also_in_a_text_hardly_longer_than_a_block(counted, n):
     np.arange(n, dtype=np.uint16).tofile(counted / "train.bin")
     write_meta(counted, read_meta(counted)["tokenizer"])
     batch = opened().batch(2, 9)
@@ -150,9 +148,7 @@ def test_some_evaluation_batches_are_always_the_same_and_spread_over_the_split(c
     first = [batch["idx"][:, 0].tolist() for batch in dataset.val_batches(2, 2)]
     dataset.batch(1, 4)
     assert first == [batch["idx"][:, 0].tolist() for batch in opened(9).val_batches(2, 2)]
-    assert (
-        first[0][0] == 0 and first[0][1] < first[1][0] < first[1][1] and first[1][1] >= 64
-    )
+    assert first[0][0] == 0 and first[0][1] < first[1][0] < first[1][1] and first[1][1] >= 64
 
 
 def test_the_whole_split_is_the_same_text_for_any_tokenizer_and_a_part_or_other_text_is_not(
@@ -163,9 +159,7 @@ def test_the_whole_split_is_the_same_text_for_any_tokenizer_and_a_part_or_other_
     Path("b.txt").write_text(text[:-2] + "!\n", encoding="utf-8")
 
     def evaluated(name: str, *keys: str, block_size: int = 16, eval_iters=None) -> dict:
-        prepare_data.main(
-            [f"--input={name}.txt", f"--name={name}", "--overwrite=True", *keys]
-        )
+        prepare_data.main([f"--input={name}.txt", f"--name={name}", "--overwrite=True", *keys])
         data = TokenDataset(Path("data", name), block_size, 1)
         return evaluation.evaluated(data, 4, eval_iters)
 
@@ -188,20 +182,17 @@ DAMAGE = {
     "holds token 20, but its tokenizer has only 3": lambda data: edit_meta(
         data, tokenizer={"tokenizer": "char", "alphabet": "abc"}
     ),
-    "train.bin has 3,599 tokens, but meta.json says 3,600": lambda data: (
-        data / "train.bin"
-    ).write_bytes((data / "train.bin").read_bytes()[:-2]),
+    "train.bin has 3,599 tokens, but meta.json says 3,600": lambda data: (data / "train.bin").write_bytes(
+        (data / "train.bin").read_bytes()[:-2]
+    ),
     "cannot read data/tiny: [Errno 2] No such file or directory: 'data/tiny/val.bin'": lambda data: (
-        (data / "val.bin").unlink()
-    ),
-    "cannot read data/tiny: meta.json is of another version": lambda data: edit_meta(
-        data, format="tokens 99"
-    ),
+        data / "val.bin"
+    ).unlink(),
+    "cannot read data/tiny: meta.json is of another version": lambda data: edit_meta(data, format="tokens 99"),
     "cannot read data/tiny: Expecting": lambda data: (data / "meta.json").write_text("{"),
     "cannot read data/tiny: meta.json has 0 bytes for val": lambda data: edit_meta(
         data,
-        splits=(splits := read_meta(data)["splits"])
-        | {"val": splits["val"] | {"bytes": 0}},
+        splits=(splits := read_meta(data)["splits"]) | {"val": splits["val"] | {"bytes": 0}},
     ),
 }
 
@@ -219,9 +210,7 @@ def test_a_text_shorter_than_a_block_is_refused(tiny, fails):
     assert "train.bin has 3,600 tokens but needs at least 4,001" in line
 
 
-def test_large_files_are_checked_only_when_they_are_prepared_again(
-    tiny, fails, monkeypatch
-):
+def test_large_files_are_checked_only_when_they_are_prepared_again(tiny, fails, monkeypatch):
     whole = (tiny / "val.bin").read_bytes()
     (tiny / "val.bin").write_bytes((tiny / "val.bin").read_bytes()[::-1])
     damaged = "cannot read data/tiny: the checksum of val.bin does not match meta.json"

@@ -18,20 +18,14 @@ def decoder_only(**keys) -> models.GPT:
     return test_model.random_model(block_size=12, **keys).eval()
 
 
-both_ways = pytest.mark.parametrize(
-    "make", [random_model, decoder_only], ids=["encoder and decoder", "decoder only"]
-)
+both_ways = pytest.mark.parametrize("make", [random_model, decoder_only], ids=["encoder and decoder", "decoder only"])
 
 
 def some_sources(*lengths: int) -> list[np.ndarray]:
-    return [
-        np.append(tokens(1, n - 1, seed=i)[0].numpy(), EOT) for i, n in enumerate(lengths)
-    ]
+    return [np.append(tokens(1, n - 1, seed=i)[0].numpy(), EOT) for i, n in enumerate(lengths)]
 
 
-def translated(
-    model, sources: list[np.ndarray], vocab_size: int | None = None, **settings
-) -> list[Translation]:
+def translated(model, sources: list[np.ndarray], vocab_size: int | None = None, **settings) -> list[Translation]:
     tokenizer = SimpleNamespace(eot=EOT, vocab_size=vocab_size)
     return beams.translate(model, tokenizer, sources, **settings)
 
@@ -40,9 +34,7 @@ def log_probabilities(model, source: np.ndarray, ids: list[int]) -> list[float]:
     """Log-probability of each token of a translation, by one forward pass without a cache."""
     source, ids = torch.from_numpy(source)[None], torch.tensor([ids])
     if hasattr(model, "encode"):
-        logits, _ = model(
-            torch.nn.functional.pad(ids, (1, 0), value=EOT)[:, :-1], source=source
-        )
+        logits, _ = model(torch.nn.functional.pad(ids, (1, 0), value=EOT)[:, :-1], source=source)
     else:
         logits, _ = model(torch.cat([source, ids[:, :-1]], dim=1))
     return logits.log_softmax(-1)[0, -ids.shape[1] :].gather(1, ids.T)[:, 0].tolist()
@@ -57,9 +49,7 @@ def test_a_translation_ends_at_max_new_tokens_or_where_the_context_is_full(make)
     most = 12 if hasattr(model, "encode") else 12 + 1 - 5
     for num_beams in (1, 3):
         for limit, length in ((3, 3), (None, most)):
-            (found,) = translated(
-                model, [source], num_beams=num_beams, max_new_tokens=limit
-            )
+            (found,) = translated(model, [source], num_beams=num_beams, max_new_tokens=limit)
             assert len(found.ids) == length and not found.ended
 
 
@@ -87,10 +77,7 @@ def plain_search(model, source: np.ndarray, num_beams: int, limit: int) -> Trans
         longer = [hypothesis for hypothesis in kept if hypothesis[0][-1:] == [EOT]]
         for ids, total in kept:
             if ids[-1:] != [EOT]:
-                longer += [
-                    ([*ids, t], total + log_probabilities(model, source, [*ids, t])[-1])
-                    for t in range(4)
-                ]
+                longer += [([*ids, t], total + log_probabilities(model, source, [*ids, t])[-1]) for t in range(4)]
         kept = sorted(longer, key=score, reverse=True)[:num_beams]
         ended = [hypothesis for hypothesis in kept if hypothesis[0][-1] == EOT]
         best = max([*filter(None, [best]), *ended], key=score, default=None)

@@ -108,9 +108,7 @@ def run(capsys, *argv: str) -> dict:
 # Training
 
 
-def test_steps_of_both_are_timed_in_processes_of_their_own_and_the_ratio_is_of_the_medians(
-    text, capsys
-):
+def test_steps_of_both_are_timed_in_processes_of_their_own_and_the_ratio_is_of_the_medians(text, capsys):
     result = run(capsys, "--nanogpt=other", "--steps=2", "--config=plain.py")
     ratio = result["nanogpt_ms"] / result["ours_ms"]
     assert result["speedup"] == pytest.approx(ratio, rel=0.05, abs=0.01)
@@ -118,9 +116,7 @@ def test_steps_of_both_are_timed_in_processes_of_their_own_and_the_ratio_is_of_t
     assert result["ours_tokens_per_second"] == pytest.approx(speed, rel=0.05)
 
 
-def test_both_train_to_the_target_and_ours_for_as_long_as_nanogpt(
-    text, here, monkeypatch, capsys
-):
+def test_both_train_to_the_target_and_ours_for_as_long_as_nanogpt(text, here, monkeypatch, capsys):
     monkeypatch.setattr(time_to_loss, "PRESET", replace(training.PRESET, max_iters=300))
 
     def take_steps(self, first: int, count: int) -> list[float]:
@@ -145,9 +141,7 @@ def test_seconds_to_the_target_are_read_off_between_two_evaluations():
         "take_steps": lambda first, count: [1.0] * count,
         "val_loss": lambda: next(losses),
     }
-    figures = time_to_loss.train_to(
-        lambda method, *given: answers[method](*given), 30, 10, target=2.75, name="x"
-    )
+    figures = time_to_loss.train_to(lambda method, *given: answers[method](*given), 30, 10, target=2.75, name="x")
     assert figures == {"x_seconds": 30.0, "x_seconds_to_target": 22.5, "x_val_loss": 2.0}
 
 
@@ -194,9 +188,7 @@ def test_bad_input_is_one_line(text, fails):
 # Generation
 
 
-def test_generation_is_timed_beside_what_is_installed_and_what_is_missing_is_named(
-    here, text, monkeypatch, capsys
-):
+def test_generation_is_timed_beside_what_is_installed_and_what_is_missing_is_named(here, text, monkeypatch, capsys):
     """--size=gpt2 is SMALL; no package but torch is there."""
     monkeypatch.setattr(generation, "shapes", lambda size: (SMALL, SMALL))
     find = lambda package: package if package == "torch" else None  # noqa: E731
@@ -237,9 +229,7 @@ def test_the_loop_around_hugging_faces_model_is_greedy_and_keeps_what_it_has_rea
 # The machine
 
 
-def test_what_train_py_does_is_marked_among_all_and_compared_with_the_best(
-    text, here, monkeypatch, capsys
-):
+def test_what_train_py_does_is_marked_among_all_and_compared_with_the_best(text, here, monkeypatch, capsys):
     speeds = {"float32": 100, "bfloat16": 300}
     monkeypatch.setattr(
         choices.Contender,
@@ -248,9 +238,7 @@ def test_what_train_py_does_is_marked_among_all_and_compared_with_the_best(
     )
     monkeypatch.setattr(choices.Contender, "processes", lambda self, choice: 600)
     monkeypatch.setattr(choices.Contender, "generate", lambda self, choice: 7)
-    monkeypatch.setattr(
-        choices, "DEMO", Path("tiny.py")
-    )  # a small model, which is in order
+    monkeypatch.setattr(choices, "DEMO", Path("tiny.py"))  # a small model, which is in order
     monkeypatch.setattr(choices, "SPINS", (7,))
     monkeypatch.setattr(choices, "THREADS", 2)
     monkeypatch.setattr(choices, "training_dtype", lambda device: "float32")

@@ -79,9 +79,7 @@ def test_the_rhyme_is_recited_after_a_training(opened):
         press("Stop");
         return element("text").value;"""
     )
-    assert said.startswith("Humpty Dumpty had a great") or said.startswith(
-        "Humpty Dumpty sat on a"
-    )
+    assert said.startswith("Humpty Dumpty had a great") or said.startswith("Humpty Dumpty sat on a")
 
 
 def test_the_drawer_follows_a_held_arrow_key_and_the_address_its_last_number(opened):

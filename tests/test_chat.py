@@ -45,9 +45,7 @@ TURNS = [Turn("user", "Who?"), Turn("assistant", "An egg."), Turn("user", "Why?"
 def chat(*contents: str, system: str | None = None) -> dict:
     """One line of JSON: what is said, the reply, and so on."""
     roles = ["user", "assistant"] * len(contents)
-    found = [
-        {"role": role, "content": text} for role, text in zip(roles, contents, strict=False)
-    ]
+    found = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
     if system is not None:
         found.insert(0, {"role": "system", "content": system})
     return {"messages": found}
@@ -60,19 +58,9 @@ def write_chats(*chats: dict) -> None:
 def prepare_chats() -> None:
     words = ["wall", "king", "egg", "horse", "men", "sat", "fall", "great"]
     write_chats(
-        *(
-            chat(
-                *(
-                    f"{words[i % 8]} {words[(i + k) % 7]} {i}"
-                    for k in range(2 + 2 * (i % 3))
-                )
-            )
-            for i in range(120)
-        )
+        *(chat(*(f"{words[i % 8]} {words[(i + k) % 7]} {i}" for k in range(2 + 2 * (i % 3)))) for i in range(120))
     )
-    prepare_data.main(
-        ["--input=chats.jsonl", "--name=tiny", "--tokenizer=byte", "--val_fraction=0.2"]
-    )
+    prepare_data.main(["--input=chats.jsonl", "--name=tiny", "--tokenizer=byte", "--val_fraction=0.2"])
 
 
 @pytest.fixture
@@ -186,17 +174,13 @@ def test_columns_of_questions_and_answers_are_conversations(folder, ending):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         with path.open("w") as file:
-            table = csv.DictWriter(
-                file, rows[0], delimiter={"csv": ",", "tsv": "\t"}[ending]
-            )
+            table = csv.DictWriter(file, rows[0], delimiter={"csv": ",", "tsv": "\t"}[ending])
             table.writeheader()
             table.writerows(rows)
     prepare_data.main([f"--input={path}", "--text_key=Q,A", "--name=tiny"])
     meta = json.loads(Path("data/tiny/meta.json").read_text())
     assert (meta["task"], meta["conversations"]) == ("chat", 60)
-    assert re.search(
-        r"user\nwhat, \d+\?.*assistant\n\[this \d+<", meta["example"], re.DOTALL
-    )
+    assert re.search(r"user\nwhat, \d+\?.*assistant\n\[this \d+<", meta["example"], re.DOTALL)
 
 
 def test_the_first_short_questions_of_conversations_are_kept_with_the_model(folder):
@@ -224,9 +208,7 @@ BAD = {
     "damaged": '{"messages": [\n',
     "of a tool": {"messages": [{"role": "tool", "content": "x"}]},
     "without content": {"messages": [{"role": "user"}, *chat("a", "b")["messages"]]},
-    "a call of a tool": {
-        "messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]
-    },
+    "a call of a tool": {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
     "an empty reply": chat("a", " \n", "c", "d"),
     "an image": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
     "not to be learned": {"messages": [{"role": "assistant", "content": "x", "weight": 0}]},
@@ -239,9 +221,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("record", BAD.values(), ids=BAD)
-def test_a_bad_record_is_left_out_and_counted_and_the_first_is_named(
-    folder, capsys, record
-):
+def test_a_bad_record_is_left_out_and_counted_and_the_first_is_named(folder, capsys, record):
     good = [json.dumps(chat(f"a {i}", "b")) for i in range(20)]
     line = record if isinstance(record, str) else json.dumps(record)
     Path("chats.jsonl").write_text("\n".join([good[0], line, *good[1:]]))
@@ -291,9 +271,7 @@ def replies_of(split: str, name: str = "tiny") -> list[str]:
 
 
 @pytest.mark.parametrize("count", [20, 120])
-def test_exactly_a_tenth_is_held_out_of_what_is_taught_in_other_words_and_never_the_only_wording(
-    folder, count
-):
+def test_exactly_a_tenth_is_held_out_of_what_is_taught_in_other_words_and_never_the_only_wording(folder, count):
     write_chats(*(chat(f"{i} of {count}", f"Answer {i // 4}.") for i in range(count)))
     prepare_data.main(["--input=chats.jsonl", "--name=tiny", "--tokenizer=byte"])
     assert len(replies_of("val")) == count // 10
@@ -304,9 +282,7 @@ def test_exactly_a_tenth_is_held_out_of_what_is_taught_in_other_words_and_never_
     write_chats(*alone, *again)
     prepare_data.main(["--input=chats.jsonl", "--name=both", "--tokenizer=byte"])
     assert len(replies_of("val", "both")) == count // 5
-    assert {x["messages"][1]["content"] for x in alone + again} == {
-        *replies_of("train", "both")
-    }
+    assert {x["messages"][1]["content"] for x in alone + again} == {*replies_of("train", "both")}
 
 
 def test_with_a_fraction_of_0_all_is_learned_and_the_last_model_is_the_best(folder, capsys):
@@ -315,9 +291,7 @@ def test_with_a_fraction_of_0_all_is_learned_and_the_last_model_is_the_best(fold
     argv += ["--input=chats.jsonl", "--block_size=64", "--val_fraction=0"]
     assert train.main(argv) == 0
     assert len(replies_of("train", "chats")) == 20 and replies_of("val", "chats")
-    assert "nothing is held out, so the last model counts as the best" in (
-        capsys.readouterr().out
-    )
+    assert "nothing is held out, so the last model counts as the best" in (capsys.readouterr().out)
     rows = [row for row in read_rows(Path("out/run")) if "val_loss" in row]
     assert checkpoint.read(Path("out/run/best.pt"))["progress"]["iter"] == 6
     assert rows[-1]["val_text"].endswith(" trained on")
@@ -327,16 +301,12 @@ def test_with_a_fraction_of_0_all_is_learned_and_the_last_model_is_the_best(fold
 def test_the_best_model_is_the_one_that_answers_most_questions_of_several_the_likeliest():
     progress = Progress()
     evaluations = [(3.0, 0), (2.0, 0), (2.5, 4), (2.2, 4), (1.0, 3), (2.3, 4)]
-    assert [progress.record(*each, False) for each in evaluations] == [True] * 4 + [
-        False
-    ] * 2
+    assert [progress.record(*each, False) for each in evaluations] == [True] * 4 + [False] * 2
     assert (progress.best_answered, progress.best_val_loss) == (4, 2.2)
     assert progress.record(9.0, 0, newest_is_best=True)
 
 
-def test_the_best_checkpoint_is_chosen_by_answers_of_which_there_are_at_least_ten(
-    folder, monkeypatch, capsys
-):
+def test_the_best_checkpoint_is_chosen_by_answers_of_which_there_are_at_least_ten(folder, monkeypatch, capsys):
     write_chats(*(chat(f"a {i}", "yes") for i in range(120)))
     prepare_data.main(["--input=chats.jsonl", "--name=tiny", "--tokenizer=byte"])
     right = iter([5, 2, 2, 2])
@@ -402,9 +372,7 @@ def test_score_py_asks_a_bot_the_questions_of_a_file_and_shows_each_wrong_answer
     assert "there is no lookup to compare with: " in printed.err
     assert "lookup" not in printed.out
     Path("bad.jsonl").write_text('{"messages": 5}')
-    with pytest.raises(
-        UserError, match=r"bad\.jsonl, line 1: it is no conversation of texts"
-    ):
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 1: it is no conversation of texts"):
         score.main([*argv, "--chats=bad.jsonl"])
 
 
@@ -460,9 +428,7 @@ def test_the_targets_are_the_replies_and_their_ends_and_nothing_else(chats):
     for split in ("train", "val"):
         text = dataset.tokenizer.decode(dataset.ids[split][dataset.is_target[split]])
         replies = [
-            part.partition("\n")[2]
-            for part in text_of(dataset, split).split(BEGIN)
-            if part.startswith("assistant\n")
+            part.partition("\n")[2] for part in text_of(dataset, split).split(BEGIN) if part.startswith("assistant\n")
         ]
         assert text == "".join(reply.split(END)[0] + END for reply in replies)
     tokens = dataset.meta["splits"]["train"]["target_tokens"]
@@ -470,9 +436,7 @@ def test_the_targets_are_the_replies_and_their_ends_and_nothing_else(chats):
 
 
 @pytest.mark.parametrize("block_size", [30, 36, 64, 200])
-def test_each_reply_in_a_row_follows_its_question_and_only_its_end_may_be_missing(
-    chats, block_size
-):
+def test_each_reply_in_a_row_follows_its_question_and_only_its_end_may_be_missing(chats, block_size):
     dataset = ChatDataset(chats, block_size=block_size, seed=0)
     ids, rows = dataset.ids["train"], dataset.rows["train"]
     eot, begin = dataset.tokenizer.base.eot, dataset.tokenizer.begin
@@ -544,15 +508,9 @@ def test_the_loss_is_finite_whatever_the_lengths(folder, kind, capsys):
         *(each | {"n": i} for i, each in enumerate(LENGTHS[kind])),
         *[chat("x", str(i)) for i in range(20)],
     )
-    prepare_data.main(
-        ["--input=chats.jsonl", "--name=tiny", "--tokenizer=byte", "--val_fraction=0.3"]
-    )
+    prepare_data.main(["--input=chats.jsonl", "--name=tiny", "--tokenizer=byte", "--val_fraction=0.3"])
     assert train.main([*TINY_RUN, "--block_size=32"]) == 0
-    assert all(
-        np.isfinite(row["val_loss"])
-        for row in read_rows(Path("out/run"))
-        if "val_loss" in row
-    )
+    assert all(np.isfinite(row["val_loss"]) for row in read_rows(Path("out/run")) if "val_loss" in row)
 
 
 # --------------------------------------------------------------------------------------
@@ -597,32 +555,24 @@ def test_a_loaded_model_replies_as_its_server_does_and_says_that_it_talks(talker
         talker.reply(messages, tempratur=1)
 
 
-def test_each_turn_is_answered_with_the_whole_conversation_before_it(
-    talker, capsys, monkeypatch
-):
+def test_each_turn_is_answered_with_the_whole_conversation_before_it(talker, capsys, monkeypatch):
     said = ["wall egg 3", "king", "men sat 9"]
     turns = [Turn("system", "Be brief.")]
     for text, found in zip(said, converse(capsys, monkeypatch, *said), strict=True):
         turns.append(Turn("user", text))
         ids = talker.tokenizer.encode_turns(turns, reply=True).tolist()
-        pieces = stream_texts(
-            Context(talker.model, [ids]), talker.tokenizer, [0], ["\n"], **KEYS
-        )
+        pieces = stream_texts(Context(talker.model, [ids]), talker.tokenizer, [0], ["\n"], **KEYS)
         assert found == "".join(piece.text for piece in pieces)
         turns.append(Turn("assistant", found))
 
 
-def test_a_full_context_forgets_the_oldest_exchanges_whole_but_not_the_system_message(
-    talker, capsys
-):
+def test_a_full_context_forgets_the_oldest_exchanges_whole_but_not_the_system_message(talker, capsys):
     turns = [Turn("system", "Be brief.")]
     for i in range(8):
         turns += [Turn("user", f"wall {i} egg"), Turn("assistant", "wall " * 5)]
     turns.append(Turn("user", "king"))
     found = "".join(chat_floor.reply(talker, turns, forgets=True, **KEYS))
-    [dropped] = re.findall(
-        r"context is full; forgetting the oldest exchanges: (\d)", capsys.readouterr().err
-    )
+    [dropped] = re.findall(r"context is full; forgetting the oldest exchanges: (\d)", capsys.readouterr().err)
     kept = [turns[0], *turns[1 + 2 * int(dropped) :]]
     assert len(talker.tokenizer.encode_turns(kept, reply=True)) <= 256 - 20
     assert "".join(chat_floor.reply(talker, kept, **KEYS)) == found
@@ -630,9 +580,7 @@ def test_a_full_context_forgets_the_oldest_exchanges_whole_but_not_the_system_me
     assert len(talker.tokenizer.encode_turns(more, reply=True)) > 256 - 20
 
 
-def test_a_message_longer_than_the_context_is_one_line_and_the_talk_goes_on(
-    talker, capsys, monkeypatch
-):
+def test_a_message_longer_than_the_context_is_one_line_and_the_talk_goes_on(talker, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", StringIO("egg\n" + "wall " * 80 + "\negg\n"))
     sample.main(["--out_dir=out/run", "--temperature=0"])
     printed = capsys.readouterr()
@@ -641,9 +589,7 @@ def test_a_message_longer_than_the_context_is_one_line_and_the_talk_goes_on(
     assert first and again
 
 
-def test_a_question_is_stripped_as_in_the_api_and_never_forgotten_within_its_reply(
-    talker, capsys, monkeypatch
-):
+def test_a_question_is_stripped_as_in_the_api_and_never_forgotten_within_its_reply(talker, capsys, monkeypatch):
     said = "egg " * 55  # more than half of the context
     found = "".join(chat_floor.reply(talker, [Turn("user", said.strip())], **LONG))
     asked = {"messages": chat(said)["messages"], "max_tokens": 500, "temperature": 0}
@@ -681,11 +627,7 @@ def test_no_training_conversation_has_a_composition_a_sum_or_a_made_up_name_that
         values = [HUMPTY.Values(composer) for _ in range(3000)]
         said = [each.said for _ in range(2000) for each in composer.conversation()]
         drawn[held_out] = (
-            {
-                " ".join(re.findall(r"\w+", text.lower()))
-                for text in said
-                if "+" not in text
-            },
+            {" ".join(re.findall(r"\w+", text.lower())) for text in said if "+" not in text},
             {frozenset((each["a"], each["b"])) for each in values},
             {each["name"] for each in values} - set(composer.values["name"]),
         )

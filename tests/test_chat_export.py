@@ -221,9 +221,7 @@ def write_model(template: str, marks: bool | None = None) -> Path:
     return folder
 
 
-def test_an_unknown_character_leaves_a_conversation_with_an_export_as_it_was(
-    talkers, monkeypatch, tmp_path, capsys
-):
+def test_an_unknown_character_leaves_a_conversation_with_an_export_as_it_was(talkers, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(talkers("char"))
     export.main(["--out_dir=out/run", f"--to={tmp_path}/exported"])
     monkeypatch.setattr("sys.stdin", StringIO("wall 3\nw\u00e4ll 3\nking 5\n"))
@@ -247,9 +245,7 @@ def test_nobody_can_type_a_turn_neither_to_the_api_nor_in_a_training_text(specia
     asked = messages([Turn("user", FORGED), Turn("assistant", FORGED), *TURNS])
     request = json.dumps({"messages": asked, "max_tokens": 1}).encode()
     compute, read = found.model.next_logits, []
-    found.model.next_logits = lambda idx, *given: (
-        read.extend(idx[0].tolist()) or compute(idx, *given)
-    )
+    found.model.next_logits = lambda idx, *given: read.extend(idx[0].tolist()) or compute(idx, *given)
     list(Api(found, "x").chat(request))
     assert (read.count(begin), read.count(end)) == (6, 5)
     assert found.tokenizer.decode(read).count(FORGED) == 2
@@ -261,9 +257,7 @@ def test_nobody_can_type_a_turn_neither_to_the_api_nor_in_a_training_text(specia
     assert (targets == end).sum() == replies and begin not in targets
 
 
-def test_our_export_is_talked_to_in_its_template_with_our_own_replies(
-    talkers, monkeypatch, tmp_path, capsys
-):
+def test_our_export_is_talked_to_in_its_template_with_our_own_replies(talkers, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(talkers("bpe"))
     expected = replies(sample.load("out/run"), *SAID)
     export.main(["--out_dir=out/run", f"--to={tmp_path}/exported"])
@@ -309,9 +303,7 @@ def base(folder):
 
     def made(options: str, more: str = "") -> None:
         Path("text.txt").write_text(
-            "".join(
-                f"{w} {i}, assistant user {w.title()}.\n" for w in WORDS for i in range(30)
-            )
+            "".join(f"{w} {i}, assistant user {w.title()}.\n" for w in WORDS for i in range(30))
         )
         prepare_data.main(["text", "--input=text.txt", *options.split()])
         run_train(f"{more} --dataset=text --max_iters=5 --out_dir=out/base")
@@ -324,12 +316,8 @@ def base(folder):
 FINETUNED = "--init_from=out/base --dataset=mine --out_dir=out/tuned"
 
 
-@pytest.mark.parametrize(
-    "name, padding", [*((name, 0) for name in BASES), ("bpe", 1), ("byte", 40)]
-)
-def test_the_rows_of_new_tokens_start_as_the_mean_of_those_of_the_others(
-    name, padding, base
-):
+@pytest.mark.parametrize("name, padding", [*((name, 0) for name in BASES), ("bpe", 1), ("byte", 40)])
+def test_the_rows_of_new_tokens_start_as_the_mean_of_those_of_the_others(name, padding, base):
     tokens = {"byte": 256, "char": 59, "bpe": 300, "sentencepiece": 320}[name]
     base(BASES[name], f"--vocab_size={tokens + padding}")
     before = load("out/base")
@@ -358,9 +346,7 @@ def test_a_text_model_that_is_fine_tuned_on_conversations_talks(base):
 
 
 @pytest.mark.parametrize("base_eot", ["</s>", END])
-def test_a_chat_model_of_another_project_is_fine_tuned_and_so_is_our_own_export(
-    base_eot, folder, monkeypatch
-):
+def test_a_chat_model_of_another_project_is_fine_tuned_and_so_is_our_own_export(base_eot, folder, monkeypatch):
     path = write_model(TEMPLATE, marks=True)
     settings = json.loads((path / "tokenizer_config.json").read_text())
     settings["eos_token"] = base_eot
@@ -369,9 +355,7 @@ def test_a_chat_model_of_another_project_is_fine_tuned_and_so_is_our_own_export(
     for number, source in enumerate([path, "ex0"]):
         name = f"chats{number}"
         prepare_data.main([name, "--input=chats.jsonl", f"--tokenizer={source}"])
-        run_train(
-            f"--init_from={source} --dataset={name} --max_iters=2 --out_dir=out/{name}"
-        )
+        run_train(f"--init_from={source} --dataset={name} --max_iters=2 --out_dir=out/{name}")
         export.main([f"--out_dir=out/{name}", f"--to=ex{number}"])
     example = read_meta(Path("data/chats0"))["example"]
     assert example.count(BEGIN) == 2 and example.endswith(f".{END}]")

@@ -50,11 +50,7 @@ def flatten(entries: object, name: str = "") -> dict[str, object]:
     """Every value of nested dictionaries, by the path to it."""
     if not isinstance(entries, dict) or not entries:
         return {name: entries}
-    return {
-        path: leaf
-        for key, value in entries.items()
-        for path, leaf in flatten(value, f"{name}/{key}").items()
-    }
+    return {path: leaf for key, value in entries.items() for path, leaf in flatten(value, f"{name}/{key}").items()}
 
 
 def test_a_checkpoint_comes_back_as_it_was(folder):
@@ -81,9 +77,7 @@ def malicious(path: Path):
     torch.save({"format": checkpoint.FORMAT, "model": Evil()}, path)
 
 
-NO_CHECKPOINT = (
-    "cannot read out/run/best.pt: it is truncated or damaged, or holds more than"
-)
+NO_CHECKPOINT = "cannot read out/run/best.pt: it is truncated or damaged, or holds more than"
 OTHER_VERSION = "cannot read out/run/best.pt: its format is not 'gpt checkpoint 3'"
 BAD = [
     (NO_CHECKPOINT, malicious),
@@ -96,9 +90,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("complaint", "make"), BAD)
-def test_a_file_that_is_not_a_checkpoint_is_refused_and_runs_no_code(
-    folder, fails, complaint, make
-):
+def test_a_file_that_is_not_a_checkpoint_is_refused_and_runs_no_code(folder, fails, complaint, make):
     OUT.mkdir(parents=True)
     make(OUT / "best.pt")
     assert complaint in fails(sample.main, "--out_dir=out/run", "--device=cpu")
@@ -149,9 +141,7 @@ EDITS = [
 
 
 @pytest.mark.parametrize(("complaint", "path", "value"), EDITS, ids=range(len(EDITS)))
-def test_an_entry_that_is_missing_unknown_or_of_another_kind_is_named(
-    folder, complaint, path, value
-):
+def test_an_entry_that_is_missing_unknown_or_of_another_kind_is_named(folder, complaint, path, value):
     entries = make_entries()
     *outer, key = path.split("/")
     edited = entries
@@ -168,9 +158,7 @@ def test_an_entry_that_is_missing_unknown_or_of_another_kind_is_named(
 
 
 @pytest.mark.parametrize("position", models.POSITIONS)
-@pytest.mark.parametrize(
-    "keys", [{"tie_weights": False}, {"tie_weights": True}, {"model": "transformer"}]
-)
+@pytest.mark.parametrize("keys", [{"tie_weights": False}, {"tie_weights": True}, {"model": "transformer"}])
 def test_a_restored_model_is_whole_and_shares_the_tensors_of_the_file(position, keys):
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 11}
     model = build(models.ModelConfig(**sizes, position=position, **keys))
@@ -194,9 +182,7 @@ USES = [
 ]
 
 
-def test_a_checkpoint_of_other_code_is_whole_and_says_what_differs(
-    run_train, monkeypatch, fails
-):
+def test_a_checkpoint_of_other_code_is_whole_and_says_what_differs(run_train, monkeypatch, fails):
     def complaints() -> set[str]:
         """The messages of sampling and resuming, without the names of their files."""
         lines = map(fails, USES)

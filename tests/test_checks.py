@@ -196,9 +196,7 @@ def test_an_attention_that_takes_rotary_positions_for_granted_is_told_its_mistak
     assert notes[0].startswith(MISTAKES[attention]) if MISTAKES[attention] else not notes
 
 
-def test_what_cannot_be_tried_is_named_and_does_not_keep_the_rest_from_being_tried(
-    capsys, monkeypatch
-):
+def test_what_cannot_be_tried_is_named_and_does_not_keep_the_rest_from_being_tried(capsys, monkeypatch):
     class Unready(Leaking):
         def forward(self, x, shared, cache=None):
             assert not self.training, "no training yet"
@@ -240,9 +238,7 @@ def test_samples_printed_in_training_are_those_of_a_model_without_a_cache_if_its
     assert capsys.readouterr().err.count("generating without a cache") == 1
 
 
-def test_an_edit_that_fails_in_a_tiny_model_is_sampled_from_without_faster_layers(
-    run_train, monkeypatch, capsys
-):
+def test_an_edit_that_fails_in_a_tiny_model_is_sampled_from_without_faster_layers(run_train, monkeypatch, capsys):
     def only_16_features(self, x, shared, cache=None):
         return ORIGINAL["forward"](self, x, shared, cache) * torch.ones(16)
 
@@ -279,9 +275,7 @@ class Gain(torch.nn.Module):
         return x * self.gain + sum(self.others)
 
 
-def test_a_model_with_constants_of_its_own_is_sampled_from_and_resumed(
-    run_train, monkeypatch, capsys
-):
+def test_a_model_with_constants_of_its_own_is_sampled_from_and_resumed(run_train, monkeypatch, capsys):
     monkeypatch.setitem(models.NORMS, "gain", Gain)
     run_train("--n_embd=16", "--n_head=2", "--norm=gain")
     expected = loading.load("out/run").model.stack.norm(torch.ones(16))
@@ -291,16 +285,12 @@ def test_a_model_with_constants_of_its_own_is_sampled_from_and_resumed(
     assert "iter 7" in capsys.readouterr().out
 
 
-def test_sampling_and_resuming_say_that_model_py_has_changed_since(
-    run_train, monkeypatch, capsys
-):
+def test_sampling_and_resuming_say_that_model_py_has_changed_since(run_train, monkeypatch, capsys):
     run_train()
     sample.load("out/run", device="cpu")
     assert "has changed" not in capsys.readouterr().err
     monkeypatch.setattr("humptygpt.formats.checkpoint.code_checksum", lambda: "another")
-    changed = (
-        "note: model.py has changed since the run in out/run, whose losses may not hold"
-    )
+    changed = "note: model.py has changed since the run in out/run, whose losses may not hold"
     sample.load("out/run", device="cpu")
     assert capsys.readouterr().err.count(changed) == 1
     train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=7"])

@@ -175,9 +175,7 @@ def test_wrong_types_are_refused_with_the_right_one(argument):
         ),
     ],
 )
-def test_a_key_that_is_unknown_or_not_written_as_one_is_answered_with_the_right_one(
-    folder, argument, answer
-):
+def test_a_key_that_is_unknown_or_not_written_as_one_is_answered_with_the_right_one(folder, argument, answer):
     Path("a.py").write_text("learning_rte = 3")
     assert complaint(argument, cls=TrainConfig) == answer
 
@@ -278,9 +276,7 @@ def test_the_help_lists_keys_with_types_and_defaults_by_group():
     ]
 
 
-def test_a_script_shows_its_help_with_the_variants_that_a_dictionary_has(
-    monkeypatch, capsys
-):
+def test_a_script_shows_its_help_with_the_variants_that_a_dictionary_has(monkeypatch, capsys):
     monkeypatch.setitem(model.NORMS, "mynorm", model.NORMS["rmsnorm"])
     for script in (train, sample, prepare_data, bench, compare, explain, export):
         with pytest.raises(SystemExit) as stop:
@@ -298,9 +294,7 @@ NANOGPT_KEYS = """out_dir eval_interval eval_iters log_interval always_save_chec
 wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias
 learning_rate max_iters lr_decay_iters min_lr beta1 beta2 warmup_iters weight_decay grad_clip decay_lr
 backend device dtype compile init_from eval_only"""
-SAMPLING_KEYS = (
-    "init_from out_dir start num_samples max_new_tokens temperature top_k seed device dtype"
-)
+SAMPLING_KEYS = "init_from out_dir start num_samples max_new_tokens temperature top_k seed device dtype"
 
 
 def test_every_key_of_nanogpt_is_known():

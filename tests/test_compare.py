@@ -67,10 +67,7 @@ def make_run(
 
 def make_seeds(path: str, *losses: float, **settings) -> list[str]:
     """The folders of a finished run for each lowest loss, with seeds from 1; {} in the path is the seed."""
-    return [
-        make_run(path.format(seed), 3.0, loss, seed=seed, **settings)
-        for seed, loss in enumerate(losses, 1)
-    ]
+    return [make_run(path.format(seed), 3.0, loss, seed=seed, **settings) for seed, loss in enumerate(losses, 1)]
 
 
 @pytest.fixture
@@ -217,9 +214,7 @@ def test_a_row_shows_how_far_its_run_is(run, losses, settings, state):
 
 DAMAGED = ["[" * 100_000, "\x00\xff", '{"iter": 150}']
 TIMES = '{"iter": 150, "tokens": 9, "seconds": 9, "kind": '
-DAMAGED += [
-    TIMES + f'"eval", "{key}": {{}}}}' for key in ("val_loss", "val_text", "best_iter")
-]
+DAMAGED += [TIMES + f'"eval", "{key}": {{}}}}' for key in ("val_loss", "val_text", "best_iter")]
 DAMAGED.append(TIMES + '"other"}')
 
 
@@ -272,9 +267,7 @@ def test_a_folder_that_is_no_run_is_one_note_and_the_rest_is_compared(run, confi
     table, errors = run("out/good", "out/bad", "out")
     bad, missing = errors.splitlines()
     assert bad == f"note: skipped out/bad, which is not a run: {BROKEN[config]}"
-    assert missing.startswith(
-        "note: skipped out, which is not a run: [Errno 2] No such file"
-    )
+    assert missing.startswith("note: skipped out, which is not a run: [Errno 2] No such file")
     assert row_of(table, "good") and "bad" not in table
 
 
@@ -370,12 +363,8 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_both_layouts_of_folders_are_recognised_and_the_first_row_is_the_baseline(
-    data, layout
-):
-    mine, theirs = (
-        layout.format(variant=variant, seed="{}") for variant in ("with", "without")
-    )
+def test_both_layouts_of_folders_are_recognised_and_the_first_row_is_the_baseline(data, layout):
+    mine, theirs = (layout.format(variant=variant, seed="{}") for variant in ("with", "without"))
     # both variants have the same settings
     mine, theirs = make_seeds(mine, 1.5, 1.6), make_seeds(theirs, 2.0, 2.1)
     first, second = data(*mine, *theirs, "--group=True")
@@ -394,9 +383,7 @@ def test_runs_whose_settings_differ_are_not_merged_whatever_their_names(data):
     assert [row["run"] for row in rows] == ["heads-1", "heads-2", "heads-4"]
 
 
-def test_rows_are_compared_with_the_first_of_their_group_and_each_group_has_a_best(
-    run, data
-):
+def test_rows_are_compared_with_the_first_of_their_group_and_each_group_has_a_best(run, data):
     expected = {  # bits per byte; the difference and the remark in its row
         "out/a/first": (2.0, None, ""),
         "out/b/first": (4.0, None, "best"),
@@ -442,9 +429,7 @@ def test_json_holds_the_numbers_in_full_and_all_that_differs(run):
     assert differing == [(4, "shakespeare_char"), (1, "has,comma")]
 
 
-@pytest.mark.parametrize(
-    "kind, mark", [("png", b"\x89PNG"), ("svg", b"<svg"), ("pdf", b"%PDF")]
-)
+@pytest.mark.parametrize("kind, mark", [("png", b"\x89PNG"), ("svg", b"<svg"), ("pdf", b"%PDF")])
 def test_the_picture_has_its_format_and_files_are_not_taken_for_runs(run, kind, mark):
     make_run("out/a", 2.0, 1.9)
     for earlier in ("", ", in place of an earlier one"):
@@ -475,9 +460,7 @@ def test_each_run_has_one_look_of_its_own_within_the_axes(draw, count):
     (panel,) = draw(*(make_run(f"out/{i:02}", *losses, 2 - i / 100) for i in range(count)))
     looks = {(line.get_color(), line.get_linestyle()) for line in panel.lines}
     assert len(looks) == count
-    assert texts_of(panel) == [
-        f"{i:02}  {min(2 - i / 100, 1 + 8 / 9) / math.log(2):.3f}" for i in range(count)
-    ]
+    assert texts_of(panel) == [f"{i:02}  {min(2 - i / 100, 1 + 8 / 9) / math.log(2):.3f}" for i in range(count)]
     for line in panel.lines:
         points = line.get_xydata()[:-1]
         assert len(points) == 10
@@ -506,9 +489,7 @@ def test_plot_draws_another_number_at_the_text_read_with_its_last_value_in_the_l
     make_run("out/new")
     with Path("out/bpe/metrics.jsonl").open("a") as file:
         # one that a user's code logs, and one that the machine could not measure
-        file.write(
-            TIMES + '"train", "train_loss": 3.25, "entropy": -0.5, "grad_norm": null}\n'
-        )
+        file.write(TIMES + '"train", "train_loss": 3.25, "entropy": -0.5, "grad_norm": null}\n')
     (panel,) = draw("out/bpe", "out/new", "--plot=train_loss")
     assert texts_of(panel) == ["bpe  3.250", "new"] and panel.get_ylabel() == "train_loss"
     # 10 tokens a step, of 4 bytes each; the last row says 9 tokens
@@ -544,9 +525,7 @@ def lines_of(panel) -> dict[str, tuple]:
     return found
 
 
-def test_a_sweep_is_a_line_for_each_value_whose_points_are_means_over_seeds_with_their_error(
-    draw, data
-):
+def test_a_sweep_is_a_line_for_each_value_whose_points_are_means_over_seeds_with_their_error(draw, data):
     runs = make_sweep()
     sweep = ["--x=learning_rate", "--lines=n_embd"]
     (panel,) = draw(*runs, *sweep)

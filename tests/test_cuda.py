@@ -131,9 +131,7 @@ def test_a_training_step_does_not_wait_for_the_card(tiny, monkeypatch):
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("window", [0, 5])
 def test_in_16_bits_cached_is_uncached_also_padded(position, window):
-    model = random_model(
-        n_embd=64, position=position, window=window, qk_norm=True, mlp_conv=2
-    ).eval()
+    model = random_model(n_embd=64, position=position, window=window, qk_norm=True, mlp_conv=2).eval()
     idx = tokens(3, 12)
     expected = model(idx)[0][:, 2:].detach()
     ready = make_generator(copy.deepcopy(model), LOW, DEVICE)
@@ -192,9 +190,7 @@ def test_out_of_memory_is_one_line_with_what_takes_less(tiny):
     argv = [*RUN, "--compile=False", "--n_embd=512", "--n_layer=8", "--batch_size=65536"]
     before = "train.check_training_fits = lambda *args: None\n"
     if not ON_GPU:
-        before += (
-            "def full(*args): raise train.torch.OutOfMemoryError('CUDA out of memory')\n"
-        )
+        before += "def full(*args): raise train.torch.OutOfMemoryError('CUDA out of memory')\n"
         before += "train.train_step = full\n"
     done = run_script(*argv, before=before)
     line = done.stderr.splitlines()[-1]

@@ -43,9 +43,7 @@ def flip_bytes(data: bytes, rng: random.Random) -> bytes:
 def cut_bytes(data: bytes, rng: random.Random) -> bytes:
     """Remove some bytes at the end or in the middle, or repeat some."""
     start, end = sorted(rng.randrange(len(data) + 1) for _ in range(2))
-    return rng.choice(
-        [data[:start], data[:-1], data[:start] + data[end:], data[:end] + data[start:], b""]
-    )
+    return rng.choice([data[:start], data[:-1], data[:start] + data[end:], data[:end] + data[start:], b""])
 
 
 WRONG_VALUES = [
@@ -95,9 +93,7 @@ def change_json(data: bytes, rng: random.Random) -> bytes:
 
 def replace_json(data: bytes, rng: random.Random) -> bytes:
     deep = rng.choice([b"[", b'{"a":', b'{"tokenizer":']) * 10**5
-    return rng.choice(
-        [deep, b"1" * 10**4, b"\xef\xbb\xbf" + data, data.decode().encode("utf-16")]
-    )
+    return rng.choice([deep, b"1" * 10**4, b"\xef\xbb\xbf" + data, data.decode().encode("utf-16")])
 
 
 class Code:
@@ -145,18 +141,14 @@ def prepared(name: str, *argv: str) -> Target:
     return Target(folder / name, lambda: read_data(folder), damages)
 
 
-DOCUMENTS, TEXT, PAIRS = (
-    f"--input={name}" for name in ("docs.jsonl", "text.txt", "pairs.tsv")
-)
+DOCUMENTS, TEXT, PAIRS = (f"--input={name}" for name in ("docs.jsonl", "text.txt", "pairs.tsv"))
 BYTE = "--tokenizer=byte"
 SUBWORDS = ("--vocab_size=320", "--val_fraction=0.3")
 KINDS: dict[str, Callable[[], Target]] = {
     "char": partial(prepared, "meta.json", TEXT),
     "byte": partial(prepared, "meta.json", DOCUMENTS, BYTE),
     "bpe": partial(prepared, "meta.json", DOCUMENTS, "--tokenizer=bpe", *SUBWORDS),
-    "sentencepiece": partial(
-        prepared, "meta.json", TEXT, "--tokenizer=sentencepiece", *SUBWORDS
-    ),
+    "sentencepiece": partial(prepared, "meta.json", TEXT, "--tokenizer=sentencepiece", *SUBWORDS),
     "pairs": partial(prepared, "meta.json", PAIRS, BYTE),
     "train.bin": partial(prepared, "train.bin", TEXT),
     "val.bin, pairs": partial(prepared, "val.bin", PAIRS, BYTE),
@@ -193,7 +185,5 @@ SEEDS = [range(60), pytest.param(range(60, 3000), marks=pytest.mark.long)]
 
 @pytest.mark.parametrize("seeds", SEEDS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_file_is_refused_in_one_line_or_gives_the_same_and_never_runs_code(
-    kind, seeds
-):
+def test_a_damaged_file_is_refused_in_one_line_or_gives_the_same_and_never_runs_code(kind, seeds):
     check_damages(kind, KINDS[kind](), seeds)

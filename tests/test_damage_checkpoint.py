@@ -77,9 +77,7 @@ OTHER_TENSORS: list[Callable[[Tensor], object]] = [
     lambda x: torch.cat([x, x])[len(x) :],
     lambda x: x[:1].expand(x.shape),
     lambda x: x.flatten().as_strided(x.shape, [0] * x.dim()),
-    lambda x: (
-        torch.empty_strided(x.shape, [2] * x.dim()).copy_(x) if x.dim() == 1 else x[:, ::2]
-    ),
+    lambda x: torch.empty_strided(x.shape, [2] * x.dim()).copy_(x) if x.dim() == 1 else x[:, ::2],
     lambda x: x.double(),
     lambda x: x.to(torch.complex64).conj().imag,
     lambda x: x.to(torch.float8_e4m3fn),
@@ -114,9 +112,7 @@ def read_records(data: bytes) -> dict[str, bytes]:
         return {name: file.read(name) for name in file.namelist()}
 
 
-def write_records(
-    records: dict[str, bytes], compression: int = zipfile.ZIP_STORED
-) -> bytes:
+def write_records(records: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as file:
         for name, content in records.items():
@@ -169,9 +165,7 @@ def hide_code(data: bytes, rng: random.Random) -> bytes:
         b"\x80\x02r\xff\xff\xff\xff.",
         rng.randbytes(rng.randrange(1000)),
     ]
-    return rng.choice(
-        [write_records(records | {PICKLE: found}) for found in hidden] + hidden
-    )
+    return rng.choice([write_records(records | {PICKLE: found}) for found in hidden] + hidden)
 
 
 # --------------------------------------------------------------------------------------
@@ -179,10 +173,7 @@ def hide_code(data: bytes, rng: random.Random) -> bytes:
 
 
 def contents(tensors: dict[str, Tensor]) -> dict[str, tuple]:
-    return {
-        name: (x.dtype, x.shape, x.detach().numpy().tobytes())
-        for name, x in tensors.items()
-    }
+    return {name: (x.dtype, x.shape, x.detach().numpy().tobytes()) for name, x in tensors.items()}
 
 
 def resume() -> list:
@@ -248,9 +239,7 @@ KINDS = {
 
 @pytest.mark.parametrize("seeds", SEEDS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_checkpoint_is_refused_in_one_line_or_gives_the_same_tensors_and_never_runs_code(
-    kind, seeds
-):
+def test_a_damaged_checkpoint_is_refused_in_one_line_or_gives_the_same_tensors_and_never_runs_code(kind, seeds):
     train_run()
     name, read, damages = KINDS[kind]
     check_damages(kind, Target(OUT / name, read, damages), seeds)
@@ -277,9 +266,7 @@ def change_line(data: bytes, rng: random.Random) -> bytes:
 
 
 @pytest.mark.whole_ending
-@pytest.mark.parametrize(
-    "seeds", [range(4), pytest.param(range(4, 1000), marks=pytest.mark.long)], ids=str
-)
+@pytest.mark.parametrize("seeds", [range(4), pytest.param(range(4, 1000), marks=pytest.mark.long)], ids=str)
 def test_of_damaged_metrics_the_rows_before_the_damage_are_kept_and_drawn(seeds):
     train_run()
     path = OUT / "metrics.jsonl"

@@ -34,9 +34,7 @@ def disk(folder):
             subprocess.run(["umount", path], check=True)
             mounted.clear()
         options = f"{'remount,' if mounted else ''}size={max(size, 4096)}"  # 0 would be without a limit
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True
-        )
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True)
         if done.returncode:
             pytest.skip("this user may not mount a small disk")
         mounted.append(path)
@@ -126,9 +124,7 @@ def test_on_a_disk_of_any_size_a_preparation_ends_well_or_in_one_line_and_resume
 
 
 @pytest.mark.parametrize("room", [0, 1, 4096, 40_000])
-def test_a_checkpoint_that_finds_no_room_says_so_and_not_what_follows_from_it(
-    run_train, monkeypatch, room
-):
+def test_a_checkpoint_that_finds_no_room_says_so_and_not_what_follows_from_it(run_train, monkeypatch, room):
     class SmallDisk(io.FileIO):
         def write(self, data: bytes) -> int:
             nonlocal room

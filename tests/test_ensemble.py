@@ -45,8 +45,7 @@ def test_a_penalty_for_repetition_means_the_same_as_for_a_member_alone():
     for member in model.members:
         member.load_state_dict(first.state_dict())
     alone, together = (
-        sampling.penalize_repetition(one.next_logits(IDX), IDX.tolist(), 2.0).softmax(-1)
-        for one in (first, model)
+        sampling.penalize_repetition(one.next_logits(IDX), IDX.tolist(), 2.0).softmax(-1) for one in (first, model)
     )
     torch.testing.assert_close(alone, together)
 
@@ -136,10 +135,7 @@ def test_lora_is_added_to_each_member_but_not_to_its_head():
 
 def test_the_cache_of_each_member_is_counted_before_sampling(monkeypatch):
     monkeypatch.setattr(sampling, "free_memory", lambda device: 100_000)
-    three, one = (
-        sampling.texts_at_once(tiny_gpt(n_members=n), torch.device("cpu"), 8)
-        for n in (3, 1)
-    )
+    three, one = (sampling.texts_at_once(tiny_gpt(n_members=n), torch.device("cpu"), 8) for n in (3, 1))
     assert one > three
 
 

@@ -371,9 +371,7 @@ class Node:
         script = folder / "driver.js"
         script.write_text(DRIVER, encoding="utf-8")
         command = [NODE, str(script), str(ROOT)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, what: str, **request):
         self.process.stdin.write(json.dumps({"what": what, **request}) + "\n")
@@ -384,9 +382,7 @@ class Node:
 
     def arrays(self, what: str, **request) -> dict[str, np.ndarray]:
         found = self.ask(what, **request)
-        return {
-            name: unpacked(value).reshape(value["shape"]) for name, value in found.items()
-        }
+        return {name: unpacked(value).reshape(value["shape"]) for name, value in found.items()}
 
 
 def unpacked(value: dict) -> np.ndarray:
@@ -446,10 +442,7 @@ def expected_trace(
             if name.endswith(".output"):
                 found[name.removesuffix("output") + "input"] = args[0][0]
 
-    hooks = [
-        module.register_forward_hook(partial(keep, name))
-        for name, module in model.named_modules()
-    ]
+    hooks = [module.register_forward_hook(partial(keep, name)) for name, module in model.named_modules()]
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         for module in model.modules():
             if hasattr(module, "kernel"):
@@ -484,14 +477,10 @@ def data_of(model: nn.Module, tokenizer_vocab_size: int | None = None) -> dict:
 
 
 def tokens(T: int, vocab_size: int = 11, seed: int = 0) -> list[int]:
-    return torch.randint(
-        vocab_size, (T,), generator=torch.Generator().manual_seed(seed)
-    ).tolist()
+    return torch.randint(vocab_size, (T,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def assert_parity(
-    node: Node, model: nn.Module, idx: list[int], source: list[int] | None = None, size=None
-) -> None:
+def assert_parity(node: Node, model: nn.Module, idx: list[int], source: list[int] | None = None, size=None) -> None:
     """The JavaScript computes the same as PyTorch."""
     found = node.arrays("forward", data=data_of(model, size), idx=idx, source=source)
     expected = expected_trace(model, idx, source, size or model.config.vocab_size)
@@ -550,9 +539,7 @@ def test_every_number_of_each_variant_is_pytorchs(node, variant):
     assert node.ask("agrees", data=data_of(model), check=page_data.check_data(model))
 
 
-@pytest.mark.parametrize(
-    "path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "config"))
-)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "config")))
 def test_every_number_of_a_model_of_each_shipped_config_is_pytorchs(node, path):
     keys = model_settings(path)
     keys |= {"n_layer": min(2, keys.get("n_layer", 2)), "vocab_size": 70}
@@ -590,9 +577,7 @@ def test_the_variants_that_a_page_knows_are_those_of_the_javascript(node):
 def test_a_branch_that_is_switched_off_adds_nothing(node):
     for branch, last in (("attn", "attn.o_proj"), ("mlp", "mlp.down_proj")):
         model = rounded(test_model.tiny())
-        found = node.arrays(
-            "forward", data=data_of(model), idx=tokens(8), off=[f"stack.blocks.1.{branch}"]
-        )
+        found = node.arrays("forward", data=data_of(model), idx=tokens(8), off=[f"stack.blocks.1.{branch}"])
         with torch.no_grad():
             model.get_submodule(f"stack.blocks.1.{last}").weight.zero_()
             expected = model(torch.tensor([tokens(8)]))[0][0]
@@ -604,18 +589,10 @@ def test_a_branch_that_is_switched_off_adds_nothing(node):
 
 
 @pytest.mark.parametrize("adds", [False, True])
-def test_the_kernel_and_the_plain_product_give_the_same_bits_and_a_row_alone_too(
-    node, adds
-):
+def test_the_kernel_and_the_plain_product_give_the_same_bits_and_a_row_alone_too(node, adds):
     assert node.ask("kernel")
     sizes = [1, 2, 3, 4, 5, 15, 16, 17, 33]
-    shapes = [
-        [m, k, n, turned]
-        for m in (1, 2, 5)
-        for k in sizes
-        for n in sizes
-        for turned in (0, 1)
-    ]
+    shapes = [[m, k, n, turned] for m in (1, 2, 5) for k in sizes for n in sizes for turned in (0, 1)]
     assert node.ask("products", shapes=shapes, adds=adds) == []
 
 
@@ -661,9 +638,7 @@ def batch_of(texts: int, T: int, vocab_size: int, seed: int) -> list[dict]:
 
 
 def loss_of(model: nn.Module, batch: list[dict]) -> Tensor:
-    idx, targets = (
-        torch.tensor([text[key] for text in batch]) for key in ("idx", "targets")
-    )
+    idx, targets = (torch.tensor([text[key] for text in batch]) for key in ("idx", "targets"))
     return model(idx, targets)[1]
 
 
@@ -684,17 +659,13 @@ def test_the_logits_and_the_gradients_of_a_batch_are_pytorchs(node, name):
         # without positions in queries and keys the bias of keys changes nothing: its derivative is 0, but for rounding,
         # which differs from machine to machine
         assert largest > 1e-12 or key.endswith("k_proj.bias")
-        np.testing.assert_allclose(
-            found[key], expected, rtol=0, atol=1e-5 * max(largest, 2e-3), err_msg=key
-        )
+        np.testing.assert_allclose(found[key], expected, rtol=0, atol=1e-5 * max(largest, 2e-3), err_msg=key)
 
 
 def train_both(node, model: nn.Module, batches: list[dict], settings: dict):
     """Train in JavaScript and in PyTorch. Returns what JavaScript has, and PyTorch's mean losses and norms."""
     config = TrainConfig(**{"max_iters": len(batches)} | settings)
-    found = node.arrays(
-        "train", data=data_of(model), settings=vars(config), batches=batches
-    )
+    found = node.arrays("train", data=data_of(model), settings=vars(config), batches=batches)
     optimizer = make_optimizer(config, model.train())
     losses, norms = [], []
     for it, batch in enumerate(batches):
@@ -710,9 +681,7 @@ def train_both(node, model: nn.Module, batches: list[dict], settings: dict):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "normuon"])
-@pytest.mark.parametrize(
-    "name", ["demo", "rhyme", "llama", "drawn 1", "drawn 2", "drawn 4"]
-)
+@pytest.mark.parametrize("name", ["demo", "rhyme", "llama", "drawn 1", "drawn 2", "drawn 4"])
 def test_five_steps_of_training_are_pytorchs(node, name, optimizer):
     model = rounded(test_model.tiny(**TRAINED[name]))
     batches = [batch_of(3, 13, 11, seed) for seed in range(5)]
@@ -721,9 +690,7 @@ def test_five_steps_of_training_are_pytorchs(node, name, optimizer):
     assert found["losses"] == pytest.approx(losses, abs=1e-5)
     assert found["norms"] == pytest.approx(norms, rel=1e-4)
     for key, p in model.named_parameters():
-        np.testing.assert_allclose(
-            found[key], p.detach().flatten(), rtol=0, atol=3e-5, err_msg=key
-        )
+        np.testing.assert_allclose(found[key], p.detach().flatten(), rtol=0, atol=3e-5, err_msg=key)
 
 
 @pytest.mark.long
@@ -775,9 +742,7 @@ KNOBS = [
 
 
 @pytest.mark.parametrize("knobs", KNOBS, ids=case_id)
-def test_a_model_of_the_playground_begins_with_weights_as_init_weights_draws_them(
-    node, knobs
-):
+def test_a_model_of_the_playground_begins_with_weights_as_init_weights_draws_them(node, knobs):
     config = ModelConfig(**{"vocab_size": 29, "n_embd": 64, "tie_weights": False} | knobs)
     found = node.ask("initial", config=vars(config), seed=1)
     expected = dict(GPT(config).named_parameters())
@@ -797,14 +762,10 @@ def test_the_playgrounds_tokens_are_the_characters_of_a_text_as_in_prepare_data(
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "normuon"])
-def test_a_training_that_goes_back_to_a_step_repeats_what_followed_bit_for_bit(
-    node, optimizer
-):
+def test_a_training_that_goes_back_to_a_step_repeats_what_followed_bit_for_bit(node, optimizer):
     config = vars(ModelConfig(vocab_size=11, n_layer=1, n_embd=16, block_size=8))
     settings = SETTINGS | {"optimizer": optimizer, "batch_size": 2}
-    first, again = node.ask(
-        "repeated", config=config, settings=settings, ids=tokens(50), steps=4
-    )
+    first, again = node.ask("repeated", config=config, settings=settings, ids=tokens(50), steps=4)
     assert len(first) == 5 and len({loss for _, loss in first[:4]}) == 4
     assert again == first
 
@@ -812,9 +773,7 @@ def test_a_training_that_goes_back_to_a_step_repeats_what_followed_bit_for_bit(
 def test_some_steps_are_kept_and_each_that_the_page_knows_can_be_gone_back_to(node):
     config = vars(ModelConfig(vocab_size=11, n_layer=1, n_embd=16, block_size=8))
     settings = SETTINGS | {"batch_size": 1}
-    told, reached, most = node.ask(
-        "kept", config=config, settings=settings, ids=tokens(9), steps=43
-    )
+    told, reached, most = node.ask("kept", config=config, settings=settings, ids=tokens(9), steps=43)
     assert told == reached and len(told) == most == 40
     assert told[0] == 0 and told[-1] == 43
     large = config | {"n_embd": 512}
@@ -826,9 +785,7 @@ def test_some_steps_are_kept_and_each_that_the_page_knows_can_be_gone_back_to(no
 def test_the_learning_rate_of_each_step_is_that_of_a_run(node, keys):
     config = TrainConfig(max_iters=40, warmup_iters=5, **keys)
     expected = [config.lr(step) / config.learning_rate for step in range(45)]
-    assert node.ask("rates", settings=vars(config), steps=list(range(45))) == pytest.approx(
-        expected
-    )
+    assert node.ask("rates", settings=vars(config), steps=list(range(45))) == pytest.approx(expected)
 
 
 # --------------------------------------------------------------------------------------
@@ -843,9 +800,7 @@ def explained_case(variant: dict) -> dict:
 
 
 @every_variant
-def test_the_terms_of_any_number_make_it_and_each_operand_opens_the_number_that_it_reads(
-    node, variant
-):
+def test_the_terms_of_any_number_make_it_and_each_operand_opens_the_number_that_it_reads(node, variant):
     found = node.ask("explain", **explained_case(variant), seed=1, count=200)
     assert len({answer["address"] for answer in found}) > 60
     for answer in found:
@@ -870,9 +825,7 @@ def test_what_the_parts_add_to_a_logit_adds_up_to_it_less_the_mean_of_all(node, 
 
 
 @pytest.mark.parametrize("block", models.BLOCKS)
-def test_the_logit_lens_ends_with_the_logits_and_after_fewer_blocks_is_a_shallower_model(
-    node, block
-):
+def test_the_logit_lens_ends_with_the_logits_and_after_fewer_blocks_is_a_shallower_model(node, block):
     model = rounded(test_model.tiny(block=block, n_layer=3))
     lens = node.ask("lens", data=data_of(model), idx=tokens(8), stack="stack")
     for n_layer, row in ((3, 6), (2, 4), (1, 2)):
@@ -889,9 +842,7 @@ def test_the_logit_lens_ends_with_the_logits_and_after_fewer_blocks_is_a_shallow
 def test_the_leaf_network_is_the_articles(node):
     leaf, flower = node.ask("article", relu=False)
     assert [round(x, 1) for x in leaf["sums"]] == [-26.6, 3.2, -47.1]
-    assert (
-        leaf["output"][0] > leaf["output"][1] and flower["output"][0] < flower["output"][1]
-    )
+    assert leaf["output"][0] > leaf["output"][1] and flower["output"][0] < flower["output"][1]
     assert node.ask("article", relu=True)[0]["hidden"] == [
         0,
         pytest.approx(3.2, abs=0.05),
@@ -998,17 +949,12 @@ def texts() -> list[str]:
     st = hypothesis.strategies
 
     @hypothesis.settings(max_examples=300, deadline=None, derandomize=True, database=None)
-    @hypothesis.given(
-        text=anything | st.lists(st.sampled_from(WORDS) | st.text(max_size=5)).map("".join)
-    )
+    @hypothesis.given(text=anything | st.lists(st.sampled_from(WORDS) | st.text(max_size=5)).map("".join))
     def collect(text):
         found.append(text)
 
     collect()
-    return [
-        "".join(char for char in text if unicodedata.category(char) != "Cn")
-        for text in found
-    ]
+    return ["".join(char for char in text if unicodedata.category(char) != "Cn") for text in found]
 
 
 MERGING = ("gpt2", "bpe", "sentencepiece")
@@ -1058,17 +1004,13 @@ def test_token_ids_of_conversations_are_pythons(node, tokenizers, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_merges_lead_from_the_characters_or_bytes_to_the_tokens(
-    node, tokenizers, texts, name
-):
+def test_the_merges_lead_from_the_characters_or_bytes_to_the_tokens(node, tokenizers, texts, name):
     tok = tokenizers[name]
     texts = texts if tok.name != "char" else [TEXT]
     merged = 0
     for answer in node.ask("encode", data=page_data.tokenizer_data(tok), texts=texts):
         parts = answer["parts"]
-        assert [i for part in parts for x in part["tokens"] for i in x["ids"]] == answer[
-            "ids"
-        ]
+        assert [i for part in parts for x in part["tokens"] for i in x["ids"]] == answer["ids"]
         spelled = "".join(symbol for part in parts for symbol in part["symbols"])
         if tok.name in ("bpe", "gpt2"):
             spelled = spelled.encode("latin-1").decode()
@@ -1173,9 +1115,7 @@ PAIR_MODELS = {
 
 
 @pytest.mark.parametrize("kind", PAIR_MODELS)
-def test_the_page_of_a_translation_has_the_probabilities_of_the_next_word(
-    node, pairs, kind
-):
+def test_the_page_of_a_translation_has_the_probabilities_of_the_next_word(node, pairs, kind):
     train.main([*TINY_RUN, "--dataset=pairs", "--block_size=40", *PAIR_MODELS[kind]])
     explain.main(["--out_dir=out/run", "--start=Wo  wohnst\ndu?"])
     tok = load(Path("out/run/best.pt")).tokenizer
@@ -1263,17 +1203,13 @@ SNAPSHOT_RUNS = {
 
 
 @pytest.mark.parametrize("kind", SNAPSHOT_RUNS)
-def test_at_each_snapshot_the_logits_are_pytorchs_with_the_same_rounded_weights(
-    node, tiny, pairs, kind
-):
+def test_at_each_snapshot_the_logits_are_pytorchs_with_the_same_rounded_weights(node, tiny, pairs, kind):
     train.main([*TINY_RUN, "--max_iters=11", "--eval_interval=11", *SNAPSHOT_RUNS[kind]])
     explain.main(["--out_dir=out/run"])
     model = load(Path("out/run/best.pt")).model
     request = {"idx": tokens(12), "source": tokens(7) if hasattr(model, "encode") else None}
     tensors = {key: torch.tensor([ids]) for key, ids in request.items() if ids}
-    found = node.arrays(
-        "snapshots", path=str(Path("out/run/explain.html").resolve()), **request
-    )
+    found = node.arrays("snapshots", path=str(Path("out/run/explain.html").resolve()), **request)
     assert list(found) == ["0", "10"]
     for step, logits in found.items():
         saved = checkpoint.read_plain(Path("out/run/snapshots", f"{step}.pt"))
@@ -1316,9 +1252,7 @@ EDITS = {  # of model.py: [what is replaced, its key, by what], and the settings
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_a_page_that_would_compute_otherwise_than_an_edited_model_py_says_so_instead(
-    node, tiny, monkeypatch, edit
-):
+def test_a_page_that_would_compute_otherwise_than_an_edited_model_py_says_so_instead(node, tiny, monkeypatch, edit):
     (where, key, value), keys = EDITS[edit]
     put = monkeypatch.setitem if isinstance(where, dict) else monkeypatch.setattr
     put(where, key, value)
@@ -1333,9 +1267,7 @@ def test_a_page_that_would_compute_otherwise_than_an_edited_model_py_says_so_ins
 
 def test_a_tokenizer_that_the_page_does_not_have_is_refused():
     theirs = PretrainedTokenizer(tokenizer_json(SEPARATED["bpe"]), None, None)
-    with pytest.raises(
-        UserError, match=r"a page cannot read .* tokenizer=tokenizer\.json, only"
-    ):
+    with pytest.raises(UserError, match=r"a page cannot read .* tokenizer=tokenizer\.json, only"):
         page_data.tokenizer_data(theirs)
 
 

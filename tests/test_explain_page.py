@@ -83,9 +83,7 @@ class Opened:
     """A page in a browser without a network, all that it asked for, and its console."""
 
     def __init__(self, browser, path: Path, hash: str = "", **options):
-        self.context = browser.new_context(
-            offline=True, **{"viewport": {"width": 1440, "height": 900}} | options
-        )
+        self.context = browser.new_context(offline=True, **{"viewport": {"width": 1440, "height": 900}} | options)
         self.page, self.console, self.requests = self.context.new_page(), [], []
         self.page.on("console", lambda message: self.console.append(message.text))
         self.page.on("pageerror", lambda error: self.console.append(str(error)))
@@ -165,10 +163,7 @@ def test_the_bars_are_the_models_probabilities_and_change_with_each_keystroke(op
 def test_the_page_says_that_a_bar_appends_its_token_and_what_its_percentage_does(opened):
     view = opened()
     hint = view.page.locator("#prediction p")
-    assert (
-        hint.inner_text()
-        == "A bar appends its token. A percentage shows how it was computed."
-    )
+    assert hint.inner_text() == "A bar appends its token. A percentage shows how it was computed."
     view.page.locator("#tokens button").nth(0).click()
     assert hint.inner_text().startswith("A bar goes on from here with its token.")
     view.page.locator("#bars .choose").nth(0).click()
@@ -259,9 +254,7 @@ def test_a_key_computes_one_row_beside_the_page_and_outdated_keys_are_dropped(op
     view = opened()
     beyond, computed, answered = view.result(COMPUTER)
     assert beyond == [1]  # the newest half of a full context is ready
-    assert (
-        answered == 1 and computed <= 20 * 16 + 16
-    )  # of 20 texts, half, and of the last one all
+    assert answered == 1 and computed <= 20 * 16 + 16  # of 20 texts, half, and of the last one all
     view.page.focus("#text")
     view.page.keyboard.type("kis osal")
     view.settle()
@@ -537,9 +530,7 @@ class Walk:
         self.draw.choice(self.ACTIONS)(self)
 
 
-@pytest.mark.parametrize(
-    "actions", [15, pytest.param(2_000, marks=pytest.mark.long)], ids=str
-)
+@pytest.mark.parametrize("actions", [15, pytest.param(2_000, marks=pytest.mark.long)], ids=str)
 def test_after_any_actions_the_numbers_are_those_of_the_text(opened, runs, actions):
     model, tokenizer = load(runs)
     view = opened(reduced_motion="reduce")  # no frames but for what changes
@@ -623,9 +614,7 @@ def test_the_leaf_network_is_trained_to_95_percent_stops_and_explodes_with_a_rea
     assert "Exploded" in panel.locator(".status").inner_text()
 
 
-CONTROLS = (
-    "button:not([disabled], #skip, .more, #tokens *), select, input, textarea, summary"
-)
+CONTROLS = "button:not([disabled], #skip, .more, #tokens *), select, input, textarea, summary"
 CONTROLS += ", canvas[tabindex], .scroll"
 ONCE = {"button": "Enter", "summary": "Enter", "checkbox": " ", "textarea": "k"}
 KEYS = {kind: (key,) for kind, key in ONCE.items()} | {
@@ -652,23 +641,15 @@ FOCUSED_NOW = "document.activeElement !== document.body"
 AFTER = "() => [state().join(), control.textContent]"
 
 
-@pytest.mark.parametrize(
-    "run", ["playground", *(pytest.param(run, marks=pytest.mark.long) for run in RUNS)]
-)
-def test_tab_leads_to_every_control_and_each_obeys_its_keys_and_keeps_the_focus(
-    opened, run
-):
-    view = opened(
-        run, "#section=gpt&number=logits:0,1", viewport={"width": 1440, "height": 300}
-    )
+@pytest.mark.parametrize("run", ["playground", *(pytest.param(run, marks=pytest.mark.long) for run in RUNS)])
+def test_tab_leads_to_every_control_and_each_obeys_its_keys_and_keeps_the_focus(opened, run):
+    view = opened(run, "#section=gpt&number=logits:0,1", viewport={"width": 1440, "height": 300})
     press, ask = view.page.keyboard.press, view.page.evaluate
     # the selected token, what sections have more when they come into view, and once around
     for _ in range(ask(WATCH, CONTROLS) + 40):
         press("Tab")
     # of several sections, the one that is being read is the stop
-    missed = (
-        "visible().filter((it) => !it.seen && it.tabIndex >= 0 && !it.closest('#sections'))"
-    )
+    missed = "visible().filter((it) => !it.seen && it.tabIndex >= 0 && !it.closest('#sections'))"
     assert ask(f"{missed}.map((control) => control.outerHTML)") == []
     tried = Counter()
     for number in range(1000):
@@ -676,9 +657,7 @@ def test_tab_leads_to_every_control_and_each_obeys_its_keys_and_keeps_the_focus(
         if not kind:
             break
         tried[alike] += 1
-        if (
-            alike and tried[alike] > 2
-        ):  # of many operands or thumbnails in one place, two are enough
+        if alike and tried[alike] > 2:  # of many operands or thumbnails in one place, two are enough
             continue
         # a key opens the browser's own window; a slider with one place
         if kind == "file" or 'max="0"' in label:
@@ -800,9 +779,7 @@ def test_nothing_moves(opened):
     ],
 )
 def test_axe_finds_nothing(opened, run, scheme):
-    axe = pytest.importorskip(
-        "axe_playwright_python.sync_playwright", reason="needs axe-playwright-python"
-    )
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
     view = opened(run, "#section=gpt", color_scheme=scheme)
     assert_axe_finds_nothing(axe, view)
     view.page.locator("#bars .number").nth(0).click()
@@ -821,9 +798,7 @@ def assert_axe_finds_nothing(axe, view: Opened, part: str = "html") -> None:
         "resultTypes": ["violations"],  # to describe what is well takes as long again
     }
     found = axe.Axe().run(view.page, part, options).response["violations"]
-    assert {
-        rule["id"]: [node["html"][:120] for node in rule["nodes"][:3]] for rule in found
-    } == {}
+    assert {rule["id"]: [node["html"][:120] for node in rule["nodes"][:3]] for rule in found} == {}
 
 
 @pytest.mark.parametrize("run", ["run", "pairs", "window", "playground"])
@@ -864,9 +839,7 @@ def test_text_is_beside_its_pictures_if_there_is_room_and_ranges_beside_their_ti
 
 
 @pytest.mark.long
-def test_the_time_until_a_keystroke_is_painted_is_measured_in_each_case(
-    browser, runs, monkeypatch
-):
+def test_the_time_until_a_keystroke_is_painted_is_measured_in_each_case(browser, runs, monkeypatch):
     monkeypatch.setattr(keystrokes, "FIRST_KEYS", 0)
     figures = keystrokes.time_page(browser, runs / "out/run/explain.html", 2)
     for where in ("appended", "anywhere"):
@@ -878,9 +851,7 @@ def test_the_time_until_a_keystroke_is_painted_is_measured_in_each_case(
 
 def test_a_section_for_which_the_run_has_nothing_names_a_command_that_trains_one(opened):
     view = opened("window", "#section=transformer")
-    commands = view.page.eval_on_selector_all(
-        ".missing code", "all => all.map((item) => item.textContent)"
-    )
+    commands = view.page.eval_on_selector_all(".missing code", "all => all.map((item) => item.textContent)")
     assert len(commands) >= 7
     for command in commands:
         config = re.fullmatch(r"python train.py (config/[\w/.-]+)", command)[1]
@@ -906,18 +877,14 @@ def status(view: Opened, section: str, words: str) -> float:
     return float(element.get_attribute("data-loss"))
 
 
-def test_a_slider_goes_through_the_training_from_its_first_step_to_the_model_of_now(
-    opened, runs
-):
+def test_a_slider_goes_through_the_training_from_its_first_step_to_the_model_of_now(opened, runs):
     model, tokenizer = load(runs)
     text = "Akis unat"
     ids = tensor_of(tokenizer, text)
     saved = load_plain(runs / "out/run/snapshots/0.pt")["rows"]
     view = opened("run", f"#section=learned&text={text}")
     strip = view.page.get_by_role("slider", name="Loss of each token")
-    for number, (words, then) in enumerate(
-        [("After step 0 ", restored(saved, model)), ("After step 6 ", model)]
-    ):
+    for number, (words, then) in enumerate([("After step 0 ", restored(saved, model)), ("After step 6 ", model)]):
         slide(view, "learned", number)
         with torch.no_grad():
             first = then(ids)[0][0, 0].log_softmax(-1)
@@ -929,9 +896,7 @@ def test_a_slider_goes_through_the_training_from_its_first_step_to_the_model_of_
         assert strip.get_attribute("aria-valuetext") == f"“k”: {-first[ids[0, 1]]:.4f}"
 
 
-def test_what_a_step_of_training_knew_of_a_text_follows_the_text_while_it_is_written(
-    opened, runs
-):
+def test_what_a_step_of_training_knew_of_a_text_follows_the_text_while_it_is_written(opened, runs):
     model, tokenizer = load(runs)
     view = opened("run", f"#section=learned&text={START}")
     slide(view, "learned", 1)
@@ -953,9 +918,7 @@ def test_what_a_step_of_training_knew_of_a_text_follows_the_text_while_it_is_wri
     shown = {text: float(loss) for text, loss in written if loss}
     assert len(shown) > 2, written
     now = view.page.text_content("#learned .losses")
-    ids = view.page.eval_on_selector_all(
-        "#tokens button", "all => all.map((it) => +it.dataset.id)"
-    )
+    ids = view.page.eval_on_selector_all("#tokens button", "all => all.map((it) => +it.dataset.id)")
     assert now.replace("␣", " ").replace("⏎", "\n") == tokenizer.decode(ids)
     loss = view.page.locator("#learned [role=status]").get_attribute("data-loss")
     shown[now] = float(loss)
@@ -996,9 +959,7 @@ def test_steps_of_the_page_are_pytorchs_and_a_step_can_be_gone_back_to(opened, r
 
 def trained_loss(view: Opened) -> float:
     """The mean loss of the training here, which has a point for each step."""
-    return float(
-        view.page.locator(".chart-key .key-0").first.inner_text().split()[1].rstrip(",")
-    )
+    return float(view.page.locator(".chart-key .key-0").first.inner_text().split()[1].rstrip(","))
 
 
 def test_a_number_of_the_gradient_opens_to_its_sum_over_the_tokens(opened, runs):
@@ -1032,9 +993,7 @@ def test_a_run_with_an_optimizer_of_ones_own_is_shown_but_not_trained(opened, ru
     assert opened().page.inner_html("#playground")
 
 
-def test_a_page_whose_logits_are_not_pytorchs_says_so_instead_of_showing_the_model(
-    browser, runs, tmp_path
-):
+def test_a_page_whose_logits_are_not_pytorchs_says_so_instead_of_showing_the_model(browser, runs, tmp_path):
     data = page_data(runs / "out/run/best.pt", START)
     data["check"]["idx"].reverse()
     (tmp_path / "page.html").write_bytes(fill("page.html", to_text(data)))

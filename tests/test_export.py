@@ -52,9 +52,7 @@ NEW_TOKENS = 100
 
 
 def transformers():
-    found = pytest.importorskip(
-        "transformers", reason="needs transformers: pip install -r requirements-dev.txt"
-    )
+    found = pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements-dev.txt")
     found.logging.disable_progress_bar()
     return found
 
@@ -125,18 +123,14 @@ def continued(out_dir: Path, prompt: str) -> str:
 
 def open_folder(folder: Path) -> tuple[nn.Module, object]:
     hf = transformers()
-    model, report = hf.AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True
-    )
+    model, report = hf.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     return model, hf.AutoTokenizer.from_pretrained(folder)
 
 
 def llama_cpp_server(path: Path):
     """A server of llama.cpp for one model, with keys and values in float32."""
-    xllamacpp = pytest.importorskip(
-        "xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt"
-    )
+    xllamacpp = pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt")
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx = str(path), 160
     params.n_parallel, params.n_gpu_layers = 1, 0
@@ -159,9 +153,7 @@ def llama_cpp(path: Path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_transformers_has_the_logits_the_tokens_and_the_greedy_text_of_sample_py(
-    case, runs, monkeypatch
-):
+def test_transformers_has_the_logits_the_tokens_and_the_greedy_text_of_sample_py(case, runs, monkeypatch):
     monkeypatch.chdir(runs(case))
     export.main(["--out_dir=out/run", "--to=exported"])
     theirs, tokenizer = open_folder(Path("exported"))
@@ -171,9 +163,7 @@ def test_transformers_has_the_logits_the_tokens_and_the_greedy_text_of_sample_py
     assert tokenizer(text)["input_ids"] == ids.tolist() and tokenizer.decode(ids) == text
     idx = torch.from_numpy(ids)[None]
     with torch.no_grad():
-        torch.testing.assert_close(
-            theirs(idx).logits, ours.model(idx)[0], atol=1e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(theirs(idx).logits, ours.model(idx)[0], atol=1e-4, rtol=1e-4)
     prompt = tokenizer(text[:20], return_tensors="pt")
     assert prompt.input_ids.shape[1] + NEW_TOKENS <= 160
     output = theirs.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[0]
@@ -281,9 +271,7 @@ def test_a_character_that_the_alphabet_lacks_is_an_error_there_as_here():
 # Models without a run
 
 
-def loaded(
-    vocab_size: int | None = None, tokenizer: Tokenizer | None = None, **keys
-) -> Loaded:
+def loaded(vocab_size: int | None = None, tokenizer: Tokenizer | None = None, **keys) -> Loaded:
     """A random model, as from a checkpoint; vocab_size: rows of the embedding."""
     tokenizer = tokenizer or CharTokenizer("\n abcdefghi")
     rows = vocab_size or tokenizer.vocab_size
@@ -327,9 +315,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "keys", SHAPES, ids=lambda keys: " ".join(sorted(keys.keys() - ROTARY.keys()))
-)
+@pytest.mark.parametrize("keys", SHAPES, ids=lambda keys: " ".join(sorted(keys.keys() - ROTARY.keys())))
 def test_llama_cpp_computes_every_shape_that_can_be_exported_to_within_its_rounding(keys):
     found = loaded(**keys)
     export.write_gguf_file(found, Path("model.gguf"), "float32")
@@ -427,9 +413,7 @@ def test_what_gguf_cannot_hold_is_refused_by_name_with_the_way_out(keys, complai
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_folder_from_which_transformers_computes_other_logits_is_not_left(
-    dtype, folder, monkeypatch
-):
+def test_a_folder_from_which_transformers_computes_other_logits_is_not_left(dtype, folder, monkeypatch):
     transformers()
     heads = models.SelfAttention.heads
     monkeypatch.setattr(models.SelfAttention, "heads", lambda self, x: 1.2 * heads(self, x))
@@ -438,9 +422,7 @@ def test_a_folder_from_which_transformers_computes_other_logits_is_not_left(
     assert not list(folder.iterdir())
 
 
-def test_an_edited_model_py_whose_logits_nothing_compares_is_refused(
-    tiny, fails, monkeypatch, model_is_edited
-):
+def test_an_edited_model_py_whose_logits_nothing_compares_is_refused(tiny, fails, monkeypatch, model_is_edited):
     train.main([*TINY_RUN, "--max_iters=1", "--activation=gelu_tanh"])
     if export.find_spec("transformers"):
         export.main(["--out_dir=out/run", "--to=compared"])

@@ -256,9 +256,7 @@ def draw_cases(count: int) -> list[dict]:
     for choices in OPTIONS.values():
         column = [choices[number % len(choices)] for number in range(count)]
         columns.append(draw.sample(column, count))
-    return [
-        allowed(dict(zip(OPTIONS, row, strict=True))) for row in zip(*columns, strict=True)
-    ]
+    return [allowed(dict(zip(OPTIONS, row, strict=True))) for row in zip(*columns, strict=True)]
 
 
 # --------------------------------------------------------------------------------------
@@ -290,18 +288,14 @@ def load_to_sample(gpu: FakeGPU, model: nn.Module, dtype: torch.dtype) -> nn.Mod
         return sample.load("a model").model
 
 
-def train_and_evaluate(
-    gpu: FakeGPU, model: nn.Module, case: dict, dtype: torch.dtype
-) -> None:
+def train_and_evaluate(gpu: FakeGPU, model: nn.Module, case: dict, dtype: torch.dtype) -> None:
     """Take steps of two micro-batches, with clipping. The batches come from the CPU."""
     names = ("idx", "targets") + ("source",) * hasattr(model, "encode")
     batch = dict.fromkeys(names, torch.zeros(2, 5, dtype=torch.int64))
     for module in model.modules():
         if isinstance(module, models.Stack):
             module.checkpoint_activations = case["checkpoint_activations"]
-    config = TrainConfig(
-        optimizer=case["optimizer"], batch_size=2, gradient_accumulation_steps=2
-    )
+    config = TrainConfig(optimizer=case["optimizer"], batch_size=2, gradient_accumulation_steps=2)
     dataset = SimpleNamespace(
         batch=lambda index, size: batch,
         val_batches=lambda size, iters: iter([batch]),
@@ -339,9 +333,7 @@ def check_weights(ready: nn.Module, dtype: torch.dtype) -> None:
         assert dtype == torch.float32 or not isinstance(module, nn.Linear), module
 
 
-def generate_texts(
-    gpu: FakeGPU, model: nn.Module, padded: bool, dtype: torch.dtype
-) -> None:
+def generate_texts(gpu: FakeGPU, model: nn.Module, padded: bool, dtype: torch.dtype) -> None:
     """Generate past block_size. Each token waits once, to be shown. What is cached has the dtype."""
     texts = [[0] * 5, [0] * (3 if padded else 5)]
     context = Context(model, texts, 12, device=gpu.device)
@@ -387,9 +379,7 @@ PLAIN |= {"model": "gpt", "position": "rotary", "norm": "rmsnorm"}
 
 
 FAULTS = {
-    "two (different )?devices,? fgpu:0,? (and )?cpu": lambda x: (
-        x + torch.zeros(x.shape[-1])
-    ),
+    "two (different )?devices,? fgpu:0,? (and )?cpu": lambda x: x + torch.zeros(x.shape[-1]),
     "a training step: 4 waits for the device": lambda x: x * x.sum().item(),
     "the residual stream is torch.bfloat16": Tensor.bfloat16,
 }
@@ -421,9 +411,7 @@ def elsewhere():
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(150, marks=pytest.mark.long)])
-def test_any_choices_train_evaluate_and_generate_on_one_device_and_wait_only_to_show(
-    elsewhere, count
-):
+def test_any_choices_train_evaluate_and_generate_on_one_device_and_wait_only_to_show(elsewhere, count):
     """The residual stream is also float32. run_case() says how often the CPU may wait."""
     assert elsewhere(run_cases, draw_cases(count)) is None
 

@@ -43,10 +43,7 @@ def both():
 def step(weights, model):
     """Compute the losses of both on the same tokens, and the gradients of model."""
     scores = from_scratch.gpt(TOKENS[:-1], weights, n_layer=2, n_head=2)
-    losses = [
-        from_scratch.cross_entropy(x, token)
-        for x, token in zip(scores, TOKENS[1:], strict=True)
-    ]
+    losses = [from_scratch.cross_entropy(x, token) for x, token in zip(scores, TOKENS[1:], strict=True)]
     logits, loss = model(torch.tensor([TOKENS[:-1]]), torch.tensor([TOKENS[1:]]))
     loss.backward()
     return scores, losses, logits[0], loss

@@ -34,9 +34,7 @@ def test_the_newest_half_is_recomputed_when_the_context_is_full():
     model = tiny_model()
     read = []
     next_logits = model.next_logits
-    model.next_logits = lambda idx, cache: (
-        read.append(idx.shape[1]) or next_logits(idx, cache)
-    )
+    model.next_logits = lambda idx, cache: read.append(idx.shape[1]) or next_logits(idx, cache)
     generate(model, [[1, 2]], 16)
     assert read == [2, 1, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4, 1, 1, 1]
 
@@ -143,10 +141,7 @@ def test_each_text_of_a_padded_batch_is_what_it_is_alone_before_and_past_block_s
     narrow = {"window": 8} if variant.get("window", 0) > 8 else {}
     model = tiny_model(**variant | narrow)
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 1, 2, 3, 4], [2, 2, 3, 4, 5, 6, 7, 8]]
-    expected = [
-        uncached(model, prompt, 20, sample=i, temperature=0.9)
-        for i, prompt in enumerate(prompts)
-    ]
+    expected = [uncached(model, prompt, 20, sample=i, temperature=0.9) for i, prompt in enumerate(prompts)]
     for ready in (model, make_generator(copy.deepcopy(model))):
         for texts in (4, 2):
             found = generate(ready, prompts[:texts], 20, temperature=0.9)

@@ -75,9 +75,7 @@ def server(files, monkeypatch):
         here.files, here.code = dict(files), None
         here.headers = {"X-Repo-Commit": COMMIT}
         address = f"http://127.0.0.1:{here.server_port}"
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(
-            constants.ENDPOINT, address
-        )
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
         # the package read these from the environment when it was imported
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", address)

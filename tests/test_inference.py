@@ -23,9 +23,7 @@ def logits_in_pieces(model, idx, padding=None) -> torch.Tensor:
     return torch.stack([model.next_logits(piece, cache) for piece in pieces], dim=1)
 
 
-@pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
-)
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_large_matrices_are_packed_and_give_the_same_logits(monkeypatch):
     monkeypatch.setattr(decoding, "PACKED_FROM", 1)
     for keys in (
@@ -58,9 +56,7 @@ def test_a_torch_without_onednn_is_not_asked_what_it_can_do(monkeypatch):
     ids=str,
 )
 def test_weights_in_fewer_bits_change_logits_little(low, bound, bias):
-    model = random_model(
-        n_embd=64, n_head=2, bias=bias, position="rotary", qk_norm=True
-    ).eval()
+    model = random_model(n_embd=64, n_head=2, bias=bias, position="rotary", qk_norm=True).eval()
     idx = tokens(2, 16)
     expected = model(idx)[0][:, 2:].detach()
     ready = make_generator(copy.deepcopy(model), **low)
@@ -94,9 +90,7 @@ def test_a_transformer_made_for_generation_translates_as_before():
 
 
 @pytest.mark.parametrize(("device", "replaced"), [("cpu", True), ("meta", False)])
-def test_norms_are_replaced_on_a_cpu_only_because_a_gpu_has_a_kernel_for_them(
-    device, replaced
-):
+def test_norms_are_replaced_on_a_cpu_only_because_a_gpu_has_a_kernel_for_them(device, replaced):
     model = random_model(norm="rmsnorm", qk_norm=True)
     device = torch.device(device)
     decoding.replace_layers(model, torch.float32, device, joins=False)
@@ -142,9 +136,7 @@ def ask(self, x, forward, *inputs):
         (ask, "not using faster layers, because this model.py's logits would change"),
     ],
 )
-def test_a_model_generates_without_what_its_edit_does_not_survive(
-    monkeypatch, model_is_edited, capsys, edited, note
-):
+def test_a_model_generates_without_what_its_edit_does_not_survive(monkeypatch, model_is_edited, capsys, edited, note):
     forward, init = models.SelfAttention.forward, models.SelfAttention.__init__
 
     def make(self, config, layer):

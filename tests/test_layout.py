@@ -40,10 +40,7 @@ def module_name(path: Path) -> str:
 def read_files(root: Path) -> dict[str, ast.Module]:
     """Parse model.py, the scripts, the library and the built-in data sets, {module: its tree}."""
     paths = [*root.glob("*.py"), *root.glob("data/*.py"), *root.glob("humptygpt/**/*.py")]
-    return {
-        module_name(path.relative_to(root)): ast.parse(path.read_text(encoding="utf-8"))
-        for path in paths
-    }
+    return {module_name(path.relative_to(root)): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def place(module: str) -> str:
@@ -130,12 +127,7 @@ def test_our_files_import_model_py_as_humptygpt_model():
 
 def test_model_py_imports_torch_and_the_standard_library_only():
     tree = read_files(ROOT)["humptygpt.model"]
-    names = {
-        alias.name
-        for node in nodes(tree)
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    }
+    names = {alias.name for node in nodes(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.partition(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}
 

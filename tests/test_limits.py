@@ -45,9 +45,7 @@ NESTED = {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000"}
         ("/of/the/host", {"cpu.max": "50000 100000"}, 1),
     ],
 )
-def test_threads_are_as_many_as_affinity_and_quota_allow(
-    groups, monkeypatch, path, files, cores
-):
+def test_threads_are_as_many_as_affinity_and_quota_allow(groups, monkeypatch, path, files, cores):
     monkeypatch.setattr(machine, "affinity", lambda: 8)
     groups(path, files)
     assert machine.usable_cores() == cores
@@ -83,9 +81,7 @@ def environment(monkeypatch):
     monkeypatch.setattr(machine, "read_numbers", lambda *names: [])
 
 
-def test_a_script_has_threads_that_give_way_and_what_the_user_chose_stays(
-    environment, monkeypatch
-):
+def test_a_script_has_threads_that_give_way_and_what_the_user_chose_stays(environment, monkeypatch):
     machine.start()
     assert os.environ["GOMP_SPINCOUNT"] == str(machine.SPINS)
     assert "OMP_NUM_THREADS" not in os.environ
@@ -99,9 +95,7 @@ def test_a_script_has_threads_that_give_way_and_what_the_user_chose_stays(
 
 
 @pytest.mark.parametrize("name", ["train", "sample", "score", "prepare_data"])
-def test_a_script_that_loads_torch_has_its_wait_policy_before_and_an_import_of_it_has_none(
-    name, environment
-):
+def test_a_script_that_loads_torch_has_its_wait_policy_before_and_an_import_of_it_has_none(name, environment):
     lines = (ROOT / f"{name}.py").read_text().splitlines()
     guard = lines.index('if __name__ == "__main__":')
     assert lines[guard + 1].startswith("    machine.start()")
@@ -144,9 +138,7 @@ def test_available_memory_is_that_of_the_machine_and_of_every_control_group(
     assert machine.available_memory() == available + cached
 
 
-def test_if_the_memory_is_unknown_as_on_windows_everything_fits(
-    groups, monkeypatch, tmp_path
-):
+def test_if_the_memory_is_unknown_as_on_windows_everything_fits(groups, monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "MEMINFO", tmp_path / "none")
     monkeypatch.setattr(os, "sysconf_names", {})
     groups("/", {})
@@ -209,9 +201,7 @@ def test_ctrl_c_while_imports_run_shows_nothing(folder, script):
         ((2,), ["--seeds=1"], 2, ""),
     ],
 )
-def test_a_run_whose_streams_are_closed_trains_and_what_is_refused_has_its_exit_code(
-    tiny, closed, keys, code, told
-):
+def test_a_run_whose_streams_are_closed_trains_and_what_is_refused_has_its_exit_code(tiny, closed, keys, code, told):
     done = subprocess.run(
         [sys.executable, ROOT / "train.py", *TINY_RUN, *keys],
         capture_output=True,

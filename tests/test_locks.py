@@ -82,9 +82,7 @@ def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(run_train, fail
         check(train.main, LONGER, advice)
 
 
-def test_a_second_preparation_of_a_name_is_refused_likewise_and_training_on_it_is_not(
-    tiny, fails
-):
+def test_a_second_preparation_of_a_name_is_refused_likewise_and_training_on_it_is_not(tiny, fails):
     argv = ["--input=tiny.txt", "--name=tiny", "--tokenizer=byte"]
     with refused("data/tiny", fails) as check:
         advice = "wait until it has finished, or choose another --name"
@@ -92,9 +90,7 @@ def test_a_second_preparation_of_a_name_is_refused_likewise_and_training_on_it_i
         assert train.main(TINY_RUN) == 0
 
 
-def test_only_a_training_takes_a_lock_so_that_a_living_run_can_be_sampled_and_compared(
-    run_train, monkeypatch
-):
+def test_only_a_training_takes_a_lock_so_that_a_living_run_can_be_sampled_and_compared(run_train, monkeypatch):
     run_train()
     monkeypatch.setattr(files, "locked", lambda *args: 1 / 0)
     sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=5"])
@@ -102,9 +98,7 @@ def test_only_a_training_takes_a_lock_so_that_a_living_run_can_be_sampled_and_co
     assert train.main([*LONGER, "--eval_only=True"]) == 0
 
 
-def test_the_folder_is_locked_from_before_the_checkpoint_is_read_until_the_run_has_ended(
-    run_train, monkeypatch
-):
+def test_the_folder_is_locked_from_before_the_checkpoint_is_read_until_the_run_has_ended(run_train, monkeypatch):
     run_train()
     seen = []
 

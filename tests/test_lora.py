@@ -47,9 +47,7 @@ def test_a_run_with_lora_starts_as_the_model_that_it_starts_from(base):
     run = train.setup(read_settings([*LORA, f"--lora_targets={ALL}"]))
     idx = torch.arange(16)[None]
     assert torch.equal(logits(run.model, idx), logits(base.model, idx))
-    kinds, matrices = zip(
-        *(name.split(".")[-3:-1] for name in trained_parameters(run.model)), strict=True
-    )
+    kinds, matrices = zip(*(name.split(".")[-3:-1] for name in trained_parameters(run.model)), strict=True)
     assert set(kinds) == set(ALL.split(",")) and set(matrices) == {"lora_A", "lora_B"}
 
 

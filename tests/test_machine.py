@@ -41,8 +41,7 @@ def python(code: str, text: str = "", **environment: str) -> str:
 
 def test_a_pipe_has_utf_8_whatever_the_encoding_of_the_system_is():
     code = (
-        "import sys; from humptygpt import machine; machine.use_utf8(); x = input();"
-        " print(len(x), x, sys.stdin.errors)"
+        "import sys; from humptygpt import machine; machine.use_utf8(); x = input(); print(len(x), x, sys.stdin.errors)"
     )
     marked = "\ufeff± → 你好\n"  # by a byte order mark, as from PowerShell
     assert python(code, marked, **ASCII) == "6 ± → 你好 surrogateescape\n"
@@ -87,9 +86,7 @@ def test_the_key_that_ends_the_input_is_the_one_of_the_system(monkeypatch, capsy
 # Files
 
 
-def test_a_pattern_that_no_shell_has_replaced_stands_for_the_runs_that_it_matches(
-    capsys, monkeypatch
-):
+def test_a_pattern_that_no_shell_has_replaced_stands_for_the_runs_that_it_matches(capsys, monkeypatch):
     for name in ("out/b", "out/a", "out/c[1]"):
         Path(name).mkdir(parents=True)
     assert machine.expand(["out/*"]) == ["out/a", "out/b", "out/c[1]"]
@@ -149,9 +146,7 @@ def test_a_file_that_may_not_be_written_is_reported_at_once(refusals):
 # Apple's GPU and processors
 
 
-@pytest.mark.parametrize(
-    ("dtype", "used"), [(torch.bfloat16, "formula"), (torch.float32, "kernel")]
-)
+@pytest.mark.parametrize(("dtype", "used"), [(torch.bfloat16, "formula"), (torch.float32, "kernel")])
 def test_in_half_precision_apples_gpu_computes_the_formula(monkeypatch, dtype, used):
     monkeypatch.setattr(model, "attend", lambda *args: "formula")
     monkeypatch.setattr(attention, "fused_attend", lambda *args: "kernel")

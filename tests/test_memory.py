@@ -86,9 +86,7 @@ def kept_by_autograd(config: TrainConfig, model_config: ModelConfig, rows: int) 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("key", "value"), VARIANTS)
-def test_the_lower_bound_is_below_what_a_step_holds_and_counts_what_trains(
-    key, value, dtype
-):
+def test_the_lower_bound_is_below_what_a_step_holds_and_counts_what_trains(key, value, dtype):
     sizes = {"vocab_size": 50, "block_size": 64, "window": 8, "batch_size": 6}
     settings = vars(TINY) | sizes | {"dtype": dtype, key: value}
     config = cli.make(TrainConfig, settings | {"init_from": "out/base"})
@@ -102,14 +100,10 @@ def test_the_lower_bound_is_below_what_a_step_holds_and_counts_what_trains(
     assert needed.logits <= measured
 
 
-def test_with_checkpointed_activations_blocks_are_computed_again_with_the_same_losses(
-    tiny, monkeypatch
-):
+def test_with_checkpointed_activations_blocks_are_computed_again_with_the_same_losses(tiny, monkeypatch):
     calls, rows, counts = [], [], []
     forward = models.Block.forward
-    monkeypatch.setattr(
-        models.Block, "forward", lambda *args: calls.append(1) or forward(*args)
-    )
+    monkeypatch.setattr(models.Block, "forward", lambda *args: calls.append(1) or forward(*args))
     for choice in ("False", "True"):
         argv = ["--dropout=0.2", "--dtype=bfloat16", f"--checkpoint_activations={choice}"]
         train.main([*TINY_RUN, *argv])
@@ -148,9 +142,7 @@ def test_a_dry_run_reports_memory_and_touches_nothing(capsys, monkeypatch):
         out = capsys.readouterr().out
         assert " parameters, " in out and ": activations come on top\n" in out
         each, size = re.search(r"memory(.*), in GB: weights ([0-9.e-]+)", out).groups()
-        assert each == (
-            f" per process (4 processes, {parallel.upper()})" if parallel else ""
-        )
+        assert each == (f" per process (4 processes, {parallel.upper()})" if parallel else "")
         weights[parallel] = float(size)
     assert weights["ddp"] == weights[""]
     assert weights["fsdp"] == pytest.approx(weights[""] / 4, rel=0.01)
@@ -181,26 +173,20 @@ TOO_LARGE = (
 
 
 @pytest.mark.parametrize("settings", TOO_LARGE)
-def test_a_training_that_will_not_fit_is_refused_with_its_size_and_what_takes_less(
-    tiny, gigabyte, fails, settings
-):
+def test_a_training_that_will_not_fit_is_refused_with_its_size_and_what_takes_less(tiny, gigabyte, fails, settings):
     line = fails(train.main, *TINY_RUN, *settings.split())
     end = f"of memory, but only 1.00 GB is free; {ADVICE}\n"
     assert re.search(r" takes at least [\d,.]+ GB ", line) and line.endswith(end)
     assert not Path("out/run/config.json").exists()
 
 
-def test_a_model_of_very_many_layers_is_refused_before_it_is_built(
-    tiny, monkeypatch, fails
-):
+def test_a_model_of_very_many_layers_is_refused_before_it_is_built(tiny, monkeypatch, fails):
     monkeypatch.setattr("humptygpt.training.memory.build_on_meta", None)
     line = "n_layer=100000 must be from 1 to 4096\n"
     assert fails(train.main, *TINY_RUN, "--n_layer=100000") == line
 
 
-def test_the_memory_of_a_gpu_counts_or_that_of_a_machine_which_processes_share(
-    tiny, gigabyte, monkeypatch
-):
+def test_the_memory_of_a_gpu_counts_or_that_of_a_machine_which_processes_share(tiny, gigabyte, monkeypatch):
     argv = [*TINY_RUN, "--n_embd=1024", "--vocab_size=50", "--n_layer=4"]
     config, model_config, *_ = read_settings([*argv, "--dtype=float32"])
     check = partial(check_training_fits, config, model_config)
@@ -223,9 +209,7 @@ def test_the_lower_bound_loads_no_compiler():
             train.main(["--vocab_size=9", f"--position={position}", "--dry_run=True"])
         print("torch._dynamo" in sys.modules, "sympy" in sys.modules)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.endswith("\nFalse False\n"), done.stderr
 
 
@@ -239,15 +223,11 @@ def test_a_text_that_will_not_fit_is_refused_with_its_size(run_train, gigabyte):
 def test_weights_that_will_not_fit_are_refused_with_their_size(run_train, monkeypatch):
     run_train()
     monkeypatch.setattr(device, "available_memory", lambda: 100)
-    with pytest.raises(
-        UserError, match=r"the weights take .* MB .* free; .*--quantize=int8"
-    ):
+    with pytest.raises(UserError, match=r"the weights take .* MB .* free; .*--quantize=int8"):
         sample.load("out/run", device="cpu")
 
 
-def test_a_step_for_which_memory_does_not_suffice_all_the_same_is_one_line_with_the_way_out(
-    tiny, fails, monkeypatch
-):
+def test_a_step_for_which_memory_does_not_suffice_all_the_same_is_one_line_with_the_way_out(tiny, fails, monkeypatch):
     monkeypatch.setattr(train, "train_step", lambda run: torch.empty(2**50))
     assert fails(train.main, *TINY_RUN) == f"out of memory; {ADVICE}\n"
 
@@ -283,9 +263,7 @@ def run_with_little_memory(argv: list[str], free: int) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of memory")
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_step_that_needs_more_than_is_free_is_one_line_and_the_checkpoint_stays(
-    run_train, processes, threads
-):
+def test_a_step_that_needs_more_than_is_free_is_one_line_and_the_checkpoint_stays(run_train, processes, threads):
     run_train("--n_embd=256", "--batch_size=64", "--vocab_size=2000", "--max_iters=1")
     saved = Path("out/run/ckpt.pt").read_bytes()
     argv = ["--init_from=resume", "--out_dir=out/run", f"--threads={threads}"]
@@ -325,9 +303,7 @@ COMMANDS = {
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of memory")
 @pytest.mark.parametrize("name", COMMANDS)
-def test_under_a_limit_of_memory_a_script_ends_well_or_in_one_line(
-    run_train, processes, name
-):
+def test_under_a_limit_of_memory_a_script_ends_well_or_in_one_line(run_train, processes, name):
     run_train()
     for room in (0, 130_000_000, 260_000_000, 400_000_000):
         process = processes.Process(target=run_limited, args=(*COMMANDS[name], room))

@@ -91,9 +91,7 @@ def random_model(**keys) -> models.GPT:
 def combinations(position: str, block: str) -> list[dict]:
     """Every norm x mlp x (n_kv_head, window) with these two, in a loop: thousands of tests take long to collect."""
     found = []
-    for norm, mlp, (n_kv_head, window) in itertools.product(
-        NORMS, MLPS, KV_HEADS_AND_WINDOW
-    ):
+    for norm, mlp, (n_kv_head, window) in itertools.product(NORMS, MLPS, KV_HEADS_AND_WINDOW):
         keys = {"position": position, "block": block, "norm": norm, "mlp": mlp}
         sizes = {"n_head": 4, "n_embd": 16, "block_size": 8}
         found.append(sizes | keys | {"n_kv_head": n_kv_head, "window": window})
@@ -162,9 +160,7 @@ def test_every_parameter_gets_a_gradient(variant):
 
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_texts_padded_and_cached_equal_each_alone_and_uncached_in_any_combination(
-    position, block
-):
+def test_texts_padded_and_cached_equal_each_alone_and_uncached_in_any_combination(position, block):
     texts = [tokens(1, length, seed=length)[0].tolist() for length in (3, 6, 1)]
     for keys in combinations(position, block):
         model = random_model(**keys).eval()
@@ -188,9 +184,7 @@ def test_no_loss_is_counted_where_targets_are_minus_one():
     torch.testing.assert_close(model(idx, targets)[1], F.cross_entropy(*kept))
 
 
-@pytest.mark.parametrize(
-    ("causal", "padded"), [(True, False), (True, True), (False, True), (False, False)]
-)
+@pytest.mark.parametrize(("causal", "padded"), [(True, False), (True, True), (False, True), (False, False)])
 @pytest.mark.parametrize(("length", "window"), [(9, 0), (9, 4), (4, 0)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_fused_attention_equals_the_formula(causal, padded, length, window, biased):
@@ -198,9 +192,7 @@ def test_fused_attention_equals_the_formula(causal, padded, length, window, bias
     q = torch.randn(2, 4, length, 8).requires_grad_()
     k, v = (torch.randn(2, 2, 9, 8).requires_grad_() for _ in range(2))
     bias = torch.randn(1, 4, length, 9) if biased else None
-    padding = (
-        torch.arange(9) >= torch.tensor([[9], [6]]) if padded and length == 9 else None
-    )
+    padding = torch.arange(9) >= torch.tensor([[9], [6]]) if padded and length == 9 else None
     distance = torch.arange(9 - length, 9)[:, None] - torch.arange(9)
     mask = attention_mask(distance, causal, window, bias, padding)
     for mixed, bound in ((False, 1e-5), (True, 0.02)):
@@ -333,9 +325,7 @@ def sdpa_calls(monkeypatch) -> list[tuple]:
     monkeypatch.setattr(
         F,
         "scaled_dot_product_attention",
-        lambda *args, **keys: (
-            calls.append((args[3], keys["is_causal"])) or sdpa(*args, **keys)
-        ),
+        lambda *args, **keys: calls.append((args[3], keys["is_causal"])) or sdpa(*args, **keys),
     )
     return calls
 
@@ -480,9 +470,7 @@ def test_initial_weights_are_gpt2s():
 def test_without_residual_connections_initialization_keeps_the_scale_of_activations():
     model = tiny(n_embd=128, n_layer=8, block="plain", norm="none", position="none")
     x = torch.randn(1, 1, 128)
-    assert (
-        model.stack(x, tokens(1, 1))[0].std() > 1e-2
-    )  # with GPT-2's initial weights: 1e-12
+    assert model.stack(x, tokens(1, 1))[0].std() > 1e-2  # with GPT-2's initial weights: 1e-12
 
 
 @pytest.mark.parametrize("block", [name for name in BLOCKS if name != "plain"])

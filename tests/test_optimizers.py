@@ -82,13 +82,9 @@ def test_each_group_has_its_own_highest_learning_rate_and_all_are_scaled_alike(n
             assert group["lr"] == scale * peaks[peak]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 64, 16), (2, 16, 64), (1, 1, 8)])
-def test_orthogonalize_moves_all_singular_values_near_1_and_keeps_the_singular_vectors(
-    shape, dtype, tolerance
-):
+def test_orthogonalize_moves_all_singular_values_near_1_and_keeps_the_singular_vectors(shape, dtype, tolerance):
     torch.manual_seed(0)
     a, s, bh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     s = torch.rand_like(s) * 0.9 + 0.1
@@ -218,9 +214,7 @@ def test_a_step_and_a_checkpoint_load_no_compiler():
             optimizers.restore_state(optimizer, model, saved, lambda value, like: value)
         print("torch._dynamo" in sys.modules)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
 
 

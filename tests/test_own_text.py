@@ -38,9 +38,7 @@ ADVISED = {
 
 
 @pytest.mark.parametrize("case", ADVISED)
-def test_the_command_that_is_printed_after_preparing_trains(
-    folder, capsys, monkeypatch, case
-):
+def test_the_command_that_is_printed_after_preparing_trains(folder, capsys, monkeypatch, case):
     monkeypatch.setattr(task, "translate_examples", lambda *args: "")
     monkeypatch.setattr(task, "score_translations", lambda *args: ("", {}))
     write_own(make_text())
@@ -85,9 +83,7 @@ FITTING = {
 
 @pytest.mark.parametrize("name", ["own.txt.gz", "own.jsonl"])
 @pytest.mark.parametrize("case", FITTING)
-def test_the_size_of_the_text_and_not_of_its_file_decides_what_a_token_is(
-    small_table, capsys, case, name
-):
+def test_the_size_of_the_text_and_not_of_its_file_decides_what_a_token_is(small_table, capsys, case, name):
     text = FITTING[case]
     write(name, [text[:1000], text[1000:]] if name == "own.jsonl" else [text])
     prepare(f"mine --input={name}")
@@ -108,9 +104,7 @@ def test_a_vocab_size_without_a_tokenizer_is_for_byte_pair_encoding(folder, caps
 
 
 @pytest.mark.parametrize("name", ["wills", "mine --input=pairs.tsv --vocab_size=330"])
-def test_pairs_and_data_sets_with_a_tokenizer_of_their_own_keep_it(
-    folder, name, monkeypatch
-):
+def test_pairs_and_data_sets_with_a_tokenizer_of_their_own_keep_it(folder, name, monkeypatch):
     with_constants(monkeypatch, "wills", WILLS=1000)
     write_tsv("pairs.tsv", ROWS)
     prepare(f"{name} --tokenizer=auto")
@@ -189,17 +183,13 @@ def test_data_of_another_input_is_refused_and_another_name_taken(folder, fails):
     assert train.main(["--input=a/own.txt", *TRAIN]) == 0
     before = files_of("own")
     advice = "choose another name: --dataset=ANOTHER_NAME"
-    assert fails(train.main, "--input=b/own.txt", *TRAIN) == (
-        f"data/own was not made from input=b/own.txt; {advice}\n"
-    )
+    assert fails(train.main, "--input=b/own.txt", *TRAIN) == (f"data/own was not made from input=b/own.txt; {advice}\n")
     assert files_of("own") == before
     assert train.main(["--input=b/own.txt", "--dataset=other", *TRAIN]) == 0
     assert trained_on() == "other" and "".join(texts_of("other"))[0] == "b"
 
 
-def test_beside_a_config_file_the_input_names_the_data_and_a_model_its_tokens(
-    folder, monkeypatch
-):
+def test_beside_a_config_file_the_input_names_the_data_and_a_model_its_tokens(folder, monkeypatch):
     Path("config.py").write_text("dataset = 'shakespeare_char'\n")
     write_own(make_text())
     assert train.main(["config.py", "--input=own.txt", *TRAIN]) == 0
@@ -222,9 +212,7 @@ def test_train_hands_on_the_key_that_a_complaint_about_its_input_names(folder, f
     assert meta("own")["documents"] == 2
     assert train.main(argv) == 0  # the data keeps its key
     other = [key for key in argv if key != "--overwrite=True"] + ["--text_key=text"]
-    assert "data/own already holds data from other files or settings" in fails(
-        train.main, *other, "--out_dir=out/b"
-    )
+    assert "data/own already holds data from other files or settings" in fails(train.main, *other, "--out_dir=out/b")
 
 
 def test_a_run_takes_a_validation_text_of_ones_own_and_keeps_it(folder, fails):
@@ -239,9 +227,7 @@ def test_a_run_takes_a_validation_text_of_ones_own_and_keeps_it(folder, fails):
     )
 
 
-def test_data_that_was_prepared_with_a_setting_that_is_gone_is_refused_by_its_name(
-    folder, fails
-):
+def test_data_that_was_prepared_with_a_setting_that_is_gone_is_refused_by_its_name(folder, fails):
     write_own(make_text())
     prepare("own --input=own.txt")
     command = Path("data/own/command.txt")

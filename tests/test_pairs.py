@@ -42,10 +42,7 @@ def pairs_of(name: str) -> dict[str, list[tuple[str, str]]]:
     """The pairs of each split of a data set, in order."""
     data = PairDataset(Path("data", name), 1000, seed=1, with_encoder=True)
     decode = data.tokenizer.decode
-    return {
-        split: [(decode(source[:-1]), target) for source, target in data.texts(split)]
-        for split in data.splits
-    }
+    return {split: [(decode(source[:-1]), target) for source, target in data.texts(split)] for split in data.splits}
 
 
 def all_pairs(name: str = "mine") -> list[tuple[str, str]]:
@@ -56,9 +53,7 @@ def all_pairs(name: str = "mine") -> list[tuple[str, str]]:
 # Files of pairs
 
 
-@pytest.mark.parametrize(
-    "kind", ["char", "byte", "bpe --vocab_size=330", "sentencepiece --vocab_size=330"]
-)
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe --vocab_size=330", "sentencepiece --vocab_size=330"])
 def test_the_files_hold_the_pairs_in_their_order(folder, kind):
     # text that looks like the end-of-text token does not end a side
     rows = [*ROWS, (f"Was ist {END_OF_TEXT}?", f"What is {END_OF_TEXT}?")]
@@ -78,9 +73,7 @@ def test_meta_names_the_task_and_counts_both_sides_and_the_target(folder):
     written = meta("mine")
     assert (written["task"], written["source"]) == ("translation", "own.de-en.tsv")
     for split, found in pairs_of("mine").items():
-        sources, targets = (
-            sum(len(row[side].encode()) for row in found) for side in (0, 1)
-        )
+        sources, targets = (sum(len(row[side].encode()) for row in found) for side in (0, 1))
         counted = written["splits"][split]
         assert {key: counted[key] for key in pairs.Pairs.counts} == {
             "pairs": len(found),
@@ -113,9 +106,7 @@ def test_a_file_in_the_data_folder_needs_no_input(folder):
 
 
 def test_spaces_are_trimmed_and_collapsed(folder):
-    messy = [
-        (f"  {de.replace(' ', '  ')}", f"{en.replace(' ', chr(160))} ") for de, en in ROWS
-    ]
+    messy = [(f"  {de.replace(' ', '  ')}", f"{en.replace(' ', chr(160))} ") for de, en in ROWS]
     write("own.tsv", "".join(f"{source}\t{target}\r\n" for source, target in messy))
     prepare(f"--input=own.tsv {BYTES}")
     assert all_pairs() == sorted(ROWS)
@@ -204,9 +195,7 @@ def test_sources_are_compared_by_their_words(a, b, same):
     assert (normalised(a) == normalised(b)) == same
 
 
-def test_the_tokenizer_is_trained_on_both_sides_of_the_training_pairs_only(
-    folder, monkeypatch
-):
+def test_the_tokenizer_is_trained_on_both_sides_of_the_training_pairs_only(folder, monkeypatch):
     seen = []
 
     def recorded(texts, *args, **options):
@@ -234,9 +223,7 @@ def write_multi30k(splits: dict[str, list[tuple[str, str]]]) -> None:
     """The files of Multi30k, as if they had been downloaded."""
     for split, rows in splits.items():
         name = {"test": "test_2016_flickr"}.get(split, split)
-        write_two(
-            *(f"data/downloads/multi30k/{name}.{side}.gz" for side in ("de", "en")), rows
-        )
+        write_two(*(f"data/downloads/multi30k/{name}.{side}.gz" for side in ("de", "en")), rows)
 
 
 GIVEN = {"train": ROWS[:40], "val": ROWS[40:50], "test": ROWS[50:]}
@@ -262,11 +249,7 @@ def test_the_public_files_are_downloaded_once_and_verified(folder, monkeypatch):
     assert pairs_of("translate_de_en") == GIVEN
 
 
-EVERYDAY = [
-    (f"{german} {n} Hunde.", f"I see {n} dogs.")
-    for german in ("Ich sehe", "Da sind")
-    for n in range(20)
-]
+EVERYDAY = [(f"{german} {n} Hunde.", f"I see {n} dogs.") for german in ("Ich sehe", "Da sind") for n in range(20)]
 EVERYDAY += [
     ("Ich sehe 3 Hunde!", "I can see three dogs."),
     # str.splitlines would break lines here
@@ -299,8 +282,7 @@ def test_no_sentence_of_one_split_is_in_another_in_either_language(everyday):
     assert 0 <= len(EVERYDAY) - 2 * 10 - len(set(splits["train"]) & set(EVERYDAY)) <= 1
     assert {*GIVEN["train"], EVERYDAY[-1]} < set(splits["train"])
     sides = {
-        split: {normalised(text) for row in rows for text in row if row in EVERYDAY}
-        for split, rows in splits.items()
+        split: {normalised(text) for row in rows for text in row if row in EVERYDAY} for split, rows in splits.items()
     }
     assert sides["train"].isdisjoint(sides["val"] | sides["test"])
     assert sides["val"].isdisjoint(sides["test"])
@@ -316,9 +298,7 @@ BAD = {
     "train.bin would have 0 tokens, but needs at least 2; add text, or change the --val_f": (
         "--input=own.tsv --max_pair_tokens=2 --tokenizer=byte"
     ),
-    "max_pair_tokens=9 has no effect with task=language modelling": (
-        "--input=own.txt --max_pair_tokens=9"
-    ),
+    "max_pair_tokens=9 has no effect with task=language modelling": ("--input=own.txt --max_pair_tokens=9"),
 }
 
 

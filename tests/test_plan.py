@@ -35,9 +35,7 @@ from humptygpt.training.start import read_settings
 
 CPU = torch.device("cpu")
 OUT = Path("out/run")
-LANGUAGE_MODELS = [
-    name for name, (_, learns) in MODELS.items() if "language modelling" in learns
-]
+LANGUAGE_MODELS = [name for name, (_, learns) in MODELS.items() if "language modelling" in learns]
 LENGTH = ("--max_iters", "--eval_interval", "--eval_iters", "--warmup_iters")
 DEMO = str(cli.CONFIGS / "shakespeare_char.py")
 TIMED = [argument for argument in TINY_RUN if argument.partition("=")[0] not in LENGTH]
@@ -60,9 +58,7 @@ class Machine:
         self.patch = monkeypatch
         self.steps = 0
         self.stop_at = math.inf
-        clock = SimpleNamespace(
-            monotonic=lambda: self.now, perf_counter=lambda: self.now, time=lambda: self.now
-        )
+        clock = SimpleNamespace(monotonic=lambda: self.now, perf_counter=lambda: self.now, time=lambda: self.now)
         monkeypatch.setattr(plan, "time", clock)
         monkeypatch.setattr(runs, "time", clock)
         monkeypatch.setattr(plan, "seconds_per_step", lambda *args: self.step())
@@ -153,9 +149,7 @@ def read_config() -> dict:
 
 
 @pytest.mark.parametrize("step", [0.05, 0.2])
-def test_each_row_says_how_far_the_run_is_and_the_last_that_it_is_done_whatever_was_planned(
-    tiny, machine, step
-):
+def test_each_row_says_how_far_the_run_is_and_the_last_that_it_is_done_whatever_was_planned(tiny, machine, step):
     machine.step = lambda: step if machine.steps else 0.1
     rows = machine.run(*TIMED, "--minutes=0.1")
     positions = [row["position"] for row in rows]
@@ -176,16 +170,12 @@ def test_a_stopped_run_resumes_with_the_minutes_that_are_left(tiny, machine, key
     rows = machine.run(*RESUME)
     assert machine.now - 1000 == pytest.approx(12 - runs.ENDING - 0.2, abs=0.1)
     resumed = [row["lr"] for row in rows if "lr" in row and row["iter"] > 40]
-    assert (
-        lr > resumed[0] > 0.9 * lr and last_lr(rows) < 0.1 * read_config()["learning_rate"]
-    )
+    assert lr > resumed[0] > 0.9 * lr and last_lr(rows) < 0.1 * read_config()["learning_rate"]
     assert progress()["run_seconds"] == pytest.approx(machine.now - 1000)
     assert progress()["position"] == read_config()["max_iters"] > stopped["position"]
 
 
-def test_a_finished_run_goes_on_by_more_minutes_or_by_its_steps(
-    tiny, machine, fails, capsys
-):
+def test_a_finished_run_goes_on_by_more_minutes_or_by_its_steps(tiny, machine, fails, capsys):
     losses = itertools.count(3.0, -0.01)
     machine.patch.setattr(evaluation, "validation_loss", lambda *args: (next(losses), 0.0))
     machine.run(*TIMED, "--minutes=0.1")
@@ -194,9 +184,7 @@ def test_a_finished_run_goes_on_by_more_minutes_or_by_its_steps(
         machine.run(*RESUME, *less)
         assert progress()["iter"] == steps
         out, errors = capsys.readouterr()
-        assert (
-            f"all {steps} steps are done; for more, use --minutes=N above 0.1\n" in errors
-        )
+        assert f"all {steps} steps are done; for more, use --minutes=N above 0.1\n" in errors
         assert "--out_dir=out/run --minutes=0.2\n" in out
     machine.now = 1000.0
     machine.run(*RESUME, "--minutes=0.2")
@@ -226,9 +214,7 @@ def test_a_run_whose_only_evaluation_is_its_last_ends_on_time_also_resumed(tiny,
     assert machine.now == ended
 
 
-def test_a_run_reserves_the_time_that_its_model_takes_for_the_text_at_the_end(
-    tiny, machine
-):
+def test_a_run_reserves_the_time_that_its_model_takes_for_the_text_at_the_end(tiny, machine):
     def write(seconds: float, model, dataset, count: int = 3) -> str:
         machine.now += seconds
         return ""
@@ -268,9 +254,7 @@ def seconds_per_step(config: TrainConfig, size: ModelConfig, *args) -> float:
 @pytest.fixture
 def choose(monkeypatch):
     """Choose a plan for a text of this many bytes, with the recipe and these keys."""
-    monkeypatch.setattr(
-        "humptygpt.training.memory.build_on_meta", lambda config, training: built(config)
-    )
+    monkeypatch.setattr("humptygpt.training.memory.build_on_meta", lambda config, training: built(config))
     monkeypatch.setattr(plan, "seconds_per_step", seconds_per_step)
     monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: 2.0))
     monkeypatch.setattr(cores, "STARTED", 0.0)
@@ -471,9 +455,7 @@ def test_a_trial_trains_as_the_run_will(tiny, small_sizes, monkeypatch, keys):
     assert train.main([*TINY_RUN, "--out_dir=out/base"]) == 0
     models = []
     assemble = plan.assemble
-    monkeypatch.setattr(
-        plan, "assemble", lambda *args: models.append(args[2]) or assemble(*args)
-    )
+    monkeypatch.setattr(plan, "assemble", lambda *args: models.append(args[2]) or assemble(*args))
     argv = [*keys, "--minutes=100000", "--checkpoint_activations=True"]
     run = train.setup(read_settings([*TIMED, *argv]))
     trained = set()
@@ -504,9 +486,7 @@ def test_the_search_ends_at_a_trial_that_runs_out_of_memory(tiny, machine, fails
     assert tried[2] > tried[1] and len(tried) < 5  # the third is not taken
     machine.patch.setattr(memory, "free_memory", lambda device: 0)
     line = fails(train.main, *argv)
-    assert re.fullmatch(
-        "training .* takes at least .*, but only 0.0 MB is free; .*\n", line
-    )
+    assert re.fullmatch("training .* takes at least .*, but only 0.0 MB is free; .*\n", line)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -530,13 +510,9 @@ def small_sizes(monkeypatch):
 
 
 @pytest.mark.parametrize("model", LANGUAGE_MODELS)
-def test_a_model_is_chosen_by_trials_of_its_steps(
-    tiny, small_sizes, monkeypatch, capsys, model
-):
+def test_a_model_is_chosen_by_trials_of_its_steps(tiny, small_sizes, monkeypatch, capsys, model):
     looks = itertools.count()  # each look at the clock takes 10 ms
-    monkeypatch.setattr(
-        plan, "time", SimpleNamespace(perf_counter=lambda: next(looks) / 100)
-    )
+    monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: next(looks) / 100))
     monkeypatch.setattr(cores, "STARTED", 0.0)
     # a window network of few neurons has a smaller head than its embedding
     keys = [f"--model={model}", "--window=1", "--n_hidden=8", "--batch_size=4"]
@@ -563,9 +539,7 @@ def test_a_run_whose_trials_took_all_of_its_time_takes_one_step(tiny, machine, s
     assert machine.now > 12 and progress()["iter"] == 1
 
 
-def test_the_config_json_of_a_run_with_minutes_repeats_the_steps_that_it_took(
-    tiny, machine, capsys
-):
+def test_the_config_json_of_a_run_with_minutes_repeats_the_steps_that_it_took(tiny, machine, capsys):
     Path("own.txt").write_text(make_text())
     argv = [argument for argument in TIMED if not argument.startswith("--dataset=")]
     argv += ["--n_members=2"]
@@ -574,9 +548,7 @@ def test_the_config_json_of_a_run_with_minutes_repeats_the_steps_that_it_took(
     steps = progress()["iter"]
     planned = read_config()
     assert steps < planned["max_iters"]
-    again = (
-        "the same steps again: python train.py out/run/config.json --out_dir=out/again\n"
-    )
+    again = "the same steps again: python train.py out/run/config.json --out_dir=out/again\n"
     assert again in capsys.readouterr().out
     settings = cli.read(["out/run/config.json"], ModelConfig, TrainConfig)
     assert settings["max_iters"] == steps and settings["dataset"] == "named"
@@ -591,9 +563,7 @@ def test_the_config_json_of_a_run_with_minutes_repeats_the_steps_that_it_took(
 
 
 @pytest.mark.parametrize("start", ["scratch", "out/base"])
-def test_the_config_json_of_a_run_that_stopped_early_has_its_learning_rates(
-    tiny, machine, capsys, start
-):
+def test_the_config_json_of_a_run_that_stopped_early_has_its_learning_rates(tiny, machine, capsys, start):
     machine.run(*TINY_RUN, "--out_dir=out/base")
     machine.patch.setattr(evaluation, "validation_loss", lambda *args: (3.0, 0.0))
     machine.now = 0.0
@@ -649,9 +619,7 @@ def test_minutes_that_cannot_be_are_refused_in_one_line(tiny, machine, fails, ar
     assert not list(OUT.glob("*.pt"))
 
 
-def test_conversations_get_a_plan_that_counts_what_is_learned(
-    folder, machine, small_sizes, monkeypatch, capsys
-):
+def test_conversations_get_a_plan_that_counts_what_is_learned(folder, machine, small_sizes, monkeypatch, capsys):
     write_chats(*(chat(f"what is {i}?", f"it is {i}") for i in range(80)))
     prepare_data.main(["--input=chats.jsonl", "--name=chats"])
     machine.step = lambda: 0.02
@@ -718,9 +686,7 @@ def test_a_new_gpt_has_the_defaults_and_with_minutes_the_recipe(folder, capsys):
     assert own.given == changed | {"mlp_conv": 1}
 
 
-def test_with_minutes_a_number_of_heads_that_does_not_divide_the_default_width_is_obeyed(
-    tiny, machine
-):
+def test_with_minutes_a_number_of_heads_that_does_not_divide_the_default_width_is_obeyed(tiny, machine):
     machine.run(*SHOWN, "--n_head=3", "--minutes=0.1")
     config = read_config()
     assert config["n_head"] == 3 and config["n_embd"] in (192, 576, 768)
@@ -743,9 +709,7 @@ def test_an_input_without_a_length_is_refused(folder, fails):
         read_settings(["--input=own.txt", length])
 
 
-BACKENDS = [
-    f"backend={name}" for name in TrainConfig.choices()["backend"]
-]  # of one process
+BACKENDS = [f"backend={name}" for name in TrainConfig.choices()["backend"]]  # of one process
 
 
 @pytest.mark.parametrize(
@@ -759,9 +723,7 @@ BACKENDS = [
     ],
     ids=["recipe", "defaults"],
 )
-def test_every_choice_of_a_key_goes_with_the_others_or_says_what_does_not(
-    folder, files, answers
-):
+def test_every_choice_of_a_key_goes_with_the_others_or_says_what_does_not(folder, files, answers):
     refused = []
     for key, choices in (ModelConfig.choices() | TrainConfig.choices()).items():
         for choice in choices:

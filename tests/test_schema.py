@@ -32,9 +32,7 @@ EDITS = {
     "best must be int or None": lambda value: value | {"best": math.nan},
     "kind must be pairs or text": lambda value: value | {"kind": ["text"]},
     r"splits\.train must be dict": lambda value: value | {"splits": {"train": 3}},
-    r"splits\.train\.tokens is missing": lambda value: (
-        value | {"splits": {"train": {"done": False}}}
-    ),
+    r"splits\.train\.tokens is missing": lambda value: value | {"splits": {"train": {"done": False}}},
 }
 
 

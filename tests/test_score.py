@@ -42,9 +42,7 @@ def test_the_score_of_a_text_is_the_mean_over_windows_half_a_block_apart(run_dir
     assert row["stride"] == 8
 
 
-@pytest.mark.parametrize(
-    "keys", [{}, {"position": "learned"}, {"model": "window_mlp", "window": 16}], ids=str
-)
+@pytest.mark.parametrize("keys", [{}, {"position": "learned"}, {"model": "window_mlp", "window": 16}], ids=str)
 def test_padded_batches_score_as_each_text_does_alone(keys, monkeypatch):
     model = random_model(**keys).eval()
     random = np.random.default_rng(0)
@@ -108,9 +106,7 @@ def test_a_space_that_ends_the_context_counts_as_the_beginning_of_each_choice():
 
 
 def test_several_models_make_one_table_with_paired_differences(run_dir, capsys):
-    write_lines(
-        "pairs.jsonl", *({"good": "A" * n, "bad": "A" * n + "k"} for n in (1, 2, 3))
-    )
+    write_lines("pairs.jsonl", *({"good": "A" * n, "bad": "A" * n + "k"} for n in (1, 2, 3)))
     argv = ["--init_from=out/run", "--init_from=out/run/ckpt.pt", "--pairs=pairs.jsonl"]
     rows = json.loads(scored(capsys, *argv, "--json=True"))
     assert [row["model"] for row in rows] == ["out/run", "out/run/ckpt.pt"]
@@ -120,9 +116,7 @@ def test_several_models_make_one_table_with_paired_differences(run_dir, capsys):
     assert "out/run/ckpt.pt" in printed and " passed      difference\n" in printed
 
 
-def test_a_line_separator_inside_a_text_does_not_end_its_line_and_one_test_makes_valid_json(
-    run_dir, capsys
-):
+def test_a_line_separator_inside_a_text_does_not_end_its_line_and_one_test_makes_valid_json(run_dir, capsys):
     line = '{"good": "A\u2028", "bad": "k\u2028"}\n{"good": "A", "bad": "k"}\n'
     Path("pairs.jsonl").write_text(line, encoding="utf-8")
     out = scored(capsys, "--out_dir=out/run", "--pairs=pairs.jsonl", "--json=True")
@@ -193,9 +187,7 @@ def lm_eval_task(pairs_file: Path) -> dict:
 
 
 @pytest.mark.long
-def test_lm_evaluation_harness_finds_the_same_for_an_exported_model(
-    folder, capsys, monkeypatch
-):
+def test_lm_evaluation_harness_finds_the_same_for_an_exported_model(folder, capsys, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval: pip install lm_eval")
@@ -220,9 +212,7 @@ def test_lm_evaluation_harness_finds_the_same_for_an_exported_model(
         "log_probabilities",
         lambda *given: scores.extend(texts.log_probabilities(*given)) or scores,
     )
-    row = json.loads(
-        scored(capsys, "--init_from=exported", "--pairs=pairs.jsonl", "--json=True")
-    )[-1]
+    row = json.loads(scored(capsys, "--init_from=exported", "--pairs=pairs.jsonl", "--json=True"))[-1]
     task = lm_eval_task(folder / "pairs.jsonl")
     found = lm_eval.simple_evaluate(
         model="hf",

@@ -12,9 +12,7 @@ from humptygpt.scoring.text import score_windows
 
 @torch.no_grad()
 @pytest.mark.parametrize("length", [2, 16, 17, 33, 60])
-@pytest.mark.parametrize(
-    "keys", [{}, {"model": "window_mlp", "window": 16}, {"position": "alibi"}], ids=str
-)
+@pytest.mark.parametrize("keys", [{}, {"model": "window_mlp", "window": 16}, {"position": "alibi"}], ids=str)
 def test_a_text_is_scored_as_token_by_token_with_as_much_context_as_promised(keys, length):
     model, ids = random_model(**keys).eval(), tokens(1, length)[0].numpy()
     for stride in (1, 5, 16):

@@ -207,9 +207,7 @@ def test_openais_client_gets_the_reply_of_sample_py_whole_and_streamed(served_ch
     assert whole.usage.prompt_tokens == len(prompt)
     assert whole.usage.total_tokens == len(prompt) + whole.usage.completion_tokens
     counted = {"stream": True, "stream_options": {"include_usage": True}}
-    *parts, last = client.chat.completions.create(
-        **keys, **counted, max_completion_tokens=40
-    )
+    *parts, last = client.chat.completions.create(**keys, **counted, max_completion_tokens=40)
     assert "".join(part.choices[0].delta.content for part in parts) == expected
     assert parts[-1].choices[0].finish_reason == whole.choices[0].finish_reason
     assert (last.choices, last.usage) == ([], whole.usage)
@@ -252,9 +250,7 @@ def test_parts_of_text_and_the_roles_of_other_programs_are_read(served_chat):
         ("assistant", None),
         ("tool", "wall"),
     )
-    same = said(
-        ("system", "Be brief."), ("user", "king\n3"), ("assistant", ""), ("user", "wall")
-    )
+    same = said(("system", "Be brief."), ("user", "king\n3"), ("assistant", ""), ("user", "wall"))
     given, plain = (ask_well(served_chat, CHAT, request) for request in (sent, same))
     assert (given["usage"], content(given)) == (plain["usage"], content(plain))
 
@@ -300,19 +296,10 @@ def test_characters_arrive_whole_although_each_of_their_bytes_is_a_token(reciter
     parts = chunks(reciter, CHAT, HELLO | {"logprobs": True, "top_logprobs": 5})
     pieces = [part["choices"][0]["delta"]["content"] for part in parts]
     assert "".join(pieces) == REPLY and "ü" in pieces and "🥚" in pieces
-    entries = [
-        x
-        for part in parts
-        for x in (part["choices"][0]["logprobs"] or {"content": []})["content"]
-    ]
-    assert (
-        bytes(byte for entry in entries[:-1] for byte in entry["bytes"]) == REPLY.encode()
-    )
+    entries = [x for part in parts for x in (part["choices"][0]["logprobs"] or {"content": []})["content"]]
+    assert bytes(byte for entry in entries[:-1] for byte in entry["bytes"]) == REPLY.encode()
     assert [entry["token"] for entry in entries[2:4]] == [r"\xc3", r"\xbc"]
-    assert all(
-        entry == {**entry["top_logprobs"][0], "top_logprobs": entry["top_logprobs"]}
-        for entry in entries
-    )
+    assert all(entry == {**entry["top_logprobs"][0], "top_logprobs": entry["top_logprobs"]} for entry in entries)
     begun = [*reciter.api.tokenizer.encode("Gr").tolist(), 0xC3]
     answer = ask_well(reciter, CHAT, HELLO | {"reply_tokens": begun})
     assert content(answer) == REPLY.removeprefix("Gr")
@@ -348,9 +335,7 @@ BAD = {
     "messages must be list": {"messages": "Hello"},
     "messages[0] must be dict": {"messages": ["Hello"]},
     "messages[0].content must be str": {"messages": [{"role": "user", "content": 1}]},
-    "messages[0].content[0].type must be text": {
-        "messages": [{"role": "user", "content": [{"type": "image_url"}]}]
-    },
+    "messages[0].content[0].type must be text": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
     "text is missing": {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
     "messages[0].role must be assistant or": {"messages": [{"role": "x", "content": ""}]},
     "temperature=-1 must be at least 0": HELLO | {"temperature": -1},
@@ -361,14 +346,12 @@ BAD = {
     "max_tokens must be an int from 0": HELLO | {"max_tokens": -1},
     "n must be an int from 1 to 1": HELLO | {"n": 2},
     "min_p=-0.1 must be at least 0": HELLO | {"min_p": -0.1},
-    "response_format is not supported": HELLO
-    | {"response_format": {"type": "json_object"}},
+    "response_format is not supported": HELLO | {"response_format": {"type": "json_object"}},
     "tool_choice is not supported": HELLO | {"tool_choice": "required"},
     "repetition_penalty=0 must be above 0": HELLO | {"repetition_penalty": 0},
     "frequency_penalty is not supported": HELLO | {"frequency_penalty": 0.5},
     "presence_penalty is not supported": HELLO | {"presence_penalty": -1},
-    "stream_options.include_usage must be bool": HELLO
-    | {"stream_options": {"include_usage": 1}},
+    "stream_options.include_usage must be bool": HELLO | {"stream_options": {"include_usage": 1}},
     "stop must be str or list": HELLO | {"stop": 1},
     "logprobs must be bool": HELLO | {"logprobs": 5},
     "top_logprobs must be an int from 0 to 20": HELLO | {"top_logprobs": 21},
@@ -378,9 +361,7 @@ BAD = {
         "messages": [{"role": "user", "content": "x" * 400}]
     },
     "messages is empty": {"messages": []},
-    "the text has '\\ud800', which is half": {
-        "messages": [{"role": "user", "content": "\ud800"}]
-    },
+    "the text has '\\ud800', which is half": {"messages": [{"role": "user", "content": "\ud800"}]},
     "Expecting": b'{"messages": [',
     "temperature=nan must be at least 0": b'{"messages": [], "temperature": NaN}',
     "top_p=inf must be": b'{"messages": [], "top_p": 1e999}',
@@ -452,9 +433,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("kind", RAW)
-def test_a_request_that_asks_for_nothing_there_is_gets_an_error_in_openais_form(
-    reciter, kind
-):
+def test_a_request_that_asks_for_nothing_there_is_gets_an_error_in_openais_form(reciter, kind):
     status, body = raw(reciter, RAW[kind][1])
     assert status == RAW[kind][0] and json.loads(body)["error"]["message"]
 
@@ -745,9 +724,7 @@ def storm(port: int, expected: list[str], seed: int, rounds: int) -> list[str]:
 
 
 @pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.long)])
-def test_twenty_clients_of_which_half_misbehave_get_right_answers_and_ctrl_c_ends_three(
-    runs, rounds
-):
+def test_twenty_clients_of_which_half_misbehave_get_right_answers_and_ctrl_c_ends_three(runs, rounds):
     with ExitStack() as clients, started(runs, "chat") as (process, port):
         expected = [content(ask_well(port, CHAT, body)) for body in SAID]
         memory = psutil.Process(process.pid).memory_info
@@ -764,15 +741,11 @@ def test_twenty_clients_of_which_half_misbehave_get_right_answers_and_ctrl_c_end
             client.recv(1)
 
 
-def test_a_port_in_use_and_a_port_that_does_not_exist_are_one_line(
-    runs, fails, monkeypatch
-):
+def test_a_port_in_use_and_a_port_that_does_not_exist_are_one_line(runs, fails, monkeypatch):
     monkeypatch.chdir(runs)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        assert f"cannot listen on 127.0.0.1, port {port}" in last_line(
-            fails, f"--port={port}"
-        )
+        assert f"cannot listen on 127.0.0.1, port {port}" in last_line(fails, f"--port={port}")
     assert "port must be 0-65535" in last_line(fails, "--port=99999")
 
 
@@ -794,7 +767,5 @@ def last_line(fails, *argv: str) -> str:
 @pytest.mark.usefixtures("pairs")
 def test_a_model_that_translates_is_refused(fails, monkeypatch):
     train.main([*TINY_RUN, "--model=transformer", "--dataset=pairs", "--block_size=64"])
-    monkeypatch.setattr(
-        "humptygpt.generation.generator.print", lambda *args, **keys: None, raising=False
-    )
+    monkeypatch.setattr("humptygpt.generation.generator.print", lambda *args, **keys: None, raising=False)
     assert "translates; use sample.py" in fails(serve.main, "--out_dir=out/run")

@@ -28,9 +28,7 @@ def writer():
     """A server of a text model that recites REPLY from the first letter on."""
     tokenizer = ByteTokenizer(separated=True)
     tokenizer.begin = -1
-    pipeline = sample.Pipeline(
-        Reciter(tokenizer, shift=1), tokenizer, "language modelling", torch.device("cpu")
-    )
+    pipeline = sample.Pipeline(Reciter(tokenizer, shift=1), tokenizer, "language modelling", torch.device("cpu"))
     with serving(pipeline) as server:
         yield server
         open_gate(server)
@@ -130,9 +128,7 @@ def test_the_newest_reply_ends_above_the_input(reciter, opened):
 
 
 @pytest.mark.parametrize("by", ["button", "key"])
-def test_a_reply_that_is_stopped_within_a_word_stays_and_can_be_continued(
-    reciter, opened, by
-):
+def test_a_reply_that_is_stopped_within_a_word_stays_and_can_be_continued(reciter, opened, by):
     page = opened(reciter)
     gate = close_gate(reciter)
     say(page)
@@ -153,9 +149,7 @@ def test_a_reply_that_is_stopped_within_a_word_stays_and_can_be_continued(
     wait_for_reply(page)
 
 
-def test_a_token_shows_its_probability_and_the_five_likeliest_as_pytorch_computes_them(
-    reciter, opened
-):
+def test_a_token_shows_its_probability_and_the_five_likeliest_as_pytorch_computes_them(reciter, opened):
     page = opened(reciter)
     say(page)
     wait_until_done(page)
@@ -175,9 +169,7 @@ def test_a_token_shows_its_probability_and_the_five_likeliest_as_pytorch_compute
     assert f"“r” had a probability of {chance}" in page.inner_text(".likeliest .note")
 
 
-def test_choosing_another_token_continues_from_there_and_every_byte_of_a_character_can_be_chosen(
-    reciter, opened
-):
+def test_choosing_another_token_continues_from_there_and_every_byte_of_a_character_can_be_chosen(reciter, opened):
     page = opened(reciter)
     say(page)
     wait_until_done(page)
@@ -249,9 +241,7 @@ def test_when_the_context_is_full_the_oldest_exchanges_are_forgotten(browser):
         context.close()
 
 
-def test_a_server_that_has_gone_is_reported_and_the_page_can_go_on(
-    reciter, opened, browser
-):
+def test_a_server_that_has_gone_is_reported_and_the_page_can_go_on(reciter, opened, browser):
     context = browser.new_context()
     page = context.new_page()
     page.goto(f"http://127.0.0.1:{reciter.server_port}")
@@ -282,9 +272,7 @@ def test_a_text_model_continues_a_text_and_then_itself(writer, opened):
 
 
 @pytest.mark.parametrize("task", ["chat", "language modelling"])
-def test_a_character_that_the_model_does_not_know_is_struck_through_and_not_sent(
-    opened, task
-):
+def test_a_character_that_the_model_does_not_know_is_struck_through_and_not_sent(opened, task):
     alphabet = "".join(sorted({*REPLY, *"\nHeluasrint"}))
     tokenizer = CharTokenizer(alphabet, separated=True)
     if task == "chat":
@@ -327,12 +315,8 @@ def test_the_keyboard_is_enough(reciter, opened):
 
 
 @pytest.mark.parametrize("scheme, width", [("light", 390), ("dark", 1200)])
-def test_axe_finds_nothing_and_nothing_is_wider_than_the_window(
-    reciter, opened, scheme, width
-):
-    axe = pytest.importorskip(
-        "axe_playwright_python.sync_playwright", reason="needs axe-playwright-python"
-    )
+def test_axe_finds_nothing_and_nothing_is_wider_than_the_window(reciter, opened, scheme, width):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
     size = {"width": width, "height": 800}
     page = opened(reciter, color_scheme=scheme, viewport=size)
     for text in ("Hello", "W" * 300):

@@ -226,9 +226,7 @@ def test_what_cannot_be_sharded_is_refused(settings, dtype, metrics, name):
         sharding.FullySharded(0, 2, CPU).place(None, run)
 
 
-def test_a_sharded_run_shows_no_examples_because_no_process_has_the_whole_model(
-    tiny, monkeypatch
-):
+def test_a_sharded_run_shows_no_examples_because_no_process_has_the_whole_model(tiny, monkeypatch):
     monkeypatch.setattr(evaluation, "TEXT", replace(evaluation.TEXT, final_examples=str))
     run = train.setup(train.read_settings(TINY_RUN))
     assert run.task.final_examples

@@ -30,10 +30,7 @@ def test_a_text_ends_before_the_first_stop_text_and_is_otherwise_whole(text, sto
     expected = text[: min(ends)] if ends else text
     assert "".join(shown(text, stop)) == expected
     if text:
-        assert (
-            "".join(shown(text, stop, CharTokenizer("".join(sorted(set(text))))))
-            == expected
-        )
+        assert "".join(shown(text, stop, CharTokenizer("".join(sorted(set(text)))))) == expected
 
 
 def test_only_what_may_begin_a_stop_text_is_held_back():

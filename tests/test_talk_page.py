@@ -38,9 +38,7 @@ def runs(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(run_module, "draw_losses", lambda *args: None)
         exchanges = [
-            (f"{word} {i % 9}", WHOLE if word == "wall" else f"a {word}!")
-            for i in range(40)
-            for word in WORDS
+            (f"{word} {i % 9}", WHOLE if word == "wall" else f"a {word}!") for i in range(40) for word in WORDS
         ]
         write_chats(*(chat(*exchange) for exchange in exchanges))
         for name, data in {"humpty_egg": [], "chars": ["--tokenizer=char"]}.items():
@@ -216,9 +214,7 @@ def test_what_does_not_fit_is_said_and_nothing_is_not_sent(opened, loaded):
     assert view.page.locator("#talk article").count() == 0
     ask(view, "x" * 20_000)
     length = len(prompt_of(run, "x" * 20_000))
-    assert f"This takes {length} tokens, and the context has 64" in view.page.inner_text(
-        "#talk article .note"
-    )
+    assert f"This takes {length} tokens, and the context has 64" in view.page.inner_text("#talk article .note")
     press(view.page, "New")
     assert ask(view, "king 5") == answer(run, prompt_of(run, "king 5"))
 
@@ -266,9 +262,7 @@ def test_escape_stops_it_while_it_writes_and_it_can_go_on(opened, loaded):
 
 @pytest.mark.parametrize("scheme, width", [("light", 390), ("dark", 1200)])
 def test_axe_finds_nothing_and_nothing_is_wider_than_the_window(opened, scheme, width):
-    axe = pytest.importorskip(
-        "axe_playwright_python.sync_playwright", reason="needs axe-playwright-python"
-    )
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
     view = opened(color_scheme=scheme, viewport={"width": width, "height": 800})
     assert_axe_finds_nothing(axe, view)
     ask(view, "king 5")

@@ -27,15 +27,9 @@ from humptygpt.tokenizers import basic as tokenizer
 from humptygpt.tokenizers.huggingface import read_tokenizer
 from humptygpt.tokenizers.saved import from_state
 
-transformers = pytest.importorskip(
-    "transformers", reason="needs transformers: pip install -r requirements-dev.txt"
-)
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements-dev.txt")
 
-TEXT = (
-    "Füße, 東京!\n🙂 and   plain words\nHello the dog "
-    + "1234567,\n(so).\n" * 20
-    + make_text(5000)
-)
+TEXT = "Füße, 東京!\n🙂 and   plain words\nHello the dog " + "1234567,\n(so).\n" * 20 + make_text(5000)
 SIGNS = ["▁", " ", "  ", "\n", "\r\n", "\t", "\0", "<unk>", "<s>", "</s>", "<|endoftext|>"]
 SIGNS += ["<|x|>", "\ufeff", "é", "ﬁ"]
 SIGNS += ["e\u0301", "　", "Hello", " the", " dog", "12345", "can't", ".\n"]
@@ -119,9 +113,7 @@ def sentencepiece_folder(folder: Path) -> Path:
         "minloglevel": 2,
     }
     with (folder / "tokenizer.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(TEXT.split("\n")), model_writer=file, **options
-        )
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXT.split("\n")), model_writer=file, **options)
     return folder
 
 
@@ -284,9 +276,7 @@ def test_a_damaged_state_is_refused(made):
     state = made("GPT-2")[2].state()
     for key in state.keys() - {"tokenizer"}:
         for wrong in ("", "AAAA", 10**6, {"a": "b"}, ["x"]):
-            with pytest.raises(
-                UserError, match="cannot read the description of the tokenizer: "
-            ):
+            with pytest.raises(UserError, match="cannot read the description of the tokenizer: "):
                 from_state(state | {key: wrong})
 
 
@@ -303,9 +293,7 @@ def test_a_tokenizer_that_is_neither_a_kind_nor_a_path_is_refused(fails, folder)
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_a_tokenizer_that_was_imported_is_exported_with_its_ids_and_special_tokens(
-    kind, architecture, made, tmp_path
-):
+def test_a_tokenizer_that_was_imported_is_exported_with_its_ids_and_special_tokens(kind, architecture, made, tmp_path):
     ours = made(kind)[2]
     write(tmp_path, config={"model_type": architecture})
     write_files(tmp_path, tokenizer_files(ours, block_size=64))

@@ -131,9 +131,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(run_train):
 
 
 @pytest.mark.parametrize("always", [True, False])
-def test_best_and_latest_are_saved_and_the_latest_always_or_at_a_lower_loss_and_the_end(
-    run_train, monkeypatch, always
-):
+def test_best_and_latest_are_saved_and_the_latest_always_or_at_a_lower_loss_and_the_end(run_train, monkeypatch, always):
     saved = []
     save = checkpoint.save
 
@@ -148,9 +146,7 @@ def test_best_and_latest_are_saved_and_the_latest_always_or_at_a_lower_loss_and_
     assert saved == [("best.pt", 3), *(("ckpt.pt", step) for step in latest)]
 
 
-def test_early_stopping_counts_evaluations_without_a_lower_loss_and_holds_on_resume(
-    run_train, monkeypatch, capsys
-):
+def test_early_stopping_counts_evaluations_without_a_lower_loss_and_holds_on_resume(run_train, monkeypatch, capsys):
     stopped = "stopped early: the best model is that of iter "
     evaluations(monkeypatch, 3.0, 4.0, 2.0, 2.5, 2.0, 9.0)
     rows = run_train("--early_stopping=2", "--max_iters=60")
@@ -164,14 +160,10 @@ def test_early_stopping_counts_evaluations_without_a_lower_loss_and_holds_on_res
     assert stopped not in capsys.readouterr().out
 
 
-def test_a_run_that_was_best_at_its_end_prints_the_command_that_takes_twice_as_long(
-    run_train, monkeypatch, capsys
-):
+def test_a_run_that_was_best_at_its_end_prints_the_command_that_takes_twice_as_long(run_train, monkeypatch, capsys):
     evaluations(monkeypatch, 3.0, 2.0, 1.0, 0.5, 2.0, 3.0)
     run_train()
-    command = re.search(
-        "^twice as long: python train.py (.*)", capsys.readouterr().out, re.M
-    )
+    command = re.search("^twice as long: python train.py (.*)", capsys.readouterr().out, re.M)
     assert train.main(command[1].split()) == 0
     assert read_rows(OUT)[-1]["iter"] == 12
     run_train("--overwrite=True")
@@ -209,8 +201,7 @@ class Given(torch.nn.Module):
 def evaluated(losses: torch.Tensor, sizes: list[int]) -> tuple:
     """Evaluate batches with these losses and these numbers of targets."""
     batches = [
-        {"targets": torch.tensor([1] * size + [-1]), "loss": loss}
-        for size, loss in zip(sizes, losses, strict=True)
+        {"targets": torch.tensor([1] * size + [-1]), "loss": loss} for size, loss in zip(sizes, losses, strict=True)
     ]
     run = SimpleNamespace(
         config=TrainConfig(),
@@ -244,13 +235,9 @@ def test_only_an_evaluation_of_many_batches_has_a_standard_error(run_train, caps
     for batch_size, has_one in (4, False), (1, True):  # 400 tokens of validation text
         options = ["--eval_iters=99", f"--batch_size={batch_size}", "--block_size=4"]
         last = run_train(*options)[-1]
-        line = re.search(
-            r"iter 6: val loss \d\.\d{4}( ± \d\.\d{4})? \(", capsys.readouterr().out
-        )
+        line = re.search(r"iter 6: val loss \d\.\d{4}( ± \d\.\d{4})? \(", capsys.readouterr().out)
         assert bool(line[1]) is has_one
-        assert {"val_standard_error" in last, "val_bits_standard_error" in last} == {
-            has_one
-        }
+        assert {"val_standard_error" in last, "val_bits_standard_error" in last} == {has_one}
 
 
 @pytest.mark.parametrize(
@@ -267,9 +254,7 @@ def test_an_evaluation_takes_a_tenth_of_the_time_or_what_is_given(keys, batches)
     assert TrainConfig(**keys).evaluated_batches() == batches
 
 
-def test_at_its_end_a_run_evaluates_and_records_the_whole_split_if_that_takes_little(
-    run_train, monkeypatch, capsys
-):
+def test_at_its_end_a_run_evaluates_and_records_the_whole_split_if_that_takes_little(run_train, monkeypatch, capsys):
     monkeypatch.setattr(TrainConfig, "evaluated_batches", lambda self: 2)
     keys = ["--eval_iters=None", "--eval_interval=60"]
     line = "the whole validation split: "
@@ -301,9 +286,7 @@ def test_a_larger_vocabulary_pads_the_model(run_train):
 
 def test_evaluation_does_not_disturb_training(run_train):
     often = run_train("--dropout=0.3", "--eval_interval=1")
-    assert train_losses(often) == train_losses(
-        run_train("--dropout=0.3", "--eval_interval=6", "--eval_iters=None")
-    )
+    assert train_losses(often) == train_losses(run_train("--dropout=0.3", "--eval_interval=6", "--eval_iters=None"))
 
 
 def test_each_batch_has_a_dropout_mask_of_its_own(tiny, run_train):
@@ -315,9 +298,7 @@ def test_each_batch_has_a_dropout_mask_of_its_own(tiny, run_train):
     assert len(set(losses)) == 6
 
 
-def test_the_gradient_is_clipped_and_its_norm_is_logged_as_it_was_before(
-    run_train, monkeypatch
-):
+def test_the_gradient_is_clipped_and_its_norm_is_logged_as_it_was_before(run_train, monkeypatch):
     norms = []
     step = AdamW.step
 
@@ -386,9 +367,7 @@ def test_on_a_gpu_a_run_is_compiled_if_it_is_long(tiny, monkeypatch, argv, compi
     "error",
     [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS out of memory")],
 )
-def test_out_of_memory_is_one_line_and_no_failure_of_the_compiler(
-    tiny, monkeypatch, fails, error
-):
+def test_out_of_memory_is_one_line_and_no_failure_of_the_compiler(tiny, monkeypatch, fails, error):
     def full(**batch):
         raise error
 
@@ -404,12 +383,8 @@ DROPOUT_RUN = ["--dropout=0.2", "--optimizer=muon", "--max_iters=12", "--log_int
 DROPOUT_RUN += ["--eval_interval=4"]
 
 
-@pytest.mark.parametrize(
-    ("at", "n_members"), [(1, 1), (4, 1), (5, 1), (5, 3), (9, 1), (12, 1)]
-)
-def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(
-    run_train, signal_in_step, capsys, at, n_members
-):
+@pytest.mark.parametrize(("at", "n_members"), [(1, 1), (4, 1), (5, 1), (5, 3), (9, 1), (12, 1)])
+def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(run_train, signal_in_step, capsys, at, n_members):
     argv = [*DROPOUT_RUN, f"--n_members={n_members}"]
     rows = run_train(*argv)
     whole, best = weights(), weights("best.pt")
@@ -437,9 +412,7 @@ def test_ctrl_c_saves_even_if_it_has_ended_the_reader_of_our_messages(tiny):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGHUP")
 @pytest.mark.parametrize("ignored", [False, True])
-def test_a_closed_terminal_saves_and_stops_unless_nohup_lets_us_ignore_it(
-    tiny, signal_in_step, request, ignored
-):
+def test_a_closed_terminal_saves_and_stops_unless_nohup_lets_us_ignore_it(tiny, signal_in_step, request, ignored):
     handler = signal.SIG_IGN if ignored else lambda *args: None
     before = signal.signal(signal.SIGHUP, handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
@@ -521,9 +494,7 @@ def test_what_may_not_change_on_resume_is_refused(run_train, fails):
         assert complaint in fails(train.main, *RESUME, f"--{change}")
 
 
-def test_a_key_that_nobody_has_thought_about_may_not_change_on_resume(
-    run_train, fails, monkeypatch
-):
+def test_a_key_that_nobody_has_thought_about_may_not_change_on_resume(run_train, fails, monkeypatch):
     @dataclass(frozen=True)
     class Newer(settings.TrainConfig):
         order: str = "random"
@@ -644,9 +615,7 @@ def test_the_model_writes_a_line_at_ever_longer_intervals_in_a_hundredth_of_the_
 
 
 @pytest.mark.whole_ending
-def test_weights_that_are_not_finite_end_a_run_and_start_none(
-    run_train, monkeypatch, fails
-):
+def test_weights_that_are_not_finite_end_a_run_and_start_none(run_train, monkeypatch, fails):
     step = train.train_step
 
     def ruin(run: runs.Run):
@@ -670,9 +639,7 @@ def last_row() -> dict:
     return json.loads((OUT / "metrics.jsonl").read_text().splitlines()[-1])
 
 
-def test_the_last_row_says_how_a_run_ended_and_how_good_its_best_model_is(
-    run_train, signal_in_step, monkeypatch
-):
+def test_the_last_row_says_how_a_run_ended_and_how_good_its_best_model_is(run_train, signal_in_step, monkeypatch):
     rows = run_train("--n_layer=1", "--eval_iters=None")
     best = min(rows, key=lambda row: row.get("val_loss", 99))
     found = last_row()
@@ -724,9 +691,7 @@ def test_on_resume_the_best_stays_the_best_unless_the_evaluation_set_changes(
     assert out.endswith(f"best val loss {loss:.4f} at iter {best}\n")
     assert checkpoint.read(OUT / "best.pt")["progress"]["iter"] == drawn[-1] == best
     assert (last_row()["best_iter"], last_row()["best_val_loss"]) == (best, loss)
-    changed = (
-        "the next evaluation begins a new best.pt, whose loss was 1.0000 on the earlier"
-    )
+    changed = "the next evaluation begins a new best.pt, whose loss was 1.0000 on the earlier"
     assert (changed in errors) == (best == 9)
 
 
@@ -750,9 +715,7 @@ def test_a_run_that_was_never_evaluated_has_no_best_loss(tiny, signal_in_step, c
     assert "out/run/ckpt.pt: iter 1, not evaluated yet" in errors
 
 
-def test_fine_tuning_says_if_the_model_that_it_started_from_was_better(
-    run_train, monkeypatch, capsys
-):
+def test_fine_tuning_says_if_the_model_that_it_started_from_was_better(run_train, monkeypatch, capsys):
     run_train()
     line = "the model that the run started from was better: val loss 1.0000\n"
     for losses, better in (((1.0, 2.0, 1.5), True), ((1.0, 0.9, 1.5), False)):
@@ -761,9 +724,7 @@ def test_fine_tuning_says_if_the_model_that_it_started_from_was_better(
         assert (line in capsys.readouterr().out) == better
 
 
-def test_evaluating_only_neither_compiles_nor_loads_the_optimizer_state(
-    run_train, monkeypatch
-):
+def test_evaluating_only_neither_compiles_nor_loads_the_optimizer_state(run_train, monkeypatch):
     run_train()
     monkeypatch.setattr(setup, "wrap_model", lambda run: 1 / 0)
     resumed = [*RESUME, "--eval_only=True", "--compile=True"]
@@ -792,21 +753,15 @@ def test_the_same_text_from_another_path_can_be_resumed(run_train, folder):
     resume("--max_iters=7")
 
 
-def test_a_run_that_moves_to_a_card_that_needs_a_scaler_gets_a_new_one(
-    run_train, monkeypatch
-):
+def test_a_run_that_moves_to_a_card_that_needs_a_scaler_gets_a_new_one(run_train, monkeypatch):
     run_train()
     scaler = torch.amp.GradScaler
-    monkeypatch.setattr(
-        torch.amp, "GradScaler", lambda device, enabled: scaler("cpu", init_scale=8.0)
-    )
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler("cpu", init_scale=8.0))
     resume("--max_iters=7")
     assert checkpoint.read(OUT / "ckpt.pt")["scaler"]["scale"] == 8.0
 
 
-def test_a_run_whose_data_was_replaced_resumes_on_them_by_another_name_or_says_how(
-    run_train, tiny, fails
-):
+def test_a_run_whose_data_was_replaced_resumes_on_them_by_another_name_or_says_how(run_train, tiny, fails):
     straight = run_train("--max_iters=9", "--lr_decay_iters=9")
     run_train("--lr_decay_iters=9")
     tiny.rename("data/kept")
@@ -820,9 +775,7 @@ def test_a_run_whose_data_was_replaced_resumes_on_them_by_another_name_or_says_h
 # When it goes wrong
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
-    run_train, capsys
-):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run_train, capsys):
     run_train()
     good = weights()
     argv = [*RESUME, "--max_iters=30", "--learning_rate=1e20", "--decay_lr=False"]
@@ -903,9 +856,7 @@ def test_the_default_warmup_is_fitted_to_a_short_run_and_a_chosen_one_is_not(cap
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize(
-    "model", [["--model=window_mlp"], ["--model=number_mlp", "--n_embd=1"]]
-)
+@pytest.mark.parametrize("model", [["--model=window_mlp"], ["--model=number_mlp", "--n_embd=1"]])
 def test_the_window_network_trains_and_resumes(run_train, optimizer, model):
     argv = [*model, "--window=12", "--n_hidden=24", "--bias=True", "--dropout=0.2"]
     argv += [f"--optimizer={optimizer}", "--learning_rate=1e-2", "--lr_decay_iters=60"]
@@ -926,9 +877,7 @@ def test_the_window_network_trains_and_resumes(run_train, optimizer, model):
         ("block", models.BLOCKS, "post_norm"),
     ],
 )
-def test_a_new_variant_is_one_line_in_one_dictionary(
-    run_train, monkeypatch, key, variants, name
-):
+def test_a_new_variant_is_one_line_in_one_dictionary(run_train, monkeypatch, key, variants, name):
     monkeypatch.setitem(variants, "mine", variants[name])
     before = train_losses(run_train())
     assert train_losses(run_train(f"--{key}=mine")) != before
@@ -988,9 +937,7 @@ def test_an_in_place_error_in_an_edited_model_shows_its_line_and_a_traceback(tin
     shutil.copy(ROOT / "train.py", copy)
     source = (ROOT / "model.py").read_text()
     line = "v = self.heads(self.v_proj(x)).sigmoid()"
-    edited = source.replace(
-        "return self.heads(self.v_proj(x))\n", f"{line}; v.mul_(2); return v\n"
-    )
+    edited = source.replace("return self.heads(self.v_proj(x))\n", f"{line}; v.mul_(2); return v\n")
     assert edited != source
     (copy / "model.py").write_text(edited)
     command = [sys.executable, "copy/train.py", *TINY_RUN]

@@ -44,9 +44,7 @@ def tokens(B: int, T: int, seed: int = 0) -> Tensor:
 
 
 def with_padding(source: Tensor, lengths: list[int]) -> Tensor:
-    return source.masked_fill(
-        torch.arange(source.shape[1]) >= torch.tensor(lengths)[:, None], -1
-    )
+    return source.masked_fill(torch.arange(source.shape[1]) >= torch.tensor(lengths)[:, None], -1)
 
 
 # --------------------------------------------------------------------------------------
@@ -103,9 +101,7 @@ def test_with_equal_weights_the_outputs_are_those_of_torchs_transformer(block, l
     kind = {"bias": True, "activation": "relu", "position": "none", "block": block}
     ours = tiny(**sizes, **kind).eval()
     theirs = torch_transformer(norm_first=block == "pre_norm")
-    missing, unexpected = ours.load_state_dict(
-        to_our_names(theirs.state_dict()), strict=False
-    )
+    missing, unexpected = ours.load_state_dict(to_our_names(theirs.state_dict()), strict=False)
     assert not unexpected and set(missing) == {"wte.weight", "lm_head.weight"}
     source, idx = with_padding(tokens(3, 9), lengths), tokens(3, 7, seed=1)
     causal = nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.bool)
@@ -213,11 +209,7 @@ def test_qk_norm_makes_cross_attention_independent_of_the_scale_of_queries_and_k
 def test_initialization_counts_the_residual_branches_of_each_stack_separately():
     model = tiny(n_layer=3, n_embd=96)
     for stack, branches in ((model.encoder, 6), (model.decoder, 9)):
-        last = [
-            parameter
-            for name, parameter in stack.named_parameters()
-            if "o_proj" in name or "down_proj" in name
-        ]
+        last = [parameter for name, parameter in stack.named_parameters() if "o_proj" in name or "down_proj" in name]
         stds = [parameter.std().item() for parameter in last]
         assert stds == pytest.approx([0.02 / branches**0.5] * branches, rel=0.05)
 

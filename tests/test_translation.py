@@ -62,9 +62,7 @@ def prepare_bytes(rows: list[tuple[str, str]], *argv: str) -> None:
     prepare_data.main([*keys, *argv])
 
 
-def test_sacrebleu_that_is_not_installed_is_named_before_the_first_step(
-    pairs, fails, monkeypatch
-):
+def test_sacrebleu_that_is_not_installed_is_named_before_the_first_step(pairs, fails, monkeypatch):
     monkeypatch.delattr("humptygpt.training.translation")
     monkeypatch.delitem(sys.modules, "humptygpt.training.translation")
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
@@ -126,10 +124,7 @@ def test_a_batch_depends_on_seed_and_step_only(pairs, with_encoder):
         for key, value in jumping.batch(number, 4).items():
             assert torch.equal(value, expected[number][key])
     batches = int(in_order.batches_per_epoch(4))
-    first, second = (
-        [texts_in(in_order, b) for b in expected[i * batches : (i + 1) * batches]]
-        for i in (0, 1)
-    )
+    first, second = ([texts_in(in_order, b) for b in expected[i * batches : (i + 1) * batches]] for i in (0, 1))
     assert first != second
     # the batches are shuffled
     sizes = [[len(batch) for batch in epoch] for epoch in (first, second)]
@@ -144,10 +139,7 @@ def test_pairs_of_equal_lengths_meet_others_in_each_epoch(folder, with_encoder):
     data = open_pairs(with_encoder)
     batches = int(data.batches_per_epoch(1))
     first, second = (
-        {
-            frozenset(texts_in(data, data.batch(epoch * batches + number, 1)))
-            for number in range(batches)
-        }
+        {frozenset(texts_in(data, data.batch(epoch * batches + number, 1))) for number in range(batches)}
         for epoch in (0, 1)
     )
     assert first != second
@@ -178,20 +170,15 @@ def test_one_long_source_makes_no_other_batch_small(folder, monkeypatch):
 
 
 @both_ways
-def test_eval_iters_batches_of_all_lengths_are_evaluated_always_the_same(
-    folder, with_encoder
-):
+def test_eval_iters_batches_of_all_lengths_are_evaluated_always_the_same(folder, with_encoder):
     prepare_bytes(make_pairs(), "--val_fraction=0.4")
     data = open_pairs(with_encoder)
     whole, some = (
-        [sorted(texts_in(data, batch)) for batch in data.val_batches(1, eval_iters)]
-        for eval_iters in (None, 3)
+        [sorted(texts_in(data, batch)) for batch in data.val_batches(1, eval_iters)] for eval_iters in (None, 3)
     )
     assert len(whole) > 6 and len(some) == 3 and all(batch in whole for batch in some)
     # each is from another third of the lengths
-    by_length = [
-        texts_in(data, data.pairs_batch("val", b)) for b in batches(data, "val", 1)
-    ]
+    by_length = [texts_in(data, data.pairs_batch("val", b)) for b in batches(data, "val", 1)]
     places = [list(map(sorted, by_length)).index(batch) for batch in some]
     assert [place * 3 // len(whole) for place in places] == [0, 1, 2]
     other = open_pairs(with_encoder, seed=2)
@@ -201,9 +188,7 @@ def test_eval_iters_batches_of_all_lengths_are_evaluated_always_the_same(
 
 
 @both_ways
-def test_each_block_of_an_evaluation_s_batches_has_pairs_of_all_lengths(
-    folder, with_encoder
-):
+def test_each_block_of_an_evaluation_s_batches_has_pairs_of_all_lengths(folder, with_encoder):
     rows = [(f"{i:0{3 + i % 60}}", "t" * (3 + i % 60)) for i in range(3000)]
     prepare_bytes(rows, "--val_fraction=0.4")
     data = PairDataset(Path("data/pairs"), 130, 1, with_encoder)
@@ -228,9 +213,7 @@ def test_a_stream_that_has_lost_ends_of_texts_is_refused(pairs, lost):
             ids[np.flatnonzero(ids == self.tokenizer.eot)[lost]] = 0
             yield start, ids
 
-    with pytest.raises(
-        UserError, match="consist of complete pairs; prepare it again with "
-    ):
+    with pytest.raises(UserError, match="consist of complete pairs; prepare it again with "):
         Damaged(Path("data/pairs"), 40, 1, with_encoder=True)
 
 
@@ -270,9 +253,7 @@ def test_a_resumed_run_on_pairs_is_the_uninterrupted_one(pairs, with_encoder):
         assert torch.equal(weight, weights[name])
 
 
-def test_accumulating_gives_the_gradient_of_the_mean_over_all_target_tokens(
-    pairs, monkeypatch
-):
+def test_accumulating_gives_the_gradient_of_the_mean_over_all_target_tokens(pairs, monkeypatch):
     argv = [*TINY, "--gradient_accumulation_steps=3", "--grad_clip=0"]
     run = train.setup(read_settings(argv))
     total, count = 0.0, 0
@@ -289,9 +270,7 @@ def test_accumulating_gives_the_gradient_of_the_mean_over_all_target_tokens(
     torch.testing.assert_close(gradients, list(expected))
 
 
-def test_evaluations_show_translations_and_the_end_has_the_bleu_of_the_best_checkpoint(
-    pairs, capsys
-):
+def test_evaluations_show_translations_and_the_end_has_the_bleu_of_the_best_checkpoint(pairs, capsys):
     assert train.main(TINY) == 0
     out = capsys.readouterr().out
     source, target = pairs_of(open_pairs(), "val")[0]
@@ -317,16 +296,11 @@ def test_the_weights_that_are_scored_are_those_of_the_best_checkpoint(pairs, mon
     keep = lambda *args: (scored.append(weights(args[0])), score(*args))[1]  # noqa: E731
     monkeypatch.setattr(task, "score_translations", keep)
     assert train.main(TINY) == 0
-    best, latest = (
-        torch.load(f"out/run/{name}.pt")["model"]["lm_head.weight"]
-        for name in ("best", "ckpt")
-    )
+    best, latest = (torch.load(f"out/run/{name}.pt")["model"]["lm_head.weight"] for name in ("best", "ckpt"))
     assert torch.equal(scored[0], best) and not torch.equal(best, latest)
 
 
-def test_it_translates_without_dropout_and_never_chooses_ids_that_only_pad_the_vocabulary(
-    pairs, monkeypatch
-):
+def test_it_translates_without_dropout_and_never_chooses_ids_that_only_pad_the_vocabulary(pairs, monkeypatch):
     calls, search = [], beam_search.beam_search
 
     def watched(model, tokenizer, source, num_beams=1):
@@ -343,9 +317,7 @@ def test_it_translates_without_dropout_and_never_chooses_ids_that_only_pad_the_v
 # Translating
 
 
-def test_lines_keep_their_order_and_numbers_and_long_ones_are_cut_and_reported(
-    pairs, capsys, monkeypatch
-):
+def test_lines_keep_their_order_and_numbers_and_long_ones_are_cut_and_reported(pairs, capsys, monkeypatch):
     train.main(TINY)
 
     def echo(model, tokenizer, sources, **settings):
@@ -375,9 +347,7 @@ def test_from_a_notebook_a_sentence_is_translated(pairs, capsys):
     assert capsys.readouterr().out == f"{text}\n"
 
 
-def test_beams_penalty_and_length_are_those_asked_for_and_a_translation_is_one_line(
-    pairs, capsys, monkeypatch
-):
+def test_beams_penalty_and_length_are_those_asked_for_and_a_translation_is_one_line(pairs, capsys, monkeypatch):
     train.main(TINY)
     asked = []
 
@@ -395,13 +365,9 @@ def test_beams_penalty_and_length_are_those_asked_for_and_a_translation_is_one_l
 
 
 def test_bad_input_of_a_translation(pairs, fails, tiny):
-    complaint = (
-        "dataset=tiny is for language modelling, but model=transformer is for translation"
-    )
+    complaint = "dataset=tiny is for language modelling, but model=transformer is for translation"
     assert complaint in fails(train.main, *TINY, "--dataset=tiny")
-    complaint = (
-        "dataset=pairs is for translation, but model=window_mlp is for language modelling"
-    )
+    complaint = "dataset=pairs is for translation, but model=window_mlp is for language modelling"
     window_mlp = ["--dataset=pairs", "--device=cpu", "--model=window_mlp", "--window=2"]
     assert complaint in fails(train.main, *window_mlp)
     train.main(TINY)

@@ -33,18 +33,12 @@ def fast_choices(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: numbers[-1])
     monkeypatch.setattr(decoding, "THREADS", 2)
     monkeypatch.setattr("humptygpt.training.setup.THREADS", 2)
-    monkeypatch.setattr(
-        "humptygpt.training.settings.training_dtype", lambda device: "bfloat16"
-    )
+    monkeypatch.setattr("humptygpt.training.settings.training_dtype", lambda device: "bfloat16")
     monkeypatch.setattr("humptygpt.training.setup.usable_cores", lambda: 2)
 
 
-@pytest.mark.parametrize(
-    "seconds, expected", [([10, 9.5, 20], 0), ([10, 9, 8], 2), ([10, 8, 9.0], 1)]
-)
-def test_the_first_choice_stays_unless_another_is_a_tenth_faster(
-    seconds, expected, monkeypatch
-):
+@pytest.mark.parametrize("seconds, expected", [([10, 9.5, 20], 0), ([10, 9, 8], 2), ([10, 8, 9.0], 1)])
+def test_the_first_choice_stays_unless_another_is_a_tenth_faster(seconds, expected, monkeypatch):
     now = 0.0
     calls = [0] * 3
 
@@ -58,9 +52,7 @@ def test_the_first_choice_stays_unless_another_is_a_tenth_faster(
     assert fastest([0, 1, 2], run) == expected
 
 
-def test_what_was_chosen_is_in_all_files_of_the_run_and_a_resumed_run_keeps_it(
-    tiny, fast_choices, monkeypatch, capsys
-):
+def test_what_was_chosen_is_in_all_files_of_the_run_and_a_resumed_run_keeps_it(tiny, fast_choices, monkeypatch, capsys):
     train.main(AUTO)
     assert "device: cpu, bfloat16, 2 processes\n" in capsys.readouterr().out
     chosen = {"dtype": "bfloat16", "threads": 2}
@@ -72,9 +64,7 @@ def test_what_was_chosen_is_in_all_files_of_the_run_and_a_resumed_run_keeps_it(
     assert {(row["dtype"], row["threads"]) for row in losses} == {("bfloat16", 2)}
 
     monkeypatch.setattr("humptygpt.training.setup.THREADS", 1)
-    monkeypatch.setattr(
-        "humptygpt.training.settings.training_dtype", lambda device: "float32"
-    )
+    monkeypatch.setattr("humptygpt.training.settings.training_dtype", lambda device: "float32")
     resume = ["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]
     train.main(resume)
     assert "device: cpu, bfloat16, 2 processes\n" in capsys.readouterr().out

@@ -103,9 +103,7 @@ def test_two_machines_have_every_digit_of_the_losses_of_one_process(start):
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_if_a_machine_fails_the_other_says_so_in_one_line_within_ten_seconds(
-    start, namespaces, number
-):
+def test_if_a_machine_fails_the_other_says_so_in_one_line_within_ten_seconds(start, namespaces, number):
     machines = start(*RUN, "--max_iters=1000000")
     metrics, deadline = FOLDERS[0] / "out/run/metrics.jsonl", time.monotonic() + TIME
     while not (metrics.exists() and metrics.read_text().count("\n") > 9):

@@ -215,9 +215,7 @@ def terms(rows: list[dict]) -> list[float]:
 
 
 @pytest.mark.parametrize("keys", [["--threads=2"], ["--n_members=2"]])
-def test_a_term_reaches_ranks_and_members_and_stays_out_of_the_losses(
-    run_train, monkeypatch, keys
-):
+def test_a_term_reaches_ranks_and_members_and_stays_out_of_the_losses(run_train, monkeypatch, keys):
     plain = run_train()
     monkeypatch.setattr(models, "GPT", WithTerm)
     monkeypatch.setattr(ensemble, "GPT", WithTerm)
@@ -255,9 +253,7 @@ def test_a_term_may_not_have_the_name_of_a_column(tiny, fails, monkeypatch, name
     assert fails(train.main, *TINY_RUN) == complaint
 
 
-def test_a_metric_is_due_every_log_interval_steps_and_sees_the_update(
-    run_train, monkeypatch
-):
+def test_a_metric_is_due_every_log_interval_steps_and_sees_the_update(run_train, monkeypatch):
     def largest(run, before):
         assert all(p.grad is not None for p in run.model.parameters())
         weights = run.model.named_parameters()
@@ -317,9 +313,7 @@ def test_a_weight_of_few_texts_is_not_said_to_be_lost(run_train, monkeypatch, ca
     assert "cannot learn" not in capsys.readouterr().err
 
 
-def test_a_compiled_training_has_the_losses_and_names_of_an_eager_one_and_few_graphs(
-    run_train, monkeypatch, capsys
-):
+def test_a_compiled_training_has_the_losses_and_names_of_an_eager_one_and_few_graphs(run_train, monkeypatch, capsys):
     def names() -> set[str]:
         return set(torch.load("out/run/ckpt.pt")["model"])
 

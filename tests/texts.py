@@ -7,16 +7,9 @@ def make_text(length: int = 4000, seed: int = 0) -> str:
     """Lines of a made-up language, the same for the same seed."""
     draw = random.Random(seed)
     words = [
-        "".join(
-            draw.choice("aeiou") + draw.choice("klmnprst")
-            for _ in range(draw.randint(1, 3))
-        )
-        for _ in range(60)
+        "".join(draw.choice("aeiou") + draw.choice("klmnprst") for _ in range(draw.randint(1, 3))) for _ in range(60)
     ]
-    lines = (
-        " ".join(draw.choices(words, k=draw.randint(3, 8))).capitalize() + "."
-        for _ in iter(int, 1)
-    )
+    lines = (" ".join(draw.choices(words, k=draw.randint(3, 8))).capitalize() + "." for _ in iter(int, 1))
     text = ""
     while len(text) < length:
         text += next(lines) + "\n"

@@ -31,9 +31,7 @@ def generate(
 
 
 @torch.inference_mode()
-def uncached(
-    model: nn.Module, text: list[int], n: int, *, sample: int = 0, **sampling
-) -> list[int]:
+def uncached(model: nn.Module, text: list[int], n: int, *, sample: int = 0, **sampling) -> list[int]:
     """The n tokens that follow a text, each computed anew from the tokens that the model may see."""
     block_size, tokens = model.config.block_size, list(text)
     first = max(0, len(tokens) - block_size)

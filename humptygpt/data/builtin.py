@@ -71,11 +71,7 @@ def hub_files(repo: str, pattern: str, config: PrepareConfig) -> tuple[Path, str
     try:
         for name in map(pattern.format, range(config.files)):
             if not (folder / name).exists():
-                huggingface_hub.hf_hub_download(
-                    repo, name, repo_type="dataset", local_dir=folder
-                )
+                huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", local_dir=folder)
     except Exception as error:  # from requests or httpx, depending on the version
-        raise UserError(
-            f"{repo} cannot be downloaded: {one_line(error)}; run the command again to resume"
-        ) from error
+        raise UserError(f"{repo} cannot be downloaded: {one_line(error)}; run the command again to resume") from error
     return (folder / pattern).parent / "*.parquet", f"{repo}, {config.files} files"

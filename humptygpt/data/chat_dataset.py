@@ -178,9 +178,7 @@ class ChatDataset(TokenDataset):
 
     def tokens(self, split: str, positions: np.ndarray) -> Batch:
         """Make a batch of the tokens at these positions, (B, block_size + 1)."""
-        return next_tokens(
-            self.ids[split][positions], ~self.is_target[split][positions[:, 1:]]
-        )
+        return next_tokens(self.ids[split][positions], ~self.is_target[split][positions[:, 1:]])
 
     def val_starts(self, batch_size: int, eval_iters: int | None) -> np.ndarray:
         """Numbers of the rows in the evaluation set, spread over the split."""

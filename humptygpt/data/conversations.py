@@ -43,13 +43,9 @@ OFTEN = 3  # a reply of a training split that occurs so many times is one token
 FEWEST_CHARACTERS = 20  # if it has at least so many characters
 FAQ = 2 / 3  # if this share of the replies recurs, as in a FAQ, all of them are tokens
 MOST_BYTES = 2_000_000  # bytes of conversations; larger ones teach a model to spell
-EXAMPLE_CHARACTERS = (
-    1500  # maximum length of the conversation in the summary, in characters
-)
+EXAMPLE_CHARACTERS = 1500  # maximum length of the conversation in the summary, in characters
 # a short question with which a conversation begins: what precedes it is no turn
-QUESTION = re.compile(
-    rf"(?<!{re.escape(END)}\n){re.escape(BEGIN)}user\n(.{{1,80}}){re.escape(END)}"
-)
+QUESTION = re.compile(rf"(?<!{re.escape(END)}\n){re.escape(BEGIN)}user\n(.{{1,80}}){re.escape(END)}")
 REPLY = re.compile(rf"({re.escape(BEGIN)}assistant\n)(.*?({re.escape(END)}|$))", re.DOTALL)
 
 
@@ -140,9 +136,7 @@ class Conversations(Corpus):
         """Draw by the whole text, so that equal conversations are in the same split."""
         return draw("\n".join(conversation.texts), hashed=None)
 
-    def encode(
-        self, tokenizer: ChatTokenizer, split: str, conversations: list[Conversation]
-    ) -> Encoded:
+    def encode(self, tokenizer: ChatTokenizer, split: str, conversations: list[Conversation]) -> Encoded:
         ids = []
         counted = Counter()
         header = len(tokenizer.encode("assistant\n"))
@@ -157,9 +151,7 @@ class Conversations(Corpus):
                 target_bytes=len("".join(conversation.replies).encode()),
                 # each with its end
                 target_tokens=sum(
-                    len(tokenizer.encode_turn(turn)) - header + 1
-                    for turn in conversation
-                    if turn.role == "assistant"
+                    len(tokenizer.encode_turn(turn)) - header + 1 for turn in conversation if turn.role == "assistant"
                 ),
             )
         return ids, counted

@@ -75,9 +75,7 @@ class Corpus:
 
     def note_skipped(self) -> None:
         if self.skipped:
-            note(
-                "; ".join([f"skipped files: {len(self.skipped):,}", *self.skipped[:NAMED]])
-            )
+            note("; ".join([f"skipped files: {len(self.skipped):,}", *self.skipped[:NAMED]]))
 
     def survey(self) -> None:
         """Read everything once, to check it and to find the size of the text. Raises UserError if there is none.
@@ -179,9 +177,7 @@ class Documents(Corpus):
         """Read the documents of a file in pieces."""
         config = self.config
         before = 0  # characters of the file before this piece
-        for piece in read_documents(
-            self.files[number], config.text_key, self.flaws, config.lines
-        ):
+        for piece in read_documents(self.files[number], config.text_key, self.flaws, config.lines):
             if piece.first:
                 split = self.split_of(piece)
             if self.cuts is None:
@@ -235,9 +231,7 @@ def units(corpus: Corpus) -> Iterator[tuple[str, list[NamedTuple]]]:
     """Group the items of each split into units of about UNIT characters. Yields (split, items)."""
     items = defaultdict(list)
     lengths = Counter()
-    for split, item in chain.from_iterable(
-        read_all(each, "encoding") for each in corpus.parts
-    ):
+    for split, item in chain.from_iterable(read_all(each, "encoding") for each in corpus.parts):
         twice = corpus.trains_on_all and split == "val"
         for to in ("train", "val") if twice else (split,):
             items[to].append(item)

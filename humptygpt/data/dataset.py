@@ -66,9 +66,7 @@ class Dataset:
         # the validation split is a part of the training split, so no loss on it says which model is the best
         self.trains_on_all = bool(self.meta.get("trains_on_all"))
         self.tokenizer = from_state(self.meta["tokenizer"])
-        self.splits = {
-            split: TokenFile(folder, split, self.meta) for split in self.meta["splits"]
-        }
+        self.splits = {split: TokenFile(folder, split, self.meta) for split in self.meta["splits"]}
         self.train, self.val = self.splits["train"], self.splits["val"]
         self.set_up()
 
@@ -142,9 +140,7 @@ class TokenDataset(Dataset):
     def summary(self, batch_size: int, eval_iters: int | None) -> tuple[str, str]:
         """Describe a batch and the evaluation set in words."""
         targets = len(self.val) - 1
-        evaluated = min(
-            targets, len(self.val_starts(batch_size, eval_iters)) * self.block_size
-        )
+        evaluated = min(targets, len(self.val_starts(batch_size, eval_iters)) * self.block_size)
         sequences = f"{batch_size} sequence{'s' * (batch_size > 1)} of {self.block_size:,}"
         batch = f"{batch_size * self.block_size:,} tokens ({sequences})"
         return batch, f"{evaluated:,} of {targets:,} tokens"
@@ -193,9 +189,7 @@ class TokenDataset(Dataset):
         starts = np.arange(0, len(self.val) - 1, self.block_size)
         if eval_iters is None or eval_iters * batch_size >= len(starts):
             return starts
-        return starts[
-            np.linspace(0, len(starts) - 2, eval_iters * batch_size).astype(np.int64)
-        ]
+        return starts[np.linspace(0, len(starts) - 2, eval_iters * batch_size).astype(np.int64)]
 
     def blocks(self, split: str, starts: np.ndarray) -> Batch:
         """Make a batch of the blocks that start at these positions, (B,). Targets after the end of the split are -1."""
@@ -273,9 +267,7 @@ class TokenFile:
             self.sum = entry["sha256"]
             self.ids = np.asarray(np.memmap(self.path, meta["dtype"], mode="r"))
             if len(self) != entry["tokens"]:
-                raise ValueError(
-                    f"{split}.bin has {len(self):,} tokens, but meta.json says {entry['tokens']:,}"
-                )
+                raise ValueError(f"{split}.bin has {len(self):,} tokens, but meta.json says {entry['tokens']:,}")
             # of translations or replies, or of a text
             self.targets = entry.get("target_tokens", len(self))
             self.bytes = entry.get("target_bytes", entry.get("bytes"))
@@ -322,9 +314,7 @@ def read_meta(folder: Path) -> dict:
             if not known:
                 raise ValueError("meta.json is of another version")
             return meta
-    raise UserError(
-        f"{folder} has no meta.json, so it was not prepared completely, or not here; {how_to(folder)}"
-    )
+    raise UserError(f"{folder} has no meta.json, so it was not prepared completely, or not here; {how_to(folder)}")
 
 
 def how_to(folder: Path) -> str:

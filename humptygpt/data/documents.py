@@ -113,9 +113,7 @@ def files_below(folder: Path, skipped: list[str]) -> Iterator[Path]:
     for at, folders, names in os.walk(folder, onerror=skip):
         for name in folders:
             if (link := Path(at, name)).is_symlink():
-                skipped.append(
-                    f"{link} is a link to a folder, which --input='{folder}/**' follows"
-                )
+                skipped.append(f"{link} is a link to a folder, which --input='{folder}/**' follows")
         yield from (Path(at, name) for name in names)
 
 
@@ -147,9 +145,7 @@ def read_errors(path: Path) -> Iterator[None]:
 # Documents
 
 
-def read_documents(
-    path: Path, text_key: str, flaws: Flaws, by_line: bool = False
-) -> Iterator[Piece]:
+def read_documents(path: Path, text_key: str, flaws: Flaws, by_line: bool = False) -> Iterator[Piece]:
     """Read all documents of a file in pieces of at most PIECE characters, cut at the same positions every time.
 
     A text file is one document, and so is the text under text_key in each line of JSON or row of Parquet or CSV.
@@ -174,9 +170,7 @@ def read_documents(
             flaws.add(LEFT_OUT, f"{where}: {why}")
 
 
-def read_text(
-    path: Path, flaws: Flaws, newline: str | None = None, size: int | None = None
-) -> Iterator[str]:
+def read_text(path: Path, flaws: Flaws, newline: str | None = None, size: int | None = None) -> Iterator[str]:
     """Read a text file in parts of `size` characters; None: in lines. Bad bytes become U+FFFD, which flaws counts.
 
     newline: as in open(). Raises UserError if the file is binary.
@@ -189,18 +183,14 @@ def read_text(
         # as in git, a file with null bytes is binary; a PDF may have none at its start, so it is recognised by its mark
         if start.startswith(b"%PDF-") or (encoding == "utf-8-sig" and b"\0" in start):
             raise UserError(f"{path} is not a text file")
-        with unpack(
-            path, "rt", encoding=encoding, errors="replace", newline=newline
-        ) as text:
+        with unpack(path, "rt", encoding=encoding, errors="replace", newline=newline) as text:
             for part in iter(partial(text.read, size) if size else text.readline, ""):
                 if bad := part.count("\ufffd"):
                     flaws.add("bad bytes replaced", f"{path} is not UTF-8", bad)
                 yield part
 
 
-def read_records(
-    path: Path, columns: list[str], flaws: Flaws
-) -> Iterator[tuple[str, Record]]:
+def read_records(path: Path, columns: list[str], flaws: Flaws) -> Iterator[tuple[str, Record]]:
     """Yield the records of a file of JSON, Parquet or CSV, each with its file and place. Blank lines are left out.
 
     columns: the keys to read; []: all. flaws: as in read_documents.
@@ -301,9 +291,7 @@ READERS = {  # {extension: reads the records}
 def check_columns(path: Path, columns: list[str], found: list[str]) -> None:
     for column in columns:
         if column not in found:
-            raise UserError(
-                f"{path} has no column {column!r}; set --text_key to one of: {', '.join(found)}"
-            )
+            raise UserError(f"{path} has no column {column!r}; set --text_key to one of: {', '.join(found)}")
 
 
 def pieces(parts: Iterable[str]) -> Iterator[Piece]:

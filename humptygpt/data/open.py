@@ -44,9 +44,7 @@ def prepare_missing(
     keys = {}
     if config.input:
         keys = input_keys(config, folder)
-        keys["overwrite"] = (
-            overwrite and COMMAND in names
-        )  # not the data of another program
+        keys["overwrite"] = overwrite and COMMAND in names  # not the data of another program
     # Do not overwrite existing data: a train.bin without a meta.json is another program's, and a command.txt
     # means that this folder was prepared here before.
     elif names & {"train.bin", COMMAND}:

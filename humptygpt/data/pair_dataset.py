@@ -34,16 +34,11 @@ class PairDataset(Dataset):
 
     def find_pairs(self, split: str) -> np.ndarray:
         """Find the start of each pair, and the lengths of its source and target including eot. Returns (pairs, 3)."""
-        eots = [
-            start + np.flatnonzero(ids == self.tokenizer.eot)
-            for start, ids in self.chunks(split)
-        ]
+        eots = [start + np.flatnonzero(ids == self.tokenizer.eot) for start, ids in self.chunks(split)]
         ends = np.concatenate([[-1], *eots])
         lengths = np.diff(ends)
         if len(lengths) % 2 or lengths.sum() != len(self.splits[split]):
-            raise UserError(
-                f"{self.folder / split}.bin does not consist of complete pairs; {how_to(self.folder)}"
-            )
+            raise UserError(f"{self.folder / split}.bin does not consist of complete pairs; {how_to(self.folder)}")
         return np.stack([ends[:-1:2] + 1, lengths[::2], lengths[1::2]], axis=1)
 
     def lengths(self, pairs: np.ndarray) -> np.ndarray:
@@ -116,9 +111,7 @@ class PairDataset(Dataset):
 
 
 @lru_cache(3)  # for the training split, unshuffled and shuffled, and the validation split
-def batches(
-    dataset: PairDataset, split: str, batch_size: int, key: int | None = None
-) -> list[np.ndarray]:
+def batches(dataset: PairDataset, split: str, batch_size: int, key: int | None = None) -> list[np.ndarray]:
     """Sort the pairs by length, and cut them into batches. Returns the indices of the pairs in each batch.
 
     key: seed for shuffling pairs of equal lengths, which does not change the lengths in a batch; None: do not shuffle.

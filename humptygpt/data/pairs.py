@@ -21,9 +21,7 @@ RATIO = 3  # drop a pair if one side is more than this many times longer
 SLACK = 8  # but one side may always be this many tokens longer, as in "Stop!" and "Halt, stehen bleiben!"
 DROPPED = ("too_long", "empty", "lopsided")  # reasons to drop a pair
 LINE_RULE = "each line must be SOURCE, one tab, TARGET"
-PairFiles = list[
-    tuple[str | None, Path]
-]  # a split and its file, or None: the file's pairs are split at random
+PairFiles = list[tuple[str | None, Path]]  # a split and its file, or None: the file's pairs are split at random
 
 
 class Pair(NamedTuple):
@@ -48,9 +46,7 @@ class Pairs(Corpus):
         "max_pair_tokens": 128,
     }
 
-    def __init__(
-        self, config: PrepareConfig, files: PairFiles, source: str, skipped: list[str]
-    ):
+    def __init__(self, config: PrepareConfig, files: PairFiles, source: str, skipped: list[str]):
         super().__init__(config, files, source, skipped)
         self.paths = [path for _, path in files]
         self.given = any(split for split, _ in files)
@@ -76,9 +72,7 @@ class Pairs(Corpus):
         counted = Counter()
         cleans = split == "train" or not (self.given or self.config.val_input)
         for pair in pairs:
-            source, target = (
-                np.append(tokenizer.encode(text), tokenizer.eot) for text in pair
-            )
+            source, target = (np.append(tokenizer.encode(text), tokenizer.eot) for text in pair)
             shorter, longer = sorted((len(source), len(target)))
             if not pair.source:
                 counted["empty"] += 1

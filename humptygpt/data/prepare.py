@@ -59,9 +59,7 @@ def prepare(config: PrepareConfig, open_tokenizer: Callable[[str], Tokenizer]) -
                     f" {command} --overwrite=True"
                 )
             if same and is_whole(folder, corpus.splits, meta):
-                note(
-                    f"{folder} already has this text with these settings; it is left unchanged"
-                )
+                note(f"{folder} already has this text with these settings; it is left unchanged")
             else:
                 for each in corpus.parts:
                     each.survey()
@@ -156,9 +154,7 @@ def built_in(config: PrepareConfig) -> ModuleType | None:
     return None if config.input else builtin.data_set(config.name)
 
 
-def find_input(
-    config: PrepareConfig, folder: Path, source: ModuleType | None
-) -> tuple[str | Path | PairFiles, str]:
+def find_input(config: PrepareConfig, folder: Path, source: ModuleType | None) -> tuple[str | Path | PairFiles, str]:
     """Find the input: a path, or files of pairs. Returns the input and its name in meta.json.
 
     source: the built-in data set that the config names, if there is one.
@@ -182,9 +178,7 @@ def with_defaults(config: PrepareConfig, defaults: dict) -> PrepareConfig:
     return replace(config, **{key: defaults[key] for key in unset if key in defaults})
 
 
-def resolve(
-    config: PrepareConfig, preset: PrepareConfig, kind: type[Corpus]
-) -> PrepareConfig:
+def resolve(config: PrepareConfig, preset: PrepareConfig, kind: type[Corpus]) -> PrepareConfig:
     """Fill in all remaining defaults. config: as the user gave it. preset: with the settings of a built-in data set.
 
     Raises UserError if config sets a key that has no effect on this data or with this tokenizer.
@@ -205,9 +199,7 @@ def resolve(
     return resolved
 
 
-def load_tokenizer(
-    corpus: Corpus, open_tokenizer: Callable[[str], Tokenizer]
-) -> Tokenizer | None:
+def load_tokenizer(corpus: Corpus, open_tokenizer: Callable[[str], Tokenizer]) -> Tokenizer | None:
     """Load the tokenizer of a run, a folder or a model on the Hub. Returns None if one is to be made.
 
     Raises UserError if it is missing or unsuitable.

@@ -83,9 +83,7 @@ def train_characters(texts: Iterable[str], separated: bool) -> CharTokenizer:
     return CharTokenizer("".join(sorted(set(chain.from_iterable(texts)))), separated)
 
 
-def train_sentencepiece(
-    texts: Iterable[str], separated: bool, vocab_size: int
-) -> SentencePieceTokenizer:
+def train_sentencepiece(texts: Iterable[str], separated: bool, vocab_size: int) -> SentencePieceTokenizer:
     """Train a sentencepiece model of at most vocab_size tokens. Raises UserError if the texts need more.
 
     A line break is a token of its own, and a space belongs to the word after it. Neither is ever changed or added, so
@@ -114,9 +112,7 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(
-            f"sentencepiece cannot learn {vocab_size:,} pieces from the training split: {error}"
-        ) from error
+        raise UserError(f"sentencepiece cannot learn {vocab_size:,} pieces from the training split: {error}") from error
     return SentencePieceTokenizer(proto.getvalue(), separated)
 
 

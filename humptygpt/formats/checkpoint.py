@@ -25,7 +25,7 @@ from humptygpt.tokenizers import basic as tokenizers
 from humptygpt.tokenizers.saved import from_state
 
 FORMAT = "gpt checkpoint 3"  # the number increases whenever the entries change
-SHIPPED_CODE = "6887fb36"  # code_checksum() of model.py as it is in the repository
+SHIPPED_CODE = "3b64ed21"  # code_checksum() of model.py as it is in the repository
 
 
 def save(path: Path, entries: dict) -> None:
@@ -101,9 +101,7 @@ def check_records(path: Path) -> None:
 def read_plain(path: Path) -> object:
     """Read a checkpoint without checking its content. Raises UserError as read() does."""
     if not path.exists():
-        raise UserError(
-            f"no checkpoint {path}; train first, or name the folder of a run with --out_dir"
-        )
+        raise UserError(f"no checkpoint {path}; train first, or name the folder of a run with --out_dir")
     problem = "it is truncated or damaged, or holds more than tensors and plain data"
     with refuse_damaged(path, problem):
         return load_plain(path)
@@ -113,9 +111,7 @@ def check(path: Path, saved: object) -> tuple[nn.Module, tokenizers.Tokenizer]:
     """Build the model of a checkpoint, still on the meta device, and its tokenizer. Raises UserError if that fails."""
     with refuse_damaged(path):
         if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-            raise ValueError(
-                f"its format is not {FORMAT!r}: another program or another version wrote it"
-            )
+            raise ValueError(f"its format is not {FORMAT!r}: another program or another version wrote it")
         tokenizer = from_state(saved["tokenizer"])
         settings, training = saved["model_config"], saved["train_config"]
         config = cli.restore(config_class(settings), settings)
@@ -165,9 +161,7 @@ def check_tensors(
         if any_float and tensor.is_floating_point():
             dtype = tensor.dtype
         if not dense or (tensor.dtype, tensor.shape) != (dtype, shape):
-            raise ValueError(
-                f"{entry}{name} must be a dense, contiguous tensor of {dtype} and shape {tuple(shape)}"
-            )
+            raise ValueError(f"{entry}{name} must be a dense, contiguous tensor of {dtype} and shape {tuple(shape)}")
 
 
 # --------------------------------------------------------------------------------------
@@ -198,6 +192,4 @@ def note_edits(out_dir: Path) -> None:
     with suppress(OSError, ValueError):
         settings = parse_json((out_dir / "config.json").read_bytes(), {"_model.py": str})
         if settings["_model.py"] != code_checksum():
-            note(
-                f"model.py has changed since the run in {out_dir}, whose losses may not hold"
-            )
+            note(f"model.py has changed since the run in {out_dir}, whose losses may not hold")

@@ -180,7 +180,5 @@ def find_family(config: ModelConfig) -> Family:
     if needed:
         own = ", ".join(f"{key}={getattr(config, key)}" for key in needed)
         asked = ", ".join(f"{key}={value}" for key, value in needed.items())
-        raise UserError(
-            f"{own} cannot be exported; {family.architecture} needs {asked}, as in {family.preset}"
-        )
+        raise UserError(f"{own} cannot be exported; {family.architecture} needs {asked}, as in {family.preset}")
     return family

@@ -80,9 +80,7 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     }
 
 
-def without_merges(
-    tokenizer: CharTokenizer | ByteTokenizer, pieces: list[bytes]
-) -> Vocabulary:
+def without_merges(tokenizer: CharTokenizer | ByteTokenizer, pieces: list[bytes]) -> Vocabulary:
     """Describe a tokenizer whose tokens are characters or bytes. Raises UserError if llama.cpp has no equivalent.
 
     llama.cpp's tokenizer type rwkv matches the longest token first, and it is the only type that needs no end-of-text
@@ -148,9 +146,7 @@ def with_merges(tokenizer: Tokenizer) -> Vocabulary:
 # The model
 
 
-def write_gguf(
-    path: Path, title: str, model: nn.Module, vocabulary: Vocabulary, dtype: str
-) -> None:
+def write_gguf(path: Path, title: str, model: nn.Module, vocabulary: Vocabulary, dtype: str) -> None:
     """Write a GGUF file.
 
     Vectors and learned positions stay in float32. With q8_0, which packs weights in blocks of 32, so do matrices whose
@@ -181,16 +177,10 @@ def write_gguf(
             tensor = tensor[: len(vocabulary["token_list"])]
         if ".q_proj." in name or ".k_proj." in name:
             tensor = with_adjacent_pairs(tensor, config.features)
-        exact = (
-            tensor.dim() == 1
-            or "wpe" in name
-            or (dtype == "q8_0" and tensor.shape[-1] % 32)
-        )
+        exact = tensor.dim() == 1 or "wpe" in name or (dtype == "q8_0" and tensor.shape[-1] % 32)
         stored = GGMLQuantizationType.F32 if exact else DTYPES[dtype]
         array = gguf.quants.quantize(tensor.contiguous().numpy(), stored)
-        writer.add_tensor(
-            names.get_name(name, (".weight", ".bias")), array, raw_dtype=stored
-        )
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), array, raw_dtype=stored)
     if config.position == "rotary" and config.rope_factor != 1:
         writer.add_tensor("rope_freqs.weight", rope_factors(config).numpy())
     writer.write_header_to_file()

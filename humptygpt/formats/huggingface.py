@@ -44,17 +44,12 @@ TOLERANCE = 1e-3  # of the largest logit; transformers has differed by up to 1e-
 # Names
 
 
-def weight_names(
-    family: Family, config: ModelConfig, ours: Weights
-) -> Iterator[tuple[str, list[str]]]:
+def weight_names(family: Family, config: ModelConfig, ours: Weights) -> Iterator[tuple[str, list[str]]]:
     """Yield the name of each weight in transformers, with our names for its parts. ours: our state dict."""
     for layer, names in family.weights.items():
         for i in range(config.n_layer if "#" in layer else 1):
             for kind in ("weight", "bias"):
-                theirs, *parts = [
-                    f"{name}.{kind}".replace("#", str(i))
-                    for name in (layer, *names.split())
-                ]
+                theirs, *parts = [f"{name}.{kind}".replace("#", str(i)) for name in (layer, *names.split())]
                 if parts[0] in ours and not (layer == "lm_head" and config.tie_weights):
                     yield theirs, parts
 
@@ -113,18 +108,14 @@ def model_settings(family: Family, content: dict[str, object]) -> dict[str, obje
         table = table | ROPE_SCALING
     for key, value in SUPPORTED.items():
         if content.get(key, value) != value:
-            raise ValueError(
-                f"{key}={content[key]} is not supported; only {key}={value} is"
-            )
+            raise ValueError(f"{key}={content[key]} is not supported; only {key}={value} is")
     settings = {ours: content.get(theirs) for theirs, ours in table.items()}
     activation = str(settings["activation"])
     # a name that is not in the table is kept, and ModelConfig then refuses it
     return settings | {"activation": ACTIVATION_NAMES.get(activation, activation)}
 
 
-def build_model(
-    what: object, family: Family, config: ModelConfig, tensors: Weights
-) -> nn.Module:
+def build_model(what: object, family: Family, config: ModelConfig, tensors: Weights) -> nn.Module:
     """Build a model from the tensors of a file. Removes them from `tensors` along the way, to save memory.
 
     All names and shapes are checked before any memory is allocated. Raises UserError if they do not match the config.
@@ -143,9 +134,7 @@ def build_model(
         return restore_model(model, to_ours(family, config, tensors, like))
 
 
-def to_ours(
-    family: Family, config: ModelConfig, tensors: Weights, like: Weights
-) -> Weights:
+def to_ours(family: Family, config: ModelConfig, tensors: Weights, like: Weights) -> Weights:
     """Convert the tensors of a file, which are removed one by one, to our state dict. like: our state dict on meta."""
     stored = {}
     while tensors:
@@ -199,9 +188,7 @@ def open_weights(folder: Path) -> Weights:
 # Writing
 
 
-def to_pretrained(
-    model: nn.Module, dtype: str = "float32"
-) -> tuple[dict[str, object], Weights]:
+def to_pretrained(model: nn.Module, dtype: str = "float32") -> tuple[dict[str, object], Weights]:
     """Convert a model for export. Returns the content of config.json, and weights under transformers' names.
 
     dtype: data type of the weights, which are on the CPU. Raises UserError if a setting cannot be exported.
@@ -223,8 +210,7 @@ def to_pretrained(
         scaling = {theirs: settings[key] for theirs, key in ROPE_SCALING.items()}
         content["rope_scaling"] = {"rope_type": "llama3"} | scaling
     return content, {
-        key: x.to("cpu", getattr(torch, dtype)).contiguous()
-        for key, x in exported_weights(family, model).items()
+        key: x.to("cpu", getattr(torch, dtype)).contiguous() for key, x in exported_weights(family, model).items()
     }
 
 

@@ -40,9 +40,7 @@ def load(source: str | Path, which: str = "best") -> Loaded:
     loaded = from_folder(path, source) if is_folder else from_checkpoint(path)
     loaded.model.eval()
     if not is_finite(loaded.model):
-        raise UserError(
-            f"{path} has weights that are not finite: did its training diverge?"
-        )
+        raise UserError(f"{path} has weights that are not finite: did its training diverge?")
     tokens, rows = loaded.tokenizer.vocab_size, loaded.model.config.vocab_size
     if tokens > rows:
         raise UserError(
@@ -96,9 +94,7 @@ def find_source(source: str | Path, which: str = "best", key: str = "init_from")
             return checkpoint.find_checkpoint(path, which)
         return path
     if path.suffix in FILES_OF_A_FOLDER:
-        raise UserError(
-            f"{key}={source} is not a complete model; name the folder that contains it and config.json"
-        )
+        raise UserError(f"{key}={source} is not a complete model; name the folder that contains it and config.json")
     if os.path.isfile(path) or path.suffix == ".pt":
         return path  # a missing file is reported when it is read
     if repo := sources.repository(str(source)):

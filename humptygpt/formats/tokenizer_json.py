@@ -66,17 +66,13 @@ def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 @singledispatch
 def convert(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """Convert a tokenizer without its end-of-text token."""
-    raise UserError(
-        f"tokenizer={tokenizer.name} cannot be exported: tokenizer.json cannot represent it"
-    )
+    raise UserError(f"tokenizer={tokenizer.name} cannot be exported: tokenizer.json cannot represent it")
 
 
 @convert.register
 def _(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
     # since "unknown" is not in the vocabulary, an unknown character raises an error; models.BPE would drop it
-    theirs = tokenizers.Tokenizer(
-        models.WordLevel({char: i for i, char in enumerate(tokenizer.alphabet)}, "unknown")
-    )
+    theirs = tokenizers.Tokenizer(models.WordLevel({char: i for i, char in enumerate(tokenizer.alphabet)}, "unknown"))
     theirs.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     theirs.decoder = decoders.Fuse()
     return theirs
@@ -85,11 +81,7 @@ def _(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
 @convert.register
 def _(tokenizer: ByteTokenizer | BytePairTokenizer) -> tokenizers.Tokenizer:
     sign_of = {byte: sign for sign, byte in printable_bytes().items()}
-    texts = [
-        "".join(map(sign_of.get, piece))
-        for piece in tokenizer.pieces
-        if piece != END_OF_TEXT.encode()
-    ]
+    texts = ["".join(map(sign_of.get, piece)) for piece in tokenizer.pieces if piece != END_OF_TEXT.encode()]
     ids = {text: i for i, text in enumerate(texts)}
     # ignore_merges: a word that is itself a piece becomes a single token, as in tiktoken
     theirs = tokenizers.Tokenizer(models.BPE(ids, find_merges(texts), ignore_merges=True))
@@ -115,9 +107,7 @@ def _(tokenizer: ChatTokenizer) -> tokenizers.Tokenizer:
     return with_replies(theirs, tokenizer.replies) if tokenizer.replies else theirs
 
 
-def with_replies(
-    engine: tokenizers.Tokenizer, replies: dict[str, int]
-) -> tokenizers.Tokenizer:
+def with_replies(engine: tokenizers.Tokenizer, replies: dict[str, int]) -> tokenizers.Tokenizer:
     """Add replies, {text: id}, to a byte-pair tokenizer. Each is one token if it is the whole turn of the assistant.
 
     An added token would be found inside other texts, too. So a reply is a word of the vocabulary, and the text between

@@ -72,7 +72,5 @@ def reply(
     if dropped:
         note(f"the context is full; forgetting the oldest exchanges: {dropped // 2}")
     context = Context(model, [ids], device=device)
-    for piece in stream_texts(
-        context, tokenizer, [sample], max_new_tokens=room, **sampling
-    ):
+    for piece in stream_texts(context, tokenizer, [sample], max_new_tokens=room, **sampling):
         yield piece.text

@@ -97,9 +97,7 @@ def chosen_source(config: ModelSource, given: dict) -> str | Path:
 # Faster layers
 
 
-def make_generator(
-    model: nn.Module, dtype: torch.dtype = torch.float32, device: torch.device = CPU
-) -> nn.Module:
+def make_generator(model: nn.Module, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> nn.Module:
     """Prepare a model for generation and move it to the device. It can no longer be trained or saved.
 
     The weights of linear layers are converted to dtype once, here; autocast would convert them for each token.
@@ -109,9 +107,7 @@ def make_generator(
     Raises UserError if there is not enough memory, or for int8 on a GPU.
     """
     if dtype == torch.int8 and device.type != "cpu":
-        raise UserError(
-            f"int8 weights need a CPU, but the device is {device}; use --dtype=bfloat16"
-        )
+        raise UserError(f"int8 weights need a CPU, but the device is {device}; use --dtype=bfloat16")
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     advice = "close other programs, or use --quantize=int8 on a CPU"
     check_fits("the weights take", weights * dtype.itemsize, free_memory(device), advice)
@@ -120,9 +116,7 @@ def make_generator(
         check_model(model)
     joins = agrees(model, joins=True)
     if not joins and not agrees(model):
-        note(
-            "not using faster layers, because this model.py's logits would change; generation is slower, in float32"
-        )
+        note("not using faster layers, because this model.py's logits would change; generation is slower, in float32")
         return model.to(device)
     replace_layers(model, dtype, device, joins)
     model.to(device)
@@ -155,9 +149,7 @@ def agrees(model: nn.Module, joins: bool = False) -> bool:
 # Fewer operators
 
 
-def replace_layers(
-    model: nn.Module, dtype: torch.dtype, device: torch.device, joins: bool
-) -> None:
+def replace_layers(model: nn.Module, dtype: torch.dtype, device: torch.device, joins: bool) -> None:
     """Replace linear layers and RMS norms with faster equivalents, called as plain functions rather than as modules.
 
     A module call costs as much as a small matrix product. joins: also use JoinedAttention.

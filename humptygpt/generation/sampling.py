@@ -31,9 +31,7 @@ class Prompt(NamedTuple):
     ids: list[int]
 
 
-def read_prompts(
-    start: str | None, prompts: str | None, tokenizer: Tokenizer, block_size: int
-) -> list[Prompt]:
+def read_prompts(start: str | None, prompts: str | None, tokenizer: Tokenizer, block_size: int) -> list[Prompt]:
     """Read the prompts given by --start or --prompts. Raises UserError if they cannot be read or encoded."""
     if prompts is not None:
         texts = read_text(prompts).removesuffix("\n").split("\n")
@@ -47,9 +45,7 @@ def read_prompts(
         with as_user_error(f"prompt {number + 1:,}: "):
             ids = encode_prompt(text, tokenizer)
         if len(ids) > block_size:
-            note(
-                f"prompt {number + 1:,} has {len(ids):,} tokens; only the last {block_size:,} are used"
-            )
+            note(f"prompt {number + 1:,} has {len(ids):,} tokens; only the last {block_size:,} are used")
         found.append(Prompt(text.removeprefix(END_OF_TEXT), ids))
     return found
 
@@ -57,9 +53,7 @@ def read_prompts(
 def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
     """Return the token ids of a prompt. Raises UserError if it is empty or contains unknown characters."""
     if not text:
-        raise UserError(
-            "the prompt is empty; give at least one character, or leave out --start"
-        )
+        raise UserError("the prompt is empty; give at least one character, or leave out --start")
     # as in nanoGPT, a prompt may begin with end-of-text, unless the model has another token for that
     eot = tokenizer.eot
     named = eot is not None and tokenizer.pieces[eot] == END_OF_TEXT.encode()
@@ -185,19 +179,14 @@ def next_tokens(
     return F.pad(ids, (0, 1), value=V).gather(1, choice)
 
 
-def uniform_numbers(
-    seed: int, samples: Collection[int], n: int, dtype: torch.dtype = torch.float64
-) -> Tensor:
+def uniform_numbers(seed: int, samples: Collection[int], n: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return n random numbers in [0, 1) for each of B samples, (n, B, 1).
 
     The i-th number of a sample depends only on seed, the sample's number and i, so a text does not depend on the others
     in its batch. The generator is numpy's Philox, which encrypts a counter with the key (seed, sample).
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
-    streams = [
-        np.random.Generator(np.random.Philox(key=[seed, sample])).random(n)
-        for sample in samples
-    ]
+    streams = [np.random.Generator(np.random.Philox(key=[seed, sample])).random(n) for sample in samples]
     numbers = torch.from_numpy(np.stack(streams, axis=1)[..., None]).to(dtype)
     # below 1 even after rounding, so that draw() finds a token with nonzero probability
     return numbers.clamp(max=1 - torch.finfo(dtype).eps)
@@ -307,9 +296,7 @@ def texts_at_once(model: nn.Module, device: torch.device, size: int) -> int:
     cached *= min(size, config.block_size)
     needed = 4 * (cached + 8 * config.vocab_size) + 16 * size
     free = int(0.9 * free_memory(device))
-    check_fits(
-        f"a text of {size:,} tokens takes", needed, free, "try a smaller --max_new_tokens"
-    )
+    check_fits(f"a text of {size:,} tokens takes", needed, free, "try a smaller --max_new_tokens")
     return min(AT_ONCE, free // needed)
 
 
@@ -325,9 +312,7 @@ class TextStream:
     before: the tokens before the text, which may begin its first character.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, stop: Iterable[str] = (), before: Iterable[int] = ()
-    ):
+    def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = (), before: Iterable[int] = ()):
         self.tokenizer = tokenizer
         self.stop = stop
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -30,9 +30,7 @@ def translate(
     sources: arrays of token ids, each ending in end-of-text. settings: passed to beam_search().
     """
     if not model.has_cache:
-        raise UserError(
-            "model.py cannot translate: its logits with the cache differ from those without it"
-        )
+        raise UserError("model.py cannot translate: its logits with the cache differ from those without it")
     device = next(model.parameters()).device
     translations = {}
     for length in sorted(set(map(len, sources))):
@@ -137,9 +135,7 @@ def extend(
     return ids, sums.flatten(1).gather(1, choice), scores, rows
 
 
-def translate_lines(
-    model: nn.Module, tokenizer: Tokenizer, lines: list[str], **search: object
-) -> Iterator[str]:
+def translate_lines(model: nn.Module, tokenizer: Tokenizer, lines: list[str], **search: object) -> Iterator[str]:
     """Translate each line; empty lines stay empty. search: keyword arguments for beam_search()."""
     block_size = model.config.block_size
     # without an encoder, source and translation share the context; the last token of a source is end-of-text
@@ -150,9 +146,7 @@ def translate_lines(
         sources = [tokenizer.encode(" ".join(line.split())) for line in batch]
         for number, ids in enumerate(sources, start=first + 1):
             if len(ids) > room:
-                note(
-                    f"line {number:,} has {len(ids):,} tokens; only the first {room:,} are read"
-                )
+                note(f"line {number:,} has {len(ids):,} tokens; only the first {room:,} are read")
         cut = [np.append(ids[:room], tokenizer.eot) for ids in sources if len(ids)]
         translations = iter(translate(model, tokenizer, cut, **search))
         for number, ids in enumerate(sources, start=first + 1):

@@ -38,9 +38,7 @@ def fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     if mask is not None:
         mask = mask.to(v.dtype)
     causal = mask is None and q.shape[2] > 1
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @cache

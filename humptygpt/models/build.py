@@ -150,9 +150,7 @@ def set_seeds(model: nn.Module, seeds: list[int]) -> None:
             module.seeds = seeds
 
 
-def with_progress(
-    model: nn.Module, batch: dict[str, Tensor], progress: float
-) -> dict[str, Tensor]:
+def with_progress(model: nn.Module, batch: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
     """Add the progress of a run, from 0 to 1, to the arguments of a model, if its forward() has an argument for it."""
     member = getattr(model, "members", [model])[0]
     if "progress" not in signature_of(type(member).forward).parameters:

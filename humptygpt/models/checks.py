@@ -48,9 +48,7 @@ def check_model(model: nn.Module) -> None:
         note(problem)
     if untried:
         reasons = "; ".join(dict.fromkeys(untried.values()))
-        note(
-            f"a small model like this one fails, so these are not checked: {', '.join(untried)} ({reasons})"
-        )
+        note(f"a small model like this one fails, so these are not checked: {', '.join(untried)} ({reasons})")
     if model.has_cache and (problems | untried)["cache"]:
         model.has_cache = False
         note("generating without a cache, which is slower")

@@ -69,9 +69,7 @@ def train_rows(model: nn.Module, rows: list[int]) -> None:
             # the vectors have no weight decay, which would change every row
             layer.optimizer_group = "vectors"
             layer.weight.requires_grad_().register_hook(
-                lambda gradient: torch.zeros_like(gradient).index_put(
-                    index, gradient[index]
-                )
+                lambda gradient: torch.zeros_like(gradient).index_put(index, gradient[index])
             )
 
 

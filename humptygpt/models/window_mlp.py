@@ -16,9 +16,7 @@ class WindowConfig(ModelConfig):
         """Raise ValueError for the first invalid value or combination."""
         check_values(self)
         if self.window < 1:
-            raise ValueError(
-                f"window={self.window} must be at least 1: model={self.model} reads that many tokens"
-            )
+            raise ValueError(f"window={self.window} must be at least 1: model={self.model} reads that many tokens")
         if self.model == "number_mlp" and self.n_embd != 1:
             raise ValueError(
                 f"n_embd={self.n_embd} must be 1: model=number_mlp represents each token by a single number"
@@ -61,8 +59,7 @@ class WindowMLP(nn.Module):
         n_hidden = config.n_hidden or inputs
         self.wte = self.embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(
-            nn.Linear(n_hidden if i else inputs, n_hidden, config.bias)
-            for i in range(config.n_layer)
+            nn.Linear(n_hidden if i else inputs, n_hidden, config.bias) for i in range(config.n_layer)
         )
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.dropout)
@@ -76,9 +73,7 @@ class WindowMLP(nn.Module):
             for layer in (*self.layers, self.lm_head):
                 nn.init.zeros_(layer.bias)
 
-    def forward(
-        self, idx: Tensor, targets: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """idx: (B, T) token ids. targets: (B, T); targets of -1 are ignored.
 
         Returns logits (B, T, V) and the mean cross-entropy in nats, or None without targets.

@@ -12,9 +12,7 @@ def fill(page: str, data: str = "") -> bytes:
     """Fill in a page of explain/: replace each placeholder, such as {{model.js}}, with what it names."""
     contents = {path.name: path.read_text(encoding="utf-8") for path in SOURCES.iterdir()}
     contents |= {"data": data, "checksum": f"{zlib.crc32(data.encode()):08x}"}
-    return re.sub(
-        r"\{\{([\w.]+)\}\}", lambda name: contents[name[1]], contents[page]
-    ).encode()
+    return re.sub(r"\{\{([\w.]+)\}\}", lambda name: contents[name[1]], contents[page]).encode()
 
 
 def to_text(data: dict) -> str:

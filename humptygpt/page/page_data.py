@@ -50,13 +50,9 @@ def page_data(path: Path, start: str | None = None, snapshots: bool = True) -> d
         "name": path.parent.resolve().name,
         "task": run.task,
         # before the first evaluation the best loss is infinite, and JSON has no infinity
-        "progress": {
-            key: saved[key] for key in ("iter", "best_val_loss") if saved[key] < math.inf
-        },
+        "progress": {key: saved[key] for key in ("iter", "best_val_loss") if saved[key] < math.inf},
         "training": training,
-        "text": read_split(run, "train", TEXT_TOKENS)
-        if run.task == "language modelling"
-        else "",
+        "text": read_split(run, "train", TEXT_TOKENS) if run.task == "language modelling" else "",
         **model_data(shown),
         "check": check_data(shown),
         "snapshots": snapshot_data(path.parent, saved["iter"], shown) if snapshots else [],
@@ -120,9 +116,7 @@ def read_split(run: Loaded, split: str, count: int) -> str:
         meta = read_meta(folder)
         if meta["tokenizer"] == run.saved["tokenizer"]:
             ids = TokenFile(folder, split, meta).ids[:count]
-            return run.tokenizer.decode(ids).rstrip(
-                "\ufffd"
-            )  # the last character may be cut off
+            return run.tokenizer.decode(ids).rstrip("\ufffd")  # the last character may be cut off
     return ""
 
 
@@ -178,9 +172,7 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict:
     """
     base = getattr(tokenizer, "base", tokenizer)
     if base.name not in TOKENIZERS:
-        raise UserError(
-            f"a page cannot read text with tokenizer={base.name}, only with: {', '.join(TOKENIZERS)}"
-        )
+        raise UserError(f"a page cannot read text with tokenizer={base.name}, only with: {', '.join(TOKENIZERS)}")
     data = {
         "name": base.name,
         "eot": tokenizer.eot,

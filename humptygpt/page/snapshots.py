@@ -9,8 +9,7 @@ from humptygpt.training.run import Run
 
 # {step before which a snapshot is taken, 0, 10, 30, 100, 300 and so on: its file in the run's folder}
 SNAPSHOTS = {
-    step: f"snapshots/{step}.pt"
-    for step in (0, *(first * 10**zeros for zeros in range(1, 12) for first in (1, 3)))
+    step: f"snapshots/{step}.pt" for step in (0, *(first * 10**zeros for zeros in range(1, 12) for first in (1, 3)))
 }
 MOST_BYTES = 10e6  # by default, a run saves snapshots if they total fewer bytes than this
 

@@ -16,9 +16,7 @@ from humptygpt.training.resume import check_same_data
 from humptygpt.training.settings import TrainConfig
 
 
-def read_chats(
-    path: str, text_key: str | None, tokenizer: ChatTokenizer, block_size: int
-) -> list[Exchange]:
+def read_chats(path: str, text_key: str | None, tokenizer: ChatTokenizer, block_size: int) -> list[Exchange]:
     """Read the last exchange of each conversation in a file. Raises UserError for the first that is not valid."""
     columns = asked_columns(text_key or "")
     found = []

@@ -90,10 +90,7 @@ def encode(test: Test, tokenizer: Tokenizer, room: int) -> list[tuple[np.ndarray
     # spaces that end the context may share a token with a choice, as in lm-evaluation-harness
     before = len(tokenizer.encode(test.context.rstrip()))
     texts = [tokenizer.encode(test.context + choice) for choice in test.choices]
-    return [
-        (np.concatenate([tokenizer.start(), ids])[-room:], max(1, len(ids) - before))
-        for ids in texts
-    ]
+    return [(np.concatenate([tokenizer.start(), ids])[-room:], max(1, len(ids) - before)) for ids in texts]
 
 
 def by_group(tests: list[Test], values: np.ndarray) -> dict[str, tuple[int, float, float]]:

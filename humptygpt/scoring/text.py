@@ -103,9 +103,7 @@ def score(model: nn.Module, batch: Tensor, at_once: int) -> Tensor:
     cache = {"cache": model.make_cache(T)} if model.has_cache and at_once < T else {}
     size = at_once if cache else T
     scores = []
-    for idx, targets in zip(
-        batch[:, :-1].split(size, 1), batch[:, 1:].split(size, 1), strict=True
-    ):
+    for idx, targets in zip(batch[:, :-1].split(size, 1), batch[:, 1:].split(size, 1), strict=True):
         logp = model(idx, **cache)[0].float().log_softmax(dim=-1)
         scores.append(logp.gather(2, targets[..., None]).squeeze(2))
     return torch.cat(scores, dim=1)

@@ -195,9 +195,7 @@ class Api:
 
 def read(body: bytes, schema: dict) -> dict:
     """Parse and check a request, and add the defaults. A null is the same as no entry."""
-    request = {
-        key: value for key, value in parse_json(body, {}).items() if value is not None
-    }
+    request = {key: value for key, value in parse_json(body, {}).items() if value is not None}
     check_schema(request, schema)
     for key in UNSUPPORTED.split():
         value = request.get(key)
@@ -217,9 +215,7 @@ def event(content: dict) -> str:
     return f"data: {json.dumps(content)}\n\n"
 
 
-def choice(
-    kind: str, text: str, tokens: list[dict], end: str | None, is_first: bool
-) -> dict:
+def choice(kind: str, text: str, tokens: list[dict], end: str | None, is_first: bool) -> dict:
     """Return an entry of "choices". tokens: entries of a chat's logprobs. end: why the text ends: stop or length."""
     logprobs = {"content": tokens} if tokens else None
     found = {"index": 0, "finish_reason": end, "logprobs": logprobs}

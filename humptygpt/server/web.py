@@ -46,12 +46,8 @@ class Web:
                 Route("/health", self.health),
                 Route("/v1/models", self.models),
                 Route("/v1/models/{name:path}", self.model),
-                Route(
-                    "/v1/completions", partial(self.answer, api.complete), methods=["POST"]
-                ),
-                Route(
-                    "/v1/chat/completions", partial(self.answer, api.chat), methods=["POST"]
-                ),
+                Route("/v1/completions", partial(self.answer, api.complete), methods=["POST"]),
+                Route("/v1/chat/completions", partial(self.answer, api.chat), methods=["POST"]),
             ],
             exception_handlers={HTTPException: self.refuse},  # an unknown address or method
         )
@@ -94,9 +90,7 @@ class Web:
             raise HTTPException(404)
         return JSONResponse(self.api.model_entry())
 
-    async def answer(
-        self, method: Callable[[bytes], Iterator[str]], request: Request
-    ) -> Response:
+    async def answer(self, method: Callable[[bytes], Iterator[str]], request: Request) -> Response:
         """Answer with one of the API's methods."""
         try:
             parts = method(await read_body(request))
@@ -106,9 +100,7 @@ class Web:
         kind = "text/event-stream" if first.startswith("data:") else "application/json"
         return StreamingResponse(self.send_parts(first, parts), media_type=kind)
 
-    async def send_parts(
-        self, part: str | None, parts: Iterator[str]
-    ) -> AsyncIterator[str]:
+    async def send_parts(self, part: str | None, parts: Iterator[str]) -> AsyncIterator[str]:
         """Yield a part of an answer and those after it. After an error, the last part describes it."""
         form = "data: {}\n\n" if part.startswith("data:") else "{}"
         try:
@@ -118,9 +110,7 @@ class Web:
         except Exception as error:
             yield form.format(json.dumps(explain(error)))
         finally:
-            self.computing.submit(
-                parts.close
-            )  # also if the client has left: it frees the cache
+            self.computing.submit(parts.close)  # also if the client has left: it frees the cache
 
     async def next_part(self, parts: Iterator[str]) -> str | None:
         """Compute the next part of an answer in its turn. None: the answer is complete."""
@@ -150,9 +140,7 @@ def explain(error: Exception) -> dict:
     return describe(f"{type(error).__name__}: {first_line(error)}", "server_error")
 
 
-def describe(
-    message: str, kind: str = "invalid_request_error", code: str | None = None
-) -> dict:
+def describe(message: str, kind: str = "invalid_request_error", code: str | None = None) -> dict:
     """Return an error in OpenAI's form. code: a word for programs."""
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
@@ -162,9 +150,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Web):
         # each of these off or plain: of uvicorn's choices, which depend on what is installed
-        config = uvicorn.Config(
-            app, http="h11", ws="none", lifespan="off", timeout_graceful_shutdown=0
-        )
+        config = uvicorn.Config(app, http="h11", ws="none", lifespan="off", timeout_graceful_shutdown=0)
         super().__init__(config)
         logging.getLogger("uvicorn.error").setLevel("ERROR")  # not the news that it starts
 

@@ -155,8 +155,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.proto = proto
         self.model = model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         self.pieces = [
-            sentencepiece_bytes(model.id_to_piece(i), model.is_byte(i))
-            for i in range(1, model.vocab_size())
+            sentencepiece_bytes(model.id_to_piece(i), model.is_byte(i)) for i in range(1, model.vocab_size())
         ]
         self.eot = model.eos_id() - 1 if separated else None
         # "▁" is sentencepiece's sign for a space, so a real "▁" has to be spelled in bytes
@@ -201,9 +200,7 @@ class BytePairTokenizer(Tokenizer):
         import tiktoken
 
         ranks = {piece: rank for rank, piece in enumerate(self.pieces[:-1])}
-        return tiktoken.Encoding(
-            self.name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
-        )
+        return tiktoken.Encoding(self.name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text: str) -> np.ndarray:
         return self.engine.encode_to_numpy(check_text(text)).astype(np.int64)
@@ -244,13 +241,9 @@ def pack(content: bytes) -> str:
 def unpack(packed: str) -> bytes:
     """Undo pack(), up to a size limit, since a short text may unpack to gigabytes. Raises ValueError or zlib.error."""
     unpacker = zlib.decompressobj()
-    content = unpacker.decompress(
-        base64.b64decode(packed, validate=True), MAX_UNPACKED_BYTES
-    )
+    content = unpacker.decompress(base64.b64decode(packed, validate=True), MAX_UNPACKED_BYTES)
     if not unpacker.eof:
-        raise ValueError(
-            f"it is truncated or unpacks to more than {MAX_UNPACKED_BYTES:,} bytes"
-        )
+        raise ValueError(f"it is truncated or unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
     return content
 
 

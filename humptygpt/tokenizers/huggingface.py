@@ -51,9 +51,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     if template == TEMPLATE:
         return ChatTokenizer(tokenizer)
     if template:
-        note(
-            f"the chat template in {path} is ignored: without it, the model continues texts"
-        )
+        note(f"the chat template in {path} is ignored: without it, the model continues texts")
     return tokenizer
 
 

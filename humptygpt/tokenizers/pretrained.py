@@ -45,9 +45,7 @@ class PretrainedTokenizer(Tokenizer):
         ids = self._engine.get_vocab(with_added_tokens=True)
         size = 1 + max(ids.values())
         if size > 2 * len(ids) + 1000 or not {eot, bos} <= {None, *ids.values()}:
-            raise ValueError(
-                "its ids have too many gaps, or its start-of-text or end-of-text token has no id"
-            )
+            raise ValueError("its ids have too many gaps, or its start-of-text or end-of-text token has no id")
         as_bytes = piece_decoder(json.loads(content).get("decoder"))
         self.pieces = [b""] * size
         for token, i in ids.items():
@@ -142,15 +140,9 @@ def piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
         byte_of = printable_bytes()
-        return lambda token: (
-            bytes(map(byte_of.get, token))
-            if byte_of.keys() >= set(token)
-            else token.encode()
-        )
+        return lambda token: bytes(map(byte_of.get, token)) if byte_of.keys() >= set(token) else token.encode()
     if not kinds or not set(kinds) <= SENTENCEPIECE_DECODERS:
-        raise ValueError(
-            f"its decoder {kinds} is not supported; only ByteLevel and sentencepiece's decoders are"
-        )
+        raise ValueError(f"its decoder {kinds} is not supported; only ByteLevel and sentencepiece's decoders are")
     return lambda token: sentencepiece_bytes(token, "ByteFallback" in kinds)
 
 

@@ -24,9 +24,7 @@ def subword_model(model: "SentencePieceProcessor", space: str, first: int = 0) -
     ids = range(first, model.vocab_size())
     pieces = [model.id_to_piece(i).replace("▁", space) for i in ids]
     scores = merge_scores(model)
-    merges = find_merges(
-        [pieces[i - first] for i in sorted(scores, key=scores.get, reverse=True)]
-    )
+    merges = find_merges([pieces[i - first] for i in sorted(scores, key=scores.get, reverse=True)])
     vocabulary = {text: i for i, text in enumerate(pieces)}
     return models.BPE(vocabulary, merges, byte_fallback=True)
 

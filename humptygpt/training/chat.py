@@ -43,9 +43,7 @@ def answer(
     return replies
 
 
-def compare(
-    asked: list[Exchange], replies: list[str], taught: list[Exchange]
-) -> tuple[str, list[dict]]:
+def compare(asked: list[Exchange], replies: list[str], taught: list[Exchange]) -> tuple[str, list[dict]]:
     """Count the right replies, beside those of a lookup among what was taught, if that is known.
 
     Returns the counts as text, and for each exchange its question, its true reply, the model's, how alike these two are
@@ -63,9 +61,7 @@ def compare(
         }
         for x, reply, found in zip(asked, replies, nearest, strict=True)
     ]
-    right, looked_up = (
-        sum(row[key] == row["expected"] for row in rows) for key in ("reply", "lookup")
-    )
+    right, looked_up = (sum(row[key] == row["expected"] for row in rows) for key in ("reply", "lookup"))
     alike = sum(row["by_letters"] for row in rows) / len(rows)
     text = f"{right} of {len(rows)}, and {alike:.0%} by letters"
     if known:
@@ -96,8 +92,7 @@ def show_replies(model: nn.Module, dataset: ChatDataset, count: int = 3) -> str:
     asked = dataset.exchanges("val", count)
     replies = answer(model, dataset.tokenizer, asked, REPLY_TOKENS)
     return "\n".join(
-        f"    {one_line(x.question)}\n    > {one_line(reply)}"
-        for x, reply in zip(asked, replies, strict=True)
+        f"    {one_line(x.question)}\n    > {one_line(reply)}" for x, reply in zip(asked, replies, strict=True)
     )
 
 

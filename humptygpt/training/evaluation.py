@@ -27,9 +27,7 @@ FEWEST_BATCHES = 96
 
 
 @torch.no_grad()
-def validation_loss(
-    run: "Run", net: nn.Module, eval_iters: int | None
-) -> tuple[float, float | None]:
+def validation_loss(run: "Run", net: nn.Module, eval_iters: int | None) -> tuple[float, float | None]:
     """Compute the loss of net over an evaluation set, which ranks divide if net is what they train.
 
     Evaluation draws no random numbers, so it cannot affect training. Afterwards, net is in its previous mode again,

@@ -55,9 +55,7 @@ def base_settings(base: Loaded, given: dict) -> dict[str, object]:
         if key in free:
             free[key] = given[key]
         elif given[key] not in (own[key], None):
-            note(
-                f"{key}={given[key]} has no effect; the model {base.path} has {key}={own[key]}"
-            )
+            note(f"{key}={given[key]} has no effect; the model {base.path} has {key}={own[key]}")
     if free["block_size"] > own["block_size"] and own["position"] == "learned":
         raise UserError(
             f"block_size={free['block_size']} is too large: the model {base.path} has learned"
@@ -80,9 +78,7 @@ def check_same_tokens(base: Loaded, dataset: Dataset) -> None:
     )
 
 
-def adapt_model(
-    base: Loaded, config: TrainConfig, model_config: ModelConfig, tokens: int
-) -> nn.Module:
+def adapt_model(base: Loaded, config: TrainConfig, model_config: ModelConfig, tokens: int) -> nn.Module:
     """Return the base model, adapted to this config: fewer positions, more tokens, different dropout, LoRA."""
     weights = dict(base.model.state_dict())
     known = base.tokenizer.vocab_size

@@ -73,9 +73,7 @@ class ForkedRanks(Ranks):
             for state in run.optimizer.state.values():
                 state |= {key: shared(x) for key, x in state.items()}
         # each rank's gradients, and whether it has used a parameter
-        self.gradients = [
-            [shared(p.data) for p in self.parameters] for _ in range(self.size)
-        ]
+        self.gradients = [[shared(p.data) for p in self.parameters] for _ in range(self.size)]
         self.used = shared(torch.zeros(self.size, len(self.parameters), dtype=torch.bool))
 
     def fork(self, rank: int, function: Callable, run: Run) -> int:

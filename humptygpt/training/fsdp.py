@@ -47,9 +47,7 @@ class FullySharded(DataParallel):
         }
         for name, chosen in needs_whole.items():
             if chosen:
-                raise UserError(
-                    f"parallel=fsdp does not support {name}; leave it out, or use --parallel=ddp"
-                )
+                raise UserError(f"parallel=fsdp does not support {name}; leave it out, or use --parallel=ddp")
         super().place(model, run)
 
     def allocate(self, model: nn.Module, dtype: torch.dtype) -> None:

@@ -65,9 +65,7 @@ def draw_losses(rows: list[dict], path: Path, best: int) -> None:
     panels = figure.subplots(len(labels), squeeze=False)[:, 0]
     axes = panels[0]
     train = zip(*points(rows, "train", "train_loss"), strict=True)
-    axes.plot(
-        *train, label="training", color="#9db4c8", linewidth=1, marker=".", markersize=3
-    )
+    axes.plot(*train, label="training", color="#9db4c8", linewidth=1, marker=".", markersize=3)
     # rows may be missing; a loss at step 0 belongs to the model that the run started from
     step, loss = min(val, key=lambda point: (point[0] != best, point[0] == 0, point[1]))
     label = f"validation, best {loss:.3f} at step {step:,}"
@@ -84,11 +82,7 @@ def draw_losses(rows: list[dict], path: Path, best: int) -> None:
 
 
 def points(rows: list[dict], kind: str, key: str) -> list[tuple[int, float]]:
-    return [
-        (row["iter"], row[key])
-        for row in rows
-        if row["kind"] == kind and row.get(key) is not None
-    ]
+    return [(row["iter"], row[key]) for row in rows if row["kind"] == kind and row.get(key) is not None]
 
 
 def evaluations(rows: list[dict]) -> Iterator[tuple[int, dict]]:
@@ -116,7 +110,5 @@ def start_wandb(out_dir: Path, settings: dict, resumed_at: int):
     try:
         return wandb.init(**options)
     except wandb.Error as error:
-        note(
-            f"wandb cannot be reached ({error}); logging offline; to upload the log later: wandb sync"
-        )
+        note(f"wandb cannot be reached ({error}); logging offline; to upload the log later: wandb sync")
         return wandb.init(**options, mode="offline")

@@ -60,9 +60,7 @@ def training_memory(config: TrainConfig, model: nn.Module, processes: int = 1) -
     if isinstance(trained, optimizers.Optimizer):
         with WithoutValues():
             trained.make_state()
-        optimizer = sum(
-            x.nbytes for state in trained.state.values() for x in state.values()
-        )
+        optimizer = sum(x.nbytes for state in trained.state.values() for x in state.values())
     shape = model.config
     tokens = config.rows(processes) * shape.block_size
     logits = 2 * FLOAT * tokens * shape.n_members * shape.vocab_size
@@ -126,12 +124,8 @@ def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:
     tokens = micro_batches * config.batch_size * model_config.block_size
     flops = flops_per_token(model)
     free = free_memory(device)
-    fits = (
-        "activations come on top" if memory.least <= free else f"it does not fit; {ADVICE}"
-    )
-    entries = ", ".join(
-        f"{name} {size / 1e9:.3g}" for name, size in memory._asdict().items() if size
-    )
+    fits = "activations come on top" if memory.least <= free else f"it does not fit; {ADVICE}"
+    entries = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in memory._asdict().items() if size)
     each = ""
     if processes > 1:
         each = f" per process ({processes} processes, {config.parallel.upper()})"

@@ -169,9 +169,7 @@ def begin(
     if progress.iter:
         step = progress.seconds / progress.iter
     else:
-        config, model_config, step = choose(
-            config, model_config, given, dataset, clock, device
-        )
+        config, model_config, step = choose(config, model_config, given, dataset, clock, device)
     # an evaluation batch is assumed to take a third as long as a training batch
     rows = len(dataset.val_starts(config.batch_size, config.evaluated_batches()))
     batches = rows / config.batch_size
@@ -194,9 +192,7 @@ def choose(
     from_scratch = config.init_from == "scratch"
     size = choose_size(config, model_config, given, dataset, clock, device)
     config, model_config = size.config, size.model_config
-    tokens = (
-        config.batch_size * config.gradient_accumulation_steps * model_config.block_size
-    )
+    tokens = config.batch_size * config.gradient_accumulation_steps * model_config.block_size
     targets, text = tokens * dataset.target_fraction, dataset.train.targets
     epochs = planned(clock) / size.seconds * targets / text
     # a model that can be exported stays one that can
@@ -321,11 +317,7 @@ def sizes(model_config: ModelConfig, given: Collection[str]) -> list[ModelConfig
 
 def count_inner(model: nn.Module) -> int:
     """Count the parameters of one member, excluding the embedding and the head."""
-    inner = [
-        p.numel()
-        for name, p in model.named_parameters()
-        if "wte" not in name and "lm_head" not in name
-    ]
+    inner = [p.numel() for name, p in model.named_parameters() if "wte" not in name and "lm_head" not in name]
     return sum(inner) // model.config.n_members
 
 

@@ -80,10 +80,7 @@ class AdamW(Optimizer):
         }
 
     def update(self, params: list[Tensor], group: dict) -> None:
-        steps, means, squares = (
-            [self.state[p][key] for p in params]
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        )
+        steps, means, squares = ([self.state[p][key] for p in params] for key in ("step", "exp_avg", "exp_avg_sq"))
         torch._foreach_add_(steps, 1)
         beta1, beta2 = group["betas"]
         torch._fused_adamw_(
@@ -242,9 +239,7 @@ def freeze(model: nn.Module, names: str | None) -> None:
         part = f".{name.strip()}."
         frozen = [p for full, p in model.named_parameters() if part in f".{full}."]
         if not frozen:
-            raise UserError(
-                f"freeze={names}: no parameter has {name.strip()!r} in its name; see print(model)"
-            )
+            raise UserError(f"freeze={names}: no parameter has {name.strip()!r} in its name; see print(model)")
         for p in frozen:
             p.requires_grad_(False)
     if not trained_parameters(model):
@@ -269,9 +264,7 @@ def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     return groups
 
 
-def make_optimizer(
-    config: "TrainConfig", model: nn.Module, spread: Callable = apply
-) -> torch.optim.Optimizer:
+def make_optimizer(config: "TrainConfig", model: nn.Module, spread: Callable = apply) -> torch.optim.Optimizer:
     """Make the optimizer of a run. Each group has its kind, the peak of its rate, and what AdamW needs.
 
     spread: Ranks.spread, with which several ranks share the work of Muon.
@@ -313,9 +306,7 @@ def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str,
     return {name: optimizer.state[p] for name, p in named if p in optimizer.state}
 
 
-def restore_state(
-    optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict, receive: Callable
-) -> None:
+def restore_state(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict, receive: Callable) -> None:
     """Undo named_state() of an optimizer that has taken a step. The groups keep their settings.
 
     receive: Ranks.receive. Raises an exception of any type if the names do not fit the model or, for classes made here,
@@ -332,8 +323,7 @@ def restore_state(
         p = parameters[name]
         like = optimizer.state[p]
         optimizer.state[p] = {
-            key: receive(x, like.get(key, p)) if isinstance(x, Tensor) else x
-            for key, x in values.items()
+            key: receive(x, like.get(key, p)) if isinstance(x, Tensor) else x for key, x in values.items()
         }
 
 

@@ -73,8 +73,7 @@ def show_step(bar: tqdm, run: Run, row: dict) -> None:
     """Show a row of metrics: in the progress bar on a terminal, otherwise as a line."""
     norm = "inf" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
     text = (
-        f"loss {row['train_loss']:.4f}, lr {row['lr']:.2e}, gradient norm {norm},"
-        f" {row['tokens_per_second']:,} tokens/s"
+        f"loss {row['train_loss']:.4f}, lr {row['lr']:.2e}, gradient norm {norm}, {row['tokens_per_second']:,} tokens/s"
     )
     text += "".join(f", {key} {x:.4g}" for key, x in own_values(row).items())
     if not bar.disable:

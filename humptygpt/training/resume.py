@@ -79,9 +79,7 @@ def resumed_progress(config: TrainConfig, saved: dict, dataset: Dataset) -> Prog
     if config.eval_only:
         return progress
     if None not in (config.threads, before.threads) and config.threads != before.threads:
-        note(
-            f"threads={config.threads} instead of {before.threads}: losses stay the same only up to rounding"
-        )
+        note(f"threads={config.threads} instead of {before.threads}: losses stay the same only up to rounding")
     if progress.position >= config.max_iters:
         done = f"all {progress.iter} steps are done; for more, use --"
         if not config.minutes:
@@ -93,9 +91,7 @@ def resumed_progress(config: TrainConfig, saved: dict, dataset: Dataset) -> Prog
             raise UserError(f"{done}max_iters=N: minutes were not the length of this run")
     lr = config.lr(progress.position)
     if lr - had > 0.01 * config.learning_rate:
-        note(
-            f"the learning rate rises from {had:.1e} to {lr:.1e}, because its schedule has changed"
-        )
+        note(f"the learning rate rises from {had:.1e} to {lr:.1e}, because its schedule has changed")
 
     def sequences(config: TrainConfig) -> int:
         whole = dataset.all_val_batches(config.batch_size) or math.inf  # if generated

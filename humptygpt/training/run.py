@@ -165,9 +165,7 @@ class Clock:
         sample = line * SAMPLE_TOKENS / LINE_TOKENS
         at_end = self.evaluations_at_end * self.evaluation + max(self.evaluation, sample)
         left = self.end - time.perf_counter() - at_end
-        before = math.ceil(
-            (config.max_iters - self.progress.position) / config.eval_interval
-        )
+        before = math.ceil((config.max_iters - self.progress.position) / config.eval_interval)
         # at least half of the time is kept for steps; evaluations that no longer fit are skipped
         return max(left - (before - 1) * self.evaluation, left / 2)
 
@@ -201,9 +199,7 @@ class Run:
         task = find_task(self.dataset.task)
         # no rank of a sharded run has the whole model, so none can generate examples
         if self.ranks.sharded:
-            return replace(
-                task, evaluation_examples=None, final_examples=None, count_right=None
-            )
+            return replace(task, evaluation_examples=None, final_examples=None, count_right=None)
         if task.score and not self.model.has_cache:  # translations are written with a cache
             return Task(batches_vary=task.batches_vary)
         return task

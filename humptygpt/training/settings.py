@@ -133,22 +133,14 @@ class TrainConfig(Adjustable):
         check_choices(self)
         check_least(self, 0, "seed", "warmup_iters", "min_lr", "weight_decay", "grad_clip")
         check_least(self, 0, "early_stopping", "lora_rank")
-        check_least(
-            self, 1, "batch_size", "gradient_accumulation_steps", "max_iters", "threads"
-        )
-        check_least(
-            self, 1, "lr_decay_iters", "eval_interval", "eval_iters", "log_interval"
-        )
+        check_least(self, 1, "batch_size", "gradient_accumulation_steps", "max_iters", "threads")
+        check_least(self, 1, "lr_decay_iters", "eval_interval", "eval_iters", "log_interval")
         check_above_0(self, "minutes", "learning_rate", "muon_learning_rate", "lora_alpha")
         check_least(self, 0, "beta1", "beta2", "muon_momentum", below=1)
         if self.lora_rank and self.init_from == "scratch":
-            raise ValueError(
-                f"lora_rank={self.lora_rank} needs an existing model; name it with --init_from"
-            )
+            raise ValueError(f"lora_rank={self.lora_rank} needs an existing model; name it with --init_from")
         if self.decay_lr and self.min_lr is not None and self.min_lr > self.learning_rate:
-            raise ValueError(
-                f"min_lr={self.min_lr} must be at most learning_rate={self.learning_rate}"
-            )
+            raise ValueError(f"min_lr={self.min_lr} must be at most learning_rate={self.learning_rate}")
 
     def lr(self, it: float) -> float:
         """Return the learning rate of step `it`, counted from 0: linear warmup from above zero, then decay to min_lr.
@@ -179,9 +171,7 @@ class TrainConfig(Adjustable):
 
     def rows(self, processes: int) -> int:
         """Return the largest number of sequences that a process handles at once. Processes may split a micro-batch."""
-        return math.ceil(
-            self.batch_size / max(1, processes // self.gradient_accumulation_steps)
-        )
+        return math.ceil(self.batch_size / max(1, processes // self.gradient_accumulation_steps))
 
 
 # keys that may change on resume

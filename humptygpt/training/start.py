@@ -73,9 +73,7 @@ def read_start(given: dict, path: Path) -> tuple[dict | None, Loaded | None]:
     backend = given.get("backend", TrainConfig.backend)
     if init_from in ("auto", "resume"):
         needed = init_from == "resume"
-        saved = read_once(
-            lambda: read_run(path) if needed or path.exists() else None, backend
-        )
+        saved = read_once(lambda: read_run(path) if needed or path.exists() else None, backend)
         given["init_from"] = "resume" if saved else "scratch"
         return saved, None
     if init_from == "scratch":
@@ -92,18 +90,14 @@ def new_settings(given: dict, base: Loaded | None) -> dict[str, object]:
     if not given.get("minutes") or given.get("model", ModelConfig.model) != "gpt":
         return given
     print(f"minutes: settings that are not given are those of {RECIPE}", flush=True)
-    recipe = cli.read_config(
-        str(cli.CONFIGS.parent / RECIPE), fields_of(TrainConfig, ModelConfig)
-    )
+    recipe = cli.read_config(str(cli.CONFIGS.parent / RECIPE), fields_of(TrainConfig, ModelConfig))
     # the recipe's width would have to be a multiple of n_head: keep the size of its heads instead
     heads = given.get("n_head", recipe["n_head"])
     recipe["n_embd"] = recipe["n_embd"] // recipe["n_head"] * heads
     return recipe | given
 
 
-def check_command(
-    config: TrainConfig, model_config: ModelConfig, given: dict, typed: set[str]
-) -> None:
+def check_command(config: TrainConfig, model_config: ModelConfig, given: dict, typed: set[str]) -> None:
     """Raise UserError for what would have no effect or fail later. typed: keys that were typed in the command."""
     _, processes = launched()
     if given.get("minutes") and (config.dry_run or config.eval_only):
@@ -116,11 +110,7 @@ def check_command(
     values["input"] = given.get("input")  # a resumed run forgets it
     fields = fields_of(TrainConfig, ModelConfig)
     # a config.json sets every key, most of them to the default
-    chosen = {
-        key: value
-        for key, value in given.items()
-        if key in typed or value != fields[key].default
-    }
+    chosen = {key: value for key, value in given.items() if key in typed or value != fields[key].default}
     check_effects(chosen, typed, values, IN_VAIN)
 
 
@@ -130,9 +120,7 @@ def read_command(argv: list[str]) -> tuple[dict[str, object], set[str]]:
     typed = cli.typed_keys(argv)
     if given.get("minutes"):
         if "max_iters" in typed:
-            raise UserError(
-                "minutes and max_iters both set the length of the run; give only one"
-            )
+            raise UserError("minutes and max_iters both set the length of the run; give only one")
         for key in {"max_iters", "lr_decay_iters"} - typed:  # set by a config file
             given.pop(key, None)
     if given.get("input"):
@@ -164,9 +152,7 @@ def fit_warmup(config: TrainConfig) -> TrainConfig:
     if not config.decay_lr or warmup < steps:
         return config
     shorter = steps // 10
-    note(
-        f"warmup_iters={warmup} would last all {steps:,} steps; using warmup_iters={shorter}"
-    )
+    note(f"warmup_iters={warmup} would last all {steps:,} steps; using warmup_iters={shorter}")
     return replace(config, warmup_iters=shorter)
 
 

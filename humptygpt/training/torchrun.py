@@ -98,9 +98,7 @@ class DataParallel(Ranks):
         self.patient = patient
 
     @classmethod
-    def start(
-        cls, config: TrainConfig, device: torch.device, prepare: Callable[[], None]
-    ) -> "DataParallel":
+    def start(cls, config: TrainConfig, device: torch.device, prepare: Callable[[], None]) -> "DataParallel":
         """Connect to the other ranks, and prepare the data. Parameters: as for start_ranks()."""
         rank, size = launched()
         if device.type == "cuda":
@@ -144,9 +142,7 @@ class DataParallel(Ranks):
         """Allocate this rank's part of a model on the device. dtype: that of products."""
         if not self.first:
             whole = model.state_dict()
-            restore_model(
-                model, {k: torch.empty_like(x, device="cpu") for k, x in whole.items()}
-            )
+            restore_model(model, {k: torch.empty_like(x, device="cpu") for k, x in whole.items()})
         model.to(self.device)
 
     @raise_if_rank_died()
@@ -254,9 +250,7 @@ def together(whom: str, group: dist.ProcessGroup) -> Iterator[None]:
         yield
     except UserError as error:
         rank = dist.get_rank()
-        problem = (
-            f"process {rank} on {socket.gethostname()}: {error}" if rank else str(error)
-        )
+        problem = f"process {rank} on {socket.gethostname()}: {error}" if rank else str(error)
     problems = [None] * dist.get_world_size()
     with raise_if_rank_died(), say_if_slow(whom):
         dist.all_gather_object(problems, problem, group=group)

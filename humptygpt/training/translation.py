@@ -17,15 +17,11 @@ def translate_examples(model: nn.Module, dataset: PairDataset, count: int = 3) -
     translations = translate(model, tokenizer, sources)
     return "\n".join(
         f"    {tokenizer.decode(source[:-1])}\n  = {reference}\n  > {tokenizer.decode(translation.ids)}"
-        for source, reference, translation in zip(
-            sources, references, translations, strict=True
-        )
+        for source, reference, translation in zip(sources, references, translations, strict=True)
     )
 
 
-def score_translations(
-    model: nn.Module, dataset: PairDataset
-) -> tuple[str, dict[str, float]]:
+def score_translations(model: nn.Module, dataset: PairDataset) -> tuple[str, dict[str, float]]:
     """Score translations of the test split, or of the validation split if there is none."""
     split = "test" if "test" in dataset.pairs else "val"
     tokenizer = dataset.tokenizer
