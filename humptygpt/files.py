@@ -209,8 +209,10 @@ def check_schema(value: object, schema: object, name: str = "") -> None:
 
 def is_kind(value: object, schema: object) -> bool:
     """True if value fits the schema at its outermost level; the items of lists and dictionaries are not checked."""
-    if isinstance(schema, set | range):
-        return type(value) in (int, str) and value in schema
+    if isinstance(schema, set):
+        return type(value) is str and value in schema
+    if isinstance(schema, range):
+        return type(value) is int and value in schema  # a text would be compared with each number of the range
     if schema is float and type(value) is int:
         return abs(value) < 2**63
     return type(value) is kind_of(schema)

@@ -47,6 +47,12 @@ def test_the_entry_that_does_not_fit_is_named(complaint):
         check_schema(EDITS[complaint](FITTING), SCHEMA)
 
 
+@pytest.mark.timeout(10)
+def test_a_text_in_place_of_a_number_is_refused_at_once():
+    with pytest.raises(ValueError, match="^iter must be an int from 0 to"):
+        check_schema({"iter": "a"}, {"iter": range(2**53)})
+
+
 @pytest.mark.parametrize(
     "text",
     ["", '{"a": 1', b"\xff\xfe\xff", "[" * 100_000, "1" * 5000, "NaN", "[3]"],
