@@ -212,7 +212,7 @@ def is_kind(value: object, schema: object) -> bool:
     if isinstance(schema, set):
         return type(value) is str and value in schema
     if isinstance(schema, range):
-        return type(value) is int and value in schema  # a text would be compared with each number of the range
+        return type(value) is int and value in schema  # a text would be compared with each number
     if schema is float and type(value) is int:
         return abs(value) < 2**63
     return type(value) is kind_of(schema)
