@@ -49,7 +49,7 @@ def test_the_entry_that_does_not_fit_is_named(complaint):
 
 @pytest.mark.timeout(10)
 def test_a_text_in_place_of_a_number_is_refused_at_once():
-    with pytest.raises(ValueError, match="^iter must be an int from 0 to"):
+    with pytest.raises(ValueError, match=r"^iter must be an int from 0 to"):
         check_schema({"iter": "a"}, {"iter": range(2**53)})
 
 
