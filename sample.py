@@ -6,7 +6,7 @@
     echo "ROMEO:" | python sample.py --out_dir=out/shakespeare_char --start=-
     python sample.py --out_dir=out/shakespeare_char --prompts=prompts.txt --stop=X     one prompt per line
     python sample.py --out_dir=out/humpty_chat         a model to talk to
-    python sample.py --init_from=FOLDER --start="..."     a model in Hugging Face's format, or nanoGPT's ckpt.pt
+    python sample.py --init_from=FOLDER --start="..."     a model in Hugging Face's format
     python sample.py --out_dir=out/translate_de_en --start="Wo wohnst du?"
     python sample.py --out_dir=out/translate_de_en --start=FILE:german.txt > english.txt     line by line
 
