@@ -142,7 +142,9 @@ DIED = "Target crashed|has been closed|Browser closed|BrowserDied"
 
 def pytest_collection_modifyitems(config, items):
     if "long" not in config.option.markexpr:  # pytest -m page means its short forms
-        items[:] = [item for item in items if not item.get_closest_marker("long")]
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
     for item in items:
         if item.get_closest_marker("page"):
             item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=[DIED]))
